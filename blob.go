@@ -1,0 +1,444 @@
+package ocilocal
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"hash"
+	"io"
+	"io/fs"
+	"os"
+	"path"
+	"runtime"
+	"sync"
+	"syscall"
+
+	"github.com/opencontainers/go-digest"
+)
+
+// The two directories of a root that hold blobs.
+const (
+	blobsDir = "blobs" // blobs/<algorithm>/<encoded>: complete, verified, read-only
+	tmpDir   = "tmp"   // tmp/<session>/: what one open handle is writing
+)
+
+// blobStore keeps content-addressed files below a root. It knows digests; it
+// knows nothing of manifests or of the index. It is safe for concurrent use,
+// by other processes on the same root too.
+type blobStore struct {
+	root     *os.Root
+	readOnly bool
+	buffers  sync.Pool // *[]byte of copyBufferSize
+
+	// fault is the tests' seam: called before each file operation that changes
+	// something, its error is the operation's. Nil in production.
+	fault func(op, name string) error
+
+	mu      sync.Mutex
+	session string       // tmp/<name>, made and locked by the first write; "" before
+	release func() error // drops the session's lock
+	algDirs map[digest.Algorithm]bool
+}
+
+// copyBufferSize makes a large blob cost few system calls, and still lets
+// what was read be hashed and written while it is in the processor's cache.
+const copyBufferSize = 256 << 10
+
+func newBlobStore(root *os.Root, readOnly bool) *blobStore {
+	return &blobStore{
+		root:     root,
+		readOnly: readOnly,
+		algDirs:  map[digest.Algorithm]bool{},
+		buffers: sync.Pool{New: func() any {
+			b := make([]byte, copyBufferSize)
+			return &b
+		}},
+	}
+}
+
+// close removes the session's directory and gives up its lock.
+func (s *blobStore) close() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.session == "" {
+		return nil
+	}
+	err := s.root.RemoveAll(s.session)
+	err = errors.Join(err, s.release())
+	s.session, s.release = "", nil
+	return err
+}
+
+// injected asks the tests' seam whether op on name shall fail.
+func (s *blobStore) injected(op, name string) error {
+	if s.fault == nil {
+		return nil
+	}
+	if err := s.fault(op, name); err != nil {
+		return &fs.PathError{Op: op, Path: name, Err: err}
+	}
+	return nil
+}
+
+// blobPath is where d's bytes are. It panics unless d has passed [checkDigest].
+func blobPath(d digest.Digest) string {
+	return path.Join(blobsDir, string(d.Algorithm()), d.Encoded())
+}
+
+// size returns the size of d's file, and [ErrNotFound] when there is none.
+// It is a look at the directory: it doesn't say that the bytes are good.
+func (s *blobStore) size(d digest.Digest) (int64, error) {
+	if err := checkDigest(d); err != nil {
+		return 0, err
+	}
+	fi, err := s.root.Lstat(blobPath(d))
+	if errors.Is(err, fs.ErrNotExist) {
+		return 0, fmt.Errorf("blob %s: %w", d, ErrNotFound)
+	}
+	if err != nil {
+		return 0, err
+	}
+	if !fi.Mode().IsRegular() {
+		return 0, fmt.Errorf("blob %s: is not a regular file: %w", d, ErrDigestMismatch)
+	}
+	return fi.Size(), nil
+}
+
+// openFile opens d's file. A size of −1 takes the file's own.
+func (s *blobStore) openFile(d digest.Digest, size int64) (*os.File, int64, error) {
+	if err := checkDigest(d); err != nil {
+		return nil, 0, err
+	}
+	f, err := s.root.OpenFile(blobPath(d), os.O_RDONLY|openNoFollow, 0)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, 0, fmt.Errorf("blob %s: %w", d, ErrNotFound)
+	}
+	if err != nil {
+		return nil, 0, err
+	}
+	got, err := checkRegular(f)
+	if err == nil && size >= 0 && got != size {
+		err = fmt.Errorf("blob %s: %w: file has %d bytes, want %d", d, ErrSizeMismatch, got, size)
+	}
+	if err != nil {
+		f.Close()
+		return nil, 0, err
+	}
+	return f, got, nil
+}
+
+// checkRegular returns the size of an open regular file, and an error for anything else.
+func checkRegular(f *os.File) (int64, error) {
+	fi, err := f.Stat()
+	if err != nil {
+		return 0, err
+	}
+	if !fi.Mode().IsRegular() {
+		return 0, &fs.PathError{Op: "open", Path: fi.Name(), Err: errors.New("not a regular file")}
+	}
+	return fi.Size(), nil
+}
+
+// open returns a reader of d that verifies as it goes. ctx governs the reads as well.
+func (s *blobStore) open(ctx context.Context, d digest.Digest, size int64) (*verifier, error) {
+	f, size, err := s.openFile(d, size)
+	if err != nil {
+		return nil, err
+	}
+	return &verifier{ctx: ctx, src: f, digest: d, size: size, hash: newHash(d.Algorithm())}, nil
+}
+
+// verify reads all of d and says whether it is what its name says:
+// nil, [ErrNotFound], [ErrSizeMismatch] or [ErrDigestMismatch].
+func (s *blobStore) verify(ctx context.Context, d digest.Digest, size int64) error {
+	r, err := s.open(ctx, d, size)
+	if err != nil {
+		return err
+	}
+	defer r.Close()
+	_, err = s.copy(io.Discard, r)
+	return err
+}
+
+// copy is io.Copy with one of the store's buffers.
+func (s *blobStore) copy(dst io.Writer, src io.Reader) (int64, error) {
+	buf := s.buffers.Get().(*[]byte)
+	defer s.buffers.Put(buf)
+	// The wrappers hide WriterTo and ReaderFrom, which would bring buffers of their own.
+	return io.CopyBuffer(struct{ io.Writer }{dst}, struct{ io.Reader }{src}, *buf)
+}
+
+// remove deletes d's file. The caller holds the index's write lock: see gc.go.
+func (s *blobStore) remove(d digest.Digest) error {
+	name := blobPath(d)
+	if err := s.injected("unlink", name); err != nil {
+		return err
+	}
+	return s.root.Remove(name)
+}
+
+// A blobEntry is one directory entry below blobs/.
+type blobEntry struct {
+	path   string        // below the root
+	digest digest.Digest // empty when the name is not a digest in its right place
+	info   fs.FileInfo   // nil when the entry vanished while it was being looked at
+}
+
+// walk calls visit for every entry below blobs/, in no order, holding one batch
+// of names at a time. What is no blob (another name, a directory, a link) comes
+// with an empty digest. visit's error ends the walk and is returned.
+func (s *blobStore) walk(ctx context.Context, visit func(blobEntry) error) error {
+	return s.eachEntry(ctx, blobsDir, func(name string) error {
+		dir := path.Join(blobsDir, name)
+		alg := digest.Algorithm(name)
+		fi, err := s.root.Lstat(dir)
+		if err != nil || !fi.IsDir() || digestHexLen(alg) == 0 {
+			return visit(blobEntry{path: dir, info: fi})
+		}
+		return s.eachEntry(ctx, dir, func(name string) error {
+			e := blobEntry{path: path.Join(dir, name)}
+			e.info, err = s.root.Lstat(e.path)
+			if err != nil {
+				if errors.Is(err, fs.ErrNotExist) {
+					return nil // deleted since the directory was read
+				}
+				return err
+			}
+			if d := digest.NewDigestFromEncoded(alg, name); e.info.Mode().IsRegular() && checkDigest(d) == nil {
+				e.digest = d
+			}
+			return visit(e)
+		})
+	})
+}
+
+// eachEntry calls visit with every name in a directory of the root, a batch at a time.
+func (s *blobStore) eachEntry(ctx context.Context, dir string, visit func(name string) error) error {
+	f, err := s.root.Open(dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	for {
+		entries, err := f.ReadDir(1024)
+		for _, e := range entries {
+			if err := ctx.Err(); err != nil {
+				return err
+			}
+			if err := visit(e.Name()); err != nil {
+				return err
+			}
+		}
+		if err == io.EOF {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+	}
+}
+
+// empty reports whether no blob is there.
+func (s *blobStore) empty() (bool, error) {
+	found := errors.New("found")
+	err := s.walk(context.Background(), func(e blobEntry) error {
+		if e.digest != "" {
+			return found
+		}
+		return nil
+	})
+	if err == found {
+		return false, nil
+	}
+	return err == nil, err
+}
+
+// enter makes this handle's own directory below tmp/ on first use, and returns its path.
+// The directory is locked for as long as the handle is open: that lock, not a
+// process number or an age, tells the sweeper of any process that it is in use.
+func (s *blobStore) enter() (string, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.readOnly {
+		return "", ErrReadOnly
+	}
+	if s.session != "" {
+		return s.session, nil
+	}
+	if err := s.sweep(); err != nil {
+		return "", err
+	}
+	for {
+		name := path.Join(tmpDir, rand.Text())
+		if err := s.injected("mkdir", name); err != nil {
+			return "", err
+		}
+		if err := s.root.Mkdir(name, 0o700); err != nil {
+			return "", err
+		}
+		release, held, err := lockDir(s.root, name)
+		if err != nil {
+			return "", err
+		}
+		if held { // else a sweeper took it for abandoned in between
+			s.session, s.release = name, release
+			return name, nil
+		}
+	}
+}
+
+// sweep removes the directories below tmp/ that no process holds.
+func (s *blobStore) sweep() error {
+	return s.eachEntry(context.Background(), tmpDir, func(name string) error {
+		if name == partialDir {
+			return nil
+		}
+		name = path.Join(tmpDir, name)
+		fi, err := s.root.Lstat(name)
+		if err != nil {
+			return ignoreNotExist(err)
+		}
+		if !fi.IsDir() {
+			return ignoreNotExist(s.root.Remove(name))
+		}
+		release, held, err := lockDir(s.root, name)
+		if err != nil || !held {
+			return ignoreNotExist(err)
+		}
+		return errors.Join(s.root.RemoveAll(name), release())
+	})
+}
+
+// partialDir, below tmp/, is where interrupted pulls keep what they have.
+const partialDir = "partial"
+
+func ignoreNotExist(err error) error {
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	return err
+}
+
+// syncDir makes the entries of a directory durable.
+func (s *blobStore) syncDir(name string) error {
+	if runtime.GOOS == "windows" {
+		return nil // there, a directory can't be synced: NTFS journals its entries
+	}
+	if err := s.injected("fsyncdir", name); err != nil {
+		return err
+	}
+	d, err := s.root.Open(name)
+	if err != nil {
+		return err
+	}
+	err = d.Sync()
+	return errors.Join(err, d.Close())
+}
+
+// makeAlgDir makes blobs/<alg> durably.
+func (s *blobStore) makeAlgDir(alg digest.Algorithm) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.algDirs[alg] {
+		return nil
+	}
+	name := path.Join(blobsDir, string(alg))
+	if err := s.injected("mkdir", name); err != nil {
+		return err
+	}
+	err := s.root.Mkdir(name, 0o755)
+	if err != nil && !errors.Is(err, fs.ErrExist) {
+		return err
+	}
+	// Also when it was there: its maker may not have come to this line.
+	if err := s.syncDir(blobsDir); err != nil {
+		return err
+	}
+	s.algDirs[alg] = true
+	return nil
+}
+
+// verifier reads a blob and hashes it on the way. The Read that would hand out
+// the last byte hands out an error instead if the bytes are not the digest's,
+// so that even a consumer that stops after size bytes never has a whole bad blob.
+type verifier struct {
+	ctx    context.Context
+	src    io.ReadCloser
+	digest digest.Digest
+	size   int64
+	off    int64
+	hash   hash.Hash
+	err    error // sticky
+}
+
+func (v *verifier) Read(p []byte) (int, error) {
+	if v.err != nil {
+		return 0, v.err
+	}
+	if err := v.ctx.Err(); err != nil {
+		return 0, err
+	}
+	if v.size == 0 { // its end comes before its first byte
+		v.err = v.finish()
+		return 0, v.err
+	}
+	if int64(len(p)) > v.size-v.off {
+		p = p[:v.size-v.off]
+	}
+	if len(p) == 0 {
+		return 0, nil
+	}
+	n, err := v.src.Read(p)
+	v.hash.Write(p[:n])
+	v.off += int64(n)
+	if v.off == v.size {
+		if v.err = v.finish(); v.err != io.EOF {
+			clear(p[:n])
+			return 0, v.err
+		}
+		return n, nil
+	}
+	if err == io.EOF {
+		err = fmt.Errorf("blob %s: %w: ended after %d bytes, want %d", v.digest, ErrSizeMismatch, v.off, v.size)
+	}
+	v.err = err
+	return n, err
+}
+
+// finish is called when size bytes were read: io.EOF if they are the blob.
+func (v *verifier) finish() error {
+	var one [1]byte
+	switch n, err := io.ReadFull(v.src, one[:]); {
+	case n > 0:
+		return fmt.Errorf("blob %s: %w: goes on after %d bytes", v.digest, ErrSizeMismatch, v.size)
+	case err != io.EOF:
+		return err
+	}
+	if got := digest.NewDigest(v.digest.Algorithm(), v.hash); got != v.digest {
+		return fmt.Errorf("blob %s: %w: its bytes hash to %s (the file is damaged: importing or pulling the artifact again heals it)",
+			v.digest, ErrDigestMismatch, got)
+	}
+	return io.EOF
+}
+
+func (v *verifier) Close() error {
+	if v.err == nil || v.err == io.EOF {
+		v.err = ErrClosed
+	}
+	return v.src.Close()
+}
+
+// linkUnsupported reports whether err says that this file system, or this
+// file, can't have another hard link, so that a rename must do.
+func linkUnsupported(err error) bool {
+	for _, e := range []error{syscall.EPERM, syscall.EMLINK, syscall.EXDEV, errors.ErrUnsupported} {
+		if errors.Is(err, e) {
+			return true
+		}
+	}
+	return false
+}

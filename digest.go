@@ -1,0 +1,71 @@
+package ocilocal
+
+import (
+	"crypto/sha256"
+	"crypto/sha512"
+	"fmt"
+	"hash"
+	"strings"
+
+	"github.com/opencontainers/go-digest"
+)
+
+// digestHexLen is the length of the encoded part for each algorithm that is taken
+// (image-spec descriptor.md, "Registered Algorithms"; sha384 is go-digest's).
+func digestHexLen(alg digest.Algorithm) int {
+	switch alg {
+	case digest.SHA256:
+		return sha256.Size * 2
+	case digest.SHA384:
+		return sha512.Size384 * 2
+	case digest.SHA512:
+		return sha512.Size * 2
+	}
+	return 0
+}
+
+// digestAlgorithms lists what blobs/ may hold, in the order that walks take.
+var digestAlgorithms = [...]digest.Algorithm{digest.SHA256, digest.SHA384, digest.SHA512}
+
+// newHash returns the hash of a validated algorithm.
+func newHash(alg digest.Algorithm) hash.Hash {
+	switch alg {
+	case digest.SHA384:
+		return sha512.New384()
+	case digest.SHA512:
+		return sha512.New()
+	default:
+		return sha256.New()
+	}
+}
+
+// checkDigest returns an [ErrInvalidDigest] unless d is lower-case
+// sha256, sha384 or sha512 of the right length. Only a digest that passed
+// here may become part of a path.
+func checkDigest(d digest.Digest) error {
+	alg, enc, ok := strings.Cut(string(d), ":")
+	n := digestHexLen(digest.Algorithm(alg))
+	switch {
+	case !ok:
+		return fmt.Errorf("%w %q: no algorithm before a ':'", ErrInvalidDigest, clip(string(d)))
+	case n == 0:
+		return fmt.Errorf("%w %q: algorithm is not sha256, sha384 or sha512", ErrInvalidDigest, clip(string(d)))
+	case len(enc) != n:
+		return fmt.Errorf("%w %q: %d characters after the ':', want %d", ErrInvalidDigest, clip(string(d)), len(enc), n)
+	}
+	for _, c := range []byte(enc) {
+		if (c < '0' || c > '9') && (c < 'a' || c > 'f') {
+			return fmt.Errorf("%w %q: not lower-case hexadecimal", ErrInvalidDigest, clip(string(d)))
+		}
+	}
+	return nil
+}
+
+// clip cuts text from outside to what an error message can take.
+func clip(s string) string {
+	const most = 200
+	if len(s) > most {
+		return s[:most] + "…"
+	}
+	return s
+}

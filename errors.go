@@ -1,0 +1,179 @@
+package ocilocal
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"strings"
+	"syscall"
+
+	"github.com/opencontainers/go-digest"
+)
+
+// sentinel is an error that prints clean and still is the standard library's
+// error of the same meaning, so that errors.Is works with either.
+type sentinel struct {
+	text string
+	is   error
+}
+
+func (s *sentinel) Error() string        { return s.text }
+func (s *sentinel) Is(target error) bool { return s.is != nil && target == s.is }
+
+// The sentinels that every error of this package matches with [errors.Is].
+// The text of an error is for people; match none of it.
+var (
+	// ErrNotFound: the reference, manifest or blob is not in the registry.
+	// It also matches [fs.ErrNotExist].
+	ErrNotFound error = &sentinel{"not found", fs.ErrNotExist}
+	// ErrClosed: the registry, builder or reader was closed before the call.
+	// It also matches [fs.ErrClosed].
+	ErrClosed error = &sentinel{"already closed", fs.ErrClosed}
+	// ErrExists: an export target is there already.
+	// It also matches [fs.ErrExist].
+	ErrExists error = &sentinel{"already exists", fs.ErrExist}
+	// ErrReadOnly: a write was asked of a registry that was opened read-only,
+	// or that lies on a read-only file system. It also matches [syscall.EROFS].
+	ErrReadOnly error = &sentinel{"registry is read-only", syscall.EROFS}
+	// ErrNoSpace: the disk (or quota) is full. It also matches [syscall.ENOSPC].
+	ErrNoSpace error = &sentinel{"no space left for the index", syscall.ENOSPC}
+
+	// ErrConflict: the ref points at another digest and the policy keeps it,
+	// or it moved away from the digest that the caller expected.
+	// [*ConflictError] carries the facts.
+	ErrConflict = errors.New("ref conflict")
+	// ErrDigestMismatch: the bytes hash to another digest than the one named.
+	ErrDigestMismatch = errors.New("digest mismatch")
+	// ErrSizeMismatch: there are fewer or more bytes than the descriptor says.
+	ErrSizeMismatch = errors.New("size mismatch")
+	// ErrIncomplete: a manifest, config or layer that the artifact needs is
+	// missing, so it can't be published.
+	ErrIncomplete = errors.New("artifact is incomplete")
+
+	// ErrInvalidReference: the text is not a reference.
+	ErrInvalidReference = errors.New("invalid reference")
+	// ErrInvalidDigest: the text is not a digest that this package takes:
+	// lower-case sha256, sha384 or sha512 of the right length.
+	ErrInvalidDigest = errors.New("invalid digest")
+	// ErrInvalidManifest: the document is malformed, ambiguous, or contradicts its descriptor.
+	ErrInvalidManifest = errors.New("invalid manifest")
+	// ErrInvalidLayout: a layout directory or archive is malformed or unsafe.
+	ErrInvalidLayout = errors.New("invalid layout")
+	// ErrInvalidArgument: the call's arguments contradict each other or can't be used.
+	ErrInvalidArgument = errors.New("invalid argument")
+	// ErrUnsupportedMediaType: the content is of a format that this package doesn't handle.
+	ErrUnsupportedMediaType = errors.New("unsupported media type")
+	// ErrArtifactType: the registry's options don't accept the artifact's type.
+	ErrArtifactType = errors.New("artifact type refused")
+	// ErrTooLarge: the input passes one of the package's limits.
+	ErrTooLarge = errors.New("limit exceeded")
+
+	// ErrForeignIndex: the root's index.sqlite3 was not made by this package
+	// for this root, or its schema was altered. It is left untouched.
+	ErrForeignIndex = errors.New("index belongs to something else")
+	// ErrNewerSchema: the index was written by a newer version of this package.
+	// It is left untouched. [*SchemaError] carries both versions.
+	ErrNewerSchema = errors.New("index schema is newer than this program")
+	// ErrCorruptIndex: SQLite found the index damaged.
+	ErrCorruptIndex = errors.New("index is damaged")
+	// ErrBusy: another process held the index's write lock for longer than [Options.BusyTimeout].
+	ErrBusy = errors.New("index is locked by another process")
+	// ErrIndexIO: reading or writing the index failed in the file system.
+	ErrIndexIO = errors.New("index input/output error")
+	// ErrNetworkFS: the root lies on a network file system, where SQLite's WAL is unsafe.
+	ErrNetworkFS = errors.New("root is on a network file system")
+)
+
+// An Error says what a method of this package was doing, and to what, when Err stopped it.
+// It is added once, by the exported method.
+type Error struct {
+	Op        string        // the operation: "open", "build", "resolve", …
+	Reference string        // the reference, path or name it was done to; may be empty
+	Digest    digest.Digest // the digest it was done to; may be empty
+	Err       error         // the cause; never nil
+}
+
+// Error prints the operation, its object, and the cause.
+func (e *Error) Error() string {
+	var b strings.Builder
+	b.WriteString("ocilocal: ")
+	b.WriteString(e.Op)
+	if e.Reference != "" {
+		fmt.Fprintf(&b, " %s", printable(e.Reference))
+	}
+	if e.Digest != "" {
+		fmt.Fprintf(&b, " %s", printable(e.Digest.String()))
+	}
+	b.WriteString(": ")
+	b.WriteString(e.Err.Error())
+	return b.String()
+}
+
+// Unwrap returns the cause.
+func (e *Error) Unwrap() error { return e.Err }
+
+// opError wraps err, if there is one, for the exported method op.
+// An error that an inner exported method has wrapped already stays as it is.
+func opError(op, reference string, d digest.Digest, err error) error {
+	if err == nil {
+		return nil
+	}
+	if _, done := errors.AsType[*Error](err); done {
+		return err
+	}
+	return &Error{Op: op, Reference: reference, Digest: d, Err: err}
+}
+
+// printable quotes text from outside when it holds anything that a terminal
+// or a log could misread, and cuts it where it is long.
+func printable(s string) string {
+	const most = 300
+	if len(s) > most {
+		s = s[:most] + "…"
+	}
+	for _, c := range s {
+		if c < 0x21 || c > 0x7e {
+			return fmt.Sprintf("%q", s)
+		}
+	}
+	return s
+}
+
+// A ConflictError says that a ref was not moved. It matches [ErrConflict].
+type ConflictError struct {
+	Reference Reference
+	// Existing is what the ref points at; empty when a ref that was expected to exist does not.
+	Existing digest.Digest
+	// Incoming is what was offered and did not become visible under the ref.
+	Incoming digest.Digest
+	// Expected is the digest that the caller demanded to find, if it did.
+	Expected digest.Digest
+}
+
+func (e *ConflictError) Error() string {
+	switch {
+	case e.Expected != "" && e.Existing == "":
+		return fmt.Sprintf("%s does not exist, expected it at %s", e.Reference, e.Expected)
+	case e.Expected != "":
+		return fmt.Sprintf("%s points at %s, expected %s", e.Reference, e.Existing, e.Expected)
+	default:
+		return fmt.Sprintf("%s already points at %s, not at %s (use another reference, or the Replace policy)",
+			e.Reference, e.Existing, e.Incoming)
+	}
+}
+
+// Is reports whether target is [ErrConflict].
+func (e *ConflictError) Is(target error) bool { return target == ErrConflict }
+
+// A SchemaError says which schema version an index has and which this program
+// knows. It matches [ErrNewerSchema].
+type SchemaError struct {
+	Found, Supported int
+}
+
+func (e *SchemaError) Error() string {
+	return fmt.Sprintf("index has schema version %d, this program knows up to %d: use a newer ocilocal", e.Found, e.Supported)
+}
+
+// Is reports whether target is [ErrNewerSchema].
+func (e *SchemaError) Is(target error) bool { return target == ErrNewerSchema }

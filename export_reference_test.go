@@ -1,0 +1,8 @@
+package ocilocal
+
+var (
+	ReferenceFromKey = referenceFromKey
+	ReferenceKey     = Reference.key
+	CheckTag         = checkTag
+	IsBareTag        = isBareTag
+)

@@ -1,0 +1,480 @@
+package ocilocal
+
+import (
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"maps"
+	"slices"
+	"strconv"
+	"strings"
+	"unicode/utf16"
+	"unicode/utf8"
+)
+
+// encoding/json takes documents that two readers can understand differently:
+// it matches field names without regard to case, lets the last of several equal
+// keys win, replaces invalid UTF-8, and reads null as "leave it". The bytes of a
+// manifest are hashed once and read by many programs, so what one of them could
+// read in another way is refused here, before encoding/json sees it.
+
+// maxJSONInteger is the largest integer that every JSON reader keeps exactly (RFC 8259, section 6).
+const maxJSONInteger = 1<<53 - 1
+
+// A jsonType says what a value must be. The nil type takes any value.
+type jsonType struct {
+	kind   byte        // '"' string, '0' integer, '[' array, '{' object
+	fields []jsonField // the known fields of an object, at most 16; others are taken as they are
+	elem   *jsonType   // the type of an array's elements, or of the values in a map
+}
+
+// A jsonField is a known field of an object. A null there counts as absent.
+type jsonField struct {
+	name     string
+	typ      *jsonType
+	required bool
+}
+
+// fieldSet has bit i set for field i of a jsonType.
+type fieldSet uint16
+
+// jsonKinds says in words what a value of each kind is.
+var jsonKinds = map[byte]string{'"': "a string", '0': "an integer from 0 to 2^53-1", '[': "an array", '{': "an object"}
+
+// The documents whose fields this package reads (image-spec manifest.md,
+// image-index.md, descriptor.md and image-layout.md). All manifest forms are
+// one type: a field of one form in another is as dangerous in odd case as in the right one.
+var (
+	jsonString = &jsonType{kind: '"'}
+	jsonInt    = &jsonType{kind: '0'}
+	jsonTexts  = &jsonType{kind: '[', elem: jsonString}
+	jsonMap    = &jsonType{kind: '{', elem: jsonString}
+
+	jsonPlatform = &jsonType{kind: '{', fields: []jsonField{
+		{name: "architecture", typ: jsonString},
+		{name: "os", typ: jsonString},
+		{name: "os.version", typ: jsonString},
+		{name: "os.features", typ: jsonTexts},
+		{name: "variant", typ: jsonString},
+	}}
+	jsonDescriptor = &jsonType{kind: '{', fields: []jsonField{
+		{name: "mediaType", typ: jsonString, required: true},
+		{name: "digest", typ: jsonString, required: true},
+		{name: "size", typ: jsonInt, required: true},
+		{name: "annotations", typ: jsonMap},
+		{name: "urls", typ: jsonTexts},
+		{name: "data", typ: jsonString},
+		{name: "platform", typ: jsonPlatform},
+		{name: "artifactType", typ: jsonString},
+	}}
+	jsonDescriptors = &jsonType{kind: '[', elem: jsonDescriptor}
+	jsonManifest    = &jsonType{kind: '{', fields: []jsonField{
+		{name: "schemaVersion", typ: jsonInt},
+		{name: "mediaType", typ: jsonString},
+		{name: "artifactType", typ: jsonString},
+		{name: "config", typ: jsonDescriptor},
+		{name: "layers", typ: jsonDescriptors},
+		{name: "blobs", typ: jsonDescriptors},
+		{name: "manifests", typ: jsonDescriptors},
+		{name: "subject", typ: jsonDescriptor},
+		{name: "annotations", typ: jsonMap},
+	}}
+	jsonLayout = &jsonType{kind: '{', fields: []jsonField{
+		{name: "imageLayoutVersion", typ: jsonString, required: true},
+	}}
+)
+
+// decodeStrict decodes raw into v after [checkJSON] accepted it. The error
+// matches no sentinel: the caller knows what kind of document it is and wraps it.
+// The caller has bounded len(raw); memory stays within a small multiple of that.
+func decodeStrict(raw []byte, t *jsonType, v any) (present fieldSet, err error) {
+	if present, err = checkJSON(raw, t); err != nil {
+		return 0, err
+	}
+	return present, json.Unmarshal(raw, v)
+}
+
+// checkJSON refuses raw unless it is one JSON value of type t (RFC 8259) in
+// valid UTF-8 without a byte order mark, at most [MaxJSONDepth] deep, with
+//
+//   - no key twice in any object, compared after undoing escapes;
+//   - no key that differs only in case from a known field of its object;
+//   - known fields, array elements and map values of their type, null only as a known field's value;
+//   - integers of known fields from 0 to 2^53−1, written without fraction or exponent;
+//   - all required fields;
+//   - no unpaired surrogate escapes, which have no faithful decoding (RFC 8259, section 8.2).
+//
+// It returns which known fields the outermost object has, nulls included.
+func checkJSON(raw []byte, t *jsonType) (fieldSet, error) {
+	if bytes.HasPrefix(raw, []byte("\xef\xbb\xbf")) {
+		return 0, &jsonError{text: "byte order mark before the JSON document"}
+	}
+	if !utf8.Valid(raw) {
+		return 0, &jsonError{text: "JSON document is not valid UTF-8"}
+	}
+	if !json.Valid(raw) {
+		return 0, json.Unmarshal(raw, new(struct{})) // says what is wrong
+	}
+	s := jsonScanner{raw: raw, keys: make([][]byte, 0, 32)}
+	s.space()
+	if err := s.value(t, 1); err != nil {
+		return 0, err
+	}
+	return s.root, nil
+}
+
+// A jsonError says what is wrong with a document, and where.
+type jsonError struct {
+	path string // like "layers[3].size"; empty for the whole document
+	text string
+	pos  int
+}
+
+func (e *jsonError) Error() string {
+	if e.path == "" {
+		return fmt.Sprintf("%s (at byte %d)", e.text, e.pos)
+	}
+	return fmt.Sprintf("%s: %s (at byte %d)", strings.TrimPrefix(e.path, "."), e.text, e.pos)
+}
+
+// under adds an outer step to the path, as long as the path stays fit for a message.
+func (e *jsonError) under(step string) *jsonError {
+	switch {
+	case len(e.path) < 100:
+		e.path = step + e.path
+	case !strings.HasPrefix(e.path, "…"):
+		e.path = "…" + e.path
+	}
+	return e
+}
+
+// keyStep prints a key as a step of a path.
+func keyStep(key []byte) string {
+	for _, c := range key {
+		if (c < 'a' || c > 'z') && (c < 'A' || c > 'Z') && c != '.' {
+			return fmt.Sprintf("[%q]", clip(string(key)))
+		}
+	}
+	return "." + clip(string(key))
+}
+
+// A jsonScanner walks raw, which is valid JSON: no position in it needs a check
+// against the end, and every separator is where it must be.
+// Recursion is bounded by MaxJSONDepth.
+type jsonScanner struct {
+	raw  []byte
+	pos  int
+	keys [][]byte // the keys so far of all open objects, innermost last
+	root fieldSet
+}
+
+func (s *jsonScanner) fail(format string, args ...any) *jsonError {
+	return &jsonError{text: fmt.Sprintf(format, args...), pos: s.pos}
+}
+
+// space skips white space and returns the byte after it.
+func (s *jsonScanner) space() byte {
+	for {
+		switch c := s.raw[s.pos]; c {
+		case ' ', '\t', '\n', '\r':
+			s.pos++
+		default:
+			return c
+		}
+	}
+}
+
+// value scans the value that starts at the position.
+func (s *jsonScanner) value(t *jsonType, depth int) *jsonError {
+	c := s.raw[s.pos]
+	kind := c
+	if c == '-' || '0' <= c && c <= '9' {
+		kind = '0'
+	}
+	if t != nil && kind != t.kind {
+		return s.fail("not %s", jsonKinds[t.kind])
+	}
+	if depth > MaxJSONDepth && (c == '{' || c == '[') {
+		return s.fail("nested more than %d deep", MaxJSONDepth)
+	}
+	switch c {
+	case '"':
+		_, err := s.text()
+		return err
+	case '{':
+		return s.object(t, depth)
+	case '[':
+		return s.array(t, depth)
+	}
+	start := s.pos
+	for s.pos < len(s.raw) && strings.IndexByte(",]} \t\r\n", s.raw[s.pos]) < 0 {
+		s.pos++
+	}
+	if t != nil { // an integer that this package reads
+		if n, err := strconv.ParseUint(string(s.raw[start:s.pos]), 10, 64); err != nil || n > maxJSONInteger {
+			s.pos = start
+			return s.fail("not %s", jsonKinds['0'])
+		}
+	}
+	return nil
+}
+
+// array scans the array that starts at the position.
+func (s *jsonScanner) array(t *jsonType, depth int) *jsonError {
+	var elem *jsonType
+	if t != nil {
+		elem = t.elem
+	}
+	for i := 0; ; i++ {
+		s.pos++ // the '[' or a ','
+		if s.space() != ']' {
+			if err := s.value(elem, depth+1); err != nil {
+				return err.under("[" + strconv.Itoa(i) + "]")
+			}
+		}
+		if s.space() == ']' {
+			s.pos++
+			return nil
+		}
+	}
+}
+
+// object scans the object that starts at the position.
+func (s *jsonScanner) object(t *jsonType, depth int) *jsonError {
+	base := len(s.keys)
+	var present, filled fieldSet
+	for {
+		s.pos++ // the '{' or a ','
+		if s.space() == '}' {
+			break
+		}
+		key, err := s.key()
+		if err != nil {
+			return err
+		}
+		s.keys = append(s.keys, key)
+		typ, bit, err := s.field(t, key)
+		if err != nil {
+			return err
+		}
+		present |= bit
+		s.space()
+		s.pos++ // the ':'
+		if s.space() == 'n' && bit != 0 {
+			s.pos += len("null")
+		} else {
+			filled |= bit
+			if err := s.value(typ, depth+1); err != nil {
+				return err.under(keyStep(key))
+			}
+		}
+		if s.space() == '}' {
+			break
+		}
+	}
+	if twice := repeated(s.keys[base:]); twice != nil {
+		return s.fail("key %q is there twice", clip(string(twice)))
+	}
+	s.keys = s.keys[:base]
+	if t != nil {
+		for i := range t.fields {
+			if t.fields[i].required && filled&(1<<i) == 0 {
+				return s.fail("missing").under("." + t.fields[i].name)
+			}
+		}
+	}
+	s.pos++
+	if depth == 1 {
+		s.root = present
+	}
+	return nil
+}
+
+// field returns the type for the value under key in an object of type t, and
+// the bit of the known field that it is, if it is one.
+func (s *jsonScanner) field(t *jsonType, key []byte) (*jsonType, fieldSet, *jsonError) {
+	if t == nil {
+		return nil, 0, nil
+	}
+	for i := range t.fields {
+		if t.fields[i].name == string(key) {
+			return t.fields[i].typ, 1 << i, nil
+		}
+	}
+	if t.fields == nil { // a map
+		return t.elem, 0, nil
+	}
+	name := string(key)
+	for _, f := range t.fields {
+		if strings.EqualFold(name, f.name) { // what encoding/json does
+			return nil, 0, s.fail("key %q is %q in another case", clip(name), f.name)
+		}
+	}
+	return nil, 0, nil
+}
+
+// bit returns the bit of the known field name.
+func (t *jsonType) bit(name string) fieldSet {
+	return 1 << slices.IndexFunc(t.fields, func(f jsonField) bool { return f.name == name })
+}
+
+// repeated returns a key that is there twice, or nil. It may reorder keys. The
+// sort keeps objects of hundreds of thousands of keys at n log n, whatever the keys.
+func repeated(keys [][]byte) []byte {
+	if len(keys) > 16 {
+		slices.SortFunc(keys, bytes.Compare)
+		for i := 1; i < len(keys); i++ {
+			if bytes.Equal(keys[i-1], keys[i]) {
+				return keys[i]
+			}
+		}
+		return nil
+	}
+	for i, key := range keys {
+		for _, other := range keys[:i] {
+			if bytes.Equal(key, other) {
+				return key
+			}
+		}
+	}
+	return nil
+}
+
+// key scans a string and returns it without quotes and escapes; never nil.
+func (s *jsonScanner) key() ([]byte, *jsonError) {
+	start := s.pos
+	escaped, err := s.text()
+	switch token := s.raw[start:s.pos]; {
+	case err != nil:
+		return nil, err
+	case escaped:
+		var text string
+		if err := json.Unmarshal(token, &text); err != nil {
+			return nil, s.fail("key: %v", err)
+		}
+		return []byte(text), nil
+	default:
+		return token[1 : len(token)-1], nil
+	}
+}
+
+// text scans a string and reports whether it has escapes.
+func (s *jsonScanner) text() (escaped bool, err *jsonError) {
+	for s.pos++; ; s.pos++ {
+		switch s.raw[s.pos] {
+		case '"':
+			s.pos++
+			return escaped, nil
+		case '\\':
+			escaped = true
+			s.pos++
+			if s.raw[s.pos] != 'u' {
+				break
+			}
+			r := s.hex4()
+			if utf16.IsSurrogate(r) {
+				if s.raw[s.pos+1] != '\\' || s.raw[s.pos+2] != 'u' {
+					return true, s.fail("unpaired surrogate in a string")
+				}
+				s.pos += 2
+				if utf16.DecodeRune(r, s.hex4()) == utf8.RuneError {
+					return true, s.fail("unpaired surrogate in a string")
+				}
+			}
+		}
+	}
+}
+
+// hex4 reads the four digits behind the 'u' at the position, and stops at the last.
+func (s *jsonScanner) hex4() rune {
+	n, _ := strconv.ParseUint(string(s.raw[s.pos+1:s.pos+5]), 16, 16)
+	s.pos += 4
+	return rune(n)
+}
+
+// A canonicalWriter writes JSON of which there is one spelling only: keys sorted
+// bytewise by the caller or, in maps, by [canonicalWriter.texts]; no white space;
+// integers only; and strings as Rust's serde_json writes them, so that the same
+// manifest built with either OMMX SDK has the same digest. encoding/json would
+// also escape <, >, &, U+2028 and U+2029.
+type canonicalWriter struct {
+	buf []byte
+	err error // the first string that can't be written
+}
+
+// sep writes the comma that the next key or element needs.
+func (w *canonicalWriter) sep() {
+	if n := len(w.buf); n > 0 && w.buf[n-1] != '{' && w.buf[n-1] != '[' {
+		w.buf = append(w.buf, ',')
+	}
+}
+
+func (w *canonicalWriter) raw(s string) { w.buf = append(w.buf, s...) }
+
+func (w *canonicalWriter) key(name string) {
+	w.sep()
+	w.text(name)
+	w.raw(":")
+}
+
+func (w *canonicalWriter) int(n int64) { w.buf = strconv.AppendInt(w.buf, n, 10) }
+
+// text writes a string: '"', '\\' and the characters below 0x20 are escaped, nothing else.
+func (w *canonicalWriter) text(s string) {
+	if !utf8.ValidString(s) && w.err == nil {
+		w.err = fmt.Errorf("%w: text %q is not valid UTF-8", ErrInvalidArgument, clip(s))
+	}
+	b := append(w.buf, '"')
+	for _, c := range []byte(s) {
+		switch {
+		case c == '"' || c == '\\':
+			b = append(b, '\\', c)
+		case c >= 0x20:
+			b = append(b, c)
+		case c >= '\b' && c <= '\r' && c != '\v':
+			b = append(b, '\\', "btn_fr"[c-'\b'])
+		default:
+			b = append(b, '\\', 'u', '0', '0', '0'+c>>4, "0123456789abcdef"[c&15])
+		}
+	}
+	w.buf = append(b, '"')
+}
+
+// field writes a string field unless it is empty.
+func (w *canonicalWriter) field(name, value string) {
+	if value != "" {
+		w.key(name)
+		w.text(value)
+	}
+}
+
+// texts writes a map with its keys in bytewise order.
+func (w *canonicalWriter) texts(m map[string]string) {
+	w.raw("{")
+	for _, k := range slices.Sorted(maps.Keys(m)) {
+		w.key(k)
+		w.text(m[k])
+	}
+	w.raw("}")
+}
+
+// list writes a field with an array of strings unless it is empty.
+func (w *canonicalWriter) list(name string, values []string) {
+	if len(values) > 0 {
+		w.key(name)
+		w.raw("[")
+		for _, v := range values {
+			w.sep()
+			w.text(v)
+		}
+		w.raw("]")
+	}
+}
+
+// canonicalAnnotations writes annotations, which may be nil, as a JSON object of
+// one spelling. Invalid UTF-8 is [ErrInvalidArgument]: no JSON text can carry it.
+func canonicalAnnotations(annotations map[string]string) (string, error) {
+	var w canonicalWriter
+	w.texts(annotations)
+	return string(w.buf), w.err
+}

@@ -1,0 +1,570 @@
+package ocilocal
+
+import (
+	"bytes"
+	"fmt"
+	"maps"
+	"slices"
+
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+)
+
+// Limits on documents from outside. What passes one is [ErrTooLarge], but for
+// the JSON depth, which makes a manifest an [ErrInvalidManifest].
+const (
+	// MaxManifestSize bounds manifests and indexes, in bytes: what distribution-spec
+	// ("Pushing Manifests") obliges registries to take. A descriptor is over 100
+	// bytes long, so it also bounds the descriptors of one document, to some 37,000.
+	MaxManifestSize = 4 << 20
+	// MaxIndexNesting bounds how deep image indexes lie in image indexes.
+	MaxIndexNesting = 8
+	// MaxClosure bounds the descriptors that one artifact refers to through all its manifests.
+	MaxClosure = 100_000
+	// MaxJSONDepth bounds how deep arrays and objects lie in each other.
+	MaxJSONDepth = 64
+)
+
+// Media types of manifests beside image-spec's. Docker's are image-spec's forms
+// under older names.
+const (
+	MediaTypeArtifactManifest   = "application/vnd.oci.artifact.manifest.v1+json" // image-spec 1.1.0-rc2, artifact.md
+	MediaTypeDockerManifest     = "application/vnd.docker.distribution.manifest.v2+json"
+	MediaTypeDockerManifestList = "application/vnd.docker.distribution.manifest.list.v2+json"
+)
+
+// Names of OMMX artifacts and of what they hold.
+const (
+	ArtifactTypeOMMX                = "application/org.ommx.v1.artifact"
+	MediaTypeOMMXConfig             = "application/org.ommx.v1.config+json" // of artifacts made by OMMX v1 and v2
+	MediaTypeOMMXInstance           = "application/org.ommx.v1.instance"
+	MediaTypeOMMXParametricInstance = "application/org.ommx.v1.parametric-instance"
+	MediaTypeOMMXSolution           = "application/org.ommx.v1.solution"
+	MediaTypeOMMXSampleSet          = "application/org.ommx.v1.sample-set"
+)
+
+// A Manifest is a read-only view of a manifest document of any accepted form.
+// The document's bytes are kept as they came. Methods return copies, so nobody
+// can alter the view; a Manifest is safe for concurrent use.
+type Manifest struct {
+	doc    manifestDoc // its MediaType is the effective one
+	form   manifestForm
+	raw    []byte
+	digest digest.Digest
+	layers []ocispec.Descriptor // doc.Layers or doc.Blobs
+}
+
+// manifestDoc holds the fields of all forms (image-spec manifest.md, image-index.md).
+type manifestDoc struct {
+	SchemaVersion int64                `json:"schemaVersion"`
+	MediaType     string               `json:"mediaType"`
+	ArtifactType  string               `json:"artifactType"`
+	Config        *ocispec.Descriptor  `json:"config"`
+	Layers        []ocispec.Descriptor `json:"layers"`
+	Blobs         []ocispec.Descriptor `json:"blobs"`
+	Manifests     []ocispec.Descriptor `json:"manifests"`
+	Subject       *ocispec.Descriptor  `json:"subject"`
+	Annotations   map[string]string    `json:"annotations"`
+}
+
+type manifestForm int
+
+const (
+	formImage manifestForm = iota + 1
+	formIndex
+	formArtifact
+)
+
+// formOf returns 0 for a media type that is no accepted manifest's.
+func formOf(mediaType string) manifestForm {
+	switch mediaType {
+	case ocispec.MediaTypeImageManifest, MediaTypeDockerManifest:
+		return formImage
+	case ocispec.MediaTypeImageIndex, MediaTypeDockerManifestList:
+		return formIndex
+	case MediaTypeArtifactManifest:
+		return formArtifact
+	}
+	return 0
+}
+
+// ParseManifest reads an OCI image manifest, image index or artifact manifest, or
+// a Docker manifest (version 2, schema 2) or manifest list. It keeps a copy of raw.
+//
+// mediaType is what the descriptor or the registry calls the document, without
+// parameters. If it is "", the document's own mediaType counts, and if that is
+// missing too, the structure.
+//
+// A document must mean the same to every reader, so beyond the specification's
+// rules it is refused when it holds parts of two forms (CVE-2021-41190),
+// contradicts mediaType, repeats a key or has a known key in another case, is
+// not strict JSON in UTF-8, gives one digest two sizes, or has a data field that
+// is not the content. Unknown fields are allowed.
+//
+// Errors: [ErrTooLarge] above [MaxManifestSize]; [ErrUnsupportedMediaType];
+// [ErrInvalidManifest] for the rest, together with [ErrInvalidDigest],
+// [ErrDigestMismatch] or [ErrSizeMismatch] where these say more.
+func ParseManifest(mediaType string, raw []byte) (*Manifest, error) {
+	if len(raw) > MaxManifestSize { // before the copy
+		return nil, tooLargeManifest(len(raw))
+	}
+	return parseManifest(mediaType, bytes.Clone(raw))
+}
+
+func tooLargeManifest(size int) error {
+	return fmt.Errorf("%w: manifest of %d bytes, at most %d are taken", ErrTooLarge, size, MaxManifestSize)
+}
+
+// parseManifest is [ParseManifest] for a raw that nobody writes to any more.
+func parseManifest(mediaType string, raw []byte) (*Manifest, error) {
+	if len(raw) > MaxManifestSize {
+		return nil, tooLargeManifest(len(raw))
+	}
+	if mediaType != "" && formOf(mediaType) == 0 {
+		return nil, fmt.Errorf("%w: %s is no manifest's", ErrUnsupportedMediaType, printable(mediaType))
+	}
+	m := &Manifest{raw: raw}
+	present, err := decodeStrict(raw, jsonManifest, &m.doc)
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrInvalidManifest, err)
+	}
+	if err := m.settleForm(mediaType, present); err != nil {
+		return nil, err
+	}
+	if err := m.checkFields(present); err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrInvalidManifest, err)
+	}
+	m.layers = m.doc.Layers
+	if m.form == formArtifact {
+		m.layers = m.doc.Blobs
+	}
+	if err := m.checkDescriptors(); err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrInvalidManifest, err)
+	}
+	m.digest = digest.FromBytes(raw)
+	return m, nil
+}
+
+// The fields that tell the forms apart.
+var (
+	hasConfig    = jsonManifest.bit("config")
+	hasLayers    = jsonManifest.bit("layers")
+	hasBlobs     = jsonManifest.bit("blobs")
+	hasManifests = jsonManifest.bit("manifests")
+)
+
+// settleForm sets the form and the effective media type.
+func (m *Manifest) settleForm(mediaType string, present fieldSet) error {
+	own := m.doc.MediaType
+	switch {
+	case mediaType != "" && own != "" && own != mediaType:
+		return fmt.Errorf("%w: mediaType is %s, but the document was given as %s",
+			ErrInvalidManifest, printable(own), mediaType)
+	case mediaType != "":
+		m.doc.MediaType = mediaType
+	case own != "":
+		if formOf(own) == 0 {
+			return fmt.Errorf("%w: %s is no manifest's", ErrUnsupportedMediaType, printable(own))
+		}
+	case present&hasManifests != 0:
+		m.doc.MediaType = ocispec.MediaTypeImageIndex
+	case present&(hasConfig|hasLayers) != 0:
+		m.doc.MediaType = ocispec.MediaTypeImageManifest
+	default:
+		return fmt.Errorf("%w: neither mediaType nor structure tells what it is", ErrInvalidManifest)
+	}
+	m.form = formOf(m.doc.MediaType)
+	if m.form == formArtifact && own == "" {
+		return fmt.Errorf("%w: artifact manifest without mediaType", ErrInvalidManifest)
+	}
+	return nil
+}
+
+// checkFields checks the fields that the form must have and must not have.
+func (m *Manifest) checkFields(present fieldSet) error {
+	var foreign fieldSet
+	switch m.form {
+	case formImage:
+		foreign = hasManifests | hasBlobs
+	case formIndex:
+		foreign = hasConfig | hasLayers | hasBlobs
+	case formArtifact:
+		foreign = hasManifests | hasConfig | hasLayers
+	}
+	for i, f := range jsonManifest.fields {
+		if present&foreign&(1<<i) != 0 {
+			return fmt.Errorf("ambiguous: %s in a document of type %s", f.name, m.doc.MediaType)
+		}
+	}
+	switch {
+	case m.form != formArtifact && m.doc.SchemaVersion != 2:
+		return fmt.Errorf("schemaVersion: missing or not 2")
+	case m.form == formImage && m.doc.Config == nil:
+		return fmt.Errorf("config: missing")
+	case m.form == formImage && m.doc.Layers == nil: // null is not the array that manifest.md demands
+		return fmt.Errorf("layers: missing")
+	case m.form == formIndex && m.doc.Manifests == nil:
+		return fmt.Errorf("manifests: missing")
+	case m.form == formArtifact || m.doc.ArtifactType != "":
+		return checkMediaType("artifactType", m.doc.ArtifactType)
+	}
+	return nil
+}
+
+// checkDescriptors checks each descriptor, and that they agree with each other.
+func (m *Manifest) checkDescriptors() error {
+	sizes := make(map[digest.Digest]int64, len(m.layers)+len(m.doc.Manifests)+2)
+	check := func(d *ocispec.Descriptor) error {
+		if err := checkDescriptor(d); err != nil {
+			return err
+		}
+		if size, ok := sizes[d.Digest]; ok && size != d.Size {
+			return fmt.Errorf("size: %d, but elsewhere %s has %d", d.Size, d.Digest, size)
+		}
+		sizes[d.Digest] = d.Size
+		return nil
+	}
+	for _, one := range [...]struct {
+		field string
+		d     *ocispec.Descriptor
+	}{{"config", m.doc.Config}, {"subject", m.doc.Subject}} {
+		if one.d != nil {
+			if err := check(one.d); err != nil {
+				return fmt.Errorf("%s.%w", one.field, err)
+			}
+		}
+	}
+	for _, list := range [...]struct {
+		field string
+		ds    []ocispec.Descriptor
+	}{{"layers", m.doc.Layers}, {"blobs", m.doc.Blobs}, {"manifests", m.doc.Manifests}} {
+		for i := range list.ds {
+			if err := check(&list.ds[i]); err != nil {
+				return fmt.Errorf("%s[%d].%w", list.field, i, err)
+			}
+		}
+	}
+	return nil
+}
+
+// checkDescriptor checks what image-spec descriptor.md says of d alone, as far as
+// [checkJSON] has not: it has seen to presence, types and the range of size.
+// The error begins with the field's name.
+func checkDescriptor(d *ocispec.Descriptor) error {
+	if err := checkMediaType("mediaType", d.MediaType); err != nil {
+		return err
+	}
+	if err := checkDigest(d.Digest); err != nil {
+		return fmt.Errorf("digest: %w", err)
+	}
+	if d.ArtifactType != "" {
+		if err := checkMediaType("artifactType", d.ArtifactType); err != nil {
+			return err
+		}
+	}
+	if d.Data == nil {
+		return nil
+	}
+	if int64(len(d.Data)) != d.Size {
+		return fmt.Errorf("data: %w: %d bytes, size says %d", ErrSizeMismatch, len(d.Data), d.Size)
+	}
+	h := newHash(d.Digest.Algorithm())
+	h.Write(d.Data)
+	if got := digest.NewDigest(d.Digest.Algorithm(), h); got != d.Digest {
+		return fmt.Errorf("data: %w: content is %s", ErrDigestMismatch, got)
+	}
+	return nil
+}
+
+// checkMediaType refuses what no media type can be (RFC 6838, section 4.2,
+// allows 127 characters on either side of the '/') and what would harm a terminal.
+// It leaves the rest: image-spec wants unknown types to be stored and copied.
+func checkMediaType(field, s string) error {
+	bad := s == "" || len(s) > 255
+	for _, c := range []byte(s) {
+		bad = bad || c < 0x20 || c > 0x7e
+	}
+	if bad {
+		return fmt.Errorf("%s: %q is not 1 to 255 printable ASCII characters", field, clip(s))
+	}
+	return nil
+}
+
+// MediaType returns the document's media type: the one it was given as, else its own, else the detected one.
+func (m *Manifest) MediaType() string { return m.doc.MediaType }
+
+// IsIndex reports whether the document is an image index or a manifest list.
+func (m *Manifest) IsIndex() bool { return m.form == formIndex }
+
+// ArtifactType returns the document's artifactType; for an image manifest
+// without one, the config's media type (image-spec manifest.md, "Guidelines for
+// Artifact Usage"); else "".
+func (m *Manifest) ArtifactType() string {
+	if m.doc.ArtifactType == "" && m.doc.Config != nil {
+		return m.doc.Config.MediaType
+	}
+	return m.doc.ArtifactType
+}
+
+// Config returns the config of an image manifest, and false for the other forms.
+func (m *Manifest) Config() (ocispec.Descriptor, bool) { return cloneOptional(m.doc.Config) }
+
+// Layers returns the layers of an image manifest or the blobs of an artifact
+// manifest, in the document's order.
+func (m *Manifest) Layers() []ocispec.Descriptor { return cloneDescriptors(m.layers) }
+
+// Manifests returns the members of an index, in the document's order.
+func (m *Manifest) Manifests() []ocispec.Descriptor { return cloneDescriptors(m.doc.Manifests) }
+
+// LayersByMediaType returns the layers of exactly this media type.
+func (m *Manifest) LayersByMediaType(mediaType string) []ocispec.Descriptor {
+	return m.layersWhere(func(d *ocispec.Descriptor) bool { return d.MediaType == mediaType })
+}
+
+// LayersByAnnotation returns the layers that have this annotation with this value.
+func (m *Manifest) LayersByAnnotation(key, value string) []ocispec.Descriptor {
+	return m.layersWhere(func(d *ocispec.Descriptor) bool {
+		got, ok := d.Annotations[key]
+		return ok && got == value
+	})
+}
+
+func (m *Manifest) layersWhere(match func(*ocispec.Descriptor) bool) []ocispec.Descriptor {
+	var found []ocispec.Descriptor
+	for i := range m.layers {
+		if match(&m.layers[i]) {
+			found = append(found, cloneDescriptor(m.layers[i]))
+		}
+	}
+	return found
+}
+
+// Annotations returns the document's annotations; nil when it has none.
+func (m *Manifest) Annotations() map[string]string { return maps.Clone(m.doc.Annotations) }
+
+// Subject returns the descriptor of the manifest that this one refers to, and false if it has no subject.
+func (m *Manifest) Subject() (ocispec.Descriptor, bool) { return cloneOptional(m.doc.Subject) }
+
+// Bytes returns the document as it was read.
+func (m *Manifest) Bytes() []byte { return bytes.Clone(m.raw) }
+
+// Size returns the length of the document in bytes.
+func (m *Manifest) Size() int64 { return int64(len(m.raw)) }
+
+// Digest returns the sha256 digest of the document, whatever digest it is stored or asked for by.
+func (m *Manifest) Digest() digest.Digest { return m.digest }
+
+// Descriptor returns media type, sha256 digest, size and artifact type of the document.
+func (m *Manifest) Descriptor() ocispec.Descriptor {
+	return ocispec.Descriptor{
+		MediaType:    m.MediaType(),
+		Digest:       m.digest,
+		Size:         m.Size(),
+		ArtifactType: m.ArtifactType(),
+	}
+}
+
+func cloneDescriptor(d ocispec.Descriptor) ocispec.Descriptor {
+	d.URLs = slices.Clone(d.URLs)
+	d.Annotations = maps.Clone(d.Annotations)
+	d.Data = bytes.Clone(d.Data)
+	if d.Platform != nil {
+		p := *d.Platform
+		p.OSFeatures = slices.Clone(p.OSFeatures)
+		d.Platform = &p
+	}
+	return d
+}
+
+func cloneOptional(d *ocispec.Descriptor) (ocispec.Descriptor, bool) {
+	if d == nil {
+		return ocispec.Descriptor{}, false
+	}
+	return cloneDescriptor(*d), true
+}
+
+func cloneDescriptors(ds []ocispec.Descriptor) []ocispec.Descriptor {
+	if len(ds) == 0 {
+		return nil
+	}
+	clones := make([]ocispec.Descriptor, len(ds))
+	for i, d := range ds {
+		clones[i] = cloneDescriptor(d)
+	}
+	return clones
+}
+
+// A role says what a member of the material closure is to its manifest.
+type role string
+
+const (
+	roleConfig   role = "config"
+	roleLayer    role = "layer"
+	roleManifest role = "manifest"
+)
+
+// children returns the direct members of the material closure in document
+// order: the config if there is one, then the layers, or the members of an
+// index. The subject is not among them. The caller must not write to what the
+// descriptors point at.
+func (m *Manifest) children() []ocispec.Descriptor {
+	switch {
+	case m.form == formIndex:
+		return slices.Clip(m.doc.Manifests)
+	case m.doc.Config == nil:
+		return slices.Clip(m.layers)
+	}
+	return append([]ocispec.Descriptor{*m.doc.Config}, m.layers...)
+}
+
+// childRole returns the role of children()[i].
+func (m *Manifest) childRole(i int) role {
+	switch {
+	case m.form == formIndex:
+		return roleManifest
+	case i == 0 && m.doc.Config != nil:
+		return roleConfig
+	}
+	return roleLayer
+}
+
+// ManifestFormat chooses the form of a manifest that is built.
+type ManifestFormat int
+
+const (
+	// FormatDefault is the registry's choice, and without one an artifact manifest.
+	FormatDefault ManifestFormat = iota
+	// FormatArtifactManifest is [MediaTypeArtifactManifest].
+	FormatArtifactManifest
+	// FormatImageManifest is an OCI image manifest with an artifactType
+	// (image-spec 1.1), the form that most registries take.
+	FormatImageManifest
+)
+
+// String names the format for messages.
+func (f ManifestFormat) String() string {
+	switch f {
+	case FormatDefault:
+		return "default"
+	case FormatArtifactManifest:
+		return "artifact manifest"
+	case FormatImageManifest:
+		return "image manifest"
+	}
+	return fmt.Sprintf("ManifestFormat(%d)", int(f))
+}
+
+// manifestSpec is what a manifest is built from. Maps and slices may be nil.
+type manifestSpec struct {
+	artifactType string
+	config       *ocispec.Descriptor // image manifests only; nil stands for emptyJSON
+	layers       []ocispec.Descriptor
+	annotations  map[string]string
+	subject      *ocispec.Descriptor
+}
+
+// emptyJSON is the descriptor of the blob "{}", which stands where an image
+// manifest must have a blob and the artifact has none (image-spec manifest.md,
+// "Guidance for an Empty Descriptor"). The builder stores that blob too.
+var emptyJSON = ocispec.Descriptor{
+	MediaType: ocispec.MediaTypeEmptyJSON,
+	Digest:    ocispec.DescriptorEmptyJSON.Digest,
+	Size:      2,
+}
+
+// buildManifest writes the canonical document of spec: equal input gives equal
+// bytes, and so one digest. Descriptors are written whole except for data, which
+// repeats what the digest says already.
+//
+// Errors: [ErrInvalidArgument] for a config in an artifact manifest, a missing
+// artifact type, an unknown format or invalid UTF-8, and those of [ParseManifest],
+// which the document has passed when it is returned.
+func buildManifest(f ManifestFormat, spec manifestSpec) (*Manifest, error) {
+	mediaType, list, layers, config := MediaTypeArtifactManifest, "blobs", spec.layers, spec.config
+	switch f {
+	case FormatDefault, FormatArtifactManifest:
+		if config != nil {
+			return nil, fmt.Errorf("%w: an artifact manifest has no config: build as image manifest, or without it", ErrInvalidArgument)
+		}
+	case FormatImageManifest:
+		mediaType, list = ocispec.MediaTypeImageManifest, "layers"
+		if config == nil {
+			config = &emptyJSON
+		}
+		if len(layers) == 0 {
+			layers = []ocispec.Descriptor{emptyJSON}
+		}
+	default:
+		return nil, fmt.Errorf("%w: unknown format %v", ErrInvalidArgument, f)
+	}
+	// manifest.md: with an empty config only artifactType says what the artifact is.
+	if spec.artifactType == "" && (config == nil || config.MediaType == ocispec.MediaTypeEmptyJSON) {
+		return nil, fmt.Errorf("%w: an artifact type is needed", ErrInvalidArgument)
+	}
+
+	var w canonicalWriter
+	w.raw("{")
+	w.annotations(spec.annotations)
+	w.field("artifactType", spec.artifactType)
+	if f != FormatImageManifest {
+		w.descriptors(list, layers)
+	} else {
+		w.key("config")
+		w.descriptor(config)
+		w.descriptors(list, layers)
+	}
+	w.field("mediaType", mediaType)
+	if f == FormatImageManifest {
+		w.key("schemaVersion")
+		w.int(2)
+	}
+	if spec.subject != nil {
+		w.key("subject")
+		w.descriptor(spec.subject)
+	}
+	w.raw("}")
+	if w.err != nil {
+		return nil, w.err
+	}
+	return parseManifest(mediaType, w.buf)
+}
+
+// annotations writes the annotations of a document or descriptor, if it has any.
+func (w *canonicalWriter) annotations(m map[string]string) {
+	if len(m) > 0 {
+		w.key("annotations")
+		w.texts(m)
+	}
+}
+
+func (w *canonicalWriter) descriptors(name string, ds []ocispec.Descriptor) {
+	w.key(name)
+	w.raw("[")
+	for i := range ds {
+		w.sep()
+		w.descriptor(&ds[i])
+	}
+	w.raw("]")
+}
+
+func (w *canonicalWriter) descriptor(d *ocispec.Descriptor) {
+	w.raw("{")
+	w.annotations(d.Annotations)
+	w.field("artifactType", d.ArtifactType)
+	w.field("digest", string(d.Digest))
+	w.field("mediaType", d.MediaType)
+	if p := d.Platform; p != nil {
+		w.key("platform")
+		w.raw("{")
+		w.field("architecture", p.Architecture)
+		w.field("os", p.OS)
+		w.list("os.features", p.OSFeatures)
+		w.field("os.version", p.OSVersion)
+		w.field("variant", p.Variant)
+		w.raw("}")
+	}
+	w.key("size")
+	w.int(d.Size)
+	w.list("urls", d.URLs)
+	w.raw("}")
+}

@@ -1,0 +1,547 @@
+package ocilocal
+
+import (
+	"cmp"
+	"fmt"
+	"net/netip"
+	"strings"
+	"unicode/utf8"
+
+	"github.com/opencontainers/go-digest"
+)
+
+// Limits and names of the reference grammar.
+const (
+	// maxReferenceLen is refused before anything is parsed. The longest
+	// canonical reference is a name of 255 bytes, a tag of 128 and a sha512
+	// digest of 135 with their separators: 520. Twice that leaves room for
+	// every spelling that becomes shorter, and keeps hostile input out of the scanner.
+	maxReferenceLen = 1024
+	// maxNameLen bounds registry, '/' and repository together: the limit that
+	// distribution-spec ("Pulling manifests") says many clients impose. A longer
+	// name could be stored here but not pushed with them.
+	maxNameLen = 255
+	maxHostLen = 253 // RFC 1035, section 3.1, in text form
+	maxTagLen  = 128 // distribution-spec, "Pulling manifests"
+
+	defaultTag = "latest" // what every client of Docker Hub's lineage means by a bare name
+
+	registryDockerHub = "docker.io" // its canonical name; requests go to registry-1.docker.io
+	registryGitHub    = "ghcr.io"
+)
+
+// A Reference names an artifact: registry, repository, and a tag, a digest or both.
+//
+// It is always in canonical form, so two spellings of one name are equal by ==
+// and the same map key. The zero Reference names nothing; it is the only one
+// without a name, and every other one has a tag or a digest.
+type Reference struct {
+	name   string // registry + "/" + repository; the registry holds no '/'
+	tag    string
+	digest digest.Digest
+}
+
+// ParseReference reads host[:port]/repository[:tag][@digest] and makes it canonical.
+//
+// The grammar is distribution-spec 1.1's (section "Pulling manifests"):
+//
+//	repository  [a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*(\/[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*)*
+//	tag         [a-zA-Z0-9_][a-zA-Z0-9._-]{0,127}
+//	digest      lower-case sha256, sha384 or sha512
+//
+// The spec leaves the host and the short forms open; these are Docker's rules,
+// which users expect of every client:
+//
+//   - The text before the first '/' is a host only if it has a '.' or a ':', or
+//     is localhost, or is an IPv6 address in brackets. Otherwise the host is docker.io.
+//     Without a '/' there is no host: "app:5000" is docker.io/library/app with tag 5000.
+//   - index.docker.io and registry-1.docker.io are docker.io.
+//   - A docker.io repository of one component is in library/.
+//   - The tag is "latest" where there is neither tag nor digest.
+//
+// Hosts are lower-cased and IPv6 addresses (without zone) take their canonical
+// form. A host that ends in a number has to be an IPv4 address of four decimal
+// parts, because resolvers read 127.1 and 0x7f000001 as other spellings of one;
+// [::ffff:127.0.0.1] is refused for the same reason.
+// A port stays as it is: host and host:443 are two registries.
+// Text that is only a digest is refused, and so is "sha256:" before anything,
+// though docker.io/library/sha256:x is a name.
+//
+// Nothing else is corrected: no trimming, no unescaping, no lower-casing of repositories.
+//
+// Errors: [ErrInvalidReference], and also [ErrInvalidDigest] where the digest is at fault.
+func ParseReference(s string) (Reference, error) {
+	switch {
+	case s == "":
+		return Reference{}, fmt.Errorf("%w: it is empty, want host/repository:tag", ErrInvalidReference)
+	case len(s) > maxReferenceLen:
+		return Reference{}, fmt.Errorf("%w: %q has %d bytes, want at most %d",
+			ErrInvalidReference, clip(s), len(s), maxReferenceLen)
+	}
+	if err := checkPrintable(s); err != nil {
+		return Reference{}, err
+	}
+
+	var r Reference
+	rest, d, pinned := strings.Cut(s, "@")
+	if pinned {
+		r.digest = digest.Digest(d)
+		if err := checkDigest(r.digest); err != nil {
+			return Reference{}, fmt.Errorf("%w: %w", ErrInvalidReference, err)
+		}
+	}
+	// A ':' before the last '/' belongs to a port.
+	slash := strings.LastIndexByte(rest, '/')
+	name, tag, tagged := rest, "", false
+	if i := strings.IndexByte(rest[slash+1:], ':'); i >= 0 {
+		i += slash + 1
+		name, tag, tagged = rest[:i], rest[i+1:], true
+	}
+	if slash < 0 && isOnlyDigest(name, tagged) {
+		return Reference{}, fmt.Errorf("%w: %q is only a digest, want a name before it: repository@sha256:…",
+			ErrInvalidReference, clip(s))
+	}
+	var err error
+	if r.name, err = canonicalName(name); err != nil {
+		return Reference{}, err
+	}
+	switch {
+	case tagged:
+		if err := checkTag(tag); err != nil {
+			return Reference{}, err
+		}
+		r.tag = tag
+	case !pinned:
+		r.tag = defaultTag
+	}
+	return r, nil
+}
+
+// MustParseReference is [ParseReference] for constants and tests: it panics on an error.
+func MustParseReference(s string) Reference {
+	r, err := ParseReference(s)
+	if err != nil {
+		panic("ocilocal: MustParseReference: " + err.Error())
+	}
+	return r
+}
+
+// GitHubReference returns ghcr.io/org/repo/name:tag. GitHub's names may have
+// upper-case letters and the registry's may not, so org, repo and name are
+// lower-cased; tag is kept. Name may have several components; org and repo have one.
+//
+// Errors: [ErrInvalidReference].
+func GitHubReference(org, repo, name, tag string) (Reference, error) {
+	for _, part := range [...]string{org, repo, name} {
+		// Before ToLower, which would turn look-alikes such as U+212A into ASCII.
+		if err := checkPrintable(part); err != nil {
+			return Reference{}, err
+		}
+	}
+	for _, part := range [...]string{org, repo} {
+		if strings.Contains(part, "/") {
+			return Reference{}, fmt.Errorf("%w: %q has a '/', want one GitHub organization or repository",
+				ErrInvalidReference, clip(part))
+		}
+	}
+	if err := checkTag(tag); err != nil {
+		return Reference{}, err
+	}
+	full, err := canonicalName(strings.ToLower(registryGitHub + "/" + org + "/" + repo + "/" + name))
+	if err != nil {
+		return Reference{}, err
+	}
+	return Reference{name: full, tag: tag}, nil
+}
+
+// Registry returns the host with its port if it has one: "docker.io", "localhost:5000", "[::1]:5000".
+func (r Reference) Registry() string {
+	registry, _, _ := strings.Cut(r.name, "/")
+	return registry
+}
+
+// Repository returns the name within the registry: "library/alpine".
+func (r Reference) Repository() string {
+	_, repository, _ := strings.Cut(r.name, "/")
+	return repository
+}
+
+// Name returns the reference without tag and digest: "docker.io/library/alpine".
+func (r Reference) Name() string { return r.name }
+
+// Tag returns the tag, or "" for a reference by digest alone.
+func (r Reference) Tag() string { return r.tag }
+
+// Digest returns the digest that the reference is pinned to, or "".
+func (r Reference) Digest() digest.Digest { return r.digest }
+
+// IsZero reports whether r is the zero Reference, which names nothing.
+func (r Reference) IsZero() bool { return r == Reference{} }
+
+// String returns the canonical spelling, with nothing left to a default.
+// [ParseReference] of it returns r. The zero Reference gives "".
+func (r Reference) String() string {
+	switch {
+	case r.digest == "" && r.tag == "":
+		return r.name
+	case r.digest == "":
+		return r.name + ":" + r.tag
+	case r.tag == "":
+		return r.name + "@" + string(r.digest)
+	default:
+		return r.name + ":" + r.tag + "@" + string(r.digest)
+	}
+}
+
+// WithTag returns the same name with this tag. It drops the digest, which was
+// said of another tag.
+//
+// Errors: [ErrInvalidReference], also for the zero Reference.
+func (r Reference) WithTag(tag string) (Reference, error) {
+	if r.IsZero() {
+		return Reference{}, fmt.Errorf("%w: a zero reference has no name to put tag %q on", ErrInvalidReference, clip(tag))
+	}
+	if err := checkTag(tag); err != nil {
+		return Reference{}, err
+	}
+	return Reference{name: r.name, tag: tag}, nil
+}
+
+// WithDigest returns the same name by digest alone. It drops the tag.
+//
+// Errors: [ErrInvalidReference], also for the zero Reference; and
+// [ErrInvalidDigest] where d is at fault.
+func (r Reference) WithDigest(d digest.Digest) (Reference, error) {
+	if r.IsZero() {
+		return Reference{}, fmt.Errorf("%w: a zero reference has no name to put digest %q on", ErrInvalidReference, clip(string(d)))
+	}
+	if err := checkDigest(d); err != nil {
+		return Reference{}, fmt.Errorf("%w: %w", ErrInvalidReference, err)
+	}
+	return Reference{name: r.name, digest: d}, nil
+}
+
+// Compare orders by name, then by tag (or digest where there is no tag), as
+// bytes: the order of the index. It returns -1, 0 or 1, and 0 only where r == o.
+func (r Reference) Compare(o Reference) int {
+	rName, rRef := r.key()
+	oName, oRef := o.key()
+	return cmp.Or(
+		strings.Compare(rName, oName),
+		strings.Compare(rRef, oRef),
+		strings.Compare(string(r.digest), string(o.digest)),
+	)
+}
+
+// MarshalText returns the canonical spelling; the zero Reference gives no bytes.
+// The error is always nil.
+func (r Reference) MarshalText() ([]byte, error) { return []byte(r.String()), nil }
+
+// UnmarshalText is [ParseReference], but takes no bytes as the zero Reference.
+// After an error r is unchanged.
+//
+// Errors: as [ParseReference].
+func (r *Reference) UnmarshalText(text []byte) error {
+	if len(text) == 0 {
+		*r = Reference{}
+		return nil
+	}
+	parsed, err := ParseReference(string(text))
+	if err != nil {
+		return err
+	}
+	*r = parsed
+	return nil
+}
+
+// key returns what identifies the ref in the index: the name, and the tag if
+// there is one, else the digest. A digest beside a tag is not part of it: it
+// says what the ref should point at, not which ref it is.
+func (r Reference) key() (name, reference string) {
+	if r.tag != "" {
+		return r.name, r.tag
+	}
+	return r.name, string(r.digest)
+}
+
+// referenceFromKey is the inverse of key. Both parts are validated, since the
+// index is a file that others can alter, and a name that isn't canonical is
+// refused, since no look-up could find it. A valid key costs no allocation,
+// unless its host is an IPv6 address.
+func referenceFromKey(name, reference string) (Reference, error) {
+	canonical, err := canonicalName(name)
+	if err != nil {
+		return Reference{}, err
+	}
+	if canonical != name {
+		return Reference{}, fmt.Errorf("%w: name %q is not in its canonical form %q",
+			ErrInvalidReference, clip(name), clip(canonical))
+	}
+	// No tag has a ':' and every digest has one.
+	if strings.IndexByte(reference, ':') < 0 {
+		if err := checkTag(reference); err != nil {
+			return Reference{}, err
+		}
+		return Reference{name: name, tag: reference}, nil
+	}
+	if err := checkDigest(digest.Digest(reference)); err != nil {
+		return Reference{}, fmt.Errorf("%w: %w", ErrInvalidReference, err)
+	}
+	return Reference{name: name, digest: digest.Digest(reference)}, nil
+}
+
+// checkTag returns an [ErrInvalidReference] unless tag is a tag of distribution-spec.
+func checkTag(tag string) error {
+	i := tagFault(tag)
+	switch {
+	case i < 0:
+		return nil
+	case tag == "":
+		return fmt.Errorf("%w: tag %q is empty, want 1 to %d characters", ErrInvalidReference, tag, maxTagLen)
+	case i >= maxTagLen:
+		return fmt.Errorf("%w: tag %q has %d characters, want at most %d",
+			ErrInvalidReference, clip(tag), len(tag), maxTagLen)
+	case tag[i] == ':':
+		return fmt.Errorf("%w: tag %q has a ':', want a digest after '@'", ErrInvalidReference, clip(tag))
+	}
+	return fmt.Errorf("%w: tag %q has %s at byte %d, want letters, digits, '_', and after the first character '.' or '-'",
+		ErrInvalidReference, clip(tag), quoteAt(tag, i), i)
+}
+
+// isBareTag reports whether s is a tag, and so has no '/', ':' or '@'.
+// The ref.name annotation of a layout may be that or a full name.
+func isBareTag(s string) bool { return tagFault(s) < 0 }
+
+// tagFault returns the offset of the first byte that keeps s from being a tag, or -1.
+func tagFault(s string) int {
+	if s == "" {
+		return 0
+	}
+	for i := range min(len(s), maxTagLen) {
+		c := s[i]
+		if !isLowerAlnum(c) && (c < 'A' || c > 'Z') && c != '_' && (i == 0 || c != '.' && c != '-') {
+			return i
+		}
+	}
+	if len(s) > maxTagLen {
+		return maxTagLen
+	}
+	return -1
+}
+
+// isOnlyDigest reports whether text without a '/' means a digest and not a
+// name: sha256:…, or 64 hexadecimal digits, which Docker takes for an image ID.
+func isOnlyDigest(name string, tagged bool) bool {
+	if tagged {
+		return digestHexLen(digest.Algorithm(name)) != 0
+	}
+	n := digestHexLen(digest.SHA256)
+	return len(name) == n && checkDigest(digest.NewDigestFromEncoded(digest.SHA256, name)) == nil
+}
+
+// canonicalName returns registry + "/" + repository with all defaults applied:
+// s itself, without allocation, if it is in that form already.
+// It takes no byte that isn't in the grammar's allow-lists, so it needs no earlier check.
+func canonicalName(s string) (string, error) {
+	registry, repository, found := strings.Cut(s, "/")
+	if !found || !isHost(registry) {
+		registry, repository = registryDockerHub, s
+	} else {
+		var err error
+		if registry, err = canonicalHost(registry); err != nil {
+			return "", err
+		}
+	}
+	if i := repositoryFault(repository); i >= 0 {
+		return "", repositoryError(repository, i)
+	}
+	switch {
+	case registry == registryDockerHub && strings.IndexByte(repository, '/') < 0:
+		s = registryDockerHub + "/library/" + repository
+	case len(registry)+1+len(repository) != len(s) || s[:len(registry)] != registry:
+		s = registry + "/" + repository
+	}
+	if len(s) > maxNameLen {
+		return "", fmt.Errorf("%w: name %q has %d characters, want at most %d for registry and repository",
+			ErrInvalidReference, clip(s), len(s), maxNameLen)
+	}
+	return s, nil
+}
+
+// isHost reports whether the text before the first '/' is a host. No repository
+// can have an upper-case letter, so Localhost can only be meant as one.
+func isHost(s string) bool {
+	return strings.IndexByte(s, '.') >= 0 || strings.IndexByte(s, ':') >= 0 ||
+		strings.HasPrefix(s, "[") || strings.EqualFold(s, "localhost")
+}
+
+// canonicalHost checks and lower-cases host[:port]. It returns s itself if
+// there is nothing to change.
+func canonicalHost(s string) (string, error) {
+	if strings.HasPrefix(s, "[") {
+		return canonicalIPv6(s)
+	}
+	host, port, hasPort := strings.Cut(s, ":")
+	if hasPort {
+		if err := checkPort(s, port); err != nil {
+			return "", err
+		}
+	}
+	if len(host) > maxHostLen {
+		return "", fmt.Errorf("%w: host %q has %d characters, want at most %d",
+			ErrInvalidReference, clip(host), len(host), maxHostLen)
+	}
+	upper := false
+	label := 0 // where the current one starts
+	for i := 0; i <= len(host); i++ {
+		if i == len(host) || host[i] == '.' {
+			if i == label || host[label] == '-' || host[i-1] == '-' {
+				return "", fmt.Errorf("%w: host %q has label %q, want labels that are not empty and begin and end with a letter or digit",
+					ErrInvalidReference, clip(host), clip(host[label:i]))
+			}
+			if i < len(host) {
+				label = i + 1
+			}
+			continue
+		}
+		switch c := host[i]; {
+		case isLowerAlnum(c), c == '-':
+		case 'A' <= c && c <= 'Z':
+			upper = true
+		default:
+			return "", fmt.Errorf("%w: host %q has %s at byte %d, want letters, digits, '-' and '.'",
+				ErrInvalidReference, clip(host), quoteAt(host, i), i)
+		}
+	}
+	if upper {
+		s = strings.ToLower(s)
+		host = s[:len(host)]
+	}
+	if isNumber(host[label:]) {
+		if addr, err := netip.ParseAddr(host); err != nil || !addr.Is4() {
+			return "", fmt.Errorf("%w: host %q ends in a number, want an IPv4 address of four decimal parts",
+				ErrInvalidReference, clip(host))
+		}
+	}
+	if s == "index.docker.io" || s == "registry-1.docker.io" {
+		return registryDockerHub, nil
+	}
+	return s, nil
+}
+
+// canonicalIPv6 does the same for [address][:port].
+func canonicalIPv6(s string) (string, error) {
+	text, rest, closed := strings.Cut(s[1:], "]")
+	addr, err := netip.ParseAddr(text)
+	if !closed || err != nil || !addr.Is6() || addr.Is4In6() || addr.Zone() != "" {
+		return "", fmt.Errorf("%w: host %q is not an IPv6 address in brackets, without zone and not mapped from IPv4",
+			ErrInvalidReference, clip(s))
+	}
+	if rest != "" {
+		port, ok := strings.CutPrefix(rest, ":")
+		if !ok {
+			return "", fmt.Errorf("%w: host %q has %q after the ']', want a ':' and a port", ErrInvalidReference, clip(s), clip(rest))
+		}
+		if err := checkPort(s, port); err != nil {
+			return "", err
+		}
+	}
+	return "[" + addr.String() + "]" + rest, nil
+}
+
+// checkPort takes 1 to 65535 in the one spelling without leading zeros;
+// host is what it stands in.
+func checkPort(host, port string) error {
+	if host == "http:" || host == "https:" {
+		return fmt.Errorf("%w: %q is the start of a URL, want a host without scheme", ErrInvalidReference, host)
+	}
+	n := 0
+	ok := port != "" && len(port) <= len("65535") && port[0] != '0'
+	for i := 0; ok && i < len(port); i++ {
+		ok = '0' <= port[i] && port[i] <= '9'
+		n = n*10 + int(port[i]-'0')
+	}
+	if !ok || n > 65535 {
+		return fmt.Errorf("%w: host %q has port %q, want 1 to 65535 without leading zeros",
+			ErrInvalidReference, clip(host), clip(port))
+	}
+	return nil
+}
+
+// isNumber reports whether a resolver could read a host that ends in this
+// lower-case label as an IPv4 address (WHATWG URL, "ends in a number").
+func isNumber(label string) bool {
+	digits, hex := strings.CutPrefix(label, "0x")
+	for _, c := range []byte(digits) {
+		if (c < '0' || c > '9') && (!hex || c < 'a' || c > 'f') {
+			return false
+		}
+	}
+	return true
+}
+
+// repositoryFault returns the offset of the first byte that keeps s from being
+// a repository, len(s) if it ends too early, or -1. To the grammar '/' is one
+// more separator: letters and digits have to stand on both sides of each.
+func repositoryFault(s string) int {
+	for i := 0; ; {
+		start := i
+		for i < len(s) && isLowerAlnum(s[i]) {
+			i++
+		}
+		if i == start {
+			return i
+		}
+		if i == len(s) {
+			return -1
+		}
+		switch s[i] {
+		case '/', '.':
+			i++
+		case '_':
+			i++
+			if i < len(s) && s[i] == '_' {
+				i++
+			}
+		case '-':
+			for i < len(s) && s[i] == '-' {
+				i++
+			}
+		default:
+			return i
+		}
+	}
+}
+
+// repositoryError puts what repositoryFault found into words.
+func repositoryError(s string, i int) error {
+	const want = "want lower-case letters and digits, joined by '.', '_', '__' or hyphens, in components separated by '/'"
+	switch {
+	case s == "":
+		return fmt.Errorf("%w: repository %q is empty, %s", ErrInvalidReference, s, want)
+	case i == len(s):
+		return fmt.Errorf("%w: repository %q ends in %q, %s", ErrInvalidReference, clip(s), s[i-1:], want)
+	}
+	return fmt.Errorf("%w: repository %q has %s at byte %d, %s", ErrInvalidReference, clip(s), quoteAt(s, i), i, want)
+}
+
+// checkPrintable refuses control characters, spaces and everything beyond
+// ASCII, look-alike letters among it.
+func checkPrintable(s string) error {
+	for i := range len(s) {
+		if c := s[i]; c <= ' ' || c > '~' {
+			return fmt.Errorf("%w: %q has %s at byte %d, want ASCII without spaces and control characters",
+				ErrInvalidReference, clip(s), quoteAt(s, i), i)
+		}
+	}
+	return nil
+}
+
+// quoteAt quotes the character at s[i:], with anything beyond ASCII escaped so
+// that a look-alike shows.
+func quoteAt(s string, i int) string {
+	_, n := utf8.DecodeRuneInString(s[i:])
+	return fmt.Sprintf("%+q", s[i:i+n])
+}
+
+func isLowerAlnum(c byte) bool { return 'a' <= c && c <= 'z' || '0' <= c && c <= '9' }

@@ -1,0 +1,469 @@
+package ocilocal
+
+import (
+	"bytes"
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path"
+	"sync"
+
+	"github.com/opencontainers/go-digest"
+)
+
+// A stage holds the blobs of one publish while they are on their way in.
+// Everything that ever gets a name below blobs/ goes through here, in this order:
+//
+//	put      tmp/<session>/<random>, O_EXCL → copy, hash, count → digest and
+//	         size compared with what was named → chmod 0444
+//	settle   fsync (the descriptor that wrote) → close → link to
+//	         blobs/<alg>/<encoded> without replacing → fsync blobs/<alg>
+//	recheck  inside the index's write transaction: still there, or linked again
+//	discard  the names below tmp/ go
+//
+// The name below tmp/ stays until discard, and a blob that was there already is
+// linked into tmp/ too: should a garbage collector delete the name below blobs/
+// before the transaction makes it reachable, recheck puts it back from there.
+//
+// After a failed fsync the file is gone for good: the stage fails, and
+// nothing of it may be published (a second fsync could report success for pages
+// that the kernel has dropped).
+//
+// A stage is safe for concurrent use by the goroutines of one operation.
+type stage struct {
+	store *blobStore
+
+	mu    sync.Mutex
+	files map[digest.Digest]*stagedFile
+	// unsynced files keep their descriptor until fsync. Both bounds keep
+	// descriptors and dirty pages few, however many blobs come in.
+	unsynced      []*stagedFile
+	unsyncedBytes int64
+	failed        error // sticky
+}
+
+const (
+	maxUnsyncedFiles = 64
+	maxUnsyncedBytes = 64 << 20
+)
+
+type stagedFile struct {
+	name   string // below the root; "" when no link into tmp/ could be made
+	digest digest.Digest
+	size   int64
+	file   *os.File // nil once synced, and for a blob that was there already
+	reused bool     // the bytes were in the store already
+}
+
+func (s *blobStore) newStage() *stage {
+	return &stage{store: s, files: map[digest.Digest]*stagedFile{}}
+}
+
+// put copies src into the stage. want, when not empty, is what the bytes must
+// hash to, and size, when not −1, how many they must be; alg chooses the
+// algorithm when want doesn't. Errors: [ErrDigestMismatch], [ErrSizeMismatch],
+// ctx's, src's, and the file system's.
+func (st *stage) put(ctx context.Context, src io.Reader, alg digest.Algorithm, want digest.Digest, size int64) (digest.Digest, int64, error) {
+	if want != "" {
+		if err := checkDigest(want); err != nil {
+			return "", 0, err
+		}
+		alg = want.Algorithm()
+	}
+	f, name, err := st.create()
+	if err != nil {
+		return "", 0, err
+	}
+	w := &hashingWriter{file: f, hash: newHash(alg), store: st.store, name: name}
+	in := io.Reader(&ctxReader{ctx, src})
+	if size >= 0 {
+		in = io.LimitReader(in, size+1)
+	}
+	n, err := st.store.copy(w, in)
+	got := digest.NewDigest(alg, w.hash)
+	switch {
+	case err != nil:
+	case size >= 0 && n > size:
+		err = fmt.Errorf("%w: more than the %d bytes it should have", ErrSizeMismatch, size)
+	case size >= 0 && n < size:
+		err = fmt.Errorf("%w: %d bytes, want %d", ErrSizeMismatch, n, size)
+	case want != "" && got != want:
+		err = fmt.Errorf("%w: bytes hash to %s, want %s", ErrDigestMismatch, got, want)
+	default:
+		err = f.Chmod(0o444)
+	}
+	if err != nil {
+		f.Close()
+		return "", 0, errors.Join(err, st.store.root.Remove(name))
+	}
+	return got, n, st.add(&stagedFile{name: name, digest: got, size: n, file: f})
+}
+
+// putBytes is put for bytes in memory; it skips writing what is there already.
+func (st *stage) putBytes(ctx context.Context, b []byte, alg digest.Algorithm) (digest.Digest, error) {
+	h := newHash(alg)
+	h.Write(b)
+	d := digest.NewDigest(alg, h)
+	if ok, err := st.reuse(ctx, d, int64(len(b))); ok || err != nil {
+		return d, err
+	}
+	_, _, err := st.put(ctx, bytes.NewReader(b), alg, d, int64(len(b)))
+	return d, err
+}
+
+// create makes an empty file in the session's directory.
+func (st *stage) create() (*os.File, string, error) {
+	dir, err := st.store.enter()
+	if err != nil {
+		return nil, "", err
+	}
+	name := path.Join(dir, rand.Text())
+	if err := st.store.injected("create", name); err != nil {
+		return nil, "", err
+	}
+	f, err := st.store.root.OpenFile(name, os.O_RDWR|os.O_CREATE|os.O_EXCL|openNoFollow, 0o600)
+	return f, name, err
+}
+
+// add takes a complete file into the stage.
+func (st *stage) add(sf *stagedFile) error {
+	st.mu.Lock()
+	defer st.mu.Unlock()
+	if st.files == nil {
+		return errors.Join(ErrClosed, st.drop(sf))
+	}
+	if st.files[sf.digest] != nil { // the same bytes came twice
+		return st.drop(sf)
+	}
+	st.files[sf.digest] = sf
+	if sf.file == nil {
+		return nil
+	}
+	st.unsynced = append(st.unsynced, sf)
+	st.unsyncedBytes += sf.size
+	if len(st.unsynced) >= maxUnsyncedFiles || st.unsyncedBytes >= maxUnsyncedBytes {
+		return st.sync()
+	}
+	return nil
+}
+
+// reuse takes a blob into the stage that the store has already, if it is whole.
+// A damaged one is not reused: putting it again heals it.
+func (st *stage) reuse(ctx context.Context, d digest.Digest, size int64) (bool, error) {
+	if st.has(d) {
+		return true, nil
+	}
+	if err := st.store.verify(ctx, d, size); err != nil {
+		if errors.Is(err, ErrNotFound) || errors.Is(err, ErrSizeMismatch) || errors.Is(err, ErrDigestMismatch) {
+			return false, nil
+		}
+		return false, err
+	}
+	dir, err := st.store.enter()
+	if err != nil {
+		return false, err
+	}
+	sf := &stagedFile{name: path.Join(dir, rand.Text()), digest: d, size: size, reused: true}
+	switch err := st.store.root.Link(blobPath(d), sf.name); {
+	case errors.Is(err, fs.ErrNotExist): // collected in between
+		return false, nil
+	case linkUnsupported(err):
+		sf.name = ""
+	case err != nil:
+		return false, err
+	}
+	return true, st.add(sf)
+}
+
+// has reports whether d is in the stage.
+func (st *stage) has(d digest.Digest) bool {
+	st.mu.Lock()
+	defer st.mu.Unlock()
+	return st.files[d] != nil
+}
+
+// open returns a verifying reader of a blob in the stage, or else in the store.
+func (st *stage) open(ctx context.Context, d digest.Digest, size int64) (*verifier, error) {
+	st.mu.Lock()
+	sf := st.files[d]
+	st.mu.Unlock()
+	if sf == nil || sf.name == "" {
+		return st.store.open(ctx, d, size)
+	}
+	if size >= 0 && size != sf.size {
+		return nil, fmt.Errorf("blob %s: %w: has %d bytes, want %d", d, ErrSizeMismatch, sf.size, size)
+	}
+	f, err := st.store.root.OpenFile(sf.name, os.O_RDONLY|openNoFollow, 0)
+	if err != nil {
+		return nil, err
+	}
+	return &verifier{ctx: ctx, src: f, digest: d, size: sf.size, hash: newHash(d.Algorithm())}, nil
+}
+
+// keepOnly forgets what is staged and not needed, before it costs an fsync.
+func (st *stage) keepOnly(need map[digest.Digest]bool) error {
+	st.mu.Lock()
+	defer st.mu.Unlock()
+	var errs []error
+	for d, sf := range st.files {
+		if !need[d] {
+			delete(st.files, d)
+			errs = append(errs, st.drop(sf))
+		}
+	}
+	st.unsynced = keepIf(st.unsynced, func(sf *stagedFile) bool { return need[sf.digest] })
+	return errors.Join(errs...)
+}
+
+func keepIf[T any](s []T, keep func(T) bool) []T {
+	kept := s[:0]
+	for _, x := range s {
+		if keep(x) {
+			kept = append(kept, x)
+		}
+	}
+	clear(s[len(kept):])
+	return kept
+}
+
+// settle gives every staged blob its name below blobs/, durably.
+func (st *stage) settle(ctx context.Context) error {
+	st.mu.Lock()
+	defer st.mu.Unlock()
+	if st.failed != nil {
+		return st.failed
+	}
+	// What came in unnamed may be there already: then its fsync can be saved.
+	for _, sf := range st.unsynced {
+		if err := st.dedup(ctx, sf); err != nil {
+			return err
+		}
+	}
+	if err := st.sync(); err != nil {
+		return err
+	}
+	dirs := map[digest.Algorithm]bool{}
+	for _, sf := range st.files {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		alg := sf.digest.Algorithm()
+		if !dirs[alg] {
+			if err := st.store.makeAlgDir(alg); err != nil {
+				return err
+			}
+			dirs[alg] = true
+		}
+		if sf.reused {
+			// Whoever linked it may not have synced it yet, and our commit relies on it.
+			if err := st.syncReused(sf); err != nil {
+				return err
+			}
+			continue
+		}
+		if err := st.link(ctx, sf); err != nil {
+			return err
+		}
+	}
+	return st.syncAlgDirs(dirs)
+}
+
+// dedup turns sf into a reused blob when the store has the same bytes.
+func (st *stage) dedup(ctx context.Context, sf *stagedFile) error {
+	switch err := st.store.verify(ctx, sf.digest, sf.size); {
+	case err == nil:
+		// sf's own file stays: it is as good a copy to fall back on as a link would be.
+		sf.reused = true
+	case ctx.Err() != nil:
+		return ctx.Err()
+	}
+	return nil
+}
+
+func (st *stage) syncReused(sf *stagedFile) error {
+	name := blobPath(sf.digest)
+	if err := st.store.injected("fsync", name); err != nil {
+		return err
+	}
+	f, err := st.store.root.OpenFile(name, os.O_RDONLY|openNoFollow, 0)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil // collected: recheck brings it back
+	}
+	if err != nil {
+		return err
+	}
+	return errors.Join(f.Sync(), f.Close())
+}
+
+// link names sf's file below blobs/. A file that is there under that name stays
+// if it is good, and is replaced if it is damaged.
+func (st *stage) link(ctx context.Context, sf *stagedFile) error {
+	name := blobPath(sf.digest)
+	if err := st.store.injected("link", name); err != nil {
+		return err
+	}
+	err := st.store.root.Link(sf.name, name)
+	switch {
+	case err == nil:
+		return nil
+	case errors.Is(err, fs.ErrExist):
+		if st.store.verify(ctx, sf.digest, sf.size) == nil {
+			return st.syncReused(sf)
+		}
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+	case !linkUnsupported(err):
+		return err
+	}
+	// Replacing is right here: the name promises these very bytes, and what
+	// is under it, if anything, is broken. An open reader keeps the old file.
+	if err := st.store.root.Rename(sf.name, name); err != nil {
+		return err
+	}
+	sf.name = ""
+	return nil
+}
+
+// recheck makes sure that d is there with its size. It is called inside the
+// index's write transaction, which keeps every garbage collector out: what one
+// has deleted since settle comes back here. Missing is [ErrNotFound].
+func (st *stage) recheck(d digest.Digest, size int64) error {
+	got, err := st.store.size(d)
+	if err == nil && got != size {
+		return fmt.Errorf("blob %s: %w: file has %d bytes, want %d", d, ErrSizeMismatch, got, size)
+	}
+	if !errors.Is(err, ErrNotFound) || st == nil {
+		return err
+	}
+	st.mu.Lock()
+	defer st.mu.Unlock()
+	sf := st.files[d]
+	if sf == nil || sf.name == "" || sf.size != size {
+		return err
+	}
+	if sf.file != nil { // taken for reused in settle, so never synced
+		if err := st.syncFile(sf); err != nil {
+			return err
+		}
+	}
+	if err := st.store.root.Link(sf.name, blobPath(d)); err != nil {
+		if !linkUnsupported(err) {
+			return err
+		}
+		if err := st.store.root.Rename(sf.name, blobPath(d)); err != nil {
+			return err
+		}
+		sf.name = ""
+	}
+	return st.store.syncDir(path.Dir(blobPath(d)))
+}
+
+// counts tells how many blobs and bytes of need are new and how many were there.
+func (st *stage) counts() (written, reused int, writtenBytes int64) {
+	st.mu.Lock()
+	defer st.mu.Unlock()
+	for _, sf := range st.files {
+		if sf.reused {
+			reused++
+		} else {
+			written++
+			writtenBytes += sf.size
+		}
+	}
+	return written, reused, writtenBytes
+}
+
+// discard removes the stage's files below tmp/. It may be called more than
+// once; after it, put fails with [ErrClosed].
+func (st *stage) discard() error {
+	st.mu.Lock()
+	defer st.mu.Unlock()
+	var errs []error
+	for _, sf := range st.files {
+		errs = append(errs, st.drop(sf))
+	}
+	st.files, st.unsynced = nil, nil
+	return errors.Join(errs...)
+}
+
+func (st *stage) drop(sf *stagedFile) error {
+	var err error
+	if sf.file != nil {
+		err = sf.file.Close()
+		sf.file = nil
+	}
+	if sf.name != "" {
+		err = errors.Join(err, st.store.root.Remove(sf.name))
+		sf.name = ""
+	}
+	return err
+}
+
+// sync makes the bytes of all unsynced files durable and closes them. Side by
+// side, because a journalling file system then writes one record for several.
+func (st *stage) sync() error {
+	todo := keepIf(st.unsynced, func(sf *stagedFile) bool { return !sf.reused })
+	st.unsynced, st.unsyncedBytes = nil, 0
+	if len(todo) == 1 {
+		return st.syncFile(todo[0])
+	}
+	errs := make([]error, len(todo))
+	var wg sync.WaitGroup
+	limit := make(chan struct{}, maxParallelSyncs)
+	for i, sf := range todo {
+		limit <- struct{}{}
+		wg.Go(func() {
+			errs[i] = st.syncFile(sf)
+			<-limit
+		})
+	}
+	wg.Wait()
+	return errors.Join(errs...)
+}
+
+const maxParallelSyncs = 16
+
+func (st *stage) syncFile(sf *stagedFile) error {
+	err := st.store.injected("fsync", sf.name)
+	if err == nil {
+		err = sf.file.Sync()
+	}
+	err = errors.Join(err, sf.file.Close())
+	sf.file = nil
+	return err
+}
+
+func (st *stage) syncAlgDirs(dirs map[digest.Algorithm]bool) error {
+	for alg := range dirs {
+		if err := st.store.syncDir(path.Join(blobsDir, string(alg))); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// hashingWriter hashes what it writes to a staged file.
+type hashingWriter struct {
+	file  *os.File
+	hash  io.Writer
+	store *blobStore
+	name  string
+}
+
+// ctxReader fails with ctx's error once ctx is done.
+type ctxReader struct {
+	ctx context.Context
+	src io.Reader
+}
+
+func (r *ctxReader) Read(p []byte) (int, error) {
+	if err := r.ctx.Err(); err != nil {
+		return 0, err
+	}
+	return r.src.Read(p)
+}
