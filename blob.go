@@ -105,6 +105,15 @@ func (s *blobStore) size(d digest.Digest) (int64, error) {
 	return fi.Size(), nil
 }
 
+// checkSize is nil if d's file is there with that size.
+func (s *blobStore) checkSize(d digest.Digest, size int64) error {
+	got, err := s.size(d)
+	if err == nil && got != size {
+		err = fmt.Errorf("blob %s: %w: file has %d bytes, want %d", d, ErrSizeMismatch, got, size)
+	}
+	return err
+}
+
 // openFile opens d's file. A size of −1 takes the file's own.
 func (s *blobStore) openFile(d digest.Digest, size int64) (*os.File, int64, error) {
 	if err := checkDigest(d); err != nil {

@@ -6,6 +6,7 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"hash"
 	"io"
 	"io/fs"
 	"os"
@@ -333,11 +334,8 @@ func (st *stage) link(ctx context.Context, sf *stagedFile) error {
 // index's write transaction, which keeps every garbage collector out: what one
 // has deleted since settle comes back here. Missing is [ErrNotFound].
 func (st *stage) recheck(d digest.Digest, size int64) error {
-	got, err := st.store.size(d)
-	if err == nil && got != size {
-		return fmt.Errorf("blob %s: %w: file has %d bytes, want %d", d, ErrSizeMismatch, got, size)
-	}
-	if !errors.Is(err, ErrNotFound) || st == nil {
+	err := st.store.checkSize(d, size)
+	if !errors.Is(err, ErrNotFound) {
 		return err
 	}
 	st.mu.Lock()
@@ -346,21 +344,28 @@ func (st *stage) recheck(d digest.Digest, size int64) error {
 	if sf == nil || sf.name == "" || sf.size != size {
 		return err
 	}
-	if sf.file != nil { // taken for reused in settle, so never synced
+	if sf.file != nil { // settle found the bytes in the store, so it didn't sync these
 		if err := st.syncFile(sf); err != nil {
 			return err
 		}
 	}
-	if err := st.store.root.Link(sf.name, blobPath(d)); err != nil {
-		if !linkUnsupported(err) {
-			return err
-		}
-		if err := st.store.root.Rename(sf.name, blobPath(d)); err != nil {
-			return err
-		}
-		sf.name = ""
+	if err := st.relink(sf); err != nil {
+		return err
 	}
 	return st.store.syncDir(path.Dir(blobPath(d)))
+}
+
+// relink gives sf's file the name that is free now.
+func (st *stage) relink(sf *stagedFile) error {
+	err := st.store.root.Link(sf.name, blobPath(sf.digest))
+	if !linkUnsupported(err) {
+		return err
+	}
+	err = st.store.root.Rename(sf.name, blobPath(sf.digest))
+	if err == nil {
+		sf.name = ""
+	}
+	return err
 }
 
 // counts tells how many blobs and bytes of need are new and how many were there.
@@ -398,7 +403,10 @@ func (st *stage) drop(sf *stagedFile) error {
 		sf.file = nil
 	}
 	if sf.name != "" {
-		err = errors.Join(err, st.store.root.Remove(sf.name))
+		// Closing the registry has removed the session's directory already.
+		if rm := st.store.root.Remove(sf.name); !errors.Is(rm, fs.ErrNotExist) && !errors.Is(rm, fs.ErrClosed) {
+			err = errors.Join(err, rm)
+		}
 		sf.name = ""
 	}
 	return err
@@ -450,9 +458,17 @@ func (st *stage) syncAlgDirs(dirs map[digest.Algorithm]bool) error {
 // hashingWriter hashes what it writes to a staged file.
 type hashingWriter struct {
 	file  *os.File
-	hash  io.Writer
+	hash  hash.Hash
 	store *blobStore
 	name  string
+}
+
+func (w *hashingWriter) Write(p []byte) (int, error) {
+	if err := w.store.injected("write", w.name); err != nil {
+		return 0, err
+	}
+	w.hash.Write(p)
+	return w.file.Write(p)
 }
 
 // ctxReader fails with ctx's error once ctx is done.

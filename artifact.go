@@ -1,0 +1,193 @@
+package ocilocal
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"sync"
+
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+)
+
+// A LocalArtifact is an immutable view of one artifact in a registry. What its
+// reference points at later doesn't change it. Copies share the manifest once
+// it is read. It is safe for concurrent use, and needs its registry open.
+type LocalArtifact struct {
+	registry *LocalRegistry
+	ref      Reference
+	desc     ocispec.Descriptor
+	shared   *sharedManifest
+}
+
+// sharedManifest is read at most once with success.
+type sharedManifest struct {
+	mu       sync.Mutex
+	manifest *Manifest // guarded by mu; nil until a read succeeded
+}
+
+func (r *LocalRegistry) newArtifact(ref Reference, desc ocispec.Descriptor, m *Manifest) *LocalArtifact {
+	return &LocalArtifact{registry: r, ref: ref, desc: desc, shared: &sharedManifest{manifest: m}}
+}
+
+// Reference returns the reference that the artifact was loaded by; zero if by digest.
+func (a *LocalArtifact) Reference() Reference { return a.ref }
+
+// Descriptor returns the manifest's media type, digest, size and artifact type.
+func (a *LocalArtifact) Descriptor() ocispec.Descriptor { return a.desc }
+
+// Digest returns the manifest's digest, the artifact's identity.
+func (a *LocalArtifact) Digest() digest.Digest { return a.desc.Digest }
+
+// MediaType returns the manifest's media type.
+func (a *LocalArtifact) MediaType() string { return a.desc.MediaType }
+
+// ArtifactType returns the artifact's type: see [Manifest.ArtifactType].
+func (a *LocalArtifact) ArtifactType() string { return a.desc.ArtifactType }
+
+// Manifest reads and verifies the manifest, once: later calls, also of copies
+// of a, return the same. A failed read is tried again by the next call.
+// Errors: [ErrNotFound] if it was removed and collected, [ErrDigestMismatch],
+// [ErrSizeMismatch], [ErrInvalidManifest], ctx's, and the file system's.
+func (a *LocalArtifact) Manifest(ctx context.Context) (*Manifest, error) {
+	m, err := a.manifest(ctx)
+	return m, opError("read manifest", a.ref.String(), a.desc.Digest, err)
+}
+
+func (a *LocalArtifact) manifest(ctx context.Context) (*Manifest, error) {
+	a.shared.mu.Lock()
+	defer a.shared.mu.Unlock()
+	if a.shared.manifest != nil {
+		return a.shared.manifest, nil
+	}
+	end, err := a.registry.begin(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer end()
+	src, err := a.registry.blobs.open(ctx, a.desc.Digest, a.desc.Size)
+	if err != nil {
+		return nil, err
+	}
+	m, err := readManifest(src, a.desc)
+	if err == nil {
+		a.shared.manifest = m
+	}
+	return m, err
+}
+
+// readManifest reads a manifest from a verifying reader, which it closes.
+func readManifest(src *verifier, desc ocispec.Descriptor) (*Manifest, error) {
+	defer src.Close()
+	if src.size > MaxManifestSize {
+		return nil, tooLargeManifest(int(src.size))
+	}
+	raw, err := io.ReadAll(src)
+	if err != nil {
+		return nil, err
+	}
+	m, err := parseManifest(desc.MediaType, raw)
+	if err != nil {
+		return nil, fmt.Errorf("manifest %s: %w", desc.Digest, err)
+	}
+	m.digest = desc.Digest // verified; the descriptor chose the algorithm
+	return m, nil
+}
+
+// Layers returns the manifest's layers in their order (an artifact manifest's
+// blobs), as a copy. Errors are those of [LocalArtifact.Manifest].
+func (a *LocalArtifact) Layers(ctx context.Context) ([]ocispec.Descriptor, error) {
+	m, err := a.Manifest(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return m.Layers(), nil
+}
+
+// LayersByMediaType returns the layers of one media type, in their order.
+func (a *LocalArtifact) LayersByMediaType(ctx context.Context, mediaType string) ([]ocispec.Descriptor, error) {
+	m, err := a.Manifest(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return m.LayersByMediaType(mediaType), nil
+}
+
+// LayersByAnnotation returns the layers that have an annotation with that value, in their order.
+func (a *LocalArtifact) LayersByAnnotation(ctx context.Context, key, value string) ([]ocispec.Descriptor, error) {
+	m, err := a.Manifest(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return m.LayersByAnnotation(key, value), nil
+}
+
+// Annotations returns a copy of the manifest's annotations.
+func (a *LocalArtifact) Annotations(ctx context.Context) (map[string]string, error) {
+	m, err := a.Manifest(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return m.Annotations(), nil
+}
+
+// Subject returns the descriptor of the manifest that this one refers to, and
+// false if there is none (image-spec manifest.md, "subject").
+func (a *LocalArtifact) Subject(ctx context.Context) (ocispec.Descriptor, bool, error) {
+	m, err := a.Manifest(ctx)
+	if err != nil {
+		return ocispec.Descriptor{}, false, err
+	}
+	d, ok := m.Subject()
+	return d, ok, nil
+}
+
+// Config returns the config's descriptor, and false for an artifact manifest, which has none.
+func (a *LocalArtifact) Config(ctx context.Context) (ocispec.Descriptor, bool, error) {
+	m, err := a.Manifest(ctx)
+	if err != nil {
+		return ocispec.Descriptor{}, false, err
+	}
+	d, ok := m.Config()
+	return d, ok, nil
+}
+
+// OpenLayer opens a layer, or the config, by its descriptor, as
+// [LocalRegistry.OpenBlob] does. It fails with [ErrNotFound] for a descriptor
+// whose digest the manifest doesn't name.
+func (a *LocalArtifact) OpenLayer(ctx context.Context, desc ocispec.Descriptor) (io.ReadCloser, error) {
+	own, err := a.own(ctx, desc)
+	if err != nil {
+		return nil, opError("open layer", a.ref.String(), desc.Digest, err)
+	}
+	return a.registry.OpenBlob(ctx, own)
+}
+
+// own returns the manifest's descriptor with desc's digest, whose size is the one to trust.
+func (a *LocalArtifact) own(ctx context.Context, desc ocispec.Descriptor) (ocispec.Descriptor, error) {
+	m, err := a.manifest(ctx)
+	if err != nil {
+		return ocispec.Descriptor{}, err
+	}
+	for _, c := range m.children() {
+		if c.Digest == desc.Digest {
+			return c, nil
+		}
+	}
+	return ocispec.Descriptor{}, fmt.Errorf("the artifact has no such layer: %w", ErrNotFound)
+}
+
+// ReadLayer returns all bytes of a layer, verified. It is for layers that are
+// known to fit into memory. Errors are those of [LocalArtifact.OpenLayer] and of its reader.
+func (a *LocalArtifact) ReadLayer(ctx context.Context, desc ocispec.Descriptor) ([]byte, error) {
+	src, err := a.OpenLayer(ctx, desc)
+	if err != nil {
+		return nil, err
+	}
+	defer src.Close()
+	b, err := io.ReadAll(src)
+	if err != nil {
+		return nil, opError("read layer", a.ref.String(), desc.Digest, err)
+	}
+	return b, nil
+}

@@ -1,0 +1,323 @@
+package ocilocal
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+	"os"
+	"path/filepath"
+	"sync"
+
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+)
+
+// BuilderOptions govern what a [Builder] makes. Nil is the zero value.
+type BuilderOptions struct {
+	// ArtifactType is the type of the artifact, such as "application/vnd.example.model".
+	// It may be empty only for an image manifest with a config whose media type says it.
+	ArtifactType string
+	// Format is the manifest's form. Zero is the registry's [Options.Format].
+	Format ManifestFormat
+	// PublishOptions say what happens if the ref exists.
+	PublishOptions
+}
+
+// A Builder makes one new artifact. Layers stream to disk as they are added;
+// nothing is visible until Build publishes all of it at once. It is safe for
+// concurrent use; layers stand in the order in which their calls returned.
+type Builder struct {
+	registry *LocalRegistry
+	ref      Reference
+	opts     BuilderOptions
+	stage    *stage
+
+	mu     sync.Mutex // guards what follows
+	spec   manifestSpec
+	done   bool      // built or cancelled
+	update RefUpdate // what Build did
+}
+
+// NewBuilder starts an artifact that will be published as ref. The caller ends
+// it with Build, or else with Cancel, which is fit for defer.
+// Errors: [ErrInvalidReference] for a zero ref or one with a digest, which can't be
+// known yet; [ErrReadOnly], [ErrClosed], [ErrInvalidArgument].
+func (r *LocalRegistry) NewBuilder(ref Reference, opts *BuilderOptions) (*Builder, error) {
+	b, err := r.newBuilder(ref, opts)
+	return b, opError("start build of", ref.String(), "", err)
+}
+
+func (r *LocalRegistry) newBuilder(ref Reference, opts *BuilderOptions) (*Builder, error) {
+	end, err := r.begin(context.Background())
+	if err != nil {
+		return nil, err
+	}
+	defer end()
+	b := &Builder{registry: r, ref: ref}
+	if opts != nil {
+		b.opts = *opts
+	}
+	if b.opts.Format == FormatDefault {
+		b.opts.Format = r.opts.Format
+	}
+	if b.opts.Format == FormatDefault {
+		b.opts.Format = FormatArtifactManifest
+	}
+	switch {
+	case r.blobs.readOnly:
+		return nil, ErrReadOnly
+	case ref.IsZero():
+		return nil, fmt.Errorf("%w: it is empty", ErrInvalidReference)
+	case ref.Digest() != "":
+		return nil, fmt.Errorf("%w: a digest can't be chosen for what is yet to be built", ErrInvalidReference)
+	}
+	b.spec.artifactType = b.opts.ArtifactType
+	b.stage = r.blobs.newStage()
+	return b, nil
+}
+
+// NewOMMXBuilder is NewBuilder with the artifact type of the OMMX project, [ArtifactTypeOMMX].
+func (r *LocalRegistry) NewOMMXBuilder(ref Reference, opts *BuilderOptions) (*Builder, error) {
+	var o BuilderOptions
+	if opts != nil {
+		o = *opts
+	}
+	o.ArtifactType = ArtifactTypeOMMX
+	return r.NewBuilder(ref, &o)
+}
+
+// NewGitHubBuilder is NewBuilder for ghcr.io/org/repo/name:tag, spelled as
+// [GitHubReference] does, with the annotation org.opencontainers.image.source
+// set to the repository's address, by which GitHub ties the package to it.
+func (r *LocalRegistry) NewGitHubBuilder(org, repo, name, tag string, opts *BuilderOptions) (*Builder, error) {
+	ref, err := GitHubReference(org, repo, name, tag)
+	if err != nil {
+		return nil, opError("start build of", org+"/"+repo+"/"+name, "", err)
+	}
+	b, err := r.NewBuilder(ref, opts)
+	if err != nil {
+		return nil, err
+	}
+	return b, b.SetAnnotation(ocispec.AnnotationSource, "https://github.com/"+org+"/"+repo)
+}
+
+// AddLayer copies src to its end into a new layer and returns its descriptor.
+// annotations may be nil. Memory doesn't grow with the layer.
+// After an error the builder has no such layer and is otherwise as it was.
+// Errors: [ErrClosed] after Build or Cancel, [ErrInvalidArgument] for a bad
+// media type, ctx's, src's, and the file system's.
+func (b *Builder) AddLayer(ctx context.Context, mediaType string, src io.Reader, annotations map[string]string) (ocispec.Descriptor, error) {
+	return b.addLayer(ctx, mediaType, annotations, func() (digest.Digest, int64, error) {
+		return b.stage.put(ctx, src, digest.SHA256, "", -1)
+	})
+}
+
+// AddLayerBytes is AddLayer for bytes in memory.
+func (b *Builder) AddLayerBytes(ctx context.Context, mediaType string, data []byte, annotations map[string]string) (ocispec.Descriptor, error) {
+	return b.addLayer(ctx, mediaType, annotations, func() (digest.Digest, int64, error) {
+		d, err := b.stage.putBytes(ctx, data, digest.SHA256)
+		return d, int64(len(data)), err
+	})
+}
+
+// AddLayerFile is AddLayer for a regular file. Unless annotations say
+// otherwise, the layer's org.opencontainers.image.title is the file's base name.
+func (b *Builder) AddLayerFile(ctx context.Context, mediaType, path string, annotations map[string]string) (ocispec.Descriptor, error) {
+	withTitle := map[string]string{ocispec.AnnotationTitle: filepath.Base(path)}
+	maps.Copy(withTitle, annotations)
+	return b.addLayer(ctx, mediaType, withTitle, func() (digest.Digest, int64, error) {
+		f, err := os.Open(path)
+		if err != nil {
+			return "", 0, err
+		}
+		defer f.Close()
+		if _, err := checkRegular(f); err != nil {
+			return "", 0, err
+		}
+		return b.stage.put(ctx, f, digest.SHA256, "", -1)
+	})
+}
+
+func (b *Builder) addLayer(ctx context.Context, mediaType string, annotations map[string]string, put func() (digest.Digest, int64, error)) (ocispec.Descriptor, error) {
+	desc, err := b.putBlob(ctx, mediaType, put, func(d ocispec.Descriptor) {
+		d.Annotations = maps.Clone(annotations)
+		b.spec.layers = append(b.spec.layers, d)
+	})
+	if err == nil {
+		desc.Annotations = maps.Clone(annotations)
+	}
+	return desc, opError("add layer to", b.ref.String(), "", err)
+}
+
+// putBlob runs put, and record with mu held if that succeeded.
+func (b *Builder) putBlob(ctx context.Context, mediaType string, put func() (digest.Digest, int64, error), record func(ocispec.Descriptor)) (ocispec.Descriptor, error) {
+	if err := checkMediaType("mediaType", mediaType); err != nil {
+		return ocispec.Descriptor{}, fmt.Errorf("%w: %w", ErrInvalidArgument, err)
+	}
+	end, err := b.registry.begin(ctx)
+	if err != nil {
+		return ocispec.Descriptor{}, err
+	}
+	defer end()
+	if b.isDone() {
+		return ocispec.Descriptor{}, ErrClosed
+	}
+	d, size, err := put()
+	if err != nil {
+		return ocispec.Descriptor{}, err
+	}
+	desc := ocispec.Descriptor{MediaType: mediaType, Digest: d, Size: size}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.done {
+		return ocispec.Descriptor{}, ErrClosed
+	}
+	record(desc)
+	return desc, nil
+}
+
+func (b *Builder) isDone() bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.done
+}
+
+// SetConfig sets the config blob. Only image manifests have one: in the other
+// form it fails with [ErrInvalidArgument]. A second call replaces the first.
+func (b *Builder) SetConfig(ctx context.Context, mediaType string, data []byte) (ocispec.Descriptor, error) {
+	var err error
+	var desc ocispec.Descriptor
+	if b.opts.Format != FormatImageManifest {
+		err = fmt.Errorf("%w: an artifact manifest has no config (BuilderOptions.Format: FormatImageManifest has)", ErrInvalidArgument)
+	} else {
+		desc, err = b.putBlob(ctx, mediaType, func() (digest.Digest, int64, error) {
+			d, err := b.stage.putBytes(ctx, data, digest.SHA256)
+			return d, int64(len(data)), err
+		}, func(d ocispec.Descriptor) { b.spec.config = &d })
+	}
+	return desc, opError("set config of", b.ref.String(), "", err)
+}
+
+// SetAnnotation sets an annotation of the manifest. Key and value must be valid UTF-8
+// ([ErrInvalidArgument]); the key must not be empty.
+func (b *Builder) SetAnnotation(key, value string) error {
+	_, err := canonicalAnnotations(map[string]string{key: value})
+	if key == "" {
+		err = errors.New("its key is empty")
+	}
+	if err != nil {
+		err = fmt.Errorf("%w: annotation: %w", ErrInvalidArgument, err)
+		return opError("annotate", b.ref.String(), "", err)
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.done {
+		return opError("annotate", b.ref.String(), "", ErrClosed)
+	}
+	if b.spec.annotations == nil {
+		b.spec.annotations = map[string]string{}
+	}
+	b.spec.annotations[key] = value
+	return nil
+}
+
+// SetSubject makes the artifact refer to another manifest (image-spec
+// manifest.md, "subject"), which need not be in the registry.
+// Errors: [ErrInvalidManifest] for a descriptor that can't stand there, [ErrClosed].
+func (b *Builder) SetSubject(desc ocispec.Descriptor) error {
+	if err := checkDescriptor(&desc); err != nil {
+		return opError("set subject of", b.ref.String(), desc.Digest, err)
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.done {
+		return opError("set subject of", b.ref.String(), desc.Digest, ErrClosed)
+	}
+	desc = cloneDescriptor(desc)
+	b.spec.subject = &desc
+	return nil
+}
+
+// Build seals the manifest and publishes the artifact in one step. When it
+// returns nil, everything is durable and visible; otherwise nothing is, and
+// the builder is as it was: Build may be tried again, or Cancel called.
+// After success the builder is closed.
+//
+// Equal input gives equal bytes, and so an equal digest, in whatever order annotations were set.
+//
+// Errors: [*ConflictError], [ErrClosed], [ErrInvalidManifest],
+// [ErrInvalidArgument], [ErrArtifactType], [ErrTooLarge], [ErrBusy],
+// [ErrNoSpace], ctx's, and the file system's.
+func (b *Builder) Build(ctx context.Context) (*LocalArtifact, error) {
+	a, err := b.build(ctx)
+	return a, opError("build", b.ref.String(), "", err)
+}
+
+func (b *Builder) build(ctx context.Context) (*LocalArtifact, error) {
+	end, err := b.registry.begin(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer end()
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.done {
+		return nil, ErrClosed
+	}
+	m, err := buildManifest(b.opts.Format, b.spec)
+	if err != nil {
+		return nil, err
+	}
+	for _, c := range m.children() {
+		if c.Digest != emptyJSON.Digest || b.stage.has(c.Digest) {
+			continue
+		}
+		if _, err := b.stage.putBytes(ctx, []byte("{}"), digest.SHA256); err != nil {
+			return nil, err
+		}
+	}
+	if _, err := b.stage.putBytes(ctx, m.raw, digest.SHA256); err != nil {
+		return nil, err
+	}
+	updates, err := b.registry.publish(ctx, b.stage, []publication{{
+		ref: b.ref, root: m, manifests: []*Manifest{m}, PublishOptions: b.opts.PublishOptions,
+	}})
+	if err != nil {
+		return nil, err
+	}
+	b.update = updates[0]
+	if err := b.update.conflict(b.opts.Expected); err != nil {
+		return nil, err
+	}
+	b.done = true
+	b.registry.logDiscard(b.stage.discard())
+	return b.registry.newArtifact(b.ref, m.Descriptor(), m), nil
+}
+
+// logDiscard reports leftovers in tmp/ after what mattered has succeeded.
+func (r *LocalRegistry) logDiscard(err error) {
+	if err != nil {
+		r.opts.Logger.Warn("ocilocal: temporary files are left until this registry is closed", "error", err)
+	}
+}
+
+// Update tells what Build did to the ref, or would not do to it in a conflict. It is zero before.
+func (b *Builder) Update() RefUpdate {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.update
+}
+
+// Cancel gives up what was added and closes the builder. After Build has
+// succeeded, or a second time, it does nothing.
+func (b *Builder) Cancel() error {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.done {
+		return nil
+	}
+	b.done = true
+	return opError("cancel build of", b.ref.String(), "", b.stage.discard())
+}

@@ -1,0 +1,167 @@
+package ocilocal_test
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"io/fs"
+	"strings"
+	"testing"
+
+	"github.com/ocilocal/ocilocal"
+)
+
+func openTemp(t testing.TB, opts *ocilocal.Options) *ocilocal.LocalRegistry {
+	t.Helper()
+	r, err := ocilocal.Open(context.Background(), t.TempDir(), opts)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := r.Close(); err != nil && !errors.Is(err, ocilocal.ErrClosed) {
+			t.Error(err)
+		}
+	})
+	return r
+}
+
+// build publishes an artifact with one layer for each text.
+func build(t testing.TB, r *ocilocal.LocalRegistry, ref string, opts *ocilocal.BuilderOptions, texts ...string) (*ocilocal.LocalArtifact, error) {
+	t.Helper()
+	ctx := context.Background()
+	if opts == nil {
+		opts = &ocilocal.BuilderOptions{}
+	}
+	if opts.ArtifactType == "" {
+		opts.ArtifactType = "application/vnd.example.test"
+	}
+	b, err := r.NewBuilder(ocilocal.MustParseReference(ref), opts)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer b.Cancel()
+	for _, s := range texts {
+		if _, err := b.AddLayer(ctx, "text/plain", strings.NewReader(s), nil); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return b.Build(ctx)
+}
+
+func TestBuildReadBack(t *testing.T) {
+	ctx := context.Background()
+	r := openTemp(t, nil)
+	for _, format := range []ocilocal.ManifestFormat{ocilocal.FormatArtifactManifest, ocilocal.FormatImageManifest} {
+		ref := "example.com/a/b:" + strings.ReplaceAll(format.String(), " ", "-")
+		a, err := build(t, r, ref, &ocilocal.BuilderOptions{Format: format}, "one", "", "three", "one")
+		if err != nil {
+			t.Fatal(err)
+		}
+		got, err := r.Load(ctx, ocilocal.MustParseReference(ref))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got.Digest() != a.Digest() || got.ArtifactType() != "application/vnd.example.test" {
+			t.Fatalf("loaded %s of type %q, built %s", got.Digest(), got.ArtifactType(), a.Digest())
+		}
+		m1, _ := a.Manifest(ctx)
+		m2, err := got.Manifest(ctx)
+		if err != nil || !bytes.Equal(m1.Bytes(), m2.Bytes()) {
+			t.Fatalf("manifest %s, %v; built %s", m2.Bytes(), err, m1.Bytes())
+		}
+		layers, err := got.Layers(ctx)
+		if err != nil || len(layers) != 4 {
+			t.Fatal(layers, err)
+		}
+		for i, want := range []string{"one", "", "three", "one"} {
+			if b, err := got.ReadLayer(ctx, layers[i]); err != nil || string(b) != want {
+				t.Fatalf("layer %d: %q, %v", i, b, err)
+			}
+		}
+	}
+}
+
+func TestBuildPolicies(t *testing.T) {
+	ctx := context.Background()
+	r := openTemp(t, nil)
+	const ref = "example.com/a:v1"
+	first, err := build(t, r, ref, nil, "one")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = build(t, r, ref, nil, "two")
+	conflict, ok := errors.AsType[*ocilocal.ConflictError](err)
+	if !ok || !errors.Is(err, ocilocal.ErrConflict) || conflict.Existing != first.Digest() {
+		t.Fatalf("second build: %v", err)
+	}
+	if _, err := r.ResolveDigest(ctx, conflict.Incoming); !errors.Is(err, fs.ErrNotExist) {
+		t.Fatalf("the loser's manifest is visible: %v", err)
+	}
+	same, err := build(t, r, ref, nil, "one")
+	if err != nil || same.Digest() != first.Digest() {
+		t.Fatal(same, err)
+	}
+	var o ocilocal.BuilderOptions
+	o.Policy = ocilocal.Replace
+	second, err := build(t, r, ref, &o, "two")
+	if err != nil {
+		t.Fatal(err)
+	}
+	o.Policy, o.Expected = ocilocal.KeepExisting, first.Digest()
+	if _, err = build(t, r, ref, &o, "three"); !errors.Is(err, ocilocal.ErrConflict) {
+		t.Fatalf("stale compare-and-swap: %v", err)
+	}
+	u, err := r.Tag(ctx, first.Digest(), ocilocal.MustParseReference(ref), &ocilocal.PublishOptions{Expected: second.Digest()})
+	if err != nil || u.Outcome != ocilocal.Replaced || u.Existing != second.Digest() {
+		t.Fatal(u, err)
+	}
+	removed, err := r.Remove(ctx, ocilocal.MustParseReference(ref))
+	if err != nil || removed.Descriptor.Digest != first.Digest() {
+		t.Fatal(removed, err)
+	}
+	if ok, err := r.Exists(ctx, ocilocal.MustParseReference(ref)); ok || err != nil {
+		t.Fatal(ok, err)
+	}
+	if u, err := r.Tag(ctx, removed.Descriptor.Digest, removed.Reference, nil); err != nil || u.Outcome != ocilocal.Inserted {
+		t.Fatal(u, err)
+	}
+}
+
+func TestRefsPages(t *testing.T) {
+	ctx := context.Background()
+	r := openTemp(t, nil)
+	a, err := build(t, r, "example.com/x/y:v0", nil, "layer")
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := []string{"example.com/x/y:v0"}
+	for _, s := range []string{"example.com/x/y:v1", "example.com/x/y-z:v1", "example.com/x/y/z:v1", "example.org/a:v1"} {
+		if _, err := r.Tag(ctx, a.Digest(), ocilocal.MustParseReference(s), nil); err != nil {
+			t.Fatal(err)
+		}
+	}
+	want = []string{"example.com/x/y:v0", "example.com/x/y:v1", "example.com/x/y-z:v1", "example.com/x/y/z:v1", "example.org/a:v1"}
+	for name, c := range map[string]struct {
+		opts *ocilocal.ListOptions
+		want []string
+	}{
+		"all":          {nil, want},
+		"name":         {&ocilocal.ListOptions{Name: "example.com/x/y"}, want[:2]},
+		"prefix":       {&ocilocal.ListOptions{Prefix: "example.com/x/"}, want[:4]},
+		"prefix limit": {&ocilocal.ListOptions{Prefix: "example.com/x/", Limit: 3}, want[:3]},
+		"after":        {&ocilocal.ListOptions{After: ocilocal.MustParseReference(want[1])}, want[2:]},
+		"both":         {&ocilocal.ListOptions{Name: "example.com/x/y", Prefix: "example.org"}, nil},
+		"none":         {&ocilocal.ListOptions{Name: "example.com/x"}, nil},
+	} {
+		var got []string
+		for ref, err := range r.Refs(ctx, c.opts) {
+			if err != nil {
+				t.Fatal(err)
+			}
+			got = append(got, ref.Reference.String())
+		}
+		if strings.Join(got, " ") != strings.Join(c.want, " ") {
+			t.Errorf("%s: %q, want %q", name, got, c.want)
+		}
+	}
+}

@@ -1,0 +1,39 @@
+//go:build darwin || dragonfly || freebsd || linux || netbsd || openbsd
+
+package ocilocal
+
+import (
+	"errors"
+	"os"
+	"syscall"
+)
+
+// openNoFollow makes an open fail on a symbolic link, and not block on a FIFO.
+const openNoFollow = syscall.O_NOFOLLOW | syscall.O_NONBLOCK
+
+// lockDir tries to lock a directory of root against every other process and
+// every other handle in this one. held is false when somebody else has it, or
+// when it is gone. The lock ends with release, or with the process.
+func lockDir(root *os.Root, name string) (release func() error, held bool, err error) {
+	d, err := root.Open(name)
+	if err != nil {
+		return nil, false, ignoreNotExist(err)
+	}
+	if err := syscall.Flock(int(d.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
+		d.Close()
+		if errors.Is(err, syscall.EWOULDBLOCK) {
+			return nil, false, nil
+		}
+		return nil, false, &os.PathError{Op: "flock", Path: name, Err: err}
+	}
+	// Between open and flock a sweeper may have removed it.
+	mine, err := d.Stat()
+	if err == nil {
+		var now os.FileInfo
+		if now, err = root.Lstat(name); err == nil && os.SameFile(mine, now) {
+			return d.Close, true, nil
+		}
+	}
+	d.Close()
+	return nil, false, ignoreNotExist(err)
+}

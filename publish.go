@@ -1,0 +1,353 @@
+package ocilocal
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"slices"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+)
+
+// Policy says what a publish does to a ref that points at another digest.
+type Policy int
+
+const (
+	// KeepExisting leaves the ref and fails with [*ConflictError].
+	KeepExisting Policy = iota
+	// Replace moves the ref; the last commit wins.
+	Replace
+)
+
+// PublishOptions govern how a ref is written. Nil is the zero value.
+type PublishOptions struct {
+	// Policy is for a ref that points elsewhere. Zero is [KeepExisting].
+	Policy Policy
+	// Expected, if not empty, makes this a compare-and-swap: the ref is moved
+	// if it points at Expected, and otherwise it is a conflict, whatever Policy says.
+	Expected digest.Digest
+}
+
+// Outcome is what a publish did to its ref.
+type Outcome int
+
+const (
+	// Inserted: there was no such ref.
+	Inserted Outcome = iota + 1
+	// Unchanged: the ref pointed at this digest already.
+	Unchanged
+	// Replaced: the ref pointed elsewhere and was moved.
+	Replaced
+	// Conflicted: the ref was left as it was, and nothing was published.
+	Conflicted
+)
+
+// String returns the outcome in lower case.
+func (o Outcome) String() string {
+	switch o {
+	case Inserted:
+		return "inserted"
+	case Unchanged:
+		return "unchanged"
+	case Replaced:
+		return "replaced"
+	case Conflicted:
+		return "conflicted"
+	}
+	return "none"
+}
+
+// A RefUpdate tells what became of a ref. The zero value stands for content
+// that was stored without one.
+type RefUpdate struct {
+	Reference Reference
+	Outcome   Outcome
+	// Descriptor is of the manifest that was offered.
+	Descriptor ocispec.Descriptor
+	// Existing is what the ref pointed at before; if Conflicted, still does.
+	Existing digest.Digest
+}
+
+// conflict returns the update's [*ConflictError] if it is one.
+func (u *RefUpdate) conflict(expected digest.Digest) error {
+	if u.Outcome != Conflicted {
+		return nil
+	}
+	return &ConflictError{Reference: u.Reference, Existing: u.Existing, Incoming: u.Descriptor.Digest, Expected: expected}
+}
+
+// A publication is one artifact to be made discoverable.
+type publication struct {
+	ref  Reference // zero: stored without a ref
+	root *Manifest
+	// manifests are root and the manifests below it, children before parents.
+	manifests []*Manifest
+	PublishOptions
+}
+
+// publish is the only way by which manifests and refs get into the index. It
+// makes the stage's blobs durable, then writes the rows of all publications
+// in one transaction, in which it looks again that every blob is there.
+// Conflicts are outcomes here; any error means that nothing was published.
+func (r *LocalRegistry) publish(ctx context.Context, st *stage, pubs []publication) ([]RefUpdate, error) {
+	if r.blobs.readOnly {
+		return nil, ErrReadOnly
+	}
+	updates := make([]RefUpdate, len(pubs))
+	conflicts := 0
+	for i := range pubs {
+		p := &pubs[i]
+		if err := r.accept(p); err != nil {
+			return nil, err
+		}
+		// A conflict that can be seen now costs no fsync. What counts is seen in the transaction.
+		name, reference := p.ref.key()
+		existing, _, err := r.index.resolve(name, reference)
+		if err != nil {
+			return nil, err
+		}
+		if updates[i] = p.decide(existing.Digest); updates[i].Outcome == Conflicted {
+			conflicts++
+		}
+	}
+	if conflicts == len(pubs) {
+		return updates, nil
+	}
+	if err := st.settle(ctx); err != nil {
+		return nil, err
+	}
+	err := r.write(ctx, func(tx *indexTx) error {
+		now := time.Now()
+		checked := map[digest.Digest]bool{}
+		for i := range pubs {
+			p := &pubs[i]
+			name, reference := p.ref.key()
+			existing, err := tx.ref(name, reference)
+			if err != nil {
+				return err
+			}
+			updates[i] = p.decide(existing)
+			if updates[i].Outcome == Conflicted {
+				continue
+			}
+			for _, m := range p.manifests {
+				if err := record(tx, st, m, checked, now); err != nil {
+					return err
+				}
+			}
+			if o := updates[i].Outcome; o == Inserted || o == Replaced {
+				if err := tx.putRef(name, reference, p.root.Digest(), now); err != nil {
+					return err
+				}
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	return updates, nil
+}
+
+// accept refuses what must not be published under any circumstances.
+func (r *LocalRegistry) accept(p *publication) error {
+	if d := p.ref.Digest(); d != "" && d != p.root.Digest() {
+		return fmt.Errorf("%w: %s names another digest than the manifest's, %s", ErrDigestMismatch, p.ref, p.root.Digest())
+	}
+	if len(r.opts.ArtifactTypes) == 0 {
+		return nil
+	}
+	for _, m := range p.manifests {
+		if !m.IsIndex() && !slices.Contains(r.opts.ArtifactTypes, m.ArtifactType()) {
+			return fmt.Errorf("%w: %q is not among the registry's Options.ArtifactTypes", ErrArtifactType, m.ArtifactType())
+		}
+	}
+	return nil
+}
+
+// decide applies the ref policy to what the ref points at ("" for no ref).
+func (p *publication) decide(existing digest.Digest) RefUpdate {
+	if p.ref.IsZero() {
+		return RefUpdate{Descriptor: p.root.Descriptor()}
+	}
+	u := RefUpdate{Reference: p.ref, Descriptor: p.root.Descriptor(), Existing: existing}
+	u.Outcome = p.outcome(existing, u.Descriptor.Digest)
+	return u
+}
+
+// outcome is the one place where the policies are told apart.
+func (o PublishOptions) outcome(existing, incoming digest.Digest) Outcome {
+	switch {
+	case o.Expected != "" && existing != o.Expected:
+		return Conflicted
+	case existing == "":
+		return Inserted
+	case existing == incoming:
+		return Unchanged
+	case o.Policy == Replace || o.Expected != "":
+		return Replaced
+	default:
+		return Conflicted
+	}
+}
+
+// record writes the rows of one manifest after looking that its bytes and
+// those of its config and layers are there. Child manifests come before it.
+func record(tx *indexTx, st *stage, m *Manifest, checked map[digest.Digest]bool, now time.Time) error {
+	blob := func(d digest.Digest, size int64, kind role) error {
+		if checked[d] {
+			return nil
+		}
+		checked[d] = true
+		if err := st.recheck(d, size); err != nil {
+			return incomplete(err)
+		}
+		return tx.putBlob(d, size, string(kind), now)
+	}
+	for i, c := range m.children() {
+		if err := blob(c.Digest, c.Size, m.childRole(i)); err != nil {
+			return err
+		}
+	}
+	if err := blob(m.Digest(), m.Size(), roleManifest); err != nil {
+		return err
+	}
+	return tx.putManifest(m, now)
+}
+
+// incomplete says of a missing blob that an artifact lacks it.
+func incomplete(err error) error {
+	if errors.Is(err, ErrNotFound) {
+		return fmt.Errorf("%w: %w", ErrIncomplete, err)
+	}
+	return err
+}
+
+// write is index.write for this root: it fails if the index file was replaced
+// since it was opened, when a commit would go to a file that nobody will read.
+func (r *LocalRegistry) write(ctx context.Context, fn func(*indexTx) error) error {
+	return r.index.write(ctx, func(tx *indexTx) error {
+		now, err := r.root.Lstat(indexFile)
+		if err != nil || !os.SameFile(r.opened, now) {
+			return fmt.Errorf("%w: %s was replaced while the registry was open", ErrForeignIndex, indexFile)
+		}
+		return fn(tx)
+	})
+}
+
+// Tag points ref at a manifest that the registry has, checking that all it
+// needs is there. It returns what became of the ref.
+//
+// Errors: [ErrNotFound] if the registry doesn't have d; [*ConflictError]
+// together with the outcome Conflicted; [ErrIncomplete], [ErrDigestMismatch]
+// if ref names a digest other than d, [ErrReadOnly], [ErrBusy], and the file system's.
+func (r *LocalRegistry) Tag(ctx context.Context, d digest.Digest, ref Reference, opts *PublishOptions) (RefUpdate, error) {
+	u, err := r.tag(ctx, d, ref, opts)
+	return u, opError("tag", ref.String(), d, err)
+}
+
+func (r *LocalRegistry) tag(ctx context.Context, d digest.Digest, ref Reference, opts *PublishOptions) (u RefUpdate, err error) {
+	end, err := r.begin(ctx)
+	if err != nil {
+		return u, err
+	}
+	defer end()
+	if err := checkDigest(d); err != nil {
+		return u, err
+	}
+	if ref.IsZero() {
+		return u, fmt.Errorf("%w: it is empty", ErrInvalidReference)
+	}
+	if pin := ref.Digest(); pin != "" && pin != d {
+		return u, fmt.Errorf("%w: %s names another digest", ErrDigestMismatch, ref)
+	}
+	var o PublishOptions
+	if opts != nil {
+		o = *opts
+	}
+	err = r.write(ctx, func(tx *indexTx) error {
+		desc, ok, err := tx.manifest(d)
+		if err != nil {
+			return err
+		}
+		if !ok {
+			return ErrNotFound
+		}
+		name, reference := ref.key()
+		existing, err := tx.ref(name, reference)
+		if err != nil {
+			return err
+		}
+		u = RefUpdate{Reference: ref, Descriptor: desc, Existing: existing, Outcome: o.outcome(existing, d)}
+		if u.Outcome == Conflicted {
+			return u.conflict(o.Expected)
+		}
+		if err := r.checkClosure(tx, desc, map[digest.Digest]bool{}); err != nil {
+			return err
+		}
+		if u.Outcome == Unchanged {
+			return nil
+		}
+		return tx.putRef(name, reference, d, time.Now())
+	})
+	if err != nil && u.Outcome != Conflicted {
+		u = RefUpdate{}
+	}
+	return u, err
+}
+
+// checkClosure looks, by the index's rows, that all of a manifest's blobs are there.
+func (r *LocalRegistry) checkClosure(tx *indexTx, desc ocispec.Descriptor, seen map[digest.Digest]bool) error {
+	if seen[desc.Digest] {
+		return nil
+	}
+	seen[desc.Digest] = true
+	if err := r.blobs.checkSize(desc.Digest, desc.Size); err != nil {
+		return incomplete(err)
+	}
+	return tx.members(desc.Digest, func(m member) error {
+		if m.role == string(roleManifest) {
+			return r.checkClosure(tx, m.desc, seen)
+		}
+		if seen[m.desc.Digest] {
+			return nil
+		}
+		seen[m.desc.Digest] = true
+		return incomplete(r.blobs.checkSize(m.desc.Digest, m.desc.Size))
+	})
+}
+
+// Remove deletes a ref and returns what it pointed at. The artifact stays
+// until garbage collection, and [LocalRegistry.Tag] restores the ref until then.
+// Errors: [ErrNotFound], [ErrReadOnly], [ErrBusy].
+func (r *LocalRegistry) Remove(ctx context.Context, ref Reference) (Ref, error) {
+	removed, err := r.remove(ctx, ref)
+	return removed, opError("remove", ref.String(), "", err)
+}
+
+func (r *LocalRegistry) remove(ctx context.Context, ref Reference) (removed Ref, err error) {
+	end, err := r.begin(ctx)
+	if err != nil {
+		return removed, err
+	}
+	defer end()
+	err = r.write(ctx, func(tx *indexTx) error {
+		name, reference := ref.key()
+		desc, updated, ok, err := tx.resolved(name, reference)
+		if err != nil {
+			return err
+		}
+		if !ok || ref.Digest() != "" && ref.Digest() != desc.Digest {
+			return ErrNotFound
+		}
+		removed = Ref{Reference: ref, Descriptor: desc, Updated: updated}
+		return tx.deleteRef(name, reference)
+	})
+	if err != nil {
+		return Ref{}, err
+	}
+	return removed, nil
+}

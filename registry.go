@@ -1,0 +1,360 @@
+package ocilocal
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"os"
+	"path"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"sync"
+	"time"
+)
+
+const (
+	indexFile = "index.sqlite3"
+	idFile    = "id"
+)
+
+// Options are what [Open] can be told. The zero value, like nil, is fit for most programs.
+type Options struct {
+	// BusyTimeout is how long a write waits for other processes before it
+	// fails with [ErrBusy]. Zero means 30 seconds.
+	BusyTimeout time.Duration
+	// Format is the manifest form of what builders make that don't choose
+	// one. Zero means [FormatArtifactManifest].
+	Format ManifestFormat
+	// ArtifactTypes, if not empty, are the only artifact types that may be
+	// published; others fail with [ErrArtifactType].
+	ArtifactTypes []string
+	// AllowNetworkFS opens a root on a network file system, which otherwise
+	// fails with [ErrNetworkFS]. There, only one machine at a time may use it.
+	AllowNetworkFS bool
+	// Logger is told what can't be returned. Nil discards.
+	Logger *slog.Logger
+}
+
+// A LocalRegistry is an open root directory. Any number of goroutines may use
+// one, and any number of processes on one machine may open the same root.
+type LocalRegistry struct {
+	dir     string // absolute
+	opts    Options
+	root    *os.Root
+	blobs   *blobStore
+	index   *index
+	id      string
+	opened  fs.FileInfo // of the index file
+	closing sync.RWMutex
+	closed  bool // guarded by closing
+}
+
+// DefaultRoot returns the directory for a user's registry: $OCILOCAL_ROOT if
+// that is set, else ocilocal in $XDG_DATA_HOME or ~/.local/share (Unix),
+// ~/Library/Application Support (macOS) or %LocalAppData% (Windows).
+func DefaultRoot() (string, error) {
+	if dir := os.Getenv("OCILOCAL_ROOT"); dir != "" {
+		return dir, nil
+	}
+	data := ""
+	switch runtime.GOOS {
+	case "windows":
+		data = os.Getenv("LocalAppData")
+	case "darwin":
+	default:
+		if xdg := os.Getenv("XDG_DATA_HOME"); filepath.IsAbs(xdg) {
+			data = xdg
+		}
+	}
+	if data == "" {
+		home, err := os.UserHomeDir()
+		if err != nil {
+			return "", opError("find the default root", "", "", fmt.Errorf("%w (set OCILOCAL_ROOT)", err))
+		}
+		data = filepath.Join(home, ".local", "share")
+		if runtime.GOOS == "darwin" {
+			data = filepath.Join(home, "Library", "Application Support")
+		}
+	}
+	return filepath.Join(data, "ocilocal"), nil
+}
+
+// Open opens the registry in dir for reading and writing, and creates it where
+// there is none. Several processes may do so at once.
+//
+// A dir whose index.sqlite3 isn't this package's is left untouched:
+// [ErrForeignIndex], [ErrNewerSchema], [ErrCorruptIndex]. Further errors:
+// [ErrNetworkFS], and the file system's. ctx governs the call only.
+func Open(ctx context.Context, dir string, opts *Options) (*LocalRegistry, error) {
+	r, err := open(ctx, dir, opts, false)
+	return r, opError("open", dir, "", err)
+}
+
+// OpenReadOnly opens an existing registry and never changes it: writing
+// methods fail with [ErrReadOnly]. It works on a directory that this process
+// may not write, then provided that no other process writes to it meanwhile.
+// Errors are those of [Open], and [ErrNotFound] when there is no registry.
+func OpenReadOnly(ctx context.Context, dir string, opts *Options) (*LocalRegistry, error) {
+	r, err := open(ctx, dir, opts, true)
+	return r, opError("open read-only", dir, "", err)
+}
+
+func open(ctx context.Context, dir string, opts *Options, readOnly bool) (_ *LocalRegistry, err error) {
+	if err := ctx.Err(); err != nil {
+		return nil, err
+	}
+	r := &LocalRegistry{}
+	if opts != nil {
+		r.opts = *opts
+	}
+	if r.opts.BusyTimeout <= 0 {
+		r.opts.BusyTimeout = 30 * time.Second
+	}
+	if r.opts.Logger == nil {
+		r.opts.Logger = slog.New(slog.DiscardHandler)
+	}
+	if dir == "" {
+		return nil, fmt.Errorf("%w: directory name is empty", ErrInvalidArgument)
+	}
+	if r.dir, err = filepath.Abs(dir); err != nil {
+		return nil, err
+	}
+	if !readOnly {
+		if err := mkdirAllSync(r.dir, 0o700); err != nil {
+			return nil, err
+		}
+	}
+	if r.root, err = os.OpenRoot(r.dir); err != nil {
+		if readOnly && errors.Is(err, fs.ErrNotExist) {
+			err = fmt.Errorf("%w: %w", ErrNotFound, err)
+		}
+		return nil, err
+	}
+	r.blobs = newBlobStore(r.root, readOnly)
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, r.blobs.close(), r.root.Close())
+		}
+	}()
+	if err := r.checkRoot(); err != nil {
+		return nil, err
+	}
+	r.opened, err = r.root.Stat(indexFile)
+	if errors.Is(err, fs.ErrNotExist) {
+		if readOnly {
+			return nil, fmt.Errorf("%w: no %s in it", ErrNotFound, indexFile)
+		}
+		if err := r.create(ctx); err != nil {
+			return nil, err
+		}
+		r.opened, err = r.root.Stat(indexFile)
+	}
+	if err != nil {
+		return nil, err
+	}
+	if !r.opened.Mode().IsRegular() {
+		return nil, fmt.Errorf("%w: %s is not a regular file", ErrForeignIndex, indexFile)
+	}
+	if r.index, err = r.openIndex(ctx, readOnly); err != nil {
+		return nil, err
+	}
+	if err := r.checkID(); err != nil {
+		return nil, errors.Join(err, r.index.close())
+	}
+	return r, nil
+}
+
+// checkRoot looks at where and how the root lies.
+func (r *LocalRegistry) checkRoot() error {
+	fi, err := r.root.Stat(".")
+	if err != nil {
+		return err
+	}
+	if fi.Mode().Perm()&0o002 != 0 && runtime.GOOS != "windows" {
+		r.opts.Logger.Warn("ocilocal: anybody on this machine may write to the registry", "root", r.dir, "mode", fi.Mode())
+	}
+	fsName, err := networkFS(r.dir)
+	if err == nil && fsName != "" && !r.opts.AllowNetworkFS {
+		err = fmt.Errorf("%w (%s): two machines would damage the index (Options.AllowNetworkFS opens it all the same)", ErrNetworkFS, fsName)
+	}
+	return err
+}
+
+// create lays out a new root. Everything is made under tmp/ and linked to its
+// name without replacing, so that of several processes one wins each step.
+func (r *LocalRegistry) create(ctx context.Context) error {
+	for _, dir := range []string{blobsDir, tmpDir} {
+		if err := r.root.Mkdir(dir, 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
+			return err
+		}
+	}
+	if err := r.blobs.syncDir("."); err != nil {
+		return err
+	}
+	session, err := r.blobs.enter()
+	if err != nil {
+		return err
+	}
+	id, err := r.readID()
+	if errors.Is(err, fs.ErrNotExist) {
+		if err := r.writeID(session); err != nil {
+			return err
+		}
+		id, err = r.readID()
+	}
+	if err != nil {
+		return err
+	}
+	fresh, err := r.blobs.empty()
+	if err != nil {
+		return err
+	}
+	private := path.Join(session, rand.Text())
+	if err := createIndex(ctx, filepath.Join(r.dir, private), id, !fresh); err != nil {
+		return err
+	}
+	if err := r.root.Chmod(private, 0o600); err != nil {
+		return err
+	}
+	return r.name(private, indexFile)
+}
+
+// name gives a complete file below tmp/ its name in the root, unless that is taken.
+func (r *LocalRegistry) name(private, name string) error {
+	err := r.root.Link(private, name)
+	if linkUnsupported(err) {
+		if _, err = r.root.Lstat(name); errors.Is(err, fs.ErrNotExist) {
+			err = r.root.Rename(private, name)
+		}
+	} else {
+		if errors.Is(err, fs.ErrExist) {
+			err = nil
+		}
+		err = errors.Join(err, r.root.Remove(private))
+	}
+	return errors.Join(err, r.blobs.syncDir("."))
+}
+
+func (r *LocalRegistry) writeID(session string) error {
+	private := path.Join(session, rand.Text())
+	f, err := r.root.OpenFile(private, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o644)
+	if err != nil {
+		return err
+	}
+	_, err = f.WriteString(strings.ToLower(rand.Text()) + "\n")
+	if err = errors.Join(err, f.Sync(), f.Close()); err != nil {
+		return err
+	}
+	return r.name(private, idFile)
+}
+
+func (r *LocalRegistry) readID() (string, error) {
+	b, err := r.root.ReadFile(idFile)
+	if err != nil {
+		return "", err
+	}
+	id := strings.TrimSuffix(string(b), "\n")
+	if len(id) == 0 || len(id) > 64 || strings.Trim(id, "0123456789abcdefghijklmnopqrstuvwxyz") != "" {
+		return "", fmt.Errorf("%w: file %s holds no id: %q", ErrForeignIndex, idFile, clip(id))
+	}
+	return id, nil
+}
+
+// openIndex opens the index, in the mode that the root allows.
+func (r *LocalRegistry) openIndex(ctx context.Context, readOnly bool) (*index, error) {
+	name := filepath.Join(r.dir, indexFile)
+	if !readOnly {
+		return openIndex(ctx, name, false, false, r.opts.BusyTimeout)
+	}
+	// SQLite reads a WAL database only with a -shm beside it, which it makes
+	// where it may, and shares with writers.
+	x, err := openIndex(ctx, name, true, false, r.opts.BusyTimeout)
+	if !errors.Is(err, ErrReadOnly) && !errors.Is(err, ErrIndexIO) {
+		return x, err
+	}
+	if fi, statErr := r.root.Stat(indexFile + "-wal"); statErr == nil && fi.Size() > 0 {
+		return nil, fmt.Errorf("%s-wal holds changes that can't be read without writing (open it once where it can be written): %w", indexFile, err)
+	}
+	return openIndex(ctx, name, true, true, r.opts.BusyTimeout)
+}
+
+// checkID makes sure that the index is this root's own.
+func (r *LocalRegistry) checkID() error {
+	var err error
+	if r.id, err = r.index.meta(metaID); err != nil {
+		return err
+	}
+	switch id, err := r.readID(); {
+	case errors.Is(err, fs.ErrNotExist):
+		return fmt.Errorf("%w: the root has no file %s; the index's id is %s (if they belong together, write that id there)", ErrForeignIndex, idFile, r.id)
+	case err != nil:
+		return err
+	case id != r.id:
+		return fmt.Errorf("%w: the index's id is %s, the root's is %s", ErrForeignIndex, r.id, id)
+	}
+	return nil
+}
+
+// Close waits for the calls under way and closes the registry. Open readers
+// stay usable. A second Close returns [ErrClosed].
+func (r *LocalRegistry) Close() error {
+	r.closing.Lock()
+	defer r.closing.Unlock()
+	if r.closed {
+		return opError("close", r.dir, "", ErrClosed)
+	}
+	r.closed = true
+	return opError("close", r.dir, "", errors.Join(r.index.close(), r.blobs.close(), r.root.Close()))
+}
+
+// begin keeps the registry open until end is called. It must not be nested.
+func (r *LocalRegistry) begin(ctx context.Context) (end func(), err error) {
+	if err := ctx.Err(); err != nil {
+		return nil, err
+	}
+	r.closing.RLock()
+	if r.closed {
+		r.closing.RUnlock()
+		return nil, ErrClosed
+	}
+	return r.closing.RUnlock, nil
+}
+
+// Root returns the registry's directory as an absolute path.
+func (r *LocalRegistry) Root() string { return r.dir }
+
+// ID returns the registry's own name: lower-case letters and digits, random,
+// fixed when the root was created.
+func (r *LocalRegistry) ID() string { return r.id }
+
+// mkdirAllSync is os.MkdirAll that makes each level it makes durable.
+func mkdirAllSync(dir string, perm fs.FileMode) error {
+	if fi, err := os.Stat(dir); err == nil {
+		if !fi.IsDir() {
+			return &fs.PathError{Op: "mkdir", Path: dir, Err: errors.New("exists and is not a directory")}
+		}
+		return nil
+	}
+	parent := filepath.Dir(dir)
+	if parent != dir {
+		if err := mkdirAllSync(parent, 0o755); err != nil {
+			return err
+		}
+	}
+	if err := os.Mkdir(dir, perm); err != nil {
+		if errors.Is(err, fs.ErrExist) {
+			return nil
+		}
+		return err
+	}
+	p, err := os.OpenRoot(parent)
+	if err != nil {
+		return err
+	}
+	defer p.Close()
+	return newBlobStore(p, false).syncDir(".")
+}
