@@ -9,7 +9,10 @@ import (
 )
 
 // openNoFollow makes an open fail on a symbolic link, and not block on a FIFO.
-const openNoFollow = syscall.O_NOFOLLOW | syscall.O_NONBLOCK
+const openNoFollow = syscall.O_NOFOLLOW | openNonblock
+
+// openNonblock makes an open of a FIFO return, so that it can be refused.
+const openNonblock = syscall.O_NONBLOCK
 
 // lockDir tries to lock a directory of root against every other process and
 // every other handle in this one. held is false when somebody else has it, or
@@ -36,4 +39,13 @@ func lockDir(root *os.Root, name string) (release func() error, held bool, err e
 	}
 	d.Close()
 	return nil, false, ignoreNotExist(err)
+}
+
+// checkWritable is nil if this process may make entries in the directory.
+func checkWritable(dir string) error {
+	const writeAndSearch = 0x2 | 0x1 // W_OK | X_OK
+	if err := syscall.Access(dir, writeAndSearch); err != nil {
+		return &os.PathError{Op: "access", Path: dir, Err: err}
+	}
+	return nil
 }

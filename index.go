@@ -128,16 +128,25 @@ func createIndex(ctx context.Context, path, id string, unreconciled bool) (err e
 	return indexError(err)
 }
 
-// openIndex opens the index at path, which must exist. immutable says that
-// nobody can write to it, so that SQLite needs no -wal or -shm beside it.
-func openIndex(ctx context.Context, path string, readOnly, immutable bool, busy time.Duration) (*index, error) {
+// indexMode is what a handle may do with the index's files.
+type indexMode int
+
+const (
+	indexReadWrite indexMode = iota
+	indexQueryOnly           // no changes, but SQLite may make its -wal and -shm
+	indexReadOnly            // no file is made
+	indexImmutable           // nor is a -wal looked at, or a lock taken: right only while nobody writes
+)
+
+// openIndex opens the index at path, which must exist.
+func openIndex(ctx context.Context, path string, mode indexMode, busy time.Duration) (*index, error) {
 	x := &index{busy: busy, stmts: map[string]*sql.Stmt{}, connStmts: map[string]*sql.Stmt{}}
-	mode := "rw"
-	if readOnly {
-		mode = "ro"
+	access := "rw"
+	if mode >= indexReadOnly {
+		access = "ro"
 	}
-	name := dsn(path, mode, "busy_timeout(5000)", "query_only(1)")
-	if immutable {
+	name := dsn(path, access, "busy_timeout(5000)", "query_only(1)")
+	if mode == indexImmutable {
 		name += "&immutable=1"
 	}
 	var err error
@@ -146,7 +155,7 @@ func openIndex(ctx context.Context, path string, readOnly, immutable bool, busy 
 	}
 	x.readers.SetMaxOpenConns(max(2, runtime.NumCPU()))
 	x.readers.SetMaxIdleConns(max(2, runtime.NumCPU()))
-	if !readOnly {
+	if mode == indexReadWrite {
 		// The short timeout lets write look at contexts between two attempts.
 		if x.writer, err = sql.Open("sqlite", dsn(path, "rw", "busy_timeout(100)", "cache_size(-16000)")); err != nil {
 			return nil, errors.Join(indexError(err), x.close())
@@ -163,6 +172,11 @@ func (x *index) close() error {
 	err := x.readers.Close()
 	if x.writer != nil {
 		// Last, so that SQLite's checkpoint at the end can delete the -wal.
+		// database/sql closes neither the statements of a Conn with it, nor
+		// the connection before its statements.
+		for _, s := range x.connStmts {
+			err = errors.Join(err, s.Close())
+		}
 		if x.conn != nil {
 			err = errors.Join(err, x.conn.Close())
 		}

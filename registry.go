@@ -268,18 +268,28 @@ func (r *LocalRegistry) readID() (string, error) {
 func (r *LocalRegistry) openIndex(ctx context.Context, readOnly bool) (*index, error) {
 	name := filepath.Join(r.dir, indexFile)
 	if !readOnly {
-		return openIndex(ctx, name, false, false, r.opts.BusyTimeout)
+		// SQLite would open what it can't write, and fail at the first write only.
+		for _, dir := range []string{r.dir, filepath.Join(r.dir, tmpDir), filepath.Join(r.dir, blobsDir)} {
+			if err := checkWritable(dir); err != nil {
+				return nil, fmt.Errorf("%w: %w (OpenReadOnly reads it)", ErrReadOnly, err)
+			}
+		}
+		return openIndex(ctx, name, indexReadWrite, r.opts.BusyTimeout)
 	}
-	// SQLite reads a WAL database only with a -shm beside it, which it makes
-	// where it may, and shares with writers.
-	x, err := openIndex(ctx, name, true, false, r.opts.BusyTimeout)
+	// SQLite reads a WAL database only with a -shm beside it, shared with
+	// writers. Where it may, it makes one, and the last to close cleans up.
+	mode := indexReadOnly
+	if checkWritable(r.dir) == nil {
+		mode = indexQueryOnly
+	}
+	x, err := openIndex(ctx, name, mode, r.opts.BusyTimeout)
 	if !errors.Is(err, ErrReadOnly) && !errors.Is(err, ErrIndexIO) {
 		return x, err
 	}
 	if fi, statErr := r.root.Stat(indexFile + "-wal"); statErr == nil && fi.Size() > 0 {
 		return nil, fmt.Errorf("%s-wal holds changes that can't be read without writing (open it once where it can be written): %w", indexFile, err)
 	}
-	return openIndex(ctx, name, true, true, r.opts.BusyTimeout)
+	return openIndex(ctx, name, indexImmutable, r.opts.BusyTimeout)
 }
 
 // checkID makes sure that the index is this root's own.
@@ -345,10 +355,8 @@ func mkdirAllSync(dir string, perm fs.FileMode) error {
 			return err
 		}
 	}
-	if err := os.Mkdir(dir, perm); err != nil {
-		if errors.Is(err, fs.ErrExist) {
-			return nil
-		}
+	// Also when another process was faster: it may not have synced it yet.
+	if err := os.Mkdir(dir, perm); err != nil && !errors.Is(err, fs.ErrExist) {
 		return err
 	}
 	p, err := os.OpenRoot(parent)

@@ -137,6 +137,9 @@ func (st *stage) add(sf *stagedFile) error {
 	if st.files == nil {
 		return errors.Join(ErrClosed, st.drop(sf))
 	}
+	if st.failed != nil {
+		return errors.Join(st.failed, st.drop(sf))
+	}
 	if st.files[sf.digest] != nil { // the same bytes came twice
 		return st.drop(sf)
 	}
@@ -185,6 +188,16 @@ func (st *stage) has(d digest.Digest) bool {
 	st.mu.Lock()
 	defer st.mu.Unlock()
 	return st.files[d] != nil
+}
+
+// size returns the size of a blob in the stage.
+func (st *stage) size(d digest.Digest) (int64, bool) {
+	st.mu.Lock()
+	defer st.mu.Unlock()
+	if sf := st.files[d]; sf != nil {
+		return sf.size, true
+	}
+	return 0, false
 }
 
 // open returns a verifying reader of a blob in the stage, or else in the store.
@@ -288,7 +301,7 @@ func (st *stage) dedup(ctx context.Context, sf *stagedFile) error {
 func (st *stage) syncReused(sf *stagedFile) error {
 	name := blobPath(sf.digest)
 	if err := st.store.injected("fsync", name); err != nil {
-		return err
+		return st.fail(err)
 	}
 	f, err := st.store.root.OpenFile(name, os.O_RDONLY|openNoFollow, 0)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -297,7 +310,7 @@ func (st *stage) syncReused(sf *stagedFile) error {
 	if err != nil {
 		return err
 	}
-	return errors.Join(f.Sync(), f.Close())
+	return st.fail(errors.Join(f.Sync(), f.Close()))
 }
 
 // link names sf's file below blobs/. A file that is there under that name stays
@@ -345,14 +358,14 @@ func (st *stage) recheck(d digest.Digest, size int64) error {
 		return err
 	}
 	if sf.file != nil { // settle found the bytes in the store, so it didn't sync these
-		if err := st.syncFile(sf); err != nil {
+		if err := st.fail(st.syncFile(sf)); err != nil {
 			return err
 		}
 	}
 	if err := st.relink(sf); err != nil {
 		return err
 	}
-	return st.store.syncDir(path.Dir(blobPath(d)))
+	return st.fail(st.store.syncDir(path.Dir(blobPath(d))))
 }
 
 // relink gives sf's file the name that is free now.
@@ -417,9 +430,6 @@ func (st *stage) drop(sf *stagedFile) error {
 func (st *stage) sync() error {
 	todo := keepIf(st.unsynced, func(sf *stagedFile) bool { return !sf.reused })
 	st.unsynced, st.unsyncedBytes = nil, 0
-	if len(todo) == 1 {
-		return st.syncFile(todo[0])
-	}
 	errs := make([]error, len(todo))
 	var wg sync.WaitGroup
 	limit := make(chan struct{}, maxParallelSyncs)
@@ -431,7 +441,15 @@ func (st *stage) sync() error {
 		})
 	}
 	wg.Wait()
-	return errors.Join(errs...)
+	return st.fail(errors.Join(errs...))
+}
+
+// fail makes a failed fsync the stage's last word.
+func (st *stage) fail(err error) error {
+	if err != nil && st.failed == nil {
+		st.failed = fmt.Errorf("%w (what was added can't be trusted to reach the disk: start over)", err)
+	}
+	return err
 }
 
 const maxParallelSyncs = 16
@@ -449,7 +467,7 @@ func (st *stage) syncFile(sf *stagedFile) error {
 func (st *stage) syncAlgDirs(dirs map[digest.Algorithm]bool) error {
 	for alg := range dirs {
 		if err := st.store.syncDir(path.Join(blobsDir, string(alg))); err != nil {
-			return err
+			return st.fail(err)
 		}
 	}
 	return nil

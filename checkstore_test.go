@@ -1,0 +1,393 @@
+package ocilocal_test
+
+import (
+	"crypto/sha256"
+	"crypto/sha512"
+	"database/sql"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"hash"
+	"io"
+	"io/fs"
+	"net/url"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/ocilocal/ocilocal"
+)
+
+// A model says what a root may hold: for each reference the labels of the
+// artifacts that it may point at. "" among them: the reference may be absent.
+type model map[string][]string
+
+// checkStore judges a root that no process has open, and whose last writer was
+// not killed. It shares no code with the library: SQL and file reads of its
+// own, so that a bug there can't hide here. It reports every problem, and
+// returns the references that are there with their labels.
+func checkStore(t *testing.T, root string, want model) map[string]string {
+	t.Helper()
+	c := &storeCheck{root: root, blobs: map[string]int64{}}
+	got := c.run(want)
+	for i, p := range c.problems {
+		if i == 30 {
+			t.Errorf("… and %d more", len(c.problems)-i)
+			break
+		}
+		t.Error(p)
+	}
+	return got
+}
+
+type storeCheck struct {
+	root     string
+	blobs    map[string]int64 // digest → size of every file that hashes to its name
+	problems []string
+}
+
+func (c *storeCheck) bad(format string, args ...any) {
+	c.problems = append(c.problems, fmt.Sprintf(format, args...))
+}
+
+func (c *storeCheck) run(want model) map[string]string {
+	c.files()
+	return c.index(want)
+}
+
+// files checks I5 (every blob file hashes to its name), I8 (no other files)
+// and that tmp/ is empty.
+func (c *storeCheck) files() {
+	err := filepath.WalkDir(c.root, func(p string, e fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		rel, err := filepath.Rel(c.root, p)
+		if err != nil {
+			return err
+		}
+		fi, err := e.Info()
+		if err != nil {
+			return err
+		}
+		parts := strings.Split(filepath.ToSlash(rel), "/")
+		switch {
+		case rel == ".":
+		case len(parts) == 1 && slices.Contains([]string{"blobs", "tmp"}, rel):
+			if !fi.IsDir() {
+				c.bad("I8: %s is no directory", rel)
+			}
+		case len(parts) == 1 && slices.Contains([]string{"id", "index.sqlite3", "index.sqlite3-wal", "index.sqlite3-shm"}, rel):
+			if !fi.Mode().IsRegular() {
+				c.bad("I8: %s is no file", rel)
+			}
+		case parts[0] == "blobs" && len(parts) == 2 && fi.IsDir():
+			if newCheckHash(parts[1]) == nil {
+				c.bad("I8: directory of an unknown algorithm: %s", rel)
+			}
+		case parts[0] == "blobs" && len(parts) == 3 && fi.Mode().IsRegular():
+			return c.blob(p, parts[1], parts[2], fi)
+		default:
+			c.bad("I8: %s does not belong here", rel)
+		}
+		return nil
+	})
+	if err != nil {
+		c.bad("walk: %v", err)
+	}
+}
+
+func newCheckHash(algorithm string) hash.Hash {
+	switch algorithm {
+	case "sha256":
+		return sha256.New()
+	case "sha384":
+		return sha512.New384()
+	case "sha512":
+		return sha512.New()
+	}
+	return nil
+}
+
+func (c *storeCheck) blob(path, algorithm, encoded string, fi fs.FileInfo) error {
+	h := newCheckHash(algorithm)
+	if h == nil {
+		return nil // reported with its directory
+	}
+	f, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	n, err := io.Copy(h, f)
+	if err != nil {
+		return err
+	}
+	if got := hex.EncodeToString(h.Sum(nil)); got != encoded {
+		c.bad("I5: blob %s:%s (%d bytes) hashes to %s", algorithm, encoded, n, got)
+		return nil
+	}
+	if fi.Mode().Perm() != 0o444 {
+		c.bad("I5: blob %s:%s has mode %v, want 0444", algorithm, encoded, fi.Mode())
+	}
+	c.blobs[algorithm+":"+encoded] = n
+	return nil
+}
+
+// query runs text and calls row for each row with its columns as text.
+func (c *storeCheck) query(db *sql.DB, text string, row func(cols []string)) {
+	rows, err := db.Query(text)
+	if err != nil {
+		c.bad("I1: %s: %v", text, err)
+		return
+	}
+	defer rows.Close()
+	names, err := rows.Columns()
+	if err != nil {
+		c.bad("I1: %s: %v", text, err)
+		return
+	}
+	for rows.Next() {
+		vals := make([]sql.NullString, len(names))
+		dest := make([]any, len(names))
+		for i := range vals {
+			dest[i] = &vals[i]
+		}
+		if err := rows.Scan(dest...); err != nil {
+			c.bad("I1: %s: %v", text, err)
+			return
+		}
+		cols := make([]string, len(names))
+		for i := range vals {
+			cols[i] = vals[i].String
+		}
+		row(cols)
+	}
+	if err := rows.Err(); err != nil {
+		c.bad("I1: %s: %v", text, err)
+	}
+}
+
+// index checks I1 to I4.
+func (c *storeCheck) index(want model) map[string]string {
+	path := filepath.ToSlash(filepath.Join(c.root, "index.sqlite3"))
+	if !strings.HasPrefix(path, "/") {
+		path = "/" + path
+	}
+	q := url.Values{"mode": {"rw"}, "_pragma": {"busy_timeout(10000)", "query_only(1)"}}
+	db, err := sql.Open("sqlite", (&url.URL{Scheme: "file", Path: path, RawQuery: q.Encode()}).String())
+	if err != nil {
+		c.bad("I1: %v", err)
+		return nil
+	}
+	defer db.Close()
+
+	// I1: SQLite finds its file sound.
+	c.query(db, "PRAGMA integrity_check", func(cols []string) {
+		if cols[0] != "ok" {
+			c.bad("I1: integrity_check: %s", cols[0])
+		}
+	})
+	c.query(db, "PRAGMA foreign_key_check", func(cols []string) {
+		c.bad("I1: foreign_key_check: %q", cols)
+	})
+
+	// What the index says of blobs and manifests agrees with the files.
+	sizes := map[string]string{}
+	c.query(db, "SELECT digest, size FROM blobs", func(cols []string) { sizes[cols[0]] = cols[1] })
+	rows := map[string][]string{}
+	c.query(db, "SELECT manifest, position, role, digest, media_type, size FROM members ORDER BY manifest, position", func(cols []string) {
+		rows[cols[0]] = append(rows[cols[0]], strings.Join([]string{cols[3], cols[4], cols[5]}, " "))
+	})
+	types := map[string]string{}
+	c.query(db, "SELECT digest, media_type, size FROM manifests", func(cols []string) {
+		types[cols[0]] = cols[1]
+		if sizes[cols[0]] != cols[2] {
+			c.bad("I1: manifest %s: size %s, and %q in blobs", cols[0], cols[2], sizes[cols[0]])
+		}
+	})
+
+	// I2: every ref's closure is there and hashes. I4: nothing that nobody attempted.
+	got := map[string]string{}
+	seen := map[string]bool{}
+	c.query(db, "SELECT name, reference, manifest FROM refs ORDER BY name, reference", func(cols []string) {
+		ref := cols[0] + ":" + cols[1]
+		if strings.Contains(cols[1], ":") {
+			ref = cols[0] + "@" + cols[1]
+		}
+		if _, known := types[cols[2]]; !known {
+			c.bad("I2: %s: manifest %s has no row", ref, cols[2])
+		}
+		label := c.closure(ref, cols[2], sizes, rows, seen)
+		got[ref] = label
+		switch allowed, known := want[ref]; {
+		case !known:
+			c.bad("I4: %s (%s) is there, and nobody ever attempted it", ref, label)
+		case !slices.Contains(allowed, label):
+			c.bad("I3/I4: %s points at %q, allowed are %.20q", ref, label, allowed)
+		}
+	})
+
+	// I3: what was acknowledged is there.
+	for ref, allowed := range want {
+		if _, there := got[ref]; !there && !slices.Contains(allowed, "") {
+			c.bad("I3: %s is lost; it should point at one of %.20q", ref, allowed)
+		}
+	}
+	return got
+}
+
+// closure checks a manifest and all that it needs, and returns its label.
+func (c *storeCheck) closure(ref, digest string, sizes map[string]string, rows map[string][]string, seen map[string]bool) string {
+	type descriptor struct {
+		MediaType string
+		Digest    string
+		Size      int64
+	}
+	var m struct {
+		Config                   *descriptor
+		Layers, Blobs, Manifests []descriptor
+		Annotations              map[string]string
+	}
+	if _, ok := c.blobs[digest]; !ok {
+		c.bad("I2: %s: manifest %s is missing or damaged", ref, digest)
+		return ""
+	}
+	algorithm, encoded, _ := strings.Cut(digest, ":")
+	raw, err := os.ReadFile(filepath.Join(c.root, "blobs", algorithm, encoded))
+	if err == nil {
+		err = json.Unmarshal(raw, &m)
+	}
+	if err != nil {
+		c.bad("I2: %s: manifest %s: %v", ref, digest, err)
+		return ""
+	}
+	if seen[digest] {
+		return m.Annotations[labelKey]
+	}
+	seen[digest] = true
+	needs := slices.Concat(m.Layers, m.Blobs, m.Manifests)
+	if m.Config != nil {
+		needs = append([]descriptor{*m.Config}, needs...)
+	}
+	for i, d := range needs {
+		switch size, ok := c.blobs[d.Digest]; {
+		case !ok:
+			c.bad("I2: %s: %s, which manifest %s needs, is missing or damaged", ref, d.Digest, digest)
+		case size != d.Size:
+			c.bad("I2: %s: %s has %d bytes, manifest %s says %d", ref, d.Digest, size, digest, d.Size)
+		case sizes[d.Digest] != fmt.Sprint(size):
+			c.bad("I2: %s: row of blob %s has size %q, file has %d", ref, d.Digest, sizes[d.Digest], size)
+		}
+		if row := fmt.Sprintf("%s %s %d", d.Digest, d.MediaType, d.Size); i >= len(rows[digest]) || rows[digest][i] != row {
+			c.bad("I2: %s: member rows of %s are %q; its number %d should be %q", ref, digest, rows[digest], i, row)
+		}
+	}
+	if len(rows[digest]) != len(needs) {
+		c.bad("I2: %s: %d member rows for the %d of manifest %s", ref, len(rows[digest]), len(needs), digest)
+	}
+	for _, d := range m.Manifests {
+		c.closure(ref, d.Digest, sizes, rows, seen)
+	}
+	return m.Annotations[labelKey]
+}
+
+// tmpEntries lists what lies directly below root/tmp.
+func tmpEntries(t *testing.T, root string) []string {
+	t.Helper()
+	entries, err := os.ReadDir(filepath.Join(root, "tmp"))
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		t.Fatal(err)
+	}
+	var names []string
+	for _, e := range entries {
+		names = append(names, e.Name())
+	}
+	return names
+}
+
+// TestCheckStoreFinds breaks a good root in the ways that checkStore is for.
+// A checker that finds nothing shows nothing.
+func TestCheckStoreFinds(t *testing.T) {
+	const ref = "example.com/check/one:v1"
+	good := model{ref: {"first"}}
+	exec := func(text string) func(t *testing.T, root string) {
+		return func(t *testing.T, root string) {
+			db, err := sql.Open("sqlite", filepath.Join(root, "index.sqlite3"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer db.Close()
+			if _, err := db.Exec(text); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	firstBlob := func(t *testing.T, root string) string {
+		names, err := filepath.Glob(filepath.Join(root, "blobs", "*", "*"))
+		if err != nil || len(names) == 0 {
+			t.Fatal("no blobs", err)
+		}
+		return names[0]
+	}
+	for _, c := range []struct {
+		name   string
+		damage func(t *testing.T, root string)
+		want   model
+		find   string // "" = nothing
+	}{
+		{"sound", func(*testing.T, string) {}, good, ""},
+		{"ref lost", exec("DELETE FROM refs"), good, "I3"},
+		{"ref never attempted", func(*testing.T, string) {}, model{}, "I4"},
+		{"other artifact", func(*testing.T, string) {}, model{ref: {"second"}}, "I3"},
+		{"ref to nowhere", exec("UPDATE refs SET manifest = 'sha256:00'"), good, "I1"},
+		{"member lost", exec("DELETE FROM members WHERE position = 0"), good, "I2"},
+		{"size changed", exec("UPDATE blobs SET size = size + 1"), good, "I2"},
+		{"blob lost", func(t *testing.T, root string) {
+			if err := os.Remove(firstBlob(t, root)); err != nil {
+				t.Fatal(err)
+			}
+		}, good, "I2"},
+		{"blob changed", func(t *testing.T, root string) {
+			name := firstBlob(t, root)
+			os.Chmod(name, 0o600)
+			if err := os.WriteFile(name, []byte("x"), 0o444); err != nil {
+				t.Fatal(err)
+			}
+		}, good, "I5"},
+		{"blob writable", func(t *testing.T, root string) {
+			if err := os.Chmod(firstBlob(t, root), 0o644); err != nil {
+				t.Fatal(err)
+			}
+		}, good, "I5"},
+		{"leftover in tmp", func(t *testing.T, root string) {
+			if err := os.Mkdir(filepath.Join(root, "tmp", "old"), 0o700); err != nil {
+				t.Fatal(err)
+			}
+		}, good, "I8"},
+		{"stray file", func(t *testing.T, root string) {
+			if err := os.WriteFile(filepath.Join(root, "stray"), nil, 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}, good, "I8"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			root := filepath.Join(t.TempDir(), "root")
+			r := mustOpen(t, root)
+			if _, err := publishLabelled(r, ref, "first", ocilocal.KeepExisting, []byte("one"), []byte("two")); err != nil {
+				t.Fatal(err)
+			}
+			mustClose(t, r)
+			c.damage(t, root)
+			check := &storeCheck{root: root, blobs: map[string]int64{}}
+			check.run(c.want)
+			found := strings.Join(check.problems, "\n")
+			if c.find == "" && found != "" || c.find != "" && !strings.Contains(found, c.find) {
+				t.Errorf("found %q, want a mention of %q", found, c.find)
+			}
+		})
+	}
+}

@@ -1,0 +1,324 @@
+package ocilocal_test
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"maps"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+
+	"github.com/ocilocal/ocilocal"
+)
+
+func init() { workers["readonly"] = readOnlyWorker }
+
+// mountTmpfs mounts a small file system for the length of the test.
+func mountTmpfs(t *testing.T, options string) string {
+	t.Helper()
+	dir := filepath.Join(t.TempDir(), "mnt")
+	if err := os.Mkdir(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := syscall.Mount("tmpfs", dir, "tmpfs", 0, options); err != nil {
+		t.Skipf("a tmpfs can't be mounted here (%v): it takes root and the right to mount", err)
+	}
+	t.Cleanup(func() {
+		if err := syscall.Unmount(dir, syscall.MNT_DETACH); err != nil {
+			t.Error(err)
+		}
+	})
+	return dir
+}
+
+// TestFullDisk publishes until a real disk is full. What was published stays,
+// and publishing goes on once there is space again. Large layers fill the disk
+// while they are written, small ones mostly in the index.
+func TestFullDisk(t *testing.T) {
+	for _, c := range []struct {
+		name, options string
+		layer         int
+	}{
+		{"large layers", "size=2m", 96 << 10},
+		{"middle layers", "size=2m", 20 << 10},
+		{"small layers", "size=2m", 10},
+		{"no inodes", "size=16m,nr_inodes=100", 10},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			mnt := mountTmpfs(t, c.options)
+			// Space and inodes for later.
+			for i := range 40 {
+				if err := os.WriteFile(filepath.Join(mnt, fmt.Sprint("filler", i)), make([]byte, 16<<10), 0o600); err != nil {
+					t.Fatal(err)
+				}
+			}
+			root := filepath.Join(mnt, "root")
+			r := mustOpen(t, root)
+			want := model{}
+			publish := func(i int) error {
+				label := fmt.Sprint("label", i)
+				_, err := publishLabelled(r, fmt.Sprintf("example.com/full/disk:r%d", i), label, ocilocal.KeepExisting, append([]byte(label), make([]byte, c.layer)...))
+				return err
+			}
+			readAll := func() {
+				t.Helper()
+				for ref, labels := range want {
+					if got, err := readLabelled(r, ref); got != labels[0] || err != nil {
+						t.Errorf("%s reads %q, %v; want %q", ref, got, err, labels[0])
+					}
+				}
+			}
+			i := 0
+			for ; ; i++ {
+				if i > 5000 {
+					t.Fatal("the disk doesn't get full")
+				}
+				if err := publish(i); err != nil {
+					checkFull(t, err)
+					break
+				}
+				want[fmt.Sprintf("example.com/full/disk:r%d", i)] = []string{fmt.Sprint("label", i)}
+			}
+			t.Logf("full after %d artifacts", i)
+			if len(want) == 0 {
+				t.Fatal("nothing could be published at all")
+			}
+			// Full it stays, however often one tries, and what is there can be read.
+			for range 5 {
+				if err := publish(i); err == nil {
+					t.Log("a second attempt found space")
+					want[fmt.Sprintf("example.com/full/disk:r%d", i)] = []string{fmt.Sprint("label", i)}
+					i++
+				} else {
+					checkFull(t, err)
+				}
+			}
+			ref := fmt.Sprintf("example.com/full/disk:r%d", i)
+			if ok, err := r.Exists(t.Context(), ocilocal.MustParseReference(ref)); ok || err != nil {
+				t.Errorf("%s exists (%v, %v), though its publish failed", ref, ok, err)
+			}
+			readAll()
+
+			for i := range 40 {
+				if err := os.Remove(filepath.Join(mnt, fmt.Sprint("filler", i))); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if err := publish(i); err != nil {
+				t.Fatalf("with space again: %v", err)
+			}
+			want[ref] = []string{fmt.Sprint("label", i)}
+			readAll()
+			mustClose(t, r)
+			checkStore(t, root, want)
+		})
+	}
+}
+
+func checkFull(t *testing.T, err error) {
+	t.Helper()
+	if _, ok := errors.AsType[*ocilocal.Error](err); !ok || !errors.Is(err, ocilocal.ErrNoSpace) && !errors.Is(err, syscall.ENOSPC) {
+		t.Errorf("error on a full disk is %T %v; want ErrNoSpace or ENOSPC in an *Error", err, err)
+	}
+}
+
+// roRoot makes a registry with two refs, closed, below a directory that every user can enter.
+func roRoot(t *testing.T, parent string) (root string, want map[string]string) {
+	t.Helper()
+	root = filepath.Join(parent, "root")
+	r := mustOpen(t, root)
+	want = map[string]string{"example.com/ro/one:v1": "one", "example.com/ro/two:v1": "two"}
+	for ref, label := range want {
+		if _, err := publishLabelled(r, ref, label, ocilocal.KeepExisting, []byte(label), []byte("shared")); err != nil {
+			t.Fatal(err)
+		}
+	}
+	mustClose(t, r)
+	// A connection that stays open behind a closed handle would keep these.
+	for _, name := range []string{"index.sqlite3-wal", "index.sqlite3-shm"} {
+		if _, err := os.Lstat(filepath.Join(root, name)); err == nil {
+			t.Errorf("%s is still there after the last Close", name)
+		}
+	}
+	return root, want
+}
+
+// lockTree takes all write permission away, and lets everybody read.
+func lockTree(t *testing.T, root string) {
+	t.Helper()
+	var dirs []string
+	err := filepath.WalkDir(root, func(p string, e fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		if e.IsDir() {
+			dirs = append(dirs, p)
+			return nil
+		}
+		return os.Chmod(p, 0o444)
+	})
+	for _, d := range slices.Backward(dirs) {
+		err = errors.Join(err, os.Chmod(d, 0o555))
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { // TempDir's own cleanup must be able to delete it
+		for _, d := range dirs {
+			os.Chmod(d, 0o755)
+		}
+	})
+}
+
+// snapshot says what lies below root: names, modes, sizes and times.
+func snapshot(t *testing.T, root string) string {
+	t.Helper()
+	var b strings.Builder
+	err := filepath.WalkDir(root, func(p string, e fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		fi, err := e.Info()
+		if err == nil {
+			fmt.Fprintln(&b, p, fi.Mode(), fi.Size(), fi.ModTime())
+		}
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b.String()
+}
+
+// readOnlyWorker says what a user who may write nothing finds in a root:
+// "ref REF LABEL" for each ref, and then "writes TYPED" with what writing calls return.
+func readOnlyWorker(_ *bufio.Scanner, args []string) error {
+	ctx := context.Background()
+	root := args[0]
+	r, err := ocilocal.OpenReadOnly(ctx, root, nil)
+	if err != nil {
+		return err
+	}
+	for ref, err := range r.Refs(ctx, nil) {
+		if err != nil {
+			return err
+		}
+		label, err := readLabelled(r, ref.Reference.String())
+		if err != nil {
+			return err
+		}
+		say("ref", ref.Reference, label)
+	}
+	if _, err := r.Remove(ctx, ocilocal.MustParseReference("example.com/ro/one:v1")); !errors.Is(err, ocilocal.ErrReadOnly) {
+		return fmt.Errorf("remove from a read-only registry: %w", err)
+	}
+	if _, err := publishLabelled(r, "example.com/ro/new:v1", "new", ocilocal.KeepExisting, []byte("x")); !errors.Is(err, ocilocal.ErrReadOnly) {
+		return fmt.Errorf("build in a read-only registry: %w", err)
+	}
+	if err := r.Close(); err != nil {
+		return err
+	}
+
+	// Open for writing may fail at once, or at the first write: typed either way.
+	r, err = ocilocal.Open(ctx, root, nil)
+	at := "open"
+	if err == nil {
+		defer r.Close()
+		at = "publish"
+		_, err = publishLabelled(r, "example.com/ro/new:v1", "new", ocilocal.KeepExisting, []byte("x"))
+	}
+	_, typed := errors.AsType[*ocilocal.Error](err)
+	if !typed || !errors.Is(err, ocilocal.ErrReadOnly) && !errors.Is(err, fs.ErrPermission) {
+		return fmt.Errorf("%s of a root that can't be written: %T %w", at, err, err)
+	}
+	say("writes", at)
+	return nil
+}
+
+// checkReadOnly compares what a readonly worker says with want.
+func checkReadOnly(t *testing.T, w *worker, want map[string]string) {
+	t.Helper()
+	got := map[string]string{}
+	for {
+		words := w.line()
+		if words[0] == "writes" {
+			if words[1] != "open" {
+				t.Errorf("Open of a root that can't be written succeeds, and fails only at %s", words[1])
+			}
+			break
+		}
+		got[words[1]] = words[2]
+	}
+	w.finish()
+	if !maps.Equal(got, want) {
+		t.Errorf("read %v, want %v", got, want)
+	}
+}
+
+// TestReadOnlyUser: a user who may not write a root lists and reads it.
+func TestReadOnlyUser(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("becoming another user takes root")
+	}
+	// t.TempDir lies in a directory that only its owner may enter.
+	parent, err := os.MkdirTemp("", "ocilocal-readonly-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(parent) })
+	if err := os.Chmod(parent, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	root, want := roRoot(t, parent)
+	lockTree(t, root)
+	before := snapshot(t, root)
+	// The binary lies where that user can't come; this name needs no path to it.
+	cmd := exec.Command("/proc/self/exe", root)
+	cmd.Dir = parent
+	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
+	checkReadOnly(t, startCommand(t, "readonly", cmd), want)
+	if after := snapshot(t, root); after != before {
+		t.Errorf("the root was\n%s\nand is\n%s", before, after)
+	}
+}
+
+// TestReadOnlyMode: a root without write permission, opened by its owner.
+func TestReadOnlyMode(t *testing.T) {
+	root, want := roRoot(t, t.TempDir())
+	lockTree(t, root)
+	before := snapshot(t, filepath.Join(root, "blobs")) + snapshot(t, filepath.Join(root, "tmp"))
+	r, err := ocilocal.OpenReadOnly(t.Context(), root, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for ref, label := range want {
+		if got, err := readLabelled(r, ref); got != label || err != nil {
+			t.Errorf("%s reads %q, %v; want %q", ref, got, err, label)
+		}
+	}
+	mustClose(t, r)
+	if after := snapshot(t, filepath.Join(root, "blobs")) + snapshot(t, filepath.Join(root, "tmp")); after != before {
+		t.Errorf("the root was\n%s\nand is\n%s", before, after)
+	}
+}
+
+// TestReadOnlyFileSystem: a root on a file system that is mounted read-only.
+func TestReadOnlyFileSystem(t *testing.T) {
+	mnt := mountTmpfs(t, "size=4m")
+	root, want := roRoot(t, mnt)
+	if err := syscall.Mount("tmpfs", mnt, "tmpfs", syscall.MS_REMOUNT|syscall.MS_RDONLY, ""); err != nil {
+		t.Fatal(err)
+	}
+	before := snapshot(t, root)
+	checkReadOnly(t, startWorker(t, "readonly", root), want)
+	if after := snapshot(t, root); after != before {
+		t.Errorf("the root was\n%s\nand is\n%s", before, after)
+	}
+}

@@ -1,0 +1,242 @@
+package ocilocal
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+)
+
+// ImportOptions choose what is imported, and under which reference. Nil is the zero value.
+type ImportOptions struct {
+	// Select, if not empty, chooses one entry of the layout's index by its
+	// name or its digest. Otherwise every entry is imported.
+	Select string
+	// Reference, if not zero, is what the one imported entry shall be called.
+	// It must agree with the entry's own name, if it has one, unless Rename is set.
+	Reference Reference
+	// Rename lets Reference differ from the entry's own name.
+	Rename bool
+	// PublishOptions say what happens if a ref exists. With several entries,
+	// a conflict is reported as an outcome; with one, it is an error as well.
+	PublishOptions
+}
+
+// An ImportedArtifact is one entry that was imported.
+type ImportedArtifact struct {
+	// Name is the entry's org.opencontainers.image.ref.name as it stands.
+	Name string
+	// Descriptor is of the manifest or image index, with the digest it had outside.
+	Descriptor ocispec.Descriptor
+	// Update tells what became of the ref. Its Reference is zero if the entry
+	// has no full name: then it is stored by digest only, until collected.
+	Update RefUpdate
+}
+
+// An ImportResult tells what an import did.
+type ImportResult struct {
+	Artifacts    []ImportedArtifact
+	BlobsWritten int   // blobs that the registry did not have
+	BlobsReused  int   // blobs that it had
+	BytesWritten int64 // size of the former
+}
+
+// importer is the one pipeline by which content comes in: it takes the closure
+// of each chosen entry from a source into a stage, and publishes them together.
+type importer struct {
+	registry *LocalRegistry
+	opts     ImportOptions
+	stage    *stage
+	// fetch stages a blob that neither the stage nor the registry has.
+	fetch func(ctx context.Context, desc ocispec.Descriptor) error
+
+	need  map[digest.Digest]bool // what the closures hold
+	sizes map[digest.Digest]int64
+}
+
+func (r *LocalRegistry) newImporter(opts *ImportOptions) *importer {
+	im := &importer{registry: r, stage: r.blobs.newStage(), need: map[digest.Digest]bool{}, sizes: map[digest.Digest]int64{}}
+	if opts != nil {
+		im.opts = *opts
+	}
+	return im
+}
+
+// run imports the entries of a layout's index.
+func (im *importer) run(ctx context.Context, entries []ocispec.Descriptor) (*ImportResult, error) {
+	chosen, err := im.choose(entries)
+	if err != nil {
+		return nil, err
+	}
+	result := &ImportResult{}
+	var pubs []publication
+	for _, e := range chosen {
+		name := e.Annotations[ocispec.AnnotationRefName]
+		ref, err := im.reference(name)
+		if err != nil {
+			return nil, err
+		}
+		p := publication{ref: ref, PublishOptions: im.opts.PublishOptions}
+		if p.root, err = im.manifest(ctx, e, 0, map[digest.Digest]bool{}, &p.manifests); err != nil {
+			return nil, err
+		}
+		result.Artifacts = append(result.Artifacts, ImportedArtifact{Name: name, Descriptor: p.root.Descriptor()})
+		pubs = append(pubs, p)
+	}
+	if err := im.stage.keepOnly(im.need); err != nil {
+		return nil, err
+	}
+	updates, err := im.registry.publish(ctx, im.stage, pubs)
+	if err != nil {
+		return nil, err
+	}
+	for i, u := range updates {
+		result.Artifacts[i].Update = u
+	}
+	if len(updates) == 1 {
+		err = updates[0].conflict(im.opts.Expected)
+	}
+	if err == nil {
+		result.BlobsWritten, result.BlobsReused, result.BytesWritten = im.stage.counts()
+	}
+	return result, err
+}
+
+// choose applies Select and refuses options that fit no single entry.
+func (im *importer) choose(entries []ocispec.Descriptor) ([]ocispec.Descriptor, error) {
+	chosen := entries
+	if s := im.opts.Select; s != "" {
+		chosen = nil
+		for _, e := range entries {
+			if e.Annotations[ocispec.AnnotationRefName] == s || string(e.Digest) == s {
+				chosen = append(chosen, e)
+			}
+		}
+		if len(chosen) == 0 {
+			return nil, fmt.Errorf("%w: no entry of index.json has the name or digest %q", ErrNotFound, clip(s))
+		}
+		if len(chosen) > 1 && string(chosen[0].Digest) == s {
+			chosen = chosen[:1] // one manifest under several names, asked for by digest
+		}
+	}
+	if len(chosen) == 0 {
+		return nil, fmt.Errorf("%w: index.json names no manifest", ErrInvalidLayout)
+	}
+	if len(chosen) > 1 && (!im.opts.Reference.IsZero() || im.opts.Select != "" || im.opts.Expected != "") {
+		return nil, fmt.Errorf("%w: index.json has %d entries that fit, and one was asked for (ImportOptions.Select chooses by name or digest)",
+			ErrInvalidArgument, len(chosen))
+	}
+	return chosen, nil
+}
+
+// reference returns the ref for an entry; zero when it has no full name. The
+// name has no grammar (image-spec annotations.md): what is no reference, such as a
+// bare tag, doesn't name one here.
+func (im *importer) reference(name string) (Reference, error) {
+	named := Reference{}
+	if name != "" && !isBareTag(name) {
+		named, _ = ParseReference(name)
+	}
+	want := im.opts.Reference
+	if want.IsZero() {
+		return named, nil
+	}
+	agrees := named == want || name == "" || isBareTag(name) && name == want.Tag()
+	if !agrees && !im.opts.Rename {
+		return Reference{}, fmt.Errorf("%w: the content is named %q, not %s (ImportOptions.Rename overrides)", ErrInvalidArgument, clip(name), want)
+	}
+	return want, nil
+}
+
+// manifest stages a manifest and all below it, and appends them to list,
+// children first. above holds the digests of the indexes that it lies in.
+func (im *importer) manifest(ctx context.Context, desc ocispec.Descriptor, depth int, seen map[digest.Digest]bool, list *[]*Manifest) (*Manifest, error) {
+	if depth > MaxIndexNesting {
+		return nil, fmt.Errorf("%w: image indexes nested more than %d deep", ErrTooLarge, MaxIndexNesting)
+	}
+	if desc.Size > MaxManifestSize {
+		return nil, fmt.Errorf("%w: manifest %s has %d bytes, at most %d are taken", ErrTooLarge, desc.Digest, desc.Size, MaxManifestSize)
+	}
+	if err := im.blob(ctx, desc); err != nil {
+		return nil, err
+	}
+	src, err := im.stage.open(ctx, desc.Digest, desc.Size)
+	if err != nil {
+		return nil, incomplete(err)
+	}
+	m, err := readManifest(src, desc)
+	if err != nil {
+		return nil, err
+	}
+	seen[desc.Digest] = true
+	for i, c := range m.children() {
+		if m.childRole(i) != roleManifest {
+			if err := im.blob(ctx, c); err != nil {
+				return nil, err
+			}
+		} else if !seen[c.Digest] {
+			if _, err := im.manifest(ctx, c, depth+1, seen, list); err != nil {
+				return nil, err
+			}
+		}
+	}
+	*list = append(*list, m)
+	return m, nil
+}
+
+// blob makes sure that the stage has what desc names.
+func (im *importer) blob(ctx context.Context, desc ocispec.Descriptor) error {
+	if size, ok := im.sizes[desc.Digest]; ok {
+		if size != desc.Size {
+			return fmt.Errorf("%w: blob %s is said to have %d bytes and %d bytes", ErrInvalidManifest, desc.Digest, size, desc.Size)
+		}
+		return nil
+	}
+	if len(im.sizes) >= MaxClosure {
+		return fmt.Errorf("%w: more than %d blobs", ErrTooLarge, MaxClosure)
+	}
+	im.sizes[desc.Digest] = desc.Size
+	im.need[desc.Digest] = true
+	if size, ok := im.stage.size(desc.Digest); ok {
+		if size != desc.Size {
+			return fmt.Errorf("blob %s: %w: has %d bytes, its descriptor says %d", desc.Digest, ErrSizeMismatch, size, desc.Size)
+		}
+		return nil
+	}
+	ok, err := im.stage.reuse(ctx, desc.Digest, desc.Size)
+	if ok || err != nil {
+		return err
+	}
+	return im.fetch(ctx, desc)
+}
+
+// parseLayoutIndex reads a layout's index.json (image-spec image-layout.md).
+// OMMX v2 writes {} for the annotations of an entry without a name.
+func parseLayoutIndex(raw []byte) ([]ocispec.Descriptor, error) {
+	m, err := ParseManifest(ocispec.MediaTypeImageIndex, raw)
+	if err != nil {
+		return nil, fmt.Errorf("%w: index.json: %w", ErrInvalidLayout, err)
+	}
+	for _, e := range m.doc.Manifests {
+		if formOf(e.MediaType) == 0 {
+			return nil, fmt.Errorf("%w: index.json has an entry of type %q", ErrUnsupportedMediaType, clip(e.MediaType))
+		}
+	}
+	return m.doc.Manifests, nil
+}
+
+// checkLayoutFile reads the file oci-layout.
+func checkLayoutFile(raw []byte) error {
+	var doc struct {
+		Version string `json:"imageLayoutVersion"`
+	}
+	if err := json.Unmarshal(raw, &doc); err != nil {
+		return fmt.Errorf("%w: oci-layout: %w", ErrInvalidLayout, err)
+	}
+	if doc.Version != ocispec.ImageLayoutVersion {
+		return fmt.Errorf("%w: oci-layout has version %q, want %q", ErrInvalidLayout, clip(doc.Version), ocispec.ImageLayoutVersion)
+	}
+	return nil
+}

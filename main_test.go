@@ -1,0 +1,222 @@
+package ocilocal_test
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"strings"
+	"testing"
+
+	"github.com/ocilocal/ocilocal"
+)
+
+// workerEnv names the worker that a process started by these tests is to be.
+const workerEnv = "OCILOCAL_TEST_WORKER"
+
+// workers are the programs that tests run as processes of their own: the test
+// binary, run again. in gives the lines that the parent sends; each reply is
+// one write to standard output, so a kill never leaves half a line.
+var workers = map[string]func(in *bufio.Scanner, args []string) error{
+	"crash":   crashWorker,
+	"publish": publishWorker,
+	"race":    raceWorker,
+	"open":    openWorker,
+	"hold":    holdWorker,
+}
+
+func TestMain(m *testing.M) {
+	if name := os.Getenv(workerEnv); name != "" {
+		if err := workers[name](bufio.NewScanner(os.Stdin), os.Args[1:]); err != nil {
+			fmt.Fprintf(os.Stderr, "worker %s %q: %v\n", name, os.Args[1:], err)
+			os.Exit(1)
+		}
+		os.Exit(0)
+	}
+	os.Exit(m.Run())
+}
+
+// A worker is a running child process.
+type worker struct {
+	t      *testing.T
+	cmd    *exec.Cmd
+	in     io.WriteCloser
+	out    *bufio.Scanner
+	stderr bytes.Buffer
+	ended  bool
+}
+
+// startWorker starts a worker. It does not outlive the test.
+func startWorker(t *testing.T, name string, args ...string) *worker {
+	t.Helper()
+	exe, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return startCommand(t, name, exec.Command(exe, args...))
+}
+
+func startCommand(t *testing.T, name string, cmd *exec.Cmd) *worker {
+	t.Helper()
+	w := &worker{t: t, cmd: cmd}
+	cmd.Env = append(os.Environ(), workerEnv+"="+name)
+	cmd.Stderr = &w.stderr
+	var err error
+	if w.in, err = cmd.StdinPipe(); err != nil {
+		t.Fatal(err)
+	}
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	w.out = bufio.NewScanner(out)
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(w.kill)
+	return w
+}
+
+// send writes one line to the worker.
+func (w *worker) send(words ...string) {
+	w.t.Helper()
+	if _, err := fmt.Fprintln(w.in, strings.Join(words, " ")); err != nil {
+		w.t.Fatalf("worker is gone: %v\n%s", err, w.end())
+	}
+}
+
+// line returns the worker's next line, cut into words.
+func (w *worker) line() []string {
+	w.t.Helper()
+	if !w.out.Scan() {
+		w.t.Fatalf("worker ended early\n%s", w.end())
+	}
+	return strings.Fields(w.out.Text())
+}
+
+// expect reads a line that must begin with word, and returns the rest.
+func (w *worker) expect(word string) []string {
+	w.t.Helper()
+	got := w.line()
+	if len(got) == 0 || got[0] != word {
+		w.t.Fatalf("worker says %q, want %q", got, word)
+	}
+	return got[1:]
+}
+
+// kill ends the worker with SIGKILL, unless it has ended.
+func (w *worker) kill() {
+	if !w.ended {
+		w.cmd.Process.Kill()
+		w.end()
+	}
+}
+
+// end waits for the worker and returns what it said of its end.
+func (w *worker) end() string {
+	w.ended = true
+	w.in.Close()
+	err := w.cmd.Wait()
+	return fmt.Sprintf("%s%v", w.stderr.String(), err)
+}
+
+// finish lets the worker end by itself, which must be without an error.
+func (w *worker) finish() {
+	w.t.Helper()
+	w.ended = true
+	w.in.Close()
+	if err := w.cmd.Wait(); err != nil {
+		w.t.Errorf("worker: %v\n%s", err, w.stderr.String())
+	}
+}
+
+// say prints a worker's reply in one write.
+func say(words ...any) { os.Stdout.WriteString(fmt.Sprintln(words...)) }
+
+// labelKey is the annotation by which tests know an artifact again.
+const labelKey = "com.example.label"
+
+const testType = "application/vnd.example.test"
+
+// publishLabelled builds an artifact that carries label, with one layer for each of layers.
+func publishLabelled(r *ocilocal.LocalRegistry, ref, label string, policy ocilocal.Policy, layers ...[]byte) (ocilocal.RefUpdate, error) {
+	ctx := context.Background()
+	parsed, err := ocilocal.ParseReference(ref)
+	if err != nil {
+		return ocilocal.RefUpdate{}, err
+	}
+	b, err := r.NewBuilder(parsed, &ocilocal.BuilderOptions{ArtifactType: testType, PublishOptions: ocilocal.PublishOptions{Policy: policy}})
+	if err != nil {
+		return ocilocal.RefUpdate{}, err
+	}
+	defer b.Cancel()
+	if err := b.SetAnnotation(labelKey, label); err != nil {
+		return ocilocal.RefUpdate{}, err
+	}
+	for _, l := range layers {
+		if _, err := b.AddLayer(ctx, "application/octet-stream", bytes.NewReader(l), nil); err != nil {
+			return ocilocal.RefUpdate{}, err
+		}
+	}
+	_, err = b.Build(ctx)
+	return b.Update(), err
+}
+
+// readLabelled reads all of the artifact under ref through the library and returns its label.
+func readLabelled(r *ocilocal.LocalRegistry, ref string) (string, error) {
+	ctx := context.Background()
+	parsed, err := ocilocal.ParseReference(ref)
+	if err != nil {
+		return "", err
+	}
+	a, err := r.Load(ctx, parsed)
+	if err != nil {
+		return "", err
+	}
+	layers, err := a.Layers(ctx)
+	if err != nil {
+		return "", err
+	}
+	for _, l := range layers {
+		if _, err := a.ReadLayer(ctx, l); err != nil {
+			return "", err
+		}
+	}
+	annotations, err := a.Annotations(ctx)
+	return annotations[labelKey], err
+}
+
+// mustOpen opens root for the length of the test.
+func mustOpen(t *testing.T, root string) *ocilocal.LocalRegistry {
+	t.Helper()
+	r, err := ocilocal.Open(t.Context(), root, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { r.Close() })
+	return r
+}
+
+func mustClose(t *testing.T, c io.Closer) {
+	t.Helper()
+	if err := c.Close(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// longRun reports whether the long form of the tests was asked for.
+func longRun() bool { return os.Getenv("OCILOCAL_LONG") != "" }
+
+// scaled picks a number of rounds: for -short, by default, for OCILOCAL_LONG.
+func scaled(short, normal, long int) int {
+	switch {
+	case longRun():
+		return long
+	case testing.Short():
+		return short
+	}
+	return normal
+}
