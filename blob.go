@@ -43,7 +43,7 @@ type blobStore struct {
 
 // copyBufferSize makes a large blob cost few system calls, and still lets
 // what was read be hashed and written while it is in the processor's cache.
-const copyBufferSize = 256 << 10
+const copyBufferSize = 1 << 20
 
 func newBlobStore(root *os.Root, readOnly bool) *blobStore {
 	return &blobStore{
@@ -155,7 +155,11 @@ func (s *blobStore) open(ctx context.Context, d digest.Digest, size int64) (*ver
 	if err != nil {
 		return nil, err
 	}
-	return &verifier{ctx: ctx, src: f, digest: d, size: size, hash: newHash(d.Algorithm())}, nil
+	return s.verifier(ctx, f, d, size), nil
+}
+
+func (s *blobStore) verifier(ctx context.Context, src io.ReadCloser, d digest.Digest, size int64) *verifier {
+	return &verifier{ctx: ctx, src: src, digest: d, size: size, hash: newHash(d.Algorithm()), buffers: &s.buffers}
 }
 
 // verify reads all of d and says whether it is what its name says:
@@ -166,7 +170,7 @@ func (s *blobStore) verify(ctx context.Context, d digest.Digest, size int64) err
 		return err
 	}
 	defer r.Close()
-	_, err = s.copy(io.Discard, r)
+	_, err = r.WriteTo(io.Discard)
 	return err
 }
 
@@ -325,13 +329,6 @@ func (s *blobStore) sweep() error {
 // partialDir, below tmp/, is where interrupted pulls keep what they have.
 const partialDir = "partial"
 
-func ignoreNotExist(err error) error {
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil
-	}
-	return err
-}
-
 // syncDir makes the entries of a directory durable.
 func (s *blobStore) syncDir(name string) error {
 	if runtime.GOOS == "windows" {
@@ -382,6 +379,8 @@ type verifier struct {
 	off    int64
 	hash   hash.Hash
 	err    error // sticky
+
+	buffers *sync.Pool // the store's
 }
 
 func (v *verifier) Read(p []byte) (int, error) {
@@ -411,11 +410,55 @@ func (v *verifier) Read(p []byte) (int, error) {
 		}
 		return n, nil
 	}
-	if err == io.EOF {
-		err = fmt.Errorf("blob %s: %w: ended after %d bytes, want %d", v.digest, ErrSizeMismatch, v.off, v.size)
+	v.err = v.cutOff(err)
+	return n, v.err
+}
+
+// WriteTo implements [io.WriterTo], for io.Copy: a chunk is hashed while it is
+// being written and the next one read, and the last is hashed before it is written.
+func (v *verifier) WriteTo(dst io.Writer) (written int64, err error) {
+	if v.size-v.off <= copyBufferSize || v.err != nil {
+		return io.Copy(dst, struct{ io.Reader }{v})
 	}
-	v.err = err
-	return n, err
+	bufs := [2]*[]byte{v.buffers.Get().(*[]byte), v.buffers.Get().(*[]byte)}
+	defer v.buffers.Put(bufs[0])
+	defer v.buffers.Put(bufs[1])
+	hashing := make(chan struct{}, 1)
+	hashing <- struct{}{}
+	defer func() { <-hashing }() // before the buffers go back
+	for i := 0; v.size-v.off > copyBufferSize; i++ {
+		if err := v.ctx.Err(); err != nil {
+			return written, err
+		}
+		chunk := *bufs[i%2]
+		if _, err := io.ReadFull(v.src, chunk); err != nil {
+			v.err = v.cutOff(err)
+			return written, v.err
+		}
+		v.off += int64(len(chunk))
+		<-hashing
+		go func() {
+			v.hash.Write(chunk)
+			hashing <- struct{}{}
+		}()
+		n, err := dst.Write(chunk)
+		written += int64(n)
+		if err != nil {
+			return written, err
+		}
+	}
+	<-hashing
+	hashing <- struct{}{}
+	n, err := io.Copy(dst, struct{ io.Reader }{v})
+	return written + n, err
+}
+
+// cutOff says of the end of a file that came too early what it is.
+func (v *verifier) cutOff(err error) error {
+	if err == io.EOF || err == io.ErrUnexpectedEOF {
+		return fmt.Errorf("blob %s: %w: ended after %d bytes, want %d", v.digest, ErrSizeMismatch, v.off, v.size)
+	}
+	return err
 }
 
 // finish is called when size bytes were read: io.EOF if they are the blob.

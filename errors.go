@@ -124,6 +124,14 @@ func opError(op, reference string, d digest.Digest, err error) error {
 	return &Error{Op: op, Reference: reference, Digest: d, Err: err}
 }
 
+// ignoreNotExist is for what somebody else may have removed already.
+func ignoreNotExist(err error) error {
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	return err
+}
+
 // printable quotes text from outside when it holds anything that a terminal
 // or a log could misread, and cuts it where it is long.
 func printable(s string) string {

@@ -440,12 +440,12 @@ func (t *indexTx) rollback() error {
 func (x *index) begin(batch []*writeRequest, answer func([]*writeRequest, error)) ([]*writeRequest, error) {
 	deadline := time.Now().Add(x.busy)
 	for {
-		batch = keepIf(batch, func(r *writeRequest) bool {
+		batch = slices.DeleteFunc(batch, func(r *writeRequest) bool {
 			err := r.ctx.Err()
 			if err != nil {
 				answer([]*writeRequest{r}, err)
 			}
-			return err == nil
+			return err != nil
 		})
 		if len(batch) == 0 {
 			return nil, nil
@@ -606,13 +606,13 @@ type member struct {
 
 // members calls visit with what a manifest directly needs.
 func (t *indexTx) members(d digest.Digest, visit func(member) error) error {
-	const page = 1000
+	const page = 100
 	s, err := t.stmt(sqlMembers)
 	if err != nil {
 		return err
 	}
 	for from := 0; ; from += page {
-		batch, err := scanAll(s, []any{string(d), from, page}, func(rows *sql.Rows) (m member, err error) {
+		batch, err := scanAll(s, page, []any{string(d), from, page}, func(rows *sql.Rows) (m member, err error) {
 			err = rows.Scan(&m.role, &m.desc.Digest, &m.desc.MediaType, &m.desc.Size)
 			return m, err
 		})
@@ -650,7 +650,7 @@ func (x *index) list(name, reference, below string, n int) ([]Ref, error) {
 	if err != nil {
 		return nil, err
 	}
-	return scanAll(s, []any{name, reference, below, n}, func(rows *sql.Rows) (r Ref, err error) {
+	return scanAll(s, n, []any{name, reference, below, n}, func(rows *sql.Rows) (r Ref, err error) {
 		var name, reference string
 		var updated int64
 		d := &r.Descriptor
@@ -668,14 +668,14 @@ func (x *index) list(name, reference, below string, n int) ([]Ref, error) {
 	})
 }
 
-// scanAll reads all rows of a query whose own LIMIT bounds them.
-func scanAll[T any](s *sql.Stmt, args []any, scan func(*sql.Rows) (T, error)) ([]T, error) {
+// scanAll reads all rows of a query whose own LIMIT is limit.
+func scanAll[T any](s *sql.Stmt, limit int, args []any, scan func(*sql.Rows) (T, error)) ([]T, error) {
 	rows, err := s.Query(args...)
 	if err != nil {
 		return nil, indexError(err)
 	}
 	defer rows.Close()
-	var all []T
+	all := make([]T, 0, limit)
 	for rows.Next() {
 		v, err := scan(rows)
 		if err != nil {

@@ -263,8 +263,7 @@ func (r *LocalRegistry) openBlobFile(ctx context.Context, desc ocispec.Descripto
 		return nil, err
 	}
 	// The same open file is verified and handed out, whatever its name comes to mean.
-	v := &verifier{ctx: ctx, src: f, digest: desc.Digest, size: size, hash: newHash(desc.Digest.Algorithm())}
-	if _, err = r.blobs.copy(io.Discard, v); err == nil {
+	if _, err = r.blobs.verifier(ctx, f, desc.Digest, size).WriteTo(io.Discard); err == nil {
 		_, err = f.Seek(0, io.SeekStart)
 	}
 	if err != nil {

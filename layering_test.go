@@ -1,0 +1,112 @@
+package ocilocal_test
+
+import (
+	"go/ast"
+	"go/parser"
+	"go/token"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+)
+
+// ranks say which file may use which: only names of files with the same or a
+// lower rank. A file must have one here.
+var ranks = map[string]int{
+	"doc.go": 0, "errors.go": 0, "digest.go": 0, "json.go": 0, "manifest.go": 0, "reference.go": 0,
+	"fs_unix.go": 0, "fs_other.go": 0, "fs_linux.go": 0, "fs_notlinux.go": 0,
+	"blob.go": 1, "stage.go": 1, "index.go": 1,
+	"registry.go": 2, "publish.go": 2, "read.go": 2, "artifact.go": 2, "builder.go": 2,
+	"import.go": 3, "archive.go": 4,
+}
+
+// strangers may not use each other's names though their ranks would let them.
+var strangers = map[string][]string{
+	"blob.go":  {"index.go"},
+	"stage.go": {"index.go"},
+	"index.go": {"blob.go", "stage.go"},
+}
+
+// exceptions are uses against the ranks, each with its reason.
+var exceptions = map[string]string{
+	"index.go Ref": "a row of a listing is made in one place, without a copy",
+}
+
+// owners say which files alone may import a package.
+var owners = map[string][]string{
+	"database/sql":           {"index.go"},
+	"database/sql/driver":    {"index.go"},
+	"modernc.org/sqlite":     {"index.go"},
+	"modernc.org/sqlite/lib": {"index.go"},
+	"archive/tar":            {"archive.go"},
+	"compress/gzip":          {"archive.go"},
+	"net/http":               {},
+	"os/exec":                {},
+	"unsafe":                 {},
+}
+
+func TestLayering(t *testing.T) {
+	files, err := filepath.Glob("*.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	fset := token.NewFileSet()
+	parsed := map[string]*ast.File{}
+	declared := map[string]string{} // top-level name → file
+	for _, name := range files {
+		if strings.HasSuffix(name, "_test.go") {
+			continue
+		}
+		if _, ok := ranks[name]; !ok {
+			t.Errorf("%s has no rank: give it one in layering_test.go", name)
+		}
+		f, err := parser.ParseFile(fset, name, nil, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		parsed[name] = f
+		for _, d := range f.Decls {
+			switch d := d.(type) {
+			case *ast.FuncDecl:
+				if d.Recv == nil {
+					declared[d.Name.Name] = name
+				}
+			case *ast.GenDecl:
+				for _, s := range d.Specs {
+					switch s := s.(type) {
+					case *ast.TypeSpec:
+						declared[s.Name.Name] = name
+					case *ast.ValueSpec:
+						for _, n := range s.Names {
+							declared[n.Name] = name
+						}
+					}
+				}
+			}
+		}
+	}
+	for name := range ranks {
+		if _, err := os.Stat(name); err != nil {
+			t.Errorf("%s has a rank and is not there", name)
+		}
+	}
+	for name, f := range parsed {
+		for _, imp := range f.Imports {
+			path, _ := strconv.Unquote(imp.Path.Value)
+			if allowed, ok := owners[path]; ok && !slices.Contains(allowed, name) {
+				t.Errorf("%s imports %s, which is for %v alone", name, path, allowed)
+			}
+		}
+		for _, id := range f.Unresolved { // what the file itself doesn't declare
+			from := declared[id.Name]
+			if from == "" || exceptions[name+" "+id.Name] != "" {
+				continue
+			}
+			if ranks[from] > ranks[name] || slices.Contains(strangers[name], from) {
+				t.Errorf("%s uses %s of %s, which stands above it", fset.Position(id.Pos()), id.Name, from)
+			}
+		}
+	}
+}
