@@ -38,7 +38,7 @@ var migrations = [...][]string{{
 	`CREATE INDEX manifests_by_subject ON manifests (subject) WHERE subject <> ''`,
 	`CREATE TABLE members (manifest TEXT NOT NULL REFERENCES manifests (digest) ON DELETE CASCADE, position INTEGER NOT NULL, role TEXT NOT NULL, digest TEXT NOT NULL REFERENCES blobs (digest), media_type TEXT NOT NULL, size INTEGER NOT NULL, annotations TEXT NOT NULL, PRIMARY KEY (manifest, position)) STRICT, WITHOUT ROWID`,
 	`CREATE INDEX members_by_digest ON members (digest)`,
-	`CREATE TABLE refs (name TEXT NOT NULL, reference TEXT NOT NULL, manifest TEXT NOT NULL REFERENCES manifests (digest), updated INTEGER NOT NULL, PRIMARY KEY (name, reference)) STRICT, WITHOUT ROWID`,
+	`CREATE TABLE refs (name TEXT NOT NULL, reference TEXT NOT NULL, manifest TEXT NOT NULL REFERENCES manifests (digest), media_type TEXT NOT NULL, artifact_type TEXT NOT NULL, size INTEGER NOT NULL, updated INTEGER NOT NULL, PRIMARY KEY (name, reference)) STRICT, WITHOUT ROWID`,
 	`CREATE INDEX refs_by_manifest ON refs (manifest)`,
 }}
 
@@ -516,19 +516,18 @@ const (
 		VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (digest) DO NOTHING`
 	sqlPutMember = `INSERT INTO members (manifest, position, role, digest, media_type, size, annotations) VALUES (?, ?, ?, ?, ?, ?, ?)`
 
-	sqlGetRef = `SELECT manifest FROM refs WHERE name = ? AND reference = ?`
-	sqlPutRef = `INSERT INTO refs (name, reference, manifest, updated) VALUES (?, ?, ?, ?)
-		ON CONFLICT (name, reference) DO UPDATE SET manifest = excluded.manifest, updated = excluded.updated`
+	sqlGetRef    = `SELECT manifest FROM refs WHERE name = ? AND reference = ?`
+	sqlPutRef    = `INSERT OR REPLACE INTO refs (name, reference, manifest, media_type, artifact_type, size, updated) VALUES (?, ?, ?, ?, ?, ?, ?)`
 	sqlDeleteRef = `DELETE FROM refs WHERE name = ? AND reference = ?`
 
-	sqlResolve = `SELECT m.media_type, m.digest, m.size, m.artifact_type, r.updated
-		FROM refs r JOIN manifests m ON m.digest = r.manifest WHERE r.name = ? AND r.reference = ?`
+	// A ref's row repeats its manifest's descriptor, which can't change: a
+	// listing of 100,000 is then one scan, not as many look-ups by random digests.
+	sqlResolve       = `SELECT media_type, manifest, size, artifact_type, updated FROM refs WHERE name = ? AND reference = ?`
 	sqlResolveDigest = `SELECT media_type, digest, size, artifact_type, created FROM manifests WHERE digest = ?`
 	sqlMembers       = `SELECT role, digest, media_type, size FROM members WHERE manifest = ? AND position >= ? ORDER BY position LIMIT ?`
 	// A page starts after (?1, ?2) and stays below the upper bound ?3 of the names.
-	sqlList = `SELECT r.name, r.reference, m.media_type, m.digest, m.size, m.artifact_type, r.updated
-		FROM refs r JOIN manifests m ON m.digest = r.manifest
-		WHERE (r.name, r.reference) > (?1, ?2) AND r.name < ?3 ORDER BY r.name, r.reference LIMIT ?4`
+	sqlList = `SELECT name, reference, media_type, manifest, size, artifact_type, updated FROM refs
+		WHERE (name, reference) > (?1, ?2) AND name < ?3 ORDER BY name, reference LIMIT ?4`
 )
 
 // meta returns a value of the table meta, "" when there is none.
@@ -543,8 +542,8 @@ func (t *indexTx) ref(name, reference string) (d digest.Digest, err error) {
 	return d, err
 }
 
-func (t *indexTx) putRef(name, reference string, d digest.Digest, now time.Time) error {
-	_, err := t.exec(sqlPutRef, name, reference, string(d), now.UnixMicro())
+func (t *indexTx) putRef(name, reference string, d ocispec.Descriptor, now time.Time) error {
+	_, err := t.exec(sqlPutRef, name, reference, string(d.Digest), d.MediaType, d.ArtifactType, d.Size, now.UnixMicro())
 	return err
 }
 

@@ -139,7 +139,7 @@ func (r *LocalRegistry) publish(ctx context.Context, st *stage, pubs []publicati
 				}
 			}
 			if o := updates[i].Outcome; o == Inserted || o == Replaced {
-				if err := tx.putRef(name, reference, p.root.Digest(), now); err != nil {
+				if err := tx.putRef(name, reference, updates[i].Descriptor, now); err != nil {
 					return err
 				}
 			}
@@ -291,7 +291,7 @@ func (r *LocalRegistry) tag(ctx context.Context, d digest.Digest, ref Reference,
 		if u.Outcome == Unchanged {
 			return nil
 		}
-		return tx.putRef(name, reference, d, time.Now())
+		return tx.putRef(name, reference, desc, time.Now())
 	})
 	if err != nil && u.Outcome != Conflicted {
 		u = RefUpdate{}

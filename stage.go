@@ -469,6 +469,8 @@ type hashingWriter struct {
 	hash  hash.Hash
 	store *blobStore
 	name  string
+
+	written, started int64 // of large chunks: all, and those under writeback
 }
 
 func (w *hashingWriter) Write(p []byte) (int, error) {
@@ -487,8 +489,17 @@ func (w *hashingWriter) Write(p []byte) (int, error) {
 	}()
 	n, err := w.file.Write(p)
 	<-hashed
+	w.written += int64(n)
+	if w.written-w.started >= writebackEvery {
+		startWriteback(w.file, w.started, w.written-w.started)
+		w.started = w.written
+	}
 	return n, err
 }
+
+// writebackEvery is how much of a large blob is handed to the disk at once
+// while the rest comes in, so that fsync doesn't have to wait for all of it.
+const writebackEvery = 8 << 20
 
 // ctxReader fails with ctx's error once ctx is done.
 type ctxReader struct {

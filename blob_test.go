@@ -1,0 +1,626 @@
+package ocilocal_test
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha512"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"testing/iotest"
+
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/ocilocal/ocilocal"
+)
+
+// blobFile is where a blob's file lies.
+func blobFile(r *ocilocal.LocalRegistry, d digest.Digest) string {
+	return filepath.Join(r.Root(), "blobs", d.Algorithm().String(), d.Encoded())
+}
+
+// filesBelow lists the files below a directory of the root.
+func filesBelow(t *testing.T, r *ocilocal.LocalRegistry, dir string) []string {
+	t.Helper()
+	var files []string
+	err := filepath.WalkDir(filepath.Join(r.Root(), dir), func(p string, e fs.DirEntry, err error) error {
+		if err == nil && !e.IsDir() {
+			files = append(files, p)
+		}
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return files
+}
+
+// noise returns n bytes, none of which is zero, the same for the same seed.
+func noise(seed byte, n int) []byte {
+	b := make([]byte, n)
+	rand.NewChaCha8([32]byte{seed}).Read(b)
+	for i := range b {
+		b[i] |= 1
+	}
+	return b
+}
+
+// oneLayer publishes body as the one layer of ref.
+func oneLayer(t *testing.T, r *ocilocal.LocalRegistry, ref string, body []byte) (*ocilocal.LocalArtifact, ocispec.Descriptor) {
+	t.Helper()
+	a, err := build(t, r, ref, nil, string(body))
+	if err != nil {
+		t.Fatal(err)
+	}
+	layers, err := a.Layers(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return a, layers[0]
+}
+
+// rewrite changes a blob's file in place.
+func rewrite(t *testing.T, name string, change func(b []byte) []byte) {
+	t.Helper()
+	b, err := os.ReadFile(name)
+	if err == nil {
+		err = os.Chmod(name, 0o644)
+	}
+	if err == nil {
+		err = os.WriteFile(name, change(b), 0o644)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+func flipBit(b []byte) []byte { b[len(b)/2] ^= 4; return b }
+
+var damages = []struct {
+	name   string
+	change func(b []byte) []byte // nil removes the file
+	want   error                 // with the size known
+}{
+	{"bit flip", flipBit, ocilocal.ErrDigestMismatch},
+	{"last bit", func(b []byte) []byte { b[len(b)-1] ^= 128; return b }, ocilocal.ErrDigestMismatch},
+	{"truncated", func(b []byte) []byte { return b[:len(b)-1] }, ocilocal.ErrSizeMismatch},
+	{"grown", func(b []byte) []byte { return append(b, 'x') }, ocilocal.ErrSizeMismatch},
+	{"zero-length", func(b []byte) []byte { return nil }, ocilocal.ErrSizeMismatch},
+	{"missing", nil, ocilocal.ErrNotFound},
+}
+
+// waysToRead return what a reader hands out, in whatever order it is asked.
+var waysToRead = map[string]func(src io.Reader) ([]byte, error){
+	"ReadAll":  io.ReadAll,
+	"one byte": func(src io.Reader) ([]byte, error) { return io.ReadAll(iotest.OneByteReader(src)) },
+	"halves":   func(src io.Reader) ([]byte, error) { return io.ReadAll(iotest.HalfReader(src)) },
+	"WriteTo": func(src io.Reader) ([]byte, error) {
+		var b bytes.Buffer
+		_, err := io.Copy(&b, src)
+		return b.Bytes(), err
+	},
+	"big": func(src io.Reader) ([]byte, error) {
+		// What a Read leaves behind its n counts as handed out.
+		var all []byte
+		for {
+			buf := make([]byte, 8<<20)
+			n, err := src.Read(buf)
+			if n < len(buf) && bytes.Trim(buf[n:], "\x00") != nil {
+				return nil, fmt.Errorf("Read left data behind the %d bytes it returned, with %w", n, err)
+			}
+			all = append(all, buf[:n]...)
+			if err == io.EOF {
+				return all, nil
+			}
+			if err != nil {
+				return all, err
+			}
+		}
+	},
+}
+
+// TestVerifiedReader damages blobs in every way: no reader gets a whole one.
+func TestVerifiedReader(t *testing.T) {
+	ctx := t.Context()
+	for _, size := range []int{1, 1000, 1 << 20, 3<<20 + 5} {
+		body := noise(1, size)
+		for _, c := range damages {
+			r := openTemp(t, nil)
+			_, layer := oneLayer(t, r, "example.com/a:v1", body)
+			for name, read := range waysToRead {
+				src, err := r.OpenBlob(ctx, layer)
+				if err != nil {
+					t.Fatal(err)
+				}
+				if got, err := read(src); err != nil || !bytes.Equal(got, body) {
+					t.Fatalf("%d bytes, %s, good: %d bytes, %v", size, name, len(got), err)
+				}
+				mustClose(t, src)
+			}
+			file := blobFile(r, layer.Digest)
+			if c.change == nil {
+				if err := os.Remove(file); err != nil {
+					t.Fatal(err)
+				}
+			} else {
+				rewrite(t, file, c.change)
+			}
+			for _, known := range []bool{true, false} {
+				desc, want := layer, c.want
+				if !known {
+					desc.Size = -1
+					if c.change != nil {
+						want = ocilocal.ErrDigestMismatch
+					}
+				}
+				for name, read := range waysToRead {
+					src, err := r.OpenBlob(ctx, desc)
+					var got []byte
+					if err == nil {
+						got, err = read(src)
+						mustClose(t, src)
+					}
+					if !errors.Is(err, want) {
+						t.Errorf("%d bytes, %s, %s, size known %t: %v, want %v", size, c.name, name, known, err, want)
+					}
+					if fi, err := os.Stat(file); err == nil && len(got) > 0 && int64(len(got)) >= fi.Size() {
+						t.Errorf("%d bytes, %s, %s, size known %t: handed out all %d bytes", size, c.name, name, known, len(got))
+					}
+				}
+				if f, err := r.OpenBlobFile(ctx, desc); !errors.Is(err, want) {
+					t.Errorf("%d bytes, %s: OpenBlobFile: %v, %v", size, c.name, f, err)
+				}
+			}
+		}
+	}
+}
+
+// TestDamageWhileReading changes the file below a reader that is open.
+func TestDamageWhileReading(t *testing.T) {
+	body := noise(2, 3<<20)
+	for _, c := range damages {
+		if c.change == nil {
+			continue
+		}
+		for name, read := range waysToRead {
+			r := openTemp(t, nil)
+			_, layer := oneLayer(t, r, "example.com/a:v1", body)
+			src, err := r.OpenBlob(t.Context(), layer)
+			if err != nil {
+				t.Fatal(err)
+			}
+			rewrite(t, blobFile(r, layer.Digest), c.change)
+			got, err := read(src)
+			if !errors.Is(err, c.want) || len(got) >= len(body) {
+				t.Errorf("%s, %s: %d bytes, %v, want %v", c.name, name, len(got), err, c.want)
+			}
+			if n, again := src.Read(make([]byte, 10)); n != 0 || !errors.Is(again, c.want) {
+				t.Errorf("%s, %s: Read after the error: %d, %v", c.name, name, n, again)
+			}
+			mustClose(t, src)
+		}
+	}
+}
+
+func TestReaderContextAndClose(t *testing.T) {
+	r := openTemp(t, nil)
+	_, layer := oneLayer(t, r, "example.com/a:v1", noise(3, 3<<20))
+	ctx, cancel := context.WithCancel(t.Context())
+	src, err := r.OpenBlob(ctx, layer)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := io.ReadFull(src, make([]byte, 100)); err != nil {
+		t.Fatal(err)
+	}
+	cancel()
+	if _, err := io.Copy(io.Discard, src); !errors.Is(err, context.Canceled) {
+		t.Errorf("read after cancel: %v", err)
+	}
+	mustClose(t, src)
+	if src, err = r.OpenBlob(t.Context(), layer); err != nil {
+		t.Fatal(err)
+	}
+	mustClose(t, src)
+	if _, err := src.Read(make([]byte, 1)); !errors.Is(err, ocilocal.ErrClosed) {
+		t.Errorf("Read after Close: %v", err)
+	}
+}
+
+// TestHeal publishes the same content over damaged blobs.
+func TestHeal(t *testing.T) {
+	ctx := t.Context()
+	body := noise(4, 100_000)
+	heal := map[string]func(r *ocilocal.LocalRegistry, archive []byte) error{
+		"reader": func(r *ocilocal.LocalRegistry, _ []byte) error {
+			_, err := build(t, r, "example.com/a:v1", nil, string(body))
+			return err
+		},
+		"bytes": func(r *ocilocal.LocalRegistry, _ []byte) error {
+			b, err := r.NewBuilder(ocilocal.MustParseReference("example.com/a:v1"), &ocilocal.BuilderOptions{ArtifactType: "application/vnd.example.test"})
+			if err != nil {
+				return err
+			}
+			if _, err := b.AddLayerBytes(ctx, "text/plain", body, nil); err != nil {
+				return err
+			}
+			_, err = b.Build(ctx)
+			return err
+		},
+		"import": func(r *ocilocal.LocalRegistry, archive []byte) error {
+			_, err := r.ImportArchive(ctx, bytes.NewReader(archive), nil)
+			return err
+		},
+	}
+	for name, again := range heal {
+		for _, c := range damages {
+			t.Run(name+" "+c.name, func(t *testing.T) {
+				r := openTemp(t, nil)
+				a, layer := oneLayer(t, r, "example.com/a:v1", body)
+				var archive bytes.Buffer
+				if err := r.ExportArchive(ctx, &archive, a.Reference()); err != nil {
+					t.Fatal(err)
+				}
+				for _, d := range []digest.Digest{layer.Digest, a.Digest()} {
+					if c.change != nil {
+						rewrite(t, blobFile(r, d), c.change)
+					} else if err := os.Remove(blobFile(r, d)); err != nil {
+						t.Fatal(err)
+					}
+				}
+				if err := again(r, archive.Bytes()); err != nil {
+					t.Fatal(err)
+				}
+				got, err := r.Load(ctx, a.Reference())
+				if err != nil {
+					t.Fatal(err)
+				}
+				if b, err := got.ReadLayer(ctx, layer); err != nil || !bytes.Equal(b, body) {
+					t.Fatalf("%d bytes, %v", len(b), err)
+				}
+				if left := filesBelow(t, r, "tmp"); len(left) > 0 {
+					t.Errorf("left in tmp: %q", left)
+				}
+			})
+		}
+	}
+}
+
+func TestDedup(t *testing.T) {
+	r := openTemp(t, nil)
+	body := noise(5, 50_000)
+	_, layer := oneLayer(t, r, "example.com/a:v1", body)
+	before, err := os.Stat(blobFile(r, layer.Digest))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := build(t, r, "example.com/b:v1", nil, string(body), "other", string(body)); err != nil {
+		t.Fatal(err)
+	}
+	after, err := os.Stat(blobFile(r, layer.Digest))
+	if err != nil || !os.SameFile(before, after) {
+		t.Errorf("the shared layer's file was written again: %v", err)
+	}
+	// Two manifests, two layers, and the layer that both have.
+	if files := filesBelow(t, r, "blobs"); len(files) != 4 {
+		t.Errorf("blobs/ holds %q", files)
+	}
+	if left := filesBelow(t, r, "tmp"); len(left) > 0 {
+		t.Errorf("left in tmp: %q", left)
+	}
+}
+
+func TestOtherAlgorithms(t *testing.T) {
+	ctx := t.Context()
+	layers := map[digest.Digest]string{
+		digest.NewDigestFromBytes(digest.SHA512, sum(sha512.Sum512([]byte("five")))):     "five",
+		digest.NewDigestFromBytes(digest.SHA384, sum384(sha512.Sum384([]byte("three")))): "three",
+		digest.FromString("two"): "two",
+	}
+	entries := []entry{blobEntry("{}")}
+	var descs []string
+	for d, body := range layers {
+		entries = append(entries, entry{name: "blobs/" + d.Algorithm().String() + "/" + d.Encoded(), body: body})
+		descs = append(descs, fmt.Sprintf(`{"mediaType":"text/plain","digest":%q,"size":%d}`, d, len(body)))
+	}
+	manifest := fmt.Sprintf(`{"schemaVersion":2,"artifactType":"application/vnd.example.test","config":%s,"layers":[%s]}`,
+		desc("application/vnd.oci.empty.v1+json", "{}"), strings.Join(descs, ","))
+	md := digest.NewDigestFromBytes(digest.SHA512, sum(sha512.Sum512([]byte(manifest))))
+	entries = append(entries, entry{name: "blobs/sha512/" + md.Encoded(), body: manifest},
+		entry{name: "index.json", body: fmt.Sprintf(
+			`{"schemaVersion":2,"manifests":[{"mediaType":%q,"digest":%q,"size":%d,"annotations":{"org.opencontainers.image.ref.name":"example.com/a:v1"}}]}`,
+			imageType, md, len(manifest))})
+	r := openTemp(t, nil)
+	result, err := r.ImportArchive(ctx, bytes.NewReader(tarOf(t, entries...)), nil)
+	if err != nil || result.BlobsWritten != 5 {
+		t.Fatal(result, err)
+	}
+	a, err := r.Load(ctx, ocilocal.MustParseReference("example.com/a:v1"))
+	if err != nil || a.Digest() != md {
+		t.Fatal(a, err)
+	}
+	for d, body := range layers {
+		if b, err := a.ReadLayer(ctx, ocispec.Descriptor{Digest: d}); err != nil || string(b) != body {
+			t.Errorf("%s: %q, %v", d, b, err)
+		}
+		rewrite(t, blobFile(r, d), flipBit)
+		if b, err := a.ReadLayer(ctx, ocispec.Descriptor{Digest: d}); !errors.Is(err, ocilocal.ErrDigestMismatch) {
+			t.Errorf("damaged %s: %q, %v", d, b, err)
+		}
+	}
+}
+
+func sum(b [64]byte) []byte    { return b[:] }
+func sum384(b [48]byte) []byte { return b[:] }
+
+func TestOpenBlobFile(t *testing.T) {
+	r := openTemp(t, nil)
+	body := noise(6, 2<<20)
+	_, layer := oneLayer(t, r, "example.com/a:v1", body)
+	f, err := r.OpenBlobFile(t.Context(), layer)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if f.Size() != int64(len(body)) {
+		t.Errorf("size %d", f.Size())
+	}
+	if err := iotest.TestReader(f, body); err != nil {
+		t.Error(err)
+	}
+	var wg sync.WaitGroup
+	for i := range 8 {
+		wg.Go(func() {
+			p := make([]byte, 1000)
+			off := int64(i * 200_000)
+			if _, err := f.ReadAt(p, off); err != nil || !bytes.Equal(p, body[off:off+1000]) {
+				t.Errorf("ReadAt %d: %v", off, err)
+			}
+		})
+	}
+	wg.Wait()
+	if off, err := f.Seek(-10, io.SeekEnd); err != nil || off != f.Size()-10 {
+		t.Error(off, err)
+	}
+	if b, err := io.ReadAll(f); err != nil || !bytes.Equal(b, body[len(body)-10:]) {
+		t.Errorf("%d bytes, %v", len(b), err)
+	}
+	if n, err := f.ReadAt(make([]byte, 5), f.Size()-2); n != 2 || err != io.EOF {
+		t.Error(n, err)
+	}
+}
+
+func TestReaderOutlivesFile(t *testing.T) {
+	if runtime.GOOS == "windows" {
+		t.Skip("an open file can't be deleted there")
+	}
+	r := openTemp(t, nil)
+	body := noise(7, 3<<20)
+	_, layer := oneLayer(t, r, "example.com/a:v1", body)
+	src, err := r.OpenBlob(t.Context(), layer)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer src.Close()
+	f, err := r.OpenBlobFile(t.Context(), layer)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if err := os.Remove(blobFile(r, layer.Digest)); err != nil {
+		t.Fatal(err)
+	}
+	mustClose(t, r)
+	if b, err := io.ReadAll(src); err != nil || !bytes.Equal(b, body) {
+		t.Errorf("OpenBlob: %d bytes, %v", len(b), err)
+	}
+	if b, err := io.ReadAll(f); err != nil || !bytes.Equal(b, body) {
+		t.Errorf("OpenBlobFile: %d bytes, %v", len(b), err)
+	}
+}
+
+// TestLargeLayerMemory streams a layer that is larger than the memory it may take.
+func TestLargeLayerMemory(t *testing.T) {
+	if testing.Short() {
+		t.Skip("writes 256 MiB")
+	}
+	const size, most = 256 << 20, 32 << 20
+	ctx := t.Context()
+	r := openTemp(t, nil)
+	if _, err := build(t, r, "example.com/warm:up", nil, "x"); err != nil {
+		t.Fatal(err)
+	}
+	var before, after runtime.MemStats
+	runtime.GC()
+	runtime.ReadMemStats(&before)
+	b, err := r.NewBuilder(ocilocal.MustParseReference("example.com/large:v1"), &ocilocal.BuilderOptions{ArtifactType: "application/vnd.example.test"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer b.Cancel()
+	layer, err := b.AddLayer(ctx, "application/octet-stream", io.LimitReader(rand.NewChaCha8([32]byte{8}), size), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	a, err := b.Build(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	src, err := a.OpenLayer(ctx, layer)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer src.Close()
+	if n, err := io.Copy(io.Discard, src); n != size || err != nil {
+		t.Fatal(n, err)
+	}
+	runtime.ReadMemStats(&after)
+	if grown := int64(after.HeapSys) - int64(before.HeapSys); grown >= most {
+		t.Errorf("the heap grew by %d bytes", grown)
+	}
+	if total := after.TotalAlloc - before.TotalAlloc; total >= most {
+		t.Errorf("%d bytes were allocated in all", total)
+	}
+}
+
+// readerFunc is a function as a reader.
+type readerFunc func(p []byte) (int, error)
+
+func (f readerFunc) Read(p []byte) (int, error) { return f(p) }
+
+// TestAddLayerFails breaks off a layer: nothing is left, and the builder goes on.
+func TestAddLayerFails(t *testing.T) {
+	errSource := errors.New("source failed")
+	for name, c := range map[string]struct {
+		source func(cancel func()) io.Reader
+		want   error
+	}{
+		"cancelled": {func(cancel func()) io.Reader {
+			n := 0
+			return readerFunc(func(p []byte) (int, error) {
+				if n++; n == 3 {
+					cancel()
+				}
+				return len(p), nil // without end
+			})
+		}, context.Canceled},
+		"source error": {func(func()) io.Reader {
+			return io.MultiReader(bytes.NewReader(noise(9, 3<<20)), iotest.ErrReader(errSource))
+		}, errSource},
+		"error at once": {func(func()) io.Reader { return iotest.ErrReader(errSource) }, errSource},
+		"data with error": {func(func()) io.Reader {
+			return readerFunc(func(p []byte) (int, error) { return copy(p, "data"), errSource })
+		}, errSource},
+	} {
+		t.Run(name, func(t *testing.T) {
+			r := openTemp(t, nil)
+			b, err := r.NewBuilder(ocilocal.MustParseReference("example.com/a:v1"), &ocilocal.BuilderOptions{ArtifactType: "application/vnd.example.test"})
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer b.Cancel()
+			ctx, cancel := context.WithCancel(t.Context())
+			defer cancel()
+			if _, err := b.AddLayer(ctx, "text/plain", c.source(cancel), nil); !errors.Is(err, c.want) {
+				t.Fatalf("%v, want %v", err, c.want)
+			}
+			if left := slices.Concat(filesBelow(t, r, "tmp"), filesBelow(t, r, "blobs")); len(left) > 0 {
+				t.Errorf("left: %q", left)
+			}
+			if _, err := b.AddLayer(t.Context(), "text/plain", strings.NewReader("good"), nil); err != nil {
+				t.Fatal(err)
+			}
+			a, err := b.Build(t.Context())
+			if err != nil {
+				t.Fatal(err)
+			}
+			if layers, err := a.Layers(t.Context()); err != nil || len(layers) != 1 || layers[0].Digest != digest.FromString("good") {
+				t.Errorf("%v, %v", layers, err)
+			}
+		})
+	}
+}
+
+func TestCancelLeavesNothing(t *testing.T) {
+	r := openTemp(t, nil)
+	ctx := t.Context()
+	b, err := r.NewBuilder(ocilocal.MustParseReference("example.com/a:v1"), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i := range 100 { // more than are left unsynced
+		if _, err := b.AddLayer(ctx, "text/plain", strings.NewReader(fmt.Sprint(i)), nil); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for range 2 {
+		if err := b.Cancel(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if left := slices.Concat(filesBelow(t, r, "tmp"), filesBelow(t, r, "blobs")); len(left) > 0 {
+		t.Errorf("left: %q", left)
+	}
+	if _, err := b.AddLayer(ctx, "text/plain", strings.NewReader("x"), nil); !errors.Is(err, ocilocal.ErrClosed) {
+		t.Errorf("AddLayer after Cancel: %v", err)
+	}
+	if _, err := b.Build(ctx); !errors.Is(err, ocilocal.ErrClosed) {
+		t.Errorf("Build after Cancel: %v", err)
+	}
+}
+
+// TestCollectedBeforeCommit deletes blobs where a garbage collector of another
+// process could: after they got their names and before a row makes them reachable.
+func TestCollectedBeforeCommit(t *testing.T) {
+	if runtime.GOOS == "windows" {
+		t.Skip("a directory isn't synced there, so the seam isn't reached")
+	}
+	for name, c := range map[string]struct {
+		there bool // the layer is in the store already
+		bytes bool // by AddLayerBytes, which finds that out at once
+	}{"new": {}, "new bytes": {bytes: true}, "streamed again": {there: true}, "bytes again": {there: true, bytes: true}} {
+		t.Run(name, func(t *testing.T) {
+			ctx := t.Context()
+			r := openTemp(t, nil)
+			body := noise(10, 70_000)
+			if c.there {
+				oneLayer(t, r, "example.com/old:v1", body)
+				if _, err := r.Remove(ctx, ocilocal.MustParseReference("example.com/old:v1")); err != nil {
+					t.Fatal(err)
+				}
+			}
+			b, err := r.NewBuilder(ocilocal.MustParseReference("example.com/a:v1"), &ocilocal.BuilderOptions{ArtifactType: "application/vnd.example.other"})
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer b.Cancel()
+			var layer ocispec.Descriptor
+			if c.bytes {
+				layer, err = b.AddLayerBytes(ctx, "text/plain", body, nil)
+			} else {
+				layer, err = b.AddLayer(ctx, "text/plain", bytes.NewReader(body), nil)
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			deleted := 0
+			ocilocal.SetFault(r, func(op, name string) error {
+				if op != "fsyncdir" || name != "blobs/sha256" || deleted > 0 {
+					return nil
+				}
+				for _, f := range filesBelow(t, r, "blobs") {
+					if err := os.Remove(f); err != nil {
+						return err
+					}
+					deleted++
+				}
+				return nil
+			})
+			a, err := b.Build(ctx)
+			ocilocal.SetFault(r, nil)
+			if err != nil || deleted < 2 {
+				t.Fatalf("%v, with %d blobs deleted", err, deleted)
+			}
+			loaded, err := r.LoadDigest(ctx, a.Digest())
+			if err != nil {
+				t.Fatal(err)
+			}
+			if got, err := loaded.ReadLayer(ctx, layer); err != nil || !bytes.Equal(got, body) {
+				t.Errorf("%d bytes, %v", len(got), err)
+			}
+			if left := filesBelow(t, r, "tmp"); len(left) > 0 {
+				t.Errorf("left in tmp: %q", left)
+			}
+		})
+	}
+}

@@ -1,0 +1,339 @@
+package ocilocal_test
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/ocilocal/ocilocal"
+)
+
+// scratch opens a registry in a directory that done removes. Real programs
+// pass a lasting directory, such as the one of DefaultRoot.
+func scratch() (registry *ocilocal.LocalRegistry, done func()) {
+	dir, err := os.MkdirTemp("", "ocilocal-example-")
+	if err != nil {
+		log.Fatal(err)
+	}
+	registry, err = ocilocal.Open(context.Background(), filepath.Join(dir, "registry"), nil)
+	if err != nil {
+		log.Fatal(err)
+	}
+	return registry, func() {
+		if err := errors.Join(registry.Close(), os.RemoveAll(dir)); err != nil {
+			log.Fatal(err)
+		}
+	}
+}
+
+// note publishes a text as an artifact.
+func note(registry *ocilocal.LocalRegistry, ref, text string) *ocilocal.LocalArtifact {
+	ctx := context.Background()
+	builder, err := registry.NewBuilder(ocilocal.MustParseReference(ref),
+		&ocilocal.BuilderOptions{ArtifactType: "application/vnd.example.note"})
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer builder.Cancel()
+	if _, err := builder.AddLayerBytes(ctx, "text/plain", []byte(text), nil); err != nil {
+		log.Fatal(err)
+	}
+	artifact, err := builder.Build(ctx)
+	if err != nil {
+		log.Fatal(err)
+	}
+	return artifact
+}
+
+func Example() {
+	ctx := context.Background()
+	registry, done := scratch()
+	defer done()
+
+	ref := ocilocal.MustParseReference("ghcr.io/example/greeting:v1")
+	builder, err := registry.NewBuilder(ref, &ocilocal.BuilderOptions{ArtifactType: "application/vnd.example.greeting"})
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer builder.Cancel()
+	if _, err := builder.AddLayer(ctx, "text/plain", strings.NewReader("hello"), nil); err != nil {
+		log.Fatal(err)
+	}
+	if _, err := builder.Build(ctx); err != nil {
+		log.Fatal(err)
+	}
+
+	artifact, err := registry.Load(ctx, ref)
+	if err != nil {
+		log.Fatal(err)
+	}
+	layers, err := artifact.Layers(ctx)
+	if err != nil {
+		log.Fatal(err)
+	}
+	text, err := artifact.ReadLayer(ctx, layers[0])
+	if err != nil {
+		log.Fatal(err)
+	}
+	fmt.Printf("%s: %s\n", artifact.Reference(), text)
+	// Output: ghcr.io/example/greeting:v1: hello
+}
+
+func ExampleOpenReadOnly() {
+	ctx := context.Background()
+	registry, done := scratch()
+	defer done()
+	note(registry, "example.com/note:v1", "one")
+
+	reader, err := ocilocal.OpenReadOnly(ctx, registry.Root(), nil)
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer reader.Close()
+	ok, err := reader.Exists(ctx, ocilocal.MustParseReference("example.com/note:v1"))
+	fmt.Println(ok, err)
+	_, err = reader.Remove(ctx, ocilocal.MustParseReference("example.com/note:v1"))
+	fmt.Println(errors.Is(err, ocilocal.ErrReadOnly))
+	// Output:
+	// true <nil>
+	// true
+}
+
+// An image manifest with a config and an annotation is the form that most registries take.
+func ExampleLocalRegistry_NewBuilder() {
+	ctx := context.Background()
+	registry, done := scratch()
+	defer done()
+
+	builder, err := registry.NewBuilder(ocilocal.MustParseReference("example.com/model:v1"), &ocilocal.BuilderOptions{
+		ArtifactType: "application/vnd.example.model",
+		Format:       ocilocal.FormatImageManifest,
+	})
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer builder.Cancel()
+	if _, err := builder.SetConfig(ctx, "application/vnd.example.config+json", []byte(`{"layers":3}`)); err != nil {
+		log.Fatal(err)
+	}
+	if err := builder.SetAnnotation("com.example.trained-on", "mice"); err != nil {
+		log.Fatal(err)
+	}
+	if _, err := builder.AddLayerBytes(ctx, "application/octet-stream", []byte{1, 2, 3},
+		map[string]string{"org.opencontainers.image.title": "weights.bin"}); err != nil {
+		log.Fatal(err)
+	}
+	artifact, err := builder.Build(ctx)
+	if err != nil {
+		log.Fatal(err)
+	}
+	fmt.Println(artifact.MediaType())
+	fmt.Println(artifact.Digest())
+	// Output:
+	// application/vnd.oci.image.manifest.v1+json
+	// sha256:57e7cc94d3b76f7acd550d5e8d7965cfcd14f5700a44bff65112aa1b4d25cc38
+}
+
+func ExampleBuilder_AddLayerFile() {
+	ctx := context.Background()
+	registry, done := scratch()
+	defer done()
+	file := filepath.Join(registry.Root(), "..", "data.csv")
+	if err := os.WriteFile(file, []byte("a,b\n1,2\n"), 0o600); err != nil {
+		log.Fatal(err)
+	}
+
+	builder, err := registry.NewBuilder(ocilocal.MustParseReference("example.com/data:v1"),
+		&ocilocal.BuilderOptions{ArtifactType: "application/vnd.example.data"})
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer builder.Cancel()
+	layer, err := builder.AddLayerFile(ctx, "text/csv", file, nil)
+	if err != nil {
+		log.Fatal(err)
+	}
+	fmt.Println(layer.Annotations["org.opencontainers.image.title"], layer.Size)
+	// Output: data.csv 8
+}
+
+func ExampleLocalRegistry_NewOMMXBuilder() {
+	ctx := context.Background()
+	registry, done := scratch()
+	defer done()
+
+	builder, err := registry.NewOMMXBuilder(ocilocal.MustParseReference("example.com/lp:v1"), nil)
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer builder.Cancel()
+	if _, err := builder.AddLayerBytes(ctx, ocilocal.MediaTypeOMMXInstance, []byte("protobuf"), nil); err != nil {
+		log.Fatal(err)
+	}
+	artifact, err := builder.Build(ctx)
+	if err != nil {
+		log.Fatal(err)
+	}
+	instances, err := artifact.LayersByMediaType(ctx, ocilocal.MediaTypeOMMXInstance)
+	fmt.Println(artifact.ArtifactType(), len(instances), err)
+	// Output: application/org.ommx.v1.artifact 1 <nil>
+}
+
+func ExampleLocalRegistry_NewGitHubBuilder() {
+	ctx := context.Background()
+	registry, done := scratch()
+	defer done()
+
+	builder, err := registry.NewGitHubBuilder("Example", "Repo", "Model", "v1",
+		&ocilocal.BuilderOptions{ArtifactType: "application/vnd.example.model"})
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer builder.Cancel()
+	artifact, err := builder.Build(ctx)
+	if err != nil {
+		log.Fatal(err)
+	}
+	annotations, err := artifact.Annotations(ctx)
+	fmt.Println(artifact.Reference(), annotations["org.opencontainers.image.source"], err)
+	// Output: ghcr.io/example/repo/model:v1 https://github.com/Example/Repo <nil>
+}
+
+// Pages: the last reference of one page begins the next.
+func ExampleLocalRegistry_Refs() {
+	ctx := context.Background()
+	registry, done := scratch()
+	defer done()
+	for _, s := range []string{"example.com/a/x:v1", "example.com/a/x:v2", "example.com/a/y:v1", "example.com/b:v1"} {
+		note(registry, s, s)
+	}
+
+	page := &ocilocal.ListOptions{Prefix: "example.com/a/", Limit: 2}
+	for {
+		n := 0
+		for ref, err := range registry.Refs(ctx, page) {
+			if err != nil {
+				log.Fatal(err)
+			}
+			fmt.Println(ref.Reference)
+			page.After = ref.Reference
+			n++
+		}
+		if n < page.Limit {
+			break
+		}
+		fmt.Println("--")
+	}
+	// Output:
+	// example.com/a/x:v1
+	// example.com/a/x:v2
+	// --
+	// example.com/a/y:v1
+}
+
+func ExampleLocalRegistry_Remove() {
+	ctx := context.Background()
+	registry, done := scratch()
+	defer done()
+	note(registry, "example.com/note:v1", "one")
+
+	removed, err := registry.Remove(ctx, ocilocal.MustParseReference("example.com/note:v1"))
+	if err != nil {
+		log.Fatal(err)
+	}
+	// Until it is collected, what was removed can be put back.
+	update, err := registry.Tag(ctx, removed.Descriptor.Digest, removed.Reference, nil)
+	fmt.Println(update.Outcome, err)
+	// Output: inserted <nil>
+}
+
+// Tag moves a ref only if nobody else has moved it meanwhile.
+func ExampleLocalRegistry_Tag() {
+	ctx := context.Background()
+	registry, done := scratch()
+	defer done()
+	v1, v2 := note(registry, "example.com/note:v1", "one"), note(registry, "example.com/note:v2", "two")
+	latest := ocilocal.MustParseReference("example.com/note:latest")
+
+	update, err := registry.Tag(ctx, v1.Digest(), latest, nil)
+	fmt.Println(update.Outcome, err)
+	update, err = registry.Tag(ctx, v2.Digest(), latest, &ocilocal.PublishOptions{Expected: v1.Digest()})
+	fmt.Println(update.Outcome, err)
+	update, err = registry.Tag(ctx, v1.Digest(), latest, nil)
+	conflict, ok := errors.AsType[*ocilocal.ConflictError](err)
+	fmt.Println(update.Outcome, ok && conflict.Existing == v2.Digest())
+	// Output:
+	// inserted <nil>
+	// replaced <nil>
+	// conflicted true
+}
+
+func ExampleLocalRegistry_OpenBlobFile() {
+	ctx := context.Background()
+	registry, done := scratch()
+	defer done()
+	layers, err := note(registry, "example.com/note:v1", "0123456789").Layers(ctx)
+	if err != nil {
+		log.Fatal(err)
+	}
+
+	blob, err := registry.OpenBlobFile(ctx, layers[0])
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer blob.Close()
+	part, err := io.ReadAll(io.NewSectionReader(blob, 3, 4))
+	fmt.Println(string(part), err)
+	// Output: 3456 <nil>
+}
+
+func ExampleLocalRegistry_ExportArchive() {
+	ctx := context.Background()
+	from, done := scratch()
+	defer done()
+	to, doneTo := scratch()
+	defer doneTo()
+	artifact := note(from, "example.com/note:v1", "one")
+
+	var archive bytes.Buffer // usually a file, or a connection
+	if err := from.ExportArchive(ctx, &archive, artifact.Reference()); err != nil {
+		log.Fatal(err)
+	}
+	result, err := to.ImportArchive(ctx, &archive, nil)
+	if err != nil {
+		log.Fatal(err)
+	}
+	for _, a := range result.Artifacts {
+		fmt.Println(a.Update.Reference, a.Update.Outcome, a.Descriptor.Digest == artifact.Digest())
+	}
+	// Output: example.com/note:v1 inserted true
+}
+
+// What has no full name of its own is given one.
+func ExampleLocalRegistry_ImportArchive() {
+	ctx := context.Background()
+	from, done := scratch()
+	defer done()
+	to, doneTo := scratch()
+	defer doneTo()
+	var archive bytes.Buffer
+	if err := from.ExportArchive(ctx, &archive, note(from, "example.com/note:v1", "one").Reference()); err != nil {
+		log.Fatal(err)
+	}
+
+	result, err := to.ImportArchive(ctx, &archive, &ocilocal.ImportOptions{
+		Reference: ocilocal.MustParseReference("example.org/mirror/note:v1"),
+		Rename:    true,
+	})
+	if err != nil {
+		log.Fatal(err)
+	}
+	fmt.Println(result.Artifacts[0].Name, "→", result.Artifacts[0].Update.Reference)
+	// Output: example.com/note:v1 → example.org/mirror/note:v1
+}
