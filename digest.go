@@ -24,9 +24,6 @@ func digestHexLen(alg digest.Algorithm) int {
 	return 0
 }
 
-// digestAlgorithms lists what blobs/ may hold, in the order that walks take.
-var digestAlgorithms = [...]digest.Algorithm{digest.SHA256, digest.SHA384, digest.SHA512}
-
 // newHash returns the hash of a validated algorithm.
 func newHash(alg digest.Algorithm) hash.Hash {
 	switch alg {

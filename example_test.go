@@ -337,3 +337,96 @@ func ExampleLocalRegistry_ImportArchive() {
 	fmt.Println(result.Artifacts[0].Name, "→", result.Artifacts[0].Update.Reference)
 	// Output: example.com/note:v1 → example.org/mirror/note:v1
 }
+
+func ExampleOpen() {
+	ctx := context.Background()
+	dir, err := os.MkdirTemp("", "ocilocal-example-")
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer os.RemoveAll(dir)
+
+	// Opening creates the registry; a second handle sees the same one.
+	first, err := ocilocal.Open(ctx, dir, nil)
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer first.Close()
+	second, err := ocilocal.Open(ctx, dir, nil)
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer second.Close()
+	fmt.Println(first.ID() == second.ID())
+	// Output: true
+}
+
+func ExampleDefaultRoot() {
+	old, set := os.LookupEnv("OCILOCAL_ROOT")
+	defer func() {
+		if os.Unsetenv("OCILOCAL_ROOT"); set {
+			os.Setenv("OCILOCAL_ROOT", old)
+		}
+	}()
+	os.Setenv("OCILOCAL_ROOT", "/srv/artifacts")
+
+	dir, err := ocilocal.DefaultRoot()
+	fmt.Println(dir, err)
+	// Output: /srv/artifacts <nil>
+}
+
+// By default a ref is kept; Replace moves it.
+func ExampleConflictError() {
+	ctx := context.Background()
+	registry, done := scratch()
+	defer done()
+	old := note(registry, "example.com/note:v1", "one")
+
+	builder, err := registry.NewBuilder(old.Reference(), &ocilocal.BuilderOptions{ArtifactType: "application/vnd.example.note"})
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer builder.Cancel()
+	_, err = builder.Build(ctx)
+	if conflict, ok := errors.AsType[*ocilocal.ConflictError](err); ok {
+		fmt.Println(conflict.Reference, conflict.Existing == old.Digest())
+	}
+
+	replacer, err := registry.NewBuilder(old.Reference(), &ocilocal.BuilderOptions{
+		ArtifactType:   "application/vnd.example.note",
+		PublishOptions: ocilocal.PublishOptions{Policy: ocilocal.Replace},
+	})
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer replacer.Cancel()
+	_, err = replacer.Build(ctx)
+	fmt.Println(replacer.Update().Outcome, err)
+	// Output:
+	// example.com/note:v1 true
+	// replaced <nil>
+}
+
+func ExampleLocalArtifact_OpenLayer() {
+	ctx := context.Background()
+	registry, done := scratch()
+	defer done()
+	note(registry, "example.com/note:v1", "one")
+
+	artifact, err := registry.Load(ctx, ocilocal.MustParseReference("example.com/note:v1"))
+	if err != nil {
+		log.Fatal(err)
+	}
+	layers, err := artifact.Layers(ctx)
+	if err != nil {
+		log.Fatal(err)
+	}
+	layer, err := artifact.OpenLayer(ctx, layers[0])
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer layer.Close()
+	text, err := io.ReadAll(layer) // verified on the way
+	fmt.Println(string(text), err)
+	// Output: one <nil>
+}

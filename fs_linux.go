@@ -1,9 +1,6 @@
 package ocilocal
 
-import (
-	"os"
-	"syscall"
-)
+import "syscall"
 
 // networkFS names the network file system that dir lies on, "" for a local one.
 // The numbers are those of linux/magic.h and of the file systems' own headers.
@@ -27,11 +24,4 @@ func networkFS(dir string) (string, error) {
 		return "ocfs2", nil
 	}
 	return "", nil
-}
-
-// startWriteback asks the kernel to begin writing a range. It is no fsync and
-// promises nothing, so its error says nothing either: fsync's will.
-func startWriteback(f *os.File, off, n int64) {
-	const syncFileRangeWrite = 2
-	_ = syscall.SyncFileRange(int(f.Fd()), off, n, syncFileRangeWrite)
 }

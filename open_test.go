@@ -5,10 +5,16 @@ import (
 	"context"
 	"database/sql"
 	"errors"
+	"io"
 	"io/fs"
 	"log/slog"
+	"maps"
 	"os"
+	"os/exec"
 	"path/filepath"
+	"reflect"
+	"runtime"
+	"slices"
 	"strings"
 	"testing"
 
@@ -271,5 +277,426 @@ func TestDigestReferences(t *testing.T) {
 	}
 	if u, err := r.Tag(ctx, a.Digest(), ocilocal.MustParseReference("example.com/b@"+a.Digest().String()), nil); err != nil || u.Outcome != ocilocal.Inserted {
 		t.Error(u, err)
+	}
+}
+
+// contents returns every file below root, by name, with its bytes.
+func contents(t *testing.T, root string) map[string]string {
+	t.Helper()
+	files := map[string]string{}
+	err := filepath.WalkDir(root, func(p string, e fs.DirEntry, err error) error {
+		if err != nil || e.IsDir() {
+			return err
+		}
+		b, err := os.ReadFile(p)
+		files[p] = string(b)
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return files
+}
+
+// alterIndex runs statements on an index, as another program would.
+func alterIndex(t *testing.T, name string, statements ...string) {
+	t.Helper()
+	db, err := sql.Open("sqlite", name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, s := range statements {
+		if _, err := db.Exec(s); err != nil {
+			t.Fatalf("%s: %v", s, err)
+		}
+	}
+	mustClose(t, db)
+}
+
+// TestRefusedRootUntouched opens roots whose index isn't ours: each stays as it was.
+func TestRefusedRootUntouched(t *testing.T) {
+	sqlOn := func(statements ...string) func(*testing.T, string, string) {
+		return func(t *testing.T, _, index string) { alterIndex(t, index, statements...) }
+	}
+	fresh := func(content string, statements ...string) func(*testing.T, string, string) {
+		return func(t *testing.T, _, index string) {
+			if err := os.Remove(index); err != nil {
+				t.Fatal(err)
+			}
+			if len(statements) > 0 {
+				alterIndex(t, index, statements...)
+			} else if err := os.WriteFile(index, []byte(content), 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	id := func(content string) func(*testing.T, string, string) {
+		return func(t *testing.T, root, _ string) {
+			name := filepath.Join(root, "id")
+			err := os.Remove(name)
+			if err == nil && content != "" {
+				err = os.WriteFile(name, []byte(content), 0o644)
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	for name, c := range map[string]struct {
+		change func(t *testing.T, root, index string)
+		want   error
+	}{
+		"foreign database":  {fresh("", "CREATE TABLE t (a)", "INSERT INTO t VALUES (1)"), ocilocal.ErrForeignIndex},
+		"foreign id":        {sqlOn("PRAGMA application_id = 7"), ocilocal.ErrForeignIndex},
+		"newer":             {sqlOn("PRAGMA user_version = 999"), ocilocal.ErrNewerSchema},
+		"version 0":         {sqlOn("PRAGMA user_version = 0"), ocilocal.ErrForeignIndex},
+		"negative version":  {sqlOn("PRAGMA user_version = -1"), ocilocal.ErrForeignIndex},
+		"planted trigger":   {sqlOn("CREATE TRIGGER x AFTER INSERT ON refs BEGIN DELETE FROM refs; END"), ocilocal.ErrForeignIndex},
+		"extra view":        {sqlOn("CREATE VIEW x AS SELECT * FROM refs"), ocilocal.ErrForeignIndex},
+		"extra table":       {sqlOn("CREATE TABLE x (a)"), ocilocal.ErrForeignIndex},
+		"lacks a table":     {sqlOn("DROP TABLE refs"), ocilocal.ErrForeignIndex},
+		"lacks an index":    {sqlOn("DROP INDEX members_by_digest"), ocilocal.ErrForeignIndex},
+		"text":              {fresh(strings.Repeat("not a database\n", 1000)), ocilocal.ErrForeignIndex},
+		"short text":        {fresh("hello"), ocilocal.ErrForeignIndex},
+		"empty":             {fresh(""), ocilocal.ErrForeignIndex},
+		"id missing":        {id(""), ocilocal.ErrForeignIndex},
+		"id of another":     {id("abcdefgh234567\n"), ocilocal.ErrForeignIndex},
+		"id is no id":       {id("../../etc\n"), ocilocal.ErrForeignIndex},
+		"id is several":     {id("abc\ndef\n"), ocilocal.ErrForeignIndex},
+		"id is far too big": {id(strings.Repeat("a", 1<<16)), ocilocal.ErrForeignIndex},
+		"directory": {func(t *testing.T, _, index string) {
+			if err := errors.Join(os.Remove(index), os.Mkdir(index, 0o700)); err != nil {
+				t.Fatal(err)
+			}
+		}, ocilocal.ErrForeignIndex},
+	} {
+		t.Run(name, func(t *testing.T) {
+			root := t.TempDir()
+			r := mustOpen(t, root)
+			if _, err := build(t, r, "example.com/a:v1", nil, "layer"); err != nil {
+				t.Fatal(err)
+			}
+			mustClose(t, r)
+			c.change(t, root, filepath.Join(root, "index.sqlite3"))
+			before := contents(t, root)
+			for open, f := range map[string]func(context.Context, string, *ocilocal.Options) (*ocilocal.LocalRegistry, error){
+				"Open": ocilocal.Open, "OpenReadOnly": ocilocal.OpenReadOnly,
+			} {
+				if r, err := f(t.Context(), root, nil); !errors.Is(err, c.want) || r != nil {
+					t.Errorf("%s: %v, want %v", open, err, c.want)
+				} else if e, ok := errors.AsType[*ocilocal.SchemaError](err); ok != (c.want == ocilocal.ErrNewerSchema) || ok && e.Found != 999 {
+					t.Errorf("%s: schema error %v", open, e)
+				}
+				if after := contents(t, root); !maps.Equal(before, after) {
+					t.Errorf("%s changed the root: files before %q, after %q", open, slices.Sorted(maps.Keys(before)), slices.Sorted(maps.Keys(after)))
+				}
+			}
+		})
+	}
+}
+
+// TestIndexDeleted: a new index beside blobs knows that it doesn't know them.
+func TestIndexDeleted(t *testing.T) {
+	root := t.TempDir()
+	for i, want := range []string{"", "1"} {
+		r := mustOpen(t, root)
+		id := r.ID()
+		if _, err := build(t, r, "example.com/a:v1", nil, "layer"); err != nil {
+			t.Fatal(err)
+		}
+		mustClose(t, r)
+		db, err := sql.Open("sqlite", filepath.Join(root, "index.sqlite3"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		var got string
+		if err := db.QueryRow("SELECT coalesce(max(value), '') FROM meta WHERE key = 'unreconciled'").Scan(&got); err != nil || got != want {
+			t.Errorf("round %d: unreconciled is %q, %v, want %q", i, got, err, want)
+		}
+		mustClose(t, db)
+		if b, err := os.ReadFile(filepath.Join(root, "id")); err != nil || string(b) != id+"\n" {
+			t.Errorf("id %q, %v, want %q", b, err, id)
+		}
+		if err := os.Remove(filepath.Join(root, "index.sqlite3")); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+func TestOddRoots(t *testing.T) {
+	if runtime.GOOS == "windows" {
+		t.Skip("names that Windows doesn't take")
+	}
+	for _, name := range []string{"with space", "a?b=c&mode=ro", "a#b", "100%", "%41%2f", "new\nline", "ünï→語", "-dash", "a;b'c\"d", `back\slash`, "file:x", "a/../b"} {
+		parent := t.TempDir()
+		root := parent + "/" + name
+		r := mustOpen(t, root)
+		if r.Root() != filepath.Clean(root) {
+			t.Errorf("%q: root is %q", name, r.Root())
+		}
+		if _, err := build(t, r, "example.com/a:v1", nil, "layer"); err != nil {
+			t.Errorf("%q: %v", name, err)
+		}
+		mustClose(t, r)
+		if _, err := os.Stat(filepath.Join(root, "index.sqlite3")); err != nil {
+			t.Error(err)
+		}
+		if entries, err := os.ReadDir(parent); err != nil || len(entries) != 1 {
+			t.Errorf("%q: beside the root: %v, %v", name, entries, err)
+		}
+		ro, err := ocilocal.OpenReadOnly(t.Context(), root, nil)
+		if err != nil {
+			t.Errorf("%q: %v", name, err)
+			continue
+		}
+		if ok, err := ro.Exists(t.Context(), ocilocal.MustParseReference("example.com/a:v1")); !ok || err != nil {
+			t.Errorf("%q: %t, %v", name, ok, err)
+		}
+		mustClose(t, ro)
+	}
+	if r, err := ocilocal.Open(t.Context(), "", nil); !errors.Is(err, ocilocal.ErrInvalidArgument) {
+		t.Error(r, err)
+	}
+}
+
+func TestRelativeRoot(t *testing.T) {
+	t.Chdir(t.TempDir())
+	r := mustOpen(t, "some/root")
+	t.Chdir(t.TempDir())
+	if _, err := build(t, r, "example.com/a:v1", nil, "layer"); err != nil {
+		t.Fatal(err)
+	}
+	if ok, err := r.Exists(t.Context(), ocilocal.MustParseReference("example.com/a:v1")); !ok || err != nil {
+		t.Error(ok, err)
+	}
+	if entries, err := os.ReadDir("."); err != nil || len(entries) > 0 {
+		t.Errorf("in the new directory: %v, %v", entries, err)
+	}
+	mustClose(t, r)
+}
+
+func TestTwoHandles(t *testing.T) {
+	a := openTemp(t, nil)
+	b := mustOpen(t, a.Root())
+	if a.ID() != b.ID() || a.ID() == "" {
+		t.Errorf("ids %q and %q", a.ID(), b.ID())
+	}
+	for i, r := range []*ocilocal.LocalRegistry{a, b} {
+		ref := []string{"example.com/a:v1", "example.com/b:v1"}[i]
+		if _, err := build(t, r, ref, nil, "layer"); err != nil {
+			t.Fatal(err)
+		}
+		for _, s := range []*ocilocal.LocalRegistry{a, b} {
+			if ok, err := s.Exists(t.Context(), ocilocal.MustParseReference(ref)); !ok || err != nil {
+				t.Error(ok, err)
+			}
+		}
+	}
+	mustClose(t, a)
+	if _, err := build(t, b, "example.com/c:v1", nil, "layer"); err != nil {
+		t.Errorf("after the other handle's Close: %v", err)
+	}
+}
+
+// TestUseAfterClose calls every method of a closed registry.
+func TestUseAfterClose(t *testing.T) {
+	ctx := t.Context()
+	r := openTemp(t, nil)
+	ref := ocilocal.MustParseReference("example.com/a:v1")
+	built, err := build(t, r, ref.String(), nil, "layer")
+	if err != nil {
+		t.Fatal(err)
+	}
+	layers, err := built.Layers(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	artifact, err := r.Load(ctx, ref) // its manifest isn't read yet
+	if err != nil {
+		t.Fatal(err)
+	}
+	builder, err := r.NewBuilder(ref, &ocilocal.BuilderOptions{ArtifactType: "application/vnd.example.test"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := builder.AddLayerBytes(ctx, "text/plain", []byte("layer"), nil); err != nil {
+		t.Fatal(err)
+	}
+	archive := filepath.Join(t.TempDir(), "a.tar")
+	if err := os.WriteFile(archive, tarOf(t), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	root, id := r.Root(), r.ID()
+	mustClose(t, r)
+	if r.Root() != root || r.ID() != id {
+		t.Error("Root or ID changed")
+	}
+	d := built.Digest()
+	calls := map[string]func() error{
+		"Close":             func() error { return r.Close() },
+		"Resolve":           func() error { _, err := r.Resolve(ctx, ref); return err },
+		"ResolveDigest":     func() error { _, err := r.ResolveDigest(ctx, d); return err },
+		"Exists":            func() error { _, err := r.Exists(ctx, ref); return err },
+		"Load":              func() error { _, err := r.Load(ctx, ref); return err },
+		"LoadDigest":        func() error { _, err := r.LoadDigest(ctx, d); return err },
+		"HasBlob":           func() error { _, err := r.HasBlob(ctx, d); return err },
+		"OpenBlob":          func() error { _, err := r.OpenBlob(ctx, layers[0]); return err },
+		"OpenBlobFile":      func() error { _, err := r.OpenBlobFile(ctx, layers[0]); return err },
+		"Tag":               func() error { _, err := r.Tag(ctx, d, ref, nil); return err },
+		"Remove":            func() error { _, err := r.Remove(ctx, ref); return err },
+		"NewBuilder":        func() error { _, err := r.NewBuilder(ref, nil); return err },
+		"NewOMMXBuilder":    func() error { _, err := r.NewOMMXBuilder(ref, nil); return err },
+		"NewGitHubBuilder":  func() error { _, err := r.NewGitHubBuilder("o", "r", "n", "v1", nil); return err },
+		"ImportArchive":     func() error { _, err := r.ImportArchive(ctx, bytes.NewReader(nil), nil); return err },
+		"ImportArchiveFile": func() error { _, err := r.ImportArchiveFile(ctx, archive, nil); return err },
+		"ExportArchive":     func() error { return r.ExportArchive(ctx, io.Discard, ref) },
+		"Refs": func() (last error) {
+			for _, err := range r.Refs(ctx, nil) {
+				last = err
+			}
+			return last
+		},
+		"Blobs": func() (last error) {
+			for _, err := range r.Blobs(ctx) {
+				last = err
+			}
+			return last
+		},
+	}
+	for m := range reflect.TypeFor[*ocilocal.LocalRegistry]().Methods() {
+		if calls[m.Name] == nil && m.Name != "Root" && m.Name != "ID" {
+			t.Errorf("this test doesn't call %s", m.Name)
+		}
+	}
+	maps.Copy(calls, map[string]func() error{
+		"Manifest":  func() error { _, err := artifact.Manifest(ctx); return err },
+		"Layers":    func() error { _, err := artifact.Layers(ctx); return err },
+		"ReadLayer": func() error { _, err := built.ReadLayer(ctx, layers[0]); return err },
+		"OpenLayer": func() error { _, err := built.OpenLayer(ctx, ocispec.Descriptor{Digest: layers[0].Digest}); return err },
+		"AddLayer": func() error {
+			_, err := builder.AddLayer(ctx, "text/plain", strings.NewReader("x"), nil)
+			return err
+		},
+		"Build": func() error { _, err := builder.Build(ctx); return err },
+	})
+	for name, call := range calls {
+		if err := call(); !errors.Is(err, ocilocal.ErrClosed) || !errors.Is(err, fs.ErrClosed) {
+			t.Errorf("%s: %v, want %v", name, err, ocilocal.ErrClosed)
+		}
+	}
+	if err := builder.Cancel(); err != nil {
+		t.Errorf("Cancel: %v", err)
+	}
+}
+
+func TestArtifactTypesImport(t *testing.T) {
+	const good, bad = "application/vnd.example.test", "application/vnd.example.bad"
+	r := openTemp(t, &ocilocal.Options{ArtifactTypes: []string{good}})
+	if _, err := build(t, r, "example.com/a:good", &ocilocal.BuilderOptions{ArtifactType: good}, "layer"); err != nil {
+		t.Fatal(err)
+	}
+	before := filesBelow(t, r, "blobs")
+	if _, err := build(t, r, "example.com/a:bad", &ocilocal.BuilderOptions{ArtifactType: bad}, "other"); !errors.Is(err, ocilocal.ErrArtifactType) {
+		t.Errorf("build: %v", err)
+	}
+	from := openTemp(t, nil)
+	a, err := build(t, from, "example.com/a:bad", &ocilocal.BuilderOptions{ArtifactType: bad}, "other")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var archive bytes.Buffer
+	if err := from.ExportArchive(t.Context(), &archive, a.Reference()); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := r.ImportArchive(t.Context(), &archive, nil); !errors.Is(err, ocilocal.ErrArtifactType) {
+		t.Errorf("import: %v", err)
+	}
+	if ok, err := r.Exists(t.Context(), a.Reference()); ok || err != nil {
+		t.Error(ok, err)
+	}
+	if after := filesBelow(t, r, "blobs"); !slices.Equal(before, after) {
+		t.Errorf("blobs before %q, after %q", before, after)
+	}
+}
+
+func TestWorldWritableWarning(t *testing.T) {
+	if runtime.GOOS == "windows" {
+		t.Skip("no such mode there")
+	}
+	root := t.TempDir()
+	for mode, want := range map[fs.FileMode]bool{0o700: false, 0o755: false, 0o777: true} {
+		if err := os.Chmod(root, mode); err != nil {
+			t.Fatal(err)
+		}
+		var log bytes.Buffer
+		r, err := ocilocal.Open(t.Context(), root, &ocilocal.Options{Logger: slog.New(slog.NewTextHandler(&log, nil))})
+		if err != nil {
+			t.Fatal(err)
+		}
+		mustClose(t, r)
+		if got := strings.Contains(log.String(), "level=WARN"); got != want {
+			t.Errorf("mode %o logs %q", mode, log.String())
+		}
+	}
+}
+
+// TestModesUmask opens and publishes under two umasks, in processes of their own.
+func TestModesUmask(t *testing.T) {
+	if runtime.GOOS == "windows" {
+		t.Skip("no such modes there")
+	}
+	exe, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, umask := range []string{"077", "0"} {
+		root := filepath.Join(t.TempDir(), "root")
+		w := startCommand(t, "open", exec.Command("sh", "-c", `umask "$0"; exec "$@"`, umask, exe, "x"))
+		w.expect("ready")
+		w.send(root)
+		w.expect("opened")
+		w.finish()
+		for name, want := range map[string]fs.FileMode{".": 0o700, "index.sqlite3": 0o600, "blobs/sha256/*": 0o444} {
+			files, err := filepath.Glob(filepath.Join(root, name))
+			if err != nil || len(files) == 0 {
+				t.Fatal(name, files, err)
+			}
+			for _, f := range files {
+				if fi, err := os.Stat(f); err != nil || fi.Mode().Perm() != want {
+					t.Errorf("umask %s: %s: mode %v, %v, want %v", umask, f, fi.Mode(), err, want)
+				}
+			}
+		}
+	}
+}
+
+// TestIndexReplaced puts another file in the index's place while it is open.
+func TestIndexReplaced(t *testing.T) {
+	if runtime.GOOS == "windows" {
+		t.Skip("an open file can't be replaced there")
+	}
+	for _, name := range []string{"replaced", "deleted"} {
+		t.Run(name, func(t *testing.T) {
+			r := openTemp(t, nil)
+			if _, err := build(t, r, "example.com/a:v1", nil, "layer"); err != nil {
+				t.Fatal(err)
+			}
+			index := filepath.Join(r.Root(), "index.sqlite3")
+			b, err := os.ReadFile(index)
+			if err == nil && name == "replaced" {
+				err = errors.Join(os.WriteFile(index+".new", b, 0o600), os.Rename(index+".new", index))
+			} else if err == nil {
+				err = os.Remove(index)
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, err := build(t, r, "example.com/b:v1", nil, "other"); !errors.Is(err, ocilocal.ErrForeignIndex) {
+				t.Errorf("build: %v", err)
+			}
+			if _, err := r.Remove(t.Context(), ocilocal.MustParseReference("example.com/a:v1")); !errors.Is(err, ocilocal.ErrForeignIndex) {
+				t.Errorf("remove: %v", err)
+			}
+		})
 	}
 }
