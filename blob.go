@@ -182,15 +182,6 @@ func (s *blobStore) copy(dst io.Writer, src io.Reader) (int64, error) {
 	return io.CopyBuffer(struct{ io.Writer }{dst}, struct{ io.Reader }{src}, *buf)
 }
 
-// remove deletes d's file. The caller holds the index's write lock: see gc.go.
-func (s *blobStore) remove(d digest.Digest) error {
-	name := blobPath(d)
-	if err := s.injected("unlink", name); err != nil {
-		return err
-	}
-	return s.root.Remove(name)
-}
-
 // A blobEntry is one directory entry below blobs/.
 type blobEntry struct {
 	path   string        // below the root

@@ -134,13 +134,12 @@ func TestRefsPages(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	want := []string{"example.com/x/y:v0"}
 	for _, s := range []string{"example.com/x/y:v1", "example.com/x/y-z:v1", "example.com/x/y/z:v1", "example.org/a:v1"} {
 		if _, err := r.Tag(ctx, a.Digest(), ocilocal.MustParseReference(s), nil); err != nil {
 			t.Fatal(err)
 		}
 	}
-	want = []string{"example.com/x/y:v0", "example.com/x/y:v1", "example.com/x/y-z:v1", "example.com/x/y/z:v1", "example.org/a:v1"}
+	want := []string{"example.com/x/y:v0", "example.com/x/y:v1", "example.com/x/y-z:v1", "example.com/x/y/z:v1", "example.org/a:v1"}
 	for name, c := range map[string]struct {
 		opts *ocilocal.ListOptions
 		want []string

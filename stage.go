@@ -306,6 +306,9 @@ func (st *stage) syncReused(sf *stagedFile) error {
 // link names sf's file below blobs/. A file that is there under that name stays
 // if it is good, and is replaced if it is damaged.
 func (st *stage) link(ctx context.Context, sf *stagedFile) error {
+	if sf.name == "" { // renamed by an earlier attempt to publish
+		return st.syncReused(sf)
+	}
 	name := blobPath(sf.digest)
 	if err := st.store.injected("link", name); err != nil {
 		return err
