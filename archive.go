@@ -4,6 +4,7 @@ import (
 	"archive/tar"
 	"bufio"
 	"bytes"
+	"compress/flate"
 	"compress/gzip"
 	"context"
 	"errors"
@@ -149,7 +150,7 @@ func readArchive(ctx context.Context, st *stage, src io.Reader) ([]ocispec.Descr
 
 // archiveError gives errors of the tar and gzip readers their sentinel.
 func archiveError(err error) error {
-	if errors.Is(err, tar.ErrHeader) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, gzip.ErrHeader) || errors.Is(err, gzip.ErrChecksum) ||
+	if _, bad := errors.AsType[flate.CorruptInputError](err); bad || err == io.EOF || errors.Is(err, tar.ErrHeader) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, gzip.ErrHeader) || errors.Is(err, gzip.ErrChecksum) ||
 		errors.Is(err, tar.ErrFieldTooLong) {
 		return fmt.Errorf("%w: archive is damaged or cut off: %w", ErrInvalidLayout, err)
 	}
