@@ -49,6 +49,7 @@
 //     verified reader withholds the last byte, not only the end of the file.
 //   - Manifest bytes that come in go out unchanged. Builders write canonical
 //     bytes: equal input, equal digest.
+//   - Imports write nothing outside the root and never change their source.
 //   - What a killed process leaves in tmp/ is swept by the next process that writes.
 //   - Memory doesn't grow with the size of a blob or the number of refs.
 //

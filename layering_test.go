@@ -34,6 +34,10 @@ var exceptions = map[string]string{
 	"index.go Ref": "a row of a listing is made in one place, without a copy",
 }
 
+// common are methods that types of the standard library have too, so that
+// their name says nothing about whose is meant.
+var common = []string{"Close", "Remove", "Root", "Write"}
+
 // owners say which files alone may import a package.
 var owners = map[string][]string{
 	"database/sql":           {"index.go"},
@@ -54,7 +58,9 @@ func TestLayering(t *testing.T) {
 	}
 	fset := token.NewFileSet()
 	parsed := map[string]*ast.File{}
-	declared := map[string]string{} // top-level name → file
+	declared := map[string]string{}  // top-level name → file
+	methods := map[string][]string{} // method name → files that declare one
+	fields := map[string]bool{}      // names of struct fields, which a selector may mean as well
 	for _, name := range files {
 		if strings.HasSuffix(name, "_test.go") {
 			continue
@@ -72,6 +78,8 @@ func TestLayering(t *testing.T) {
 			case *ast.FuncDecl:
 				if d.Recv == nil {
 					declared[d.Name.Name] = name
+				} else {
+					methods[d.Name.Name] = append(methods[d.Name.Name], name)
 				}
 			case *ast.GenDecl:
 				for _, s := range d.Specs {
@@ -86,6 +94,21 @@ func TestLayering(t *testing.T) {
 				}
 			}
 		}
+	}
+	for _, f := range parsed {
+		ast.Inspect(f, func(n ast.Node) bool {
+			if s, ok := n.(*ast.StructType); ok {
+				for _, field := range s.Fields.List {
+					for _, id := range field.Names {
+						fields[id.Name] = true
+					}
+				}
+			}
+			return true
+		})
+	}
+	above := func(name, from string) bool {
+		return ranks[from] > ranks[name] || slices.Contains(strangers[name], from)
 	}
 	for name := range ranks {
 		if _, err := os.Stat(name); err != nil {
@@ -104,9 +127,22 @@ func TestLayering(t *testing.T) {
 			if from == "" || exceptions[name+" "+id.Name] != "" {
 				continue
 			}
-			if ranks[from] > ranks[name] || slices.Contains(strangers[name], from) {
+			if above(name, from) {
 				t.Errorf("%s uses %s of %s, which stands above it", fset.Position(id.Pos()), id.Name, from)
 			}
 		}
+		// Methods go by name, without types: a use counts only when every
+		// method of that name stands above.
+		ast.Inspect(f, func(n ast.Node) bool {
+			s, ok := n.(*ast.SelectorExpr)
+			if !ok || fields[s.Sel.Name] || slices.Contains(common, s.Sel.Name) || exceptions[name+" "+s.Sel.Name] != "" {
+				return true
+			}
+			from := methods[s.Sel.Name]
+			if len(from) > 0 && !slices.ContainsFunc(from, func(o string) bool { return !above(name, o) }) {
+				t.Errorf("%s calls %s of %v, which stands above it", fset.Position(s.Pos()), s.Sel.Name, from)
+			}
+			return true
+		})
 	}
 }

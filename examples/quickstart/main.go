@@ -1,10 +1,12 @@
 // Quickstart builds an artifact, lists it, reads it back, saves it to an archive
 // and imports that into a second registry. Given the path of an OCI archive,
 // such as an .ommx file, it imports that instead and reads every layer.
+// With -root it uses, and keeps, the registry in that directory.
 package main
 
 import (
 	"context"
+	"flag"
 	"fmt"
 	"io"
 	"log"
@@ -17,11 +19,16 @@ import (
 
 func main() {
 	log.SetFlags(0)
+	root := flag.String("root", "", "registry to use and keep (default: a temporary one)")
+	flag.Parse()
 	dir, err := os.MkdirTemp("", "ocilocal-quickstart-")
 	if err != nil {
 		log.Fatal(err)
 	}
-	err = run(context.Background(), dir, os.Args[1:])
+	if *root == "" {
+		*root = filepath.Join(dir, "registry")
+	}
+	err = run(context.Background(), dir, *root, flag.Args())
 	if rm := os.RemoveAll(dir); err == nil {
 		err = rm
 	}
@@ -30,8 +37,9 @@ func main() {
 	}
 }
 
-func run(ctx context.Context, dir string, args []string) error {
-	registry, err := ocilocal.Open(ctx, filepath.Join(dir, "registry"), nil)
+// run keeps the archive and the second registry in dir, which is temporary.
+func run(ctx context.Context, dir, root string, args []string) error {
+	registry, err := ocilocal.Open(ctx, root, nil)
 	if err != nil {
 		return err
 	}
@@ -75,6 +83,9 @@ func run(ctx context.Context, dir string, args []string) error {
 	}
 	defer f.Close()
 	if err := registry.ExportArchive(ctx, f, ref); err != nil {
+		return err
+	}
+	if err := f.Close(); err != nil {
 		return err
 	}
 	fmt.Printf("saved    %s\n", filepath.Base(archive))
