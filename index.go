@@ -86,16 +86,13 @@ func (t *indexTx) deleteRef(name, reference string) error {
 
 // manifest returns the descriptor of a manifest row.
 func (t *indexTx) manifest(d digest.Digest) (desc ocispec.Descriptor, ok bool, err error) {
-	var created int64
-	ok, err = t.row(sqlResolveDigest, []any{string(d)}, &desc.MediaType, &desc.Digest, &desc.Size, &desc.ArtifactType, &created)
+	desc, _, ok, err = descriptor(t, sqlResolveDigest, string(d))
 	return desc, ok, err
 }
 
 // resolved returns a ref's row with its manifest's.
 func (t *indexTx) resolved(name, reference string) (desc ocispec.Descriptor, updated time.Time, ok bool, err error) {
-	var micro int64
-	ok, err = t.row(sqlResolve, []any{name, reference}, &desc.MediaType, &desc.Digest, &desc.Size, &desc.ArtifactType, &micro)
-	return desc, time.UnixMicro(micro), ok, err
+	return descriptor(t, sqlResolve, name, reference)
 }
 
 // putBlob records a blob. kind is the role it was first seen in.
@@ -163,15 +160,13 @@ func (t *indexTx) members(d digest.Digest, visit func(member) error) error {
 
 // resolve returns a ref's manifest descriptor.
 func (x *index) resolve(name, reference string) (desc ocispec.Descriptor, ok bool, err error) {
-	var updated int64
-	ok, err = x.row(sqlResolve, []any{name, reference}, &desc.MediaType, &desc.Digest, &desc.Size, &desc.ArtifactType, &updated)
+	desc, _, ok, err = descriptor(x, sqlResolve, name, reference)
 	return desc, ok, err
 }
 
 // resolveDigest returns a manifest's descriptor.
 func (x *index) resolveDigest(d digest.Digest) (desc ocispec.Descriptor, ok bool, err error) {
-	var created int64
-	ok, err = x.row(sqlResolveDigest, []any{string(d)}, &desc.MediaType, &desc.Digest, &desc.Size, &desc.ArtifactType, &created)
+	desc, _, ok, err = descriptor(x, sqlResolveDigest, string(d))
 	return desc, ok, err
 }
 
@@ -181,20 +176,56 @@ func (x *index) list(name, reference, below string, n int) ([]Ref, error) {
 	if err != nil {
 		return nil, err
 	}
+	var row descriptorRow
+	var refName, refReference string
+	dest := append([]any{&refName, &refReference}, row.dest()...)
 	return scanAll(s, n, []any{name, reference, below, n}, func(rows *sql.Rows) (r Ref, err error) {
-		var name, reference string
-		var updated int64
-		d := &r.Descriptor
-		if err := rows.Scan(&name, &reference, &d.MediaType, &d.Digest, &d.Size, &d.ArtifactType, &updated); err != nil {
+		if err := rows.Scan(dest...); err != nil {
 			return r, err
 		}
-		if r.Reference, err = referenceFromKey(name, reference); err == nil {
-			err = checkDigest(d.Digest)
+		if r.Reference, err = referenceFromKey(refName, refReference); err == nil {
+			r.Descriptor, r.Updated, err = row.value()
 		}
 		if err != nil {
-			return r, fmt.Errorf("%w: row of ref %s: %w", ErrCorruptIndex, strconv.Quote(clip(name+":"+reference)), err)
+			err = fmt.Errorf("%w: row of ref %s: %w", ErrCorruptIndex, strconv.Quote(clip(refName+":"+refReference)), err)
 		}
-		r.Updated = time.UnixMicro(updated)
-		return r, nil
+		return r, err
 	})
+}
+
+// A descriptorRow takes the five columns that make a manifest's descriptor, the
+// last a time. Its fields are what database/sql fills without reflection.
+type descriptorRow struct {
+	mediaType, digest, artifactType string
+	size, micro                     any
+}
+
+func (d *descriptorRow) dest() []any {
+	return []any{&d.mediaType, &d.digest, &d.size, &d.artifactType, &d.micro}
+}
+
+func (d *descriptorRow) value() (desc ocispec.Descriptor, at time.Time, err error) {
+	size, ok := d.size.(int64)
+	micro, ok2 := d.micro.(int64)
+	if !ok || !ok2 || size < 0 {
+		return desc, at, fmt.Errorf("%w: size %v or time %v is no number that fits", ErrCorruptIndex, d.size, d.micro)
+	}
+	if err := checkDigest(digest.Digest(d.digest)); err != nil {
+		return desc, at, fmt.Errorf("%w: %w", ErrCorruptIndex, err)
+	}
+	desc = ocispec.Descriptor{MediaType: d.mediaType, Digest: digest.Digest(d.digest), Size: size, ArtifactType: d.artifactType}
+	return desc, time.UnixMicro(micro), nil
+}
+
+// rowReader is index and indexTx: one row, without or within a transaction.
+type rowReader interface {
+	row(text string, args []any, dest ...any) (bool, error)
+}
+
+func descriptor(from rowReader, text string, args ...any) (desc ocispec.Descriptor, at time.Time, ok bool, err error) {
+	var row descriptorRow
+	if ok, err = from.row(text, args, row.dest()...); ok {
+		desc, at, err = row.value()
+	}
+	return desc, at, ok && err == nil, err
 }

@@ -3,7 +3,6 @@ package ocilocal
 import (
 	"context"
 	"errors"
-	"fmt"
 	"io"
 	"iter"
 	"os"
@@ -66,15 +65,7 @@ func found(desc ocispec.Descriptor, ok bool, err error) (ocispec.Descriptor, err
 	if err == nil && !ok {
 		err = ErrNotFound
 	}
-	if err == nil {
-		if bad := checkDigest(desc.Digest); bad != nil {
-			err = fmt.Errorf("%w: %w", ErrCorruptIndex, bad)
-		}
-	}
-	if err != nil {
-		return ocispec.Descriptor{}, err
-	}
-	return desc, nil
+	return desc, err
 }
 
 // Exists reports whether ref resolves. Only the index is read.
