@@ -13,6 +13,7 @@ import (
 	"runtime"
 	"sync"
 	"syscall"
+	"time"
 
 	"github.com/opencontainers/go-digest"
 )
@@ -27,13 +28,9 @@ const (
 // knows nothing of manifests or of the index. It is safe for concurrent use,
 // by other processes on the same root too.
 type blobStore struct {
-	root     *os.Root
+	root     *rootDir
 	readOnly bool
 	buffers  sync.Pool // *[]byte of copyBufferSize
-
-	// fault is the tests' seam: called before each file operation that changes
-	// something, its error is the operation's. Nil in production.
-	fault func(op, name string) error
 
 	mu      sync.Mutex
 	session string       // tmp/<name>, made and locked by the first write; "" before
@@ -45,7 +42,7 @@ type blobStore struct {
 // what was read be hashed and written while it is in the processor's cache.
 const copyBufferSize = 1 << 20
 
-func newBlobStore(root *os.Root, readOnly bool) *blobStore {
+func newBlobStore(root *rootDir, readOnly bool) *blobStore {
 	return &blobStore{
 		root:     root,
 		readOnly: readOnly,
@@ -68,17 +65,6 @@ func (s *blobStore) close() error {
 	err = errors.Join(err, s.release())
 	s.session, s.release = "", nil
 	return err
-}
-
-// injected asks the tests' seam whether op on name shall fail.
-func (s *blobStore) injected(op, name string) error {
-	if s.fault == nil {
-		return nil
-	}
-	if err := s.fault(op, name); err != nil {
-		return &fs.PathError{Op: op, Path: name, Err: err}
-	}
-	return nil
 }
 
 // blobPath is where d's bytes are. It panics unless d has passed [checkDigest].
@@ -228,6 +214,9 @@ func (s *blobStore) eachEntry(ctx context.Context, dir string, visit func(name s
 	}
 	defer f.Close()
 	for {
+		if err := s.root.injected("readdir", dir); err != nil {
+			return err
+		}
 		entries, err := f.ReadDir(1024)
 		for _, e := range entries {
 			if err := ctx.Err(); err != nil {
@@ -278,9 +267,6 @@ func (s *blobStore) enter() (string, error) {
 	}
 	for {
 		name := path.Join(tmpDir, rand.Text())
-		if err := s.injected("mkdir", name); err != nil {
-			return "", err
-		}
 		if err := s.root.Mkdir(name, 0o700); err != nil {
 			return "", err
 		}
@@ -310,11 +296,38 @@ func (s *blobStore) sweep() error {
 			return ignoreNotExist(s.root.Remove(name))
 		}
 		release, held, err := lockDir(s.root, name)
+		if errors.Is(err, fs.ErrPermission) {
+			return nil // another user's: theirs to sweep
+		}
 		if err != nil || !held {
 			return ignoreNotExist(err)
 		}
 		return errors.Join(s.root.RemoveAll(name), release())
 	})
+}
+
+// alone runs do while no other process or handle runs it on the same root. It
+// makes up for file systems that can't name a file without replacing another.
+func (s *blobStore) alone(ctx context.Context, do func() error) error {
+	name := path.Join(tmpDir, "alone")
+	for {
+		if err := s.root.Mkdir(name, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+			return err
+		}
+		release, held, err := lockDir(s.root, name)
+		if err != nil {
+			return err
+		}
+		if held {
+			err := do()
+			return errors.Join(err, s.root.RemoveAll(name), release())
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(time.Millisecond):
+		}
+	}
 }
 
 // partialDir, below tmp/, is where interrupted pulls keep what they have.
@@ -325,7 +338,7 @@ func (s *blobStore) syncDir(name string) error {
 	if runtime.GOOS == "windows" {
 		return nil // there, a directory can't be synced: NTFS journals its entries
 	}
-	if err := s.injected("fsyncdir", name); err != nil {
+	if err := s.root.injected("fsyncdir", name); err != nil {
 		return err
 	}
 	d, err := s.root.Open(name)
@@ -344,9 +357,6 @@ func (s *blobStore) makeAlgDir(alg digest.Algorithm) error {
 		return nil
 	}
 	name := path.Join(blobsDir, string(alg))
-	if err := s.injected("mkdir", name); err != nil {
-		return err
-	}
 	err := s.root.Mkdir(name, 0o755)
 	if err != nil && !errors.Is(err, fs.ErrExist) {
 		return err

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"slices"
 	"time"
@@ -231,6 +232,9 @@ func incomplete(err error) error {
 func (r *LocalRegistry) write(ctx context.Context, fn func(*indexTx) error) error {
 	return r.index.write(ctx, func(tx *indexTx) error {
 		now, err := r.root.Lstat(indexFile)
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
 		if err != nil || !os.SameFile(r.opened, now) {
 			return fmt.Errorf("%w: %s was replaced while the registry was open", ErrForeignIndex, indexFile)
 		}

@@ -195,13 +195,22 @@ func (r *LocalRegistry) Blobs(ctx context.Context) iter.Seq2[ocispec.Descriptor,
 			yield(ocispec.Descriptor{}, opError("walk blobs", "", "", err))
 			return
 		}
-		defer end()
+		defer func() { end() }()
 		stop := errors.New("stop")
-		err = r.blobs.walk(ctx, func(e blobEntry) error {
-			if e.digest != "" && !yield(ocispec.Descriptor{Digest: e.digest, Size: e.info.Size()}, nil) {
+		err = r.blobs.walk(ctx, func(e blobEntry) (err error) {
+			if e.digest == "" {
+				return nil
+			}
+			end() // the caller's code may close the registry
+			end = func() {}
+			if !yield(ocispec.Descriptor{Digest: e.digest, Size: e.info.Size()}, nil) {
 				return stop
 			}
-			return nil
+			again, err := r.begin(ctx)
+			if err == nil {
+				end = again
+			}
+			return err
 		})
 		if err != nil && err != stop {
 			yield(ocispec.Descriptor{}, opError("walk blobs", "", "", err))
