@@ -29,6 +29,7 @@ const (
 // by other processes on the same root too.
 type blobStore struct {
 	root     *rootDir
+	tmp      string // the directory for what is being written, tmpDir in a registry
 	readOnly bool
 	buffers  sync.Pool // *[]byte of copyBufferSize
 
@@ -45,6 +46,7 @@ const copyBufferSize = 1 << 20
 func newBlobStore(root *rootDir, readOnly bool) *blobStore {
 	return &blobStore{
 		root:     root,
+		tmp:      tmpDir,
 		readOnly: readOnly,
 		algDirs:  map[digest.Algorithm]bool{},
 		buffers: sync.Pool{New: func() any {
@@ -110,6 +112,10 @@ func (s *blobStore) openFile(d digest.Digest, size int64) (*os.File, int64, erro
 		return nil, 0, fmt.Errorf("blob %s: %w", d, ErrNotFound)
 	}
 	if err != nil {
+		// A link is not followed. As damage, it is healed like any other.
+		if _, bad := s.size(d); errors.Is(bad, ErrDigestMismatch) {
+			err = bad
+		}
 		return nil, 0, err
 	}
 	got, err := checkRegular(f)
@@ -266,7 +272,7 @@ func (s *blobStore) enter() (string, error) {
 		return "", err
 	}
 	for {
-		name := path.Join(tmpDir, rand.Text())
+		name := path.Join(s.tmp, rand.Text())
 		if err := s.root.Mkdir(name, 0o700); err != nil {
 			return "", err
 		}
@@ -283,11 +289,11 @@ func (s *blobStore) enter() (string, error) {
 
 // sweep removes the directories below tmp/ that no process holds.
 func (s *blobStore) sweep() error {
-	return s.eachEntry(context.Background(), tmpDir, func(name string) error {
+	return s.eachEntry(context.Background(), s.tmp, func(name string) error {
 		if name == partialDir {
 			return nil
 		}
-		name = path.Join(tmpDir, name)
+		name = path.Join(s.tmp, name)
 		fi, err := s.root.Lstat(name)
 		if err != nil {
 			return ignoreNotExist(err)

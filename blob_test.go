@@ -284,7 +284,7 @@ func TestHeal(t *testing.T) {
 				r := openTemp(t, nil)
 				a, layer := oneLayer(t, r, "example.com/a:v1", body)
 				var archive bytes.Buffer
-				if err := r.ExportArchive(ctx, &archive, a.Reference()); err != nil {
+				if err := r.ExportArchive(ctx, &archive, []ocilocal.Reference{a.Reference()}, nil); err != nil {
 					t.Fatal(err)
 				}
 				for _, d := range []digest.Digest{layer.Digest, a.Digest()} {

@@ -216,7 +216,7 @@ func TestAfterClose(t *testing.T) {
 		"OpenBlobFile":  func() error { _, err := r.OpenBlobFile(ctx, d); return err },
 		"HasBlob":       func() error { _, err := r.HasBlob(ctx, d.Digest); return err },
 		"ImportArchive": func() error { _, err := r.ImportArchive(ctx, &bytes.Buffer{}, nil); return err },
-		"ExportArchive": func() error { return r.ExportArchive(ctx, &bytes.Buffer{}, ref) },
+		"ExportArchive": func() error { return r.ExportArchive(ctx, &bytes.Buffer{}, []ocilocal.Reference{ref}, nil) },
 		"Refs": func() error {
 			for _, err := range r.Refs(ctx, nil) {
 				return err
@@ -549,7 +549,7 @@ func TestUseAfterClose(t *testing.T) {
 		"NewGitHubBuilder":  func() error { _, err := r.NewGitHubBuilder("o", "r", "n", "v1", nil); return err },
 		"ImportArchive":     func() error { _, err := r.ImportArchive(ctx, bytes.NewReader(nil), nil); return err },
 		"ImportArchiveFile": func() error { _, err := r.ImportArchiveFile(ctx, archive, nil); return err },
-		"ExportArchive":     func() error { return r.ExportArchive(ctx, io.Discard, ref) },
+		"ExportArchive":     func() error { return r.ExportArchive(ctx, io.Discard, []ocilocal.Reference{ref}, nil) },
 		"Refs": func() (last error) {
 			for _, err := range r.Refs(ctx, nil) {
 				last = err
@@ -605,7 +605,7 @@ func TestArtifactTypesImport(t *testing.T) {
 		t.Fatal(err)
 	}
 	var archive bytes.Buffer
-	if err := from.ExportArchive(t.Context(), &archive, a.Reference()); err != nil {
+	if err := from.ExportArchive(t.Context(), &archive, []ocilocal.Reference{a.Reference()}, nil); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := r.ImportArchive(t.Context(), &archive, nil); !errors.Is(err, ocilocal.ErrArtifactType) {

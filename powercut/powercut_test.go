@@ -294,7 +294,7 @@ func exported(t *testing.T) []byte {
 		t.Fatal(err)
 	}
 	var buf bytes.Buffer
-	if err := reg.ExportArchive(t.Context(), &buf, ref); err != nil {
+	if err := reg.ExportArchive(t.Context(), &buf, []ocilocal.Reference{ref}, nil); err != nil {
 		t.Fatal(err)
 	}
 	return buf.Bytes()
