@@ -17,7 +17,9 @@ func openTemp(t testing.TB, opts *ocilocal.Options) *ocilocal.LocalRegistry {
 	if err != nil {
 		t.Fatal(err)
 	}
+	closed := watchRoot(t, r.Root())
 	t.Cleanup(func() {
+		defer closed()
 		if err := r.Close(); err != nil && !errors.Is(err, ocilocal.ErrClosed) {
 			t.Error(err)
 		}

@@ -381,6 +381,7 @@ func TestCheckStoreFinds(t *testing.T) {
 				t.Fatal(err)
 			}
 			mustClose(t, r)
+			dontWatch(root)
 			c.damage(t, root)
 			check := &storeCheck{root: root, blobs: map[string]int64{}}
 			check.run(c.want)

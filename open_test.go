@@ -678,6 +678,7 @@ func TestIndexReplaced(t *testing.T) {
 	for _, name := range []string{"replaced", "deleted"} {
 		t.Run(name, func(t *testing.T) {
 			r := openTemp(t, nil)
+			dontWatch(r.Root())
 			if _, err := build(t, r, "example.com/a:v1", nil, "layer"); err != nil {
 				t.Fatal(err)
 			}

@@ -267,9 +267,9 @@ func (r *LocalRegistry) writeID(ctx context.Context, session string) error {
 		_, err = f.WriteString(strings.ToLower(rand.Text()) + "\n")
 	}
 	if err == nil {
-		err = r.root.injected("fsync", private)
+		err = r.root.sync(f, private)
 	}
-	if err = errors.Join(err, f.Sync(), f.Close()); err != nil {
+	if err = errors.Join(err, f.Close()); err != nil {
 		return err
 	}
 	return r.name(ctx, private, idFile)

@@ -88,3 +88,11 @@ func (r *rootDir) RemoveAll(name string) error {
 	}
 	return r.Root.RemoveAll(name)
 }
+
+// sync makes the bytes of an open file below the root durable.
+func (r *rootDir) sync(f *os.File, name string) error {
+	if err := r.injected("fsync", name); err != nil {
+		return err
+	}
+	return f.Sync()
+}

@@ -293,9 +293,6 @@ func (st *stage) dedup(ctx context.Context, sf *stagedFile) error {
 
 func (st *stage) syncReused(sf *stagedFile) error {
 	name := blobPath(sf.digest)
-	if err := st.store.root.injected("fsync", name); err != nil {
-		return st.fail(err)
-	}
 	f, err := st.store.root.OpenFile(name, os.O_RDONLY|openNoFollow, 0)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil // collected: recheck brings it back
@@ -303,7 +300,7 @@ func (st *stage) syncReused(sf *stagedFile) error {
 	if err != nil {
 		return err
 	}
-	return st.fail(errors.Join(f.Sync(), f.Close()))
+	return st.fail(errors.Join(st.store.root.sync(f, name), f.Close()))
 }
 
 // link names sf's file below blobs/. A file that is there under that name stays
@@ -451,11 +448,7 @@ func (st *stage) fail(err error) error {
 const maxParallelSyncs = 16
 
 func (st *stage) syncFile(sf *stagedFile) error {
-	err := st.store.root.injected("fsync", sf.name)
-	if err == nil {
-		err = sf.file.Sync()
-	}
-	err = errors.Join(err, sf.file.Close())
+	err := errors.Join(st.store.root.sync(sf.file, sf.name), sf.file.Close())
 	sf.file = nil
 	return err
 }
