@@ -22,6 +22,8 @@ type ImportOptions struct {
 	// PublishOptions say what happens if a ref exists. With several entries,
 	// a conflict is reported as an outcome; with one, it is an error as well.
 	PublishOptions
+
+	one bool // the caller has use for one entry only
 }
 
 // An ImportedArtifact is one entry that was imported.
@@ -48,8 +50,9 @@ type ImportResult struct {
 type importer struct {
 	registry *LocalRegistry
 	opts     ImportOptions
-	one      bool // the caller has use for one entry only
 	stage    *stage
+	// accept, if not nil, may refuse the manifest of an entry.
+	accept func(*Manifest) error
 	// fetch stages a blob that neither the stage nor the registry has.
 	fetch func(ctx context.Context, desc ocispec.Descriptor) error
 
@@ -82,6 +85,11 @@ func (im *importer) run(ctx context.Context, entries []ocispec.Descriptor) (*Imp
 		p := publication{ref: ref, PublishOptions: im.opts.PublishOptions}
 		if p.root, err = im.manifest(ctx, e, 0, map[digest.Digest]bool{}, &p.manifests); err != nil {
 			return nil, err
+		}
+		if im.accept != nil {
+			if err := im.accept(p.root); err != nil {
+				return nil, err
+			}
 		}
 		result.Artifacts = append(result.Artifacts, ImportedArtifact{Name: name, Descriptor: p.root.Descriptor()})
 		pubs = append(pubs, p)
@@ -125,7 +133,7 @@ func (im *importer) choose(entries []ocispec.Descriptor) ([]ocispec.Descriptor, 
 	if len(chosen) == 0 {
 		return nil, fmt.Errorf("%w: index.json names no manifest", ErrInvalidLayout)
 	}
-	if len(chosen) > 1 && (im.one || !im.opts.Reference.IsZero() || im.opts.Select != "" || im.opts.Expected != "") {
+	if len(chosen) > 1 && (im.opts.one || !im.opts.Reference.IsZero() || im.opts.Select != "" || im.opts.Expected != "") {
 		return nil, fmt.Errorf("%w: index.json has %d entries that fit, and one was asked for (ImportOptions.Select chooses by name or digest)",
 			ErrInvalidArgument, len(chosen))
 	}

@@ -27,7 +27,7 @@ func (r *LocalRegistry) ImportLayout(ctx context.Context, dir string, opts *Impo
 	return result, opError("import layout", dir, "", err)
 }
 
-func (r *LocalRegistry) importLayout(ctx context.Context, dir string, opts *ImportOptions) (_ *ImportResult, err error) {
+func (r *LocalRegistry) importLayout(ctx context.Context, dir string, opts *ImportOptions) (*ImportResult, error) {
 	end, err := r.begin(ctx)
 	if err != nil {
 		return nil, err
@@ -46,8 +46,14 @@ func (r *LocalRegistry) importLayout(ctx context.Context, dir string, opts *Impo
 	if err != nil {
 		return nil, err
 	}
-	im := r.newImporter(opts)
+	im := r.layoutImporter(l, opts)
 	defer func() { r.logDiscard(im.stage.discard()) }()
+	return im.run(ctx, entries)
+}
+
+// layoutImporter returns an importer that fetches from a layout directory.
+func (r *LocalRegistry) layoutImporter(l *layout, opts *ImportOptions) *importer {
+	im := r.newImporter(opts)
 	im.fetch = func(ctx context.Context, desc ocispec.Descriptor) error {
 		f, err := l.open(desc)
 		if err != nil {
@@ -59,7 +65,7 @@ func (r *LocalRegistry) importLayout(ctx context.Context, dir string, opts *Impo
 		}
 		return nil
 	}
-	return im.run(ctx, entries)
+	return im
 }
 
 // A layout is a layout directory that others may be changing, and which is not trusted.

@@ -77,16 +77,6 @@ func (r *LocalRegistry) Exists(ctx context.Context, ref Reference) (bool, error)
 	return err == nil, err
 }
 
-// Load returns the artifact that ref names. It reads the index only; the
-// artifact reads its manifest when asked for it. Errors are those of [LocalRegistry.Resolve].
-func (r *LocalRegistry) Load(ctx context.Context, ref Reference) (*LocalArtifact, error) {
-	desc, err := r.resolve(ctx, ref)
-	if err != nil {
-		return nil, opError("load", ref.String(), "", err)
-	}
-	return r.newArtifact(ref, desc, nil), nil
-}
-
 // LoadDigest returns the artifact whose manifest has that digest; its
 // Reference is zero. Errors are those of [LocalRegistry.ResolveDigest].
 func (r *LocalRegistry) LoadDigest(ctx context.Context, d digest.Digest) (*LocalArtifact, error) {

@@ -34,6 +34,10 @@ type Options struct {
 	// ArtifactTypes, if not empty, are the only artifact types that may be
 	// published; others fail with [ErrArtifactType].
 	ArtifactTypes []string
+	// LegacyRoot, if not empty, is the root of an OMMX v2 local registry, where
+	// [LocalRegistry.Load] looks for what is not here yet. [DefaultLegacyRoot]
+	// returns where OMMX keeps it. It is never written to.
+	LegacyRoot string
 	// AllowNetworkFS opens a root on a network file system, which otherwise
 	// fails with [ErrNetworkFS]. There, only one machine at a time may use it.
 	AllowNetworkFS bool
