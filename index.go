@@ -48,13 +48,15 @@ const (
 		VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (digest) DO NOTHING`
 	sqlPutMember = `INSERT INTO members (manifest, position, role, digest, media_type, size, annotations) VALUES (?, ?, ?, ?, ?, ?, ?)`
 
-	sqlGetRef    = `SELECT manifest FROM refs WHERE name = ? AND reference = ?`
+	// In a damaged index, whose rows are out of order, SQLite finds other rows
+	// than those that were asked for: so the keys are read back and compared.
+	sqlGetRef    = `SELECT name, reference, manifest FROM refs WHERE name = ? AND reference = ?`
 	sqlPutRef    = `INSERT OR REPLACE INTO refs (name, reference, manifest, media_type, artifact_type, size, updated) VALUES (?, ?, ?, ?, ?, ?, ?)`
 	sqlDeleteRef = `DELETE FROM refs WHERE name = ? AND reference = ?`
 
 	// A ref's row repeats its manifest's descriptor, which can't change: a
 	// listing of 100,000 is then one scan, not as many look-ups by random digests.
-	sqlResolve       = `SELECT media_type, manifest, size, artifact_type, updated FROM refs WHERE name = ? AND reference = ?`
+	sqlResolve       = `SELECT name, reference, media_type, manifest, size, artifact_type, updated FROM refs WHERE name = ? AND reference = ?`
 	sqlResolveDigest = `SELECT media_type, digest, size, artifact_type, created FROM manifests WHERE digest = ?`
 	sqlMembers       = `SELECT role, digest, media_type, size FROM members WHERE manifest = ? AND position >= ? ORDER BY position LIMIT ?`
 	// A page starts after (?1, ?2) and stays below the upper bound ?3 of the names.
@@ -70,8 +72,30 @@ func (x *index) meta(key string) (value string, err error) {
 
 // ref returns what a ref points at, "" when there is none.
 func (t *indexTx) ref(name, reference string) (d digest.Digest, err error) {
-	_, err = t.row(sqlGetRef, []any{name, reference}, &d)
+	var key refKey
+	if _, err = t.row(sqlGetRef, []any{name, reference}, &key.name, &key.reference, &d); err == nil && d != "" {
+		err = key.check(name, reference)
+	}
 	return d, err
+}
+
+// refKey is the key of a row of refs, as it was read.
+type refKey struct{ name, reference string }
+
+// check is an [ErrCorruptIndex] unless the row has the key that was asked for.
+func (k refKey) check(name, reference string) error {
+	if k.name == name && k.reference == reference {
+		return nil
+	}
+	return fmt.Errorf("%w: looking for ref %q finds %q", ErrCorruptIndex, clip(name+":"+reference), clip(k.name+":"+k.reference))
+}
+
+// checkFound is an [ErrCorruptIndex] unless a manifest's row is that of the digest that was asked for.
+func checkFound(asked, found digest.Digest) error {
+	if asked == found {
+		return nil
+	}
+	return fmt.Errorf("%w: looking for manifest %s finds %q", ErrCorruptIndex, asked, clip(string(found)))
 }
 
 func (t *indexTx) putRef(name, reference string, d ocispec.Descriptor, now time.Time) error {
@@ -88,13 +112,20 @@ func (t *indexTx) deleteRef(name, reference string) error {
 func (t *indexTx) manifest(d digest.Digest) (desc ocispec.Descriptor, ok bool, err error) {
 	var created int64
 	ok, err = t.row(sqlResolveDigest, []any{string(d)}, &desc.MediaType, &desc.Digest, &desc.Size, &desc.ArtifactType, &created)
+	if ok {
+		err = checkFound(d, desc.Digest)
+	}
 	return desc, ok, err
 }
 
 // resolved returns a ref's row with its manifest's.
 func (t *indexTx) resolved(name, reference string) (desc ocispec.Descriptor, updated time.Time, ok bool, err error) {
+	var key refKey
 	var micro int64
-	ok, err = t.row(sqlResolve, []any{name, reference}, &desc.MediaType, &desc.Digest, &desc.Size, &desc.ArtifactType, &micro)
+	ok, err = t.row(sqlResolve, []any{name, reference}, &key.name, &key.reference, &desc.MediaType, &desc.Digest, &desc.Size, &desc.ArtifactType, &micro)
+	if ok {
+		err = key.check(name, reference)
+	}
 	return desc, time.UnixMicro(micro), ok, err
 }
 
@@ -163,8 +194,12 @@ func (t *indexTx) members(d digest.Digest, visit func(member) error) error {
 
 // resolve returns a ref's manifest descriptor.
 func (x *index) resolve(name, reference string) (desc ocispec.Descriptor, ok bool, err error) {
+	var key refKey
 	var updated int64
-	ok, err = x.row(sqlResolve, []any{name, reference}, &desc.MediaType, &desc.Digest, &desc.Size, &desc.ArtifactType, &updated)
+	ok, err = x.row(sqlResolve, []any{name, reference}, &key.name, &key.reference, &desc.MediaType, &desc.Digest, &desc.Size, &desc.ArtifactType, &updated)
+	if ok {
+		err = key.check(name, reference)
+	}
 	return desc, ok, err
 }
 
@@ -172,6 +207,9 @@ func (x *index) resolve(name, reference string) (desc ocispec.Descriptor, ok boo
 func (x *index) resolveDigest(d digest.Digest) (desc ocispec.Descriptor, ok bool, err error) {
 	var created int64
 	ok, err = x.row(sqlResolveDigest, []any{string(d)}, &desc.MediaType, &desc.Digest, &desc.Size, &desc.ArtifactType, &created)
+	if ok {
+		err = checkFound(d, desc.Digest)
+	}
 	return desc, ok, err
 }
 
