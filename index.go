@@ -48,13 +48,15 @@ const (
 		VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (digest) DO NOTHING`
 	sqlPutMember = `INSERT INTO members (manifest, position, role, digest, media_type, size, annotations) VALUES (?, ?, ?, ?, ?, ?, ?)`
 
-	sqlGetRef    = `SELECT manifest FROM refs WHERE name = ? AND reference = ?`
+	// In a damaged index, whose rows are out of order, SQLite finds other rows
+	// than those that were asked for: so the keys are read back and compared.
+	sqlGetRef    = `SELECT name, reference, manifest FROM refs WHERE name = ? AND reference = ?`
 	sqlPutRef    = `INSERT OR REPLACE INTO refs (name, reference, manifest, media_type, artifact_type, size, updated) VALUES (?, ?, ?, ?, ?, ?, ?)`
 	sqlDeleteRef = `DELETE FROM refs WHERE name = ? AND reference = ?`
 
 	// A ref's row repeats its manifest's descriptor, which can't change: a
 	// listing of 100,000 is then one scan, not as many look-ups by random digests.
-	sqlResolve       = `SELECT media_type, manifest, size, artifact_type, updated FROM refs WHERE name = ? AND reference = ?`
+	sqlResolve       = `SELECT name, reference, media_type, manifest, size, artifact_type, updated FROM refs WHERE name = ? AND reference = ?`
 	sqlResolveDigest = `SELECT media_type, digest, size, artifact_type, created FROM manifests WHERE digest = ?`
 	sqlMembers       = `SELECT role, digest, media_type, size FROM members WHERE manifest = ? AND position >= ? ORDER BY position LIMIT ?`
 	// A page starts after (?1, ?2) and stays below the upper bound ?3 of the names.
@@ -70,8 +72,30 @@ func (x *index) meta(key string) (value string, err error) {
 
 // ref returns what a ref points at, "" when there is none.
 func (t *indexTx) ref(name, reference string) (d digest.Digest, err error) {
-	_, err = t.row(sqlGetRef, []any{name, reference}, &d)
+	var key refKey
+	if _, err = t.row(sqlGetRef, []any{name, reference}, &key.name, &key.reference, &d); err == nil && d != "" {
+		err = key.check(name, reference)
+	}
 	return d, err
+}
+
+// refKey is the key of a row of refs, as it was read.
+type refKey struct{ name, reference string }
+
+// check is an [ErrCorruptIndex] unless the row has the key that was asked for.
+func (k refKey) check(name, reference string) error {
+	if k.name == name && k.reference == reference {
+		return nil
+	}
+	return fmt.Errorf("%w: looking for ref %q finds %q", ErrCorruptIndex, clip(name+":"+reference), clip(k.name+":"+k.reference))
+}
+
+// checkFound is an [ErrCorruptIndex] unless a manifest's row is that of the digest that was asked for.
+func checkFound(asked, found digest.Digest) error {
+	if asked == found {
+		return nil
+	}
+	return fmt.Errorf("%w: looking for manifest %s finds %q", ErrCorruptIndex, asked, clip(string(found)))
 }
 
 func (t *indexTx) putRef(name, reference string, d ocispec.Descriptor, now time.Time) error {
@@ -86,13 +110,13 @@ func (t *indexTx) deleteRef(name, reference string) error {
 
 // manifest returns the descriptor of a manifest row.
 func (t *indexTx) manifest(d digest.Digest) (desc ocispec.Descriptor, ok bool, err error) {
-	desc, _, ok, err = descriptor(t, sqlResolveDigest, string(d))
+	desc, ok, err = manifestRow(t, d)
 	return desc, ok, err
 }
 
 // resolved returns a ref's row with its manifest's.
 func (t *indexTx) resolved(name, reference string) (desc ocispec.Descriptor, updated time.Time, ok bool, err error) {
-	return descriptor(t, sqlResolve, name, reference)
+	return refRow(t, name, reference)
 }
 
 // putBlob records a blob. kind is the role it was first seen in.
@@ -160,13 +184,13 @@ func (t *indexTx) members(d digest.Digest, visit func(member) error) error {
 
 // resolve returns a ref's manifest descriptor.
 func (x *index) resolve(name, reference string) (desc ocispec.Descriptor, ok bool, err error) {
-	desc, _, ok, err = descriptor(x, sqlResolve, name, reference)
+	desc, _, ok, err = refRow(x, name, reference)
 	return desc, ok, err
 }
 
 // resolveDigest returns a manifest's descriptor.
 func (x *index) resolveDigest(d digest.Digest) (desc ocispec.Descriptor, ok bool, err error) {
-	desc, _, ok, err = descriptor(x, sqlResolveDigest, string(d))
+	desc, ok, err = manifestRow(x, d)
 	return desc, ok, err
 }
 
@@ -222,10 +246,25 @@ type rowReader interface {
 	row(text string, args []any, dest ...any) (bool, error)
 }
 
-func descriptor(from rowReader, text string, args ...any) (desc ocispec.Descriptor, at time.Time, ok bool, err error) {
+// refRow returns a ref's descriptor and when it was last changed.
+func refRow(from rowReader, name, reference string) (desc ocispec.Descriptor, updated time.Time, ok bool, err error) {
+	var key refKey
 	var row descriptorRow
-	if ok, err = from.row(text, args, row.dest()...); ok {
-		desc, at, err = row.value()
+	if ok, err = from.row(sqlResolve, []any{name, reference}, append([]any{&key.name, &key.reference}, row.dest()...)...); ok && err == nil {
+		if err = key.check(name, reference); err == nil {
+			desc, updated, err = row.value()
+		}
 	}
-	return desc, at, ok && err == nil, err
+	return desc, updated, ok && err == nil, err
+}
+
+// manifestRow returns a manifest's descriptor.
+func manifestRow(from rowReader, d digest.Digest) (desc ocispec.Descriptor, ok bool, err error) {
+	var row descriptorRow
+	if ok, err = from.row(sqlResolveDigest, []any{string(d)}, row.dest()...); ok && err == nil {
+		if desc, _, err = row.value(); err == nil {
+			err = checkFound(d, desc.Digest)
+		}
+	}
+	return desc, ok && err == nil, err
 }

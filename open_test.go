@@ -550,6 +550,11 @@ func TestUseAfterClose(t *testing.T) {
 		"ImportArchive":     func() error { _, err := r.ImportArchive(ctx, bytes.NewReader(nil), nil); return err },
 		"ImportArchiveFile": func() error { _, err := r.ImportArchiveFile(ctx, archive, nil); return err },
 		"ExportArchive":     func() error { return r.ExportArchive(ctx, io.Discard, []ocilocal.Reference{ref}, nil) },
+		"ExportArchiveFile": func() error { return r.ExportArchiveFile(ctx, archive+"2", []ocilocal.Reference{ref}, nil) },
+		"ExportLayout":      func() error { return r.ExportLayout(ctx, archive+"3", []ocilocal.Reference{ref}, nil) },
+		"ImportLayout":      func() error { _, err := r.ImportLayout(ctx, filepath.Dir(archive), nil); return err },
+		"ImportLegacy":      func() error { _, err := r.ImportLegacy(ctx, filepath.Dir(archive), nil); return err },
+		"LoadPath":          func() error { _, err := r.LoadPath(ctx, archive, nil); return err },
 		"Refs": func() (last error) {
 			for _, err := range r.Refs(ctx, nil) {
 				last = err

@@ -273,6 +273,7 @@ func (t *indexTx) stmt(text string) (*sql.Stmt, error) {
 type writeRequest struct {
 	ctx      context.Context
 	fn       func(*indexTx) error
+	alone    bool          // shares its transaction with nobody
 	deadline time.Time     // when it has waited long enough for other processes
 	done     chan error    // buffered; the outcome
 	lead     chan struct{} // buffered; the caller shall commit the queue itself
@@ -282,10 +283,21 @@ type writeRequest struct {
 // Callers that come while another is committing share the next commit, each in
 // a savepoint of its own: an error of fn undoes and fails that fn alone.
 func (x *index) write(ctx context.Context, fn func(*indexTx) error) error {
+	return x.request(&writeRequest{ctx: ctx, fn: fn})
+}
+
+// writeAlone is write in a transaction that nobody shares: all that fn reads is
+// committed. What fn does outside the index can't be undone by another's failure.
+func (x *index) writeAlone(ctx context.Context, fn func(*indexTx) error) error {
+	return x.request(&writeRequest{ctx: ctx, fn: fn, alone: true})
+}
+
+func (x *index) request(req *writeRequest) error {
 	if x.writer == nil {
 		return ErrReadOnly
 	}
-	req := &writeRequest{ctx: ctx, fn: fn, deadline: time.Now().Add(x.busy), done: make(chan error, 1), lead: make(chan struct{}, 1)}
+	ctx := req.ctx
+	req.deadline, req.done, req.lead = time.Now().Add(x.busy), make(chan error, 1), make(chan struct{}, 1)
 	x.mu.Lock()
 	x.queue = append(x.queue, req)
 	if !x.leading {
@@ -314,8 +326,12 @@ func (x *index) write(ctx context.Context, fn func(*indexTx) error) error {
 // lead commits what is queued, and then lets somebody else lead.
 func (x *index) lead(self *writeRequest) {
 	x.mu.Lock()
-	batch := x.queue
-	x.queue = nil
+	n := 1
+	for !x.queue[0].alone && n < len(x.queue) && !x.queue[n].alone {
+		n++
+	}
+	batch := slices.Clone(x.queue[:n])
+	x.queue = slices.Delete(x.queue, 0, n)
 	x.mu.Unlock()
 	var rest []*writeRequest
 	defer func() { // after a panic as well: the others must not wait for ever
