@@ -290,26 +290,31 @@ func (s *blobStore) enter() (string, error) {
 // sweep removes the directories below tmp/ that no process holds.
 func (s *blobStore) sweep() error {
 	return s.eachEntry(context.Background(), s.tmp, func(name string) error {
-		if name == partialDir {
-			return nil
+		if name == partialDir || name == quarantineDir {
+			return nil // garbage collection's, by age
 		}
 		name = path.Join(s.tmp, name)
 		fi, err := s.root.Lstat(name)
 		if err != nil {
 			return ignoreNotExist(err)
 		}
-		if !fi.IsDir() {
-			return ignoreNotExist(s.root.Remove(name))
-		}
-		release, held, err := lockDir(s.root, name)
-		if errors.Is(err, fs.ErrPermission) {
-			return nil // another user's: theirs to sweep
-		}
-		if err != nil || !held {
-			return ignoreNotExist(err)
-		}
-		return errors.Join(s.root.RemoveAll(name), release())
+		return s.sweepEntry(name, fi)
 	})
+}
+
+// sweepEntry removes a file, or a directory that no process holds.
+func (s *blobStore) sweepEntry(name string, fi fs.FileInfo) error {
+	if !fi.IsDir() {
+		return ignoreNotExist(s.root.Remove(name))
+	}
+	release, held, err := lockDir(s.root, name)
+	if errors.Is(err, fs.ErrPermission) {
+		return nil // another user's: theirs to sweep
+	}
+	if err != nil || !held {
+		return ignoreNotExist(err)
+	}
+	return errors.Join(s.root.RemoveAll(name), release())
 }
 
 // alone runs do while no other process or handle runs it on the same root. It
@@ -338,6 +343,9 @@ func (s *blobStore) alone(ctx context.Context, do func() error) error {
 
 // partialDir, below tmp/, is where interrupted pulls keep what they have.
 const partialDir = "partial"
+
+// quarantineDir, below tmp/, is where repair puts damaged files.
+const quarantineDir = "quarantine"
 
 // syncDir makes the entries of a directory durable.
 func (s *blobStore) syncDir(name string) error {

@@ -1,8 +1,11 @@
 package ocilocal
 
 import (
+	"context"
 	"database/sql"
+	"errors"
 	"fmt"
+	"slices"
 	"strconv"
 	"time"
 
@@ -65,8 +68,8 @@ const (
 )
 
 // meta returns a value of the table meta, "" when there is none.
-func (x *index) meta(key string) (value string, err error) {
-	_, err = x.row(sqlGetMeta, []any{key}, &value)
+func meta(q rowReader, key string) (value string, err error) {
+	_, err = q.row(sqlGetMeta, []any{key}, &value)
 	return value, err
 }
 
@@ -267,4 +270,156 @@ func manifestRow(from rowReader, d digest.Digest) (desc ocispec.Descriptor, ok b
 		}
 	}
 	return desc, ok && err == nil, err
+}
+
+// What garbage collection reads and deletes.
+const (
+	sqlRefTargets   = `SELECT DISTINCT manifest FROM refs WHERE manifest > ? ORDER BY manifest LIMIT ?`
+	sqlManifestRows = `SELECT digest, subject FROM manifests WHERE digest > ? ORDER BY digest LIMIT ?`
+	sqlMemberRows   = `SELECT manifest, position, digest FROM members WHERE (manifest, position) > (?, ?) ORDER BY manifest, position LIMIT ?`
+	sqlBlobRows     = `SELECT digest, size, created FROM blobs WHERE digest > ? ORDER BY digest LIMIT ?`
+
+	sqlHasRef   = `SELECT 1 FROM refs WHERE manifest = ? LIMIT 1`
+	sqlSubject  = `SELECT subject FROM manifests WHERE digest = ?`
+	sqlPointers = `SELECT manifest FROM members WHERE digest = ?1 AND manifest > ?2
+		UNION SELECT digest FROM manifests WHERE subject = ?1 AND subject <> '' AND digest > ?2 ORDER BY 1 LIMIT ?3`
+
+	sqlDeleteManifest = `DELETE FROM manifests WHERE digest = ?`
+	sqlDeleteBlob     = `DELETE FROM blobs WHERE digest = ?`
+)
+
+// A queryer is index and indexTx: queries without or within a transaction.
+type queryer interface {
+	rowReader
+	stmt(text string) (*sql.Stmt, error)
+}
+
+// pages runs a query whose last argument is a limit until it has no more rows.
+// visit returns the arguments, but for the limit, of the page after its row.
+func pages(ctx context.Context, q queryer, text string, args []any, visit func(*sql.Rows) (next []any, err error)) error {
+	const page = 1000
+	s, err := q.stmt(text)
+	if err != nil {
+		return err
+	}
+	for {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		got, err := scanAll(s, page, append(slices.Clone(args), page), func(rows *sql.Rows) (struct{}, error) {
+			var err error
+			args, err = visit(rows)
+			return struct{}{}, err
+		})
+		if err != nil || len(got) < page {
+			return err
+		}
+	}
+}
+
+// rowDigest checks a digest that a row holds, before anything relies on it.
+func rowDigest(s string) (digest.Digest, error) {
+	if err := checkDigest(digest.Digest(s)); err != nil {
+		return "", fmt.Errorf("%w: %w", ErrCorruptIndex, err)
+	}
+	return digest.Digest(s), nil
+}
+
+// refTargets visits what refs point at, each digest once.
+func (x *index) refTargets(ctx context.Context, visit func(digest.Digest)) error {
+	return pages(ctx, x, sqlRefTargets, []any{""}, func(rows *sql.Rows) ([]any, error) {
+		var s string
+		if err := rows.Scan(&s); err != nil {
+			return nil, err
+		}
+		d, err := rowDigest(s)
+		visit(d)
+		return []any{s}, err
+	})
+}
+
+// manifestRows visits every manifest with its subject.
+func (x *index) manifestRows(ctx context.Context, visit func(d, subject digest.Digest)) error {
+	return pages(ctx, x, sqlManifestRows, []any{""}, func(rows *sql.Rows) ([]any, error) {
+		var s, subject string
+		if err := rows.Scan(&s, &subject); err != nil {
+			return nil, err
+		}
+		d, err := rowDigest(s)
+		if err == nil && subject != "" {
+			_, err = rowDigest(subject)
+		}
+		visit(d, digest.Digest(subject))
+		return []any{s}, err
+	})
+}
+
+// memberRows visits every pair of a manifest and what it needs, a manifest's one after the other.
+func (x *index) memberRows(ctx context.Context, visit func(manifest, d digest.Digest)) error {
+	return pages(ctx, x, sqlMemberRows, []any{"", -1}, func(rows *sql.Rows) ([]any, error) {
+		var manifest, s string
+		var position int
+		if err := rows.Scan(&manifest, &position, &s); err != nil {
+			return nil, err
+		}
+		d, err := rowDigest(s)
+		if err == nil {
+			_, err = rowDigest(manifest)
+		}
+		visit(digest.Digest(manifest), d)
+		return []any{manifest, position}, err
+	})
+}
+
+// blobRows visits every blob's row, manifests' too.
+func (x *index) blobRows(ctx context.Context, visit func(d digest.Digest, size int64, created time.Time)) error {
+	return pages(ctx, x, sqlBlobRows, []any{""}, func(rows *sql.Rows) ([]any, error) {
+		var s string
+		var size, micro int64
+		if err := rows.Scan(&s, &size, &micro); err != nil {
+			return nil, err
+		}
+		d, err := rowDigest(s)
+		visit(d, size, time.UnixMicro(micro))
+		return []any{s}, err
+	})
+}
+
+// hasRef reports whether a ref points at d.
+func hasRef(q queryer, d digest.Digest) (bool, error) {
+	var one int
+	return q.row(sqlHasRef, []any{string(d)}, &one)
+}
+
+// subjectOf returns the subject of a manifest, "" if it has none or isn't here.
+func subjectOf(q queryer, d digest.Digest) (subject digest.Digest, err error) {
+	_, err = q.row(sqlSubject, []any{string(d)}, &subject)
+	return subject, err
+}
+
+// errStop ends a walk of rows early, without an error.
+var errStop = errors.New("stop")
+
+// pointers visits the manifests that need d or have it as their subject.
+func pointers(ctx context.Context, q queryer, d digest.Digest, visit func(manifest digest.Digest) error) error {
+	err := pages(ctx, q, sqlPointers, []any{string(d), ""}, func(rows *sql.Rows) ([]any, error) {
+		var s string
+		if err := rows.Scan(&s); err != nil {
+			return nil, err
+		}
+		return []any{string(d), s}, visit(digest.Digest(s))
+	})
+	if err == errStop {
+		return nil
+	}
+	return err
+}
+
+// delete removes the rows of a manifest with its members, or of a blob.
+func (t *indexTx) delete(d digest.Digest) error {
+	if _, err := t.exec(sqlDeleteManifest, string(d)); err != nil {
+		return err
+	}
+	_, err := t.exec(sqlDeleteBlob, string(d))
+	return err
 }

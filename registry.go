@@ -330,7 +330,7 @@ func (r *LocalRegistry) openIndex(ctx context.Context, readOnly bool) (*index, e
 // checkID makes sure that the index is this root's own.
 func (r *LocalRegistry) checkID() error {
 	var err error
-	if r.id, err = r.index.meta(metaID); err != nil {
+	if r.id, err = meta(r.index, metaID); err != nil {
 		return err
 	}
 	switch id, err := r.readID(); {

@@ -13,6 +13,7 @@ import (
 	"path"
 	"slices"
 	"sync"
+	"time"
 
 	"github.com/opencontainers/go-digest"
 )
@@ -299,6 +300,12 @@ func (st *stage) syncReused(sf *stagedFile) error {
 	}
 	if err != nil {
 		return err
+	}
+	// Young again, so that garbage collection's grace holds for it. No more than a
+	// courtesy: it fails on another user's file.
+	if fi, err := f.Stat(); err == nil && time.Since(fi.ModTime()) > time.Hour {
+		now := time.Now()
+		st.store.root.Chtimes(name, now, now)
 	}
 	return st.fail(errors.Join(st.store.root.sync(f, name), f.Close()))
 }
