@@ -26,6 +26,7 @@ var workers = map[string]func(in *bufio.Scanner, args []string) error{
 	"race":    raceWorker,
 	"open":    openWorker,
 	"hold":    holdWorker,
+	"gc":      gcWorker,
 }
 
 func TestMain(m *testing.M) {
