@@ -26,7 +26,7 @@ const (
 // Options are what [Open] can be told. The zero value, like nil, is fit for most programs.
 type Options struct {
 	// BusyTimeout is how long a write waits for other processes before it
-	// fails with [ErrBusy]. Zero means 30 seconds.
+	// fails with [ErrBusy]. Zero or less means 30 seconds.
 	BusyTimeout time.Duration
 	// Format is the manifest form of what builders make that don't choose
 	// one. Zero means [FormatArtifactManifest].
