@@ -251,8 +251,8 @@ func (b *Builder) SetSubject(desc ocispec.Descriptor) error {
 // Equal input gives equal bytes, and so an equal digest, in whatever order annotations were set.
 //
 // Errors: [*ConflictError], [ErrClosed], [ErrInvalidManifest],
-// [ErrInvalidArgument], [ErrArtifactType], [ErrTooLarge], [ErrBusy],
-// [ErrNoSpace], ctx's, and the file system's.
+// [ErrInvalidArgument], [ErrArtifactType], [ErrTooLarge], [ErrIncomplete],
+// [ErrBusy], [ErrNoSpace], ctx's, and the file system's.
 func (b *Builder) Build(ctx context.Context) (*LocalArtifact, error) {
 	a, err := b.build(ctx)
 	return a, opError("build", b.ref.String(), "", err)
