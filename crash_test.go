@@ -52,7 +52,7 @@ func crashWorker(in *bufio.Scanner, args []string) error {
 		return err
 	}
 	collected := len(args) > 4 // somebody collects garbage at grace 0
-	go func() { // the parent is gone when its end of the pipe is
+	go func() {                // the parent is gone when its end of the pipe is
 		for in.Scan() {
 		}
 		os.Exit(3)

@@ -26,7 +26,7 @@ const (
 // Options are what [Open] can be told. The zero value, like nil, is fit for most programs.
 type Options struct {
 	// BusyTimeout is how long a write waits for other processes before it
-	// fails with [ErrBusy]. Zero means 30 seconds.
+	// fails with [ErrBusy]. Zero or less means 30 seconds.
 	BusyTimeout time.Duration
 	// Format is the manifest form of what builders make that don't choose
 	// one. Zero means [FormatArtifactManifest].
@@ -345,9 +345,9 @@ func (r *LocalRegistry) checkID() error {
 }
 
 // Close waits for the calls under way and closes the registry; calls that come
-// meanwhile fail with [ErrClosed]. So must not be called from within one: not
-// from a reader that is being added as a layer. Open readers stay usable. A second Close
-// returns [ErrClosed].
+// meanwhile fail with [ErrClosed]. So it must not be called from within one, such
+// as by a reader that is being added as a layer; the bodies of loops over
+// listings may call it. Open readers stay usable. A second Close returns [ErrClosed].
 func (r *LocalRegistry) Close() error {
 	r.mu.Lock()
 	already := r.closed
@@ -360,7 +360,8 @@ func (r *LocalRegistry) Close() error {
 	return opError("close", r.dir, "", errors.Join(r.index.close(), r.blobs.close(), r.root.Close()))
 }
 
-// begin keeps the registry open until end is called.
+// begin keeps the registry open until end is called. Once Close has begun it
+// fails, also from within a call that Close waits for.
 func (r *LocalRegistry) begin(ctx context.Context) (end func(), err error) {
 	if err := ctx.Err(); err != nil {
 		return nil, err

@@ -9,6 +9,7 @@ import (
 	"hash"
 	"io"
 	"io/fs"
+	"maps"
 	"os"
 	"path"
 	"slices"
@@ -255,7 +256,8 @@ func (st *stage) settle(ctx context.Context) error {
 		return err
 	}
 	dirs := map[digest.Algorithm]bool{}
-	for _, sf := range st.files {
+	for _, d := range slices.Sorted(maps.Keys(st.files)) { // the same order in every run, for the tests
+		sf := st.files[d]
 		if err := ctx.Err(); err != nil {
 			return err
 		}
@@ -402,8 +404,8 @@ func (st *stage) discard() error {
 	st.mu.Lock()
 	defer st.mu.Unlock()
 	var errs []error
-	for _, sf := range st.files {
-		errs = append(errs, st.drop(sf))
+	for _, d := range slices.Sorted(maps.Keys(st.files)) {
+		errs = append(errs, st.drop(st.files[d]))
 	}
 	st.files, st.unsynced = nil, nil
 	return errors.Join(errs...)
