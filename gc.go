@@ -206,7 +206,7 @@ func (g *gcGraph) step(ctx context.Context, todo []int32, gone map[digest.Digest
 		}
 		for start := time.Now(); n < len(todo) && (n == 0 || time.Since(start) < gcStep); n++ {
 			node := &g.nodes[todo[n]]
-			ok, err := g.deletable(tx, node, gone)
+			ok, err := g.deletable(tx, node, gone, rows)
 			if err != nil {
 				return err
 			}
@@ -241,7 +241,7 @@ func (g *gcGraph) step(ctx context.Context, todo []int32, gone map[digest.Digest
 // deletable looks again, in the transaction, whether a node that was dead still
 // is. By its turn all dead manifests that point at it are gone, so any that is
 // there counts: also one that came back.
-func (g *gcGraph) deletable(tx *indexTx, n *gcNode, gone map[digest.Digest]bool) (bool, error) {
+func (g *gcGraph) deletable(tx *indexTx, n *gcNode, gone map[digest.Digest]bool, rows bool) (bool, error) {
 	fi, err := g.registry.root.Lstat(blobPath(n.digest))
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
@@ -256,7 +256,7 @@ func (g *gcGraph) deletable(tx *indexTx, n *gcNode, gone map[digest.Digest]bool)
 	used := false
 	err = pointers(context.Background(), tx, n.digest, func(manifest digest.Digest) error {
 		used = true
-		if gone[manifest] { // its row may be left, on a full disk; if its file is not, it is dead
+		if gone[manifest] && !rows { // on a full disk its rows are left; without its file it is dead all the same
 			switch _, err := g.registry.root.Lstat(blobPath(manifest)); {
 			case errors.Is(err, fs.ErrNotExist):
 				used = false
