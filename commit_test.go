@@ -126,7 +126,6 @@ func keys(t *testing.T, r *ocilocal.LocalRegistry) string {
 // wrong. No call waits for ever, each learns what became of it, and the next works.
 func TestSharedCommit(t *testing.T) {
 	errOwn := errors.New("own error")
-	const refused, shared = "refused", "shared the fate"
 	for name, c := range map[string]struct {
 		second func(exec func(string) error) error
 		others error  // of the first and third call

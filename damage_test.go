@@ -1,12 +1,14 @@
 package ocilocal_test
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"testing"
 
 	"github.com/opencontainers/go-digest"
@@ -122,6 +124,27 @@ func TestIndexBitFlips(t *testing.T) {
 	}
 	if noticed == 0 {
 		t.Error("no flip was noticed")
+	}
+}
+
+// TestIndexOutOfOrder alters the names in the rows of refs, which are then out of
+// order, so that SQLite finds other rows than it is asked for.
+func TestIndexOutOfOrder(t *testing.T) {
+	d := newDamagedRoot(t)
+	for _, ref := range d.refs {
+		key := []byte(strings.Replace(ref, ":", "", 1) + "sha256:") // as the values stand in the row
+		at := bytes.Index(d.index, key)
+		if at < 0 {
+			t.Fatalf("the index has no row %q", key)
+		}
+		for bit := range 3 {
+			index := slices.Clone(d.index)
+			index[at+len("example.com/damage/n")] ^= 1 << bit
+			d.putIndex(t, index)
+			if !d.use(t) {
+				t.Errorf("bit %d of the name of %s: not noticed", bit, ref)
+			}
+		}
 	}
 }
 

@@ -2,6 +2,7 @@ package ocilocal_test
 
 import (
 	"fmt"
+	"os"
 	"path/filepath"
 	"runtime"
 	"slices"
@@ -9,6 +10,8 @@ import (
 	"sync"
 	"syscall"
 	"testing"
+
+	"github.com/opencontainers/go-digest"
 
 	"github.com/ocilocal/ocilocal"
 )
@@ -149,6 +152,47 @@ func TestDurableOrder(t *testing.T) {
 			mustClose(t, r)
 		}
 	}
+}
+
+// TestPutBackDurably: a blob that was there is collected right before the commit,
+// and comes back from what was staged. That file was never synced, as it wasn't needed.
+func TestPutBackDurably(t *testing.T) {
+	if runtime.GOOS == "windows" {
+		t.Skip("a directory isn't synced there")
+	}
+	root := filepath.Join(t.TempDir(), "root")
+	r := mustOpen(t, root)
+	if _, err := publishLabelled(r, newRef, "held", ocilocal.KeepExisting, []byte("body")); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := r.Remove(t.Context(), ocilocal.MustParseReference(newRef)); err != nil {
+		t.Fatal(err)
+	}
+	b := heldBuilder(t, r, "body")
+	rec := &record{}
+	ocilocal.SetFault(r, func(op, name string) error {
+		if op+" "+name == inTransaction {
+			rec.ops = nil
+			return os.Remove(blobFile(r, digest.FromString("body")))
+		}
+		return rec.fault(op, name)
+	})
+	if _, err := b.Build(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	var done []string
+	for _, op := range rec.ops {
+		verb, name, _ := strings.Cut(op, " ")
+		if verb == "fsync" || verb == "link" || verb == "fsyncdir" {
+			dir, _, _ := strings.Cut(name, "/")
+			done = append(done, verb+" "+dir)
+		}
+	}
+	if want := []string{"fsync tmp", "link blobs", "fsyncdir blobs"}; !slices.Equal(done, want) {
+		t.Errorf("in the transaction: %q, want %q", done, want)
+	}
+	mustClose(t, r)
+	checkStore(t, root, model{newRef: {"held"}})
 }
 
 // TestFailedDirectorySync: the first publish names its blobs and then can't make

@@ -172,6 +172,31 @@ func TestScheduleCloseDuringPut(t *testing.T) {
 	checkStore(t, root, model{keptRef: {"kept"}})
 }
 
+// TestScheduleCloseDuringPublish: Close waits for a publish, which comes through.
+func TestScheduleCloseDuringPublish(t *testing.T) {
+	for range 20 {
+		root := filepath.Join(t.TempDir(), "root")
+		r := mustOpen(t, root)
+		held := stopAt(r, allSettled)
+		done := held.start(t, publishing(r, newRef, "a", ocilocal.KeepExisting))
+		closing := make(chan error, 1)
+		go func() { closing <- r.Close() }()
+		for {
+			if _, err := r.Exists(t.Context(), ocilocal.MustParseReference(newRef)); errors.Is(err, ocilocal.ErrClosed) {
+				break
+			}
+		}
+		close(held.let)
+		if err := outcome(t, done); err != nil {
+			t.Errorf("the publish under way: %v", err)
+		}
+		if err := outcome(t, closing); err != nil {
+			t.Error(err)
+		}
+		checkStore(t, root, model{newRef: {"a"}})
+	}
+}
+
 // TestCloseWhileWalking closes the registry from within its own iterators.
 func TestCloseWhileWalking(t *testing.T) {
 	for name, walk := range map[string]func(r *ocilocal.LocalRegistry) (closed, last error){
