@@ -223,8 +223,8 @@ func (p *remoteRepo) answer(ctx context.Context, c *remoteCall, ch challenge, re
 	}
 	want := scope{}
 	want.add("repository:" + p.name + ":" + strings.Join(c.actions, ","))
-	if p.from != "" && slices.Contains(c.actions, "push") {
-		want.add("repository:" + p.from + ":pull")
+	if c.from != "" {
+		want.add("repository:" + c.from + ":pull")
 	}
 	want.add(ch.params["scope"])
 	scopes := want.list()

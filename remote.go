@@ -89,6 +89,8 @@ type remoteHost struct {
 	name  string   // as in references: "docker.io"
 	base  *url.URL // "https://registry-1.docker.io", where requests go
 	slots chan struct{}
+	// referrers has one place, for who changes a referrers tag.
+	referrers chan struct{}
 
 	mu         sync.Mutex           // guards what follows
 	challenges map[string]challenge // by repository: what it last asked for
@@ -116,6 +118,7 @@ func (r *Remote) host(name string) *remoteHost {
 		name:       name,
 		base:       &url.URL{Scheme: "https", Host: name},
 		slots:      make(chan struct{}, cmp.Or(max(r.MaxPerHost, 0), 16)),
+		referrers:  make(chan struct{}, 1),
 		challenges: map[string]challenge{},
 	}
 	if name == registryDockerHub {
@@ -186,7 +189,6 @@ type remoteRepo struct {
 	host   *remoteHost
 	ref    Reference
 	name   string // the repository
-	from   string // another repository of the registry, to mount blobs from; may be ""
 
 	mu      sync.Mutex // guards what follows
 	asked   bool

@@ -34,6 +34,7 @@ type RemoteError struct {
 	Err error
 
 	final bool // trying again can't help
+	again bool // trying again will help, whatever the status says
 }
 
 // A RemoteCode is one error in a registry's answer (distribution-spec, "Error Codes").
@@ -63,6 +64,8 @@ func (e *RemoteError) Unwrap() error { return e.Err }
 // answer came, or its status was 408, 429 or above 499, but for 501 and 505.
 func (e *RemoteError) Temporary() bool {
 	switch {
+	case e.again:
+		return true
 	case e.final:
 		return false
 	case e.Status == 0, e.Status == http.StatusRequestTimeout, e.Status == http.StatusTooManyRequests:

@@ -25,6 +25,8 @@ type remoteCall struct {
 	size int64
 	// actions are what the token must allow: "pull", "push", "delete".
 	actions []string
+	// from, if not empty, is another repository that the token must allow to pull from.
+	from string
 	// ok are the statuses that answer the request. Others are a [*RemoteError].
 	ok []int
 	// once is set for a request that must not be repeated as it is.
