@@ -438,7 +438,7 @@ func subjectOf(q queryer, d digest.Digest) (subject digest.Digest, err error) {
 	return subject, err
 }
 
-// errStop ends a walk of rows early, without an error.
+// errStop ends a walk early, without an error.
 var errStop = errors.New("stop")
 
 // pointers visits the manifests that need d or have it as their subject.

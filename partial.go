@@ -2,14 +2,13 @@ package ocilocal
 
 import (
 	"context"
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"io"
 	"io/fs"
 	"os"
 	"path"
-
-	"crypto/rand"
 
 	"github.com/opencontainers/go-digest"
 )
@@ -38,10 +37,8 @@ func (st *stage) openPartial(ctx context.Context, d digest.Digest, size int64) (
 	}
 	root := st.store.root
 	p := &partial{stage: st, digest: d, size: size, dir: path.Join(tmpDir, partialDir, string(d.Algorithm())+"-"+d.Encoded())}
-	for _, dir := range []string{path.Join(tmpDir, partialDir), p.dir} {
-		if err := root.Mkdir(dir, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
-			return nil, err
-		}
+	if err := makePartialDir(root, p.dir); err != nil {
+		return nil, err
 	}
 	release, held, err := lockDir(root, p.dir)
 	if err != nil || !held {
@@ -64,6 +61,21 @@ func (st *stage) openPartial(ctx context.Context, d digest.Digest, size int64) (
 		err = p.rehash(ctx)
 	}
 	return p, err
+}
+
+// makePartialDir makes a directory and its parent, which goes away whenever it is empty.
+func makePartialDir(root *rootDir, name string) (err error) {
+	for range 10 {
+		for _, dir := range []string{path.Dir(name), name} {
+			if err = root.Mkdir(dir, 0o700); errors.Is(err, fs.ErrExist) {
+				err = nil
+			}
+		}
+		if !errors.Is(err, fs.ErrNotExist) {
+			break
+		}
+	}
+	return err
 }
 
 func (p *partial) name() string { return path.Join(p.dir, "data") }
@@ -136,6 +148,7 @@ func (p *partial) close() error {
 	}
 	if p.file == nil || p.have == 0 {
 		errs = append(errs, p.stage.store.root.RemoveAll(p.dir))
+		p.stage.store.root.Remove(path.Dir(p.dir)) // fails while others have something there
 	}
 	return errors.Join(append(errs, p.release())...)
 }

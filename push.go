@@ -3,9 +3,7 @@ package ocilocal
 import (
 	"cmp"
 	"context"
-	"errors"
 	"fmt"
-	"net/http"
 	"sync/atomic"
 
 	"github.com/opencontainers/go-digest"
@@ -212,65 +210,4 @@ func (p *pusher) sendBlob(ctx context.Context, desc ocispec.Descriptor) error {
 	}
 	p.sent.Add(1)
 	return nil
-}
-
-// putManifest pushes a manifest's bytes under a tag or its digest.
-func (p *remoteRepo) putManifest(ctx context.Context, reference string, m *Manifest) error {
-	res, err := p.writeManifest(ctx, reference, m, nil)
-	if err != nil {
-		return explainManifest(m, err)
-	}
-	subject := m.doc.Subject
-	// Without this header the registry has no referrers API (distribution-spec, "Pushing Manifests with Subject").
-	if subject == nil || res.Header.Get("OCI-Subject") != "" {
-		return nil
-	}
-	if err := p.addReferrer(ctx, subject.Digest, m); err != nil {
-		return fmt.Errorf("manifest %s is pushed, but not listed as a referrer of %s: %w", m.Digest(), subject.Digest, err)
-	}
-	return nil
-}
-
-func (p *remoteRepo) writeManifest(ctx context.Context, reference string, m *Manifest, header http.Header) (*http.Response, error) {
-	c := &remoteCall{
-		method: http.MethodPut, url: p.url("manifests", reference), header: header.Clone(),
-		body: bytesBody(m.raw), size: m.Size(), actions: []string{"pull", "push"},
-		ok: []int{http.StatusCreated, http.StatusOK, http.StatusAccepted},
-	}
-	if c.header == nil {
-		c.header = http.Header{}
-	}
-	c.header.Set("Content-Type", m.MediaType())
-	res, err := p.do(ctx, c)
-	if err != nil {
-		return nil, err
-	}
-	res.Body.Close()
-	d, err := headerDigest(res.Header)
-	if err == nil && d != "" && d.Algorithm() == m.Digest().Algorithm() && d != m.Digest() {
-		err = fmt.Errorf("%w: the registry says it took %s, not %s", ErrDigestMismatch, d, m.Digest())
-	}
-	if err != nil {
-		return nil, answerProblem(c, res, err)
-	}
-	return res, nil
-}
-
-// explainManifest says of a refused artifact manifest what can be done.
-func explainManifest(m *Manifest, err error) error {
-	e, ok := errors.AsType[*RemoteError](err)
-	if !ok || m.form != formArtifact {
-		return err
-	}
-	switch e.Status {
-	case http.StatusBadRequest, http.StatusNotFound, http.StatusNotAcceptable, http.StatusUnsupportedMediaType, http.StatusUnprocessableEntity:
-	case http.StatusInternalServerError: // some registries fail on what they don't know
-		if !e.has("MANIFEST_INVALID", "UNSUPPORTED") {
-			return err
-		}
-	default:
-		return err
-	}
-	e.Err = fmt.Errorf("%w: %s (build the artifact with FormatImageManifest, or Convert it): %w", ErrUnsupportedManifest, m.MediaType(), e.Err)
-	return err
 }

@@ -116,7 +116,7 @@ func (r *Remote) host(name string) *remoteHost {
 	}
 	h := &remoteHost{
 		name:       name,
-		base:       &url.URL{Scheme: "https", Host: name},
+		base:       &url.URL{Scheme: "https", Host: name, Path: "/"}, // a request with a relative path would be malformed
 		slots:      make(chan struct{}, cmp.Or(max(r.MaxPerHost, 0), 16)),
 		referrers:  make(chan struct{}, 1),
 		challenges: map[string]challenge{},

@@ -156,20 +156,17 @@ func (r *Remote) Tags(ctx context.Context, ref Reference) iter.Seq2[string, erro
 				}
 				for _, tag := range doc.Tags {
 					if checkTag(tag) == nil && !yield(tag, nil) {
-						return false, errEnough
+						return false, errStop
 					}
 				}
 				return true, nil
 			})
 		}
-		if err != nil && !errors.Is(err, errEnough) {
+		if err != nil && !errors.Is(err, errStop) {
 			yield("", opError("list tags of", ref.Name(), "", err))
 		}
 	}
 }
-
-// errEnough ends a listing that its caller doesn't want to go on.
-var errEnough = errors.New("stop")
 
 // Referrers lists the manifests in ref's repository whose subject is the one that ref
 // names, of one artifact type or, if that is "", of all (distribution-spec,
@@ -187,12 +184,12 @@ func (r *Remote) Referrers(ctx context.Context, ref Reference, artifactType stri
 		if err == nil {
 			err = p.referrers(ctx, subject, artifactType, func(d ocispec.Descriptor) error {
 				if !yield(d, nil) {
-					return errEnough
+					return errStop
 				}
 				return nil
 			})
 		}
-		if err != nil && !errors.Is(err, errEnough) {
+		if err != nil && !errors.Is(err, errStop) {
 			yield(ocispec.Descriptor{}, opError("list referrers of", ref.String(), subject, err))
 		}
 	}
@@ -269,58 +266,4 @@ func (p *remoteRepo) referrersTag(ctx context.Context, subject digest.Digest) (*
 		return nil, "", answerProblem(c, res, fmt.Errorf("tag %s: %w", referrersTagName(subject), err))
 	}
 	return m, res.Header.Get("ETag"), nil
-}
-
-// addReferrer lists m in the referrers tag of its subject, unless it is there. One
-// goroutine of a host does so at a time; others are noticed if the registry gives ETags.
-func (p *remoteRepo) addReferrer(ctx context.Context, subject digest.Digest, m *Manifest) error {
-	select {
-	case p.host.referrers <- struct{}{}:
-		defer func() { <-p.host.referrers }()
-	case <-ctx.Done():
-		return ctx.Err()
-	}
-	for attempt := 1; ; attempt++ {
-		old, etag, err := p.referrersTag(ctx, subject)
-		if err != nil {
-			return err
-		}
-		list, err := withReferrer(old, m)
-		if err != nil || list == nil {
-			return err
-		}
-		header := http.Header{}
-		if etag != "" {
-			header.Set("If-Match", etag)
-		}
-		_, err = p.writeManifest(ctx, referrersTagName(subject), list, header)
-		if e, ok := errors.AsType[*RemoteError](err); ok && e.Status == http.StatusPreconditionFailed && attempt <= maxRetries {
-			continue // somebody else has just changed it
-		}
-		return err
-	}
-}
-
-// withReferrer returns the list with m in it, nil if it is there already.
-func withReferrer(list, m *Manifest) (*Manifest, error) {
-	desc := m.Descriptor()
-	doc := ocispec.Index{MediaType: ocispec.MediaTypeImageIndex, Manifests: []ocispec.Descriptor{}}
-	doc.SchemaVersion = 2
-	if list != nil {
-		for _, d := range list.doc.Manifests {
-			if d.Digest == desc.Digest {
-				return nil, nil
-			}
-		}
-		doc.Manifests, doc.Annotations = list.doc.Manifests, list.doc.Annotations
-	}
-	doc.Manifests = append(slices.Clip(doc.Manifests), ocispec.Descriptor{
-		MediaType: desc.MediaType, Digest: desc.Digest, Size: desc.Size,
-		ArtifactType: m.ArtifactType(), Annotations: m.doc.Annotations,
-	})
-	raw, err := json.Marshal(doc)
-	if err != nil {
-		return nil, err
-	}
-	return parseManifest(ocispec.MediaTypeImageIndex, raw)
 }
