@@ -354,6 +354,8 @@ func TestUseAfterClose(t *testing.T) {
 			}
 			return last
 		},
+		"Pull":         func() error { _, err := r.Pull(ctx, ref, nil); return err },
+		"Push":         func() error { _, err := r.Push(ctx, ref, nil); return err },
 		"GCReport":     func() error { _, err := r.GCReport(ctx, nil); return err },
 		"ImportLegacy": func() error { _, err := r.ImportLegacy(ctx, filepath.Dir(archive), nil); return err },
 		"LoadPath":     func() error { _, err := r.LoadPath(ctx, archive, nil); return err },

@@ -46,6 +46,7 @@ type server struct {
 	blobs     map[string][]byte            // repository@digest
 	manifests map[string]map[string]stored // repository → digest or tag
 	uploads   map[string]*bytes.Buffer
+	began     int // uploads
 	tokens    int // handed out
 }
 
@@ -57,10 +58,15 @@ type stored struct {
 
 func newServer(t testing.TB) *server {
 	t.Helper()
+	s := serve()
+	t.Cleanup(s.Close)
+	return s
+}
+
+func serve() *server {
 	s := &server{blobs: map[string][]byte{}, manifests: map[string]map[string]stored{}, uploads: map[string]*bytes.Buffer{}, pageSize: 100}
 	s.Server = httptest.NewServer(s)
 	s.host = strings.TrimPrefix(s.URL, "http://")
-	t.Cleanup(s.Close)
 	return s
 }
 
@@ -276,7 +282,8 @@ func (s *server) upload(w http.ResponseWriter, r *http.Request, repo, id string)
 			w.WriteHeader(201)
 			return
 		}
-		id = fmt.Sprint("upload", len(s.uploads))
+		s.began++
+		id = fmt.Sprint("upload", s.began)
 		s.uploads[id] = &bytes.Buffer{}
 		if s.minChunk > 0 {
 			w.Header().Set("OCI-Chunk-Min-Length", fmt.Sprint(s.minChunk))

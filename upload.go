@@ -104,9 +104,12 @@ func (u *upload) run(ctx context.Context, s *uploadSession) error {
 			return nil
 		}
 		s = nil
-		if e, ok := errors.AsType[*RemoteError](err); ok && e.Status == http.StatusRequestEntityTooLarge && u.chunk == 0 && u.desc.Size > 1 {
-			u.chunk = min(defaultChunk, (u.desc.Size+1)/2)
-			continue
+		if e, ok := errors.AsType[*RemoteError](err); ok {
+			if e.Status == http.StatusRequestEntityTooLarge && u.chunk == 0 && u.desc.Size > 1 {
+				u.chunk = min(defaultChunk, (u.desc.Size+1)/2)
+				continue
+			}
+			e.again = e.has("BLOB_UPLOAD_UNKNOWN", "BLOB_UPLOAD_INVALID") // the session is gone, not the registry
 		}
 		if err := u.repo.remote.again(ctx, attempt, err); err != nil {
 			return err
