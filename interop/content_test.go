@@ -7,7 +7,6 @@ import (
 	"context"
 	"fmt"
 	"io"
-	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -43,6 +42,15 @@ func reference(t *testing.T, s string) ocilocal.Reference {
 		t.Fatal(err)
 	}
 	return ref
+}
+
+func references(t *testing.T, names []string) []ocilocal.Reference {
+	t.Helper()
+	var refs []ocilocal.Reference
+	for _, s := range names {
+		refs = append(refs, reference(t, s))
+	}
+	return refs
 }
 
 // tarball is a tar with one file.
@@ -135,16 +143,7 @@ func build(t *testing.T, b *ocilocal.Builder) *ocilocal.LocalArtifact {
 func export(t *testing.T, r *ocilocal.LocalRegistry, refs ...string) string {
 	t.Helper()
 	name := filepath.Join(t.TempDir(), "ours.tar")
-	f, err := os.Create(name)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer f.Close()
-	var list []ocilocal.Reference
-	for _, s := range refs {
-		list = append(list, reference(t, s))
-	}
-	if err := r.ExportArchive(t.Context(), f, list...); err != nil {
+	if err := r.ExportArchiveFile(t.Context(), name, references(t, refs), nil); err != nil {
 		t.Fatal(err)
 	}
 	return name
@@ -153,32 +152,11 @@ func export(t *testing.T, r *ocilocal.LocalRegistry, refs ...string) string {
 // exportLayout writes a layout directory of refs and returns its name.
 func exportLayout(t *testing.T, r *ocilocal.LocalRegistry, refs ...string) string {
 	t.Helper()
-	dir := t.TempDir()
-	f, err := os.Open(export(t, r, refs...))
-	if err != nil {
+	dir := filepath.Join(t.TempDir(), "ours")
+	if err := r.ExportLayout(t.Context(), dir, references(t, refs), nil); err != nil {
 		t.Fatal(err)
 	}
-	defer f.Close()
-	for tr := tar.NewReader(f); ; {
-		h, err := tr.Next()
-		if err == io.EOF {
-			return dir
-		}
-		if err != nil {
-			t.Fatal(err)
-		}
-		name := filepath.Join(dir, filepath.FromSlash(h.Name))
-		if err := os.MkdirAll(filepath.Dir(name), 0o700); err != nil {
-			t.Fatal(err)
-		}
-		data, err := io.ReadAll(tr)
-		if err == nil {
-			err = os.WriteFile(name, data, 0o600)
-		}
-		if err != nil {
-			t.Fatal(err)
-		}
-	}
+	return dir
 }
 
 // importArchive imports an archive that a tool wrote into a new registry.
@@ -195,16 +173,8 @@ func importArchive(t *testing.T, name string, opts *ocilocal.ImportOptions) (*oc
 // importLayout imports a layout directory that a tool wrote into a new registry.
 func importLayout(t *testing.T, dir string, opts *ocilocal.ImportOptions) (*ocilocal.LocalRegistry, *ocilocal.ImportResult) {
 	t.Helper()
-	var b bytes.Buffer
-	tw := tar.NewWriter(&b)
-	if err := tw.AddFS(os.DirFS(dir)); err != nil {
-		t.Fatal(err)
-	}
-	if err := tw.Close(); err != nil {
-		t.Fatal(err)
-	}
 	r := newRegistry(t)
-	result, err := r.ImportArchive(t.Context(), &b, opts)
+	result, err := r.ImportLayout(t.Context(), dir, opts)
 	if err != nil {
 		t.Fatal(err)
 	}

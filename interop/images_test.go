@@ -190,3 +190,17 @@ func TestMultiPlatformRegctl(t *testing.T) {
 		wantEqual(t, "unpacked file", string(got), arch)
 	}
 }
+
+// What we add to a layout of umoci's leaves what it has there.
+func TestUmociKeepsItsEntries(t *testing.T) {
+	b := newBox(t)
+	dir := umociImages(b)
+	r := newRegistry(t)
+	buildImage(t, r, imageName)
+	if err := r.ExportLayout(t.Context(), dir, references(t, []string{imageName}), nil); err != nil {
+		t.Fatal(err)
+	}
+	wantEqual(t, "umoci ls", b.run("umoci", "ls", "--layout", dir), "amd64\narm64\n"+imageName)
+	b.run("umoci", "unpack", "--rootless", "--image", dir+":amd64", "their-bundle")
+	b.run("umoci", "unpack", "--rootless", "--image", dir+":"+imageName, "our-bundle")
+}

@@ -27,9 +27,9 @@ var programs = map[string]string{
 	"oras":            "bin/oras",
 	"crane":           "bin/crane",
 	"regctl":          "bin/regctl",
-	"distribution":    "bin/distribution",
-	"ommx-v2":         "ommx-v2/bin/python",
-	"ommx-v3":         "ommx-v3/bin/python",
+	"registry3":       "bin/registry3",
+	"ommx2":           "ommx2/bin/python",
+	"ommx3":           "ommx3/bin/python",
 }
 
 // skipped counts the tests that each missing tool cost.
@@ -48,7 +48,7 @@ func TestMain(m *testing.M) {
 
 // cacheDir is where the script setup puts programs.
 func cacheDir() string {
-	if dir := os.Getenv("OCILOCAL_INTEROP_CACHE"); dir != "" {
+	if dir := os.Getenv("OCILOCAL_INTEROP"); dir != "" {
 		return dir
 	}
 	if dir := os.Getenv("XDG_CACHE_HOME"); dir != "" {
