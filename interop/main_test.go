@@ -95,21 +95,21 @@ func need(t *testing.T, name string) string {
 // A box is what tools see of the world: a directory to work in and a home of
 // its own, so that nothing on the machine, such as its credentials, has a say.
 type box struct {
-	t   *testing.T
-	dir string
-	env []string
+	t          *testing.T
+	dir        string
+	env        []string
+	configFile string // credentials, in Docker's form
 }
 
 func newBox(t *testing.T) *box {
 	t.Helper()
-	b := &box{t: t, dir: t.TempDir()}
 	home := t.TempDir()
+	b := &box{t: t, dir: t.TempDir(), configFile: filepath.Join(home, "config.json")}
 	b.env = []string{
 		"PATH=" + os.Getenv("PATH"), "HOME=" + home, "TMPDIR=" + t.TempDir(),
-		"DOCKER_CONFIG=" + home, "REGISTRY_AUTH_FILE=" + filepath.Join(home, "config.json"),
+		"DOCKER_CONFIG=" + home, "REGISTRY_AUTH_FILE=" + b.configFile,
 	}
-	// Both skopeo and the others take this file's form. It must exist for skopeo.
-	b.write(filepath.Join(home, "config.json"), "{}")
+	b.write(b.configFile, "{}") // skopeo wants it to exist
 	return b
 }
 
