@@ -54,7 +54,8 @@
 //   - [LocalRegistry.GC] deletes nothing that a ref needs, whatever else is going on, and what
 //     nothing needs is gone after it: replaced and removed artifacts, and what killed
 //     or failed publishes left in blobs/.
-//   - Memory doesn't grow with the size of a blob or the number of refs.
+//   - Memory doesn't grow with the size of a blob or, but for collection and verification,
+//     which need some 200 bytes for each blob, with the number of refs.
 //
 // # Sharing
 //

@@ -220,13 +220,9 @@ func (g *gcGraph) checkNode(ctx context.Context, n *gcNode) (missing bool, inval
 	if err != nil || !ok {
 		return false, nil, err // collected meanwhile
 	}
-	src, err := g.registry.blobs.open(ctx, n.digest, desc.Size)
+	m, err := g.registry.readVerified(ctx, desc)
 	if errors.Is(err, ErrNotFound) {
 		return g.stillLive(n)
-	}
-	var m *Manifest
-	if err == nil {
-		m, err = readManifest(src, desc)
 	}
 	if err == nil {
 		err = g.sameRows(n, m)

@@ -130,27 +130,68 @@ func (t *indexTx) putBlob(d digest.Digest, size int64, kind string, now time.Tim
 
 // putManifest records a manifest and its members, unless it is there. Blobs must be recorded before.
 func (t *indexTx) putManifest(m *Manifest, now time.Time) error {
-	annotations, err := canonicalAnnotations(m.doc.Annotations)
+	row, err := manifestColumns(m)
 	if err != nil {
 		return err
 	}
-	config, _ := m.Config()
-	subject, _ := m.Subject()
-	n, err := t.exec(sqlPutManifest, string(m.Digest()), m.MediaType(), m.ArtifactType(), m.Size(),
-		string(config.Digest), string(subject.Digest), annotations, now.UnixMicro())
+	n, err := t.exec(sqlPutManifest, append(row, now.UnixMicro())...)
 	if err != nil || n == 0 {
 		return err
 	}
-	for i, c := range m.children() {
-		annotations, err := canonicalAnnotations(c.Annotations)
+	return t.putMembers(m)
+}
+
+func (t *indexTx) putMembers(m *Manifest) error {
+	for i := range m.children() {
+		row, err := memberColumns(m, i)
 		if err != nil {
 			return err
 		}
-		if _, err := t.exec(sqlPutMember, string(m.Digest()), i, string(m.childRole(i)), string(c.Digest), c.MediaType, c.Size, annotations); err != nil {
+		if _, err := t.exec(sqlPutMember, row...); err != nil {
 			return err
 		}
 	}
 	return nil
+}
+
+// replaceManifest makes the rows of a manifest that is recorded what they should be,
+// and those of the refs that point at it. Blobs must be recorded before.
+func (t *indexTx) replaceManifest(m *Manifest) error {
+	row, err := manifestColumns(m)
+	if err != nil {
+		return err
+	}
+	if _, err := t.exec(sqlUpdateManifest, row...); err != nil {
+		return err
+	}
+	if err := t.deleteMembers(m.Digest()); err != nil {
+		return err
+	}
+	if err := t.putMembers(m); err != nil {
+		return err
+	}
+	_, err = t.exec(sqlUpdateRefs, string(m.Digest()))
+	return err
+}
+
+func (t *indexTx) deleteMembers(d digest.Digest) error {
+	_, err := t.exec(sqlDeleteMembers, string(d))
+	return err
+}
+
+// manifestColumns are the columns of a manifest's row but for its time.
+func manifestColumns(m *Manifest) ([]any, error) {
+	annotations, err := canonicalAnnotations(m.doc.Annotations)
+	config, _ := m.Config()
+	subject, _ := m.Subject()
+	return []any{string(m.Digest()), m.MediaType(), m.ArtifactType(), m.Size(), string(config.Digest), string(subject.Digest), annotations}, err
+}
+
+// memberColumns are the columns of the row for a manifest's i-th child.
+func memberColumns(m *Manifest, i int) ([]any, error) {
+	c := m.children()[i]
+	annotations, err := canonicalAnnotations(c.Annotations)
+	return []any{string(m.Digest()), i, string(m.childRole(i)), string(c.Digest), c.MediaType, c.Size, annotations}, err
 }
 
 // A member is one row of what a manifest needs.
@@ -422,4 +463,167 @@ func (t *indexTx) delete(d digest.Digest) error {
 	}
 	_, err := t.exec(sqlDeleteBlob, string(d))
 	return err
+}
+
+// What verification and repair read and write.
+const (
+	sqlManifestColumns = `SELECT digest, media_type, artifact_type, size, config, subject, annotations FROM manifests WHERE digest = ?`
+	sqlMemberColumns   = `SELECT manifest, position, role, digest, media_type, size, annotations FROM members
+		WHERE manifest = ? AND position >= ? ORDER BY position LIMIT ?`
+	sqlBadRefs = `SELECT r.name, r.reference, r.manifest FROM refs r LEFT JOIN manifests m ON m.digest = r.manifest
+		WHERE (r.name, r.reference) > (?, ?) AND (m.digest IS NULL OR r.media_type <> m.media_type OR r.artifact_type <> m.artifact_type OR r.size <> m.size)
+		ORDER BY r.name, r.reference LIMIT ?`
+
+	sqlUpdateManifest = `UPDATE manifests SET media_type = ?2, artifact_type = ?3, size = ?4, config = ?5, subject = ?6, annotations = ?7 WHERE digest = ?1`
+	sqlDeleteMembers  = `DELETE FROM members WHERE manifest = ?`
+	sqlUpdateRefs     = `UPDATE refs SET media_type = m.media_type, artifact_type = m.artifact_type, size = m.size
+		FROM manifests m WHERE m.digest = ?1 AND refs.manifest = ?1`
+	sqlDeleteMeta = `DELETE FROM meta WHERE key = ?`
+)
+
+// deleteMeta removes a value of the table meta.
+func (t *indexTx) deleteMeta(key string) error {
+	_, err := t.exec(sqlDeleteMeta, key)
+	return err
+}
+
+// rowsDiffer says in what the rows of a manifest that is recorded contradict it, "" if in nothing.
+func (x *index) rowsDiffer(ctx context.Context, m *Manifest) (string, error) {
+	compare := func(rows *sql.Rows, want []any, names ...string) (string, error) {
+		got := make([]any, len(want))
+		dest := make([]any, len(want))
+		for i := range got {
+			dest[i] = &got[i]
+		}
+		if err := rows.Scan(dest...); err != nil {
+			return "", err
+		}
+		for i := range got {
+			if fmt.Sprint(got[i]) != fmt.Sprint(want[i]) {
+				return fmt.Sprintf("%s is %s, should be %s", names[i], clip(fmt.Sprintf("%q", got[i])), clip(fmt.Sprintf("%q", want[i]))), nil
+			}
+		}
+		return "", nil
+	}
+	differ := ""
+	want, err := manifestColumns(m)
+	if err != nil {
+		return "", err
+	}
+	s, err := x.stmt(sqlManifestColumns)
+	if err != nil {
+		return "", err
+	}
+	if _, err := scanAll(s, 1, []any{string(m.Digest())}, func(rows *sql.Rows) (struct{}, error) {
+		differ, err = compare(rows, want, "digest", "media type", "artifact type", "size", "config", "subject", "annotations")
+		return struct{}{}, err
+	}); err != nil || differ != "" {
+		return differ, err
+	}
+	n := 0
+	err = pages(ctx, x, sqlMemberColumns, []any{string(m.Digest()), 0}, func(rows *sql.Rows) ([]any, error) {
+		if n++; n > len(m.children()) {
+			differ = fmt.Sprintf("more than %d members", len(m.children()))
+			return nil, errStop
+		}
+		want, err := memberColumns(m, n-1)
+		if err == nil {
+			differ, err = compare(rows, want, "manifest", "position", "role", "digest", "media type", "size", "annotations")
+		}
+		if err == nil && differ != "" {
+			differ = fmt.Sprintf("member %d: %s", n-1, differ)
+			err = errStop
+		}
+		return []any{string(m.Digest()), n}, err
+	})
+	if err != nil && !errors.Is(err, errStop) {
+		return "", err
+	}
+	if differ == "" && n < len(m.children()) {
+		differ = fmt.Sprintf("%d members of %d", n, len(m.children()))
+	}
+	return differ, nil
+}
+
+// badRefs visits the refs whose manifest has no row, or other columns than they repeat.
+func (x *index) badRefs(ctx context.Context, visit func(Reference, digest.Digest) error) error {
+	return pages(ctx, x, sqlBadRefs, []any{"", ""}, func(rows *sql.Rows) ([]any, error) {
+		var name, reference, manifest string
+		if err := rows.Scan(&name, &reference, &manifest); err != nil {
+			return nil, err
+		}
+		ref, err := referenceFromKey(name, reference)
+		if err == nil {
+			err = visit(ref, digest.Digest(manifest))
+		}
+		return []any{name, reference}, err
+	})
+}
+
+// integrity visits what SQLite itself finds wrong.
+func (x *index) integrity(ctx context.Context, quick bool, visit func(string)) error {
+	texts := []string{"PRAGMA integrity_check(100)", "PRAGMA foreign_key_check"}
+	if quick {
+		texts[0] = "PRAGMA quick_check(100)"
+	}
+	for i, text := range texts {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		s, err := x.stmt(text)
+		if err != nil {
+			return err
+		}
+		if _, err := scanAll(s, 1, nil, func(rows *sql.Rows) (struct{}, error) {
+			cols := make([]any, 1+3*i)
+			dest := make([]any, len(cols))
+			for k := range cols {
+				dest[k] = &cols[k]
+			}
+			if err := rows.Scan(dest...); err != nil {
+				return struct{}{}, err
+			}
+			if i == 1 {
+				visit(fmt.Sprintf("row %v of %v points at nothing in %v", cols[1], cols[0], cols[2]))
+			} else if cols[0] != "ok" {
+				visit(fmt.Sprint(cols[0]))
+			}
+			return struct{}{}, nil
+		}); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+const sqlHasBlob = `SELECT 1 FROM blobs WHERE digest = ?`
+
+// hasBlob reports whether the index has a row for a blob.
+func hasBlob(q rowReader, d digest.Digest) (bool, error) {
+	var one int
+	return q.row(sqlHasBlob, []any{string(d)}, &one)
+}
+
+const sqlSalvage = `SELECT name, reference, manifest FROM refs WHERE (name, reference) > (?, ?) ORDER BY name, reference LIMIT ?`
+
+// salvageRefs reads what can be read of the refs in a damaged index.
+func salvageRefs(ctx context.Context, path string) (refs []Ref) {
+	x, err := openUnchecked(path, indexQueryOnly, 0)
+	if err != nil {
+		return nil
+	}
+	defer x.close()
+	// An error ends it: the rows before it are what could be saved.
+	_ = pages(ctx, x, sqlSalvage, []any{"", ""}, func(rows *sql.Rows) ([]any, error) {
+		var name, reference, manifest string
+		if err := rows.Scan(&name, &reference, &manifest); err != nil {
+			return nil, err
+		}
+		ref, err := referenceFromKey(name, reference)
+		if d, bad := rowDigest(manifest); err == nil && bad == nil {
+			refs = append(refs, Ref{Reference: ref, Descriptor: ocispec.Descriptor{Digest: d}})
+		}
+		return []any{name, reference}, nil
+	})
+	return refs
 }

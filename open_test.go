@@ -347,9 +347,16 @@ func TestUseAfterClose(t *testing.T) {
 		"ExportLayout":      func() error { return r.ExportLayout(ctx, archive+"3", []ocilocal.Reference{ref}, nil) },
 		"ImportLayout":      func() error { _, err := r.ImportLayout(ctx, filepath.Dir(archive), nil); return err },
 		"GC":                func() error { _, err := r.GC(ctx, nil); return err },
-		"GCReport":          func() error { _, err := r.GCReport(ctx, nil); return err },
-		"ImportLegacy":      func() error { _, err := r.ImportLegacy(ctx, filepath.Dir(archive), nil); return err },
-		"LoadPath":          func() error { _, err := r.LoadPath(ctx, archive, nil); return err },
+		"Repair":            func() error { _, err := r.Repair(ctx, nil); return err },
+		"Verify": func() (last error) {
+			for _, err := range r.Verify(ctx, nil) {
+				last = err
+			}
+			return last
+		},
+		"GCReport":     func() error { _, err := r.GCReport(ctx, nil); return err },
+		"ImportLegacy": func() error { _, err := r.ImportLegacy(ctx, filepath.Dir(archive), nil); return err },
+		"LoadPath":     func() error { _, err := r.LoadPath(ctx, archive, nil); return err },
 		"Refs": func() (last error) {
 			for _, err := range r.Refs(ctx, nil) {
 				last = err

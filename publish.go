@@ -268,6 +268,11 @@ func (r *LocalRegistry) tag(ctx context.Context, d digest.Digest, ref Reference,
 		return u, err
 	}
 	defer end()
+	return r.point(ctx, d, ref, opts)
+}
+
+// point is tag within a call that has begun.
+func (r *LocalRegistry) point(ctx context.Context, d digest.Digest, ref Reference, opts *PublishOptions) (u RefUpdate, err error) {
 	if err := checkDigest(d); err != nil {
 		return u, err
 	}

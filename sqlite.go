@@ -108,6 +108,18 @@ const (
 
 // openIndex opens the index at path, which must exist.
 func openIndex(ctx context.Context, path string, mode indexMode, busy time.Duration) (*index, error) {
+	x, err := openUnchecked(path, mode, busy)
+	if err != nil {
+		return nil, err
+	}
+	if err := x.checkSchema(ctx); err != nil {
+		return nil, errors.Join(err, x.close())
+	}
+	return x, nil
+}
+
+// openUnchecked opens a database that may be damaged, or another's.
+func openUnchecked(path string, mode indexMode, busy time.Duration) (*index, error) {
 	x := &index{busy: busy, stmts: map[string]*sql.Stmt{}, connStmts: map[string]*sql.Stmt{}}
 	access := "rw"
 	if mode >= indexReadOnly {
@@ -129,9 +141,6 @@ func openIndex(ctx context.Context, path string, mode indexMode, busy time.Durat
 			return nil, errors.Join(indexError(err), x.close())
 		}
 		x.writer.SetMaxOpenConns(1)
-	}
-	if err := x.checkSchema(ctx); err != nil {
-		return nil, errors.Join(err, x.close())
 	}
 	return x, nil
 }
