@@ -2,6 +2,7 @@ package interop_test
 
 import (
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
 
@@ -28,10 +29,7 @@ func (s *server) plain(flags ...string) []string {
 }
 
 func (s *server) regctl(b *box, args ...string) string {
-	for _, reg := range s.plain("--host", "reg="+s.host+",tls=disabled") {
-		args = append(args, reg)
-	}
-	return b.run("regctl", args...)
+	return b.run("regctl", append(args, s.plain("--host", "reg="+s.host+",tls=disabled")...)...)
 }
 
 // oras takes localhost for a server without TLS unless it is told.
@@ -118,10 +116,7 @@ func TestToolsAndRegistries(t *testing.T) {
 // everybody what he may have.
 func TestRegistriesWantCredentials(t *testing.T) {
 	eachServer(t, func(t *testing.T, s *server) {
-		resp, err := s.status(t.Context(), "GET", "/v2/")
-		if err != nil {
-			t.Fatal(err)
-		}
+		resp := s.request(t, "GET", "/v2/", "", "")
 		challenge := resp.Header.Get("WWW-Authenticate")
 		switch {
 		case !s.auth && resp.StatusCode != 200, s.auth && resp.StatusCode != 401:
@@ -139,4 +134,36 @@ func TestRegistriesWantCredentials(t *testing.T) {
 			t.Errorf("crane without credentials: %v, %s", err, stderr)
 		}
 	})
+}
+
+// An artifact that refers to another is found by oras and regctl in each
+// registry, by the referrers API or by the referrers tag.
+func TestReferrersInRegistries(t *testing.T) {
+	eachServer(t, func(t *testing.T, s *server) {
+		b := newBox(t)
+		b.login(s)
+		b.write("note.txt", "a note")
+		name := s.host + "/tools/referrers:v1"
+		s.oras(b, "--plain-http", "push", name, "--artifact-type", artifactType, "note.txt:text/plain")
+		s.oras(b, "--plain-http", "attach", name, "--artifact-type", "application/vnd.example.note", "note.txt:text/plain")
+		s.regctl(b, "artifact", "put", "--artifact-type", "application/vnd.example.other", "--subject", name, "--file", "note.txt", "--file-media-type", "text/plain")
+		byOras := s.oras(b, "--plain-http", "discover", "--format", "go-template={{range .referrers}}{{println .digest}}{{end}}", name)
+		byRegctl := s.regctl(b, "artifact", "list", "--format", "{{range .Descriptors}}{{println .Digest}}{{end}}", name)
+		if lines(byOras) != lines(byRegctl) || strings.Count(lines(byOras), "sha256:") != 2 {
+			t.Errorf("oras tells\n%s\nregctl tells\n%s\nwant 2 referrers from each", byOras, byRegctl)
+		}
+		if !s.auth {
+			path := "/v2/tools/referrers/referrers/" + s.oras(b, "--plain-http", "resolve", name)
+			if resp := s.request(t, "GET", path, "", ""); s.referrers != (resp.StatusCode == 200) {
+				t.Errorf("the referrers API answers %s", resp.Status)
+			}
+		}
+	})
+}
+
+// lines sorts the lines of s.
+func lines(s string) string {
+	list := strings.Fields(s)
+	slices.Sort(list)
+	return strings.Join(list, "\n")
 }

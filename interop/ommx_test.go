@@ -3,6 +3,7 @@ package interop_test
 import (
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"github.com/opencontainers/go-digest"
@@ -154,4 +155,30 @@ func TestOMMXTree(t *testing.T) {
 	}
 	b.setenv("OMMX_LOCAL_REGISTRY_ROOT", ours)
 	wantEqual(t, "the instance that version 2 loads", ommx(b, "ommx2", "load", ommxName), instance)
+}
+
+// The SDK sends what we exported to a registry, and loads it from there.
+func TestOMMXRegistry(t *testing.T) {
+	for _, sdk := range []string{"ommx2", "ommx3"} {
+		t.Run(sdk, func(t *testing.T) {
+			b := newBox(t)
+			b.setenv("OMMX_LOCAL_REGISTRY_ROOT", t.TempDir())
+			instance := ommx(b, sdk, "make", b.path("theirs.ommx"))
+			s := servers["distribution 3"](t)
+			name := strings.Replace(s.host, "127.0.0.1", "localhost", 1) + "/ommx/demo:v1" // version 2 speaks plain HTTP to no other host
+			r := newRegistry(t)
+			a, err := r.LoadPath(t.Context(), b.path("theirs.ommx"), nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, err := r.Tag(t.Context(), a.Digest(), reference(t, name), nil); err != nil {
+				t.Fatal(err)
+			}
+			b.setenv("OMMX_LOCAL_REGISTRY_ROOT", t.TempDir())
+			wantEqual(t, "what is pushed", ommx(b, sdk, "push", export(t, r, name)), instance)
+			wantEqual(t, "the digest in the registry", s.oras(b, "--plain-http", "resolve", name), a.Digest().String())
+			b.setenv("OMMX_LOCAL_REGISTRY_ROOT", t.TempDir())
+			wantEqual(t, "what is pulled", ommx(b, sdk, "load", name), instance)
+		})
+	}
 }

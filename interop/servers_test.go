@@ -2,7 +2,6 @@ package interop_test
 
 import (
 	"bufio"
-	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
@@ -276,15 +275,20 @@ func (s *server) client() *http.Client {
 	return &http.Client{Transport: transport}
 }
 
-// status is what the server answers to an anonymous request.
-func (s *server) status(ctx context.Context, method, path string) (*http.Response, error) {
-	req, err := http.NewRequestWithContext(ctx, method, s.url()+path, nil)
+// request sends a request without credentials.
+func (s *server) request(t *testing.T, method, path, contentType, body string) *http.Response {
+	t.Helper()
+	req, err := http.NewRequestWithContext(t.Context(), method, s.url()+path, strings.NewReader(body))
 	if err != nil {
-		return nil, err
+		t.Fatal(err)
+	}
+	if contentType != "" {
+		req.Header.Set("Content-Type", contentType)
 	}
 	resp, err := s.client().Do(req)
-	if err == nil {
-		resp.Body.Close()
+	if err != nil {
+		t.Fatal(err)
 	}
-	return resp, err
+	resp.Body.Close()
+	return resp
 }

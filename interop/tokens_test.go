@@ -80,13 +80,6 @@ func (ts *tokenServer) config() string {
 		"\n    issuer: " + tokenIssuer + "\n    rootcertbundle: " + ts.certFile + "\n"
 }
 
-// seen returns the requests until now.
-func (ts *tokenServer) seen() []tokenRequest {
-	ts.mu.Lock()
-	defer ts.mu.Unlock()
-	return slices.Clone(ts.requests)
-}
-
 func (ts *tokenServer) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	who, form, ok := identify(r)
 	var scopes []string
