@@ -230,11 +230,7 @@ func (x *export) writeBlobs(ctx context.Context, root *os.Root) (err error) {
 		} else if ok {
 			continue
 		}
-		src, _, err := x.registry.blobs.openFile(d.Digest, d.Size)
-		if err != nil {
-			return err
-		}
-		if err = errors.Join(st.putFile(ctx, src, d.Digest, d.Size), src.Close()); err != nil {
+		if err := x.writeBlob(ctx, st, d); err != nil {
 			return err
 		}
 	}
@@ -242,4 +238,17 @@ func (x *export) writeBlobs(ctx context.Context, root *os.Root) (err error) {
 		return err
 	}
 	return st.settle(ctx)
+}
+
+func (x *export) writeBlob(ctx context.Context, st *stage, d ocispec.Descriptor) error {
+	end, err := x.registry.begin(ctx)
+	if err != nil {
+		return err
+	}
+	defer end()
+	src, _, err := x.registry.blobs.openFile(d.Digest, d.Size)
+	if err != nil {
+		return err
+	}
+	return errors.Join(st.putFile(ctx, src, d.Digest, d.Size), src.Close())
 }

@@ -27,6 +27,7 @@ var workers = map[string]func(in *bufio.Scanner, args []string) error{
 	"open":    openWorker,
 	"hold":    holdWorker,
 	"gc":      gcWorker,
+	"pull":    pullWorker,
 }
 
 func TestMain(m *testing.M) {

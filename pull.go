@@ -286,16 +286,16 @@ func (p *puller) fetchOnce(ctx context.Context, desc ocispec.Descriptor) error {
 }
 
 // resume fetches a blob from where part is. Attempts count anew whenever
-// one has brought the pull on by a MiB.
+// the pull is a MiB further than it has ever been.
 func (p *puller) resume(ctx context.Context, desc ocispec.Descriptor, part *partial) error {
+	furthest := part.have
 	for attempt := 1; ; attempt++ {
-		before := part.have
 		err := p.resumeOnce(ctx, desc, part)
 		if err == nil {
 			return nil
 		}
-		if part.have-before >= keepPartial {
-			attempt = 1
+		if part.have >= furthest+keepPartial {
+			furthest, attempt = part.have, 1
 		}
 		if err := p.repo.remote.again(ctx, attempt, err); err != nil {
 			return err
@@ -303,25 +303,11 @@ func (p *puller) resume(ctx context.Context, desc ocispec.Descriptor, part *part
 	}
 }
 
+// resumeOnce makes one request for what is missing.
 func (p *puller) resumeOnce(ctx context.Context, desc ocispec.Descriptor, part *partial) error {
-	for part.have < part.size {
-		res, from, err := p.repo.blob(ctx, desc, part.have)
-		if err != nil {
-			return p.unsatisfied(part, err)
-		}
-		if from != part.have {
-			err = part.reset()
-		}
-		body := p.body(res.Body, desc, part.have)
-		if err == nil {
-			err = part.append(ctx, body)
-		}
-		res.Body.Close()
-		if err = p.repo.blobError(desc, body, err); err != nil {
+	if part.have < part.size {
+		if err := p.appendOnce(ctx, desc, part); err != nil {
 			return err
-		}
-		if body.n == 0 {
-			return p.repo.blobError(desc, body, io.ErrUnexpectedEOF)
 		}
 	}
 	old := part.kept > 0
@@ -329,11 +315,33 @@ func (p *puller) resumeOnce(ctx context.Context, desc ocispec.Descriptor, part *
 	if old && errors.Is(err, ErrDigestMismatch) { // what an earlier pull left was no good
 		return p.resumeOnce(ctx, desc, part)
 	}
+	if errors.Is(err, ErrDigestMismatch) {
+		return p.repo.blobProblem(desc, err)
+	}
 	return err
 }
 
+func (p *puller) appendOnce(ctx context.Context, desc ocispec.Descriptor, part *partial) error {
+	res, from, err := p.repo.blob(ctx, desc, part.have)
+	if err != nil {
+		return unsatisfied(part, err)
+	}
+	defer res.Body.Close()
+	if from != part.have {
+		if err := part.reset(); err != nil {
+			return err
+		}
+	}
+	body := p.body(res.Body, desc, part.have)
+	err = part.append(ctx, body)
+	if err == nil && part.have < part.size {
+		err = io.ErrUnexpectedEOF
+	}
+	return p.repo.blobError(desc, body, err)
+}
+
 // unsatisfied starts over if a registry says that what is missing doesn't exist (RFC 9110, section 15.5.17).
-func (p *puller) unsatisfied(part *partial, err error) error {
+func unsatisfied(part *partial, err error) error {
 	if e, ok := errors.AsType[*RemoteError](err); ok && e.Status == 416 && part.have > 0 {
 		return errors.Join(part.reset(), &RemoteError{Method: e.Method, URL: e.URL, Status: e.Status, again: true, Err: e.Err})
 	}
@@ -378,9 +386,15 @@ func (p *remoteRepo) blobError(desc ocispec.Descriptor, body *countedBody, err e
 	case errors.Is(err, io.ErrUnexpectedEOF), errors.Is(err, ErrSizeMismatch) && body.n < desc.Size:
 		return transportError("GET", u, io.ErrUnexpectedEOF) // a proxy may have cut it off
 	case errors.Is(err, ErrSizeMismatch), errors.Is(err, ErrDigestMismatch):
-		return &RemoteError{Method: "GET", URL: publicURL(u), Status: 200, final: true, Err: fmt.Errorf("blob %s: %w", desc.Digest, err)}
+		return p.blobProblem(desc, err)
 	}
 	return err
+}
+
+// blobProblem says that a blob's bytes are not what they should be.
+func (p *remoteRepo) blobProblem(desc ocispec.Descriptor, err error) error {
+	u := p.url("blobs", string(desc.Digest))
+	return &RemoteError{Method: "GET", URL: publicURL(u), Status: 200, final: true, Err: fmt.Errorf("blob %s: %w", desc.Digest, err)}
 }
 
 // meter returns a function that is told of n more bytes, and tells Progress.

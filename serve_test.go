@@ -93,6 +93,13 @@ func (s *server) forget() {
 	s.log, s.headers, s.sent = nil, nil, 0
 }
 
+// behave ends what override does; the field itself may only be set before the first request.
+func (s *server) behave() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.override = nil
+}
+
 func (s *server) served() int64 {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -103,8 +110,9 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	s.mu.Lock()
 	s.log = append(s.log, r.Method+" "+r.URL.RequestURI())
 	s.headers = append(s.headers, r.Header.Clone())
+	override := s.override
 	s.mu.Unlock()
-	if s.override != nil && s.override(w, r) {
+	if override != nil && override(w, r) {
 		return
 	}
 	if r.URL.Path == "/token" {

@@ -17,6 +17,9 @@ import (
 // defaultChunk is the size of chunks when the registry wants some and doesn't say how large.
 const defaultChunk = 16 << 20
 
+// leastChunk is the size from which on a blob that a registry finds too large is tried in chunks.
+const leastChunk = 64 << 10
+
 // An uploadSession is where the next request of an upload goes
 // (distribution-spec, "Pushing Blobs"). The address is the server's: it is used as it is.
 type uploadSession struct {
@@ -105,7 +108,7 @@ func (u *upload) run(ctx context.Context, s *uploadSession) error {
 		}
 		s = nil
 		if e, ok := errors.AsType[*RemoteError](err); ok {
-			if e.Status == http.StatusRequestEntityTooLarge && u.chunk == 0 && u.desc.Size > 1 {
+			if e.Status == http.StatusRequestEntityTooLarge && u.chunk == 0 && u.desc.Size > leastChunk {
 				u.chunk = min(defaultChunk, (u.desc.Size+1)/2)
 				continue
 			}
@@ -277,7 +280,7 @@ func chunkAnswer(c *remoteCall, res *http.Response, sure int64) (*uploadSession,
 	if !ok || first != "0" || err != nil {
 		return nil, 0, answerProblem(c, res, fmt.Errorf("%w: Range %q of an upload", ErrProtocol, clip(text)))
 	}
-	if end == 0 { // registries say "0-0" before the first byte
+	if end == 0 && sure != 1 { // registries say "0-0" before the first byte, too
 		return s, 0, nil
 	}
 	return s, end + 1, nil

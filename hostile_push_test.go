@@ -1,0 +1,299 @@
+package ocilocal_test
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"strings"
+	"testing"
+
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/ocilocal/ocilocal"
+)
+
+// onMethod is on for one method.
+func (v *victim) onMethod(method, part string, answer http.HandlerFunc) {
+	v.override = func(w http.ResponseWriter, r *http.Request) bool {
+		v.allRequests.Add(1)
+		if r.Method != method || !strings.Contains(r.URL.Path, part) {
+			return false
+		}
+		v.tries.Add(1)
+		answer(w, r)
+		return true
+	}
+}
+
+func TestPushHostile(t *testing.T) {
+	const uploads = "/blobs/uploads/"
+	other := string(digest.FromString("other"))
+	for name, row := range map[string]struct {
+		method, part string
+		answer       http.HandlerFunc
+		want         error
+		tries        int64 // at most; 0 for any
+	}{
+		"upload without Location":               {"POST", uploads, status(202), ocilocal.ErrProtocol, 3},
+		"upload at a file":                      {"POST", uploads, status(202, "Location", "file:///etc/passwd"), ocilocal.ErrProtocol, 3},
+		"upload with user information":          {"POST", uploads, status(202, "Location", "http://u:not%20to%20be%20seen@127.0.0.1/"), ocilocal.ErrProtocol, 3},
+		"upload at no address":                  {"POST", uploads, status(202, "Location", "http://[::1"), ocilocal.ErrProtocol, 3},
+		"upload refused":                        {"POST", uploads, status(403), ocilocal.ErrDenied, 3},
+		"upload answered with 200":              {"POST", uploads, status(200), ocilocal.ErrProtocol, 3},
+		"POST redirected":                       {"POST", uploads, status(302, "Location", "/elsewhere"), ocilocal.ErrProtocol, 3},
+		"bytes refused":                         {"PUT", uploads, status(400), ocilocal.ErrProtocol, 6},
+		"bytes always too many":                 {"PUT", uploads, status(413), ocilocal.ErrTooLarge, 8},
+		"bytes taken as others":                 {"PUT", uploads, status(201, "Docker-Content-Digest", other), ocilocal.ErrDigestMismatch, 6},
+		"PUT redirected to another host":        {"PUT", uploads, status(307, "Location", "http://127.0.0.1:1/x"), ocilocal.ErrProtocol, 6},
+		"upload never known":                    {"PUT", uploads, func(w http.ResponseWriter, _ *http.Request) { fail(w, 404, "BLOB_UPLOAD_UNKNOWN") }, ocilocal.ErrNotFound, 20},
+		"upload fails for ever":                 {"PUT", uploads, status(502), ocilocal.ErrTransport, 20},
+		"connection closed while bytes go":      {"PUT", uploads, func(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) }, ocilocal.ErrTransport, 20},
+		"manifest refused":                      {"PUT", "/manifests/", status(400), ocilocal.ErrProtocol, 1},
+		"manifest too large for the registry":   {"PUT", "/manifests/", status(413), ocilocal.ErrTooLarge, 1},
+		"manifest taken as another":             {"PUT", "/manifests/", status(201, "Docker-Content-Digest", other), ocilocal.ErrDigestMismatch, 1},
+		"manifest's answer has a bad digest":    {"PUT", "/manifests/", status(201, "Docker-Content-Digest", "sha256:x"), ocilocal.ErrProtocol, 1},
+		"HEAD of a blob fails":                  {"HEAD", "/blobs/", status(500), ocilocal.ErrTransport, 20},
+		"HEAD of a blob refused":                {"HEAD", "/blobs/", status(401), ocilocal.ErrUnauthorized, 6},
+		"blobs are there, says a lying server":  {"HEAD", "/blobs/", status(200), ocilocal.ErrNotFound, 6}, // the manifest is refused
+		"manifest's answer redirects elsewhere": {"PUT", "/manifests/", status(307, "Location", "http://127.0.0.1:1/x"), ocilocal.ErrProtocol, 1},
+	} {
+		t.Run(name, func(t *testing.T) {
+			v := &victim{server: newServer(t)}
+			v.onMethod(row.method, row.part, row.answer)
+			r := openRemote(t, nil)
+			ref := v.ref("org/model:v1")
+			pushed(t, r, ref, nil, nil, noise(1, 1000), noise(2, 100_000))
+			_, err := r.Push(t.Context(), ref, nil)
+			if e, ok := errors.AsType[*ocilocal.RemoteError](err); !errors.Is(err, row.want) || !ok || e.Method == "" {
+				t.Errorf("%v, want %v", err, row.want)
+			}
+			checkRemoteMessage(t, err)
+			if n := v.tries.Load(); row.tries > 0 && (n == 0 || n > row.tries) {
+				t.Errorf("%d requests, at most %d", n, row.tries)
+			}
+			if len(v.manifests["org/model"]) > 0 {
+				t.Error("the manifest is there")
+			}
+			v.behave()
+			if _, err := r.Push(t.Context(), ref, nil); err != nil {
+				t.Errorf("afterwards: %v", err)
+			}
+		})
+	}
+}
+
+// Chunks: whatever the registry says of how far they are, the blob arrives or an error comes.
+func TestPushHostileChunks(t *testing.T) {
+	location := func(r *http.Request) string { return r.URL.String() }
+	for name, row := range map[string]struct {
+		answer func(v *victim, w http.ResponseWriter, r *http.Request, n int64) (done bool)
+		want   error
+	}{
+		"Range goes backward for ever": {func(_ *victim, w http.ResponseWriter, r *http.Request, _ int64) bool {
+			status(202, "Location", location(r), "Range", "0-0")(w, r)
+			return true
+		}, ocilocal.ErrProtocol},
+		"Range beyond what was sent": {func(_ *victim, w http.ResponseWriter, r *http.Request, _ int64) bool {
+			status(202, "Location", location(r), "Range", "0-99999999999")(w, r)
+			return true
+		}, ocilocal.ErrProtocol},
+		"Range is nonsense": {func(_ *victim, w http.ResponseWriter, r *http.Request, _ int64) bool {
+			status(202, "Location", location(r), "Range", "5-")(w, r)
+			return true
+		}, ocilocal.ErrProtocol},
+		"no Location": {func(_ *victim, w http.ResponseWriter, r *http.Request, _ int64) bool {
+			status(202, "Range", "0-99999")(w, r)
+			return true
+		}, ocilocal.ErrProtocol},
+		"to and fro": {func(_ *victim, w http.ResponseWriter, r *http.Request, n int64) bool {
+			status(202, "Location", location(r), "Range", fmt.Sprintf("0-%d", 100_000*(1+n%2)-1))(w, r)
+			return true
+		}, ocilocal.ErrProtocol},
+		"half a chunk is lost once": {func(v *victim, w http.ResponseWriter, r *http.Request, n int64) bool {
+			if n != 2 {
+				return false
+			}
+			r.Body = io.NopCloser(io.LimitReader(r.Body, 50_000))
+			return false
+		}, nil},
+		"a chunk arrives and its answer doesn't": {func(v *victim, w http.ResponseWriter, r *http.Request, n int64) bool {
+			if n != 2 {
+				return false
+			}
+			v.upload(&cutWriter{ResponseWriter: w}, r, "org/model", r.URL.Path[strings.LastIndex(r.URL.Path, "/")+1:])
+			panic(http.ErrAbortHandler)
+		}, nil},
+	} {
+		t.Run(name, func(t *testing.T) {
+			v := &victim{server: newServer(t)}
+			v.override = func(w http.ResponseWriter, r *http.Request) bool {
+				return r.Method == "PATCH" && row.answer(v, w, r, v.tries.Add(1))
+			}
+			r := openRemote(t, nil)
+			ref := v.ref("org/model:v1")
+			pushed(t, r, ref, nil, nil, noise(2, 450_000))
+			_, err := r.Push(t.Context(), ref, &ocilocal.PushOptions{ChunkSize: 100_000})
+			if !errors.Is(err, row.want) {
+				t.Errorf("%v, want %v", err, row.want)
+			}
+			if v.tries.Load() > 200 {
+				t.Errorf("%d chunks", v.tries.Load())
+			}
+			if row.want == nil {
+				if _, err := openRemote(t, nil).Pull(t.Context(), ref, nil); err != nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
+}
+
+// A damaged blob never arrives whole, and the error says which side failed.
+func TestPushDamaged(t *testing.T) {
+	for _, chunk := range []int64{0, 10_000} {
+		s := newServer(t)
+		r := openRemote(t, nil)
+		ref := s.ref("org/model:v1")
+		pushed(t, r, ref, nil, nil, noise(1, 100_000))
+		d := digest.FromBytes(noise(1, 100_000))
+		rewrite(t, blobFile(r, d), func(b []byte) []byte { b[50_000] ^= 1; return b })
+		_, err := r.Push(t.Context(), ref, &ocilocal.PushOptions{ChunkSize: chunk})
+		if _, remote := errors.AsType[*ocilocal.RemoteError](err); !errors.Is(err, ocilocal.ErrDigestMismatch) || remote {
+			t.Errorf("%v", err)
+		}
+		if len(s.blobs) > 1 || len(s.manifests) > 0 { // the empty config may be there
+			t.Errorf("%d blobs arrived", len(s.blobs))
+		}
+	}
+}
+
+// A referrers tag that is something else is left alone.
+func TestPushReferrersTagTaken(t *testing.T) {
+	s := newServer(t)
+	s.noReferrers = true
+	r := openRemote(t, nil)
+	subject := pushed(t, r, s.ref("org/model:v1"), nil, nil, noise(1, 10))
+	if _, err := r.Push(t.Context(), subject.Reference(), nil); err != nil {
+		t.Fatal(err)
+	}
+	tag := "sha256-" + subject.Digest().Encoded()
+	taken := s.put(t, "org/model", tag, noise(3, 10))
+	pushed(t, r, s.ref("org/model:sig"), nil, descOf(subject), noise(2, 10))
+	_, err := r.Push(t.Context(), s.ref("org/model:sig"), nil)
+	if err == nil || !strings.Contains(err.Error(), "is pushed, but not listed") {
+		t.Error(err)
+	}
+	if s.manifests["org/model"][tag].digest != taken {
+		t.Error("the tag was overwritten")
+	}
+}
+
+// Somebody else adds a referrer at the same moment: neither is lost.
+func TestPushReferrersRace(t *testing.T) {
+	s := newServer(t)
+	s.noReferrers = true
+	r := openRemote(t, nil)
+	subject := pushed(t, r, s.ref("org/model:v1"), nil, nil, noise(1, 10))
+	if _, err := r.Push(t.Context(), subject.Reference(), nil); err != nil {
+		t.Fatal(err)
+	}
+	pushed(t, r, s.ref("org/model:a"), nil, descOf(subject), noise(2, 10))
+	if _, err := r.Push(t.Context(), s.ref("org/model:a"), nil); err != nil {
+		t.Fatal(err)
+	}
+	// Between the reading and the writing of b's list, c comes.
+	for i, name := range []string{"b", "c"} {
+		pushed(t, r, s.ref("org/model:"+name), nil, descOf(subject), noise(byte(3+i), 10))
+	}
+	tag := "/manifests/sha256-" + subject.Digest().Encoded()
+	interposed := false
+	s.override = func(w http.ResponseWriter, q *http.Request) bool {
+		if q.Method == "PUT" && strings.HasSuffix(q.URL.Path, tag) && !interposed {
+			interposed = true
+			if _, err := openRemote(t, nil).Push(t.Context(), s.ref("org/model:c"), nil); !errors.Is(err, ocilocal.ErrNotFound) {
+				t.Error(err)
+			}
+			other := &ocilocal.Remote{Retry: quick}
+			defer other.CloseIdleConnections()
+			if _, err := r.Push(t.Context(), s.ref("org/model:c"), &ocilocal.PushOptions{Remote: other}); err != nil {
+				t.Error(err)
+			}
+		}
+		return false
+	}
+	if _, err := r.Push(t.Context(), s.ref("org/model:b"), nil); err != nil {
+		t.Fatal(err)
+	}
+	s.behave()
+	remote := &ocilocal.Remote{}
+	defer remote.CloseIdleConnections()
+	n := 0
+	for _, err := range remote.Referrers(t.Context(), subject.Reference(), "") {
+		if err != nil {
+			t.Fatal(err)
+		}
+		n++
+	}
+	if n != 3 {
+		t.Errorf("%d referrers", n)
+	}
+}
+
+// Lists: pages that go in circles, for ever, or elsewhere.
+func TestRemoteListsHostile(t *testing.T) {
+	page := func(h http.Header, w http.ResponseWriter, body string) {
+		for k, v := range h {
+			w.Header()[k] = v
+		}
+		io.WriteString(w, body)
+	}
+	n := 0
+	for name, c := range map[string]struct {
+		answer http.HandlerFunc
+		want   error
+		tags   int
+	}{
+		"to itself": {func(w http.ResponseWriter, r *http.Request) {
+			page(http.Header{"Link": {`<` + r.URL.RequestURI() + `>; rel="next"`}}, w, `{"tags":["a"]}`)
+		}, ocilocal.ErrProtocol, 1},
+		"for ever": {func(w http.ResponseWriter, r *http.Request) {
+			n++
+			page(http.Header{"Link": {fmt.Sprintf(`<?n=%d>; rel="next"`, n)}}, w, `{"tags":["a"]}`)
+		}, ocilocal.ErrProtocol, 1000},
+		"elsewhere": {func(w http.ResponseWriter, r *http.Request) {
+			page(http.Header{"Link": {`<http://127.0.0.1:1/v2/x>; rel="next"`}}, w, `{"tags":["a"]}`)
+		}, ocilocal.ErrProtocol, 1},
+		"huge":      {endless("Content-Type", "application/json"), ocilocal.ErrTooLarge, 0},
+		"no JSON":   {body([]byte("tags")), ocilocal.ErrProtocol, 0},
+		"bad names": {body([]byte(`{"tags":["good","../bad","","bad tag","bad\nline"]}`)), nil, 1},
+		"none":      {body([]byte(`{"name":"org/model","tags":null}`)), nil, 0},
+	} {
+		v := &victim{server: newServer(t)}
+		v.onMethod("GET", "/tags/list", c.answer)
+		remote := &ocilocal.Remote{Retry: quick}
+		defer remote.CloseIdleConnections()
+		var last error
+		got := 0
+		for _, err := range remote.Tags(t.Context(), v.ref("org/model")) {
+			if last = err; err == nil {
+				got++
+			}
+		}
+		if !errors.Is(last, c.want) || got != c.tags {
+			t.Errorf("%s: %d tags, %v", name, got, last)
+		}
+		checkRemoteMessage(t, last)
+	}
+	// Referrers of another kind than an index.
+	v := newVictim(t)
+	v.on("/referrers/"+string(v.manifest.digest), body(v.manifest.body, "Content-Type", ocispec.MediaTypeImageManifest))
+	remote := &ocilocal.Remote{}
+	defer remote.CloseIdleConnections()
+	for d, err := range remote.Referrers(t.Context(), v.ref("org/model:v1"), "") {
+		if !errors.Is(err, ocilocal.ErrProtocol) {
+			t.Errorf("%v, %v", d, err)
+		}
+	}
+}

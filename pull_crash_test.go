@@ -1,0 +1,195 @@
+package ocilocal_test
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"math/rand/v2"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+
+	"github.com/ocilocal/ocilocal"
+)
+
+// pullWorker pulls each reference that it is sent: "REF" → "pulled OUTCOME DIGEST".
+func pullWorker(in *bufio.Scanner, args []string) error {
+	r, err := ocilocal.Open(context.Background(), args[0], nil)
+	if err != nil {
+		return err
+	}
+	say("ready")
+	for in.Scan() {
+		got, err := r.Pull(context.Background(), ocilocal.MustParseReference(in.Text()), nil)
+		if err != nil {
+			return err
+		}
+		say("pulled", got.Update.Outcome, got.Artifact.Digest())
+	}
+	return r.Close()
+}
+
+// Two processes pull the same at once: both have it, and no error.
+func TestPullTwoProcesses(t *testing.T) {
+	for range scaled(2, 5, 50) {
+		s := newServer(t)
+		want := s.put(t, "org/model", "v1", noise(1, 100), noise(2, 3<<20), noise(3, 2<<20))
+		// Nobody gets a blob before both have asked for the manifest.
+		var both sync.WaitGroup
+		both.Add(2)
+		s.override = func(_ http.ResponseWriter, r *http.Request) bool {
+			if strings.Contains(r.URL.Path, "/manifests/") {
+				both.Done()
+			}
+			both.Wait()
+			return false
+		}
+		root := filepath.Join(t.TempDir(), "root")
+		ws := []*worker{startWorker(t, "pull", root), startWorker(t, "pull", root)}
+		for _, w := range ws {
+			w.expect("ready")
+		}
+		for _, w := range ws {
+			w.send(s.ref("org/model:v1").String())
+		}
+		outcomes := map[string]int{}
+		for _, w := range ws {
+			got := w.expect("pulled")
+			outcomes[got[0]]++
+			if got[1] != want.String() {
+				t.Errorf("pulled %q", got)
+			}
+			w.finish()
+		}
+		if outcomes["inserted"] != 1 || outcomes["unchanged"] != 1 {
+			t.Errorf("%v", outcomes)
+		}
+		r := mustOpen(t, root)
+		if found := problems(t, r, nil, nil); len(found) > 0 {
+			t.Errorf("%q", found)
+		}
+		mustClose(t, r)
+	}
+}
+
+// A pull is killed in the middle of its blobs. The next one goes on where it was.
+func TestPullKilled(t *testing.T) {
+	const layer, layers = 6 << 20, 3
+	for range scaled(4, 10, 100) {
+		s := newServer(t)
+		var blobs [][]byte
+		for i := range layers {
+			blobs = append(blobs, noise(byte(i), layer))
+		}
+		want := s.put(t, "org/model", "v1", blobs...)
+		// The server sends so many bytes in all, and then waits for the end of its client.
+		most := int64(1<<20 + rand.IntN(layer*layers-(2<<20)))
+		var sent atomic.Int64
+		stopped := make(chan struct{})
+		var once sync.Once
+		s.override = func(w http.ResponseWriter, r *http.Request) bool {
+			if !strings.Contains(r.URL.Path, "/blobs/") {
+				return false
+			}
+			s.blob(&meteredWriter{ResponseWriter: w, left: func(n int64) int64 {
+				over := sent.Add(n) - most
+				if over < 0 {
+					return n
+				}
+				once.Do(func() { close(stopped) })
+				return max(n-over, 0)
+			}, gone: r.Context().Done()}, r, "org/model", filepath.Base(r.URL.Path))
+			return true
+		}
+		root := filepath.Join(t.TempDir(), "root")
+		w := startWorker(t, "pull", root)
+		w.expect("ready")
+		w.send(s.ref("org/model:v1").String())
+		<-stopped
+		w.kill()
+		s.CloseClientConnections()
+
+		s.behave()
+		r := mustOpen(t, root)
+		for ref, err := range r.Refs(t.Context(), nil) {
+			t.Errorf("%v is visible, %v", ref, err)
+		}
+		kept := int64(0)
+		for _, name := range filesBelow(t, r, "tmp/partial") {
+			kept += fileSize(t, name)
+		}
+		got, err := r.Pull(t.Context(), s.ref("org/model:v1"), nil)
+		if err != nil || got.Artifact.Digest() != want {
+			t.Fatalf("%+v, %v", got, err)
+		}
+		// A blob that was complete, but not published yet, went with the process.
+		if got.BytesReceived != layer*layers+2-kept {
+			t.Errorf("%d bytes received, %d were there", got.BytesReceived, kept)
+		}
+		if found := problems(t, r, nil, nil); len(found) > 0 {
+			t.Errorf("%q", found)
+		}
+		mustClose(t, r)
+	}
+}
+
+// A meteredWriter writes what left allows, and then waits until its client is gone.
+type meteredWriter struct {
+	http.ResponseWriter
+	left func(n int64) int64
+	gone <-chan struct{}
+}
+
+func (m *meteredWriter) Write(p []byte) (int, error) {
+	for written := 0; written < len(p); {
+		n := min(len(p)-written, 32<<10)
+		allowed := int(m.left(int64(n)))
+		if _, err := m.ResponseWriter.Write(p[written : written+allowed]); err != nil {
+			return written, err
+		}
+		if written += allowed; allowed < n {
+			m.ResponseWriter.(http.Flusher).Flush()
+			<-m.gone
+			panic(http.ErrAbortHandler)
+		}
+	}
+	return len(p), nil
+}
+
+// A pull whose context ends returns that, and leaves nothing visible.
+func TestPullCancelled(t *testing.T) {
+	for _, where := range []string{"/manifests/", "/blobs/"} {
+		s := newServer(t)
+		s.put(t, "org/model", "v1", noise(1, 100), noise(2, 3<<20))
+		ctx, cancel := context.WithCancel(t.Context())
+		s.override = func(w http.ResponseWriter, r *http.Request) bool {
+			if strings.Contains(r.URL.Path, where) {
+				w.Header().Set("Content-Length", "5")
+				w.(http.Flusher).Flush()
+				cancel()
+				<-r.Context().Done()
+				return true
+			}
+			return false
+		}
+		r := openRemote(t, nil)
+		if _, err := r.Pull(ctx, s.ref("org/model:v1"), nil); !errors.Is(err, context.Canceled) {
+			t.Errorf("%s: %v", where, err)
+		}
+		checkUnpublished(t, r)
+		mustClose(t, r)
+	}
+}
+
+func fileSize(t *testing.T, name string) int64 {
+	t.Helper()
+	fi, err := os.Stat(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return fi.Size()
+}
