@@ -20,6 +20,7 @@ var ranks = map[string]int{
 	"blob.go": 1, "stage.go": 1, "sqlite.go": 1, "index.go": 1,
 	"registry.go": 2, "publish.go": 2, "read.go": 2, "artifact.go": 2, "builder.go": 2,
 	"import.go": 3, "archive.go": 4,
+	"lineage.go": 3,
 }
 
 // strangers may not use each other's names though their ranks would let them.
