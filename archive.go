@@ -12,7 +12,6 @@ import (
 	"io"
 	"os"
 	"path"
-	"slices"
 	"strings"
 
 	"github.com/opencontainers/go-digest"
@@ -77,15 +76,35 @@ func (r *LocalRegistry) importArchive(ctx context.Context, src io.Reader, opts *
 	im.fetch = func(_ context.Context, desc ocispec.Descriptor) error {
 		return fmt.Errorf("%w: blob %s (%s) is neither in the archive nor in the registry", ErrIncomplete, desc.Digest, clip(desc.MediaType))
 	}
-	index, err := readArchive(ctx, im.stage, src)
+	index, err := readArchive(ctx, src, func(d digest.Digest, src io.Reader, size int64) error {
+		_, _, err := im.stage.put(ctx, src, "", d, size)
+		return err
+	})
 	if err != nil {
 		return nil, err
 	}
 	return im.run(ctx, index)
 }
 
-// readArchive stages every blob of an archive and returns its index's entries.
-func readArchive(ctx context.Context, st *stage, src io.Reader) ([]ocispec.Descriptor, error) {
+// InspectArchive reads what an archive says of itself, without any registry.
+// Errors: those of [LocalRegistry.ImportArchive] that concern the archive's form.
+func InspectArchive(ctx context.Context, src io.Reader) (*Inspection, error) {
+	counted := &Inspection{}
+	entries, err := readArchive(ctx, src, func(_ digest.Digest, _ io.Reader, size int64) error {
+		counted.Blobs++
+		counted.Bytes += size
+		return nil
+	})
+	if err != nil {
+		return nil, opError("inspect archive", "", "", err)
+	}
+	in := newInspection(entries)
+	in.Blobs, in.Bytes = counted.Blobs, counted.Bytes
+	return in, nil
+}
+
+// readArchive gives every blob of an archive to put and returns its index's entries.
+func readArchive(ctx context.Context, src io.Reader, put func(d digest.Digest, src io.Reader, size int64) error) ([]ocispec.Descriptor, error) {
 	plain, err := decompressed(&ctxReader{ctx, src})
 	if err != nil {
 		return nil, err
@@ -126,7 +145,7 @@ func readArchive(ctx context.Context, st *stage, src io.Reader) ([]ocispec.Descr
 				err = checkLayoutFile(raw)
 			}
 		case strings.HasPrefix(name, "blobs/"):
-			err = readBlob(ctx, st, tr, h, name)
+			err = readBlob(tr, h, name, put)
 		case name == "manifest.json":
 			isDocker = true
 		}
@@ -136,7 +155,7 @@ func readArchive(ctx context.Context, st *stage, src io.Reader) ([]ocispec.Descr
 	}
 	// The end of the tar is not the end of the stream: read on, so that a
 	// gzip stream's checksum is verified.
-	if _, err := st.store.copy(io.Discard, plain); err != nil {
+	if _, err := io.Copy(io.Discard, plain); err != nil {
 		return nil, archiveError(err)
 	}
 	switch {
@@ -201,8 +220,8 @@ func readSmall(src io.Reader, h *tar.Header) ([]byte, error) {
 	return io.ReadAll(src)
 }
 
-// readBlob stages the blob that an entry's name promises.
-func readBlob(ctx context.Context, st *stage, src io.Reader, h *tar.Header, name string) error {
+// readBlob gives put the blob that an entry's name promises.
+func readBlob(src io.Reader, h *tar.Header, name string, put func(digest.Digest, io.Reader, int64) error) error {
 	parts := strings.Split(name, "/")
 	if len(parts) != 3 {
 		return nil // not a place for a blob, so nobody's business
@@ -211,7 +230,7 @@ func readBlob(ctx context.Context, st *stage, src io.Reader, h *tar.Header, name
 	if err := checkDigest(d); err != nil {
 		return fmt.Errorf("%w: archive entry %q: %w", ErrInvalidLayout, clip(name), err)
 	}
-	if _, _, err := st.put(ctx, src, "", d, h.Size); err != nil {
+	if err := put(d, src, h.Size); err != nil {
 		return fmt.Errorf("archive entry %q: %w", clip(name), err)
 	}
 	return nil
@@ -267,114 +286,4 @@ func (g *gzipReader) Read(p []byte) (int, error) {
 		return 0, fmt.Errorf("%w: gzip stream grows more than %d-fold", ErrTooLarge, maxGzipRatio)
 	}
 	return n, err
-}
-
-// ExportArchive writes the artifacts that refs name, with all they need, to dst as an OCI
-// archive: oci-layout and index.json first, where every entry carries its full name,
-// then manifests, then the other blobs. Equal content gives equal bytes:
-// entries are sorted, times are zero.
-//
-// Errors: [ErrNotFound] for a ref that doesn't resolve, or for a blob that was
-// collected meanwhile, [ErrDigestMismatch], [ErrSizeMismatch], ctx's, and
-// dst's. After an error what was written is no archive.
-func (r *LocalRegistry) ExportArchive(ctx context.Context, dst io.Writer, refs ...Reference) error {
-	return opError("export archive", "", "", r.exportArchive(ctx, dst, refs))
-}
-
-func (r *LocalRegistry) exportArchive(ctx context.Context, dst io.Writer, refs []Reference) error {
-	x := &exporter{registry: r, seen: map[digest.Digest]bool{}}
-	if len(refs) == 0 {
-		return fmt.Errorf("%w: no reference was given", ErrInvalidArgument)
-	}
-	for _, ref := range slices.SortedFunc(slices.Values(refs), Reference.Compare) {
-		desc, err := r.resolve(ctx, ref)
-		if err != nil {
-			return fmt.Errorf("%s: %w", ref, err)
-		}
-		if err := x.add(ctx, desc, 0); err != nil {
-			return err
-		}
-		desc.Annotations = map[string]string{ocispec.AnnotationRefName: ref.String()}
-		x.entries = append(x.entries, desc)
-	}
-	var w canonicalWriter
-	w.raw("{")
-	w.descriptors("manifests", x.entries)
-	w.field("mediaType", ocispec.MediaTypeImageIndex)
-	w.key("schemaVersion")
-	w.int(2)
-	w.raw("}")
-	if w.err != nil {
-		return w.err
-	}
-	tw := tar.NewWriter(dst)
-	if err := writeEntry(tw, ocispec.ImageLayoutFile, strings.NewReader(layoutFile), int64(len(layoutFile))); err != nil {
-		return err
-	}
-	if err := writeEntry(tw, ocispec.ImageIndexFile, bytes.NewReader(w.buf), int64(len(w.buf))); err != nil {
-		return err
-	}
-	for _, group := range [][]ocispec.Descriptor{x.manifests, x.blobs} {
-		slices.SortFunc(group, func(a, b ocispec.Descriptor) int { return strings.Compare(string(a.Digest), string(b.Digest)) })
-		for _, d := range group {
-			if err := x.write(ctx, tw, d); err != nil {
-				return err
-			}
-		}
-	}
-	return tw.Close()
-}
-
-const layoutFile = `{"imageLayoutVersion":"` + ocispec.ImageLayoutVersion + `"}`
-
-// exporter gathers the closure of what is exported, each blob once.
-type exporter struct {
-	registry  *LocalRegistry
-	entries   []ocispec.Descriptor
-	manifests []ocispec.Descriptor
-	blobs     []ocispec.Descriptor
-	seen      map[digest.Digest]bool
-}
-
-func (x *exporter) add(ctx context.Context, desc ocispec.Descriptor, depth int) error {
-	if depth > MaxIndexNesting {
-		return fmt.Errorf("%w: image indexes nested more than %d deep", ErrTooLarge, MaxIndexNesting)
-	}
-	if x.seen[desc.Digest] {
-		return nil
-	}
-	x.seen[desc.Digest] = true
-	m, err := x.registry.newArtifact(Reference{}, desc, nil).manifest(ctx)
-	if err != nil {
-		return err
-	}
-	x.manifests = append(x.manifests, desc)
-	for i, c := range m.children() {
-		if m.childRole(i) == roleManifest {
-			if err := x.add(ctx, c, depth+1); err != nil {
-				return err
-			}
-		} else if !x.seen[c.Digest] {
-			x.seen[c.Digest] = true
-			x.blobs = append(x.blobs, c)
-		}
-	}
-	return nil
-}
-
-func (x *exporter) write(ctx context.Context, tw *tar.Writer, d ocispec.Descriptor) error {
-	src, err := x.registry.OpenBlob(ctx, d)
-	if err != nil {
-		return err
-	}
-	defer src.Close()
-	return writeEntry(tw, "blobs/"+string(d.Digest.Algorithm())+"/"+d.Digest.Encoded(), src, d.Size)
-}
-
-func writeEntry(tw *tar.Writer, name string, src io.Reader, size int64) error {
-	err := tw.WriteHeader(&tar.Header{Typeflag: tar.TypeReg, Name: name, Size: size, Mode: 0o444})
-	if err == nil {
-		_, err = io.Copy(tw, src)
-	}
-	return err
 }

@@ -272,14 +272,14 @@ func TestArchiveRoundTrip(t *testing.T) {
 		refs = append(refs, ocilocal.MustParseReference(s))
 	}
 	var first, second bytes.Buffer
-	if err := from.ExportArchive(ctx, &first, refs...); err != nil {
+	if err := from.ExportArchive(ctx, &first, refs, nil); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := to.ImportArchive(ctx, bytes.NewReader(first.Bytes()), nil); err != nil {
 		t.Fatal(err)
 	}
 	refs[0], refs[2] = refs[2], refs[0]
-	if err := to.ExportArchive(ctx, &second, refs...); err != nil {
+	if err := to.ExportArchive(ctx, &second, refs, nil); err != nil {
 		t.Fatal(err)
 	}
 	if !bytes.Equal(first.Bytes(), second.Bytes()) {

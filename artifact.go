@@ -65,15 +65,20 @@ func (a *LocalArtifact) manifest(ctx context.Context) (*Manifest, error) {
 		return nil, err
 	}
 	defer end()
-	src, err := a.registry.blobs.open(ctx, a.desc.Digest, a.desc.Size)
-	if err != nil {
-		return nil, err
-	}
-	m, err := readManifest(src, a.desc)
+	m, err := a.registry.readVerified(ctx, a.desc)
 	if err == nil {
 		a.shared.manifest = m
 	}
 	return m, err
+}
+
+// readVerified reads and parses a manifest's file.
+func (r *LocalRegistry) readVerified(ctx context.Context, desc ocispec.Descriptor) (*Manifest, error) {
+	src, err := r.blobs.open(ctx, desc.Digest, desc.Size)
+	if err != nil {
+		return nil, err
+	}
+	return readManifest(src, desc)
 }
 
 // readManifest reads a manifest from a verifying reader, which it closes.

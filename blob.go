@@ -13,6 +13,7 @@ import (
 	"runtime"
 	"sync"
 	"syscall"
+	"time"
 
 	"github.com/opencontainers/go-digest"
 )
@@ -27,13 +28,10 @@ const (
 // knows nothing of manifests or of the index. It is safe for concurrent use,
 // by other processes on the same root too.
 type blobStore struct {
-	root     *os.Root
+	root     *rootDir
+	tmp      string // the directory for what is being written, tmpDir in a registry
 	readOnly bool
 	buffers  sync.Pool // *[]byte of copyBufferSize
-
-	// fault is the tests' seam: called before each file operation that changes
-	// something, its error is the operation's. Nil in production.
-	fault func(op, name string) error
 
 	mu      sync.Mutex
 	session string       // tmp/<name>, made and locked by the first write; "" before
@@ -45,9 +43,10 @@ type blobStore struct {
 // what was read be hashed and written while it is in the processor's cache.
 const copyBufferSize = 1 << 20
 
-func newBlobStore(root *os.Root, readOnly bool) *blobStore {
+func newBlobStore(root *rootDir, readOnly bool) *blobStore {
 	return &blobStore{
 		root:     root,
+		tmp:      tmpDir,
 		readOnly: readOnly,
 		algDirs:  map[digest.Algorithm]bool{},
 		buffers: sync.Pool{New: func() any {
@@ -68,17 +67,6 @@ func (s *blobStore) close() error {
 	err = errors.Join(err, s.release())
 	s.session, s.release = "", nil
 	return err
-}
-
-// injected asks the tests' seam whether op on name shall fail.
-func (s *blobStore) injected(op, name string) error {
-	if s.fault == nil {
-		return nil
-	}
-	if err := s.fault(op, name); err != nil {
-		return &fs.PathError{Op: op, Path: name, Err: err}
-	}
-	return nil
 }
 
 // blobPath is where d's bytes are. It panics unless d has passed [checkDigest].
@@ -124,6 +112,10 @@ func (s *blobStore) openFile(d digest.Digest, size int64) (*os.File, int64, erro
 		return nil, 0, fmt.Errorf("blob %s: %w", d, ErrNotFound)
 	}
 	if err != nil {
+		// A link is not followed. As damage, it is healed like any other.
+		if _, bad := s.size(d); errors.Is(bad, ErrDigestMismatch) {
+			err = bad
+		}
 		return nil, 0, err
 	}
 	got, err := checkRegular(f)
@@ -228,6 +220,9 @@ func (s *blobStore) eachEntry(ctx context.Context, dir string, visit func(name s
 	}
 	defer f.Close()
 	for {
+		if err := s.root.injected("readdir", dir); err != nil {
+			return err
+		}
 		entries, err := f.ReadDir(1024)
 		for _, e := range entries {
 			if err := ctx.Err(); err != nil {
@@ -277,10 +272,7 @@ func (s *blobStore) enter() (string, error) {
 		return "", err
 	}
 	for {
-		name := path.Join(tmpDir, rand.Text())
-		if err := s.injected("mkdir", name); err != nil {
-			return "", err
-		}
+		name := path.Join(s.tmp, rand.Text())
 		if err := s.root.Mkdir(name, 0o700); err != nil {
 			return "", err
 		}
@@ -297,35 +289,70 @@ func (s *blobStore) enter() (string, error) {
 
 // sweep removes the directories below tmp/ that no process holds.
 func (s *blobStore) sweep() error {
-	return s.eachEntry(context.Background(), tmpDir, func(name string) error {
-		if name == partialDir {
-			return nil
+	return s.eachEntry(context.Background(), s.tmp, func(name string) error {
+		if name == partialDir || name == quarantineDir {
+			return nil // garbage collection's, by age
 		}
-		name = path.Join(tmpDir, name)
+		name = path.Join(s.tmp, name)
 		fi, err := s.root.Lstat(name)
 		if err != nil {
 			return ignoreNotExist(err)
 		}
-		if !fi.IsDir() {
-			return ignoreNotExist(s.root.Remove(name))
+		return s.sweepEntry(name, fi)
+	})
+}
+
+// sweepEntry removes a file, or a directory that no process holds.
+func (s *blobStore) sweepEntry(name string, fi fs.FileInfo) error {
+	if !fi.IsDir() {
+		return ignoreNotExist(s.root.Remove(name))
+	}
+	release, held, err := lockDir(s.root, name)
+	if errors.Is(err, fs.ErrPermission) {
+		return nil // another user's: theirs to sweep
+	}
+	if err != nil || !held {
+		return ignoreNotExist(err)
+	}
+	return errors.Join(s.root.RemoveAll(name), release())
+}
+
+// alone runs do while no other process or handle runs it on the same root. It
+// makes up for file systems that can't name a file without replacing another.
+func (s *blobStore) alone(ctx context.Context, do func() error) error {
+	name := path.Join(tmpDir, "alone")
+	for {
+		if err := s.root.Mkdir(name, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+			return err
 		}
 		release, held, err := lockDir(s.root, name)
-		if err != nil || !held {
-			return ignoreNotExist(err)
+		if err != nil {
+			return err
 		}
-		return errors.Join(s.root.RemoveAll(name), release())
-	})
+		if held {
+			err := do()
+			return errors.Join(err, s.root.RemoveAll(name), release())
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(time.Millisecond):
+		}
+	}
 }
 
 // partialDir, below tmp/, is where interrupted pulls keep what they have.
 const partialDir = "partial"
+
+// quarantineDir, below tmp/, is where repair puts damaged files.
+const quarantineDir = "quarantine"
 
 // syncDir makes the entries of a directory durable.
 func (s *blobStore) syncDir(name string) error {
 	if runtime.GOOS == "windows" {
 		return nil // there, a directory can't be synced: NTFS journals its entries
 	}
-	if err := s.injected("fsyncdir", name); err != nil {
+	if err := s.root.injected("fsyncdir", name); err != nil {
 		return err
 	}
 	d, err := s.root.Open(name)
@@ -344,9 +371,6 @@ func (s *blobStore) makeAlgDir(alg digest.Algorithm) error {
 		return nil
 	}
 	name := path.Join(blobsDir, string(alg))
-	if err := s.injected("mkdir", name); err != nil {
-		return err
-	}
 	err := s.root.Mkdir(name, 0o755)
 	if err != nil && !errors.Is(err, fs.ErrExist) {
 		return err

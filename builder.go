@@ -244,14 +244,15 @@ func (b *Builder) SetSubject(desc ocispec.Descriptor) error {
 // returns nil, everything is durable and visible; otherwise nothing is, and
 // the builder is as it was: Build may be tried again, or Cancel called.
 // Only after a failed fsync it stays failed, since what the kernel has dropped
-// can't be synced again.
+// can't be synced again; and, on a file system without hard links, with
+// [ErrIncomplete] after a blob was collected before the commit.
 // After success the builder is closed.
 //
 // Equal input gives equal bytes, and so an equal digest, in whatever order annotations were set.
 //
 // Errors: [*ConflictError], [ErrClosed], [ErrInvalidManifest],
-// [ErrInvalidArgument], [ErrArtifactType], [ErrTooLarge], [ErrBusy],
-// [ErrNoSpace], ctx's, and the file system's.
+// [ErrInvalidArgument], [ErrArtifactType], [ErrTooLarge], [ErrIncomplete],
+// [ErrBusy], [ErrNoSpace], ctx's, and the file system's.
 func (b *Builder) Build(ctx context.Context) (*LocalArtifact, error) {
 	a, err := b.build(ctx)
 	return a, opError("build", b.ref.String(), "", err)

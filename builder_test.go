@@ -17,7 +17,9 @@ func openTemp(t testing.TB, opts *ocilocal.Options) *ocilocal.LocalRegistry {
 	if err != nil {
 		t.Fatal(err)
 	}
+	closed := watchRoot(t, r.Root())
 	t.Cleanup(func() {
+		defer closed()
 		if err := r.Close(); err != nil && !errors.Is(err, ocilocal.ErrClosed) {
 			t.Error(err)
 		}
@@ -151,6 +153,31 @@ func TestRefsPages(t *testing.T) {
 		"after":        {&ocilocal.ListOptions{After: ocilocal.MustParseReference(want[1])}, want[2:]},
 		"both":         {&ocilocal.ListOptions{Name: "example.com/x/y", Prefix: "example.org"}, nil},
 		"none":         {&ocilocal.ListOptions{Name: "example.com/x"}, nil},
+
+		"prefix that is a name":      {&ocilocal.ListOptions{Prefix: "example.com/x/y"}, want[:4]},
+		"prefix with half a name":    {&ocilocal.ListOptions{Prefix: "exam"}, want},
+		"prefix beyond all":          {&ocilocal.ListOptions{Prefix: "~"}, nil},
+		"prefix in capitals":         {&ocilocal.ListOptions{Prefix: "EXAMPLE"}, nil},
+		"prefix with a tag":          {&ocilocal.ListOptions{Prefix: "example.com/x/y:v"}, nil},
+		"prefix with wild cards":     {&ocilocal.ListOptions{Prefix: "ex_mple%"}, nil},
+		"prefix NUL":                 {&ocilocal.ListOptions{Prefix: "\x00"}, nil},
+		"prefix not ASCII":           {&ocilocal.ListOptions{Prefix: "é"}, nil},
+		"prefix not UTF-8":           {&ocilocal.ListOptions{Prefix: "\xff"}, nil},
+		"prefix of a megabyte":       {&ocilocal.ListOptions{Prefix: strings.Repeat("e", 1<<20)}, nil},
+		"name with quotes":           {&ocilocal.ListOptions{Name: "x' OR '1'='1"}, nil},
+		"name in its prefix":         {&ocilocal.ListOptions{Name: "example.com/x/y", Prefix: "example.com/"}, want[:2]},
+		"after before the prefix":    {&ocilocal.ListOptions{Prefix: "example.org", After: ocilocal.MustParseReference("a.test/a:v1")}, want[4:]},
+		"after beyond the prefix":    {&ocilocal.ListOptions{Prefix: "example.com", After: ocilocal.MustParseReference("example.net/a:v1")}, nil},
+		"after within the prefix":    {&ocilocal.ListOptions{Prefix: "example.com/x/", After: ocilocal.MustParseReference(want[1])}, want[2:4]},
+		"after, not there":           {&ocilocal.ListOptions{After: ocilocal.MustParseReference("example.com/x/y:v00")}, want[1:]},
+		"after within the name":      {&ocilocal.ListOptions{Name: "example.com/x/y", After: ocilocal.MustParseReference(want[0])}, want[1:2]},
+		"after beyond the name":      {&ocilocal.ListOptions{Name: "example.com/x/y", After: ocilocal.MustParseReference("example.com/x/y:zz")}, nil},
+		"after a tag with digest":    {&ocilocal.ListOptions{After: ocilocal.MustParseReference(want[3] + "@" + a.Digest().String())}, want[4:]},
+		"after a digest":             {&ocilocal.ListOptions{After: ocilocal.MustParseReference("example.com/x/y@" + a.Digest().String())}, want},
+		"after the last":             {&ocilocal.ListOptions{After: ocilocal.MustParseReference(want[4])}, nil},
+		"negative limit":             {&ocilocal.ListOptions{Limit: -1}, want},
+		"limit beyond the end":       {&ocilocal.ListOptions{Limit: 6}, want},
+		"prefix, name, after, limit": {&ocilocal.ListOptions{Prefix: "e", Name: "example.com/x/y", After: ocilocal.MustParseReference(want[0]), Limit: 5}, want[1:2]},
 	} {
 		var got []string
 		for ref, err := range r.Refs(ctx, c.opts) {

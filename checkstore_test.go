@@ -31,7 +31,17 @@ type model map[string][]string
 // returns the references that are there with their labels.
 func checkStore(t *testing.T, root string, want model) map[string]string {
 	t.Helper()
-	c := &storeCheck{root: root, blobs: map[string]int64{}}
+	return checkWith(t, &storeCheck{root: root, blobs: map[string]int64{}}, want)
+}
+
+// checkCollected is checkStore after a collection at grace 0 with no other process there.
+func checkCollected(t *testing.T, root string, want model) map[string]string {
+	t.Helper()
+	return checkWith(t, &storeCheck{root: root, blobs: map[string]int64{}, collected: true}, want)
+}
+
+func checkWith(t *testing.T, c *storeCheck, want model) map[string]string {
+	t.Helper()
 	got := c.run(want)
 	for i, p := range c.problems {
 		if i == 30 {
@@ -44,9 +54,18 @@ func checkStore(t *testing.T, root string, want model) map[string]string {
 }
 
 type storeCheck struct {
-	root     string
-	blobs    map[string]int64 // digest → size of every file that hashes to its name
-	problems []string
+	root      string
+	collected bool             // nothing but what refs need may be there (I6)
+	blobs     map[string]int64 // digest → size of every file that hashes to its name
+	needed    map[string]bool  // what refs lead to
+	problems  []string
+}
+
+func (c *storeCheck) need(digest string) {
+	if c.needed == nil {
+		c.needed = map[string]bool{}
+	}
+	c.needed[digest] = true
 }
 
 func (c *storeCheck) bad(format string, args ...any) {
@@ -231,6 +250,20 @@ func (c *storeCheck) index(want model) map[string]string {
 		}
 	})
 
+	// I6: after a collection there is nothing else.
+	if c.collected {
+		for d := range c.blobs {
+			if !c.needed[d] {
+				c.bad("I6: blob %s is there and nothing needs it", d)
+			}
+		}
+		for d := range sizes {
+			if !c.needed[d] {
+				c.bad("I6: row of %s is there and nothing needs it", d)
+			}
+		}
+	}
+
 	// I3: what was acknowledged is there.
 	for ref, allowed := range want {
 		if _, there := got[ref]; !there && !slices.Contains(allowed, "") {
@@ -269,11 +302,13 @@ func (c *storeCheck) closure(ref, digest string, sizes map[string]string, rows m
 		return m.Annotations[labelKey]
 	}
 	seen[digest] = true
+	c.need(digest)
 	needs := slices.Concat(m.Layers, m.Blobs, m.Manifests)
 	if m.Config != nil {
 		needs = append([]descriptor{*m.Config}, needs...)
 	}
 	for i, d := range needs {
+		c.need(d.Digest)
 		switch size, ok := c.blobs[d.Digest]; {
 		case !ok:
 			c.bad("I2: %s: %s, which manifest %s needs, is missing or damaged", ref, d.Digest, digest)
@@ -381,6 +416,7 @@ func TestCheckStoreFinds(t *testing.T) {
 				t.Fatal(err)
 			}
 			mustClose(t, r)
+			dontWatch(root)
 			c.damage(t, root)
 			check := &storeCheck{root: root, blobs: map[string]int64{}}
 			check.run(c.want)

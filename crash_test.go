@@ -51,7 +51,8 @@ func crashWorker(in *bufio.Scanner, args []string) error {
 	if err != nil {
 		return err
 	}
-	go func() { // the parent is gone when its end of the pipe is
+	collected := len(args) > 4 // somebody collects garbage at grace 0
+	go func() {                // the parent is gone when its end of the pipe is
 		for in.Scan() {
 		}
 		os.Exit(3)
@@ -73,7 +74,7 @@ func crashWorker(in *bufio.Scanner, args []string) error {
 		unique := append([]byte(label), make([]byte, rng.IntN(64<<10))...)
 		layers := [][]byte{unique, poolLayer(rng.IntN(6))}
 		ref := ownRef(number, rng.IntN(ownRefs))
-		switch op := rng.IntN(12); op {
+		switch op := rng.IntN(13); op {
 		case 0, 1, 2, 3: // build, replacing
 			say("try", ref, label)
 			u, err := publishLabelled(r, ref, label, ocilocal.Replace, layers...)
@@ -101,11 +102,16 @@ func crashWorker(in *bufio.Scanner, args []string) error {
 			}
 			b := builds[rng.IntN(len(builds))]
 			say("try", ref, b.label)
-			if _, err := r.Tag(ctx, b.digest, ocilocal.MustParseReference(ref), &ocilocal.PublishOptions{Policy: ocilocal.Replace}); err != nil {
+			_, err := r.Tag(ctx, b.digest, ocilocal.MustParseReference(ref), &ocilocal.PublishOptions{Policy: ocilocal.Replace})
+			switch {
+			case err == nil:
+				say("ack")
+				mine[ref] = b.label
+			case collected && errors.Is(err, ocilocal.ErrNotFound):
+				say("nak")
+			default:
 				return err
 			}
-			say("ack")
-			mine[ref] = b.label
 		case 7: // remove
 			say("try", ref, "-")
 			_, err := r.Remove(ctx, ocilocal.MustParseReference(ref))
@@ -125,7 +131,11 @@ func crashWorker(in *bufio.Scanner, args []string) error {
 				return err
 			}
 			say("ack")
-			if _, err := readLabelled(r, ref); err != nil {
+			_, err := readLabelled(r, ref)
+			if collected && errors.Is(err, ocilocal.ErrNotFound) {
+				err = nil // replaced by another and collected while it was being read
+			}
+			if err != nil {
 				return err
 			}
 		case 9: // read back, now, what was acknowledged to this process
@@ -152,6 +162,23 @@ func crashWorker(in *bufio.Scanner, args []string) error {
 			if r, err = ocilocal.Open(ctx, root, nil); err != nil {
 				return err
 			}
+		case 12: // export one, and import it under another name
+			from := ownRef(number, rng.IntN(ownRefs))
+			if mine[from] == "" {
+				continue
+			}
+			var archive bytes.Buffer
+			if err := r.ExportArchive(ctx, &archive, []ocilocal.Reference{ocilocal.MustParseReference(from)}, nil); err != nil {
+				return err
+			}
+			say("try", ref, mine[from])
+			if _, err := r.ImportArchive(ctx, &archive, &ocilocal.ImportOptions{
+				Reference: ocilocal.MustParseReference(ref), Rename: true, PublishOptions: ocilocal.PublishOptions{Policy: ocilocal.Replace},
+			}); err != nil {
+				return err
+			}
+			say("ack")
+			mine[ref] = mine[from]
 		}
 	}
 }

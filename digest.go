@@ -50,8 +50,8 @@ func checkDigest(d digest.Digest) error {
 	case len(enc) != n:
 		return fmt.Errorf("%w %q: %d characters after the ':', want %d", ErrInvalidDigest, clip(string(d)), len(enc), n)
 	}
-	for _, c := range []byte(enc) {
-		if (c < '0' || c > '9') && (c < 'a' || c > 'f') {
+	for i := range len(enc) {
+		if c := enc[i]; c-'0' > 9 && c-'a' > 5 { // unsigned: what lies below wraps round
 			return fmt.Errorf("%w %q: not lower-case hexadecimal", ErrInvalidDigest, clip(string(d)))
 		}
 	}

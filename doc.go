@@ -51,7 +51,11 @@
 //     bytes: equal input, equal digest.
 //   - Imports write nothing outside the root and never change their source.
 //   - What a killed process leaves in tmp/ is swept by the next process that writes.
-//   - Memory doesn't grow with the size of a blob or the number of refs.
+//   - [LocalRegistry.GC] deletes nothing that a ref needs, whatever else is going on, and what
+//     nothing needs is gone after it: replaced and removed artifacts, and what killed
+//     or failed publishes left in blobs/.
+//   - Memory doesn't grow with the size of a blob or, but for collection and verification,
+//     which need some 200 bytes for each blob, with the number of refs.
 //
 // # Sharing
 //
@@ -68,8 +72,6 @@
 //     recognised and refused, unless [Options.AllowNetworkFS] is set.
 //   - [OpenReadOnly] on a directory that this process may not write assumes that nobody
 //     else writes to it while it is open.
-//   - There is no garbage collection yet: what no ref points at any more, and
-//     the blobs of publishes that lost or were killed late, stay in blobs/.
 //   - On Windows directories can't be synced; names rely on NTFS's journal there.
 //
 // # Limits

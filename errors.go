@@ -81,6 +81,9 @@ var (
 	ErrBusy = errors.New("index is locked by another process")
 	// ErrIndexIO: reading or writing the index failed in the file system.
 	ErrIndexIO = errors.New("index input/output error")
+	// ErrUnsafe: garbage collection deleted nothing, because it could have
+	// deleted what is needed. The report that comes with it says why.
+	ErrUnsafe = errors.New("collection would not be safe")
 	// ErrNetworkFS: the root lies on a network file system, where SQLite's WAL is unsafe.
 	ErrNetworkFS = errors.New("root is on a network file system")
 )

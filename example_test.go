@@ -302,7 +302,7 @@ func ExampleLocalRegistry_ExportArchive() {
 	artifact := note(from, "example.com/note:v1", "one")
 
 	var archive bytes.Buffer // usually a file, or a connection
-	if err := from.ExportArchive(ctx, &archive, artifact.Reference()); err != nil {
+	if err := from.ExportArchive(ctx, &archive, []ocilocal.Reference{artifact.Reference()}, nil); err != nil {
 		log.Fatal(err)
 	}
 	result, err := to.ImportArchive(ctx, &archive, nil)
@@ -323,7 +323,7 @@ func ExampleLocalRegistry_ImportArchive() {
 	to, doneTo := scratch()
 	defer doneTo()
 	var archive bytes.Buffer
-	if err := from.ExportArchive(ctx, &archive, note(from, "example.com/note:v1", "one").Reference()); err != nil {
+	if err := from.ExportArchive(ctx, &archive, []ocilocal.Reference{note(from, "example.com/note:v1", "one").Reference()}, nil); err != nil {
 		log.Fatal(err)
 	}
 

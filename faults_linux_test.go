@@ -322,3 +322,42 @@ func TestReadOnlyFileSystem(t *testing.T) {
 		t.Errorf("the root was\n%s\nand is\n%s", before, after)
 	}
 }
+
+// TestFIFOs puts named pipes where files should be: nothing waits for a writer.
+func TestFIFOs(t *testing.T) {
+	r := openTemp(t, nil)
+	a, layer := oneLayer(t, r, keptRef, []byte("body"))
+	fifo := func(name string) {
+		t.Helper()
+		if err := errors.Join(os.Remove(name), syscall.Mkfifo(name, 0o644)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	check := func(what string, want error, call func() error) {
+		t.Helper()
+		done := make(chan error, 1)
+		go func() { done <- call() }()
+		if err := outcome(t, done); err == nil || want != nil && !errors.Is(err, want) {
+			t.Errorf("%s: %v, want %v", what, err, want)
+		}
+	}
+	fifo(blobFile(r, layer.Digest))
+	check("read a layer", nil, func() error { _, err := a.ReadLayer(t.Context(), layer); return err })
+	check("its size", ocilocal.ErrDigestMismatch, func() error { _, err := r.HasBlob(t.Context(), layer.Digest); return err })
+	check("tag", ocilocal.ErrDigestMismatch, func() error {
+		_, err := r.Tag(t.Context(), a.Digest(), ocilocal.MustParseReference(newRef), nil)
+		return err
+	})
+	if _, err := build(t, r, movedRef, nil, "body"); err != nil {
+		t.Errorf("putting the same bytes: %v", err)
+	}
+	if got, err := a.ReadLayer(t.Context(), layer); err != nil || string(got) != "body" {
+		t.Errorf("%q, %v", got, err)
+	}
+	mustClose(t, r)
+	for _, name := range []string{"id", "index.sqlite3"} {
+		fifo(filepath.Join(r.Root(), name))
+		check(name, ocilocal.ErrForeignIndex, func() error { _, err := ocilocal.Open(t.Context(), r.Root(), nil); return err })
+		check(name, ocilocal.ErrForeignIndex, func() error { _, err := ocilocal.OpenReadOnly(t.Context(), r.Root(), nil); return err })
+	}
+}

@@ -1,14 +1,20 @@
 package ocilocal_test
 
 import (
+	"archive/tar"
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
+	"io"
+	"maps"
 	"path/filepath"
 	"strings"
 	"sync/atomic"
 	"syscall"
 	"testing"
+
+	"github.com/opencontainers/go-digest"
 
 	"github.com/ocilocal/ocilocal"
 )
@@ -16,119 +22,272 @@ import (
 const (
 	keptRef  = "example.com/fault/kept:v1"
 	movedRef = "example.com/fault/moved:v1"
+	newRef   = "example.com/fault/new:v1"
 )
 
-// faulted is one run of an operation whose n-th file operation fails.
+// keptLayers are those of the artifacts that a flow finds.
+var keptLayers = [][]byte{[]byte("shared"), noise(30, 3000)}
+
+// A flow is something that is done to a root and that faults and kills shall
+// hit at every file operation. It can be done again after it was broken off.
+type flow struct {
+	name   string
+	seeded bool                        // the root has keptRef and movedRef, both at the label "before"
+	damage bool                        // and the first of their layers is damaged
+	always func(op, name string) error // fails these operations in every run
+	run    func(r *ocilocal.LocalRegistry) error
+	effect map[string]string // refs that it points elsewhere, with their labels
+}
+
+func publishFlow(ref string, policy ocilocal.Policy, layers ...[]byte) func(*ocilocal.LocalRegistry) error {
+	return func(r *ocilocal.LocalRegistry) error {
+		_, err := publishLabelled(r, ref, "after", policy, layers...)
+		return err
+	}
+}
+
+// noLinks is a file system without hard links.
+func noLinks(op, _ string) error {
+	if op == "link" {
+		return syscall.EPERM
+	}
+	return nil
+}
+
+var flows = []flow{
+	{name: "first open", run: publishFlow(newRef, ocilocal.KeepExisting, noise(31, 2000)),
+		effect: map[string]string{newRef: "after"}},
+	{name: "first open without links", always: noLinks, run: publishFlow(newRef, ocilocal.KeepExisting, noise(31, 2000)),
+		effect: map[string]string{newRef: "after"}},
+	{name: "publish new", seeded: true, run: publishFlow(newRef, ocilocal.KeepExisting, noise(31, 2000), noise(32, 2<<20)),
+		effect: map[string]string{newRef: "after"}},
+	{name: "publish dedup", seeded: true, run: publishFlow(newRef, ocilocal.KeepExisting, keptLayers...),
+		effect: map[string]string{newRef: "after"}},
+	{name: "publish without links", seeded: true, always: noLinks, run: publishFlow(newRef, ocilocal.KeepExisting, keptLayers[0], noise(33, 2000)),
+		effect: map[string]string{newRef: "after"}},
+	{name: "replace and heal", seeded: true, damage: true, run: publishFlow(movedRef, ocilocal.Replace, keptLayers...),
+		effect: map[string]string{movedRef: "after"}},
+	{name: "tag", seeded: true, run: func(r *ocilocal.LocalRegistry) error {
+		ctx := context.Background()
+		d, err := r.Resolve(ctx, ocilocal.MustParseReference(keptRef))
+		if err != nil {
+			return err
+		}
+		_, err = r.Tag(ctx, d.Digest, ocilocal.MustParseReference(newRef), nil)
+		return err
+	}, effect: map[string]string{newRef: "before"}},
+	{name: "import archive", seeded: true, run: func(r *ocilocal.LocalRegistry) error {
+		_, err := r.ImportArchive(context.Background(), bytes.NewReader(faultArchive()), nil)
+		return err
+	}, effect: map[string]string{newRef: "imported"}},
+}
+
+// faultArchive is an archive with a blob that the root has, one that it
+// doesn't, and one that nothing needs.
+func faultArchive() []byte {
+	config, layer, shared := "{}", string(noise(34, 5000)), string(keptLayers[0])
+	manifest := fmt.Sprintf(`{"schemaVersion":2,"artifactType":"a/b","config":%s,"layers":[%s,%s],"annotations":{%q:"imported"}}`,
+		desc("application/vnd.oci.empty.v1+json", config), desc("a/b", layer), desc("a/b", shared), labelKey)
+	var b bytes.Buffer
+	w := tar.NewWriter(&b)
+	for _, e := range []entry{layoutIndex(manifest, newRef), blobEntry("unneeded"), blobEntry(layer), blobEntry(shared), blobEntry(config), blobEntry(manifest)} {
+		w.WriteHeader(&tar.Header{Typeflag: tar.TypeReg, Name: e.name, Size: int64(len(e.body)), Mode: 0o644})
+		w.Write([]byte(e.body))
+	}
+	w.Close()
+	return b.Bytes()
+}
+
+// before returns what a root of the flow holds at its beginning.
+func (f *flow) before() map[string]string {
+	if !f.seeded {
+		return map[string]string{}
+	}
+	return map[string]string{keptRef: "before", movedRef: "before"}
+}
+
+// after returns what it holds at its end.
+func (f *flow) after() map[string]string {
+	labels := f.before()
+	maps.Copy(labels, f.effect)
+	return labels
+}
+
+// prepare makes a root for the flow.
+func (f *flow) prepare(t *testing.T) (root string) {
+	t.Helper()
+	root = filepath.Join(t.TempDir(), "root")
+	if !f.seeded {
+		return root
+	}
+	r := mustOpen(t, root)
+	for ref, label := range f.before() {
+		if _, err := publishLabelled(r, ref, label, ocilocal.KeepExisting, keptLayers...); err != nil {
+			t.Fatal(err)
+		}
+	}
+	mustClose(t, r)
+	if f.damage {
+		rewrite(t, blobFile(r, digest.FromBytes(keptLayers[0])), flipBit)
+	}
+	return root
+}
+
+// labels reads which of the flows' refs are there. A damaged layer is the flow's own.
+func (f *flow) labels(t *testing.T, r *ocilocal.LocalRegistry) map[string]string {
+	t.Helper()
+	got := map[string]string{}
+	for _, ref := range []string{keptRef, movedRef, newRef} {
+		label, err := readLabelled(r, ref)
+		if f.damage && errors.Is(err, ocilocal.ErrDigestMismatch) {
+			label, err = "before", nil
+		}
+		if errors.Is(err, ocilocal.ErrNotFound) && !errors.Is(err, ocilocal.ErrIncomplete) {
+			if ok, err := r.Exists(t.Context(), ocilocal.MustParseReference(ref)); ok || err != nil {
+				t.Errorf("%s resolves (%v), and can't be read", ref, err)
+			}
+			continue
+		}
+		if err != nil {
+			t.Errorf("%s: %v", ref, err)
+		}
+		got[ref] = label
+	}
+	return got
+}
+
+// exactly is the model of a root with these labels.
+func exactly(labels map[string]string) model {
+	m := model{}
+	for ref, label := range labels {
+		m[ref] = []string{label}
+	}
+	return m
+}
+
+// faulted counts the file operations of a flow and fails the n-th.
 type faulted struct {
-	n     int64
-	errno error
-	count atomic.Int64
-	op    atomic.Value // what failed
+	always func(op, name string) error
+	n      int64
+	errno  error
+	count  atomic.Int64
+	op     atomic.Value // what failed
 }
 
 func (f *faulted) fault(op, name string) error {
-	if f.count.Add(1) != f.n {
-		return nil
+	if f.n > 0 && f.count.Add(1) == f.n {
+		f.op.Store(op + " " + name)
+		if f.errno == io.ErrShortWrite && op != "write" {
+			return syscall.EIO
+		}
+		return f.errno
 	}
-	f.op.Store(op)
-	return f.errno
+	if f.always != nil {
+		return f.always(op, name)
+	}
+	return nil
 }
 
-func (f *faulted) hit() bool { return f.count.Load() >= f.n }
+func (f *faulted) hit() string { op, _ := f.op.Load().(string); return op }
 
-// TestFaultAtEveryOperation fails each file operation of a publish in turn,
-// until there are no more, on a new handle each time, so that the operations
-// of a first write are among them. Each failure must be typed, leave the ref
-// as it was, and be over with its cause.
+var faultErrors = []error{
+	syscall.EIO, syscall.ENOSPC, syscall.EDQUOT, syscall.EMFILE, syscall.EACCES, syscall.EROFS,
+	syscall.EXDEV, syscall.EPERM, syscall.EMLINK, syscall.EINTR, io.ErrShortWrite,
+}
+
+// TestFaultAtEveryOperation fails each file operation of each flow in turn,
+// from opening to closing, until there are no more. A flow that reports
+// success has done all; any other error is typed and has changed nothing; and
+// once the cause is over the same handle does it. By default each operation
+// fails with one of the errors, in the long run with each.
 func TestFaultAtEveryOperation(t *testing.T) {
-	for _, errno := range []syscall.Errno{syscall.EIO, syscall.ENOSPC, syscall.EACCES, syscall.EMFILE} {
-		t.Run(errno.Error(), func(t *testing.T) {
+	for i := range flows {
+		f := &flows[i]
+		t.Run(f.name, func(t *testing.T) {
 			t.Parallel()
-			root := filepath.Join(t.TempDir(), "root")
-			want := model{keptRef: {"kept"}, movedRef: {"before"}}
-			r := mustOpen(t, root)
-			for ref, labels := range want {
-				if _, err := publishLabelled(r, ref, labels[0], ocilocal.KeepExisting, []byte("shared"), []byte(ref)); err != nil {
-					t.Fatal(err)
-				}
-			}
-			mustClose(t, r)
-			ops := map[string]bool{}
-			before := "before"
-			for n := int64(1); ; n++ {
+			ops := map[string]int{}
+			points, whole := 0, false
+			for n := int64(1); !whole; n++ {
 				if n > 200 {
-					t.Fatal("publish takes more than 200 file operations")
+					t.Fatal("more than 200 file operations")
 				}
-				r := mustOpen(t, root)
-				f := &faulted{n: n, errno: errno}
-				ocilocal.SetFault(r, f.fault)
-				newRef, label := fmt.Sprintf("example.com/fault/new:r%d", n), fmt.Sprint("attempt", n)
-				publish := func(ref string) error {
-					_, err := publishLabelled(r, ref, label, ocilocal.Replace, []byte("shared"), []byte(label), []byte(ref+label))
-					return err
-				}
-				err := publish(newRef)
-				if !f.hit() {
-					if err != nil {
-						t.Fatalf("publish without a fault: %v", err)
+				for e := range scaled(1, 1, len(faultErrors)) {
+					fa := &faulted{always: f.always, n: n, errno: faultErrors[(int(n)+4*e+i)%len(faultErrors)]}
+					op := f.withFault(t, fa)
+					if t.Failed() {
+						t.Fatalf("operation %d (%s) failed with %v", n, op, fa.errno)
 					}
-					want[newRef] = []string{label}
-					mustClose(t, r)
-					break
-				}
-				op, _ := f.op.Load().(string)
-				ops[op] = true
-				checkFault(t, err, errno, op, n)
-				if ok, err := r.Exists(t.Context(), ocilocal.MustParseReference(newRef)); ok || err != nil {
-					t.Errorf("operation %d (%s) failed, and the ref exists: %v, %v", n, op, ok, err)
-				}
-
-				// The same while a ref is moved: it stays where it was. The other
-				// publish has made the session, so the operations are fewer here.
-				f = &faulted{n: n, errno: errno}
-				ocilocal.SetFault(r, f.fault)
-				if err := publish(movedRef); f.hit() {
-					op, _ := f.op.Load().(string)
-					checkFault(t, err, errno, op, n)
-				} else if err != nil {
-					t.Fatalf("publish without a fault: %v", err)
-				} else {
-					before = label
-				}
-				for ref, label := range map[string]string{keptRef: "kept", movedRef: before} {
-					if got, err := readLabelled(r, ref); got != label || err != nil {
-						t.Errorf("after a fault at %d (%s): %s reads %q, %v; want %q", n, op, ref, got, err, label)
+					if op == "" {
+						whole = true
+						break
 					}
+					points++
+					ops[strings.Fields(op)[0]]++
 				}
-
-				// The cause is gone, and the same calls succeed, on the same handle.
-				ocilocal.SetFault(r, nil)
-				for _, ref := range []string{newRef, movedRef} {
-					if err := publish(ref); err != nil {
-						t.Fatalf("after a fault at %d (%s): %v", n, op, err)
-					}
-				}
-				before = label
-				want[newRef], want[movedRef] = []string{label}, []string{label}
-				mustClose(t, r)
 			}
-			for _, op := range []string{"mkdir", "create", "write", "fsync", "link", "fsyncdir"} {
-				if !ops[op] {
+			t.Logf("%d points: %v", points, ops)
+			for _, op := range []string{"open", "create", "mkdir", "write", "chmod", "fsync", "link", "fsyncdir", "remove", "stat", "readdir"} {
+				if ops[op] == 0 && f.name != "tag" {
 					t.Errorf("no %s was failed: the seam or this test misses it (seen: %v)", op, ops)
 				}
 			}
-			checkStore(t, root, want)
 		})
 	}
 }
 
-func checkFault(t *testing.T, err error, errno syscall.Errno, op string, n int64) {
+// withFault runs the flow on a new root with one fault, and returns what failed.
+func (f *flow) withFault(t *testing.T, fa *faulted) (op string) {
 	t.Helper()
+	root := f.prepare(t)
+	r, err := ocilocal.OpenFaulty(t.Context(), root, fa.fault)
 	if err == nil {
-		t.Fatalf("operation %d (%s) failed, the publish did not", n, op)
+		if err = f.run(r); err == nil && fa.hit() == "" {
+			err = r.Close() // which may be hit as well
+			r = nil
+			if fa.hit() != "" && err != nil {
+				checkFault(t, err, fa)
+				err = nil
+			}
+		}
+	}
+	op = fa.hit()
+	want := f.after()
+	if err != nil {
+		checkFault(t, err, fa)
+		want = f.before()
+	}
+	if r != nil {
+		ocilocal.SetFault(r, f.always)
+	} else if r, err = ocilocal.OpenFaulty(t.Context(), root, f.always); err != nil {
+		t.Fatalf("open after a fault: %v", err)
+	}
+	defer r.Close()
+	if got := f.labels(t, r); !maps.Equal(got, want) {
+		t.Errorf("after a fault (%v): %v, want %v", err, got, want)
+	}
+	if err := f.run(r); err != nil {
+		t.Errorf("the same once the cause is over: %v", err)
+	}
+	mustClose(t, r)
+	if op != "" { // what could not be removed is swept by the next that writes
+		r = mustOpen(t, root)
+		if err := f.run(r); err != nil {
+			t.Error(err)
+		}
+		mustClose(t, r)
+	}
+	checkStore(t, root, exactly(f.after()))
+	return op
+}
+
+func checkFault(t *testing.T, err error, fa *faulted) {
+	t.Helper()
+	errno := fa.errno
+	if errno == io.ErrShortWrite && !strings.HasPrefix(fa.hit(), "write") {
+		errno = syscall.EIO
 	}
 	if _, ok := errors.AsType[*ocilocal.Error](err); !ok || !errors.Is(err, errno) {
-		t.Errorf("operation %d (%s): error %T %v is not typed, or not %v", n, op, err, err, errno)
+		t.Errorf("error %T %v is not typed, or not %v", err, err, errno)
 	}
 }
 

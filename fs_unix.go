@@ -17,7 +17,7 @@ const openNonblock = syscall.O_NONBLOCK
 // lockDir tries to lock a directory of root against every other process and
 // every other handle in this one. held is false when somebody else has it, or
 // when it is gone. The lock ends with release, or with the process.
-func lockDir(root *os.Root, name string) (release func() error, held bool, err error) {
+func lockDir(root *rootDir, name string) (release func() error, held bool, err error) {
 	d, err := root.Open(name)
 	if err != nil {
 		return nil, false, ignoreNotExist(err)

@@ -22,6 +22,8 @@ type ImportOptions struct {
 	// PublishOptions say what happens if a ref exists. With several entries,
 	// a conflict is reported as an outcome; with one, it is an error as well.
 	PublishOptions
+
+	one bool // the caller has use for one entry only
 }
 
 // An ImportedArtifact is one entry that was imported.
@@ -49,6 +51,8 @@ type importer struct {
 	registry *LocalRegistry
 	opts     ImportOptions
 	stage    *stage
+	// accept, if not nil, may refuse the manifest of an entry.
+	accept func(*Manifest) error
 	// fetch stages a blob that neither the stage nor the registry has.
 	fetch func(ctx context.Context, desc ocispec.Descriptor) error
 
@@ -81,6 +85,11 @@ func (im *importer) run(ctx context.Context, entries []ocispec.Descriptor) (*Imp
 		p := publication{ref: ref, PublishOptions: im.opts.PublishOptions}
 		if p.root, err = im.manifest(ctx, e, 0, map[digest.Digest]bool{}, &p.manifests); err != nil {
 			return nil, err
+		}
+		if im.accept != nil {
+			if err := im.accept(p.root); err != nil {
+				return nil, err
+			}
 		}
 		result.Artifacts = append(result.Artifacts, ImportedArtifact{Name: name, Descriptor: p.root.Descriptor()})
 		pubs = append(pubs, p)
@@ -124,9 +133,15 @@ func (im *importer) choose(entries []ocispec.Descriptor) ([]ocispec.Descriptor, 
 	if len(chosen) == 0 {
 		return nil, fmt.Errorf("%w: index.json names no manifest", ErrInvalidLayout)
 	}
-	if len(chosen) > 1 && (!im.opts.Reference.IsZero() || im.opts.Select != "" || im.opts.Expected != "") {
+	if len(chosen) > 1 && (im.opts.one || !im.opts.Reference.IsZero() || im.opts.Select != "" || im.opts.Expected != "") {
 		return nil, fmt.Errorf("%w: index.json has %d entries that fit, and one was asked for (ImportOptions.Select chooses by name or digest)",
 			ErrInvalidArgument, len(chosen))
+	}
+	for _, e := range chosen {
+		if formOf(e.MediaType) == 0 {
+			return nil, fmt.Errorf("%w: index.json has an entry of type %q (ImportOptions.Select chooses another)",
+				ErrUnsupportedMediaType, clip(e.MediaType))
+		}
 	}
 	return chosen, nil
 }
@@ -135,10 +150,7 @@ func (im *importer) choose(entries []ocispec.Descriptor) ([]ocispec.Descriptor, 
 // name has no grammar (image-spec annotations.md): what is no reference, such as a
 // bare tag, doesn't name one here.
 func (im *importer) reference(name string) (Reference, error) {
-	named := Reference{}
-	if name != "" && !isBareTag(name) {
-		named, _ = ParseReference(name)
-	}
+	named := fullName(name)
 	want := im.opts.Reference
 	if want.IsZero() {
 		return named, nil
@@ -148,6 +160,14 @@ func (im *importer) reference(name string) (Reference, error) {
 		return Reference{}, fmt.Errorf("%w: the content is named %q, not %s (ImportOptions.Rename overrides)", ErrInvalidArgument, clip(name), want)
 	}
 	return want, nil
+}
+
+// fullName returns the reference that an entry's name is, zero if it is none.
+func fullName(name string) (ref Reference) {
+	if name != "" && !isBareTag(name) {
+		ref, _ = ParseReference(name)
+	}
+	return ref
 }
 
 // manifest stages a manifest and all below it, and appends them to list,
@@ -218,11 +238,6 @@ func parseLayoutIndex(raw []byte) ([]ocispec.Descriptor, error) {
 	m, err := ParseManifest(ocispec.MediaTypeImageIndex, raw)
 	if err != nil {
 		return nil, fmt.Errorf("%w: index.json: %w", ErrInvalidLayout, err)
-	}
-	for _, e := range m.doc.Manifests {
-		if formOf(e.MediaType) == 0 {
-			return nil, fmt.Errorf("%w: index.json has an entry of type %q", ErrUnsupportedMediaType, clip(e.MediaType))
-		}
 	}
 	return m.doc.Manifests, nil
 }

@@ -1,9 +1,12 @@
 package ocilocal
 
 import (
+	"context"
 	"database/sql"
 	"encoding/json"
+	"errors"
 	"fmt"
+	"slices"
 	"strconv"
 	"time"
 
@@ -49,13 +52,15 @@ const (
 		VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (digest) DO NOTHING`
 	sqlPutMember = `INSERT INTO members (manifest, position, role, digest, media_type, size, annotations) VALUES (?, ?, ?, ?, ?, ?, ?)`
 
-	sqlGetRef    = `SELECT manifest FROM refs WHERE name = ? AND reference = ?`
+	// In a damaged index, whose rows are out of order, SQLite finds other rows
+	// than those that were asked for: so the keys are read back and compared.
+	sqlGetRef    = `SELECT name, reference, manifest FROM refs WHERE name = ? AND reference = ?`
 	sqlPutRef    = `INSERT OR REPLACE INTO refs (name, reference, manifest, media_type, artifact_type, size, updated) VALUES (?, ?, ?, ?, ?, ?, ?)`
 	sqlDeleteRef = `DELETE FROM refs WHERE name = ? AND reference = ?`
 
 	// A ref's row repeats its manifest's descriptor, which can't change: a
 	// listing of 100,000 is then one scan, not as many look-ups by random digests.
-	sqlResolve       = `SELECT media_type, manifest, size, artifact_type, updated FROM refs WHERE name = ? AND reference = ?`
+	sqlResolve       = `SELECT name, reference, media_type, manifest, size, artifact_type, updated FROM refs WHERE name = ? AND reference = ?`
 	sqlResolveDigest = `SELECT media_type, digest, size, artifact_type, created FROM manifests WHERE digest = ?`
 	sqlMembers       = `SELECT role, digest, media_type, size FROM members WHERE manifest = ? AND position >= ? ORDER BY position LIMIT ?`
 	// A page starts after (?1, ?2) and stays below the upper bound ?3 of the names.
@@ -64,15 +69,37 @@ const (
 )
 
 // meta returns a value of the table meta, "" when there is none.
-func (x *index) meta(key string) (value string, err error) {
-	_, err = x.row(sqlGetMeta, []any{key}, &value)
+func meta(q rowReader, key string) (value string, err error) {
+	_, err = q.row(sqlGetMeta, []any{key}, &value)
 	return value, err
 }
 
 // ref returns what a ref points at, "" when there is none.
 func (t *indexTx) ref(name, reference string) (d digest.Digest, err error) {
-	_, err = t.row(sqlGetRef, []any{name, reference}, &d)
+	var key refKey
+	if _, err = t.row(sqlGetRef, []any{name, reference}, &key.name, &key.reference, &d); err == nil && d != "" {
+		err = key.check(name, reference)
+	}
 	return d, err
+}
+
+// refKey is the key of a row of refs, as it was read.
+type refKey struct{ name, reference string }
+
+// check is an [ErrCorruptIndex] unless the row has the key that was asked for.
+func (k refKey) check(name, reference string) error {
+	if k.name == name && k.reference == reference {
+		return nil
+	}
+	return fmt.Errorf("%w: looking for ref %q finds %q", ErrCorruptIndex, clip(name+":"+reference), clip(k.name+":"+k.reference))
+}
+
+// checkFound is an [ErrCorruptIndex] unless a manifest's row is that of the digest that was asked for.
+func checkFound(asked, found digest.Digest) error {
+	if asked == found {
+		return nil
+	}
+	return fmt.Errorf("%w: looking for manifest %s finds %q", ErrCorruptIndex, asked, clip(string(found)))
 }
 
 func (t *indexTx) putRef(name, reference string, d ocispec.Descriptor, now time.Time) error {
@@ -87,16 +114,13 @@ func (t *indexTx) deleteRef(name, reference string) error {
 
 // manifest returns the descriptor of a manifest row.
 func (t *indexTx) manifest(d digest.Digest) (desc ocispec.Descriptor, ok bool, err error) {
-	var created int64
-	ok, err = t.row(sqlResolveDigest, []any{string(d)}, &desc.MediaType, &desc.Digest, &desc.Size, &desc.ArtifactType, &created)
+	desc, ok, err = manifestRow(t, d)
 	return desc, ok, err
 }
 
 // resolved returns a ref's row with its manifest's.
 func (t *indexTx) resolved(name, reference string) (desc ocispec.Descriptor, updated time.Time, ok bool, err error) {
-	var micro int64
-	ok, err = t.row(sqlResolve, []any{name, reference}, &desc.MediaType, &desc.Digest, &desc.Size, &desc.ArtifactType, &micro)
-	return desc, time.UnixMicro(micro), ok, err
+	return refRow(t, name, reference)
 }
 
 // putBlob records a blob. kind is the role it was first seen in.
@@ -107,27 +131,68 @@ func (t *indexTx) putBlob(d digest.Digest, size int64, kind string, now time.Tim
 
 // putManifest records a manifest and its members, unless it is there. Blobs must be recorded before.
 func (t *indexTx) putManifest(m *Manifest, now time.Time) error {
-	annotations, err := canonicalAnnotations(m.doc.Annotations)
+	row, err := manifestColumns(m)
 	if err != nil {
 		return err
 	}
-	config, _ := m.Config()
-	subject, _ := m.Subject()
-	n, err := t.exec(sqlPutManifest, string(m.Digest()), m.MediaType(), m.ArtifactType(), m.Size(),
-		string(config.Digest), string(subject.Digest), annotations, now.UnixMicro())
+	n, err := t.exec(sqlPutManifest, append(row, now.UnixMicro())...)
 	if err != nil || n == 0 {
 		return err
 	}
-	for i, c := range m.children() {
-		annotations, err := canonicalAnnotations(c.Annotations)
+	return t.putMembers(m)
+}
+
+func (t *indexTx) putMembers(m *Manifest) error {
+	for i := range m.children() {
+		row, err := memberColumns(m, i)
 		if err != nil {
 			return err
 		}
-		if _, err := t.exec(sqlPutMember, string(m.Digest()), i, string(m.childRole(i)), string(c.Digest), c.MediaType, c.Size, annotations); err != nil {
+		if _, err := t.exec(sqlPutMember, row...); err != nil {
 			return err
 		}
 	}
 	return nil
+}
+
+// replaceManifest makes the rows of a manifest that is recorded what they should be,
+// and those of the refs that point at it. Blobs must be recorded before.
+func (t *indexTx) replaceManifest(m *Manifest) error {
+	row, err := manifestColumns(m)
+	if err != nil {
+		return err
+	}
+	if _, err := t.exec(sqlUpdateManifest, row...); err != nil {
+		return err
+	}
+	if err := t.deleteMembers(m.Digest()); err != nil {
+		return err
+	}
+	if err := t.putMembers(m); err != nil {
+		return err
+	}
+	_, err = t.exec(sqlUpdateRefs, string(m.Digest()))
+	return err
+}
+
+func (t *indexTx) deleteMembers(d digest.Digest) error {
+	_, err := t.exec(sqlDeleteMembers, string(d))
+	return err
+}
+
+// manifestColumns are the columns of a manifest's row but for its time.
+func manifestColumns(m *Manifest) ([]any, error) {
+	annotations, err := canonicalAnnotations(m.doc.Annotations)
+	config, _ := m.Config()
+	subject, _ := m.Subject()
+	return []any{string(m.Digest()), m.MediaType(), m.ArtifactType(), m.Size(), string(config.Digest), string(subject.Digest), annotations}, err
+}
+
+// memberColumns are the columns of the row for a manifest's i-th child.
+func memberColumns(m *Manifest, i int) ([]any, error) {
+	c := m.children()[i]
+	annotations, err := canonicalAnnotations(c.Annotations)
+	return []any{string(m.Digest()), i, string(m.childRole(i)), string(c.Digest), c.MediaType, c.Size, annotations}, err
 }
 
 // A member is one row of what a manifest needs.
@@ -164,15 +229,13 @@ func (t *indexTx) members(d digest.Digest, visit func(member) error) error {
 
 // resolve returns a ref's manifest descriptor.
 func (x *index) resolve(name, reference string) (desc ocispec.Descriptor, ok bool, err error) {
-	var updated int64
-	ok, err = x.row(sqlResolve, []any{name, reference}, &desc.MediaType, &desc.Digest, &desc.Size, &desc.ArtifactType, &updated)
+	desc, _, ok, err = refRow(x, name, reference)
 	return desc, ok, err
 }
 
 // resolveDigest returns a manifest's descriptor.
 func (x *index) resolveDigest(d digest.Digest) (desc ocispec.Descriptor, ok bool, err error) {
-	var created int64
-	ok, err = x.row(sqlResolveDigest, []any{string(d)}, &desc.MediaType, &desc.Digest, &desc.Size, &desc.ArtifactType, &created)
+	desc, ok, err = manifestRow(x, d)
 	return desc, ok, err
 }
 
@@ -182,22 +245,388 @@ func (x *index) list(name, reference, below string, n int) ([]Ref, error) {
 	if err != nil {
 		return nil, err
 	}
+	var row descriptorRow
+	var refName, refReference string
+	dest := append([]any{&refName, &refReference}, row.dest()...)
 	return scanAll(s, n, []any{name, reference, below, n}, func(rows *sql.Rows) (r Ref, err error) {
-		var name, reference string
-		var updated int64
-		d := &r.Descriptor
-		if err := rows.Scan(&name, &reference, &d.MediaType, &d.Digest, &d.Size, &d.ArtifactType, &updated); err != nil {
+		if err := rows.Scan(dest...); err != nil {
 			return r, err
 		}
-		if r.Reference, err = referenceFromKey(name, reference); err == nil {
-			err = checkDigest(d.Digest)
+		if r.Reference, err = referenceFromKey(refName, refReference); err == nil {
+			r.Descriptor, r.Updated, err = row.value()
 		}
 		if err != nil {
-			return r, fmt.Errorf("%w: row of ref %s: %w", ErrCorruptIndex, strconv.Quote(clip(name+":"+reference)), err)
+			err = fmt.Errorf("%w: row of ref %s: %w", ErrCorruptIndex, strconv.Quote(clip(refName+":"+refReference)), err)
 		}
-		r.Updated = time.UnixMicro(updated)
-		return r, nil
+		return r, err
 	})
+}
+
+// A descriptorRow takes the five columns that make a manifest's descriptor, the
+// last a time. Its fields are what database/sql fills without reflection.
+type descriptorRow struct {
+	mediaType, digest, artifactType string
+	size, micro                     any
+}
+
+func (d *descriptorRow) dest() []any {
+	return []any{&d.mediaType, &d.digest, &d.size, &d.artifactType, &d.micro}
+}
+
+func (d *descriptorRow) value() (desc ocispec.Descriptor, at time.Time, err error) {
+	size, ok := d.size.(int64)
+	micro, ok2 := d.micro.(int64)
+	if !ok || !ok2 || size < 0 {
+		return desc, at, fmt.Errorf("%w: size %v or time %v is no number that fits", ErrCorruptIndex, d.size, d.micro)
+	}
+	if err := checkDigest(digest.Digest(d.digest)); err != nil {
+		return desc, at, fmt.Errorf("%w: %w", ErrCorruptIndex, err)
+	}
+	desc = ocispec.Descriptor{MediaType: d.mediaType, Digest: digest.Digest(d.digest), Size: size, ArtifactType: d.artifactType}
+	return desc, time.UnixMicro(micro), nil
+}
+
+// rowReader is index and indexTx: one row, without or within a transaction.
+type rowReader interface {
+	row(text string, args []any, dest ...any) (bool, error)
+}
+
+// refRow returns a ref's descriptor and when it was last changed.
+func refRow(from rowReader, name, reference string) (desc ocispec.Descriptor, updated time.Time, ok bool, err error) {
+	var key refKey
+	var row descriptorRow
+	if ok, err = from.row(sqlResolve, []any{name, reference}, append([]any{&key.name, &key.reference}, row.dest()...)...); ok && err == nil {
+		if err = key.check(name, reference); err == nil {
+			desc, updated, err = row.value()
+		}
+	}
+	return desc, updated, ok && err == nil, err
+}
+
+// manifestRow returns a manifest's descriptor.
+func manifestRow(from rowReader, d digest.Digest) (desc ocispec.Descriptor, ok bool, err error) {
+	var row descriptorRow
+	if ok, err = from.row(sqlResolveDigest, []any{string(d)}, row.dest()...); ok && err == nil {
+		if desc, _, err = row.value(); err == nil {
+			err = checkFound(d, desc.Digest)
+		}
+	}
+	return desc, ok && err == nil, err
+}
+
+// What garbage collection reads and deletes.
+const (
+	sqlRefTargets   = `SELECT DISTINCT manifest FROM refs WHERE manifest > ? ORDER BY manifest LIMIT ?`
+	sqlManifestRows = `SELECT digest, subject FROM manifests WHERE digest > ? ORDER BY digest LIMIT ?`
+	sqlMemberRows   = `SELECT manifest, position, digest FROM members WHERE (manifest, position) > (?, ?) ORDER BY manifest, position LIMIT ?`
+	sqlBlobRows     = `SELECT digest, size, created FROM blobs WHERE digest > ? ORDER BY digest LIMIT ?`
+
+	sqlHasRef   = `SELECT 1 FROM refs WHERE manifest = ? LIMIT 1`
+	sqlSubject  = `SELECT subject FROM manifests WHERE digest = ?`
+	sqlPointers = `SELECT manifest FROM members WHERE digest = ?1 AND manifest > ?2
+		UNION SELECT digest FROM manifests WHERE subject = ?1 AND subject <> '' AND digest > ?2 ORDER BY 1 LIMIT ?3`
+
+	sqlDeleteManifest = `DELETE FROM manifests WHERE digest = ?`
+	sqlDeleteBlob     = `DELETE FROM blobs WHERE digest = ?`
+)
+
+// A queryer is index and indexTx: queries without or within a transaction.
+type queryer interface {
+	rowReader
+	stmt(text string) (*sql.Stmt, error)
+}
+
+// pages runs a query whose last argument is a limit until it has no more rows.
+// visit returns the arguments, but for the limit, of the page after its row.
+func pages(ctx context.Context, q queryer, text string, args []any, visit func(*sql.Rows) (next []any, err error)) error {
+	const page = 1000
+	s, err := q.stmt(text)
+	if err != nil {
+		return err
+	}
+	for {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		got, err := scanAll(s, page, append(slices.Clone(args), page), func(rows *sql.Rows) (struct{}, error) {
+			var err error
+			args, err = visit(rows)
+			return struct{}{}, err
+		})
+		if err != nil || len(got) < page {
+			return err
+		}
+	}
+}
+
+// rowDigest checks a digest that a row holds, before anything relies on it.
+func rowDigest(s string) (digest.Digest, error) {
+	if err := checkDigest(digest.Digest(s)); err != nil {
+		return "", fmt.Errorf("%w: %w", ErrCorruptIndex, err)
+	}
+	return digest.Digest(s), nil
+}
+
+// refTargets visits what refs point at, each digest once.
+func (x *index) refTargets(ctx context.Context, visit func(digest.Digest)) error {
+	return pages(ctx, x, sqlRefTargets, []any{""}, func(rows *sql.Rows) ([]any, error) {
+		var s string
+		if err := rows.Scan(&s); err != nil {
+			return nil, err
+		}
+		d, err := rowDigest(s)
+		visit(d)
+		return []any{s}, err
+	})
+}
+
+// manifestRows visits every manifest with its subject.
+func (x *index) manifestRows(ctx context.Context, visit func(d, subject digest.Digest)) error {
+	return pages(ctx, x, sqlManifestRows, []any{""}, func(rows *sql.Rows) ([]any, error) {
+		var s, subject string
+		if err := rows.Scan(&s, &subject); err != nil {
+			return nil, err
+		}
+		d, err := rowDigest(s)
+		if err == nil && subject != "" {
+			_, err = rowDigest(subject)
+		}
+		visit(d, digest.Digest(subject))
+		return []any{s}, err
+	})
+}
+
+// memberRows visits every pair of a manifest and what it needs, a manifest's one after the other.
+func (x *index) memberRows(ctx context.Context, visit func(manifest, d digest.Digest)) error {
+	return pages(ctx, x, sqlMemberRows, []any{"", -1}, func(rows *sql.Rows) ([]any, error) {
+		var manifest, s string
+		var position int
+		if err := rows.Scan(&manifest, &position, &s); err != nil {
+			return nil, err
+		}
+		d, err := rowDigest(s)
+		if err == nil {
+			_, err = rowDigest(manifest)
+		}
+		visit(digest.Digest(manifest), d)
+		return []any{manifest, position}, err
+	})
+}
+
+// blobRows visits every blob's row, manifests' too.
+func (x *index) blobRows(ctx context.Context, visit func(d digest.Digest, size int64, created time.Time)) error {
+	return pages(ctx, x, sqlBlobRows, []any{""}, func(rows *sql.Rows) ([]any, error) {
+		var s string
+		var size, micro int64
+		if err := rows.Scan(&s, &size, &micro); err != nil {
+			return nil, err
+		}
+		d, err := rowDigest(s)
+		visit(d, size, time.UnixMicro(micro))
+		return []any{s}, err
+	})
+}
+
+// hasRef reports whether a ref points at d.
+func hasRef(q queryer, d digest.Digest) (bool, error) {
+	var one int
+	return q.row(sqlHasRef, []any{string(d)}, &one)
+}
+
+// subjectOf returns the subject of a manifest, "" if it has none or isn't here.
+func subjectOf(q queryer, d digest.Digest) (subject digest.Digest, err error) {
+	_, err = q.row(sqlSubject, []any{string(d)}, &subject)
+	return subject, err
+}
+
+// errStop ends a walk of rows early, without an error.
+var errStop = errors.New("stop")
+
+// pointers visits the manifests that need d or have it as their subject.
+func pointers(ctx context.Context, q queryer, d digest.Digest, visit func(manifest digest.Digest) error) error {
+	err := pages(ctx, q, sqlPointers, []any{string(d), ""}, func(rows *sql.Rows) ([]any, error) {
+		var s string
+		if err := rows.Scan(&s); err != nil {
+			return nil, err
+		}
+		return []any{string(d), s}, visit(digest.Digest(s))
+	})
+	if err == errStop {
+		return nil
+	}
+	return err
+}
+
+// delete removes the rows of a manifest with its members, or of a blob.
+func (t *indexTx) delete(d digest.Digest) error {
+	if _, err := t.exec(sqlDeleteManifest, string(d)); err != nil {
+		return err
+	}
+	_, err := t.exec(sqlDeleteBlob, string(d))
+	return err
+}
+
+// What verification and repair read and write.
+const (
+	sqlManifestColumns = `SELECT digest, media_type, artifact_type, size, config, subject, annotations FROM manifests WHERE digest = ?`
+	sqlMemberColumns   = `SELECT manifest, position, role, digest, media_type, size, annotations FROM members
+		WHERE manifest = ? AND position >= ? ORDER BY position LIMIT ?`
+	sqlBadRefs = `SELECT r.name, r.reference, r.manifest FROM refs r LEFT JOIN manifests m ON m.digest = r.manifest
+		WHERE (r.name, r.reference) > (?, ?) AND (m.digest IS NULL OR r.media_type <> m.media_type OR r.artifact_type <> m.artifact_type OR r.size <> m.size)
+		ORDER BY r.name, r.reference LIMIT ?`
+
+	sqlUpdateManifest = `UPDATE manifests SET media_type = ?2, artifact_type = ?3, size = ?4, config = ?5, subject = ?6, annotations = ?7 WHERE digest = ?1`
+	sqlDeleteMembers  = `DELETE FROM members WHERE manifest = ?`
+	sqlUpdateRefs     = `UPDATE refs SET media_type = m.media_type, artifact_type = m.artifact_type, size = m.size
+		FROM manifests m WHERE m.digest = ?1 AND refs.manifest = ?1`
+	sqlDeleteMeta = `DELETE FROM meta WHERE key = ?`
+)
+
+// deleteMeta removes a value of the table meta.
+func (t *indexTx) deleteMeta(key string) error {
+	_, err := t.exec(sqlDeleteMeta, key)
+	return err
+}
+
+// rowsDiffer says in what the rows of a manifest that is recorded contradict it, "" if in nothing.
+func (x *index) rowsDiffer(ctx context.Context, m *Manifest) (string, error) {
+	compare := func(rows *sql.Rows, want []any, names ...string) (string, error) {
+		got := make([]any, len(want))
+		dest := make([]any, len(want))
+		for i := range got {
+			dest[i] = &got[i]
+		}
+		if err := rows.Scan(dest...); err != nil {
+			return "", err
+		}
+		for i := range got {
+			if fmt.Sprint(got[i]) != fmt.Sprint(want[i]) {
+				return fmt.Sprintf("%s is %s, should be %s", names[i], clip(fmt.Sprintf("%q", got[i])), clip(fmt.Sprintf("%q", want[i]))), nil
+			}
+		}
+		return "", nil
+	}
+	differ := ""
+	want, err := manifestColumns(m)
+	if err != nil {
+		return "", err
+	}
+	s, err := x.stmt(sqlManifestColumns)
+	if err != nil {
+		return "", err
+	}
+	if _, err := scanAll(s, 1, []any{string(m.Digest())}, func(rows *sql.Rows) (struct{}, error) {
+		differ, err = compare(rows, want, "digest", "media type", "artifact type", "size", "config", "subject", "annotations")
+		return struct{}{}, err
+	}); err != nil || differ != "" {
+		return differ, err
+	}
+	n := 0
+	err = pages(ctx, x, sqlMemberColumns, []any{string(m.Digest()), 0}, func(rows *sql.Rows) ([]any, error) {
+		if n++; n > len(m.children()) {
+			differ = fmt.Sprintf("more than %d members", len(m.children()))
+			return nil, errStop
+		}
+		want, err := memberColumns(m, n-1)
+		if err == nil {
+			differ, err = compare(rows, want, "manifest", "position", "role", "digest", "media type", "size", "annotations")
+		}
+		if err == nil && differ != "" {
+			differ = fmt.Sprintf("member %d: %s", n-1, differ)
+			err = errStop
+		}
+		return []any{string(m.Digest()), n}, err
+	})
+	if err != nil && !errors.Is(err, errStop) {
+		return "", err
+	}
+	if differ == "" && n < len(m.children()) {
+		differ = fmt.Sprintf("%d members of %d", n, len(m.children()))
+	}
+	return differ, nil
+}
+
+// badRefs visits the refs whose manifest has no row, or other columns than they repeat.
+func (x *index) badRefs(ctx context.Context, visit func(Reference, digest.Digest) error) error {
+	return pages(ctx, x, sqlBadRefs, []any{"", ""}, func(rows *sql.Rows) ([]any, error) {
+		var name, reference, manifest string
+		if err := rows.Scan(&name, &reference, &manifest); err != nil {
+			return nil, err
+		}
+		ref, err := referenceFromKey(name, reference)
+		if err == nil {
+			err = visit(ref, digest.Digest(manifest))
+		}
+		return []any{name, reference}, err
+	})
+}
+
+// integrity visits what SQLite itself finds wrong.
+func (x *index) integrity(ctx context.Context, quick bool, visit func(string)) error {
+	texts := []string{"PRAGMA integrity_check(100)", "PRAGMA foreign_key_check"}
+	if quick {
+		texts[0] = "PRAGMA quick_check(100)"
+	}
+	for i, text := range texts {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		s, err := x.stmt(text)
+		if err != nil {
+			return err
+		}
+		if _, err := scanAll(s, 1, nil, func(rows *sql.Rows) (struct{}, error) {
+			cols := make([]any, 1+3*i)
+			dest := make([]any, len(cols))
+			for k := range cols {
+				dest[k] = &cols[k]
+			}
+			if err := rows.Scan(dest...); err != nil {
+				return struct{}{}, err
+			}
+			if i == 1 {
+				visit(fmt.Sprintf("row %v of %v points at nothing in %v", cols[1], cols[0], cols[2]))
+			} else if cols[0] != "ok" {
+				visit(fmt.Sprint(cols[0]))
+			}
+			return struct{}{}, nil
+		}); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+const sqlHasBlob = `SELECT 1 FROM blobs WHERE digest = ?`
+
+// hasBlob reports whether the index has a row for a blob.
+func hasBlob(q rowReader, d digest.Digest) (bool, error) {
+	var one int
+	return q.row(sqlHasBlob, []any{string(d)}, &one)
+}
+
+const sqlSalvage = `SELECT name, reference, manifest FROM refs WHERE (name, reference) > (?, ?) ORDER BY name, reference LIMIT ?`
+
+// salvageRefs reads what can be read of the refs in a damaged index.
+func salvageRefs(ctx context.Context, path string) (refs []Ref) {
+	x, err := openUnchecked(path, indexQueryOnly, 0)
+	if err != nil {
+		return nil
+	}
+	defer x.close()
+	// An error ends it: the rows before it are what could be saved.
+	_ = pages(ctx, x, sqlSalvage, []any{"", ""}, func(rows *sql.Rows) ([]any, error) {
+		var name, reference, manifest string
+		if err := rows.Scan(&name, &reference, &manifest); err != nil {
+			return nil, err
+		}
+		ref, err := referenceFromKey(name, reference)
+		if d, bad := rowDigest(manifest); err == nil && bad == nil {
+			refs = append(refs, Ref{Reference: ref, Descriptor: ocispec.Descriptor{Digest: d}})
+		}
+		return []any{name, reference}, nil
+	})
+	return refs
 }
 
 // Statements of lineage.go.

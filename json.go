@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"encoding/json"
 	"fmt"
-	"maps"
 	"slices"
 	"strconv"
 	"strings"
@@ -390,91 +389,4 @@ func (s *jsonScanner) hex4() rune {
 	n, _ := strconv.ParseUint(string(s.raw[s.pos+1:s.pos+5]), 16, 16)
 	s.pos += 4
 	return rune(n)
-}
-
-// A canonicalWriter writes JSON of which there is one spelling only: keys sorted
-// bytewise by the caller or, in maps, by [canonicalWriter.texts]; no white space;
-// integers only; and strings as Rust's serde_json writes them, so that the same
-// manifest built with either OMMX SDK has the same digest. encoding/json would
-// also escape <, >, &, U+2028 and U+2029.
-type canonicalWriter struct {
-	buf []byte
-	err error // the first string that can't be written
-}
-
-// sep writes the comma that the next key or element needs.
-func (w *canonicalWriter) sep() {
-	if n := len(w.buf); n > 0 && w.buf[n-1] != '{' && w.buf[n-1] != '[' {
-		w.buf = append(w.buf, ',')
-	}
-}
-
-func (w *canonicalWriter) raw(s string) { w.buf = append(w.buf, s...) }
-
-func (w *canonicalWriter) key(name string) {
-	w.sep()
-	w.text(name)
-	w.raw(":")
-}
-
-func (w *canonicalWriter) int(n int64) { w.buf = strconv.AppendInt(w.buf, n, 10) }
-
-// text writes a string: '"', '\\' and the characters below 0x20 are escaped, nothing else.
-func (w *canonicalWriter) text(s string) {
-	if !utf8.ValidString(s) && w.err == nil {
-		w.err = fmt.Errorf("%w: text %q is not valid UTF-8", ErrInvalidArgument, clip(s))
-	}
-	b := append(w.buf, '"')
-	for _, c := range []byte(s) {
-		switch {
-		case c == '"' || c == '\\':
-			b = append(b, '\\', c)
-		case c >= 0x20:
-			b = append(b, c)
-		case c >= '\b' && c <= '\r' && c != '\v':
-			b = append(b, '\\', "btn_fr"[c-'\b'])
-		default:
-			b = append(b, '\\', 'u', '0', '0', '0'+c>>4, "0123456789abcdef"[c&15])
-		}
-	}
-	w.buf = append(b, '"')
-}
-
-// field writes a string field unless it is empty.
-func (w *canonicalWriter) field(name, value string) {
-	if value != "" {
-		w.key(name)
-		w.text(value)
-	}
-}
-
-// texts writes a map with its keys in bytewise order.
-func (w *canonicalWriter) texts(m map[string]string) {
-	w.raw("{")
-	for _, k := range slices.Sorted(maps.Keys(m)) {
-		w.key(k)
-		w.text(m[k])
-	}
-	w.raw("}")
-}
-
-// list writes a field with an array of strings unless it is empty.
-func (w *canonicalWriter) list(name string, values []string) {
-	if len(values) > 0 {
-		w.key(name)
-		w.raw("[")
-		for _, v := range values {
-			w.sep()
-			w.text(v)
-		}
-		w.raw("]")
-	}
-}
-
-// canonicalAnnotations writes annotations, which may be nil, as a JSON object of
-// one spelling. Invalid UTF-8 is [ErrInvalidArgument]: no JSON text can carry it.
-func canonicalAnnotations(annotations map[string]string) (string, error) {
-	var w canonicalWriter
-	w.texts(annotations)
-	return string(w.buf), w.err
 }

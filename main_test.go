@@ -26,6 +26,7 @@ var workers = map[string]func(in *bufio.Scanner, args []string) error{
 	"race":    raceWorker,
 	"open":    openWorker,
 	"hold":    holdWorker,
+	"gc":      gcWorker,
 }
 
 func TestMain(m *testing.M) {
@@ -36,7 +37,7 @@ func TestMain(m *testing.M) {
 		}
 		os.Exit(0)
 	}
-	os.Exit(m.Run())
+	os.Exit(runChecked(m))
 }
 
 // A worker is a running child process.
@@ -196,7 +197,11 @@ func mustOpen(t *testing.T, root string) *ocilocal.LocalRegistry {
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { r.Close() })
+	closed := watchRoot(t, root)
+	t.Cleanup(func() {
+		r.Close()
+		closed()
+	})
 	return r
 }
 

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"slices"
 	"time"
@@ -229,13 +230,25 @@ func incomplete(err error) error {
 // write is index.write for this root: it fails if the index file was replaced
 // since it was opened, when a commit would go to a file that nobody will read.
 func (r *LocalRegistry) write(ctx context.Context, fn func(*indexTx) error) error {
-	return r.index.write(ctx, func(tx *indexTx) error {
+	return r.index.write(ctx, r.guarded(fn))
+}
+
+// writeAlone is index.writeAlone for this root.
+func (r *LocalRegistry) writeAlone(ctx context.Context, fn func(*indexTx) error) error {
+	return r.index.writeAlone(ctx, r.guarded(fn))
+}
+
+func (r *LocalRegistry) guarded(fn func(*indexTx) error) func(*indexTx) error {
+	return func(tx *indexTx) error {
 		now, err := r.root.Lstat(indexFile)
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
 		if err != nil || !os.SameFile(r.opened, now) {
 			return fmt.Errorf("%w: %s was replaced while the registry was open", ErrForeignIndex, indexFile)
 		}
 		return fn(tx)
-	})
+	}
 }
 
 // Tag points ref at a manifest that the registry has, checking that all it
@@ -255,6 +268,11 @@ func (r *LocalRegistry) tag(ctx context.Context, d digest.Digest, ref Reference,
 		return u, err
 	}
 	defer end()
+	return r.point(ctx, d, ref, opts)
+}
+
+// point is tag within a call that has begun.
+func (r *LocalRegistry) point(ctx context.Context, d digest.Digest, ref Reference, opts *PublishOptions) (u RefUpdate, err error) {
 	if err := checkDigest(d); err != nil {
 		return u, err
 	}

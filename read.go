@@ -3,7 +3,6 @@ package ocilocal
 import (
 	"context"
 	"errors"
-	"fmt"
 	"io"
 	"iter"
 	"os"
@@ -66,15 +65,7 @@ func found(desc ocispec.Descriptor, ok bool, err error) (ocispec.Descriptor, err
 	if err == nil && !ok {
 		err = ErrNotFound
 	}
-	if err == nil {
-		if bad := checkDigest(desc.Digest); bad != nil {
-			err = fmt.Errorf("%w: %w", ErrCorruptIndex, bad)
-		}
-	}
-	if err != nil {
-		return ocispec.Descriptor{}, err
-	}
-	return desc, nil
+	return desc, err
 }
 
 // Exists reports whether ref resolves. Only the index is read.
@@ -84,16 +75,6 @@ func (r *LocalRegistry) Exists(ctx context.Context, ref Reference) (bool, error)
 		return false, nil
 	}
 	return err == nil, err
-}
-
-// Load returns the artifact that ref names. It reads the index only; the
-// artifact reads its manifest when asked for it. Errors are those of [LocalRegistry.Resolve].
-func (r *LocalRegistry) Load(ctx context.Context, ref Reference) (*LocalArtifact, error) {
-	desc, err := r.resolve(ctx, ref)
-	if err != nil {
-		return nil, opError("load", ref.String(), "", err)
-	}
-	return r.newArtifact(ref, desc, nil), nil
 }
 
 // LoadDigest returns the artifact whose manifest has that digest; its
@@ -204,13 +185,22 @@ func (r *LocalRegistry) Blobs(ctx context.Context) iter.Seq2[ocispec.Descriptor,
 			yield(ocispec.Descriptor{}, opError("walk blobs", "", "", err))
 			return
 		}
-		defer end()
+		defer func() { end() }()
 		stop := errors.New("stop")
-		err = r.blobs.walk(ctx, func(e blobEntry) error {
-			if e.digest != "" && !yield(ocispec.Descriptor{Digest: e.digest, Size: e.info.Size()}, nil) {
+		err = r.blobs.walk(ctx, func(e blobEntry) (err error) {
+			if e.digest == "" {
+				return nil
+			}
+			end() // the caller's code may close the registry
+			end = func() {}
+			if !yield(ocispec.Descriptor{Digest: e.digest, Size: e.info.Size()}, nil) {
 				return stop
 			}
-			return nil
+			again, err := r.begin(ctx)
+			if err == nil {
+				end = again
+			}
+			return err
 		})
 		if err != nil && err != stop {
 			yield(ocispec.Descriptor{}, opError("walk blobs", "", "", err))

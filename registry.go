@@ -5,12 +5,14 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"log/slog"
 	"os"
 	"path"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -24,7 +26,7 @@ const (
 // Options are what [Open] can be told. The zero value, like nil, is fit for most programs.
 type Options struct {
 	// BusyTimeout is how long a write waits for other processes before it
-	// fails with [ErrBusy]. Zero means 30 seconds.
+	// fails with [ErrBusy]. Zero or less means 30 seconds.
 	BusyTimeout time.Duration
 	// Format is the manifest form of what builders make that don't choose
 	// one. Zero means [FormatArtifactManifest].
@@ -32,25 +34,33 @@ type Options struct {
 	// ArtifactTypes, if not empty, are the only artifact types that may be
 	// published; others fail with [ErrArtifactType].
 	ArtifactTypes []string
+	// LegacyRoot, if not empty, is the root of an OMMX v2 local registry, where
+	// [LocalRegistry.Load] looks for what is not here yet. [DefaultLegacyRoot]
+	// returns where OMMX keeps it. It is never written to.
+	LegacyRoot string
 	// AllowNetworkFS opens a root on a network file system, which otherwise
 	// fails with [ErrNetworkFS]. There, only one machine at a time may use it.
 	AllowNetworkFS bool
 	// Logger is told what can't be returned. Nil discards.
 	Logger *slog.Logger
+
+	fault func(op, name string) error // for rootDir
 }
 
 // A LocalRegistry is an open root directory. Any number of goroutines may use
 // one, and any number of processes on one machine may open the same root.
 type LocalRegistry struct {
-	dir     string // absolute
-	opts    Options
-	root    *os.Root
-	blobs   *blobStore
-	index   *index
-	id      string
-	opened  fs.FileInfo // of the index file
-	closing sync.RWMutex
-	closed  bool // guarded by closing
+	dir    string // absolute
+	opts   Options
+	root   *rootDir
+	blobs  *blobStore
+	index  *index
+	id     string
+	opened fs.FileInfo // of the index file
+
+	mu     sync.Mutex
+	closed bool           // guarded by mu
+	calls  sync.WaitGroup // those under way; none is added once closed is set
 }
 
 // DefaultRoot returns the directory for a user's registry: $OCILOCAL_ROOT if
@@ -111,6 +121,7 @@ func open(ctx context.Context, dir string, opts *Options, readOnly bool) (_ *Loc
 	if opts != nil {
 		r.opts = *opts
 	}
+	r.opts.ArtifactTypes = slices.Clone(r.opts.ArtifactTypes)
 	if r.opts.BusyTimeout <= 0 {
 		r.opts.BusyTimeout = 30 * time.Second
 	}
@@ -128,12 +139,14 @@ func open(ctx context.Context, dir string, opts *Options, readOnly bool) (_ *Loc
 			return nil, err
 		}
 	}
-	if r.root, err = os.OpenRoot(r.dir); err != nil {
+	root, err := os.OpenRoot(r.dir)
+	if err != nil {
 		if readOnly && errors.Is(err, fs.ErrNotExist) {
 			err = fmt.Errorf("%w: %w", ErrNotFound, err)
 		}
 		return nil, err
 	}
+	r.root = &rootDir{Root: root, fault: r.opts.fault}
 	r.blobs = newBlobStore(r.root, readOnly)
 	defer func() {
 		if err != nil {
@@ -143,7 +156,7 @@ func open(ctx context.Context, dir string, opts *Options, readOnly bool) (_ *Loc
 	if err := r.checkRoot(); err != nil {
 		return nil, err
 	}
-	r.opened, err = r.root.Stat(indexFile)
+	r.opened, err = r.root.Lstat(indexFile)
 	if errors.Is(err, fs.ErrNotExist) {
 		if readOnly {
 			return nil, fmt.Errorf("%w: no %s in it", ErrNotFound, indexFile)
@@ -151,7 +164,7 @@ func open(ctx context.Context, dir string, opts *Options, readOnly bool) (_ *Loc
 		if err := r.create(ctx); err != nil {
 			return nil, err
 		}
-		r.opened, err = r.root.Stat(indexFile)
+		r.opened, err = r.root.Lstat(indexFile)
 	}
 	if err != nil {
 		return nil, err
@@ -187,6 +200,11 @@ func (r *LocalRegistry) checkRoot() error {
 // create lays out a new root. Everything is made under tmp/ and linked to its
 // name without replacing, so that of several processes one wins each step.
 func (r *LocalRegistry) create(ctx context.Context) error {
+	// Whoever made the root may have been killed before its entry was synced.
+	// Where this process can't do that, it didn't make the root either.
+	if err := syncEntries(filepath.Dir(r.dir)); err != nil && !errors.Is(err, fs.ErrPermission) {
+		return err
+	}
 	for _, dir := range []string{blobsDir, tmpDir} {
 		if err := r.root.Mkdir(dir, 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
 			return err
@@ -201,7 +219,7 @@ func (r *LocalRegistry) create(ctx context.Context) error {
 	}
 	id, err := r.readID()
 	if errors.Is(err, fs.ErrNotExist) {
-		if err := r.writeID(session); err != nil {
+		if err := r.writeID(ctx, session); err != nil {
 			return err
 		}
 		id, err = r.readID()
@@ -220,16 +238,20 @@ func (r *LocalRegistry) create(ctx context.Context) error {
 	if err := r.root.Chmod(private, 0o600); err != nil {
 		return err
 	}
-	return r.name(private, indexFile)
+	return r.name(ctx, private, indexFile)
 }
 
 // name gives a complete file below tmp/ its name in the root, unless that is taken.
-func (r *LocalRegistry) name(private, name string) error {
+func (r *LocalRegistry) name(ctx context.Context, private, name string) error {
 	err := r.root.Link(private, name)
 	if linkUnsupported(err) {
-		if _, err = r.root.Lstat(name); errors.Is(err, fs.ErrNotExist) {
-			err = r.root.Rename(private, name)
-		}
+		err = r.blobs.alone(ctx, func() error {
+			_, err := r.root.Lstat(name)
+			if errors.Is(err, fs.ErrNotExist) {
+				err = r.root.Rename(private, name)
+			}
+			return err
+		})
 	} else {
 		if errors.Is(err, fs.ErrExist) {
 			err = nil
@@ -239,21 +261,34 @@ func (r *LocalRegistry) name(private, name string) error {
 	return errors.Join(err, r.blobs.syncDir("."))
 }
 
-func (r *LocalRegistry) writeID(session string) error {
+func (r *LocalRegistry) writeID(ctx context.Context, session string) error {
 	private := path.Join(session, rand.Text())
 	f, err := r.root.OpenFile(private, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o644)
 	if err != nil {
 		return err
 	}
-	_, err = f.WriteString(strings.ToLower(rand.Text()) + "\n")
-	if err = errors.Join(err, f.Sync(), f.Close()); err != nil {
+	if err = r.root.injected("write", private); err == nil {
+		_, err = f.WriteString(strings.ToLower(rand.Text()) + "\n")
+	}
+	if err == nil {
+		err = r.root.sync(f, private)
+	}
+	if err = errors.Join(err, f.Close()); err != nil {
 		return err
 	}
-	return r.name(private, idFile)
+	return r.name(ctx, private, idFile)
 }
 
 func (r *LocalRegistry) readID() (string, error) {
-	b, err := r.root.ReadFile(idFile)
+	f, err := r.root.OpenFile(idFile, os.O_RDONLY|openNoFollow, 0)
+	if err != nil {
+		return "", err
+	}
+	defer f.Close()
+	if _, err := checkRegular(f); err != nil {
+		return "", fmt.Errorf("%w: %w", ErrForeignIndex, err)
+	}
+	b, err := io.ReadAll(io.LimitReader(f, 100))
 	if err != nil {
 		return "", err
 	}
@@ -295,7 +330,7 @@ func (r *LocalRegistry) openIndex(ctx context.Context, readOnly bool) (*index, e
 // checkID makes sure that the index is this root's own.
 func (r *LocalRegistry) checkID() error {
 	var err error
-	if r.id, err = r.index.meta(metaID); err != nil {
+	if r.id, err = meta(r.index, metaID); err != nil {
 		return err
 	}
 	switch id, err := r.readID(); {
@@ -309,29 +344,35 @@ func (r *LocalRegistry) checkID() error {
 	return nil
 }
 
-// Close waits for the calls under way and closes the registry. Open readers
-// stay usable. A second Close returns [ErrClosed].
+// Close waits for the calls under way and closes the registry; calls that come
+// meanwhile fail with [ErrClosed]. So it must not be called from within one, such
+// as by a reader that is being added as a layer; the bodies of loops over
+// listings may call it. Open readers stay usable. A second Close returns [ErrClosed].
 func (r *LocalRegistry) Close() error {
-	r.closing.Lock()
-	defer r.closing.Unlock()
-	if r.closed {
+	r.mu.Lock()
+	already := r.closed
+	r.closed = true
+	r.mu.Unlock()
+	if already {
 		return opError("close", r.dir, "", ErrClosed)
 	}
-	r.closed = true
+	r.calls.Wait()
 	return opError("close", r.dir, "", errors.Join(r.index.close(), r.blobs.close(), r.root.Close()))
 }
 
-// begin keeps the registry open until end is called. It must not be nested.
+// begin keeps the registry open until end is called. Once Close has begun it
+// fails, also from within a call that Close waits for.
 func (r *LocalRegistry) begin(ctx context.Context) (end func(), err error) {
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
-	r.closing.RLock()
+	r.mu.Lock()
+	defer r.mu.Unlock()
 	if r.closed {
-		r.closing.RUnlock()
 		return nil, ErrClosed
 	}
-	return r.closing.RUnlock, nil
+	r.calls.Add(1)
+	return r.calls.Done, nil
 }
 
 // Root returns the registry's directory as an absolute path.
@@ -359,10 +400,15 @@ func mkdirAllSync(dir string, perm fs.FileMode) error {
 	if err := os.Mkdir(dir, perm); err != nil && !errors.Is(err, fs.ErrExist) {
 		return err
 	}
-	p, err := os.OpenRoot(parent)
+	return syncEntries(parent)
+}
+
+// syncEntries makes the entries of a directory outside of any root durable.
+func syncEntries(dir string) error {
+	p, err := os.OpenRoot(dir)
 	if err != nil {
 		return err
 	}
 	defer p.Close()
-	return newBlobStore(p, false).syncDir(".")
+	return newBlobStore(&rootDir{Root: p}, false).syncDir(".")
 }

@@ -108,6 +108,18 @@ const (
 
 // openIndex opens the index at path, which must exist.
 func openIndex(ctx context.Context, path string, mode indexMode, busy time.Duration) (*index, error) {
+	x, err := openUnchecked(path, mode, busy)
+	if err != nil {
+		return nil, err
+	}
+	if err := x.checkSchema(ctx); err != nil {
+		return nil, errors.Join(err, x.close())
+	}
+	return x, nil
+}
+
+// openUnchecked opens a database that may be damaged, or another's.
+func openUnchecked(path string, mode indexMode, busy time.Duration) (*index, error) {
 	x := &index{busy: busy, stmts: map[string]*sql.Stmt{}, connStmts: map[string]*sql.Stmt{}}
 	access := "rw"
 	if mode >= indexReadOnly {
@@ -129,9 +141,6 @@ func openIndex(ctx context.Context, path string, mode indexMode, busy time.Durat
 			return nil, errors.Join(indexError(err), x.close())
 		}
 		x.writer.SetMaxOpenConns(1)
-	}
-	if err := x.checkSchema(ctx); err != nil {
-		return nil, errors.Join(err, x.close())
 	}
 	return x, nil
 }
@@ -184,17 +193,19 @@ func (x *index) checkSchema(ctx context.Context) error {
 			want[s] = true
 		}
 	}
-	rows, err := conn.QueryContext(ctx, "SELECT name, coalesce(sql, '') FROM sqlite_schema")
+	rows, err := conn.QueryContext(ctx, "SELECT type, name, coalesce(sql, '') FROM sqlite_schema")
 	if err != nil {
 		return openError(err)
 	}
 	defer rows.Close()
 	for rows.Next() {
-		var name, text string
-		if err := rows.Scan(&name, &text); err != nil {
+		var kind, name, text string
+		if err := rows.Scan(&kind, &name, &text); err != nil {
 			return openError(err)
 		}
-		if text == "" && strings.HasPrefix(name, "sqlite_autoindex_") || strings.HasPrefix(name, "sqlite_stat") {
+		switch { // SQLite's own
+		case kind == "index" && text == "" && strings.HasPrefix(name, "sqlite_autoindex_"),
+			kind == "table" && strings.HasPrefix(name, "sqlite_stat"):
 			continue
 		}
 		if !want[text] {
@@ -269,20 +280,33 @@ func (t *indexTx) stmt(text string) (*sql.Stmt, error) {
 
 // A writeRequest is one caller's part of a write transaction.
 type writeRequest struct {
-	ctx  context.Context
-	fn   func(*indexTx) error
-	done chan error    // buffered; the outcome
-	lead chan struct{} // buffered; the caller shall commit the queue itself
+	ctx      context.Context
+	fn       func(*indexTx) error
+	alone    bool          // shares its transaction with nobody
+	deadline time.Time     // when it has waited long enough for other processes
+	done     chan error    // buffered; the outcome
+	lead     chan struct{} // buffered; the caller shall commit the queue itself
 }
 
 // write runs fn in a write transaction and returns once that is durable.
 // Callers that come while another is committing share the next commit, each in
 // a savepoint of its own: an error of fn undoes and fails that fn alone.
 func (x *index) write(ctx context.Context, fn func(*indexTx) error) error {
+	return x.request(&writeRequest{ctx: ctx, fn: fn})
+}
+
+// writeAlone is write in a transaction that nobody shares: all that fn reads is
+// committed. What fn does outside the index can't be undone by another's failure.
+func (x *index) writeAlone(ctx context.Context, fn func(*indexTx) error) error {
+	return x.request(&writeRequest{ctx: ctx, fn: fn, alone: true})
+}
+
+func (x *index) request(req *writeRequest) error {
 	if x.writer == nil {
 		return ErrReadOnly
 	}
-	req := &writeRequest{ctx: ctx, fn: fn, done: make(chan error, 1), lead: make(chan struct{}, 1)}
+	ctx := req.ctx
+	req.deadline, req.done, req.lead = time.Now().Add(x.busy), make(chan error, 1), make(chan struct{}, 1)
 	x.mu.Lock()
 	x.queue = append(x.queue, req)
 	if !x.leading {
@@ -304,19 +328,32 @@ func (x *index) write(ctx context.Context, fn func(*indexTx) error) error {
 		case <-req.lead:
 		}
 	}
-	x.mu.Lock()
-	batch := x.queue
-	x.queue = nil
-	x.mu.Unlock()
-	x.commit(batch)
-	x.mu.Lock()
-	if len(x.queue) > 0 {
-		x.queue[0].lead <- struct{}{}
-	} else {
-		x.leading = false
-	}
-	x.mu.Unlock()
+	x.lead(req)
 	return <-req.done
+}
+
+// lead commits what is queued, and then lets somebody else lead.
+func (x *index) lead(self *writeRequest) {
+	x.mu.Lock()
+	n := 1
+	for !x.queue[0].alone && n < len(x.queue) && !x.queue[n].alone {
+		n++
+	}
+	batch := slices.Clone(x.queue[:n])
+	x.queue = slices.Delete(x.queue, 0, n)
+	x.mu.Unlock()
+	var rest []*writeRequest
+	defer func() { // after a panic as well: the others must not wait for ever
+		x.mu.Lock()
+		defer x.mu.Unlock()
+		x.queue = append(rest, x.queue...)
+		if len(x.queue) > 0 {
+			x.queue[0].lead <- struct{}{}
+		} else {
+			x.leading = false
+		}
+	}()
+	rest = x.commit(batch, self)
 }
 
 // withdraw takes a request out of the queue, unless a leader has taken it or it is to lead.
@@ -331,38 +368,57 @@ func (x *index) withdraw(req *writeRequest) bool {
 	return true
 }
 
-// commit runs a batch in one transaction and answers each of its requests.
-func (x *index) commit(batch []*writeRequest) {
-	answer := func(reqs []*writeRequest, err error) {
-		for _, r := range reqs {
-			r.done <- err
-		}
-	}
-	batch, err := x.begin(batch, answer)
-	if err != nil || len(batch) == 0 {
-		answer(batch, err)
-		return
+// commit runs a batch in one transaction and answers each of its requests. It
+// returns those that are left to do because self, which leads, has its answer.
+func (x *index) commit(batch []*writeRequest, self *writeRequest) (rest []*writeRequest) {
+	batch = x.begin(batch, self)
+	if !slices.Contains(batch, self) {
+		return batch
 	}
 	tx := &indexTx{x}
-	var good []*writeRequest
-	for i, r := range batch {
-		failed, err := tx.run(r)
-		switch {
-		case err != nil: // the transaction itself is in doubt
+	err := errors.New("a call that shared the transaction ended in a panic")
+	defer func() {
+		if err != nil {
 			err = errors.Join(err, tx.rollback())
-			answer(good, err)
-			answer(batch[i:], err)
-			return
-		case failed != nil:
-			r.done <- failed
-		default:
-			good = append(good, r)
+		}
+		for _, r := range batch {
+			r.answer(err)
+		}
+	}()
+	err = tx.runAll(batch)
+	return nil
+}
+
+// answer tells a request's caller the outcome. The first answer counts.
+func (r *writeRequest) answer(err error) {
+	select {
+	case r.done <- err:
+	default:
+	}
+}
+
+// runAll runs the requests, each in its savepoint, and commits. Those that fail
+// by themselves are answered.
+func (t *indexTx) runAll(batch []*writeRequest) error {
+	// A newer program may have migrated the index since it was opened.
+	var version int
+	if _, err := t.row("PRAGMA user_version", nil, &version); err != nil {
+		return err
+	}
+	if version > indexVersion {
+		return &SchemaError{Found: version, Supported: indexVersion}
+	}
+	for _, r := range batch {
+		failed, err := t.run(r)
+		if err != nil {
+			return err // the transaction itself is in doubt
+		}
+		if failed != nil {
+			r.answer(failed)
 		}
 	}
-	if _, err = tx.exec("COMMIT"); err != nil {
-		err = errors.Join(err, tx.rollback())
-	}
-	answer(good, err)
+	_, err := t.exec("COMMIT")
+	return err
 }
 
 // run runs one request in its savepoint. failed is the request's own error.
@@ -403,33 +459,47 @@ func (t *indexTx) rollback() error {
 	return err
 }
 
-// begin waits for the write lock for as long as the registry's options say.
-// Requests whose context ends meanwhile are answered and left out.
-func (x *index) begin(batch []*writeRequest, answer func([]*writeRequest, error)) ([]*writeRequest, error) {
-	deadline := time.Now().Add(x.busy)
+// begin waits for the write lock. It answers the requests whose context ends or
+// whose deadline passes meanwhile, and returns the others: with the lock held
+// if self is among them, which otherwise has no reason to wait on.
+func (x *index) begin(batch []*writeRequest, self *writeRequest) []*writeRequest {
 	for {
 		batch = slices.DeleteFunc(batch, func(r *writeRequest) bool {
 			err := r.ctx.Err()
 			if err != nil {
-				answer([]*writeRequest{r}, err)
+				r.answer(err)
 			}
 			return err != nil
 		})
-		if len(batch) == 0 {
-			return nil, nil
+		if !slices.Contains(batch, self) {
+			return batch
 		}
-		if x.conn == nil {
-			conn, err := x.writer.Conn(context.Background())
-			if err != nil {
-				return batch, indexError(err)
+		err := x.tryBegin()
+		if err == nil {
+			return batch
+		}
+		now := time.Now()
+		batch = slices.DeleteFunc(batch, func(r *writeRequest) bool {
+			late := !errors.Is(err, ErrBusy) || now.After(r.deadline)
+			if late {
+				r.answer(err)
 			}
-			x.conn = conn
-		}
-		_, err := (&indexTx{x}).exec("BEGIN IMMEDIATE")
-		if err == nil || !errors.Is(err, ErrBusy) || time.Now().After(deadline) {
-			return batch, err
-		}
+			return late
+		})
 	}
+}
+
+// tryBegin waits for the write lock for as long as the connection's busy_timeout says.
+func (x *index) tryBegin() error {
+	if x.conn == nil {
+		conn, err := x.writer.Conn(context.Background())
+		if err != nil {
+			return indexError(err)
+		}
+		x.conn = conn
+	}
+	_, err := (&indexTx{x}).exec("BEGIN IMMEDIATE")
+	return err
 }
 
 // indexTx is what a function given to write may do with the index's write

@@ -4,10 +4,14 @@ import (
 	"bytes"
 	"crypto/sha256"
 	"encoding/binary"
+	"errors"
+	"fmt"
 	"io"
 	"os"
+	"path/filepath"
 	"runtime/debug"
 	"strconv"
+	"sync"
 
 	"github.com/opencontainers/go-digest"
 )
@@ -68,6 +72,31 @@ func PlainWrite(name string, src io.Reader) error {
 		return err
 	}
 	return f.Sync()
+}
+
+// PlainPublish does with dir, which has t and b in it, what a durable publish of two
+// new blobs asks of a file system, and nothing else: it tells what the disk allows.
+func PlainPublish(dir string, i int) error {
+	names := [2]string{fmt.Sprintf("%d-layer", i), fmt.Sprintf("%d-manifest", i)}
+	var errs [2]error
+	var wg sync.WaitGroup
+	for k, name := range names {
+		wg.Go(func() { errs[k] = PlainWrite(filepath.Join(dir, "t", name), bytes.NewReader(SmallLayer(2*i+k))) })
+	}
+	wg.Wait()
+	err := errors.Join(errs[:]...)
+	for _, name := range names {
+		err = errors.Join(err, os.Link(filepath.Join(dir, "t", name), filepath.Join(dir, "b", name)))
+	}
+	b, openErr := os.Open(filepath.Join(dir, "b"))
+	if err = errors.Join(err, openErr); err != nil {
+		return err
+	}
+	err = errors.Join(b.Sync(), b.Close())
+	for _, name := range names {
+		err = errors.Join(err, os.Remove(filepath.Join(dir, "t", name)))
+	}
+	return err
 }
 
 // PeakMemory runs fn and returns by how many bytes the process's resident

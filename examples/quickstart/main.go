@@ -82,7 +82,7 @@ func run(ctx context.Context, dir, root string, args []string) error {
 		return err
 	}
 	defer f.Close()
-	if err := registry.ExportArchive(ctx, f, ref); err != nil {
+	if err := registry.ExportArchive(ctx, f, []ocilocal.Reference{ref}, nil); err != nil {
 		return err
 	}
 	if err := f.Close(); err != nil {

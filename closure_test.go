@@ -1,0 +1,96 @@
+package ocilocal_test
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"strings"
+	"testing"
+
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/ocilocal/ocilocal"
+)
+
+// imageIndex is an image index of manifests of the given types.
+func imageIndex(mediaType string, manifests ...string) string {
+	var ds []string
+	for _, m := range manifests {
+		ds = append(ds, desc(mediaType, m))
+	}
+	return fmt.Sprintf(`{"schemaVersion":2,"mediaType":%q,"manifests":[%s]}`, ocispec.MediaTypeImageIndex, strings.Join(ds, ","))
+}
+
+// archiveOf is an archive of blobs whose index.json names top.
+func archiveOf(t *testing.T, mediaType, top string, blobs ...string) []byte {
+	t.Helper()
+	entries := []entry{{name: "index.json", body: fmt.Sprintf(
+		`{"schemaVersion":2,"manifests":[{"mediaType":%q,"digest":%q,"size":%d,"annotations":{"org.opencontainers.image.ref.name":%q}}]}`,
+		mediaType, digest.FromString(top), len(top), newRef)}}
+	for _, b := range append(blobs, top) {
+		entries = append(entries, blobEntry(b))
+	}
+	return tarOf(t, entries...)
+}
+
+// TestClosures imports image indexes whose members lie deep, come twice, or contradict each other.
+func TestClosures(t *testing.T) {
+	manifest, config := image("layer")
+	lying := strings.Replace(manifest, `"size":5`, `"size":4`, 1)
+	nested := func(depth int) (top string, all []string) {
+		top = imageIndex(imageType, manifest)
+		all = []string{manifest, config, "layer"}
+		for range depth - 1 {
+			all = append(all, top)
+			top = imageIndex(ocispec.MediaTypeImageIndex, top)
+		}
+		return top, all
+	}
+	flat, flatBlobs := nested(1)
+	deep, deepBlobs := nested(ocilocal.MaxIndexNesting)
+	deeper, deeperBlobs := nested(ocilocal.MaxIndexNesting + 1)
+	left := strings.Replace(flat, `{"schema`, `{"annotations":{"side":"left"},"schema`, 1)
+	diamond := imageIndex(ocispec.MediaTypeImageIndex, flat, left)
+	asImage := imageIndex(imageType, flat)
+	for name, c := range map[string]struct {
+		top   string
+		all   []string
+		want  error
+		blobs int
+	}{
+		"flat":                        {flat, flatBlobs, nil, 4},
+		"as deep as may be":           {deep, deepBlobs, nil, 3 + ocilocal.MaxIndexNesting},
+		"deeper":                      {deeper, deeperBlobs, ocilocal.ErrTooLarge, 0},
+		"diamond":                     {diamond, append([]string{left, flat}, flatBlobs...), nil, 6},
+		"one member twice":            {imageIndex(imageType, manifest, manifest), flatBlobs, nil, 4},
+		"empty":                       {imageIndex(imageType), nil, nil, 1},
+		"member missing":              {flat, flatBlobs[1:], ocilocal.ErrIncomplete, 0},
+		"member's layer missing":      {deep, append(deepBlobs[3:], manifest, config), ocilocal.ErrIncomplete, 0},
+		"index said to be a manifest": {asImage, append([]string{flat}, flatBlobs...), ocilocal.ErrInvalidManifest, 0},
+		"two sizes for one layer":     {imageIndex(imageType, manifest, lying), append([]string{lying}, flatBlobs...), ocilocal.ErrInvalidManifest, 0},
+		"layer that is a manifest":    {imageIndex("text/plain", manifest), flatBlobs, ocilocal.ErrUnsupportedMediaType, 0},
+	} {
+		t.Run(name, func(t *testing.T) {
+			r := openTemp(t, nil)
+			src := archiveOf(t, ocispec.MediaTypeImageIndex, c.top, c.all...)
+			got, err := r.ImportArchive(t.Context(), bytes.NewReader(src), nil)
+			if !errors.Is(err, c.want) || (err == nil) != (c.want == nil) {
+				t.Fatalf("%+v, %v; want %v", got, err, c.want)
+			}
+			if n := len(filesBelow(t, r, "blobs")); n != c.blobs {
+				t.Errorf("%d blobs are kept, want %d", n, c.blobs)
+			}
+			if ok, err := r.Exists(t.Context(), ocilocal.MustParseReference(newRef)); ok != (c.want == nil) || err != nil {
+				t.Error(ok, err)
+			}
+			if c.want != nil {
+				return
+			}
+			u, err := r.Tag(t.Context(), digest.FromString(c.top), ocilocal.MustParseReference(movedRef), nil)
+			if err != nil || u.Outcome != ocilocal.Inserted {
+				t.Error(u, err)
+			}
+		})
+	}
+}

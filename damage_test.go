@@ -1,0 +1,246 @@
+package ocilocal_test
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/opencontainers/go-digest"
+
+	"github.com/ocilocal/ocilocal"
+)
+
+// A damagedRoot is a root whose files are put back between two damages.
+type damagedRoot struct {
+	root  string
+	index []byte
+	refs  []string // each with itself as label
+}
+
+func newDamagedRoot(t *testing.T) *damagedRoot {
+	t.Helper()
+	d := &damagedRoot{root: filepath.Join(t.TempDir(), "root")}
+	r := mustOpen(t, d.root)
+	for i := range 12 {
+		ref := fmt.Sprintf("example.com/damage/n%d:v%d", i%3, i)
+		if _, err := publishLabelled(r, ref, ref, ocilocal.KeepExisting, []byte(ref), []byte("shared")); err != nil {
+			t.Fatal(err)
+		}
+		d.refs = append(d.refs, ref)
+	}
+	mustClose(t, r)
+	dontWatch(d.root)
+	var err error
+	if d.index, err = os.ReadFile(filepath.Join(d.root, "index.sqlite3")); err != nil {
+		t.Fatal(err)
+	}
+	return d
+}
+
+// putIndex gives the root an index file, and nothing beside it.
+func (d *damagedRoot) putIndex(t *testing.T, index []byte) {
+	t.Helper()
+	name := filepath.Join(d.root, "index.sqlite3")
+	os.Remove(name + "-wal")
+	os.Remove(name + "-shm")
+	if err := os.WriteFile(name, index, 0o600); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// use does everything with the root that reads its index. It may fail in any
+// typed way; what it reads must be right.
+func (d *damagedRoot) use(t *testing.T) (failed bool) {
+	t.Helper()
+	ctx := t.Context()
+	check := func(call string, err error) bool {
+		if err == nil {
+			return true
+		}
+		failed = true
+		if _, ok := errors.AsType[*ocilocal.Error](err); !ok {
+			t.Errorf("%s: untyped error %T %v", call, err, err)
+		}
+		return false
+	}
+	r, err := ocilocal.Open(ctx, d.root, nil)
+	if !check("open", err) {
+		return failed
+	}
+	defer func() { check("close", r.Close()) }()
+	for _, err := range r.Refs(ctx, nil) {
+		check("list", err)
+	}
+	for _, ref := range d.refs {
+		// What is read was verified: if it can be read, it is the right one.
+		if label, err := readLabelled(r, ref); check(ref, err) && label != ref {
+			t.Errorf("%s reads %q", ref, label)
+		}
+	}
+	for _, policy := range []ocilocal.Policy{ocilocal.KeepExisting, ocilocal.Replace} {
+		_, err := publishLabelled(r, d.refs[1], d.refs[1], policy, []byte(d.refs[1]), []byte("shared"))
+		check("publish", err)
+	}
+	parsed := ocilocal.MustParseReference(d.refs[0])
+	if desc, err := r.Resolve(ctx, parsed); check("resolve", err) {
+		_, err := r.Tag(ctx, desc.Digest, ocilocal.MustParseReference("example.com/damage/tagged:v1"), nil)
+		check("tag", err)
+	}
+	_, err = r.Remove(ctx, parsed)
+	check("remove", err)
+	return failed
+}
+
+// TestIndexBitFlips flips one bit in every region of the index in turn.
+func TestIndexBitFlips(t *testing.T) {
+	d := newDamagedRoot(t)
+	flips := scaled(60, 200, 4000)
+	seed := rand.Uint64()
+	rng := rand.New(rand.NewPCG(seed, 0))
+	noticed := 0
+	for i := range flips {
+		region := len(d.index) / flips
+		at, bit := i*region+rng.IntN(max(1, region)), rng.IntN(8)
+		index := slices.Clone(d.index)
+		index[at] ^= 1 << bit
+		d.putIndex(t, index)
+		if d.use(t) {
+			noticed++
+		}
+		if t.Failed() {
+			t.Fatalf("seed %d: bit %d of byte %d flipped", seed, bit, at)
+		}
+	}
+	t.Logf("%d of %d flips noticed in %d bytes", noticed, flips, len(d.index))
+	d.putIndex(t, d.index)
+	if d.use(t) {
+		t.Error("the undamaged index is found damaged")
+	}
+	if noticed == 0 {
+		t.Error("no flip was noticed")
+	}
+}
+
+// TestIndexOutOfOrder alters the names in the rows of refs, which are then out of
+// order, so that SQLite finds other rows than it is asked for.
+func TestIndexOutOfOrder(t *testing.T) {
+	d := newDamagedRoot(t)
+	for _, ref := range d.refs {
+		key := []byte(strings.Replace(ref, ":", "", 1) + "sha256:") // as the values stand in the row
+		at := bytes.Index(d.index, key)
+		if at < 0 {
+			t.Fatalf("the index has no row %q", key)
+		}
+		for bit := range 3 {
+			index := slices.Clone(d.index)
+			index[at+len("example.com/damage/n")] ^= 1 << bit
+			d.putIndex(t, index)
+			if !d.use(t) {
+				t.Errorf("bit %d of the name of %s: not noticed", bit, ref)
+			}
+		}
+	}
+}
+
+// TestIndexCutOff cuts the index off at the boundaries of its pages and beside them.
+func TestIndexCutOff(t *testing.T) {
+	d := newDamagedRoot(t)
+	const page = 4096
+	for at := 0; at <= len(d.index); at += page * scaled(4, 2, 1) {
+		for _, n := range []int{at - 1, at, at + 1} {
+			if n < 0 || n > len(d.index) {
+				continue
+			}
+			d.putIndex(t, d.index[:n])
+			if failed := d.use(t); !failed && n < len(d.index)-page {
+				t.Errorf("cut off at %d of %d bytes: not noticed", n, len(d.index))
+			}
+		}
+	}
+}
+
+// TestIndexJournals puts things beside the index that SQLite keeps there.
+func TestIndexJournals(t *testing.T) {
+	d := newDamagedRoot(t)
+	other := mustOpen(t, filepath.Join(t.TempDir(), "other"))
+	if _, err := publishLabelled(other, d.refs[0], "other", ocilocal.KeepExisting, []byte("other")); err != nil {
+		t.Fatal(err)
+	}
+	// SQLite's locks are on the index and on -shm: this file may be read while it is open.
+	otherWAL, err := os.ReadFile(filepath.Join(other.Root(), "index.sqlite3-wal"))
+	if err != nil || len(otherWAL) == 0 {
+		t.Fatal(len(otherWAL), err)
+	}
+	for name, c := range map[string]struct {
+		file    string
+		content []byte
+		sound   bool // it must not matter
+	}{
+		"empty -wal":         {"-wal", nil, true},
+		"noise as -wal":      {"-wal", noise(1, 40_000), true},
+		"cut off -wal":       {"-wal", otherWAL[:20], true},
+		"another root's":     {"-wal", otherWAL, false},
+		"empty -shm":         {"-shm", nil, true},
+		"noise as -shm":      {"-shm", noise(2, 32<<10), true},
+		"short -shm":         {"-shm", noise(3, 100), true},
+		"empty -journal":     {"-journal", nil, true},
+		"noise as a journal": {"-journal", noise(4, 4096), true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			d.putIndex(t, d.index)
+			if err := os.WriteFile(filepath.Join(d.root, "index.sqlite3"+c.file), c.content, 0o600); err != nil {
+				t.Fatal(err)
+			}
+			if d.use(t) && c.sound {
+				t.Error("what is beside the index is taken for a part of it")
+			}
+			os.Remove(filepath.Join(d.root, "index.sqlite3-journal"))
+		})
+	}
+}
+
+// TestBlobBitFlips flips bits all over each blob: every one is found, by every way to read.
+func TestBlobBitFlips(t *testing.T) {
+	d := newDamagedRoot(t)
+	r, err := ocilocal.OpenReadOnly(t.Context(), d.root, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	flips := scaled(20, 200, 4000)
+	for i := range flips {
+		ref := d.refs[i%len(d.refs)]
+		a, err := r.Load(t.Context(), ocilocal.MustParseReference(ref))
+		if err != nil {
+			t.Fatal(err)
+		}
+		var d digest.Digest
+		if i%2 == 0 {
+			d = a.Digest()
+		} else {
+			d = digest.FromString(ref)
+		}
+		at := -1
+		flip := func(b []byte) []byte {
+			if at < 0 {
+				at = rand.IntN(len(b) * 8)
+			}
+			b[at/8] ^= 1 << (at % 8)
+			return b
+		}
+		rewrite(t, blobFile(r, d), flip)
+		if label, err := readLabelled(r, ref); !errors.Is(err, ocilocal.ErrDigestMismatch) {
+			t.Fatalf("%s with bit %d of %s flipped reads %q, %v", ref, at, d, label, err)
+		}
+		rewrite(t, blobFile(r, d), flip) // back
+		if label, err := readLabelled(r, ref); label != ref || err != nil {
+			t.Fatalf("%s reads %q, %v", ref, label, err)
+		}
+	}
+}

@@ -1,0 +1,65 @@
+package ocilocal_test
+
+import (
+	"context"
+	"fmt"
+	"log"
+
+	"github.com/ocilocal/ocilocal"
+)
+
+func ExampleLocalRegistry_GC() {
+	ctx := context.Background()
+	registry, done := scratch()
+	defer done()
+	note(registry, "example.com/kept:v1", "one")
+	note(registry, "example.com/old:v1", "two")
+	if _, err := registry.Remove(ctx, ocilocal.MustParseReference("example.com/old:v1")); err != nil {
+		log.Fatal(err)
+	}
+	opts := &ocilocal.GCOptions{Grace: ocilocal.NoGrace} // usually the default, a day
+	dry, err := registry.GCReport(ctx, opts)
+	if err != nil {
+		log.Fatal(err)
+	}
+	fmt.Println("would delete", dry.Orphans.Manifests, "manifest and", dry.Orphans.Blobs, "blob")
+	report, err := registry.GC(ctx, opts)
+	if err != nil {
+		log.Fatal(err)
+	}
+	fmt.Println("deleted", report.Deleted == dry.Orphans)
+	// Output:
+	// would delete 1 manifest and 1 blob
+	// deleted true
+}
+
+func ExampleLocalRegistry_Verify() {
+	ctx := context.Background()
+	registry, done := scratch()
+	defer done()
+	note(registry, "example.com/note:v1", "one")
+	problems := 0
+	for problem, err := range registry.Verify(ctx, nil) {
+		if err != nil {
+			log.Fatal(err)
+		}
+		fmt.Println(problem)
+		problems++
+	}
+	fmt.Println(problems, "problems")
+	// Output: 0 problems
+}
+
+func ExampleLocalRegistry_Repair() {
+	ctx := context.Background()
+	registry, done := scratch()
+	defer done()
+	note(registry, "example.com/note:v1", "one")
+	// Sources may be archives and layout directories that have what is damaged here.
+	report, err := registry.Repair(ctx, &ocilocal.RepairOptions{Sources: nil})
+	if err != nil {
+		log.Fatal(err)
+	}
+	fmt.Println(len(report.Healed), "healed,", len(report.Left), "left")
+	// Output: 0 healed, 0 left
+}

@@ -1,0 +1,96 @@
+package ocilocal_test
+
+import (
+	"context"
+	"fmt"
+	"log"
+	"os"
+	"path/filepath"
+
+	"github.com/ocilocal/ocilocal"
+)
+
+func ExampleLocalRegistry_ExportLayout() {
+	ctx := context.Background()
+	from, done := scratch()
+	defer done()
+	a := note(from, "example.com/note:v1", "one")
+	dir := filepath.Join(from.Root(), "..", "layout")
+	if err := from.ExportLayout(ctx, dir, []ocilocal.Reference{a.Reference()}, nil); err != nil {
+		log.Fatal(err)
+	}
+	defer os.RemoveAll(dir)
+	inside, err := ocilocal.InspectLayout(ctx, dir)
+	if err != nil {
+		log.Fatal(err)
+	}
+	for _, e := range inside.Entries {
+		fmt.Println(e.Reference, e.Descriptor.Digest == a.Digest())
+	}
+	// Output: example.com/note:v1 true
+}
+
+func ExampleLocalRegistry_ImportLayout() {
+	ctx := context.Background()
+	from, done := scratch()
+	defer done()
+	a := note(from, "example.com/note:v1", "one")
+	dir := filepath.Join(from.Root(), "..", "layout")
+	defer os.RemoveAll(dir)
+	if err := from.ExportLayout(ctx, dir, []ocilocal.Reference{a.Reference()}, nil); err != nil {
+		log.Fatal(err)
+	}
+
+	to, doneTo := scratch()
+	defer doneTo()
+	result, err := to.ImportLayout(ctx, dir, &ocilocal.ImportOptions{
+		Reference: ocilocal.MustParseReference("example.com/copy:v1"),
+		Rename:    true,
+	})
+	if err != nil {
+		log.Fatal(err)
+	}
+	fmt.Println(result.Artifacts[0].Update.Reference, result.Artifacts[0].Update.Outcome, result.BlobsWritten, "blobs")
+	// Output: example.com/copy:v1 inserted 2 blobs
+}
+
+func ExampleLocalRegistry_ExportArchiveFile() {
+	ctx := context.Background()
+	from, done := scratch()
+	defer done()
+	a := note(from, "example.com/note:v1", "one")
+	file := filepath.Join(from.Root(), "..", "note.tar.gz")
+	defer os.Remove(file)
+	if err := from.ExportArchiveFile(ctx, file, []ocilocal.Reference{a.Reference()}, &ocilocal.ExportOptions{Gzip: true}); err != nil {
+		log.Fatal(err)
+	}
+
+	to, doneTo := scratch()
+	defer doneTo()
+	loaded, err := to.LoadPath(ctx, file, nil) // an archive or a layout directory
+	if err != nil {
+		log.Fatal(err)
+	}
+	fmt.Println(loaded.Reference(), loaded.Digest() == a.Digest())
+	// Output: example.com/note:v1 true
+}
+
+func ExampleLocalRegistry_ImportLegacy() {
+	ctx := context.Background()
+	registry, done := scratch()
+	defer done()
+	old, err := os.MkdirTemp("", "ommx") // ocilocal.DefaultLegacyRoot says where OMMX has it
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer os.RemoveAll(old)
+	report, err := registry.ImportLegacy(ctx, old, nil)
+	if err != nil {
+		log.Fatal(err)
+	}
+	for _, f := range report.Failed {
+		fmt.Println(f.Entry, f.Err)
+	}
+	fmt.Println(report.Imported, "imported,", report.Verified, "were here")
+	// Output: 0 imported, 0 were here
+}

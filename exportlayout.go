@@ -1,0 +1,246 @@
+package ocilocal
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"slices"
+	"time"
+
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+)
+
+// What an export has in a layout directory only as long as it runs, with the lock held.
+const (
+	layoutTmp  = ".ocilocal-tmp" // the directory of blobs on their way in
+	layoutTemp = ".ocilocal-new" // the file that is to be oci-layout or index.json
+)
+
+// ExportLayout writes the artifacts that refs name, with all they need, into an OCI
+// image layout directory, which is created or added to: what other tools have
+// put into it stays, in index.json too. A blob that is there whole stays as it
+// is, a damaged one is replaced. index.json is replaced last, in one step, when all
+// else is on disk. Exports of this package into one directory wait for each
+// other; other tools don't, so let none write to it meanwhile.
+//
+// Errors: [ErrNotFound] for a ref that doesn't resolve, [ErrExists] for a name that
+// stands for another digest there (ExportOptions.Overwrite moves it),
+// [ErrInvalidLayout] for a directory that holds something else,
+// [ErrIncomplete], [ErrDigestMismatch], [ErrSizeMismatch], [ErrTooLarge], ctx's, and the
+// file system's. After an error index.json is as it was.
+func (r *LocalRegistry) ExportLayout(ctx context.Context, dir string, refs []Reference, opts *ExportOptions) error {
+	return opError("export layout", dir, "", r.exportLayout(ctx, dir, refs, opts))
+}
+
+func (r *LocalRegistry) exportLayout(ctx context.Context, dir string, refs []Reference, opts *ExportOptions) (err error) {
+	x, err := r.newExport(ctx, refs, opts)
+	if err != nil {
+		return err
+	}
+	if err := mkdirAllSync(dir, 0o755); err != nil {
+		return err
+	}
+	root, err := os.OpenRoot(dir)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, root.Close()) }()
+	release, err := waitForDir(ctx, &rootDir{Root: root}, ".")
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, release()) }()
+	fresh, err := prepareLayout(root)
+	if err != nil {
+		return err
+	}
+	index, err := x.addTo(&layout{root: root}, fresh)
+	if err != nil {
+		return err
+	}
+	if err := x.writeBlobs(ctx, root); err != nil {
+		return err
+	}
+	if fresh {
+		if err := writeLayoutFile(root, ocispec.ImageLayoutFile, []byte(layoutFile)); err != nil {
+			return err
+		}
+	}
+	return writeLayoutFile(root, ocispec.ImageIndexFile, index)
+}
+
+func writeLayoutFile(root *os.Root, name string, b []byte) error {
+	if err := root.Remove(layoutTemp); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return writeNew(root, layoutTemp, name, true, func(w io.Writer) error {
+		_, err := w.Write(b)
+		return err
+	})
+}
+
+// waitForDir locks a directory against other processes, and against other handles in this one.
+func waitForDir(ctx context.Context, root *rootDir, name string) (release func() error, err error) {
+	for {
+		release, held, err := lockDir(root, name)
+		if err != nil || held {
+			return release, err
+		}
+		select {
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		case <-time.After(5 * time.Millisecond):
+		}
+	}
+}
+
+// prepareLayout makes sure that root is a layout or may become one: then it is fresh.
+func prepareLayout(root *os.Root) (fresh bool, err error) {
+	is, err := isLayout(root)
+	if err != nil || is {
+		return false, err
+	}
+	d, err := root.Open(".")
+	if err != nil {
+		return false, err
+	}
+	defer d.Close()
+	// What an export that was cut off has left, and what locks it where a directory can't be locked.
+	ours := []string{blobsDir, layoutTmp, layoutTemp, "lock"}
+	names, err := d.Readdirnames(len(ours) + 1)
+	if err != nil && err != io.EOF {
+		return false, err
+	}
+	for _, name := range names {
+		if !slices.Contains(ours, name) {
+			return false, fmt.Errorf("%w: the directory holds %q and is no layout", ErrInvalidLayout, clip(name))
+		}
+	}
+	return true, nil
+}
+
+// addTo returns the index.json that l has with x's entries added. What it
+// doesn't know in there it keeps.
+func (x *export) addTo(l *layout, fresh bool) ([]byte, error) {
+	added, err := x.index()
+	if err != nil || fresh {
+		return added, err
+	}
+	raw, err := l.file(ocispec.ImageLayoutFile)
+	if err == nil {
+		err = checkLayoutFile(raw)
+	}
+	if err == nil {
+		raw, err = l.file(ocispec.ImageIndexFile)
+	}
+	if err != nil {
+		return nil, err
+	}
+	was, err := parseLayoutIndex(raw)
+	if err != nil {
+		return nil, err
+	}
+	var doc, more map[string]json.RawMessage
+	var entries, ours []json.RawMessage
+	for _, err := range []error{
+		json.Unmarshal(raw, &doc), json.Unmarshal(doc["manifests"], &entries),
+		json.Unmarshal(added, &more), json.Unmarshal(more["manifests"], &ours),
+	} {
+		if err != nil {
+			return nil, fmt.Errorf("%w: index.json: %w", ErrInvalidLayout, err)
+		}
+	}
+	if entries, err = x.merge(was, entries, ours); err != nil {
+		return nil, err
+	}
+	if doc["manifests"], err = verbatim(entries); err != nil {
+		return nil, err
+	}
+	out, err := verbatim(doc)
+	if err == nil && len(out) > MaxManifestSize {
+		err = fmt.Errorf("%w: index.json would have %d bytes, at most %d are taken", ErrTooLarge, len(out), MaxManifestSize)
+	}
+	return out, err
+}
+
+// merge returns the entries that were there, as parsed and as they stand, with ours.
+func (x *export) merge(was []ocispec.Descriptor, entries, ours []json.RawMessage) ([]json.RawMessage, error) {
+	type key struct{ name, digest string }
+	name := func(e ocispec.Descriptor) string { return e.Annotations[ocispec.AnnotationRefName] }
+	have, digests := map[key]bool{}, map[string]string{}
+	for _, e := range was {
+		have[key{name(e), string(e.Digest)}] = true
+		digests[name(e)] = string(e.Digest)
+	}
+	moved := map[string]bool{}
+	var add []json.RawMessage
+	for i, e := range x.entries {
+		n := name(e)
+		if have[key{n, string(e.Digest)}] {
+			continue
+		}
+		if d := digests[n]; n != "" && d != "" {
+			if !x.opts.Overwrite {
+				return nil, fmt.Errorf("%s is %s there: %w (ExportOptions.Overwrite moves it)", n, clip(d), ErrExists)
+			}
+			moved[n] = true
+		}
+		add = append(add, ours[i])
+	}
+	var keep []json.RawMessage
+	for i, e := range was {
+		if !moved[name(e)] {
+			keep = append(keep, entries[i])
+		}
+	}
+	return append(keep, add...), nil
+}
+
+// verbatim is json.Marshal that leaves <, > and & in strings alone.
+func verbatim(v any) ([]byte, error) {
+	var b bytes.Buffer
+	e := json.NewEncoder(&b)
+	e.SetEscapeHTML(false)
+	err := e.Encode(v)
+	return bytes.TrimSuffix(b.Bytes(), []byte("\n")), err
+}
+
+// writeBlobs takes the way that every blob of a registry takes too: see stage.
+func (x *export) writeBlobs(ctx context.Context, root *os.Root) (err error) {
+	for _, dir := range []string{blobsDir, layoutTmp} {
+		if err := root.Mkdir(dir, 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
+			return err
+		}
+		if fi, err := root.Lstat(dir); err != nil || !fi.IsDir() {
+			return errors.Join(fmt.Errorf("%w: %s is not a directory", ErrInvalidLayout, dir), err)
+		}
+	}
+	store := newBlobStore(&rootDir{Root: root}, false)
+	store.tmp = layoutTmp
+	st := store.newStage()
+	defer func() { err = errors.Join(err, st.discard(), store.close(), root.RemoveAll(layoutTmp)) }()
+	for _, d := range slices.Concat(x.manifests, x.blobs) {
+		if ok, err := st.reuse(ctx, d.Digest, d.Size); err != nil {
+			return err
+		} else if ok {
+			continue
+		}
+		src, err := x.registry.OpenBlob(ctx, d)
+		if err != nil {
+			return err
+		}
+		_, _, err = st.put(ctx, src, "", d.Digest, d.Size)
+		if err = errors.Join(err, src.Close()); err != nil {
+			return err
+		}
+	}
+	if err := store.syncDir("."); err != nil {
+		return err
+	}
+	return st.settle(ctx)
+}

@@ -1,0 +1,340 @@
+package ocilocal
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"path"
+	"slices"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+)
+
+// GCOptions govern garbage collection. Nil is the zero value.
+type GCOptions struct {
+	// Grace is how old something must be to be deleted, by when it was written.
+	// Zero means 24 hours, [NoGrace] deletes at once. Whatever it is, no
+	// work in flight is harmed: what another call is publishing meanwhile stays.
+	Grace time.Duration
+	// Protect are manifests or blobs to keep as if a ref pointed at them.
+	Protect []digest.Digest
+	// KeepReferrers keeps every manifest whose subject is kept, such as the
+	// signatures of an artifact, whether or not a ref points at it. Without it, an
+	// artifact that was replaced goes even if it was derived from one that stays.
+	KeepReferrers bool
+}
+
+// NoGrace, as [GCOptions.Grace], deletes what is not needed whatever its age.
+const NoGrace time.Duration = -1
+
+const defaultGrace = 24 * time.Hour
+
+func (o *GCOptions) grace() time.Duration {
+	switch {
+	case o.Grace == 0:
+		return defaultGrace
+	case o.Grace < 0:
+		return 0
+	}
+	return o.Grace
+}
+
+// A GCReport tells what garbage collection found and did.
+type GCReport struct {
+	Roots     int     // manifests that a ref points at, and GCOptions.Protect
+	Reachable GCCount // what is kept because the roots need it, by subjects too
+	Orphans   GCCount // what nothing needs
+	Deferred  GCCount // what nothing needs, but for something that is younger than the grace
+	Deleted   GCCount // the orphans that were deleted; none by a dry run
+	Revived   int     // orphans that came into use before it was their turn
+
+	// Missing are blobs and manifests that a root needs and that are not there.
+	Missing []digest.Digest
+	// Invalid are manifests under a root that can't be read, or contradict the
+	// index. As long as there is one, nothing is deleted.
+	Invalid []InvalidManifest
+	// Foreign are entries of blobs/ that are no blobs. They are left alone.
+	Foreign []string
+	// Unreconciled is set when the index was made new beside blobs, and so may
+	// not know all that is needed. Then nothing is deleted until [LocalRegistry.Repair].
+	Unreconciled bool
+}
+
+// maxGCList bounds each list of a report.
+const maxGCList = 1000
+
+// A GCCount counts digests and their bytes.
+type GCCount struct {
+	Manifests, Blobs int // Blobs counts all that are not manifests
+	Bytes            int64
+}
+
+func (c *GCCount) add(n *gcNode) {
+	if n.manifest {
+		c.Manifests++
+	} else {
+		c.Blobs++
+	}
+	if n.file {
+		c.Bytes += n.size
+	}
+}
+
+// An InvalidManifest says what is wrong with a manifest.
+type InvalidManifest struct {
+	Digest digest.Digest
+	Err    error
+}
+
+// GCReport says what [LocalRegistry.GC] with the same options would delete, and deletes nothing.
+// It reads the bytes of every manifest that a ref needs. Errors: ctx's,
+// [ErrInvalidDigest] in opts, those of the index and the file system's.
+func (r *LocalRegistry) GCReport(ctx context.Context, opts *GCOptions) (*GCReport, error) {
+	g, err := r.collect(ctx, opts, false)
+	return g, opError("report garbage", "", "", err)
+}
+
+// GC deletes what no ref needs: what was replaced, removed, or never
+// published, with its bytes, and what killed processes have left. Roots are all refs,
+// GCOptions.Protect, and the subjects of what is kept. It works in short steps, between which other
+// processes write, and beside any of them, other collectors included, on a full disk too.
+//
+// What it deletes it has looked at again with the index locked, so a ref
+// that resolves never loses anything. Errors: [ErrUnsafe] with the report, which
+// says why nothing was deleted, [ErrReadOnly], [ErrBusy], ctx's (what was deleted by then
+// is in the report), [ErrInvalidDigest] in opts, those of the index and the file system's.
+func (r *LocalRegistry) GC(ctx context.Context, opts *GCOptions) (*GCReport, error) {
+	g, err := r.collect(ctx, opts, true)
+	return g, opError("collect garbage", "", "", err)
+}
+
+func (r *LocalRegistry) collect(ctx context.Context, opts *GCOptions, del bool) (*GCReport, error) {
+	end, err := r.begin(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer end()
+	if del && r.blobs.readOnly {
+		return nil, ErrReadOnly
+	}
+	o := GCOptions{}
+	if opts != nil {
+		o = *opts
+	}
+	g, err := r.mark(ctx, o)
+	if err != nil {
+		return nil, err
+	}
+	unreconciled, err := meta(r.index, metaUnreconciled)
+	if err != nil {
+		return nil, err
+	}
+	g.report.Unreconciled = unreconciled != ""
+	if !del {
+		return &g.report, nil
+	}
+	if err := g.unsafe(); err != nil {
+		return &g.report, err
+	}
+	if err := g.sweep(ctx); err != nil {
+		return &g.report, err
+	}
+	return &g.report, r.sweepTmp(ctx, o.grace())
+}
+
+func (g *gcGraph) unsafe() error {
+	switch {
+	case g.report.Unreconciled:
+		return fmt.Errorf("%w: the index was made new beside blobs that it may not know (Repair makes it know them)", ErrUnsafe)
+	case len(g.report.Invalid) > 0:
+		first := g.report.Invalid[0]
+		return fmt.Errorf("%w: %d manifests that are needed can't be relied on, such as %s: %w", ErrUnsafe, len(g.report.Invalid), first.Digest, first.Err)
+	}
+	for _, d := range g.report.Missing {
+		if i := g.ids[d]; g.nodes[i].manifest {
+			return fmt.Errorf("%w: manifest %s is needed and not there", ErrUnsafe, d)
+		}
+	}
+	return nil
+}
+
+// gcStep is how long a step of deletion keeps the index locked, but for its commit.
+const gcStep = 20 * time.Millisecond
+
+// sweep deletes the orphans, step by step.
+func (g *gcGraph) sweep(ctx context.Context) error {
+	todo := g.orphans()
+	gone := make(map[digest.Digest]bool, len(todo))
+	var late []int32 // whose rows could not be deleted, on a full disk
+	for len(todo) > 0 {
+		n, err := g.step(ctx, todo, gone, len(late) == 0)
+		if errors.Is(err, ErrNoSpace) && len(late) == 0 {
+			late = todo // files only, from here on
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		todo = todo[n:]
+	}
+	for len(late) > 0 {
+		n, err := g.step(ctx, late, gone, true)
+		if errors.Is(err, ErrNoSpace) {
+			return nil // still full; rows without files do no harm, and the next collection deletes them
+		}
+		if err != nil {
+			return err
+		}
+		late = late[n:]
+	}
+	return nil
+}
+
+// step deletes as many of todo, in order, as fit into one short transaction, and
+// returns their number. The files go first: then a killed collector leaves
+// rows without files, which publish and Tag don't trust, never the reverse; and a full
+// disk has space again. No directory is synced: a file that comes back after a power cut is an orphan again.
+func (g *gcGraph) step(ctx context.Context, todo []int32, gone map[digest.Digest]bool, rows bool) (n int, err error) {
+	var done GCCount
+	revived := 0
+	err = g.registry.writeAlone(ctx, func(tx *indexTx) error {
+		n, done, revived = 0, GCCount{}, 0
+		if v, err := meta(tx, metaUnreconciled); err != nil || v != "" {
+			return errors.Join(err, ErrUnsafe)
+		}
+		for start := time.Now(); n < len(todo) && (n == 0 || time.Since(start) < gcStep); n++ {
+			node := &g.nodes[todo[n]]
+			ok, err := g.deletable(tx, node, gone, rows)
+			if err != nil {
+				return err
+			}
+			if !ok {
+				revived++
+				continue
+			}
+			if !gone[node.digest] {
+				err := g.registry.root.Remove(blobPath(node.digest))
+				if err != nil && !errors.Is(err, fs.ErrNotExist) {
+					return err
+				}
+				if gone[node.digest] = true; err == nil || !node.file {
+					done.add(node)
+				}
+			}
+			if rows && node.row {
+				if err := tx.delete(node.digest); err != nil {
+					return err
+				}
+			}
+		}
+		return nil
+	})
+	g.report.Deleted.Manifests += done.Manifests
+	g.report.Deleted.Blobs += done.Blobs
+	g.report.Deleted.Bytes += done.Bytes
+	g.report.Revived += revived
+	return n, err
+}
+
+// deletable looks again, in the transaction, whether a node that was dead still
+// is. By its turn all dead manifests that point at it are gone, so any that is
+// there counts: also one that came back.
+func (g *gcGraph) deletable(tx *indexTx, n *gcNode, gone map[digest.Digest]bool, rows bool) (bool, error) {
+	fi, err := g.registry.root.Lstat(blobPath(n.digest))
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+	case err != nil:
+		return false, err
+	case gone[n.digest] || fi.ModTime().After(g.young):
+		return false, nil // written again since
+	}
+	if used, err := hasRef(tx, n.digest); used || err != nil {
+		return false, err
+	}
+	used := false
+	err = pointers(context.Background(), tx, n.digest, func(manifest digest.Digest) error {
+		used = true
+		if gone[manifest] && !rows { // on a full disk its rows are left; without its file it is dead all the same
+			switch _, err := g.registry.root.Lstat(blobPath(manifest)); {
+			case errors.Is(err, fs.ErrNotExist):
+				used = false
+				return nil
+			case err != nil:
+				return err
+			}
+		}
+		return errStop
+	})
+	if err != nil || used || !g.opts.KeepReferrers {
+		return !used && err == nil, err
+	}
+	subject, err := subjectOf(tx, n.digest)
+	if err != nil || subject == "" {
+		return err == nil, err
+	}
+	used, err = g.reachable(tx, subject)
+	return !used, err
+}
+
+// maxGCWalk bounds reachable. What takes longer to look at is kept.
+const maxGCWalk = 100_000
+
+// reachable looks whether a root leads to d, by going from d to what points at it.
+func (g *gcGraph) reachable(q queryer, d digest.Digest) (bool, error) {
+	seen := map[digest.Digest]bool{d: true}
+	todo := []digest.Digest{d}
+	add := func(d digest.Digest) error {
+		if d != "" && !seen[d] {
+			seen[d] = true
+			todo = append(todo, d)
+		}
+		return nil
+	}
+	for len(todo) > 0 {
+		d := todo[len(todo)-1]
+		todo = todo[:len(todo)-1]
+		if root, err := hasRef(q, d); root || err != nil {
+			return root, err
+		}
+		if slices.Contains(g.opts.Protect, d) || len(seen) > maxGCWalk {
+			return true, nil
+		}
+		if err := pointers(context.Background(), q, d, add); err != nil {
+			return false, err
+		}
+		if g.opts.KeepReferrers {
+			subject, err := subjectOf(q, d)
+			if err != nil {
+				return false, err
+			}
+			add(subject)
+		}
+	}
+	return false, nil
+}
+
+// sweepTmp removes what dead processes have left below tmp/, and of the interrupted
+// pulls and quarantined files what is older than the grace.
+func (r *LocalRegistry) sweepTmp(ctx context.Context, grace time.Duration) error {
+	if err := r.blobs.sweep(); err != nil {
+		return err
+	}
+	old := time.Now().Add(-grace)
+	for _, dir := range []string{partialDir, quarantineDir} {
+		dir = path.Join(tmpDir, dir)
+		err := r.blobs.eachEntry(ctx, dir, func(name string) error {
+			name = path.Join(dir, name)
+			fi, err := r.root.Lstat(name)
+			if err != nil || fi.ModTime().After(old) {
+				return ignoreNotExist(err)
+			}
+			return r.blobs.sweepEntry(name, fi)
+		})
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}

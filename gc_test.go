@@ -1,0 +1,417 @@
+package ocilocal_test
+
+import (
+	"bytes"
+	"context"
+	"database/sql"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"slices"
+	"testing"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+
+	"github.com/ocilocal/ocilocal"
+)
+
+var atOnce = &ocilocal.GCOptions{Grace: ocilocal.NoGrace}
+
+func collect(t testing.TB, r *ocilocal.LocalRegistry, opts *ocilocal.GCOptions) *ocilocal.GCReport {
+	t.Helper()
+	report, err := r.GC(t.Context(), opts)
+	if err != nil {
+		t.Fatalf("%v\n%+v", err, report)
+	}
+	return report
+}
+
+// blobNames returns what is in blobs/sha256, sorted.
+func blobNames(t testing.TB, r *ocilocal.LocalRegistry) (names []digest.Digest) {
+	t.Helper()
+	for d, err := range r.Blobs(t.Context()) {
+		if err != nil {
+			t.Fatal(err)
+		}
+		names = append(names, d.Digest)
+	}
+	slices.Sort(names)
+	return names
+}
+
+func digests(texts ...digest.Digest) []digest.Digest {
+	slices.Sort(texts)
+	return texts
+}
+
+func TestGC(t *testing.T) {
+	ctx := t.Context()
+	r := openTemp(t, nil)
+	kept := published(t, r, "example.com/kept:v1", "shared", nil)
+	removed := published(t, r, "example.com/removed:v1", "only here", nil)
+	if _, err := r.Remove(ctx, removed.Reference()); err != nil {
+		t.Fatal(err)
+	}
+	stray := digest.FromString("stray")
+	if err := os.WriteFile(blobFile(r, stray), []byte("stray"), 0o444); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(blobFile(r, "sha256:README"), []byte("foreign"), 0o444); err != nil {
+		t.Fatal(err)
+	}
+	flying, err := r.NewBuilder(ref("example.com/flying:v1"), &ocilocal.BuilderOptions{ArtifactType: "application/vnd.example.test"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer flying.Cancel()
+	// One blob of it is in the store already, and an orphan there.
+	if _, err := flying.AddLayerBytes(ctx, "text/plain", []byte("only here"), nil); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := flying.AddLayerBytes(ctx, "text/plain", []byte("new"), nil); err != nil {
+		t.Fatal(err)
+	}
+
+	dry, err := r.GCReport(ctx, atOnce)
+	if err != nil {
+		t.Fatal(err)
+	}
+	size := kept.Descriptor().Size + int64(len("shared"))
+	if dry.Roots != 1 || dry.Reachable != (ocilocal.GCCount{Manifests: 1, Blobs: 1, Bytes: size}) ||
+		dry.Orphans.Manifests != 1 || dry.Orphans.Blobs != 2 || dry.Deleted != (ocilocal.GCCount{}) ||
+		!slices.Equal(dry.Foreign, []string{"blobs/sha256/README"}) {
+		t.Errorf("%+v", dry)
+	}
+	// Everything is young, so the default grace keeps it.
+	if report := collect(t, r, nil); report.Deleted != (ocilocal.GCCount{}) || report.Deferred.Blobs != 2 || report.Deferred.Manifests != 1 {
+		t.Errorf("%+v", report)
+	}
+	report := collect(t, r, atOnce)
+	if report.Deleted != dry.Orphans || report.Deleted.Bytes == 0 {
+		t.Errorf("deleted %+v, announced %+v", report.Deleted, dry.Orphans)
+	}
+	if got := blobNames(t, r); !slices.Equal(got, digests(kept.Digest(), digest.FromString("shared"))) {
+		t.Errorf("left: %v", got)
+	}
+	if _, err := r.LoadDigest(ctx, removed.Digest()); !errors.Is(err, ocilocal.ErrNotFound) {
+		t.Errorf("a collected manifest: %v", err)
+	}
+	if _, err := r.Tag(ctx, removed.Digest(), removed.Reference(), nil); !errors.Is(err, ocilocal.ErrNotFound) {
+		t.Errorf("tag of a collected manifest: %v", err)
+	}
+	// What was being built is whole.
+	built, err := flying.Build(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	checkArtifact(t, built, "only here")
+	if report := collect(t, r, atOnce); report.Deleted.Manifests != 0 {
+		t.Errorf("a second collection found %+v", report.Deleted)
+	}
+	mustClose(t, r)
+	os.Remove(filepath.Join(r.Root(), "blobs", "sha256", "README"))
+	checkStore(t, r.Root(), model{"example.com/kept:v1": {""}, "example.com/flying:v1": {""}})
+}
+
+// TestGCLineage has a chain of subjects, of which only the last has a ref, and a referrer of the first.
+func TestGCLineage(t *testing.T) {
+	ctx := t.Context()
+	for _, keep := range []bool{false, true} {
+		r := openTemp(t, nil)
+		a := published(t, r, "example.com/a:1", "one", nil)
+		b := published(t, r, "example.com/a:2", "two", a)
+		c := published(t, r, "example.com/a:3", "three", b)
+		side := published(t, r, "example.com/signature:1", "signature", a)
+		dead := published(t, r, "example.com/dead:1", "dead", nil)
+		deadSide := published(t, r, "example.com/dead:2", "dead signature", dead)
+		for _, x := range []*ocilocal.LocalArtifact{a, b, side, dead, deadSide} {
+			if _, err := r.Remove(ctx, x.Reference()); err != nil {
+				t.Fatal(err)
+			}
+		}
+		protect := published(t, r, "example.com/protected:1", "protected", nil)
+		if _, err := r.Remove(ctx, protect.Reference()); err != nil {
+			t.Fatal(err)
+		}
+		collect(t, r, &ocilocal.GCOptions{Grace: ocilocal.NoGrace, KeepReferrers: keep, Protect: []digest.Digest{protect.Digest()}})
+		for x, want := range map[*ocilocal.LocalArtifact]bool{a: true, b: true, c: true, side: keep, dead: false, deadSide: false, protect: true} {
+			_, err := r.LoadDigest(ctx, x.Digest())
+			if got := err == nil; got != want {
+				t.Errorf("keep referrers %v: %s: %v", keep, x.Reference(), err)
+			}
+			if _, err := os.Stat(blobFile(r, x.Digest())); (err == nil) != want {
+				t.Errorf("keep referrers %v: file of %s: %v", keep, x.Reference(), err)
+			}
+		}
+		collect(t, r, atOnce)
+		if want := 6; len(blobNames(t, r)) != want {
+			t.Errorf("%d blobs, want %d", len(blobNames(t, r)), want)
+		}
+	}
+}
+
+// TestGCGrace has an old layer that a young manifest needs, which nothing needs.
+func TestGCGrace(t *testing.T) {
+	ctx := t.Context()
+	r := openTemp(t, nil)
+	a := published(t, r, "example.com/a:1", "layer", nil)
+	old := time.Now().Add(-48 * time.Hour)
+	layer := digest.FromString("layer")
+	if err := os.Chtimes(blobFile(r, layer), old, old); err != nil {
+		t.Fatal(err)
+	}
+	age(t, r, layer, old)
+	if _, err := r.Remove(ctx, a.Reference()); err != nil {
+		t.Fatal(err)
+	}
+	if report := collect(t, r, nil); report.Deferred.Manifests != 1 || report.Deferred.Blobs != 1 {
+		t.Errorf("%+v", report)
+	}
+	if _, err := r.Tag(ctx, a.Digest(), a.Reference(), nil); err != nil {
+		t.Error(err) // restored within the grace
+	}
+	if _, err := r.Remove(ctx, a.Reference()); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Chtimes(blobFile(r, a.Digest()), old, old); err != nil {
+		t.Fatal(err)
+	}
+	age(t, r, a.Digest(), old)
+	if report := collect(t, r, &ocilocal.GCOptions{Grace: 47 * time.Hour}); report.Deleted.Manifests != 1 || report.Deleted.Blobs != 1 {
+		t.Errorf("%+v", report)
+	}
+	// What comes again is young again.
+	stale := digest.FromString("stale")
+	if err := os.WriteFile(blobFile(r, stale), []byte("stale"), 0o444); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Chtimes(blobFile(r, stale), old, old); err != nil {
+		t.Fatal(err)
+	}
+	b := published(t, r, "example.com/b:1", "stale", nil)
+	if _, err := r.Remove(ctx, b.Reference()); err != nil {
+		t.Fatal(err)
+	}
+	if report := collect(t, r, nil); report.Deleted != (ocilocal.GCCount{}) {
+		t.Errorf("%+v", report)
+	}
+}
+
+// age changes when a blob was recorded, behind the library's back.
+func age(t testing.TB, r *ocilocal.LocalRegistry, d digest.Digest, at time.Time) {
+	t.Helper()
+	execIndex(t, r.Root(), "UPDATE blobs SET created = ? WHERE digest = ?", at.UnixMicro(), string(d))
+}
+
+func execIndex(t testing.TB, root, statement string, args ...any) {
+	t.Helper()
+	db, err := sql.Open("sqlite", filepath.Join(root, "index.sqlite3"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer db.Close()
+	if _, err := db.Exec(statement, args...); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestGCUnsafe damages what a root needs, each time in another way. Nothing may be deleted.
+func TestGCUnsafe(t *testing.T) {
+	for name, damage := range map[string]func(t *testing.T, r *ocilocal.LocalRegistry, a *ocilocal.LocalArtifact){
+		"manifest damaged": func(t *testing.T, r *ocilocal.LocalRegistry, a *ocilocal.LocalArtifact) {
+			name := blobFile(r, a.Digest())
+			b, err := os.ReadFile(name)
+			if err != nil {
+				t.Fatal(err)
+			}
+			b[10] ^= 1
+			if err := errors.Join(os.Chmod(name, 0o644), os.WriteFile(name, b, 0o644)); err != nil {
+				t.Fatal(err)
+			}
+		},
+		"manifest missing": func(t *testing.T, r *ocilocal.LocalRegistry, a *ocilocal.LocalArtifact) {
+			if err := os.Remove(blobFile(r, a.Digest())); err != nil {
+				t.Fatal(err)
+			}
+		},
+		"manifest cut": func(t *testing.T, r *ocilocal.LocalRegistry, a *ocilocal.LocalArtifact) {
+			if err := os.Truncate(blobFile(r, a.Digest()), 5); err != nil {
+				t.Fatal(err)
+			}
+		},
+		"row of a layer lost": func(t *testing.T, r *ocilocal.LocalRegistry, a *ocilocal.LocalArtifact) {
+			execIndex(t, r.Root(), "DELETE FROM members WHERE manifest = ?", string(a.Digest()))
+		},
+		"row of the subject lost": func(t *testing.T, r *ocilocal.LocalRegistry, a *ocilocal.LocalArtifact) {
+			execIndex(t, r.Root(), "UPDATE manifests SET subject = '' WHERE digest = ?", string(a.Digest()))
+		},
+		"index new beside blobs": func(t *testing.T, r *ocilocal.LocalRegistry, _ *ocilocal.LocalArtifact) {
+			execIndex(t, r.Root(), "INSERT INTO meta VALUES ('unreconciled', '1')")
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			r := openTemp(t, nil)
+			first := published(t, r, "example.com/a:0", "zero", nil)
+			a := published(t, r, "example.com/a:1", "one", first)
+			gone := published(t, r, "example.com/b:1", "two", nil)
+			if _, err := r.Remove(t.Context(), gone.Reference()); err != nil {
+				t.Fatal(err)
+			}
+			damage(t, r, a)
+			before := blobNames(t, r)
+			report, err := r.GC(t.Context(), atOnce)
+			if !errors.Is(err, ocilocal.ErrUnsafe) || report == nil || report.Deleted != (ocilocal.GCCount{}) {
+				t.Errorf("%v, %+v", err, report)
+			}
+			if !slices.Equal(before, blobNames(t, r)) {
+				t.Error("something was deleted")
+			}
+			if report != nil && len(report.Invalid) == 0 && len(report.Missing) == 0 && !report.Unreconciled {
+				t.Error("the report doesn't say why")
+			}
+			if _, err := r.GCReport(t.Context(), atOnce); err != nil {
+				t.Errorf("a report alone: %v", err)
+			}
+		})
+	}
+	// A layer that is missing is reported, but endangers nothing.
+	r := openTemp(t, nil)
+	published(t, r, "example.com/a:1", "one", nil)
+	layer := digest.FromString("one")
+	if err := os.Remove(blobFile(r, layer)); err != nil {
+		t.Fatal(err)
+	}
+	if report := collect(t, r, atOnce); !slices.Equal(report.Missing, []digest.Digest{layer}) {
+		t.Errorf("%+v", report)
+	}
+}
+
+// TestGCRaces runs a step of another call at the moment when the collector is
+// about to delete a file, without the lock and then with it.
+func TestGCRaces(t *testing.T) {
+	// Marked dead, then tagged again before anything is deleted.
+	ctx := t.Context()
+	r := openTemp(t, nil)
+	a := published(t, r, "example.com/a:1", "one", nil)
+	if _, err := r.Remove(ctx, a.Reference()); err != nil {
+		t.Fatal(err)
+	}
+	once := false
+	ocilocal.SetFault(r, func(op, name string) error {
+		// The collector reads blobs/ before it takes the lock for the first time.
+		if op == "readdir" && name == "blobs/sha256" && !once {
+			once = true
+			if _, err := r.Tag(ctx, a.Digest(), a.Reference(), nil); err != nil {
+				t.Error(err)
+			}
+		}
+		return nil
+	})
+	report := collect(t, r, atOnce)
+	ocilocal.SetFault(r, nil)
+	if !once || report.Revived != 2 || report.Deleted != (ocilocal.GCCount{}) {
+		t.Errorf("%v %+v", once, report)
+	}
+	if _, err := r.Load(ctx, a.Reference()); err != nil {
+		t.Fatal(err)
+	}
+	// A publish that has found its blobs in the store, and then loses them to a
+	// collector before its transaction.
+	if _, err := r.Remove(ctx, a.Reference()); err != nil {
+		t.Fatal(err)
+	}
+	other := openAgain(t, r)
+	once = false
+	ocilocal.SetFault(r, func(op, name string) error {
+		if op == "fsyncdir" && name == "blobs/sha256" && !once {
+			once = true
+			if report := collect(t, other, atOnce); report.Deleted.Manifests != 1 || report.Deleted.Blobs != 1 {
+				t.Errorf("%+v", report)
+			}
+		}
+		return nil
+	})
+	again := published(t, r, "example.com/a:2", "one", nil)
+	ocilocal.SetFault(r, nil)
+	if !once || again.Digest() != a.Digest() {
+		t.Fatal("the collector did not run in between")
+	}
+	mustClose(t, other)
+	checkArtifact(t, again, "one")
+	mustClose(t, r)
+	checkStore(t, r.Root(), model{"example.com/a:2": {""}})
+}
+
+func openAgain(t testing.TB, r *ocilocal.LocalRegistry) *ocilocal.LocalRegistry {
+	t.Helper()
+	other, err := ocilocal.Open(t.Context(), r.Root(), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return other
+}
+
+func checkArtifact(t testing.TB, a *ocilocal.LocalArtifact, layer string) {
+	t.Helper()
+	layers, err := a.Layers(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if b, err := a.ReadLayer(t.Context(), layers[0]); err != nil || string(b) != layer {
+		t.Fatalf("%q %v", b, err)
+	}
+}
+
+func TestGCCancel(t *testing.T) {
+	r := openTemp(t, nil)
+	published(t, r, "example.com/a:1", "one", nil)
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if _, err := r.GC(ctx, atOnce); !errors.Is(err, context.Canceled) {
+		t.Error(err)
+	}
+	if _, err := r.GCReport(t.Context(), &ocilocal.GCOptions{Protect: []digest.Digest{"sha256:x"}}); !errors.Is(err, ocilocal.ErrInvalidDigest) {
+		t.Error(err)
+	}
+}
+
+// TestGCSharedBlob has many dead manifests that need one blob, as all image
+// manifests need the empty config, and one that lives.
+func TestGCSharedBlob(t *testing.T) {
+	ctx := t.Context()
+	r := openTemp(t, &ocilocal.Options{Format: ocilocal.FormatImageManifest})
+	for i := range 200 {
+		a := published(t, r, fmt.Sprintf("example.com/a:%d", i), fmt.Sprint("layer", i), nil)
+		if i > 0 {
+			if _, err := r.Remove(ctx, a.Reference()); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	report := collect(t, r, atOnce)
+	if report.Deleted.Manifests != 199 || report.Deleted.Blobs != 199 || len(blobNames(t, r)) != 3 {
+		t.Errorf("%+v", report)
+	}
+	if err := r.ExportArchive(ctx, io.Discard, []ocilocal.Reference{ref("example.com/a:0")}, nil); err != nil {
+		t.Error(err)
+	}
+	// An unnamed import is an orphan from the start.
+	var out bytes.Buffer
+	from := openTemp(t, nil)
+	x := published(t, from, "example.com/x:1", "unnamed", nil)
+	if err := from.ExportArchive(ctx, &out, nil, &ocilocal.ExportOptions{Digests: []digest.Digest{x.Digest()}}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := r.ImportArchive(ctx, &out, nil); err != nil {
+		t.Fatal(err)
+	}
+	if report := collect(t, r, nil); report.Deferred.Manifests != 1 {
+		t.Errorf("%+v", report)
+	}
+	if report := collect(t, r, atOnce); report.Deleted.Manifests != 1 || report.Deleted.Blobs != 1 {
+		t.Errorf("%+v", report)
+	}
+}

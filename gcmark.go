@@ -1,0 +1,313 @@
+package ocilocal
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"runtime"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+)
+
+// A gcNode is one digest that the index or blobs/ has.
+type gcNode struct {
+	digest   digest.Digest
+	size     int64     // the file's; the row's while no file was seen
+	age      time.Time // the younger of row and file
+	manifest bool      // the index has it as a manifest
+	row      bool      // the index has it
+	file     bool      // blobs/ has it
+	bad      bool      // the file has another size than the row says
+	root     bool
+	live     bool
+	deferred bool    // young, or needed by what is
+	needs    []int32 // manifests: what the rows say it needs
+	subject  int32   // manifests: −1 for none, or one that isn't here
+}
+
+// gcGraph is what the index and blobs/ held, read in pages while others went
+// on writing. What it calls live was live; what it doesn't may have become so:
+// that is looked at again, with the write lock held, before anything is deleted.
+type gcGraph struct {
+	registry *LocalRegistry
+	opts     GCOptions
+	young    time.Time // what was written after that is deferred
+	nodes    []gcNode
+	ids      map[digest.Digest]int32
+	report   GCReport
+}
+
+func (g *gcGraph) id(d digest.Digest) int32 {
+	i, ok := g.ids[d]
+	if !ok {
+		i = int32(len(g.nodes))
+		g.nodes = append(g.nodes, gcNode{digest: d, subject: -1})
+		g.ids[d] = i
+	}
+	return i
+}
+
+// mark reads everything, follows the roots, and looks at every live manifest's bytes.
+func (r *LocalRegistry) mark(ctx context.Context, opts GCOptions) (*gcGraph, error) {
+	g := &gcGraph{registry: r, opts: opts, young: time.Now().Add(-opts.grace()), ids: map[digest.Digest]int32{}}
+	if err := g.read(ctx); err != nil {
+		return nil, err
+	}
+	g.follow()
+	if err := g.check(ctx); err != nil {
+		return nil, err
+	}
+	g.count()
+	return g, nil
+}
+
+// read takes refs first: what a ref pointed at then had its rows by then.
+func (g *gcGraph) read(ctx context.Context) error {
+	x := g.registry.index
+	for _, d := range g.opts.Protect {
+		if err := checkDigest(d); err != nil {
+			return err
+		}
+		g.nodes[g.id(d)].root = true
+	}
+	if err := x.refTargets(ctx, func(d digest.Digest) {
+		g.nodes[g.id(d)].root = true
+	}); err != nil {
+		return err
+	}
+	if err := x.manifestRows(ctx, func(d, subject digest.Digest) {
+		i, s := g.id(d), int32(-1)
+		if subject != "" {
+			s = g.id(subject)
+		}
+		g.nodes[i].manifest, g.nodes[i].subject = true, s
+	}); err != nil {
+		return err
+	}
+	if err := x.memberRows(ctx, func(manifest, d digest.Digest) {
+		parent, child := g.id(manifest), g.id(d)
+		g.nodes[parent].needs = append(g.nodes[parent].needs, child)
+	}); err != nil {
+		return err
+	}
+	if err := x.blobRows(ctx, func(d digest.Digest, size int64, created time.Time) {
+		n := &g.nodes[g.id(d)]
+		n.row, n.size, n.age = true, size, created
+	}); err != nil {
+		return err
+	}
+	return g.registry.blobs.walk(ctx, func(e blobEntry) error {
+		if e.digest == "" {
+			if len(g.report.Foreign) < maxGCList {
+				g.report.Foreign = append(g.report.Foreign, e.path)
+			}
+			return nil
+		}
+		n := &g.nodes[g.id(e.digest)]
+		n.bad = n.row && n.size != e.info.Size()
+		n.file, n.size = true, e.info.Size()
+		if t := e.info.ModTime(); t.After(n.age) {
+			n.age = t
+		}
+		return nil
+	})
+}
+
+// follow marks what the roots reach, by what it needs and by its subjects, and
+// then in the same way what is kept because something young needs it.
+func (g *gcGraph) follow() {
+	referrers := map[int32][]int32{}
+	if g.opts.KeepReferrers {
+		for i := range g.nodes {
+			if s := g.nodes[i].subject; s >= 0 {
+				referrers[s] = append(referrers[s], int32(i))
+			}
+		}
+	}
+	spread := func(from func(*gcNode) bool, mark func(*gcNode) *bool) {
+		var todo []int32
+		visit := func(i int32) {
+			if m := mark(&g.nodes[i]); !*m {
+				*m = true
+				todo = append(todo, i)
+			}
+		}
+		for i := range g.nodes {
+			if from(&g.nodes[i]) {
+				visit(int32(i))
+			}
+		}
+		for len(todo) > 0 {
+			i := todo[len(todo)-1]
+			todo = todo[:len(todo)-1]
+			for _, c := range g.nodes[i].needs {
+				visit(c)
+			}
+			if s := g.nodes[i].subject; s >= 0 {
+				visit(s)
+			}
+			for _, c := range referrers[i] {
+				visit(c)
+			}
+		}
+	}
+	spread(func(n *gcNode) bool { return n.root }, func(n *gcNode) *bool { return &n.live })
+	spread(func(n *gcNode) bool { return !n.live && n.age.After(g.young) }, func(n *gcNode) *bool { return &n.deferred })
+}
+
+// check compares every live manifest's bytes with its rows, since deletion
+// relies on these, and notes every live blob that isn't there.
+func (g *gcGraph) check(ctx context.Context) error {
+	var mu sync.Mutex
+	var wg sync.WaitGroup
+	work := make(chan int32)
+	var failed error
+	for range runtime.GOMAXPROCS(0) {
+		wg.Go(func() {
+			for i := range work {
+				missing, invalid, err := g.checkNode(ctx, &g.nodes[i])
+				mu.Lock()
+				switch {
+				case err != nil:
+					failed = err
+				case missing && len(g.report.Missing) < maxGCList:
+					g.report.Missing = append(g.report.Missing, g.nodes[i].digest)
+				case invalid != nil && len(g.report.Invalid) < maxGCList:
+					g.report.Invalid = append(g.report.Invalid, InvalidManifest{g.nodes[i].digest, invalid})
+				}
+				mu.Unlock()
+			}
+		})
+	}
+	var err error
+	for i := range g.nodes {
+		if err = ctx.Err(); err != nil {
+			break
+		}
+		if g.nodes[i].live {
+			work <- int32(i)
+		}
+	}
+	close(work)
+	wg.Wait()
+	slices.Sort(g.report.Missing)
+	slices.SortFunc(g.report.Invalid, func(a, b InvalidManifest) int { return bytes.Compare([]byte(a.Digest), []byte(b.Digest)) })
+	if err == nil {
+		err = failed
+	}
+	return err
+}
+
+func (g *gcGraph) checkNode(ctx context.Context, n *gcNode) (missing bool, invalid, err error) {
+	if !n.manifest {
+		if n.bad {
+			return true, nil, nil
+		}
+		if n.file || !n.row {
+			return false, nil, nil // a subject that was never here is nobody's loss
+		}
+		_, err := g.registry.blobs.size(n.digest) // it may have come after the walk
+		if errors.Is(err, ErrNotFound) {
+			return g.stillLive(n)
+		}
+		return false, nil, err
+	}
+	desc, ok, err := g.registry.index.resolveDigest(n.digest)
+	if err != nil || !ok {
+		return false, nil, err // collected meanwhile
+	}
+	m, err := g.registry.readVerified(ctx, desc)
+	if errors.Is(err, ErrNotFound) {
+		return g.stillLive(n)
+	}
+	if err == nil {
+		err = g.sameRows(n, m)
+	}
+	if ctx.Err() != nil {
+		return false, nil, ctx.Err()
+	}
+	return false, err, nil
+}
+
+// stillLive decides whether a file that is missing is missed: another process
+// may have removed the ref and collected the file since the rows were read.
+func (g *gcGraph) stillLive(n *gcNode) (missing bool, invalid, err error) {
+	missing, err = g.reachable(g.registry.index, n.digest)
+	return missing, nil, err
+}
+
+// sameRows makes sure that the index names all that a manifest needs.
+func (g *gcGraph) sameRows(n *gcNode, m *Manifest) error {
+	rows := map[digest.Digest]bool{}
+	for _, c := range n.needs {
+		rows[g.nodes[c].digest] = true
+	}
+	for _, c := range m.children() {
+		if !rows[c.Digest] {
+			return fmt.Errorf("%w: no row says that it needs %s", ErrCorruptIndex, c.Digest)
+		}
+	}
+	if s, ok := m.Subject(); ok && (n.subject < 0 || g.nodes[n.subject].digest != s.Digest) {
+		return fmt.Errorf("%w: no row says that its subject is %s", ErrCorruptIndex, s.Digest)
+	}
+	return nil
+}
+
+// count fills the report's figures.
+func (g *gcGraph) count() {
+	for i := range g.nodes {
+		n := &g.nodes[i]
+		if n.root {
+			g.report.Roots++
+		}
+		switch {
+		case !n.row && !n.file:
+		case n.live:
+			g.report.Reachable.add(n)
+		case n.deferred:
+			g.report.Deferred.add(n)
+		default:
+			g.report.Orphans.add(n)
+		}
+	}
+}
+
+// orphans returns what is old enough and not live, each manifest before what it
+// needs or refers to, so that by the time something's turn comes nothing dead points at it.
+func (g *gcGraph) orphans() []int32 {
+	dead := func(i int32) bool { return !g.nodes[i].live && !g.nodes[i].deferred }
+	pointers := make([]int32, len(g.nodes))
+	each := func(n *gcNode, visit func(int32)) {
+		for _, c := range n.needs {
+			visit(c)
+		}
+		if n.subject >= 0 {
+			visit(n.subject)
+		}
+	}
+	for i := range g.nodes {
+		if dead(int32(i)) {
+			each(&g.nodes[i], func(c int32) { pointers[c]++ })
+		}
+	}
+	var order []int32
+	for i := range g.nodes {
+		if dead(int32(i)) && pointers[i] == 0 {
+			order = append(order, int32(i))
+		}
+	}
+	for k := 0; k < len(order); k++ {
+		each(&g.nodes[order[k]], func(c int32) {
+			if pointers[c]--; pointers[c] == 0 && dead(c) {
+				order = append(order, c)
+			}
+		})
+	}
+	return slices.DeleteFunc(order, func(i int32) bool {
+		return !g.nodes[i].row && !g.nodes[i].file
+	})
+}

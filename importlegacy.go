@@ -1,0 +1,307 @@
+package ocilocal
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strings"
+	"syscall"
+
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+)
+
+// maxLegacyDepth is more path elements than the repository of a reference can have.
+const maxLegacyDepth = 130
+
+// DefaultLegacyRoot returns where the OMMX v2 SDK keeps its local registry: $OMMX_LOCAL_REGISTRY_ROOT
+// if that is set, else ommx in $XDG_DATA_HOME or ~/.local/share (Unix),
+// ~/Library/Application Support/org.ommx.ommx (macOS) or %AppData%\ommx\ommx\data (Windows).
+func DefaultLegacyRoot() (string, error) {
+	if dir := os.Getenv("OMMX_LOCAL_REGISTRY_ROOT"); dir != "" {
+		return dir, nil
+	}
+	if dir := os.Getenv("AppData"); dir != "" && runtime.GOOS == "windows" {
+		return filepath.Join(dir, "ommx", "ommx", "data"), nil
+	}
+	if xdg := os.Getenv("XDG_DATA_HOME"); filepath.IsAbs(xdg) && runtime.GOOS != "darwin" {
+		return filepath.Join(xdg, "ommx"), nil
+	}
+	home, err := os.UserHomeDir()
+	if err != nil {
+		return "", opError("find the legacy root", "", "", fmt.Errorf("%w (set OMMX_LOCAL_REGISTRY_ROOT)", err))
+	}
+	if runtime.GOOS == "darwin" {
+		return filepath.Join(home, "Library", "Application Support", "org.ommx.ommx"), nil
+	}
+	return filepath.Join(home, ".local", "share", "ommx"), nil
+}
+
+// LegacyOptions govern an import from an older registry. Nil is the zero value.
+type LegacyOptions struct {
+	// Policy is for refs that point elsewhere here. Zero is [KeepExisting].
+	Policy Policy
+}
+
+// A LegacyReport counts what became of the entries of an older registry.
+type LegacyReport struct {
+	Scanned    int // entries found
+	Imported   int // refs that are new here
+	Verified   int // refs that were here already, with the same content
+	Replaced   int // refs that were moved
+	Conflicted []RefUpdate
+	Failed     []LegacyFailure // entries that could not be imported
+}
+
+// A LegacyFailure says why one entry could not be imported.
+type LegacyFailure struct {
+	Entry string // where it is, below the old root
+	Err   error
+}
+
+// add counts the outcome of one entry.
+func (l *LegacyReport) add(entry string, u RefUpdate, err error) {
+	switch {
+	case u.Outcome == Conflicted:
+		l.Conflicted = append(l.Conflicted, u)
+	case err != nil:
+		l.Failed = append(l.Failed, LegacyFailure{entry, err})
+	case u.Outcome == Replaced:
+		l.Replaced++
+	case u.Outcome == Unchanged:
+		l.Verified++
+	default:
+		l.Imported++
+	}
+}
+
+// ImportLegacy imports every entry of an OMMX v2 local registry: a tree of
+// layout directories, host/repository/__tag. An entry's name is that of its
+// index.json if it has one, which must fit the path, else what the path says. Only
+// artifacts of type [ArtifactTypeOMMX] are taken. A bad entry doesn't stop the others:
+// it is in the report. Running it again, or several times at once, does
+// no harm. The tree is never written to, and no symbolic link in it is followed.
+//
+// Errors, together with the report so far: [ErrReadOnly], [ErrBusy], a full disk, ctx's, those
+// of the index, and the file system's for root itself.
+func (r *LocalRegistry) ImportLegacy(ctx context.Context, root string, opts *LegacyOptions) (*LegacyReport, error) {
+	report := &LegacyReport{}
+	err := r.importLegacy(ctx, root, opts, report)
+	return report, opError("import legacy registry", root, "", err)
+}
+
+func (r *LocalRegistry) importLegacy(ctx context.Context, dir string, opts *LegacyOptions, report *LegacyReport) error {
+	end, err := r.begin(ctx)
+	if err != nil {
+		return err
+	}
+	defer end()
+	if r.blobs.readOnly {
+		return ErrReadOnly
+	}
+	if opts == nil {
+		opts = &LegacyOptions{}
+	}
+	root, err := os.OpenRoot(dir)
+	if err != nil {
+		return err
+	}
+	defer root.Close()
+	entries, err := legacyEntries(ctx, root, report)
+	if err != nil {
+		return err
+	}
+	for _, entry := range entries {
+		report.Scanned++
+		u, err := r.importLegacyEntry(ctx, root, entry, Reference{}, opts.Policy)
+		if fatal(err) {
+			return err
+		}
+		report.add(entry, u, err)
+	}
+	return nil
+}
+
+// fatal tells errors that would meet every further entry too.
+func fatal(err error) bool {
+	for _, e := range []error{context.Canceled, context.DeadlineExceeded, ErrReadOnly, ErrBusy, ErrIndexIO, ErrCorruptIndex, ErrForeignIndex, syscall.ENOSPC, syscall.EDQUOT} {
+		if errors.Is(err, e) {
+			return true
+		}
+	}
+	return false
+}
+
+// legacyEntries finds the directories whose name begins with "__", in order.
+func legacyEntries(ctx context.Context, root *os.Root, report *LegacyReport) ([]string, error) {
+	store := newBlobStore(&rootDir{Root: root}, true)
+	var entries []string
+	var visit func(dir string, depth int) error
+	visit = func(dir string, depth int) error {
+		return store.eachEntry(ctx, dir, func(name string) error {
+			at := path.Join(dir, name)
+			fi, err := root.Lstat(at)
+			if err == nil && !fi.IsDir() {
+				return nil
+			}
+			if err == nil && strings.HasPrefix(name, "__") {
+				entries = append(entries, at)
+				return nil
+			}
+			if err == nil && depth >= maxLegacyDepth {
+				err = fmt.Errorf("%w: more than %d directories deep", ErrTooLarge, maxLegacyDepth)
+			}
+			if err == nil {
+				err = visit(at, depth+1)
+			}
+			if err != nil && ctx.Err() == nil {
+				report.Failed = append(report.Failed, LegacyFailure{at, err})
+				return nil
+			}
+			return err
+		})
+	}
+	if err := visit(".", 1); err != nil {
+		return nil, err
+	}
+	slices.Sort(entries)
+	return entries, nil
+}
+
+// importLegacyEntry imports one layout directory of the tree. ref, if not zero, is whom it is asked for.
+func (r *LocalRegistry) importLegacyEntry(ctx context.Context, root *os.Root, entry string, ref Reference, policy Policy) (RefUpdate, error) {
+	sub, err := root.OpenRoot(entry)
+	if err != nil {
+		return RefUpdate{}, err
+	}
+	defer sub.Close()
+	l := &layout{root: sub}
+	descs, err := l.index()
+	if err != nil {
+		return RefUpdate{}, err
+	}
+	named, err := legacyName(entry, descs)
+	if err != nil {
+		return RefUpdate{}, err
+	}
+	if ref.IsZero() {
+		ref = named
+	} else if named.Name() != ref.Name() || named.Tag() != ref.Tag() && (named.Digest() == "" || named.Digest() != ref.Digest()) {
+		return RefUpdate{}, fmt.Errorf("%w: it is named %s", ErrNotFound, named)
+	}
+	im := r.layoutImporter(l, &ImportOptions{Reference: ref, Rename: true, PublishOptions: PublishOptions{Policy: policy}, one: true})
+	defer func() { r.logDiscard(im.stage.discard()) }()
+	im.accept = func(m *Manifest) error {
+		if m.ArtifactType() != ArtifactTypeOMMX {
+			return fmt.Errorf("%w: %q is not %s", ErrArtifactType, clip(m.ArtifactType()), ArtifactTypeOMMX)
+		}
+		return nil
+	}
+	result, err := im.run(ctx, descs)
+	if result == nil || len(result.Artifacts) == 0 {
+		return RefUpdate{}, err
+	}
+	return result.Artifacts[0].Update, err
+}
+
+// legacyName decides what an entry is called. The path can't always be read
+// back (a tag may hold "__"), so a name in index.json counts if it fits the path.
+func legacyName(entry string, descs []ocispec.Descriptor) (Reference, error) {
+	name := ""
+	if len(descs) == 1 {
+		name = descs[0].Annotations[ocispec.AnnotationRefName]
+	}
+	if ref, err := parseLegacyName(name); err == nil && name != "" && !isBareTag(name) {
+		if !slices.Contains(legacyPaths(ref), entry) {
+			return Reference{}, fmt.Errorf("%w: index.json names it %q, which does not belong at this path", ErrInvalidLayout, clip(name))
+		}
+		return ref, nil
+	}
+	host, rest, ok := strings.Cut(entry, "/")
+	i := strings.LastIndex(rest, "/__")
+	if !ok || i <= 0 {
+		return Reference{}, fmt.Errorf("%w: path has not the form host/repository/__tag", ErrInvalidLayout)
+	}
+	tag := rest[i+len("/__"):]
+	if alg, hex, ok := strings.Cut(tag, "__"); ok && digestHexLen(digest.Algorithm(alg)) == len(hex) {
+		tag = alg + ":" + hex
+	}
+	return parseLegacyName(strings.Replace(host, "__", ":", 1) + "/" + rest[:i] + ":" + tag)
+}
+
+// parseLegacyName is ParseReference that takes a digest after ':' too, as OMMX v2 writes it.
+func parseLegacyName(name string) (Reference, error) {
+	for _, alg := range []digest.Algorithm{digest.SHA256, digest.SHA384, digest.SHA512} {
+		if before, hex, ok := strings.Cut(name, ":"+string(alg)+":"); ok {
+			name = before + "@" + string(alg) + ":" + hex
+		}
+	}
+	return ParseReference(name)
+}
+
+// legacyPaths returns where OMMX v2 may keep ref: host[__port]/repository/__tag,
+// under each of the spellings that mean the same name today. v2 took the text
+// before the first '/' for the host, always, and knew no "library/".
+func legacyPaths(ref Reference) (paths []string) {
+	host, repository := ref.Registry(), ref.Repository()
+	names := []string{path.Join(strings.Replace(host, ":", "__", 1), repository)}
+	if host == registryDockerHub {
+		names = []string{path.Join("registry-1.docker.io", repository), path.Join("docker.io", repository), path.Join("index.docker.io", repository), repository}
+		if short, ok := strings.CutPrefix(repository, "library/"); ok {
+			for _, host := range []string{"registry-1.docker.io", "docker.io", "index.docker.io"} {
+				names = append(names, path.Join(host, short))
+			}
+		}
+	}
+	for _, name := range names {
+		if ref.Tag() != "" {
+			paths = append(paths, path.Join(name, "__"+ref.Tag()))
+		}
+		if d := ref.Digest(); d != "" {
+			paths = append(paths, path.Join(name, "__"+strings.Replace(string(d), ":", "__", 1)))
+		}
+	}
+	return paths
+}
+
+// fetchLegacy imports what the legacy root has under ref's name, and reports whether it has it.
+func (r *LocalRegistry) fetchLegacy(ctx context.Context, ref Reference) (found bool, err error) {
+	if r.opts.LegacyRoot == "" || r.blobs.readOnly {
+		return false, nil
+	}
+	end, err := r.begin(ctx)
+	if err != nil {
+		return false, err
+	}
+	defer end()
+	root, err := os.OpenRoot(r.opts.LegacyRoot)
+	if errors.Is(err, fs.ErrNotExist) {
+		return false, nil
+	}
+	if err != nil {
+		return false, err
+	}
+	defer root.Close()
+	for _, entry := range legacyPaths(ref) {
+		fi, err := root.Lstat(entry)
+		if errors.Is(err, fs.ErrNotExist) || err == nil && !fi.IsDir() {
+			continue
+		}
+		if err == nil {
+			_, err = r.importLegacyEntry(ctx, root, entry, ref, KeepExisting)
+		}
+		if !errors.Is(err, ErrNotFound) {
+			if err != nil {
+				err = fmt.Errorf("legacy entry %s: %w", clip(entry), err)
+			}
+			return true, err
+		}
+	}
+	return false, nil
+}

@@ -1,0 +1,210 @@
+package ocilocal
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path"
+
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+)
+
+// ImportLayout imports an OCI image layout directory (image-spec image-layout.md).
+// Every entry of index.json, or the one that opts choose, keeps its bytes and
+// digest; image indexes come in whole. Blobs that the registry has are not
+// read. The directory is not changed, and no symbolic link in it is followed.
+//
+// Either all is published or nothing. Errors: [ErrInvalidLayout],
+// [ErrInvalidManifest], [ErrIncomplete], [ErrDigestMismatch],
+// [ErrSizeMismatch], [ErrUnsupportedMediaType], [ErrTooLarge], [ErrNotFound]
+// and [ErrInvalidArgument] for options that fit no entry, [*ConflictError] together
+// with the result, ctx's, and the file system's.
+func (r *LocalRegistry) ImportLayout(ctx context.Context, dir string, opts *ImportOptions) (*ImportResult, error) {
+	result, err := r.importLayout(ctx, dir, opts)
+	return result, opError("import layout", dir, "", err)
+}
+
+func (r *LocalRegistry) importLayout(ctx context.Context, dir string, opts *ImportOptions) (*ImportResult, error) {
+	end, err := r.begin(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer end()
+	if r.blobs.readOnly {
+		return nil, ErrReadOnly
+	}
+	root, err := os.OpenRoot(dir)
+	if err != nil {
+		return nil, err
+	}
+	defer root.Close()
+	l := &layout{root: root}
+	entries, err := l.index()
+	if err != nil {
+		return nil, err
+	}
+	im := r.layoutImporter(l, opts)
+	defer func() { r.logDiscard(im.stage.discard()) }()
+	return im.run(ctx, entries)
+}
+
+// layoutImporter returns an importer that fetches from a layout directory.
+func (r *LocalRegistry) layoutImporter(l *layout, opts *ImportOptions) *importer {
+	im := r.newImporter(opts)
+	im.fetch = func(ctx context.Context, desc ocispec.Descriptor) error {
+		f, err := l.open(desc)
+		if err != nil {
+			return err
+		}
+		defer f.Close()
+		if _, _, err := im.stage.put(ctx, f, "", desc.Digest, desc.Size); err != nil {
+			return fmt.Errorf("blob %s of the layout: %w", desc.Digest, err)
+		}
+		return nil
+	}
+	return im
+}
+
+// A layout is a layout directory that others may be changing, and which is not trusted.
+type layout struct {
+	root *os.Root
+}
+
+// index checks oci-layout and returns the entries of index.json.
+func (l *layout) index() ([]ocispec.Descriptor, error) {
+	raw, err := l.file(ocispec.ImageLayoutFile)
+	if err == nil {
+		err = checkLayoutFile(raw)
+	}
+	if err != nil {
+		return nil, err
+	}
+	if raw, err = l.file(ocispec.ImageIndexFile); err != nil {
+		return nil, err
+	}
+	return parseLayoutIndex(raw)
+}
+
+// file reads one of the two files that a layout has beside its blobs. Missing is [ErrInvalidLayout].
+func (l *layout) file(name string) ([]byte, error) {
+	f, err := l.regular(name)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("%w: the directory has no %s", ErrInvalidLayout, name)
+	}
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	b, err := io.ReadAll(io.LimitReader(f, MaxManifestSize+1))
+	if err == nil && len(b) > MaxManifestSize {
+		err = fmt.Errorf("%w: %s has more than %d bytes", ErrTooLarge, name, MaxManifestSize)
+	}
+	return b, err
+}
+
+// open opens the file of a blob, which is to be verified by whoever reads it.
+// Missing is [ErrIncomplete].
+func (l *layout) open(desc ocispec.Descriptor) (*os.File, error) {
+	if err := checkDigest(desc.Digest); err != nil {
+		return nil, err
+	}
+	name := blobPath(desc.Digest)
+	for _, dir := range []string{blobsDir, path.Dir(name)} {
+		if fi, err := l.root.Lstat(dir); err == nil && !fi.IsDir() {
+			return nil, fmt.Errorf("%w: %s is not a directory (%v)", ErrInvalidLayout, dir, fi.Mode().Type())
+		}
+	}
+	f, err := l.regular(name)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("%w: blob %s (%s) is neither in the layout nor in the registry", ErrIncomplete, desc.Digest, clip(desc.MediaType))
+	}
+	return f, err
+}
+
+// regular opens a file if it is one, without following a link or blocking on anything else.
+func (l *layout) regular(name string) (*os.File, error) {
+	before, err := l.root.Lstat(name)
+	if err != nil {
+		return nil, err
+	}
+	if !before.Mode().IsRegular() {
+		return nil, fmt.Errorf("%w: %s is not a regular file (%v)", ErrInvalidLayout, name, before.Mode().Type())
+	}
+	f, err := l.root.OpenFile(name, os.O_RDONLY|openNoFollow, 0)
+	if err != nil {
+		return nil, err
+	}
+	after, err := f.Stat()
+	if err == nil && !os.SameFile(before, after) {
+		err = fmt.Errorf("%w: %s was replaced while it was being opened", ErrInvalidLayout, name)
+	}
+	if err != nil {
+		f.Close()
+		return nil, err
+	}
+	return f, nil
+}
+
+// An Inspection tells what a layout directory or archive holds, as its
+// index.json and its file names say. Nothing of it is verified.
+type Inspection struct {
+	Entries []InspectedEntry // in the order of index.json
+	Blobs   int              // files named by a digest
+	Bytes   int64            // their size
+}
+
+// An InspectedEntry is one entry of an index.json.
+type InspectedEntry struct {
+	Name       string    // org.opencontainers.image.ref.name, as it stands
+	Reference  Reference // Name, if that is a full reference; else zero
+	Descriptor ocispec.Descriptor
+}
+
+func newInspection(entries []ocispec.Descriptor) *Inspection {
+	in := &Inspection{}
+	for _, e := range entries {
+		name := e.Annotations[ocispec.AnnotationRefName]
+		in.Entries = append(in.Entries, InspectedEntry{Name: name, Reference: fullName(name), Descriptor: e})
+	}
+	return in
+}
+
+// InspectLayout reads what a layout directory says of itself, without any registry.
+// Errors: [ErrInvalidLayout], [ErrUnsupportedMediaType], [ErrTooLarge], ctx's, and the file system's.
+func InspectLayout(ctx context.Context, dir string) (*Inspection, error) {
+	in, err := inspectLayout(ctx, dir)
+	return in, opError("inspect layout", dir, "", err)
+}
+
+func inspectLayout(ctx context.Context, dir string) (*Inspection, error) {
+	root, err := os.OpenRoot(dir)
+	if err != nil {
+		return nil, err
+	}
+	defer root.Close()
+	entries, err := (&layout{root: root}).index()
+	if err != nil {
+		return nil, err
+	}
+	in := newInspection(entries)
+	err = newBlobStore(&rootDir{Root: root}, true).walk(ctx, func(e blobEntry) error {
+		if e.digest != "" {
+			in.Blobs++
+			in.Bytes += e.info.Size()
+		}
+		return nil
+	})
+	return in, err
+}
+
+// isLayout reports whether dir has a file that only a layout has.
+func isLayout(root *os.Root) (bool, error) {
+	_, err := root.Lstat(ocispec.ImageLayoutFile)
+	if errors.Is(err, fs.ErrNotExist) {
+		return false, nil
+	}
+	return err == nil, err
+}

@@ -1,0 +1,522 @@
+package ocilocal_test
+
+import (
+	"archive/tar"
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"maps"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+
+	"github.com/opencontainers/go-digest"
+
+	"github.com/ocilocal/ocilocal"
+)
+
+// layoutDir writes the entries of a layout to a new directory.
+func layoutDir(t testing.TB, entries ...entry) string {
+	t.Helper()
+	dir := t.TempDir()
+	for _, e := range entries {
+		name := filepath.Join(dir, filepath.FromSlash(e.name))
+		if err := os.MkdirAll(filepath.Dir(name), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		var err error
+		switch e.head.Typeflag {
+		case tar.TypeSymlink:
+			err = os.Symlink(e.head.Linkname, name)
+		case tar.TypeDir:
+			err = os.MkdirAll(name, 0o755)
+		default:
+			err = os.WriteFile(name, []byte(e.body), 0o644)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	return dir
+}
+
+var layoutVersion = entry{name: "oci-layout", body: `{"imageLayoutVersion":"1.0.0"}`}
+
+func symlink(name, to string) entry {
+	return entry{name: name, head: tar.Header{Typeflag: tar.TypeSymlink, Linkname: to}}
+}
+
+// tree returns every file below dir with its bytes, and the modes of all.
+func tree(t testing.TB, dir string) map[string]string {
+	t.Helper()
+	got := map[string]string{}
+	err := filepath.WalkDir(dir, func(p string, e fs.DirEntry, err error) error {
+		if err != nil || e.IsDir() {
+			return err
+		}
+		rel, err := filepath.Rel(dir, p)
+		if err != nil {
+			return err
+		}
+		if !e.Type().IsRegular() {
+			got[rel] = e.Type().String()
+			return nil
+		}
+		b, err := os.ReadFile(p)
+		got[rel] = string(b)
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return got
+}
+
+func TestImportLayout(t *testing.T) {
+	ctx := t.Context()
+	manifest, config := image("layer")
+	nested := fmt.Sprintf(`{"schemaVersion":2,"mediaType":"application/vnd.oci.image.index.v1+json","manifests":[%s]}`, desc(imageType, manifest))
+	outer := fmt.Sprintf(`{"schemaVersion":2,"mediaType":"application/vnd.oci.image.index.v1+json","manifests":[%s,%s]}`,
+		desc("application/vnd.oci.image.index.v1+json", nested), desc(imageType, manifest))
+	artifact := fmt.Sprintf(`{"mediaType":"application/vnd.oci.artifact.manifest.v1+json","artifactType":"application/vnd.example.test","blobs":[%s]}`, desc("text/plain", "layer"))
+	at := func(d, name string) string {
+		b, err := json.Marshal(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return strings.TrimSuffix(d, "}") + fmt.Sprintf(`,"annotations":{"org.opencontainers.image.ref.name":%s}}`, b)
+	}
+	index := func(entries ...string) entry {
+		return entry{name: "index.json", body: `{"schemaVersion":2,"manifests":[` + strings.Join(entries, ",") + `],"x-unknown":[1]}`}
+	}
+	blobs := []entry{layoutVersion, blobEntry(manifest), blobEntry(config), blobEntry("layer"), blobEntry(nested), blobEntry(outer), blobEntry(artifact), {name: "README", body: "?"}}
+	img := desc(imageType, manifest)
+	art := desc("application/vnd.oci.artifact.manifest.v1+json", artifact)
+	idx := desc("application/vnd.oci.image.index.v1+json", outer)
+	docker := desc("application/x-unknown", manifest)
+	for name, c := range map[string]struct {
+		index entry
+		opts  *ocilocal.ImportOptions
+		want  []string // "reference digest", "- digest" for no ref
+		fails error
+	}{
+		"full name":            {index(at(img, "example.com/a:v1")), nil, []string{"example.com/a:v1 " + manifest}, nil},
+		"several forms":        {index(at(img, "example.com/a:v1"), at(art, "example.com/a:v2"), at(idx, "example.com/a:v3")), nil, []string{"example.com/a:v1 " + manifest, "example.com/a:v2 " + artifact, "example.com/a:v3 " + outer}, nil},
+		"no name":              {index(img), nil, []string{"- " + manifest}, nil},
+		"bare tag":             {index(at(img, "v1")), nil, []string{"- " + manifest}, nil},
+		"bare tag, named":      {index(at(img, "v1")), &ocilocal.ImportOptions{Reference: ref("example.com/n:v1")}, []string{"example.com/n:v1 " + manifest}, nil},
+		"bare tag, other":      {index(at(img, "v1")), &ocilocal.ImportOptions{Reference: ref("example.com/n:v2")}, nil, ocilocal.ErrInvalidArgument},
+		"renamed":              {index(at(img, "example.com/a:v1")), &ocilocal.ImportOptions{Reference: ref("example.com/n:v2"), Rename: true}, []string{"example.com/n:v2 " + manifest}, nil},
+		"not renamed":          {index(at(img, "example.com/a:v1")), &ocilocal.ImportOptions{Reference: ref("example.com/n:v2")}, nil, ocilocal.ErrInvalidArgument},
+		"selected by name":     {index(at(img, "example.com/a:v1"), at(art, "example.com/a:v2")), &ocilocal.ImportOptions{Select: "example.com/a:v2"}, []string{"example.com/a:v2 " + artifact}, nil},
+		"selected by digest":   {index(img, art), &ocilocal.ImportOptions{Select: digest.FromString(artifact).String()}, []string{"- " + artifact}, nil},
+		"selected, not there":  {index(img), &ocilocal.ImportOptions{Select: "nothing"}, nil, ocilocal.ErrNotFound},
+		"name without grammar": {index(at(img, "a\x1b[31m/../b c")), nil, []string{"- " + manifest}, nil},
+		"unknown type":         {index(docker, img), nil, nil, ocilocal.ErrUnsupportedMediaType},
+		"unknown type, other":  {index(at(docker, "x"), at(img, "y")), &ocilocal.ImportOptions{Select: "y"}, []string{"- " + manifest}, nil},
+		"empty index":          {index(), nil, nil, ocilocal.ErrInvalidLayout},
+		"one under two names":  {index(at(img, "example.com/a:v1"), at(img, "example.com/b:v1")), nil, []string{"example.com/a:v1 " + manifest, "example.com/b:v1 " + manifest}, nil},
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir := layoutDir(t, append(slices.Clone(blobs), c.index)...)
+			before := tree(t, dir)
+			r := openTemp(t, nil)
+			for range 2 { // the second run changes nothing
+				result, err := r.ImportLayout(ctx, dir, c.opts)
+				if !errors.Is(err, c.fails) {
+					t.Fatalf("%v, want %v", err, c.fails)
+				}
+				if err != nil {
+					checkNothingVisible(t, r)
+					continue
+				}
+				var got []string
+				for i, a := range result.Artifacts {
+					name := "-"
+					if !a.Update.Reference.IsZero() {
+						name = a.Update.Reference.String()
+					}
+					if i < len(c.want) {
+						_, body, _ := strings.Cut(c.want[i], " ")
+						if a.Descriptor.Digest == digest.FromString(body) {
+							name += " " + body
+						}
+					}
+					got = append(got, name)
+					loaded, err := r.LoadDigest(ctx, a.Descriptor.Digest)
+					if err != nil {
+						t.Fatal(err)
+					}
+					if m, err := loaded.Manifest(ctx); err != nil || m.Digest() != a.Descriptor.Digest {
+						t.Fatal(err)
+					}
+				}
+				if !slices.Equal(got, c.want) {
+					t.Errorf("imported %q, want %q", got, c.want)
+				}
+			}
+			if !maps.Equal(before, tree(t, dir)) {
+				t.Error("the source was changed")
+			}
+		})
+	}
+}
+
+func ref(s string) ocilocal.Reference { return ocilocal.MustParseReference(s) }
+
+// checkNothingVisible fails when a failed import has left a ref or a staged file.
+func checkNothingVisible(t *testing.T, r *ocilocal.LocalRegistry) {
+	t.Helper()
+	for ref, err := range r.Refs(context.Background(), nil) {
+		t.Errorf("visible: %v %v", ref.Reference, err)
+	}
+	for name := range tree(t, filepath.Join(r.Root(), "tmp")) {
+		t.Errorf("left in tmp/: %s", name)
+	}
+}
+
+func TestHostileLayouts(t *testing.T) {
+	manifest, config := image("layer")
+	m, c, l, idx := blobEntry(manifest), blobEntry(config), blobEntry("layer"), layoutIndex(manifest, "example.com/a:v1")
+	with := func(name, body string) entry { return entry{name: name, body: body} }
+	outside := t.TempDir()
+	if err := os.WriteFile(filepath.Join(outside, "secret"), []byte("layer"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for name, tc := range map[string]struct {
+		dir  string
+		want error
+	}{
+		"no oci-layout":              {layoutDir(t, m, c, l, idx), ocilocal.ErrInvalidLayout},
+		"oci-layout 2.0.0":           {layoutDir(t, m, c, l, idx, with("oci-layout", `{"imageLayoutVersion":"2.0.0"}`)), ocilocal.ErrInvalidLayout},
+		"oci-layout not JSON":        {layoutDir(t, m, c, l, idx, with("oci-layout", "1.0.0")), ocilocal.ErrInvalidLayout},
+		"oci-layout a directory":     {layoutDir(t, m, c, l, idx, entry{name: "oci-layout", head: tar.Header{Typeflag: tar.TypeDir}}), ocilocal.ErrInvalidLayout},
+		"oci-layout a link":          {layoutDir(t, m, c, l, idx, with("real", layoutVersion.body), symlink("oci-layout", "real")), ocilocal.ErrInvalidLayout},
+		"no index.json":              {layoutDir(t, layoutVersion, m, c, l), ocilocal.ErrInvalidLayout},
+		"index.json of 5 MiB":        {layoutDir(t, layoutVersion, m, c, l, with("index.json", strings.Repeat(" ", 5<<20))), ocilocal.ErrTooLarge},
+		"index.json a link":          {layoutDir(t, layoutVersion, m, c, l, with("real", idx.body), symlink("index.json", "real")), ocilocal.ErrInvalidLayout},
+		"index.json not JSON":        {layoutDir(t, layoutVersion, m, c, l, with("index.json", "{")), ocilocal.ErrInvalidLayout},
+		"index.json twice manifests": {layoutDir(t, layoutVersion, m, c, l, with("index.json", `{"schemaVersion":2,"manifests":[],"manifests":[]}`)), ocilocal.ErrInvalidLayout},
+		"blobs a link":               {layoutDir(t, layoutVersion, idx, with("real/x", ""), symlink("blobs", "real")), ocilocal.ErrInvalidLayout},
+		"sha256 a link outside":      {layoutDir(t, layoutVersion, idx, entry{name: "blobs/x"}, symlink("blobs/sha256", outside)), ocilocal.ErrInvalidLayout},
+		"blob a link outside":        {layoutDir(t, layoutVersion, idx, m, c, symlink(l.name, filepath.Join(outside, "secret"))), ocilocal.ErrInvalidLayout},
+		"blob a link inside":         {layoutDir(t, layoutVersion, idx, m, c, with("real", "layer"), symlink(l.name, "../../real")), ocilocal.ErrInvalidLayout},
+		"blob a directory":           {layoutDir(t, layoutVersion, idx, m, c, entry{name: l.name, head: tar.Header{Typeflag: tar.TypeDir}}), ocilocal.ErrInvalidLayout},
+		"layer missing":              {layoutDir(t, layoutVersion, idx, m, c), ocilocal.ErrIncomplete},
+		"config missing":             {layoutDir(t, layoutVersion, idx, m, l), ocilocal.ErrIncomplete},
+		"manifest missing":           {layoutDir(t, layoutVersion, idx, c, l), ocilocal.ErrIncomplete},
+		"layer too short":            {layoutDir(t, layoutVersion, idx, m, c, with(l.name, "lay")), ocilocal.ErrSizeMismatch},
+		"layer too long":             {layoutDir(t, layoutVersion, idx, m, c, with(l.name, "layer and more")), ocilocal.ErrSizeMismatch},
+		"layer other bytes":          {layoutDir(t, layoutVersion, idx, m, c, with(l.name, "LAYER")), ocilocal.ErrDigestMismatch},
+		"manifest other bytes":       {layoutDir(t, layoutVersion, idx, with(m.name, strings.Replace(manifest, "test", "tset", 1)), c, l), ocilocal.ErrDigestMismatch},
+		"digest with ..":             {layoutDir(t, layoutVersion, with("index.json", strings.Replace(idx.body, digest.FromString(manifest).String(), "sha256:../../../../etc/passwd", 1)), m, c, l), ocilocal.ErrInvalidLayout},
+		"digest unknown":             {layoutDir(t, layoutVersion, with("index.json", strings.Replace(idx.body, "sha256:", "md5:", 1)), m, c, l), ocilocal.ErrInvalidLayout},
+		"not there":                  {filepath.Join(outside, "nothing"), fs.ErrNotExist},
+	} {
+		t.Run(name, func(t *testing.T) {
+			r := openTemp(t, nil)
+			_, err := r.ImportLayout(t.Context(), tc.dir, nil)
+			if !errors.Is(err, tc.want) {
+				t.Errorf("%v, want %v", err, tc.want)
+			}
+			checkNothingVisible(t, r)
+		})
+	}
+}
+
+// published builds an artifact with one layer and, if subject isn't nil, that subject.
+func published(t testing.TB, r *ocilocal.LocalRegistry, name, layer string, subject *ocilocal.LocalArtifact) *ocilocal.LocalArtifact {
+	t.Helper()
+	b, err := r.NewBuilder(ref(name), &ocilocal.BuilderOptions{ArtifactType: "application/vnd.example.test"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer b.Cancel()
+	if _, err := b.AddLayerBytes(t.Context(), "text/plain", []byte(layer), nil); err != nil {
+		t.Fatal(err)
+	}
+	if subject != nil {
+		if err := b.SetSubject(subject.Descriptor()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	a, err := b.Build(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return a
+}
+
+func TestExportLayout(t *testing.T) {
+	ctx := t.Context()
+	r := openTemp(t, nil)
+	one := published(t, r, "example.com/a:v1", "one", nil)
+	two := published(t, r, "example.com/a:v2", "two", one)
+	dir := filepath.Join(t.TempDir(), "new", "layout")
+	if err := r.ExportLayout(ctx, dir, []ocilocal.Reference{ref("example.com/a:v1")}, nil); err != nil {
+		t.Fatal(err)
+	}
+	// Another tool adds an entry with fields of its own, and a file.
+	index := filepath.Join(dir, "index.json")
+	b, err := os.ReadFile(index)
+	if err != nil {
+		t.Fatal(err)
+	}
+	foreign := `{"mediaType":"application/x-foreign","digest":"` + digest.FromString("foreign").String() + `","size":7,"x-own":"<&>"}`
+	changed := strings.Replace(string(b), `"manifests":[`, `"x-top":{"b":1},"manifests":[`+foreign+`,`, 1)
+	if err := os.WriteFile(index, []byte(changed), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(dir, "NOTES"), []byte("theirs"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	all := []ocilocal.Reference{ref("example.com/a:v2"), ref("example.com/a:v1")}
+	if err := r.ExportLayout(ctx, dir, all, nil); err != nil {
+		t.Fatal(err)
+	}
+	after := tree(t, dir)
+	for name := range after {
+		if strings.HasPrefix(name, ".ocilocal") {
+			t.Errorf("left over: %s", name)
+		}
+	}
+	if after["NOTES"] != "theirs" || !strings.Contains(after["index.json"], foreign) || !strings.Contains(after["index.json"], `"x-top":{"b":1}`) {
+		t.Errorf("lost what others had: %s", after["index.json"])
+	}
+	again := after
+	if err := r.ExportLayout(ctx, dir, all, nil); err != nil {
+		t.Fatal(err)
+	}
+	if after = tree(t, dir); !maps.Equal(after, again) {
+		t.Errorf("a second export changed something: %s\n%s", again["index.json"], after["index.json"])
+	}
+	// A round trip: each name and digest.
+	to := openTemp(t, nil)
+	for _, a := range []*ocilocal.LocalArtifact{one, two} {
+		result, err := to.ImportLayout(ctx, dir, &ocilocal.ImportOptions{Select: a.Reference().String()})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if u := result.Artifacts[0].Update; u.Reference != a.Reference() || u.Descriptor.Digest != a.Digest() || u.Outcome != ocilocal.Inserted {
+			t.Errorf("%+v", u)
+		}
+	}
+}
+
+func TestExportLayoutConflicts(t *testing.T) {
+	ctx := t.Context()
+	r, other := openTemp(t, nil), openTemp(t, nil)
+	refs := []ocilocal.Reference{ref("example.com/a:v1")}
+	published(t, r, "example.com/a:v1", "one", nil)
+	b := published(t, other, "example.com/a:v1", "another", nil)
+	dir := t.TempDir()
+	if err := r.ExportLayout(ctx, dir, refs, nil); err != nil {
+		t.Fatal(err)
+	}
+	before := tree(t, dir)
+	if err := other.ExportLayout(ctx, dir, refs, nil); !errors.Is(err, ocilocal.ErrExists) {
+		t.Fatalf("%v, want ErrExists", err)
+	}
+	if !maps.Equal(before, tree(t, dir)) {
+		t.Error("a refused export changed the layout")
+	}
+	if err := other.ExportLayout(ctx, dir, refs, &ocilocal.ExportOptions{Overwrite: true}); err != nil {
+		t.Fatal(err)
+	}
+	in, err := ocilocal.InspectLayout(ctx, dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(in.Entries) != 1 || in.Entries[0].Descriptor.Digest != b.Digest() || in.Entries[0].Reference != refs[0] || in.Blobs != 4 {
+		t.Errorf("%+v", in)
+	}
+	full := t.TempDir()
+	if err := os.WriteFile(filepath.Join(full, "thesis.tex"), nil, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if err := r.ExportLayout(ctx, full, refs, nil); !errors.Is(err, ocilocal.ErrInvalidLayout) {
+		t.Errorf("into somebody's directory: %v", err)
+	}
+	// A damaged blob of the layout is healed, a link in its place replaced and not followed.
+	victim := filepath.Join(t.TempDir(), "victim")
+	if err := os.WriteFile(victim, []byte("keep"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	blob := filepath.Join(dir, "blobs", "sha256", digest.FromString("another").Encoded())
+	for _, damage := range []func() error{
+		func() error { return os.WriteFile(blob, []byte("damaged"), 0o644) },
+		func() error { return os.Symlink(victim, blob) },
+	} {
+		if err := os.Remove(blob); err != nil {
+			t.Fatal(err)
+		}
+		if err := damage(); err != nil {
+			t.Fatal(err)
+		}
+		if err := other.ExportLayout(ctx, dir, refs, nil); err != nil {
+			t.Fatal(err)
+		}
+		if fi, err := os.Lstat(blob); err != nil || !fi.Mode().IsRegular() {
+			t.Fatal(fi, err)
+		}
+		if got := tree(t, dir)["blobs/sha256/"+filepath.Base(blob)]; got != "another" {
+			t.Errorf("blob holds %q", got)
+		}
+	}
+	if b, err := os.ReadFile(victim); err != nil || string(b) != "keep" {
+		t.Errorf("victim: %q %v", b, err)
+	}
+}
+
+// TestExportersRace lets several registries export into one directory at once.
+func TestExportersRace(t *testing.T) {
+	dir := t.TempDir()
+	var wg sync.WaitGroup
+	for i := range 8 {
+		r := openTemp(t, nil)
+		name := fmt.Sprintf("example.com/a:v%d", i)
+		published(t, r, name, name, nil)
+		wg.Go(func() {
+			if err := r.ExportLayout(t.Context(), dir, []ocilocal.Reference{ref(name)}, nil); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	wg.Wait()
+	in, err := ocilocal.InspectLayout(t.Context(), dir)
+	if err != nil || len(in.Entries) != 8 {
+		t.Fatalf("%+v %v", in, err)
+	}
+}
+
+func TestExportArchiveFile(t *testing.T) {
+	ctx := t.Context()
+	r := openTemp(t, nil)
+	one := published(t, r, "example.com/a:v1", "one", nil)
+	refs := []ocilocal.Reference{one.Reference()}
+	dir := t.TempDir()
+	name := filepath.Join(dir, "a.tar")
+	if err := r.ExportArchiveFile(ctx, name, refs, nil); err != nil {
+		t.Fatal(err)
+	}
+	first := tree(t, dir)
+	if err := r.ExportArchiveFile(ctx, name, refs, nil); !errors.Is(err, ocilocal.ErrExists) || !errors.Is(err, fs.ErrExist) {
+		t.Fatalf("over an existing file: %v", err)
+	}
+	if err := r.ExportArchiveFile(ctx, name, []ocilocal.Reference{ref("example.com/nothing:v1")}, &ocilocal.ExportOptions{Overwrite: true}); !errors.Is(err, ocilocal.ErrNotFound) {
+		t.Fatal(err)
+	}
+	if !maps.Equal(first, tree(t, dir)) {
+		t.Error("a failed export changed something")
+	}
+	// A link in its place is refused, or replaced, never followed.
+	victim, link := filepath.Join(dir, "victim"), filepath.Join(dir, "link")
+	if err := errors.Join(os.WriteFile(victim, []byte("keep"), 0o644), os.Symlink(victim, link)); err != nil {
+		t.Fatal(err)
+	}
+	if err := r.ExportArchiveFile(ctx, link, refs, nil); !errors.Is(err, ocilocal.ErrExists) {
+		t.Fatal(err)
+	}
+	if err := r.ExportArchiveFile(ctx, link, refs, &ocilocal.ExportOptions{Overwrite: true}); err != nil {
+		t.Fatal(err)
+	}
+	got := tree(t, dir)
+	if got["victim"] != "keep" || got["link"] != got["a.tar"] || len(got) != 3 {
+		t.Errorf("%d files, victim %q", len(got), got["victim"])
+	}
+	// A blob that is damaged leaves no file.
+	layer := filepath.Join(r.Root(), "blobs", "sha256", digest.FromString("one").Encoded())
+	if err := errors.Join(os.Chmod(layer, 0o644), os.WriteFile(layer, []byte("eno"), 0o644)); err != nil {
+		t.Fatal(err)
+	}
+	if err := r.ExportArchiveFile(ctx, filepath.Join(dir, "b.tar"), refs, nil); !errors.Is(err, ocilocal.ErrDigestMismatch) {
+		t.Fatal(err)
+	}
+	if !maps.Equal(got, tree(t, dir)) {
+		t.Error("a failed export left something")
+	}
+}
+
+func TestExportLineage(t *testing.T) {
+	ctx := t.Context()
+	r := openTemp(t, nil)
+	a := published(t, r, "example.com/a:v1", "one", nil)
+	b := published(t, r, "example.com/a:v2", "two", a)
+	c := published(t, r, "example.com/a:v3", "three", b)
+	if _, err := r.Remove(ctx, b.Reference()); err != nil {
+		t.Fatal(err)
+	}
+	for _, zip := range []bool{false, true} {
+		var archives [2]bytes.Buffer
+		for i, refs := range [][]ocilocal.Reference{{c.Reference(), a.Reference()}, {a.Reference(), c.Reference(), c.Reference()}} {
+			if err := r.ExportArchive(ctx, &archives[i], refs, &ocilocal.ExportOptions{Lineage: true, Gzip: zip}); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if !bytes.Equal(archives[0].Bytes(), archives[1].Bytes()) {
+			t.Error("equal content, other bytes")
+		}
+		if zip != bytes.HasPrefix(archives[0].Bytes(), []byte{0x1f, 0x8b}) {
+			t.Error("gzip or not is mixed up")
+		}
+		to := openTemp(t, nil)
+		if _, err := to.ImportArchive(ctx, &archives[0], nil); err != nil {
+			t.Fatal(err)
+		}
+		for _, want := range []*ocilocal.LocalArtifact{a, b, c} {
+			if _, err := to.LoadDigest(ctx, want.Digest()); err != nil {
+				t.Error(err)
+			}
+		}
+		if ok, err := to.Exists(ctx, b.Reference()); ok || err != nil {
+			t.Error("a name came from nowhere", err)
+		}
+	}
+	// By digest, without a name, and without the lineage.
+	var out bytes.Buffer
+	if err := r.ExportArchive(ctx, &out, nil, &ocilocal.ExportOptions{Digests: []digest.Digest{c.Digest()}}); err != nil {
+		t.Fatal(err)
+	}
+	in, err := ocilocal.InspectArchive(ctx, &out)
+	if err != nil || len(in.Entries) != 1 || in.Entries[0].Name != "" || in.Blobs != 2 {
+		t.Errorf("%+v %v", in, err)
+	}
+	// A gap in the chain is an error of its own.
+	to := openTemp(t, nil)
+	out.Reset()
+	if err := r.ExportArchive(ctx, &out, []ocilocal.Reference{c.Reference()}, nil); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := to.ImportArchive(ctx, &out, nil); err != nil {
+		t.Fatal(err)
+	}
+	if err := to.ExportArchive(ctx, io.Discard, []ocilocal.Reference{c.Reference()}, &ocilocal.ExportOptions{Lineage: true}); !errors.Is(err, ocilocal.ErrIncomplete) {
+		t.Errorf("lineage with a gap: %v", err)
+	}
+}
+
+// TestExportIndexIsJSON makes sure that other programs can read names with odd characters.
+func TestExportIndexIsJSON(t *testing.T) {
+	r := openTemp(t, nil)
+	a := published(t, r, "localhost:5000/a__b/c:V-1_x.y", "x", nil)
+	dir := t.TempDir()
+	if err := r.ExportLayout(t.Context(), dir, []ocilocal.Reference{a.Reference()}, nil); err != nil {
+		t.Fatal(err)
+	}
+	var doc struct {
+		Manifests []struct{ Annotations map[string]string }
+	}
+	if err := json.Unmarshal([]byte(tree(t, dir)["index.json"]), &doc); err != nil {
+		t.Fatal(err)
+	}
+	if got := doc.Manifests[0].Annotations["org.opencontainers.image.ref.name"]; got != "localhost:5000/a__b/c:V-1_x.y" {
+		t.Errorf("%q", got)
+	}
+}

@@ -1,0 +1,130 @@
+package ocilocal_test
+
+import (
+	"flag"
+	"fmt"
+	"os"
+	"path/filepath"
+	"runtime"
+	"runtime/debug"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/ocilocal/ocilocal"
+)
+
+// A census counts what a test must not leave behind in this process.
+type census struct{ goroutines, descriptors int }
+
+func takeCensus() census {
+	const dir = "/proc/self/fd" // where there is none, only goroutines are counted
+	fds, _ := os.ReadDir(dir)
+	files := 0
+	for _, fd := range fds {
+		// The runtime opens its poller (an anon_inode) on first use, for good.
+		if to, err := os.Readlink(filepath.Join(dir, fd.Name())); err == nil && !strings.HasPrefix(to, "anon_inode:") {
+			files++
+		}
+	}
+	return census{runtime.NumGoroutine(), files}
+}
+
+// leftBehind says what is there beyond before, once everything has had time to end.
+func (before census) leftBehind() string {
+	now := takeCensus()
+	for deadline := time.Now().Add(5 * time.Second); ; now = takeCensus() {
+		if now.goroutines <= before.goroutines && now.descriptors <= before.descriptors {
+			return ""
+		}
+		if time.Now().After(deadline) {
+			break
+		}
+		runtime.Gosched()
+	}
+	stacks := make([]byte, 1<<16)
+	return fmt.Sprintf("%d goroutines and %d descriptors, were %d and %d\n%s", now.goroutines, now.descriptors,
+		before.goroutines, before.descriptors, stacks[:runtime.Stack(stacks, true)])
+}
+
+// runChecked runs all tests and fails if they leave goroutines or descriptors.
+func runChecked(m *testing.M) int {
+	before := takeCensus()
+	code := m.Run()
+	if f := flag.Lookup("test.fuzz"); f != nil && f.Value.String() != "" {
+		return code
+	}
+	if left := before.leftBehind(); left != "" && code == 0 {
+		fmt.Println("left behind by the tests:", left)
+		return 1
+	}
+	return code
+}
+
+// openRoots counts the handles that tests have on each root.
+var openRoots struct {
+	sync.Mutex
+	handles map[string]int
+}
+
+// watchRoot makes the last handle's end on a root, and so of the test, a check
+// that nothing is left there of what only live handles have.
+func watchRoot(t testing.TB, root string) (closed func()) {
+	openRoots.Lock()
+	defer openRoots.Unlock()
+	if openRoots.handles == nil {
+		openRoots.handles = map[string]int{}
+	}
+	openRoots.handles[root]++
+	return func() {
+		openRoots.Lock()
+		defer openRoots.Unlock()
+		openRoots.handles[root]--
+		if openRoots.handles[root] > 0 || t.Failed() {
+			return
+		}
+		for _, pattern := range []string{"tmp/*", "index.sqlite3-*"} {
+			if left, _ := filepath.Glob(filepath.Join(root, pattern)); len(left) > 0 {
+				t.Errorf("after the last Close there is %q", left)
+			}
+		}
+	}
+}
+
+// dontWatch is for a test that leaves things on purpose.
+func dontWatch(root string) {
+	openRoots.Lock()
+	defer openRoots.Unlock()
+	openRoots.handles[root] += 1000
+}
+
+// TestFaultsLeakNothing takes a census around each flow with each file operation failing.
+// The collector is off meanwhile, since it would close forgotten files.
+func TestFaultsLeakNothing(t *testing.T) {
+	defer debug.SetGCPercent(debug.SetGCPercent(-1))
+	for i := range flows {
+		f := &flows[i]
+		for n := int64(1); ; n++ {
+			root := f.prepare(t)
+			if f.seeded {
+				dontWatch(root) // a session that can't be removed
+			}
+			runtime.GC()
+			before := takeCensus()
+			fa := &faulted{always: f.always, n: n, errno: syscall.EIO}
+			r, err := ocilocal.OpenFaulty(t.Context(), root, fa.fault)
+			if err == nil {
+				f.run(r) // TestFaultAtEveryOperation looks at the outcome
+				r.Close()
+			}
+			if fa.hit() == "" {
+				break
+			}
+			if left := before.leftBehind(); left != "" {
+				t.Fatalf("%s: EIO at operation %d (%s) leaves %s", f.name, n, fa.hit(), left)
+			}
+		}
+	}
+}

@@ -1,0 +1,304 @@
+package ocilocal_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"os"
+	"path"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+
+	"github.com/opencontainers/go-digest"
+
+	"github.com/ocilocal/ocilocal"
+)
+
+const ommxType = "application/org.ommx.v1.artifact"
+
+// ommxV2 returns the layout that the OMMX v2 SDK writes: a manifest in the order
+// of its struct, without mediaType, and its name in index.json if it has one.
+func ommxV2(instance, artifactType, name string) (manifest string, entries []entry) {
+	config := "{}"
+	manifest = fmt.Sprintf(`{"schemaVersion":2,"artifactType":%q,"config":%s,"layers":[%s],"annotations":{"org.ommx.v1.artifact.title":%q}}`,
+		artifactType, desc("application/vnd.oci.empty.v1+json", config), desc("application/org.ommx.v1.instance", instance), instance)
+	annotations := "{}"
+	if name != "" {
+		annotations = fmt.Sprintf(`{"org.opencontainers.image.ref.name":%q}`, name)
+	}
+	index := fmt.Sprintf(`{"schemaVersion":2,"manifests":[{"mediaType":%q,"digest":%q,"size":%d,"annotations":%s}]}`,
+		imageType, digest.FromString(manifest), len(manifest), annotations)
+	return manifest, []entry{layoutVersion, blobEntry(manifest), blobEntry(config), blobEntry(instance), {name: "index.json", body: index}}
+}
+
+// legacyTree writes entries at their paths: path → name in index.json.
+func legacyTree(t testing.TB, at map[string]string) string {
+	t.Helper()
+	var all []entry
+	for p, name := range at {
+		_, entries := ommxV2(p, ommxType, name)
+		for _, e := range entries {
+			e.name = path.Join(p, e.name)
+			all = append(all, e)
+		}
+	}
+	return layoutDir(t, all...)
+}
+
+func legacyDigest(at, name string) digest.Digest {
+	manifest, _ := ommxV2(at, ommxType, name)
+	return digest.FromString(manifest)
+}
+
+const someHex = "67555a1e3fd8d4e1b4cdcf6b4ee8a62b4a2bd9fba8b95fca0b24e2c33d3f3b4e"
+
+// legacyNames has the spellings of PEERS: path, name in index.json, and what it is called today.
+var legacyNames = []struct{ path, name, today string }{
+	{"ghcr.io/jij-inc/ommx/demo/__v1", "ghcr.io/jij-inc/ommx/demo:v1", "ghcr.io/jij-inc/ommx/demo:v1"},
+	{"ghcr.io/jij-inc/ommx/demo/__v2", "", "ghcr.io/jij-inc/ommx/demo:v2"},
+	{"localhost__5000/test_repo/__latest", "localhost:5000/test_repo:latest", "localhost:5000/test_repo:latest"},
+	{"localhost__5000/test_repo/__v1", "", "localhost:5000/test_repo:v1"},
+	{"registry-1.docker.io/ubuntu/__20.04", "registry-1.docker.io/ubuntu:20.04", "docker.io/library/ubuntu:20.04"},
+	{"registry-1.docker.io/ubuntu/__22.04", "ubuntu:22.04", "docker.io/library/ubuntu:22.04"},
+	{"library/ubuntu/__24.04", "library/ubuntu:24.04", "docker.io/library/ubuntu:24.04"},
+	{"jij/demo/__v1", "", "docker.io/jij/demo:v1"},
+	{"docker.io/library/alpine/__3", "", "docker.io/library/alpine:3"},
+	{"example.com/foo/__my__tag", "example.com/foo:my__tag", "example.com/foo:my__tag"},
+	{"example.com/foo/__your__tag", "", "example.com/foo:your__tag"},
+	{"example.com/a__b/c/__v1", "example.com/a__b/c:v1", "example.com/a__b/c:v1"},
+	{"example.com/bare/__v1", "v1", "example.com/bare:v1"},
+}
+
+func TestImportLegacy(t *testing.T) {
+	ctx := t.Context()
+	at := map[string]string{}
+	for _, c := range legacyNames {
+		at[c.path] = c.name
+	}
+	root := legacyTree(t, at)
+	before := tree(t, root)
+	r := openTemp(t, nil)
+	// Several at once are harmless.
+	var wg sync.WaitGroup
+	reports := make([]*ocilocal.LegacyReport, 4)
+	for i := range reports {
+		wg.Go(func() {
+			var err error
+			if reports[i], err = r.ImportLegacy(ctx, root, nil); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	wg.Wait()
+	imported := 0
+	for _, rep := range reports {
+		if rep.Scanned != len(at) || rep.Imported+rep.Verified != len(at) {
+			t.Errorf("%+v", rep)
+		}
+		imported += rep.Imported
+	}
+	if imported != len(at) {
+		t.Errorf("%d imported in all, want %d", imported, len(at))
+	}
+	for _, c := range legacyNames {
+		desc, err := r.Resolve(ctx, ref(c.today))
+		if err != nil || desc.Digest != legacyDigest(c.path, c.name) {
+			t.Errorf("%s: %v %v", c.today, desc.Digest, err)
+		}
+	}
+	again, err := r.ImportLegacy(ctx, root, nil)
+	if err != nil || again.Verified != len(at) {
+		t.Errorf("%+v %v", again, err)
+	}
+	if !maps.Equal(before, tree(t, root)) {
+		t.Error("the source was changed")
+	}
+}
+
+func TestImportLegacyFailures(t *testing.T) {
+	ctx := t.Context()
+	root := legacyTree(t, map[string]string{
+		"example.com/good/__v1":     "example.com/good:v1",
+		"example.com/conflict/__v1": "example.com/conflict:v1",
+		"example.com/moved/__v1":    "example.com/elsewhere:v1",
+		"example.com/damaged/__v1":  "",
+		"example.com/noindex/__v1":  "",
+		"example.com/BAD/__v1":      "",
+		"__lost":                    "",
+		"host/__lost":               "",
+	})
+	other, entries := ommxV2("other", "application/vnd.example.other", "example.com/other:v1")
+	_ = other
+	for _, e := range entries {
+		name := filepath.Join(root, "example.com/other/__v1", filepath.FromSlash(e.name))
+		if err := errors.Join(os.MkdirAll(filepath.Dir(name), 0o755), os.WriteFile(name, []byte(e.body), 0o644)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	deep := filepath.Join(root, strings.Repeat("d/", 300))
+	damaged := filepath.Join(root, "example.com/damaged/__v1/blobs/sha256", digest.FromString("example.com/damaged/__v1").Encoded())
+	if err := errors.Join(
+		os.MkdirAll(deep, 0o755),
+		os.WriteFile(damaged, []byte("?"), 0o644),
+		os.Remove(filepath.Join(root, "example.com/noindex/__v1/index.json")),
+		os.Symlink("..", filepath.Join(root, "example.com/loop")),
+		os.Symlink("good", filepath.Join(root, "example.com/__link")),
+	); err != nil {
+		t.Fatal(err)
+	}
+	for _, policy := range []ocilocal.Policy{ocilocal.KeepExisting, ocilocal.Replace} {
+		r := openTemp(t, nil)
+		mine := published(t, r, "example.com/conflict:v1", "mine", nil)
+		report, err := r.ImportLegacy(ctx, root, &ocilocal.LegacyOptions{Policy: policy})
+		if err != nil {
+			t.Fatal(err)
+		}
+		var failed []string
+		for _, f := range report.Failed {
+			failed = append(failed, f.Entry)
+			for entry, want := range map[string]error{
+				"example.com/moved/__v1": ocilocal.ErrInvalidLayout, "example.com/damaged/__v1": ocilocal.ErrSizeMismatch,
+				"example.com/noindex/__v1": ocilocal.ErrInvalidLayout, "example.com/BAD/__v1": ocilocal.ErrInvalidReference,
+				"example.com/other/__v1": ocilocal.ErrArtifactType, "__lost": ocilocal.ErrInvalidLayout, "host/__lost": ocilocal.ErrInvalidLayout,
+			} {
+				if f.Entry == entry && !errors.Is(f.Err, want) {
+					t.Errorf("%s: %v, want %v", entry, f.Err, want)
+				}
+			}
+		}
+		if len(failed) != 8 || report.Imported != 1 || report.Scanned != 9 {
+			t.Errorf("failed %q, %+v", failed, report)
+		}
+		desc, err := r.Resolve(ctx, mine.Reference())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if kept := desc.Digest == mine.Digest(); kept != (policy == ocilocal.KeepExisting) ||
+			kept != (len(report.Conflicted) == 1) || kept == (report.Replaced == 1) {
+			t.Errorf("policy %v: %+v", policy, report)
+		}
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	cancel()
+	if _, err := openTemp(t, nil).ImportLegacy(ctx, root, nil); !errors.Is(err, context.Canceled) {
+		t.Error(err)
+	}
+	if _, err := openTemp(t, nil).ImportLegacy(t.Context(), filepath.Join(root, "nothing"), nil); !errors.Is(err, os.ErrNotExist) {
+		t.Error(err)
+	}
+}
+
+// TestLoadLegacy loads each name in its modern spelling: once from the tree, then from the index.
+func TestLoadLegacy(t *testing.T) {
+	ctx := t.Context()
+	at := map[string]string{}
+	for _, c := range legacyNames {
+		at[c.path] = c.name
+	}
+	at["quay.io/jitesoft/alpine/__sha256__"+someHex] = "" // its content is another's
+	root := legacyTree(t, at)
+	r := openTemp(t, &ocilocal.Options{LegacyRoot: root})
+	for _, c := range legacyNames {
+		a, err := r.Load(ctx, ref(c.today))
+		if err != nil || a.Digest() != legacyDigest(c.path, c.name) || a.Reference() != ref(c.today) {
+			t.Errorf("%s: %v", c.today, err)
+		}
+	}
+	if _, err := r.Load(ctx, ref("quay.io/jitesoft/alpine@sha256:"+someHex)); !errors.Is(err, ocilocal.ErrDigestMismatch) {
+		t.Errorf("by a digest that the content has not: %v", err)
+	}
+	for _, missing := range []string{"ghcr.io/jij-inc/ommx/demo:v9", "example.com/nothing/at:all"} {
+		if _, err := r.Load(ctx, ref(missing)); !errors.Is(err, ocilocal.ErrNotFound) {
+			t.Errorf("%s: %v", missing, err)
+		}
+	}
+	if err := os.RemoveAll(root); err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range legacyNames {
+		if _, err := r.Load(ctx, ref(c.today)); err != nil {
+			t.Errorf("second load: %v", err)
+		}
+	}
+	var names []string
+	for ref, err := range r.Refs(ctx, nil) {
+		if err != nil {
+			t.Fatal(err)
+		}
+		names = append(names, ref.Reference.String())
+	}
+	if want := len(legacyNames); len(names) != want {
+		t.Errorf("%d refs, want %d: %q", len(names), want, names)
+	}
+}
+
+// TestLoadLegacyByDigest has an entry whose name is its manifest's digest.
+func TestLoadLegacyByDigest(t *testing.T) {
+	manifest, entries := ommxV2("by digest", ommxType, "")
+	d := digest.FromString(manifest)
+	for i := range entries {
+		entries[i].name = path.Join("quay.io/jitesoft/alpine/__sha256__"+d.Encoded(), entries[i].name)
+	}
+	root := layoutDir(t, entries...)
+	name := ref("quay.io/jitesoft/alpine@" + d.String())
+	r := openTemp(t, &ocilocal.Options{LegacyRoot: root})
+	if a, err := r.Load(t.Context(), name); err != nil || a.Digest() != d {
+		t.Fatal(err)
+	}
+	report, err := r.ImportLegacy(t.Context(), root, nil)
+	if err != nil || report.Verified != 1 {
+		t.Errorf("%+v %v", report, err)
+	}
+}
+
+func TestLoadPath(t *testing.T) {
+	ctx := t.Context()
+	from := openTemp(t, nil)
+	a, b := published(t, from, "example.com/a:v1", "one", nil), published(t, from, "example.com/b:v1", "two", nil)
+	dir := t.TempDir()
+	layout, archive, both := filepath.Join(dir, "looks-like.tar"), filepath.Join(dir, "looks-like-a-directory"), filepath.Join(dir, "both")
+	one := []ocilocal.Reference{a.Reference()}
+	if err := errors.Join(from.ExportLayout(ctx, layout, one, nil), from.ExportArchiveFile(ctx, archive, one, nil),
+		from.ExportLayout(ctx, both, []ocilocal.Reference{a.Reference(), b.Reference()}, nil)); err != nil {
+		t.Fatal(err)
+	}
+	for _, p := range []string{layout, archive} {
+		r := openTemp(t, nil)
+		got, err := r.LoadPath(ctx, p, nil)
+		if err != nil || got.Digest() != a.Digest() || got.Reference() != a.Reference() {
+			t.Errorf("%s: %v", p, err)
+		}
+	}
+	r := openTemp(t, nil)
+	if _, err := r.LoadPath(ctx, both, nil); !errors.Is(err, ocilocal.ErrInvalidArgument) {
+		t.Errorf("two entries: %v", err)
+	}
+	checkNothingVisible(t, r)
+	got, err := r.LoadPath(ctx, both, &ocilocal.ImportOptions{Select: "example.com/b:v1"})
+	if err != nil || got.Digest() != b.Digest() {
+		t.Error(err)
+	}
+	if _, err := r.LoadPath(ctx, filepath.Join(dir, "nothing"), nil); !errors.Is(err, os.ErrNotExist) {
+		t.Error(err)
+	}
+	if !slices.Contains(slices.Collect(maps.Keys(tree(t, dir))), "looks-like-a-directory") {
+		t.Error("the source is gone")
+	}
+}
+
+func TestDefaultLegacyRoot(t *testing.T) {
+	t.Setenv("OMMX_LOCAL_REGISTRY_ROOT", "/somewhere")
+	if got, err := ocilocal.DefaultLegacyRoot(); err != nil || got != "/somewhere" {
+		t.Error(got, err)
+	}
+	t.Setenv("OMMX_LOCAL_REGISTRY_ROOT", "")
+	t.Setenv("XDG_DATA_HOME", "/data")
+	t.Setenv("HOME", "/home/someone")
+	if got, err := ocilocal.DefaultLegacyRoot(); err != nil || filepath.Base(got) != "ommx" && filepath.Base(got) != "org.ommx.ommx" {
+		t.Error(got, err)
+	}
+}

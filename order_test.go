@@ -1,0 +1,235 @@
+package ocilocal_test
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+
+	"github.com/opencontainers/go-digest"
+
+	"github.com/ocilocal/ocilocal"
+)
+
+// A record is the file operations of one handle, in their order.
+type record struct {
+	mu  sync.Mutex
+	ops []string // "op name"
+}
+
+func (r *record) fault(op, name string) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.ops = append(r.ops, op+" "+name)
+	return nil
+}
+
+// last returns where an operation stands for the last time below end, or -1.
+func (r *record) last(op string, end int) int {
+	for i := min(end, len(r.ops)) - 1; i >= 0; i-- {
+		if r.ops[i] == op {
+			return i
+		}
+	}
+	return -1
+}
+
+// checkDurable checks the operations of one publish. A kill loses nothing that the
+// kernel has, so only their order shows what a power cut would lose:
+//
+//	mkdir blobs/<alg> → fsyncdir blobs
+//	create tmp/<session>/x → last write → fsync of it → link blobs/… → fsyncdir blobs/<alg> → transaction
+//	blob that was there: fsync of it → transaction
+func (r *record) checkDurable(t *testing.T, root string) {
+	t.Helper()
+	commit := slices.Index(r.ops, inTransaction)
+	if commit < 0 {
+		t.Fatal("no transaction")
+	}
+	named, firstNamed := 0, commit // names given below blobs/
+	for i, op := range r.ops[:commit] {
+		verb, name, _ := strings.Cut(op, " ")
+		if isBlob := strings.HasPrefix(name, "blobs/") && strings.Count(name, "/") == 2; isBlob && (verb == "link" || verb == "rename") {
+			firstNamed = min(firstNamed, i)
+			named++
+			if r.last("fsyncdir "+filepath.ToSlash(filepath.Dir(name)), commit) < i {
+				t.Errorf("%s isn't followed by an fsync of its directory", op)
+			}
+		}
+	}
+	synced := map[string]bool{}
+	for i, op := range r.ops {
+		verb, name, _ := strings.Cut(op, " ")
+		switch {
+		case verb == "create" && !strings.HasPrefix(name, "tmp/"):
+			t.Errorf("%s: outside of tmp/", op)
+		case verb == "mkdir" && strings.HasPrefix(name, "blobs/") && r.last("fsyncdir blobs", firstNamed) < i:
+			t.Errorf("%s isn't followed by an fsync of blobs before something is named in it", op)
+		case verb == "fsync" && i < commit:
+			synced[name] = true
+		case verb == "write" && i < commit && r.last("fsync "+name, firstNamed) < i && r.last("remove "+name, commit) < i && !dedupedLater(r.ops, name):
+			t.Errorf("%s isn't followed by an fsync before a blob gets its name", op)
+		}
+	}
+	reused := 0
+	blobs, err := filepath.Glob(filepath.Join(root, "blobs", "*", "*"))
+	if err != nil || len(blobs) == 0 {
+		t.Fatal("no blobs", err)
+	}
+	for _, b := range blobs {
+		name, _ := filepath.Rel(root, b)
+		if synced[filepath.ToSlash(name)] {
+			reused++
+		}
+	}
+	if named+reused < len(blobs) {
+		t.Errorf("of %d blobs %d got their name and %d were synced again", len(blobs), named, reused)
+	}
+	if reused > 0 && r.last("fsyncdir blobs/sha256", commit) < 0 {
+		t.Error("a blob that was there may have a name that isn't durable yet")
+	}
+}
+
+// dedupedLater reports whether a file in tmp/ stays unsynced because the store has
+// the same bytes: then it is removed without ever having been synced.
+func dedupedLater(ops []string, name string) bool {
+	return !slices.Contains(ops, "fsync "+name) && slices.Contains(ops, "remove "+name)
+}
+
+// TestDurableOrder records what publishes do, on a new root and on one that has some of the blobs.
+func TestDurableOrder(t *testing.T) {
+	if runtime.GOOS == "windows" {
+		t.Skip("a directory isn't synced there")
+	}
+	for _, without := range []func(op, name string) error{nil, noLinks} {
+		root := filepath.Join(t.TempDir(), "root")
+		for round, layers := range [][][]byte{{noise(40, 3<<20), []byte("one")}, {[]byte("one"), noise(40, 3<<20)}} {
+			rec := &record{}
+			r, err := ocilocal.OpenFaulty(t.Context(), root, func(op, name string) error {
+				rec.fault(op, name)
+				if without != nil {
+					return without(op, name)
+				}
+				return nil
+			})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if round == 0 {
+				for _, name := range []string{"id", "index.sqlite3"} {
+					if at := max(rec.last("link "+name, len(rec.ops)), rec.last("rename "+name, len(rec.ops))); at < 0 || rec.last("fsyncdir .", len(rec.ops)) < at {
+						t.Errorf("%s got its name at %d of %q, which isn't followed by an fsync", name, at, rec.ops)
+					}
+				}
+			}
+			rec.ops = nil
+			if _, err := publishLabelled(r, newRef, fmt.Sprint("round", round), ocilocal.Replace, layers...); err != nil {
+				t.Fatal(err)
+			}
+			// In the second round the manifest of the first isn't needed.
+			if round == 0 {
+				rec.checkDurable(t, root)
+			} else {
+				commit := slices.Index(rec.ops, inTransaction)
+				again := 0
+				for _, op := range rec.ops[:commit] {
+					if strings.HasPrefix(op, "fsync blobs/sha256/") {
+						again++
+					}
+				}
+				if again != len(layers) || rec.last("fsyncdir blobs/sha256", commit) < 0 {
+					t.Errorf("of %d blobs that were there %d are synced again before the commit: %q", len(layers), again, rec.ops)
+				}
+			}
+			if t.Failed() {
+				t.Logf("round %d: %s", round, strings.Join(rec.ops, "\n"))
+			}
+			mustClose(t, r)
+		}
+	}
+}
+
+// TestPutBackDurably: a blob that was there is collected right before the commit,
+// and comes back from what was staged. That file was never synced, as it wasn't needed.
+func TestPutBackDurably(t *testing.T) {
+	if runtime.GOOS == "windows" {
+		t.Skip("a directory isn't synced there")
+	}
+	root := filepath.Join(t.TempDir(), "root")
+	r := mustOpen(t, root)
+	if _, err := publishLabelled(r, newRef, "held", ocilocal.KeepExisting, []byte("body")); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := r.Remove(t.Context(), ocilocal.MustParseReference(newRef)); err != nil {
+		t.Fatal(err)
+	}
+	b := heldBuilder(t, r, "body")
+	rec := &record{}
+	ocilocal.SetFault(r, func(op, name string) error {
+		if op+" "+name == inTransaction {
+			rec.ops = nil
+			return os.Remove(blobFile(r, digest.FromString("body")))
+		}
+		return rec.fault(op, name)
+	})
+	if _, err := b.Build(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	var done []string
+	for _, op := range rec.ops {
+		verb, name, _ := strings.Cut(op, " ")
+		if verb == "fsync" || verb == "link" || verb == "fsyncdir" {
+			dir, _, _ := strings.Cut(name, "/")
+			done = append(done, verb+" "+dir)
+		}
+	}
+	if want := []string{"fsync tmp", "link blobs", "fsyncdir blobs"}; !slices.Equal(done, want) {
+		t.Errorf("in the transaction: %q, want %q", done, want)
+	}
+	mustClose(t, r)
+	checkStore(t, root, model{newRef: {"held"}})
+}
+
+// TestFailedDirectorySync: the first publish names its blobs and then can't make
+// the names durable. It fails; the next, which finds the blobs under their
+// names, syncs files and directory again before it relies on them.
+func TestFailedDirectorySync(t *testing.T) {
+	if runtime.GOOS == "windows" {
+		t.Skip("a directory isn't synced there")
+	}
+	root := filepath.Join(t.TempDir(), "root")
+	a, b := mustOpen(t, root), mustOpen(t, root)
+	ocilocal.SetFault(a, func(op, name string) error {
+		if op+" "+name == allSettled {
+			return syscall.EIO
+		}
+		return nil
+	})
+	if _, err := publishLabelled(a, newRef, "label", ocilocal.KeepExisting, []byte("layer")); err == nil {
+		t.Fatal("a publish whose names may not be durable succeeds")
+	}
+	blobs := filesBelow(t, a, "blobs")
+	if len(blobs) != 2 {
+		t.Fatalf("this test is about names that stay behind: %q", blobs)
+	}
+	rec := &record{}
+	ocilocal.SetFault(b, rec.fault)
+	if _, err := publishLabelled(b, newRef, "label", ocilocal.KeepExisting, []byte("layer")); err != nil {
+		t.Fatal(err)
+	}
+	commit := slices.Index(rec.ops, inTransaction)
+	for _, name := range blobs {
+		name, _ = filepath.Rel(root, name)
+		if at := rec.last("fsync "+filepath.ToSlash(name), commit); at < 0 || rec.last(allSettled, commit) < at {
+			t.Errorf("%s isn't synced again before the commit: %q", name, rec.ops)
+		}
+	}
+	mustClose(t, a)
+	mustClose(t, b)
+	checkStore(t, root, model{newRef: {"label"}})
+}

@@ -1,0 +1,79 @@
+package ocilocal
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+)
+
+// Rebuild makes the index of the registry in dir anew from its blobs, if it is
+// lost or damaged, and then does what [LocalRegistry.Repair] does. A damaged index is
+// not deleted but renamed to index.sqlite3.broken (or .broken2, …), and refs that can still be
+// read from it are kept. What has lost its refs is named as Repair says.
+// On a sound index it is Repair. No other process may have the registry open: one that
+// has can't write any more.
+//
+// Errors: [ErrNotFound] if dir is no registry, [ErrNewerSchema], those of [Open] and of
+// [LocalRegistry.Repair].
+func Rebuild(ctx context.Context, dir string, opts *RepairOptions) (*RepairReport, error) {
+	report, err := rebuild(ctx, dir, opts)
+	return report, opError("rebuild", dir, "", err)
+}
+
+func rebuild(ctx context.Context, dir string, opts *RepairOptions) (*RepairReport, error) {
+	for _, name := range []string{idFile, blobsDir} {
+		if _, err := os.Lstat(filepath.Join(dir, name)); err != nil {
+			if errors.Is(err, fs.ErrNotExist) {
+				err = fmt.Errorf("%w: %w", ErrNotFound, err)
+			}
+			return nil, err
+		}
+	}
+	r, err := Open(ctx, dir, nil)
+	if err == nil {
+		damaged := false
+		err = r.index.integrity(ctx, false, func(string) { damaged = true })
+		if err == nil && !damaged {
+			report, err := r.Repair(ctx, opts)
+			return report, errors.Join(err, r.Close())
+		}
+		err = errors.Join(ErrCorruptIndex, err, r.Close())
+	}
+	if !errors.Is(err, ErrCorruptIndex) && !errors.Is(err, ErrForeignIndex) && !errors.Is(err, ErrIndexIO) || errors.Is(err, ErrNewerSchema) {
+		return nil, err
+	}
+	aside, err := setAside(dir)
+	if err != nil {
+		return nil, err
+	}
+	if r, err = Open(ctx, dir, nil); err != nil {
+		return nil, err
+	}
+	p := newRepair(r, opts)
+	p.salvaged = salvageRefs(ctx, aside)
+	err = p.run(ctx)
+	return &p.report, errors.Join(err, r.Close())
+}
+
+// setAside renames the index's files, and returns the new name of the first.
+func setAside(dir string) (string, error) {
+	name := filepath.Join(dir, indexFile)
+	aside := name + ".broken"
+	for n := 2; ; n++ {
+		if _, err := os.Lstat(aside); errors.Is(err, fs.ErrNotExist) {
+			break
+		} else if err != nil {
+			return "", err
+		}
+		aside = fmt.Sprintf("%s.broken%d", name, n)
+	}
+	for _, suffix := range []string{"-wal", "-shm", ""} {
+		if err := os.Rename(name+suffix, aside+suffix); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return "", err
+		}
+	}
+	return aside, nil
+}

@@ -1,0 +1,490 @@
+package ocilocal
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+)
+
+// RepairOptions govern [LocalRegistry.Repair]. Nil is the zero value.
+type RepairOptions struct {
+	// Sources are archives and layout directories that may have blobs that
+	// are damaged or missing here. They are searched in order and not changed.
+	Sources []string
+}
+
+// A RepairReport tells what a repair did, by digest where that says it.
+type RepairReport struct {
+	Healed      []digest.Digest // damaged or missing, and taken from a source
+	Quarantined []digest.Digest // damaged, in no source, and moved away
+	Recorded    []digest.Digest // manifests on disk that the index now has
+	Rewritten   []digest.Digest // manifests of which the index said something else
+	Recovered   []Ref           // refs made for manifests that lost theirs with the index
+	Left        []Problem       // what could not be repaired
+}
+
+// Repair puts right what [LocalRegistry.Verify] finds, as far as that can be done
+// from blobs/ and opts.Sources: it heals damaged and missing blobs, moves those that
+// it can't heal to tmp/quarantine/, where a collection deletes them after
+// its grace, and makes the index agree with the manifests. Where the index was lost,
+// it records every manifest on disk, and gives those that no other refers to a ref
+// <id>.ocilocal.local/recovered:<algorithm>-<digits>, since their names are lost with the index.
+//
+// Repairing what is sound changes nothing. Others may use the registry meanwhile.
+// Errors: [ErrReadOnly], [ErrBusy], those of a source that can't be read, ctx's, those of the
+// index and the file system's; the report says what was done by then.
+func (r *LocalRegistry) Repair(ctx context.Context, opts *RepairOptions) (*RepairReport, error) {
+	p := newRepair(r, opts)
+	return &p.report, opError("repair", "", "", p.run(ctx))
+}
+
+func newRepair(r *LocalRegistry, opts *RepairOptions) *repair {
+	p := &repair{registry: r, wanted: map[digest.Digest]bool{}}
+	if opts != nil {
+		p.opts = *opts
+	}
+	return p
+}
+
+type repair struct {
+	registry *LocalRegistry
+	opts     RepairOptions
+	report   RepairReport
+	wanted   map[digest.Digest]bool // what is damaged or missing
+	damaged  []digest.Digest        // of these, those that are there
+	rows     []digest.Digest        // manifests whose rows are wrong
+	salvaged []Ref                  // refs that a damaged index still had
+}
+
+func (p *repair) run(ctx context.Context) error {
+	end, err := p.registry.begin(ctx)
+	if err != nil {
+		return err
+	}
+	defer end()
+	if p.registry.blobs.readOnly {
+		return ErrReadOnly
+	}
+	unreconciled, err := meta(p.registry.index, metaUnreconciled)
+	if err != nil {
+		return err
+	}
+	problems, err := p.verify(ctx)
+	if err != nil {
+		return err
+	}
+	if err := p.sort(ctx, problems); err != nil {
+		return err
+	}
+	if err := p.quarantine(false); err != nil {
+		return err
+	}
+	if err := p.heal(ctx); err != nil {
+		return err
+	}
+	if err := p.quarantine(true); err != nil {
+		return err
+	}
+	for _, d := range p.rows {
+		if err := p.rewrite(ctx, d); err != nil {
+			return err
+		}
+	}
+	if err := p.record(ctx); err != nil {
+		return err
+	}
+	for _, ref := range p.salvaged {
+		if err := p.name(ctx, ref.Descriptor.Digest, ref.Reference); err != nil {
+			return err
+		}
+	}
+	if unreconciled != "" {
+		if err := p.reconcile(ctx); err != nil {
+			return err
+		}
+	}
+	left, err := p.verify(ctx)
+	if err != nil {
+		return err
+	}
+	p.report.Left = slices.DeleteFunc(left, func(b Problem) bool { return b.Kind == ProblemUnrecorded || b.Kind == ProblemForeign })
+	return nil
+}
+
+func (p *repair) verify(ctx context.Context) (problems []Problem, err error) {
+	v := &verification{registry: p.registry}
+	err = v.run(ctx, func(b Problem) error {
+		problems = append(problems, b)
+		return nil
+	})
+	return problems, err
+}
+
+// sort decides what each problem calls for.
+func (p *repair) sort(ctx context.Context, problems []Problem) error {
+	for _, b := range problems {
+		switch b.Kind {
+		case ProblemMissing:
+			p.wanted[b.Digest] = true
+			if _, err := p.registry.root.Lstat(blobPath(b.Digest)); err == nil {
+				p.damaged = append(p.damaged, b.Digest) // something else is in its place
+			}
+		case ProblemDigest, ProblemUnreadable:
+			p.wanted[b.Digest] = true
+			p.damaged = append(p.damaged, b.Digest)
+		case ProblemSize:
+			if err := p.resize(ctx, b.Digest); err != nil {
+				return err
+			}
+		case ProblemMode:
+			if err := p.registry.root.Chmod(blobPath(b.Digest), 0o444); err != nil {
+				return err
+			}
+		case ProblemRows, ProblemRef:
+			p.rows = append(p.rows, b.Digest)
+		case ProblemUnrecorded: // if manifests need it, its row was lost
+			if err := pointers(ctx, p.registry.index, b.Digest, func(d digest.Digest) error {
+				p.rows = append(p.rows, d)
+				return nil
+			}); err != nil {
+				return err
+			}
+		}
+	}
+	slices.Sort(p.rows)
+	p.rows = slices.Compact(p.rows)
+	return nil
+}
+
+// resize makes a blob's row say the size of its file, if that is good.
+func (p *repair) resize(ctx context.Context, d digest.Digest) error {
+	size, err := p.registry.blobs.size(d)
+	if err != nil || p.registry.blobs.verify(ctx, d, size) != nil {
+		return ctx.Err() // damaged: it has a problem of its own
+	}
+	return p.registry.write(ctx, func(tx *indexTx) error {
+		return tx.putBlob(d, size, string(roleManifest), time.Now()) // the row is there, so only its size changes
+	})
+}
+
+// heal takes what is wanted from the sources.
+func (p *repair) heal(ctx context.Context) (err error) {
+	for _, source := range p.opts.Sources {
+		if len(p.wanted) == 0 {
+			return nil
+		}
+		if err := p.healFrom(ctx, source); err != nil {
+			return fmt.Errorf("source %s: %w", source, err)
+		}
+	}
+	return nil
+}
+
+func (p *repair) healFrom(ctx context.Context, source string) (err error) {
+	fi, err := os.Stat(source)
+	if err != nil {
+		return err
+	}
+	st := p.registry.blobs.newStage()
+	defer func() { p.registry.logDiscard(st.discard()) }()
+	var found []digest.Digest
+	put := func(d digest.Digest, src io.Reader, size int64) error {
+		if !p.wanted[d] {
+			return nil
+		}
+		_, _, err := st.put(ctx, src, "", d, size)
+		if err == nil {
+			found = append(found, d)
+		}
+		if errors.Is(err, ErrDigestMismatch) || errors.Is(err, ErrSizeMismatch) {
+			return nil // this copy is damaged as well
+		}
+		return err
+	}
+	if fi.IsDir() {
+		err = p.fromLayout(source, put)
+	} else {
+		err = p.fromArchive(ctx, source, put)
+	}
+	if err == nil {
+		err = st.settle(ctx)
+	}
+	if err != nil {
+		return err
+	}
+	for _, d := range found {
+		if p.wanted[d] {
+			delete(p.wanted, d)
+			p.report.Healed = append(p.report.Healed, d)
+		}
+	}
+	return nil
+}
+
+func (p *repair) fromLayout(dir string, put func(digest.Digest, io.Reader, int64) error) error {
+	root, err := os.OpenRoot(dir)
+	if err != nil {
+		return err
+	}
+	defer root.Close()
+	l := &layout{root: root}
+	for d := range p.wanted {
+		f, err := l.open(ocispec.Descriptor{Digest: d})
+		if errors.Is(err, ErrIncomplete) {
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		if err := errors.Join(put(d, f, -1), f.Close()); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (p *repair) fromArchive(ctx context.Context, name string, put func(digest.Digest, io.Reader, int64) error) error {
+	f, err := os.OpenFile(name, os.O_RDONLY|openNonblock, 0)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	if _, err := checkRegular(f); err != nil {
+		return err
+	}
+	_, err = readArchive(ctx, f, put)
+	return err
+}
+
+// quarantine moves away what is no file, which can't be healed in its place,
+// or the files that were not healed.
+func (p *repair) quarantine(files bool) error {
+	root := p.registry.root
+	for _, d := range p.damaged {
+		fi, err := root.Lstat(blobPath(d))
+		if errors.Is(err, fs.ErrNotExist) || err == nil && (fi.Mode().IsRegular() != files || files && !p.wanted[d]) {
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		dir := path.Join(tmpDir, quarantineDir)
+		if err := root.Mkdir(dir, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+			return err
+		}
+		to := path.Join(dir, fmt.Sprintf("%s-%s", d.Algorithm(), d.Encoded()))
+		if err := ignoreNotExist(root.Rename(blobPath(d), to)); err != nil {
+			return err
+		}
+		now := time.Now()
+		root.Chtimes(to, now, now) // its grace begins; on another user's file, it began when that was written
+		p.report.Quarantined = append(p.report.Quarantined, d)
+	}
+	return nil
+}
+
+// rewrite makes the rows of a recorded manifest agree with its bytes.
+func (p *repair) rewrite(ctx context.Context, d digest.Digest) error {
+	m, list, st, err := p.load(ctx, d)
+	if st != nil {
+		defer func() { p.registry.logDiscard(st.discard()) }()
+	}
+	if err != nil {
+		return p.tolerate(ctx, err)
+	}
+	err = p.registry.write(ctx, func(tx *indexTx) error {
+		if err := tx.deleteMembers(d); err != nil { // they may be there without their manifest's row
+			return err
+		}
+		checked := map[digest.Digest]bool{}
+		for _, m := range list {
+			if err := record(tx, st, m, checked, time.Now()); err != nil {
+				return err
+			}
+		}
+		return tx.replaceManifest(m)
+	})
+	if err == nil {
+		p.report.Rewritten = append(p.report.Rewritten, d)
+	}
+	return p.tolerate(ctx, err)
+}
+
+// load stages a manifest that is on disk, with all below it.
+func (p *repair) load(ctx context.Context, d digest.Digest) (*Manifest, []*Manifest, *stage, error) {
+	raw, err := p.bytes(ctx, d)
+	if err != nil {
+		return nil, nil, nil, err
+	}
+	m, err := ParseManifest("", raw)
+	if err != nil {
+		return nil, nil, nil, err
+	}
+	im := p.registry.newImporter(nil)
+	im.fetch = func(_ context.Context, desc ocispec.Descriptor) error {
+		return fmt.Errorf("%w: blob %s", ErrIncomplete, desc.Digest)
+	}
+	desc := m.Descriptor()
+	desc.Digest = d
+	var list []*Manifest
+	m, err = im.manifest(ctx, desc, 0, map[digest.Digest]bool{}, &list)
+	if err == nil {
+		err = im.stage.settle(ctx)
+	}
+	return m, list, im.stage, err
+}
+
+// bytes reads a blob that may be a manifest.
+func (p *repair) bytes(ctx context.Context, d digest.Digest) ([]byte, error) {
+	src, err := p.registry.blobs.open(ctx, d, -1)
+	if err != nil {
+		return nil, err
+	}
+	defer src.Close()
+	if src.size > MaxManifestSize {
+		return nil, tooLargeManifest(int(src.size))
+	}
+	return io.ReadAll(src)
+}
+
+// tolerate passes over what is wrong with one artifact: what is left of it the last verification finds.
+func (p *repair) tolerate(ctx context.Context, err error) error {
+	for _, e := range []error{ErrIncomplete, ErrNotFound, ErrInvalidManifest, ErrUnsupportedMediaType, ErrTooLarge, ErrDigestMismatch, ErrSizeMismatch, ErrArtifactType} {
+		if errors.Is(err, e) && ctx.Err() == nil {
+			return nil
+		}
+	}
+	return err
+}
+
+// record gives rows to the manifests on disk that have none, if all they need is there.
+func (p *repair) record(ctx context.Context) error {
+	var unknown []digest.Digest
+	err := p.registry.blobs.walk(ctx, func(e blobEntry) error {
+		if e.digest == "" || e.info.Size() > MaxManifestSize {
+			return nil
+		}
+		if _, ok, err := p.registry.index.resolveDigest(e.digest); ok || err != nil {
+			return err
+		}
+		unknown = append(unknown, e.digest)
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	slices.Sort(unknown)
+	for _, d := range unknown {
+		if err := p.recordOne(ctx, d); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (p *repair) recordOne(ctx context.Context, d digest.Digest) error {
+	if _, ok, err := p.registry.index.resolveDigest(d); ok || err != nil {
+		return err // came with the index that needs it
+	}
+	if ok, err := p.looksLikeManifest(d); !ok || err != nil {
+		return err
+	}
+	m, list, st, err := p.load(ctx, d)
+	if st != nil {
+		defer func() { p.registry.logDiscard(st.discard()) }()
+	}
+	if err == nil {
+		_, err = p.registry.publish(ctx, st, []publication{{root: m, manifests: list}})
+	}
+	if err == nil {
+		p.report.Recorded = append(p.report.Recorded, d)
+	}
+	return p.tolerate(ctx, err)
+}
+
+// looksLikeManifest looks at the first byte, which saves reading most blobs.
+func (p *repair) looksLikeManifest(d digest.Digest) (bool, error) {
+	f, _, err := p.registry.blobs.openFile(d, -1)
+	if err != nil {
+		return false, ignoreNotExist(err)
+	}
+	defer f.Close()
+	var head [64]byte
+	n, err := f.Read(head[:])
+	if err != nil && err != io.EOF {
+		return false, err
+	}
+	return strings.HasPrefix(strings.TrimSpace(string(head[:n])), "{"), nil
+}
+
+// reconcile names the manifests that have lost their refs, and trusts the index again.
+func (p *repair) reconcile(ctx context.Context) error {
+	var tops []digest.Digest
+	x := p.registry.index
+	var all []digest.Digest
+	if err := x.manifestRows(ctx, func(d, _ digest.Digest) { all = append(all, d) }); err != nil {
+		return err
+	}
+	for _, d := range all {
+		top := true
+		if err := pointers(ctx, x, d, func(digest.Digest) error {
+			top = false
+			return errStop
+		}); err != nil {
+			return err
+		}
+		if top {
+			top, err := hasRef(x, d)
+			if err != nil {
+				return err
+			}
+			if !top {
+				tops = append(tops, d)
+			}
+		}
+	}
+	for _, d := range tops {
+		ref, err := p.registry.recoveredName(d)
+		if err != nil {
+			return err
+		}
+		if err := p.name(ctx, d, ref); err != nil {
+			return err
+		}
+	}
+	return p.registry.write(ctx, func(tx *indexTx) error { return tx.deleteMeta(metaUnreconciled) })
+}
+
+// name gives a manifest a ref, unless it is not whole, or the ref has moved on.
+func (p *repair) name(ctx context.Context, d digest.Digest, ref Reference) error {
+	u, err := p.registry.point(ctx, d, ref, nil)
+	if errors.Is(err, ErrConflict) || errors.Is(err, ErrDigestMismatch) {
+		return nil
+	}
+	if err == nil {
+		p.report.Recovered = append(p.report.Recovered, Ref{Reference: ref, Descriptor: u.Descriptor, Updated: time.Now()})
+	}
+	return p.tolerate(ctx, err)
+}
+
+// recoveredName is what a manifest is called whose names were lost.
+func (r *LocalRegistry) recoveredName(d digest.Digest) (Reference, error) {
+	encoded := d.Encoded()
+	if len(encoded) > 64 {
+		encoded = encoded[:64] // a tag has 128 characters at most
+	}
+	return ParseReference(fmt.Sprintf("%s/recovered:%s-%s", r.localHost(), d.Algorithm(), encoded))
+}
+
+// localHost is the host of names that this registry makes up.
+func (r *LocalRegistry) localHost() string { return r.id + ".ocilocal.local" }

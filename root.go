@@ -1,0 +1,98 @@
+package ocilocal
+
+import (
+	"io/fs"
+	"os"
+)
+
+// rootDir is a registry's root directory. It is an [os.Root], so that no name
+// leads out of it, whose operations tests can make fail or stop at.
+type rootDir struct {
+	*os.Root
+	// fault is the tests' seam: called before each operation on the file
+	// system, by any goroutine, its error is the operation's. Nil in production.
+	fault func(op, name string) error
+}
+
+// injected asks the tests' seam whether op on name shall fail.
+func (r *rootDir) injected(op, name string) error {
+	if r.fault == nil {
+		return nil
+	}
+	if err := r.fault(op, name); err != nil {
+		return &fs.PathError{Op: op, Path: name, Err: err}
+	}
+	return nil
+}
+
+func (r *rootDir) OpenFile(name string, flag int, perm fs.FileMode) (*os.File, error) {
+	op := "open"
+	if flag&os.O_CREATE != 0 {
+		op = "create"
+	}
+	if err := r.injected(op, name); err != nil {
+		return nil, err
+	}
+	return r.Root.OpenFile(name, flag, perm)
+}
+
+func (r *rootDir) Open(name string) (*os.File, error) {
+	return r.OpenFile(name, os.O_RDONLY, 0)
+}
+
+func (r *rootDir) Lstat(name string) (fs.FileInfo, error) {
+	if err := r.injected("stat", name); err != nil {
+		return nil, err
+	}
+	return r.Root.Lstat(name)
+}
+
+func (r *rootDir) Mkdir(name string, perm fs.FileMode) error {
+	if err := r.injected("mkdir", name); err != nil {
+		return err
+	}
+	return r.Root.Mkdir(name, perm)
+}
+
+func (r *rootDir) Link(oldname, newname string) error {
+	if err := r.injected("link", newname); err != nil {
+		return err
+	}
+	return r.Root.Link(oldname, newname)
+}
+
+func (r *rootDir) Rename(oldname, newname string) error {
+	if err := r.injected("rename", newname); err != nil {
+		return err
+	}
+	return r.Root.Rename(oldname, newname)
+}
+
+func (r *rootDir) Chmod(name string, mode fs.FileMode) error {
+	if err := r.injected("chmod", name); err != nil {
+		return err
+	}
+	return r.Root.Chmod(name, mode)
+}
+
+func (r *rootDir) Remove(name string) error {
+	if err := r.injected("remove", name); err != nil {
+		return err
+	}
+	return r.Root.Remove(name)
+}
+
+func (r *rootDir) RemoveAll(name string) error {
+	if err := r.injected("remove", name); err != nil {
+		return err
+	}
+	return r.Root.RemoveAll(name)
+}
+
+// sync makes the bytes of an open file below the root durable.
+func (r *rootDir) sync(f *os.File, name string) error {
+	if err := r.injected("fsync", name); err != nil {
+		return err
+	}
+	return f.Sync()
+}

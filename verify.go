@@ -1,0 +1,350 @@
+package ocilocal
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"iter"
+	"runtime"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+)
+
+// VerifyOptions govern [LocalRegistry.Verify]. Nil is the zero value.
+type VerifyOptions struct {
+	// Quick compares sizes only, and reads no blob but manifests.
+	Quick bool
+	// After goes on behind that digest: the last one that Progress told of.
+	After digest.Digest
+	// Progress, if not nil, is called after each digest, by one goroutine at a time.
+	Progress func(VerifyProgress)
+}
+
+// VerifyProgress tells how far a verification is.
+type VerifyProgress struct {
+	Digest      digest.Digest // the last one that was looked at
+	Done, Total int           // digests
+	Bytes       int64         // read so far
+}
+
+// ProblemKind says what kind of problem [LocalRegistry.Verify] has found.
+type ProblemKind string
+
+const (
+	// ProblemIndex: SQLite finds the index damaged, or rows that point at nothing.
+	ProblemIndex ProblemKind = "index is damaged"
+	// ProblemUnreconciled: the index was made new beside blobs: see [LocalRegistry.Repair].
+	ProblemUnreconciled ProblemKind = "index is not reconciled"
+	// ProblemRef: a ref points at a manifest that the index doesn't have, or describes it otherwise.
+	ProblemRef ProblemKind = "ref is dangling"
+	// ProblemMissing: the index has a blob that blobs/ doesn't.
+	ProblemMissing ProblemKind = "blob is missing"
+	// ProblemSize: a file has another size than the index says. Without a
+	// ProblemDigest for it, it is the index that is wrong.
+	ProblemSize ProblemKind = "blob has another size"
+	// ProblemDigest: a file's bytes don't hash to its name.
+	ProblemDigest ProblemKind = "blob is damaged"
+	// ProblemUnreadable: a file can't be read.
+	ProblemUnreadable ProblemKind = "blob is unreadable"
+	// ProblemMode: a file's permissions aren't 0444.
+	ProblemMode ProblemKind = "blob has other permissions"
+	// ProblemManifest: a manifest's bytes are no manifest.
+	ProblemManifest ProblemKind = "manifest is invalid"
+	// ProblemRows: the index says something else of a manifest than its bytes.
+	ProblemRows ProblemKind = "index contradicts manifest"
+	// ProblemUnrecorded: a blob that the index doesn't know. It may belong to work
+	// in flight, or be what a killed process left; GC removes it.
+	ProblemUnrecorded ProblemKind = "blob is unrecorded"
+	// ProblemForeign: an entry of blobs/ that is no blob.
+	ProblemForeign ProblemKind = "entry is no blob"
+)
+
+// A Problem is one thing that [LocalRegistry.Verify] has found.
+type Problem struct {
+	Kind      ProblemKind
+	Digest    digest.Digest // what it is about, or what a ref points at
+	Reference Reference     // of a ref
+	Path      string        // below the root, of a foreign entry
+	Err       error         // what exactly; never nil
+}
+
+// String describes the problem in one line.
+func (p Problem) String() string {
+	about := string(p.Digest)
+	if !p.Reference.IsZero() {
+		about = p.Reference.String()
+	}
+	if p.Path != "" {
+		about = p.Path
+	}
+	return fmt.Sprintf("%s: %s: %v", p.Kind, printable(about), p.Err)
+}
+
+// Verify compares the index with blobs/ and every file with its digest, and yields
+// every problem: first those of the index, then those of blobs in the order of
+// their digests, so that it can be resumed. Files are read side by side. Others
+// may write meanwhile: what is under way may show as [ProblemUnrecorded]. It
+// changes nothing and works on a read-only registry. It holds about 150 bytes for each blob.
+//
+// An error (ctx's, those of the index and the file system's) is yielded once, at the end.
+func (r *LocalRegistry) Verify(ctx context.Context, opts *VerifyOptions) iter.Seq2[Problem, error] {
+	v := &verification{registry: r}
+	if opts != nil {
+		v.opts = *opts
+	}
+	return func(yield func(Problem, error) bool) {
+		end, err := r.begin(ctx)
+		if err == nil {
+			defer end()
+			err = v.run(ctx, func(p Problem) error {
+				if !yield(p, nil) {
+					return errStop
+				}
+				return nil
+			})
+		}
+		if err != nil && !errors.Is(err, errStop) {
+			yield(Problem{}, opError("verify", "", "", err))
+		}
+	}
+}
+
+type verification struct {
+	registry *LocalRegistry
+	opts     VerifyOptions
+}
+
+// A verifyEntry is a digest that the index or blobs/ has.
+type verifyEntry struct {
+	digest    digest.Digest
+	rowSize   int64 // −1 for no row
+	manifest  bool
+	file      fs.FileInfo // nil for none
+	problems  chan []Problem
+	bytesRead int64
+}
+
+func (v *verification) run(ctx context.Context, found func(Problem) error) error {
+	if v.opts.After == "" {
+		if err := v.index(ctx, found); err != nil {
+			return err
+		}
+	}
+	entries, err := v.entries(ctx, found)
+	if err != nil {
+		return err
+	}
+	// Workers look at entries in any order; the reader of results takes them in theirs.
+	ctx, cancel := context.WithCancel(ctx)
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	defer cancel()
+	work := make(chan *verifyEntry)
+	order := make(chan *verifyEntry, 4*runtime.GOMAXPROCS(0))
+	for range runtime.GOMAXPROCS(0) {
+		wg.Go(func() {
+			for e := range work {
+				e.problems <- v.blob(ctx, e)
+			}
+		})
+	}
+	wg.Go(func() {
+		defer close(work)
+		defer close(order)
+		for _, e := range entries {
+			e.problems = make(chan []Problem, 1)
+			select {
+			case <-ctx.Done():
+				return
+			case order <- e:
+			}
+			select {
+			case <-ctx.Done():
+				return
+			case work <- e:
+			}
+		}
+	})
+	progress := VerifyProgress{Total: len(entries)}
+	for e := range order {
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case problems := <-e.problems:
+			if ctx.Err() != nil {
+				return ctx.Err() // they may be no more than that
+			}
+			for _, p := range problems {
+				if err := found(p); err != nil {
+					return err
+				}
+			}
+		}
+		progress.Done++
+		progress.Digest = e.digest
+		progress.Bytes += e.bytesRead
+		if v.opts.Progress != nil {
+			v.opts.Progress(progress)
+		}
+	}
+	return ctx.Err()
+}
+
+// index looks for problems that are no single blob's.
+func (v *verification) index(ctx context.Context, found func(Problem) error) error {
+	x := v.registry.index
+	var bad []string
+	if err := x.integrity(ctx, v.opts.Quick, func(text string) { bad = append(bad, text) }); err != nil {
+		return err
+	}
+	for _, text := range bad {
+		if err := found(Problem{Kind: ProblemIndex, Err: fmt.Errorf("%w: %s", ErrCorruptIndex, clip(text))}); err != nil {
+			return err
+		}
+	}
+	unreconciled, err := meta(x, metaUnreconciled)
+	if err != nil {
+		return err
+	}
+	if unreconciled != "" {
+		if err := found(Problem{Kind: ProblemUnreconciled, Err: ErrUnsafe}); err != nil {
+			return err
+		}
+	}
+	return x.badRefs(ctx, func(ref Reference, d digest.Digest) error {
+		err := fmt.Errorf("%w: its manifest is %s, which the index doesn't have, or otherwise", ErrCorruptIndex, clip(string(d)))
+		return found(Problem{Kind: ProblemRef, Digest: d, Reference: ref, Err: err})
+	})
+}
+
+// entries returns what index and blobs/ have, in the order of digests.
+func (v *verification) entries(ctx context.Context, found func(Problem) error) ([]*verifyEntry, error) {
+	all := map[digest.Digest]*verifyEntry{}
+	entry := func(d digest.Digest) *verifyEntry {
+		e := all[d]
+		if e == nil {
+			e = &verifyEntry{digest: d, rowSize: -1}
+			all[d] = e
+		}
+		return e
+	}
+	x := v.registry.index
+	if err := x.blobRows(ctx, func(d digest.Digest, size int64, _ time.Time) { entry(d).rowSize = size }); err != nil {
+		return nil, err
+	}
+	if err := x.manifestRows(ctx, func(d, _ digest.Digest) { entry(d).manifest = true }); err != nil {
+		return nil, err
+	}
+	err := v.registry.blobs.walk(ctx, func(e blobEntry) error {
+		if e.digest != "" {
+			entry(e.digest).file = e.info
+			return nil
+		}
+		if v.opts.After != "" {
+			return nil
+		}
+		return found(Problem{Kind: ProblemForeign, Path: e.path, Err: errors.New("its name or kind is not a blob's")})
+	})
+	if err != nil {
+		return nil, err
+	}
+	var list []*verifyEntry
+	for d, e := range all {
+		if d > v.opts.After {
+			list = append(list, e)
+		}
+	}
+	slices.SortFunc(list, func(a, b *verifyEntry) int { return strings.Compare(string(a.digest), string(b.digest)) })
+	return list, nil
+}
+
+// blob looks at one digest.
+func (v *verification) blob(ctx context.Context, e *verifyEntry) (problems []Problem) {
+	add := func(kind ProblemKind, err error) {
+		problems = append(problems, Problem{Kind: kind, Digest: e.digest, Err: err})
+	}
+	r := v.registry
+	if e.file == nil {
+		fi, err := r.root.Lstat(blobPath(e.digest)) // it may have come since
+		if errors.Is(err, fs.ErrNotExist) || err == nil && !fi.Mode().IsRegular() {
+			if known, err := hasBlob(r.index, e.digest); known || err != nil { // or be collected since
+				add(ProblemMissing, errors.Join(ErrNotFound, err))
+			}
+			return problems
+		}
+		if err != nil {
+			add(ProblemUnreadable, err)
+			return problems
+		}
+		e.file = fi
+	}
+	if e.rowSize < 0 {
+		add(ProblemUnrecorded, errors.New("the index doesn't know it"))
+	}
+	if e.file.Mode().Perm() != 0o444 && runtime.GOOS != "windows" {
+		add(ProblemMode, fmt.Errorf("mode is %v", e.file.Mode()))
+	}
+	if e.rowSize >= 0 && e.file.Size() != e.rowSize {
+		add(ProblemSize, fmt.Errorf("%w: file has %d bytes, the index says %d", ErrSizeMismatch, e.file.Size(), e.rowSize))
+	}
+	if e.manifest {
+		return append(problems, v.manifest(ctx, e)...)
+	}
+	if v.opts.Quick {
+		return problems
+	}
+	src, err := r.blobs.open(ctx, e.digest, -1)
+	if err == nil {
+		_, err = src.WriteTo(io.Discard)
+		src.Close()
+		e.bytesRead = e.file.Size()
+	}
+	switch {
+	case err == nil || errors.Is(err, ErrNotFound): // collected since
+	case errors.Is(err, ErrDigestMismatch) || errors.Is(err, ErrSizeMismatch):
+		add(ProblemDigest, err)
+	default:
+		add(ProblemUnreadable, err)
+	}
+	return problems
+}
+
+func (v *verification) manifest(ctx context.Context, e *verifyEntry) []Problem {
+	problem := func(kind ProblemKind, err error) []Problem {
+		return []Problem{{Kind: kind, Digest: e.digest, Err: err}}
+	}
+	r := v.registry
+	desc, ok, err := r.index.resolveDigest(e.digest)
+	if err != nil {
+		return problem(ProblemRows, err)
+	}
+	if !ok {
+		return nil // collected since
+	}
+	desc.Size = e.file.Size() // what the row says is compared below
+	m, err := r.readVerified(ctx, desc)
+	switch {
+	case errors.Is(err, ErrNotFound): // collected since
+		return nil
+	case errors.Is(err, ErrDigestMismatch) || errors.Is(err, ErrSizeMismatch):
+		return problem(ProblemDigest, err)
+	case errors.Is(err, ErrInvalidManifest) || errors.Is(err, ErrUnsupportedMediaType) || errors.Is(err, ErrTooLarge):
+		return problem(ProblemManifest, err)
+	case err != nil:
+		return problem(ProblemUnreadable, err)
+	}
+	e.bytesRead = desc.Size
+	if differ, err := r.index.rowsDiffer(ctx, m); err != nil || differ != "" {
+		if err == nil {
+			err = fmt.Errorf("%w: %s", ErrCorruptIndex, differ)
+		}
+		return problem(ProblemRows, err)
+	}
+	return nil
+}

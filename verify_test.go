@@ -1,0 +1,285 @@
+package ocilocal_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/opencontainers/go-digest"
+
+	"github.com/ocilocal/ocilocal"
+)
+
+// problems runs Verify and returns "kind digest" of each thing found, by name where it has one.
+func problems(t testing.TB, r *ocilocal.LocalRegistry, opts *ocilocal.VerifyOptions, names map[digest.Digest]string) (found []string) {
+	t.Helper()
+	for p, err := range r.Verify(t.Context(), opts) {
+		if err != nil {
+			t.Fatal(err)
+		}
+		if p.Err == nil || p.String() == "" {
+			t.Errorf("%+v has no cause", p)
+		}
+		about := names[p.Digest]
+		if p.Path != "" {
+			about = p.Path
+		}
+		found = append(found, strings.TrimSpace(string(p.Kind)+" "+about))
+	}
+	return found
+}
+
+func write(t testing.TB, name, content string) {
+	t.Helper()
+	os.Chmod(name, 0o644)
+	if err := errors.Join(os.WriteFile(name, []byte(content), 0o444), os.Chmod(name, 0o444)); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestCorruption damages a registry in every way that is told apart, and looks at
+// what Verify says, what a quick one says, what Repair does, and what is left then.
+func TestCorruption(t *testing.T) {
+	const name = "example.com/a:v1"
+	const layer = "layer of the artifact"
+	remove := func(t *testing.T, file string) {
+		if err := os.Remove(file); err != nil {
+			t.Fatal(err)
+		}
+	}
+	flip := func(t *testing.T, file string) {
+		b, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		b[len(b)/2] ^= 4
+		write(t, file, string(b))
+	}
+	sql := func(text string) func(*testing.T, *ocilocal.LocalRegistry, string, string) {
+		return func(t *testing.T, r *ocilocal.LocalRegistry, _, _ string) { execIndex(t, r.Root(), text) }
+	}
+	for what, c := range map[string]struct {
+		damage func(t *testing.T, r *ocilocal.LocalRegistry, layer, manifest string)
+		full   []string
+		quick  []string // nil: the same
+		left   []string // after a repair without sources
+	}{
+		"sound":            {func(*testing.T, *ocilocal.LocalRegistry, string, string) {}, nil, nil, nil},
+		"layer, bit flip":  {func(t *testing.T, _ *ocilocal.LocalRegistry, l, _ string) { flip(t, l) }, []string{"blob is damaged layer"}, []string{}, []string{"blob is missing layer"}},
+		"layer, truncated": {func(t *testing.T, _ *ocilocal.LocalRegistry, l, _ string) { write(t, l, layer[:4]) }, []string{"blob has another size layer", "blob is damaged layer"}, []string{"blob has another size layer"}, []string{"blob is missing layer"}},
+		"layer, empty":     {func(t *testing.T, _ *ocilocal.LocalRegistry, l, _ string) { write(t, l, "") }, []string{"blob has another size layer", "blob is damaged layer"}, []string{"blob has another size layer"}, []string{"blob is missing layer"}},
+		"layer, missing":   {func(t *testing.T, _ *ocilocal.LocalRegistry, l, _ string) { remove(t, l) }, []string{"blob is missing layer"}, nil, []string{"blob is missing layer"}},
+		"layer, wrong name": {func(t *testing.T, _ *ocilocal.LocalRegistry, l, m string) {
+			write(t, filepath.Join(filepath.Dir(l), digest.FromString("other").Encoded()), layer)
+		}, []string{"blob is unrecorded other", "blob is damaged other"}, []string{"blob is unrecorded other"}, nil},
+		"layer, a directory": {func(t *testing.T, _ *ocilocal.LocalRegistry, l, _ string) { remove(t, l); os.Mkdir(l, 0o755) }, []string{"entry is no blob blobs/sha256/LAYER", "blob is missing layer"}, nil, []string{"blob is missing layer"}},
+		"layer, permissions": {func(t *testing.T, _ *ocilocal.LocalRegistry, l, _ string) { os.Chmod(l, 0o600) }, []string{"blob has other permissions layer"}, nil, nil},
+		"manifest, bit flip": {func(t *testing.T, _ *ocilocal.LocalRegistry, _, m string) { flip(t, m) }, []string{"blob is damaged manifest"}, nil, []string{"blob is missing manifest"}},
+		"manifest, missing":  {func(t *testing.T, _ *ocilocal.LocalRegistry, _, m string) { remove(t, m) }, []string{"blob is missing manifest"}, nil, []string{"blob is missing manifest"}},
+		"foreign file": {func(t *testing.T, r *ocilocal.LocalRegistry, _, _ string) {
+			write(t, filepath.Join(r.Root(), "blobs", "README"), "x")
+		}, []string{"entry is no blob blobs/README"}, nil, nil},
+		"file without row": {func(t *testing.T, r *ocilocal.LocalRegistry, l, _ string) {
+			write(t, blobFile(r, digest.FromString("other")), "other")
+		}, []string{"blob is unrecorded other"}, nil, nil},
+		"row: other size":     {sql("UPDATE blobs SET size = size + 1 WHERE kind = 'layer'"), []string{"blob has another size layer"}, nil, nil},
+		"row: manifest size":  {sql("UPDATE manifests SET size = size + 1"), []string{"ref is dangling manifest", "index contradicts manifest manifest"}, nil, nil},
+		"row: artifact type":  {sql("UPDATE manifests SET artifact_type = 'x'"), []string{"ref is dangling manifest", "index contradicts manifest manifest"}, nil, nil},
+		"row: annotations":    {sql("UPDATE members SET annotations = '{}x'"), []string{"index contradicts manifest manifest"}, nil, nil},
+		"row: member lost":    {sql("DELETE FROM members"), []string{"index contradicts manifest manifest"}, nil, nil},
+		"row: member doubled": {sql("INSERT INTO members SELECT manifest, 1, role, digest, media_type, size, annotations FROM members"), []string{"index contradicts manifest manifest"}, nil, nil},
+		"row: ref altered":    {sql("UPDATE refs SET media_type = 'x'"), []string{"ref is dangling manifest"}, nil, nil},
+		"row: blob lost":      {sql("DELETE FROM blobs WHERE kind = 'layer'"), []string{"index is damaged", "blob is unrecorded layer"}, nil, nil},
+		"row: manifest lost":  {sql("DELETE FROM manifests"), []string{"index is damaged", "index is damaged", "ref is dangling manifest"}, nil, nil},
+		"index not its own":   {sql("INSERT INTO meta VALUES ('unreconciled', '1')"), []string{"index is not reconciled"}, nil, nil},
+	} {
+		t.Run(what, func(t *testing.T) {
+			r := openTemp(t, nil)
+			a := published(t, r, name, layer, nil)
+			names := map[digest.Digest]string{digest.FromString(layer): "layer", a.Digest(): "manifest", digest.FromString("other"): "other"}
+			layerFile := blobFile(r, digest.FromString(layer))
+			c.damage(t, r, layerFile, blobFile(r, a.Digest()))
+			dontWatch(r.Root())
+			expand := func(want []string) []string {
+				var out []string
+				for _, w := range want {
+					out = append(out, strings.Replace(w, "LAYER", filepath.Base(layerFile), 1))
+				}
+				return out
+			}
+			check := func(when string, got, want []string) {
+				t.Helper()
+				want = expand(want)
+				slices.Sort(got)
+				slices.Sort(want)
+				if !slices.Equal(got, want) {
+					t.Errorf("%s: found %q, want %q", when, got, want)
+				}
+			}
+			check("full", problems(t, r, nil, names), c.full)
+			quick := c.quick
+			if quick == nil {
+				quick = c.full
+			}
+			check("quick", problems(t, r, &ocilocal.VerifyOptions{Quick: true}, names), quick)
+			report, err := r.Repair(t.Context(), nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			var left []string
+			for _, p := range report.Left {
+				left = append(left, strings.TrimSpace(string(p.Kind)+" "+names[p.Digest]))
+			}
+			check("left", left, c.left)
+			if len(c.left) == 0 {
+				checkArtifact(t, a, layer)
+				if got, err := r.Load(t.Context(), a.Reference()); err != nil || got.Digest() != a.Digest() {
+					t.Error(err)
+				}
+				return
+			}
+			// What is damaged is never served, and an import of the same heals it.
+			from := openTemp(t, nil)
+			published(t, from, name, layer, nil)
+			archive := filepath.Join(t.TempDir(), "a.tar")
+			layout := filepath.Join(t.TempDir(), "layout")
+			if err := errors.Join(from.ExportArchiveFile(t.Context(), archive, []ocilocal.Reference{a.Reference()}, nil),
+				from.ExportLayout(t.Context(), layout, []ocilocal.Reference{a.Reference()}, nil)); err != nil {
+				t.Fatal(err)
+			}
+			for _, source := range []string{archive, layout} {
+				report, err := r.Repair(t.Context(), &ocilocal.RepairOptions{Sources: []string{source}})
+				if err != nil || len(report.Left) != 0 {
+					t.Fatalf("%v %+v", err, report)
+				}
+				if source == archive && len(report.Healed) != 1 {
+					t.Errorf("%+v", report)
+				}
+				checkArtifact(t, a, layer)
+			}
+		})
+	}
+}
+
+func TestVerifyResumes(t *testing.T) {
+	r := openTemp(t, nil)
+	for i := range 20 {
+		published(t, r, fmt.Sprintf("example.com/a:%d", i), fmt.Sprint("layer", i), nil)
+	}
+	victims := blobNames(t, r)
+	for _, d := range victims {
+		os.Chmod(blobFile(r, d), 0o600)
+	}
+	var last ocilocal.VerifyProgress
+	var seen []digest.Digest
+	for p, err := range r.Verify(t.Context(), &ocilocal.VerifyOptions{Progress: func(p ocilocal.VerifyProgress) { last = p }}) {
+		if err != nil {
+			t.Fatal(err)
+		}
+		if seen = append(seen, p.Digest); len(seen) == 11 {
+			break // the eleventh is not done with
+		}
+	}
+	if last.Done != 10 || last.Total != 40 || last.Digest != seen[9] || last.Bytes == 0 {
+		t.Errorf("%+v", last)
+	}
+	seen = seen[:10]
+	for p, err := range r.Verify(t.Context(), &ocilocal.VerifyOptions{After: last.Digest}) {
+		if err != nil {
+			t.Fatal(err)
+		}
+		seen = append(seen, p.Digest)
+	}
+	if !slices.Equal(seen, victims) {
+		t.Errorf("saw %d problems, want %d in the order of digests", len(seen), len(victims))
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	var err error
+	for _, err = range r.Verify(ctx, nil) {
+	}
+	if !errors.Is(err, context.Canceled) {
+		t.Error(err)
+	}
+}
+
+// TestRebuild loses or damages the whole index, and makes it anew from the blobs.
+func TestRebuild(t *testing.T) {
+	index := func(r *ocilocal.LocalRegistry) string { return filepath.Join(r.Root(), "index.sqlite3") }
+	for what, c := range map[string]struct {
+		damage func(t *testing.T, r *ocilocal.LocalRegistry)
+		named  bool // refs are salvaged
+	}{
+		"lost":        {func(t *testing.T, r *ocilocal.LocalRegistry) { os.Remove(index(r)) }, false},
+		"header gone": {func(t *testing.T, r *ocilocal.LocalRegistry) { write(t, index(r), "no database") }, false},
+		"empty":       {func(t *testing.T, r *ocilocal.LocalRegistry) { write(t, index(r), "") }, false},
+		"trigger": {func(t *testing.T, r *ocilocal.LocalRegistry) {
+			execIndex(t, r.Root(), "CREATE TRIGGER x AFTER INSERT ON refs BEGIN DELETE FROM refs; END")
+		}, true},
+		"table lost":   {func(t *testing.T, r *ocilocal.LocalRegistry) { execIndex(t, r.Root(), "DROP TABLE members") }, true},
+		"half the WAL": {func(t *testing.T, r *ocilocal.LocalRegistry) { write(t, index(r)+"-wal", strings.Repeat("torn", 1000)) }, true},
+	} {
+		t.Run(what, func(t *testing.T) {
+			ctx := t.Context()
+			r := openTemp(t, nil)
+			a := published(t, r, "example.com/a:1", "one", nil)
+			b := published(t, r, "example.com/b:1", "two", a)
+			c2 := published(t, r, "example.com/c:1", "three", nil)
+			before := blobNames(t, r)
+			mustClose(t, r)
+			dontWatch(r.Root())
+			c.damage(t, r)
+			report, err := ocilocal.Rebuild(ctx, r.Root(), nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if len(report.Left) != 0 {
+				t.Errorf("left: %v", report.Left)
+			}
+			if r, err = ocilocal.Open(ctx, r.Root(), nil); err != nil {
+				t.Fatal(err)
+			}
+			defer mustClose(t, r)
+			for _, x := range []*ocilocal.LocalArtifact{a, b, c2} {
+				if _, err := r.LoadDigest(ctx, x.Digest()); err != nil {
+					t.Error(err)
+				}
+				if desc, err := r.Resolve(ctx, x.Reference()); c.named && (err != nil || desc.Digest != x.Digest()) {
+					t.Errorf("%s was not salvaged: %v", x.Reference(), err)
+				}
+			}
+			if !c.named && (len(report.Recovered) != 2 || !strings.Contains(report.Recovered[0].Reference.String(), r.ID()+".ocilocal.local/recovered:sha256-")) {
+				t.Errorf("recovered: %v", report.Recovered)
+			}
+			// Nothing is lost to a collection, by a ref or in the lineage of one.
+			collect(t, r, atOnce)
+			if !slices.Equal(before, blobNames(t, r)) {
+				t.Error("a collection after the rebuild deleted something")
+			}
+			if got := problems(t, r, nil, nil); len(got) != 0 {
+				t.Errorf("%q", got)
+			}
+		})
+	}
+	if _, err := ocilocal.Rebuild(t.Context(), t.TempDir(), nil); !errors.Is(err, ocilocal.ErrNotFound) {
+		t.Error(err)
+	}
+	// A sound registry stays as it is.
+	r := openTemp(t, nil)
+	published(t, r, "example.com/a:1", "one", nil)
+	mustClose(t, r)
+	before := tree(t, filepath.Join(r.Root(), "blobs"))
+	report, err := ocilocal.Rebuild(t.Context(), r.Root(), nil)
+	if err != nil || len(report.Recovered)+len(report.Recorded)+len(report.Rewritten)+len(report.Quarantined) != 0 {
+		t.Errorf("%v %+v", err, report)
+	}
+	if !maps.Equal(before, tree(t, filepath.Join(r.Root(), "blobs"))) {
+		t.Error("blobs were changed")
+	}
+}
