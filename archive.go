@@ -73,7 +73,7 @@ func (r *LocalRegistry) importArchive(ctx context.Context, src io.Reader, opts *
 	}
 	im := r.newImporter(opts)
 	defer func() { r.logDiscard(im.stage.discard()) }()
-	im.fetch = func(_ context.Context, desc ocispec.Descriptor) error {
+	im.fetch = func(_ context.Context, desc ocispec.Descriptor, _ role) error {
 		return fmt.Errorf("%w: blob %s (%s) is neither in the archive nor in the registry", ErrIncomplete, desc.Digest, clip(desc.MediaType))
 	}
 	index, err := readArchive(ctx, src, func(d digest.Digest, src io.Reader, size int64) error {

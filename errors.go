@@ -69,6 +69,23 @@ var (
 	// ErrTooLarge: the input passes one of the package's limits.
 	ErrTooLarge = errors.New("limit exceeded")
 
+	// ErrUnauthorized: the registry or its token server wants credentials, or
+	// better ones than it got. It also matches [fs.ErrPermission].
+	ErrUnauthorized error = &sentinel{"unauthorized", fs.ErrPermission}
+	// ErrDenied: the registry took the credentials, or needs none, and refuses.
+	// It also matches [fs.ErrPermission].
+	ErrDenied error = &sentinel{"denied", fs.ErrPermission}
+	// ErrRateLimited: the registry wants fewer requests. [RemoteError.RetryAfter] may say how long.
+	ErrRateLimited = errors.New("rate limited")
+	// ErrUnsupportedManifest: the registry doesn't take manifests of this form.
+	ErrUnsupportedManifest = errors.New("registry doesn't take this form of manifest")
+	// ErrProtocol: a remote registry answered what HTTP or distribution-spec
+	// don't allow, or asked for what would be unsafe.
+	ErrProtocol = errors.New("registry broke the protocol")
+	// ErrTransport: no answer came, or no complete one, or the registry failed on
+	// its side. Trying again later may help.
+	ErrTransport = errors.New("registry can't be reached or fails")
+
 	// ErrForeignIndex: the root's index.sqlite3 was not made by this package
 	// for this root, or its schema was altered. It is left untouched.
 	ErrForeignIndex = errors.New("index belongs to something else")

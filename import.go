@@ -53,8 +53,11 @@ type importer struct {
 	stage    *stage
 	// accept, if not nil, may refuse the manifest of an entry.
 	accept func(*Manifest) error
-	// fetch stages a blob that neither the stage nor the registry has.
-	fetch func(ctx context.Context, desc ocispec.Descriptor) error
+	// fetch stages a blob that neither the stage nor the registry has. Unless
+	// workers is 0, configs and layers are fetched several at once.
+	fetch   func(ctx context.Context, desc ocispec.Descriptor, as role) error
+	workers int
+	tasks   *tasks // under way; nil without workers
 
 	need  map[digest.Digest]bool // what the closures hold
 	sizes map[digest.Digest]int64
@@ -74,25 +77,9 @@ func (im *importer) run(ctx context.Context, entries []ocispec.Descriptor) (*Imp
 	if err != nil {
 		return nil, err
 	}
-	result := &ImportResult{}
-	var pubs []publication
-	for _, e := range chosen {
-		name := e.Annotations[ocispec.AnnotationRefName]
-		ref, err := im.reference(name)
-		if err != nil {
-			return nil, err
-		}
-		p := publication{ref: ref, PublishOptions: im.opts.PublishOptions}
-		if p.root, err = im.manifest(ctx, e, 0, map[digest.Digest]bool{}, &p.manifests); err != nil {
-			return nil, err
-		}
-		if im.accept != nil {
-			if err := im.accept(p.root); err != nil {
-				return nil, err
-			}
-		}
-		result.Artifacts = append(result.Artifacts, ImportedArtifact{Name: name, Descriptor: p.root.Descriptor()})
-		pubs = append(pubs, p)
+	pubs, result, err := im.collect(ctx, chosen)
+	if err != nil {
+		return nil, err
 	}
 	if err := im.stage.keepOnly(im.need); err != nil {
 		return nil, err
@@ -111,6 +98,35 @@ func (im *importer) run(ctx context.Context, entries []ocispec.Descriptor) (*Imp
 		result.BlobsWritten, result.BlobsReused, result.BytesWritten = im.stage.counts()
 	}
 	return result, err
+}
+
+// collect stages the closures of the chosen entries.
+func (im *importer) collect(ctx context.Context, chosen []ocispec.Descriptor) (pubs []publication, result *ImportResult, err error) {
+	if im.workers > 0 {
+		im.tasks = newTasks(ctx, im.workers)
+		ctx = im.tasks.ctx
+		defer func() { err = im.tasks.wait(err) }()
+	}
+	result = &ImportResult{}
+	for _, e := range chosen {
+		name := e.Annotations[ocispec.AnnotationRefName]
+		ref, err := im.reference(name)
+		if err != nil {
+			return nil, nil, err
+		}
+		p := publication{ref: ref, PublishOptions: im.opts.PublishOptions}
+		if p.root, err = im.manifest(ctx, e, 0, map[digest.Digest]bool{}, &p.manifests); err != nil {
+			return nil, nil, err
+		}
+		if im.accept != nil {
+			if err := im.accept(p.root); err != nil {
+				return nil, nil, err
+			}
+		}
+		result.Artifacts = append(result.Artifacts, ImportedArtifact{Name: name, Descriptor: p.root.Descriptor()})
+		pubs = append(pubs, p)
+	}
+	return pubs, result, nil
 }
 
 // choose applies Select and refuses options that fit no single entry.
@@ -179,7 +195,7 @@ func (im *importer) manifest(ctx context.Context, desc ocispec.Descriptor, depth
 	if desc.Size > MaxManifestSize {
 		return nil, fmt.Errorf("%w: manifest %s has %d bytes, at most %d are taken", ErrTooLarge, desc.Digest, desc.Size, MaxManifestSize)
 	}
-	if err := im.blob(ctx, desc); err != nil {
+	if err := im.blob(ctx, desc, roleManifest); err != nil {
 		return nil, err
 	}
 	src, err := im.stage.open(ctx, desc.Digest, desc.Size)
@@ -193,7 +209,7 @@ func (im *importer) manifest(ctx context.Context, desc ocispec.Descriptor, depth
 	seen[desc.Digest] = true
 	for i, c := range m.children() {
 		if m.childRole(i) != roleManifest {
-			if err := im.blob(ctx, c); err != nil {
+			if err := im.blob(ctx, c, m.childRole(i)); err != nil {
 				return nil, err
 			}
 		} else if !seen[c.Digest] {
@@ -206,30 +222,47 @@ func (im *importer) manifest(ctx context.Context, desc ocispec.Descriptor, depth
 	return m, nil
 }
 
-// blob makes sure that the stage has what desc names.
-func (im *importer) blob(ctx context.Context, desc ocispec.Descriptor) error {
-	if size, ok := im.sizes[desc.Digest]; ok {
-		if size != desc.Size {
-			return fmt.Errorf("%w: blob %s is said to have %d bytes and %d bytes", ErrInvalidManifest, desc.Digest, size, desc.Size)
-		}
+// blob makes sure that the stage has what desc names; a config or layer
+// perhaps not before the tasks are waited for.
+func (im *importer) blob(ctx context.Context, desc ocispec.Descriptor, as role) error {
+	asked, err := im.claim(desc)
+	if err != nil {
+		return err
+	}
+	if asked && (im.tasks == nil || as != roleManifest || im.stage.has(desc.Digest)) {
 		return nil
 	}
+	bring := func() error {
+		ok, err := im.stage.reuse(ctx, desc.Digest, desc.Size)
+		if ok || err != nil {
+			return err
+		}
+		return im.fetch(ctx, desc, as)
+	}
+	if im.tasks != nil && as != roleManifest {
+		return im.tasks.start(bring)
+	}
+	return bring()
+}
+
+// claim notes that a blob is needed. It reports whether it is there, or was asked for, already.
+func (im *importer) claim(desc ocispec.Descriptor) (asked bool, err error) {
+	if size, ok := im.sizes[desc.Digest]; ok {
+		if size != desc.Size {
+			return true, fmt.Errorf("%w: blob %s is said to have %d bytes and %d bytes", ErrInvalidManifest, desc.Digest, size, desc.Size)
+		}
+		return true, nil
+	}
 	if len(im.sizes) >= MaxClosure {
-		return fmt.Errorf("%w: more than %d blobs", ErrTooLarge, MaxClosure)
+		return false, fmt.Errorf("%w: more than %d blobs", ErrTooLarge, MaxClosure)
 	}
 	im.sizes[desc.Digest] = desc.Size
 	im.need[desc.Digest] = true
-	if size, ok := im.stage.size(desc.Digest); ok {
-		if size != desc.Size {
-			return fmt.Errorf("blob %s: %w: has %d bytes, its descriptor says %d", desc.Digest, ErrSizeMismatch, size, desc.Size)
-		}
-		return nil
+	size, ok := im.stage.size(desc.Digest)
+	if ok && size != desc.Size {
+		err = fmt.Errorf("blob %s: %w: has %d bytes, its descriptor says %d", desc.Digest, ErrSizeMismatch, size, desc.Size)
 	}
-	ok, err := im.stage.reuse(ctx, desc.Digest, desc.Size)
-	if ok || err != nil {
-		return err
-	}
-	return im.fetch(ctx, desc)
+	return ok, err
 }
 
 // parseLayoutIndex reads a layout's index.json (image-spec image-layout.md).

@@ -54,7 +54,7 @@ func (r *LocalRegistry) importLayout(ctx context.Context, dir string, opts *Impo
 // layoutImporter returns an importer that fetches from a layout directory.
 func (r *LocalRegistry) layoutImporter(l *layout, opts *ImportOptions) *importer {
 	im := r.newImporter(opts)
-	im.fetch = func(ctx context.Context, desc ocispec.Descriptor) error {
+	im.fetch = func(ctx context.Context, desc ocispec.Descriptor, _ role) error {
 		f, err := l.open(desc)
 		if err != nil {
 			return err

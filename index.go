@@ -202,9 +202,9 @@ type member struct {
 }
 
 // members calls visit with what a manifest directly needs.
-func (t *indexTx) members(d digest.Digest, visit func(member) error) error {
+func members(q queryer, d digest.Digest, visit func(member) error) error {
 	const page = 100
-	s, err := t.stmt(sqlMembers)
+	s, err := q.stmt(sqlMembers)
 	if err != nil {
 		return err
 	}
@@ -439,7 +439,7 @@ func subjectOf(q queryer, d digest.Digest) (subject digest.Digest, err error) {
 	return subject, err
 }
 
-// errStop ends a walk of rows early, without an error.
+// errStop ends a walk early, without an error.
 var errStop = errors.New("stop")
 
 // pointers visits the manifests that need d or have it as their subject.
@@ -656,4 +656,25 @@ func (x *index) referrers(subject digest.Digest, artifactType string, after dige
 		}
 		return d, err
 	})
+}
+
+// Statements of push.go.
+const (
+	// At most 1,000 manifests are looked at: there are blobs that all have.
+	sqlOtherName = `SELECT r.name FROM (SELECT manifest FROM members WHERE digest = ?1 LIMIT 1000) m JOIN refs r ON r.manifest = m.manifest
+		WHERE r.name >= ?2 AND r.name < ?3 AND r.name <> ?4 LIMIT 1`
+)
+
+// otherName returns the name, other than not and beginning with prefix, of a ref whose
+// manifest has d; "" if none is found. The prefix ends with a '/'.
+func (x *index) otherName(d digest.Digest, prefix, not string) (name string, err error) {
+	s, err := x.stmt(sqlOtherName)
+	if err != nil {
+		return "", err
+	}
+	above := prefix[:len(prefix)-1] + "0" // the character after '/'
+	_, err = scanAll(s, 1, []any{string(d), prefix, above, not}, func(rows *sql.Rows) (struct{}, error) {
+		return struct{}{}, rows.Scan(&name)
+	})
+	return name, err
 }

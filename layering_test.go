@@ -17,9 +17,10 @@ import (
 var ranks = map[string]int{
 	"doc.go": 0, "errors.go": 0, "digest.go": 0, "json.go": 0, "manifest.go": 0, "canonical.go": 0, "reference.go": 0,
 	"root.go": 0, "fs_unix.go": 0, "fs_windows.go": 0, "fs_linux.go": 0, "fs_notlinux.go": 0, "writeback_linux.go": 0, "writeback_other.go": 0,
-	"blob.go": 1, "stage.go": 1, "sqlite.go": 1, "index.go": 1,
+	"blob.go": 1, "stage.go": 1, "sqlite.go": 1, "index.go": 1, "partial.go": 1, "tasks.go": 1,
+	"remoteerror.go": 1, "challenge.go": 1, "remote.go": 1, "transport.go": 1, "auth.go": 1, "realm.go": 1, "credentials.go": 1, "remoteread.go": 1, "remotelist.go": 2, "remotewrite.go": 2,
 	"registry.go": 2, "publish.go": 2, "read.go": 2, "artifact.go": 2, "builder.go": 2, "gcmark.go": 3, "gc.go": 3, "verify.go": 3,
-	"import.go": 3, "archive.go": 4, "importoci.go": 4, "importlegacy.go": 5, "load.go": 6, "repair.go": 6, "rebuild.go": 7, "export.go": 5, "exportlayout.go": 5,
+	"import.go": 3, "archive.go": 4, "importoci.go": 4, "importlegacy.go": 5, "load.go": 6, "repair.go": 6, "rebuild.go": 7, "export.go": 5, "exportlayout.go": 5, "upload.go": 2, "pull.go": 5, "push.go": 5,
 	"lineage.go": 3,
 }
 
@@ -38,7 +39,7 @@ var exceptions = map[string]string{
 
 // common are methods that types of the standard library have too, so that
 // their name says nothing about whose is meant.
-var common = []string{"Close", "Remove", "Root", "Write"}
+var common = []string{"Close", "Delete", "Load", "Remove", "Root", "Seek", "Write"}
 
 // owners say which files alone may import a package.
 var owners = map[string][]string{
@@ -48,8 +49,8 @@ var owners = map[string][]string{
 	"modernc.org/sqlite/lib": {"sqlite.go"},
 	"archive/tar":            {"archive.go", "export.go"},
 	"compress/gzip":          {"archive.go", "export.go"},
-	"net/http":               {},
-	"os/exec":                {},
+	"net/http":               {"remote.go", "remoteerror.go", "transport.go", "auth.go", "realm.go", "remoteread.go", "remotelist.go", "remotewrite.go", "upload.go"},
+	"os/exec":                {"credentials.go"},
 	"unsafe":                 {},
 }
 

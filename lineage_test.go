@@ -46,11 +46,6 @@ func child(t testing.TB, r *ocilocal.LocalRegistry, ref string, o ocilocal.Build
 	return a
 }
 
-func descOf(a *ocilocal.LocalArtifact) *ocispec.Descriptor {
-	d := a.Descriptor()
-	return &ocispec.Descriptor{MediaType: d.MediaType, Digest: d.Digest, Size: d.Size}
-}
-
 func TestHistory(t *testing.T) {
 	r := openTemp(t, nil)
 	image := ocilocal.BuilderOptions{Format: ocilocal.FormatImageManifest}

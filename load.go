@@ -8,18 +8,19 @@ import (
 
 // Load returns the artifact that ref names. If the registry has it, only the
 // index is read; the artifact reads its manifest when asked for it. If not,
-// and [Options.LegacyRoot] is set, its one entry there is imported first, and
-// found in the index from then on.
+// and [Options.LegacyRoot] is set, its one entry there is imported first; if
+// it isn't there either, and [Options.Remote] is set, it is pulled. From then on
+// it is found in the index.
 //
 // Errors are those of [LocalRegistry.Resolve], and for what had to be fetched
-// those of [LocalRegistry.ImportLayout]. ctx governs the call only.
+// those of [LocalRegistry.ImportLayout] or [LocalRegistry.Pull]. ctx governs the call only.
 func (r *LocalRegistry) Load(ctx context.Context, ref Reference) (*LocalArtifact, error) {
 	a, err := r.load(ctx, ref)
 	return a, opError("load", ref.String(), "", err)
 }
 
 func (r *LocalRegistry) load(ctx context.Context, ref Reference) (*LocalArtifact, error) {
-	for _, fetch := range []func(context.Context, Reference) (bool, error){nil, r.fetchLegacy} {
+	for _, fetch := range []func(context.Context, Reference) (bool, error){nil, r.fetchLegacy, r.fetchRemote} {
 		if fetch != nil {
 			// A conflict means that somebody else has just put it here.
 			if found, err := fetch(ctx, ref); err != nil && !errors.Is(err, ErrConflict) {

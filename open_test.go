@@ -354,6 +354,14 @@ func TestUseAfterClose(t *testing.T) {
 			}
 			return last
 		},
+		"Referrers": func() (last error) {
+			for _, err := range r.Referrers(ctx, d, nil) {
+				last = err
+			}
+			return last
+		},
+		"Pull":         func() error { _, err := r.Pull(ctx, ref, nil); return err },
+		"Push":         func() error { _, err := r.Push(ctx, ref, nil); return err },
 		"GCReport":     func() error { _, err := r.GCReport(ctx, nil); return err },
 		"ImportLegacy": func() error { _, err := r.ImportLegacy(ctx, filepath.Dir(archive), nil); return err },
 		"LoadPath":     func() error { _, err := r.LoadPath(ctx, archive, nil); return err },
@@ -377,6 +385,8 @@ func TestUseAfterClose(t *testing.T) {
 	}
 	maps.Copy(calls, map[string]func() error{
 		"Manifest":  func() error { _, err := artifact.Manifest(ctx); return err },
+		"Parent":    func() error { _, err := artifact.Parent(ctx); return err },
+		"Diff":      func() error { _, err := artifact.Diff(ctx, artifact); return err },
 		"Layers":    func() error { _, err := artifact.Layers(ctx); return err },
 		"ReadLayer": func() error { _, err := built.ReadLayer(ctx, layers[0]); return err },
 		"OpenLayer": func() error { _, err := built.OpenLayer(ctx, ocispec.Descriptor{Digest: layers[0].Digest}); return err },

@@ -318,7 +318,7 @@ func (r *LocalRegistry) point(ctx context.Context, d digest.Digest, ref Referenc
 }
 
 // checkClosure looks, by the index's rows, that all of a manifest's blobs are there.
-func (r *LocalRegistry) checkClosure(tx *indexTx, desc ocispec.Descriptor, seen map[digest.Digest]bool) error {
+func (r *LocalRegistry) checkClosure(q queryer, desc ocispec.Descriptor, seen map[digest.Digest]bool) error {
 	if seen[desc.Digest] {
 		return nil
 	}
@@ -326,9 +326,9 @@ func (r *LocalRegistry) checkClosure(tx *indexTx, desc ocispec.Descriptor, seen 
 	if err := r.blobs.checkSize(desc.Digest, desc.Size); err != nil {
 		return incomplete(err)
 	}
-	return tx.members(desc.Digest, func(m member) error {
+	return members(q, desc.Digest, func(m member) error {
 		if m.role == string(roleManifest) {
-			return r.checkClosure(tx, m.desc, seen)
+			return r.checkClosure(q, m.desc, seen)
 		}
 		if seen[m.desc.Digest] {
 			return nil

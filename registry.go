@@ -38,6 +38,10 @@ type Options struct {
 	// [LocalRegistry.Load] looks for what is not here yet. [DefaultLegacyRoot]
 	// returns where OMMX keeps it. It is never written to.
 	LegacyRoot string
+	// Remote is the client that [LocalRegistry.Load] pulls with what is not here
+	// yet, and that Pull and Push use unless they are given another. Without one,
+	// Load doesn't use the network, and Pull and Push use the zero Remote.
+	Remote *Remote
 	// AllowNetworkFS opens a root on a network file system, which otherwise
 	// fails with [ErrNetworkFS]. There, only one machine at a time may use it.
 	AllowNetworkFS bool
@@ -57,6 +61,7 @@ type LocalRegistry struct {
 	index  *index
 	id     string
 	opened fs.FileInfo // of the index file
+	remote *Remote     // for Pull and Push
 
 	mu     sync.Mutex
 	closed bool           // guarded by mu
@@ -124,6 +129,9 @@ func open(ctx context.Context, dir string, opts *Options, readOnly bool) (_ *Loc
 	r.opts.ArtifactTypes = slices.Clone(r.opts.ArtifactTypes)
 	if r.opts.BusyTimeout <= 0 {
 		r.opts.BusyTimeout = 30 * time.Second
+	}
+	if r.remote = r.opts.Remote; r.remote == nil {
+		r.remote = &Remote{}
 	}
 	if r.opts.Logger == nil {
 		r.opts.Logger = slog.New(slog.DiscardHandler)

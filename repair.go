@@ -331,7 +331,7 @@ func (p *repair) load(ctx context.Context, d digest.Digest) (*Manifest, []*Manif
 		return nil, nil, nil, err
 	}
 	im := p.registry.newImporter(nil)
-	im.fetch = func(_ context.Context, desc ocispec.Descriptor) error {
+	im.fetch = func(_ context.Context, desc ocispec.Descriptor, _ role) error {
 		return fmt.Errorf("%w: blob %s", ErrIncomplete, desc.Digest)
 	}
 	desc := m.Descriptor()

@@ -1,0 +1,154 @@
+package ocilocal
+
+import (
+	"slices"
+	"strings"
+)
+
+// A challenge is one of the ways in which a registry says it can be authenticated to.
+type challenge struct {
+	scheme string            // lower-case: "basic", "bearer"
+	params map[string]string // by lower-case name
+}
+
+const (
+	maxChallenges   = 8
+	maxChallengeLen = 4 << 10
+)
+
+// parseChallenges reads WWW-Authenticate fields (RFC 9110, section 11.6.1). What
+// can be read in two ways, such as a parameter that is there twice, ends the
+// reading of its field: an attacker must not choose which reading counts.
+func parseChallenges(fields []string) []challenge {
+	var all []challenge
+	for _, f := range fields[:min(len(fields), maxChallenges)] {
+		if len(f) > maxChallengeLen {
+			continue
+		}
+		s := challengeScanner{text: f}
+		for len(all) < maxChallenges {
+			c, ok := s.challenge()
+			if !ok {
+				break
+			}
+			all = append(all, c)
+		}
+	}
+	return all
+}
+
+// choose returns the challenge to answer: bearer before basic.
+func chooseChallenge(all []challenge) (challenge, bool) {
+	for _, scheme := range []string{"bearer", "basic"} {
+		if i := slices.IndexFunc(all, func(c challenge) bool { return c.scheme == scheme }); i >= 0 {
+			return all[i], true
+		}
+	}
+	return challenge{}, false
+}
+
+type challengeScanner struct {
+	text string
+	next string // the scheme of the next challenge, when it was read already
+}
+
+// challenge reads a scheme and its parameters.
+func (s *challengeScanner) challenge() (c challenge, ok bool) {
+	scheme := s.next
+	s.next = ""
+	if scheme == "" {
+		s.skip(" \t,")
+		if scheme = s.token(); scheme == "" {
+			return c, false
+		}
+	}
+	c = challenge{scheme: strings.ToLower(scheme), params: map[string]string{}}
+	for {
+		s.skip(" \t,")
+		name := s.token()
+		if name == "" {
+			return c, s.text == ""
+		}
+		s.skip(" \t")
+		if !strings.HasPrefix(s.text, "=") { // a new scheme
+			s.next = name
+			return c, true
+		}
+		s.text = s.text[1:]
+		s.skip(" \t")
+		value, ok := s.value()
+		name = strings.ToLower(name)
+		if _, twice := c.params[name]; !ok || twice {
+			return c, false
+		}
+		c.params[name] = value
+	}
+}
+
+func (s *challengeScanner) skip(chars string) { s.text = strings.TrimLeft(s.text, chars) }
+
+// token reads a token (RFC 9110, section 5.6.2), "" if there is none.
+func (s *challengeScanner) token() string {
+	n := 0
+	for n < len(s.text) && isTokenChar(s.text[n]) {
+		n++
+	}
+	t := s.text[:n]
+	s.text = s.text[n:]
+	return t
+}
+
+func isTokenChar(c byte) bool {
+	return isLowerAlnum(c) || 'A' <= c && c <= 'Z' || strings.IndexByte("!#$%&'*+-.^_`|~", c) >= 0
+}
+
+// value reads a token or a quoted string.
+func (s *challengeScanner) value() (string, bool) {
+	if !strings.HasPrefix(s.text, `"`) {
+		t := s.token()
+		return t, t != ""
+	}
+	var b strings.Builder
+	for i := 1; i < len(s.text); i++ {
+		switch c := s.text[i]; {
+		case c == '"':
+			s.text = s.text[i+1:]
+			return b.String(), true
+		case c == '\\' && i+1 < len(s.text):
+			i++
+			b.WriteByte(s.text[i])
+		default:
+			b.WriteByte(c)
+		}
+	}
+	return "", false // no closing quote
+}
+
+// A scope is what a token is for (distribution-spec's token protocol): for each
+// resource, such as "repository:org/model", its actions.
+type scope map[string][]string
+
+// add takes in scopes as text: "type:name:action,action", separated by spaces.
+func (s scope) add(text string) {
+	for one := range strings.FieldsSeq(text) {
+		i := strings.LastIndexByte(one, ':')
+		if i <= 0 || len(s) >= 16 {
+			continue
+		}
+		for a := range strings.SplitSeq(one[i+1:], ",") {
+			if a != "" && !slices.Contains(s[one[:i]], a) && len(s[one[:i]]) < 16 {
+				s[one[:i]] = append(s[one[:i]], a)
+			}
+		}
+	}
+}
+
+// list returns the scopes, in the one spelling that equal ones have.
+func (s scope) list() []string {
+	var all []string
+	for resource, actions := range s {
+		all = append(all, resource+":"+strings.Join(slices.Sorted(slices.Values(actions)), ","))
+	}
+	slices.Sort(all)
+	return all
+}

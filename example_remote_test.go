@@ -1,0 +1,169 @@
+package ocilocal_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log"
+	"os"
+
+	"github.com/opencontainers/go-digest"
+
+	"github.com/ocilocal/ocilocal"
+)
+
+func ExampleLocalRegistry_Push() {
+	ctx := context.Background()
+	server := serve() // a registry in this process
+	defer server.Close()
+	r, done := scratch()
+	defer done()
+	note(r, server.host+"/team/note:v1", "one")
+
+	pushed, err := r.Push(ctx, server.ref("team/note:v1"), nil)
+	if err != nil {
+		log.Fatal(err)
+	}
+	fmt.Println(pushed.BlobsSent, "blobs sent")
+
+	// Under another name there. The registry has the blobs, so none is sent.
+	pushed, err = r.Push(ctx, server.ref("team/note:v1"), &ocilocal.PushOptions{As: server.ref("team/release:v1")})
+	if err != nil {
+		log.Fatal(err)
+	}
+	fmt.Println(pushed.BlobsSent, "sent,", pushed.BlobsMounted, "mounted")
+	// Output:
+	// 1 blobs sent
+	// 0 sent, 1 mounted
+}
+
+func ExampleLocalRegistry_Pull() {
+	ctx := context.Background()
+	server := serve() // a registry in this process
+	defer server.Close()
+	from, done := scratch()
+	defer done()
+	ref := server.ref("team/note:v1")
+	a := note(from, ref.String(), "one")
+	if _, err := from.Push(ctx, ref, nil); err != nil {
+		log.Fatal(err)
+	}
+
+	r, doneToo := scratch()
+	defer doneToo()
+	pulled, err := r.Pull(ctx, ref, nil)
+	if err != nil {
+		log.Fatal(err)
+	}
+	fmt.Println(pulled.Update.Outcome, pulled.Artifact.Digest() == a.Digest())
+
+	// It is here now. Check asks the registry whether the tag has moved.
+	pulled, err = r.Pull(ctx, ref, &ocilocal.PullOptions{Check: true})
+	if err != nil {
+		log.Fatal(err)
+	}
+	fmt.Println(pulled.Update.Outcome, pulled.BytesReceived, "bytes received")
+	// Output:
+	// inserted true
+	// unchanged 0 bytes received
+}
+
+// Load answers from the registry, and pulls what isn't there if it has a Remote.
+func ExampleOptions_remote() {
+	ctx := context.Background()
+	server := serve()
+	defer server.Close()
+	from, done := scratch()
+	defer done()
+	ref := server.ref("team/note:v1")
+	note(from, ref.String(), "one")
+	if _, err := from.Push(ctx, ref, nil); err != nil {
+		log.Fatal(err)
+	}
+
+	dir, err := os.MkdirTemp("", "ocilocal-example-")
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer os.RemoveAll(dir)
+	r, err := ocilocal.Open(ctx, dir, &ocilocal.Options{
+		Remote: &ocilocal.Remote{Credentials: ocilocal.DefaultCredentials()},
+	})
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer r.Close()
+	a, err := r.Load(ctx, ref)
+	if err != nil {
+		log.Fatal(err)
+	}
+	fmt.Println(a.ArtifactType())
+	// Output: application/vnd.example.note
+}
+
+func ExampleRemote() {
+	ctx := context.Background()
+	server := serve()
+	defer server.Close()
+	server.user, server.password = "me", "secret"
+	r, done := scratch()
+	defer done()
+	ref := server.ref("team/note:v1")
+	note(r, ref.String(), "one")
+
+	remote := &ocilocal.Remote{
+		Credentials: ocilocal.StaticCredential(server.host, ocilocal.Credential{Username: "me", Password: "secret"}),
+	}
+	defer remote.CloseIdleConnections()
+	if _, err := r.Push(ctx, ref, &ocilocal.PushOptions{Remote: remote}); err != nil {
+		log.Fatal(err)
+	}
+	for tag, err := range remote.Tags(ctx, ref) {
+		if err != nil {
+			log.Fatal(err)
+		}
+		fmt.Println("tag", tag)
+	}
+	_, err := remote.Resolve(ctx, server.ref("team/note:v2"))
+	if e, ok := errors.AsType[*ocilocal.RemoteError](err); ok && errors.Is(err, ocilocal.ErrNotFound) {
+		fmt.Println(e.Method, "answered", e.Status)
+	}
+	// Output:
+	// tag v1
+	// HEAD answered 404
+}
+
+func ExampleRemote_Referrers() {
+	ctx := context.Background()
+	server := serve()
+	defer server.Close()
+	r, done := scratch()
+	defer done()
+	subject := note(r, server.host+"/team/note:v1", "one")
+
+	b, err := r.NewBuilder(server.ref("team/note:signature"), &ocilocal.BuilderOptions{ArtifactType: "application/vnd.example.signature"})
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer b.Cancel()
+	if err := b.SetSubject(subject.Descriptor()); err != nil {
+		log.Fatal(err)
+	}
+	if _, err := b.Build(ctx); err != nil {
+		log.Fatal(err)
+	}
+	for _, tag := range []string{"v1", "signature"} {
+		if _, err := r.Push(ctx, server.ref("team/note:"+tag), nil); err != nil {
+			log.Fatal(err)
+		}
+	}
+	remote := &ocilocal.Remote{}
+	defer remote.CloseIdleConnections()
+	for d, err := range remote.Referrers(ctx, server.ref("team/note:v1"), "") {
+		if err != nil {
+			log.Fatal(err)
+		}
+		fmt.Println(d.ArtifactType, d.Digest.Algorithm() == digest.SHA256)
+	}
+	// Output: application/vnd.example.signature true
+}

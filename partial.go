@@ -1,0 +1,154 @@
+package ocilocal
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path"
+
+	"github.com/opencontainers/go-digest"
+)
+
+// A partial is a large blob on its way in whose bytes outlive a failed or
+// killed transfer: tmp/partial/<algorithm>-<encoded>/data. The directory is locked while
+// somebody writes there. What an earlier transfer left counts for nothing
+// until its bytes are hashed again, by openPartial. Garbage collection removes what is old and not locked.
+type partial struct {
+	stage   *stage
+	dir     string
+	release func() error
+	file    *os.File
+	w       *hashingWriter
+	digest  digest.Digest
+	size    int64 // that it must have in the end
+	have    int64 // bytes that are written and hashed
+	kept    int64 // of have, those of an earlier transfer
+}
+
+// openPartial goes on where an earlier transfer of the blob stopped, if one
+// did. It returns nil if another one is under way.
+func (st *stage) openPartial(ctx context.Context, d digest.Digest, size int64) (_ *partial, err error) {
+	if _, err := st.store.enter(); err != nil { // a stage that may not write
+		return nil, err
+	}
+	root := st.store.root
+	p := &partial{stage: st, digest: d, size: size, dir: path.Join(tmpDir, partialDir, string(d.Algorithm())+"-"+d.Encoded())}
+	if err := makePartialDir(root, p.dir); err != nil {
+		return nil, err
+	}
+	release, held, err := lockDir(root, p.dir)
+	if err != nil || !held {
+		return nil, err
+	}
+	p.release = release
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, p.close())
+		}
+	}()
+	if p.file, err = root.OpenFile(p.name(), os.O_RDWR|os.O_CREATE|openNoFollow, 0o600); err != nil {
+		return nil, err
+	}
+	got, err := checkRegular(p.file)
+	if err == nil && got > size {
+		err = p.reset()
+	}
+	if err == nil {
+		err = p.rehash(ctx)
+	}
+	return p, err
+}
+
+// makePartialDir makes a directory and its parent, which goes away whenever it is empty.
+func makePartialDir(root *rootDir, name string) (err error) {
+	for range 10 {
+		for _, dir := range []string{path.Dir(name), name} {
+			if err = root.Mkdir(dir, 0o700); errors.Is(err, fs.ErrExist) {
+				err = nil
+			}
+		}
+		if !errors.Is(err, fs.ErrNotExist) {
+			break
+		}
+	}
+	return err
+}
+
+func (p *partial) name() string { return path.Join(p.dir, "data") }
+
+// rehash starts the hash anew with what the file holds.
+func (p *partial) rehash(ctx context.Context) error {
+	store := p.stage.store
+	p.w = &hashingWriter{file: p.file, hash: newHash(p.digest.Algorithm()), store: store, name: p.name()}
+	if _, err := p.file.Seek(0, io.SeekStart); err != nil {
+		return err
+	}
+	n, err := store.copy(p.w.hash, &ctxReader{ctx, p.file})
+	p.have, p.kept = n, n
+	return err
+}
+
+// reset throws away what there is.
+func (p *partial) reset() error {
+	p.have, p.kept = 0, 0
+	p.w = &hashingWriter{file: p.file, hash: newHash(p.digest.Algorithm()), store: p.stage.store, name: p.name()}
+	if err := p.file.Truncate(0); err != nil {
+		return err
+	}
+	_, err := p.file.Seek(0, io.SeekStart)
+	return err
+}
+
+// append adds what src has, which must not be more than is missing.
+func (p *partial) append(ctx context.Context, src io.Reader) error {
+	n, err := p.stage.store.copy(p.w, io.LimitReader(&ctxReader{ctx, src}, p.size-p.have+1))
+	p.have += n
+	if p.have > p.size {
+		return fmt.Errorf("%w: more than the %d bytes it should have", ErrSizeMismatch, p.size)
+	}
+	return err
+}
+
+// finish moves the complete blob into the stage. After [ErrDigestMismatch],
+// nothing is left of what was there.
+func (p *partial) finish() error {
+	if got := digest.NewDigest(p.digest.Algorithm(), p.w.hash); got != p.digest {
+		return errors.Join(fmt.Errorf("%w: bytes hash to %s, want %s", ErrDigestMismatch, got, p.digest), p.reset())
+	}
+	root := p.stage.store.root
+	err := root.injected("chmod", p.name())
+	if err == nil {
+		err = p.file.Chmod(0o444)
+	}
+	if err != nil {
+		return err
+	}
+	dir, err := p.stage.store.enter()
+	if err != nil {
+		return err
+	}
+	name := path.Join(dir, rand.Text())
+	if err := root.Rename(p.name(), name); err != nil {
+		return err
+	}
+	f := p.file
+	p.file = nil
+	return p.stage.add(&stagedFile{name: name, digest: p.digest, size: p.size, file: f})
+}
+
+// close leaves what there is to a later transfer, if it is worth it.
+func (p *partial) close() error {
+	var errs []error
+	if p.file != nil {
+		errs = append(errs, p.file.Close())
+	}
+	if p.file == nil || p.have == 0 {
+		errs = append(errs, p.stage.store.root.RemoveAll(p.dir))
+		p.stage.store.root.Remove(path.Dir(p.dir)) // fails while others have something there
+	}
+	return errors.Join(append(errs, p.release())...)
+}

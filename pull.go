@@ -1,0 +1,402 @@
+package ocilocal
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"sync"
+	"sync/atomic"
+
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+)
+
+// PullOptions say what is pulled, and what happens to the ref. Nil is the zero value.
+type PullOptions struct {
+	// Remote is the client to pull with. Nil means [Options.Remote].
+	Remote *Remote
+	// As, if not zero, is what the artifact is called here. Otherwise it keeps its reference.
+	As Reference
+	// Platform, if not nil, chooses one manifest of an image index, which is
+	// then pulled without the index. What is no index is pulled as it is. A reference with a digest
+	// names the index: then As must say what to call the manifest.
+	Platform *ocispec.Platform
+	// Check asks the registry whether a ref that is here has moved. Otherwise
+	// what is here is served without the network.
+	Check bool
+	// Workers is how many blobs are fetched at a time. Zero means 4.
+	Workers int
+	// PublishOptions say what happens if the ref is here and points at something else.
+	PublishOptions
+}
+
+// A PullResult tells what a pull did.
+type PullResult struct {
+	// Artifact is what was pulled, or was here.
+	Artifact *LocalArtifact
+	// Update tells what became of the ref.
+	Update       RefUpdate
+	BlobsWritten int   // blobs that the registry did not have
+	BlobsReused  int   // blobs that it had
+	BytesWritten int64 // size of the former
+	// BytesReceived counts bytes of blobs that came over the network. It is less than
+	// BytesWritten when an interrupted pull was gone on with.
+	BytesReceived int64
+}
+
+// Pull makes sure that the registry has what ref names, and fetches from ref's
+// remote registry what of it is missing: manifests first, then several blobs
+// at a time, each verified while it is written. Manifests keep their bytes; image
+// indexes come in whole.
+//
+// An interrupted blob is gone on with where it stopped, even by another process
+// if it has 1 MiB or more; its bytes are hashed anew before they count. Nothing is visible
+// before all is here; then the ref is set in one step, like by any other import.
+//
+// A ref that is here with all it needs is served without the network, whatever
+// the policy, unless [PullOptions.Check] is set. ctx governs the call only.
+//
+// Errors: [*RemoteError] for what the registry or the network did, with one of the
+// sentinels that it lists; [ErrDigestMismatch], [ErrSizeMismatch], [ErrInvalidManifest],
+// [ErrUnsupportedMediaType], [ErrTooLarge], [ErrIncomplete]; [*ConflictError] together with the
+// result; [ErrReadOnly], ctx's, and the file system's.
+func (r *LocalRegistry) Pull(ctx context.Context, ref Reference, opts *PullOptions) (*PullResult, error) {
+	result, err := r.pull(ctx, ref, opts)
+	return result, opError("pull", ref.String(), "", err)
+}
+
+func (r *LocalRegistry) pull(ctx context.Context, ref Reference, opts *PullOptions) (*PullResult, error) {
+	end, err := r.begin(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer end()
+	p := &puller{registry: r, ref: ref}
+	if opts != nil {
+		p.opts = *opts
+	}
+	if p.as = p.opts.As; p.as.IsZero() {
+		p.as = ref
+	}
+	if p.opts.Platform != nil && p.as == ref && ref.Digest() != "" {
+		return nil, fmt.Errorf("%w: %s names the image index, not the platform's manifest (PullOptions.As names that)", ErrInvalidArgument, ref)
+	}
+	remote := p.opts.Remote
+	if remote == nil {
+		remote = r.remote
+	}
+	if p.repo, err = remote.repo(ref); err != nil {
+		return nil, err
+	}
+	return p.run(ctx)
+}
+
+// fetchRemote pulls what Load doesn't have.
+func (r *LocalRegistry) fetchRemote(ctx context.Context, ref Reference) (found bool, err error) {
+	if r.opts.Remote == nil || r.blobs.readOnly {
+		return false, nil
+	}
+	_, err = r.pull(ctx, ref, nil)
+	return err == nil, err
+}
+
+// A puller is one pull.
+type puller struct {
+	registry *LocalRegistry
+	repo     *remoteRepo
+	ref, as  Reference
+	opts     PullOptions
+	stage    *stage
+	received atomic.Int64
+}
+
+func (p *puller) run(ctx context.Context) (*PullResult, error) {
+	if !p.opts.Check {
+		if result, err := p.present(ctx); result != nil || err != nil {
+			return result, err
+		}
+	}
+	if p.registry.blobs.readOnly {
+		return nil, ErrReadOnly
+	}
+	reference := cmp.Or(string(p.ref.Digest()), p.ref.Tag())
+	if p.opts.Check && p.opts.Platform == nil {
+		desc, err := p.repo.head(ctx, reference)
+		if err != nil {
+			return nil, err
+		}
+		if result, err := p.point(ctx, desc.Digest); result != nil || err != nil {
+			return result, err
+		}
+		reference = string(desc.Digest) // should the tag move now
+	}
+	m, err := p.repo.manifest(ctx, reference, "")
+	if err != nil {
+		return nil, err
+	}
+	if p.opts.Platform != nil && m.IsIndex() {
+		root, err := choosePlatform(m, p.opts.Platform)
+		if err != nil {
+			return nil, err
+		}
+		return p.fetchAll(ctx, root, nil)
+	}
+	return p.fetchAll(ctx, m.Descriptor(), m)
+}
+
+// present returns what is here under the ref, or nil if that is nothing whole.
+func (p *puller) present(ctx context.Context) (*PullResult, error) {
+	r := p.registry
+	desc, ok, err := r.index.resolve(p.as.key())
+	if d := p.ref.Digest(); err == nil && d != "" && p.opts.Platform == nil {
+		if ok && desc.Digest != d {
+			return nil, nil
+		}
+		if !ok {
+			return p.point(ctx, d)
+		}
+	}
+	if err != nil || !ok || !p.whole(desc) {
+		return nil, err
+	}
+	return p.result(RefUpdate{Reference: p.as, Descriptor: desc, Existing: desc.Digest, Outcome: Unchanged}, nil)
+}
+
+// whole looks, as far as sizes go, that all is here that a manifest needs.
+func (p *puller) whole(desc ocispec.Descriptor) bool {
+	return p.registry.checkClosure(p.registry.index, desc, map[digest.Digest]bool{}) == nil
+}
+
+// point gives the ref to a manifest that is here with all it needs, and
+// returns nil if it isn't.
+func (p *puller) point(ctx context.Context, d digest.Digest) (*PullResult, error) {
+	r := p.registry
+	desc, ok, err := r.index.resolveDigest(d)
+	if err != nil || !ok || r.blobs.readOnly || !p.whole(desc) {
+		return nil, err
+	}
+	result, err := p.result(r.point(ctx, d, p.as, &p.opts.PublishOptions))
+	if errors.Is(err, ErrNotFound) || errors.Is(err, ErrIncomplete) { // collected in between
+		return nil, nil
+	}
+	return result, err
+}
+
+func (p *puller) result(u RefUpdate, err error) (*PullResult, error) {
+	if err != nil && u.Outcome != Conflicted {
+		return nil, err
+	}
+	return &PullResult{Artifact: p.registry.newArtifact(p.as, u.Descriptor, nil), Update: u}, err
+}
+
+// choosePlatform returns the first manifest of an index that is for a platform.
+// What the wanted platform leaves empty may be anything.
+func choosePlatform(m *Manifest, want *ocispec.Platform) (ocispec.Descriptor, error) {
+	fits := func(want, got string) bool { return want == "" || want == got }
+	for _, d := range m.doc.Manifests {
+		if g := d.Platform; g != nil && fits(want.OS, g.OS) && fits(want.Architecture, g.Architecture) &&
+			fits(want.Variant, g.Variant) && fits(want.OSVersion, g.OSVersion) {
+			return d, nil
+		}
+	}
+	return ocispec.Descriptor{}, fmt.Errorf("%w: image index %s has no manifest for platform %s/%s", ErrNotFound, m.Digest(),
+		clip(want.OS), clip(want.Architecture))
+}
+
+// fetchAll brings the closure of root in and publishes it.
+func (p *puller) fetchAll(ctx context.Context, root ocispec.Descriptor, m *Manifest) (*PullResult, error) {
+	im := p.registry.newImporter(&ImportOptions{Reference: p.as, PublishOptions: p.opts.PublishOptions, one: true})
+	defer func() { p.registry.logDiscard(im.stage.discard()) }()
+	p.stage = im.stage
+	im.fetch = p.fetch
+	im.workers = cmp.Or(max(p.opts.Workers, 0), 4)
+	if m != nil {
+		if _, err := im.stage.putBytes(ctx, m.raw, m.Digest().Algorithm()); err != nil {
+			return nil, err
+		}
+	}
+	entry := ocispec.Descriptor{MediaType: root.MediaType, Digest: root.Digest, Size: root.Size}
+	imported, err := im.run(ctx, []ocispec.Descriptor{entry})
+	if imported == nil {
+		return nil, err
+	}
+	result, err := p.result(imported.Artifacts[0].Update, err)
+	if result != nil {
+		result.BlobsWritten, result.BlobsReused, result.BytesWritten = imported.BlobsWritten, imported.BlobsReused, imported.BytesWritten
+		result.BytesReceived = p.received.Load()
+	}
+	return result, err
+}
+
+// fetch stages one blob or manifest.
+func (p *puller) fetch(ctx context.Context, desc ocispec.Descriptor, as role) error {
+	if err := checkDigest(desc.Digest); err != nil {
+		return err
+	}
+	if as == roleManifest {
+		m, err := p.repo.manifest(ctx, string(desc.Digest), desc.MediaType)
+		if err != nil {
+			return err
+		}
+		_, err = p.stage.putBytes(ctx, m.raw, desc.Digest.Algorithm())
+		return err
+	}
+	if desc.Size >= keepPartial {
+		part, err := p.stage.openPartial(ctx, desc.Digest, desc.Size)
+		if err != nil {
+			return err
+		}
+		if part != nil {
+			return errors.Join(p.resume(ctx, desc, part), part.close())
+		}
+	}
+	return p.fetchWhole(ctx, desc)
+}
+
+// keepPartial is from which size on a blob's bytes outlive an interrupted pull.
+const keepPartial = 1 << 20
+
+// fetchWhole fetches a blob, from its beginning with each attempt.
+func (p *puller) fetchWhole(ctx context.Context, desc ocispec.Descriptor) error {
+	for attempt := 1; ; attempt++ {
+		err := p.fetchOnce(ctx, desc)
+		if err == nil {
+			return nil
+		}
+		if err := p.repo.remote.again(ctx, attempt, err); err != nil {
+			return err
+		}
+	}
+}
+
+func (p *puller) fetchOnce(ctx context.Context, desc ocispec.Descriptor) error {
+	res, _, err := p.repo.blob(ctx, desc, 0)
+	if err != nil {
+		return err
+	}
+	defer res.Body.Close()
+	body := p.body(res.Body, desc, 0)
+	_, _, err = p.stage.put(ctx, body, "", desc.Digest, desc.Size)
+	return p.repo.blobError(desc, body, err)
+}
+
+// resume fetches a blob from where part is. Attempts count anew whenever
+// one has brought the pull on by a MiB.
+func (p *puller) resume(ctx context.Context, desc ocispec.Descriptor, part *partial) error {
+	for attempt := 1; ; attempt++ {
+		before := part.have
+		err := p.resumeOnce(ctx, desc, part)
+		if err == nil {
+			return nil
+		}
+		if part.have-before >= keepPartial {
+			attempt = 1
+		}
+		if err := p.repo.remote.again(ctx, attempt, err); err != nil {
+			return err
+		}
+	}
+}
+
+func (p *puller) resumeOnce(ctx context.Context, desc ocispec.Descriptor, part *partial) error {
+	for part.have < part.size {
+		res, from, err := p.repo.blob(ctx, desc, part.have)
+		if err != nil {
+			return p.unsatisfied(part, err)
+		}
+		if from != part.have {
+			err = part.reset()
+		}
+		body := p.body(res.Body, desc, part.have)
+		if err == nil {
+			err = part.append(ctx, body)
+		}
+		res.Body.Close()
+		if err = p.repo.blobError(desc, body, err); err != nil {
+			return err
+		}
+		if body.n == 0 {
+			return p.repo.blobError(desc, body, io.ErrUnexpectedEOF)
+		}
+	}
+	old := part.kept > 0
+	err := part.finish()
+	if old && errors.Is(err, ErrDigestMismatch) { // what an earlier pull left was no good
+		return p.resumeOnce(ctx, desc, part)
+	}
+	return err
+}
+
+// unsatisfied starts over if a registry says that what is missing doesn't exist (RFC 9110, section 15.5.17).
+func (p *puller) unsatisfied(part *partial, err error) error {
+	if e, ok := errors.AsType[*RemoteError](err); ok && e.Status == 416 && part.have > 0 {
+		return errors.Join(part.reset(), &RemoteError{Method: e.Method, URL: e.URL, Status: e.Status, again: true, Err: e.Err})
+	}
+	return err
+}
+
+// body counts what comes of a blob, which already has some bytes.
+func (p *puller) body(src io.Reader, desc ocispec.Descriptor, have int64) *countedBody {
+	report := p.repo.remote.meter(Progress{Reference: p.ref, Descriptor: desc, Done: have})
+	return &countedBody{src: src, count: func(n int) {
+		p.received.Add(int64(n))
+		report(n)
+	}}
+}
+
+// A countedBody is the body of an answer that is being read.
+type countedBody struct {
+	src   io.Reader
+	count func(int)
+	n     int64
+	err   error // what src failed with
+}
+
+func (b *countedBody) Read(p []byte) (int, error) {
+	n, err := b.src.Read(p)
+	b.n += int64(n)
+	b.count(n)
+	if err != nil && err != io.EOF {
+		b.err = err
+	}
+	return n, err
+}
+
+// blobError tells a body that broke off from what went wrong here.
+func (p *remoteRepo) blobError(desc ocispec.Descriptor, body *countedBody, err error) error {
+	u := p.url("blobs", string(desc.Digest))
+	switch {
+	case err == nil:
+		return nil
+	case body.err != nil:
+		return bodyError("GET", u, body.err)
+	case errors.Is(err, io.ErrUnexpectedEOF), errors.Is(err, ErrSizeMismatch) && body.n < desc.Size:
+		return transportError("GET", u, io.ErrUnexpectedEOF) // a proxy may have cut it off
+	case errors.Is(err, ErrSizeMismatch), errors.Is(err, ErrDigestMismatch):
+		return &RemoteError{Method: "GET", URL: publicURL(u), Status: 200, final: true, Err: fmt.Errorf("blob %s: %w", desc.Digest, err)}
+	}
+	return err
+}
+
+// meter returns a function that is told of n more bytes, and tells Progress.
+func (r *Remote) meter(at Progress) func(n int) {
+	if r.Progress == nil {
+		return func(int) {}
+	}
+	told := at.Done
+	var mu sync.Mutex
+	return func(n int) {
+		mu.Lock()
+		defer mu.Unlock()
+		at.Done += int64(n)
+		if at.Done-told < 1<<20 && at.Done != at.Descriptor.Size {
+			return
+		}
+		told = at.Done
+		r.progress.Lock()
+		defer r.progress.Unlock()
+		r.Progress(at)
+	}
+}

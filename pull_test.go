@@ -1,0 +1,222 @@
+package ocilocal_test
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"net/http"
+	"path"
+	"testing"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/ocilocal/ocilocal"
+)
+
+// quick is a retry policy that doesn't wait.
+func quick(attempt int, err error) (time.Duration, bool) {
+	_, again := ocilocal.DefaultRetry(attempt, err)
+	return 0, again
+}
+
+func openRemote(t testing.TB, r *ocilocal.Remote) *ocilocal.LocalRegistry {
+	if r == nil {
+		r = &ocilocal.Remote{}
+	}
+	if r.Retry == nil {
+		r.Retry = quick
+	}
+	t.Cleanup(r.CloseIdleConnections)
+	return openTemp(t, &ocilocal.Options{Remote: r})
+}
+
+func TestPull(t *testing.T) {
+	s := newServer(t)
+	small, large := noise(1, 100), noise(2, 3<<20)
+	want := s.put(t, "org/model", "v1", small, large)
+	r := openRemote(t, nil)
+	got, err := r.Pull(t.Context(), s.ref("org/model:v1"), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got.Artifact.Digest() != want || got.Update.Outcome != ocilocal.Inserted || got.BlobsWritten != 4 || got.BytesReceived != int64(2+len(small)+len(large)) {
+		t.Errorf("%+v", got)
+	}
+	layers, err := got.Artifact.Layers(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if b, err := got.Artifact.ReadLayer(t.Context(), layers[1]); err != nil || !bytes.Equal(b, large) {
+		t.Error(err)
+	}
+	// A second time, it comes from here.
+	s.forget()
+	if got, err = r.Pull(t.Context(), s.ref("org/model:v1"), nil); err != nil || got.Update.Outcome != ocilocal.Unchanged || len(s.requests("")) != 0 {
+		t.Errorf("%+v, %v, %q", got, err, s.requests(""))
+	}
+	// Asking whether it moved takes one request.
+	if got, err = r.Pull(t.Context(), s.ref("org/model:v1"), &ocilocal.PullOptions{Check: true}); err != nil || got.Update.Outcome != ocilocal.Unchanged || len(s.requests("")) != 1 {
+		t.Errorf("%+v, %v, %q", got, err, s.requests(""))
+	}
+	// It did: what is here is not fetched.
+	s.forget()
+	moved := s.put(t, "org/model", "v1", noise(3, 10), large)
+	if _, err := r.Pull(t.Context(), s.ref("org/model:v1"), &ocilocal.PullOptions{Check: true}); !errors.Is(err, ocilocal.ErrConflict) {
+		t.Errorf("moved tag: %v", err)
+	}
+	o := &ocilocal.PullOptions{Check: true, PublishOptions: ocilocal.PublishOptions{Policy: ocilocal.Replace}}
+	if got, err = r.Pull(t.Context(), s.ref("org/model:v1"), o); err != nil || got.Artifact.Digest() != moved || got.Update.Outcome != ocilocal.Replaced || s.served() > 20 {
+		t.Errorf("%+v, %v, %d bytes", got, err, s.served())
+	}
+	mustClose(t, r)
+}
+
+// cutAfter makes the server break off blobs after so many bytes, as long as times is positive.
+func (s *server) cutAfter(n int64, times int) {
+	s.override = func(w http.ResponseWriter, r *http.Request) bool {
+		s.mu.Lock()
+		size := int64(len(s.blobs["org/model@"+path.Base(r.URL.Path)]))
+		cut := times > 0 && r.Method == http.MethodGet && size > n
+		if cut {
+			times--
+		}
+		s.mu.Unlock()
+		if !cut {
+			return false
+		}
+		s.blob(&cutWriter{ResponseWriter: w, left: n}, r, "org/model", path.Base(r.URL.Path))
+		panic(http.ErrAbortHandler)
+	}
+}
+
+type cutWriter struct {
+	http.ResponseWriter
+	left int64
+}
+
+func (c *cutWriter) Write(p []byte) (int, error) {
+	n, err := c.ResponseWriter.Write(p[:min(int64(len(p)), c.left)])
+	c.ResponseWriter.(http.Flusher).Flush()
+	c.left -= int64(n)
+	return n, err
+}
+
+// An interrupted blob goes on where it stopped, within a pull and in the next one.
+func TestPullResumes(t *testing.T) {
+	const size = 8 << 20
+	never := func(int, error) (time.Duration, bool) { return 0, false }
+	for name, c := range map[string]struct {
+		retry ocilocal.RetryFunc
+		pulls int
+	}{"within a pull": {quick, 1}, "in the next pull": {never, 2}} {
+		t.Run(name, func(t *testing.T) {
+			s := newServer(t)
+			s.put(t, "org/model", "v1", noise(1, size))
+			s.cutAfter(5<<20, 1)
+			r := openRemote(t, &ocilocal.Remote{Retry: c.retry})
+			var err error
+			for n := 1; n <= c.pulls; n++ {
+				if _, err = r.Pull(t.Context(), s.ref("org/model:v1"), nil); err != nil && (n == c.pulls || !errors.Is(err, ocilocal.ErrTransport)) {
+					t.Fatal(err)
+				}
+			}
+			layer := digest.FromBytes(noise(1, size))
+			if n := len(s.requests("/blobs/" + string(layer))); n != 2 {
+				t.Errorf("%d requests for the layer", n)
+			}
+			// Beside it, there is the empty config with each pull.
+			if got := s.served(); got != int64(size+2*c.pulls) {
+				t.Errorf("%d bytes were served", got)
+			}
+			mustClose(t, r)
+		})
+	}
+}
+
+// What an earlier pull left is hashed before it counts.
+func TestPullDistrustsPartial(t *testing.T) {
+	s := newServer(t)
+	s.put(t, "org/model", "v1", noise(1, 4<<20))
+	s.cutAfter(3<<20, 1)
+	r := openRemote(t, &ocilocal.Remote{Retry: func(int, error) (time.Duration, bool) { return 0, false }})
+	if _, err := r.Pull(t.Context(), s.ref("org/model:v1"), nil); !errors.Is(err, ocilocal.ErrTransport) {
+		t.Fatal(err)
+	}
+	left := filesBelow(t, r, "tmp/partial")
+	if len(left) != 1 {
+		t.Fatalf("%q", left)
+	}
+	rewrite(t, left[0], func(b []byte) []byte { b[1000]++; return b })
+	if _, err := r.Pull(t.Context(), s.ref("org/model:v1"), nil); err != nil {
+		t.Fatal(err)
+	}
+	mustClose(t, r)
+}
+
+func TestPullIndex(t *testing.T) {
+	s := newServer(t)
+	amd, arm := s.put(t, "org/multi", "", noise(1, 10)), s.put(t, "org/multi", "", noise(2, 10))
+	index := fmt.Sprintf(`{"schemaVersion":2,"mediaType":"application/vnd.oci.image.index.v1+json","manifests":[
+		{"mediaType":"application/vnd.oci.image.manifest.v1+json","digest":%q,"size":%d,"platform":{"os":"linux","architecture":"amd64"}},
+		{"mediaType":"application/vnd.oci.image.manifest.v1+json","digest":%q,"size":%d,"platform":{"os":"linux","architecture":"arm64","variant":"v8"}}]}`,
+		amd, len(s.manifests["org/multi"][string(amd)].body), arm, len(s.manifests["org/multi"][string(arm)].body))
+	whole := s.putRaw("org/multi", "v1", ocispec.MediaTypeImageIndex, []byte(index))
+
+	r := openRemote(t, nil)
+	got, err := r.Pull(t.Context(), s.ref("org/multi:v1"), nil)
+	if err != nil || got.Artifact.Digest() != whole || got.BlobsWritten != 6 {
+		t.Errorf("%+v, %v", got, err)
+	}
+	r = openRemote(t, nil)
+	o := &ocilocal.PullOptions{Platform: &ocispec.Platform{OS: "linux", Architecture: "arm64"}}
+	if got, err = r.Pull(t.Context(), s.ref("org/multi:v1"), o); err != nil || got.Artifact.Digest() != arm || got.BlobsWritten != 3 {
+		t.Errorf("%+v, %v", got, err)
+	}
+	o.Platform.Architecture = "s390x"
+	o.Check = true
+	if _, err = r.Pull(t.Context(), s.ref("org/multi:v1"), o); !errors.Is(err, ocilocal.ErrNotFound) {
+		t.Error(err)
+	}
+	o.Platform.Architecture = "amd64"
+	pinned, err := s.ref("org/multi:v1").WithDigest(whole)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err = r.Pull(t.Context(), pinned, o); !errors.Is(err, ocilocal.ErrInvalidArgument) {
+		t.Error(err)
+	}
+	o.As = ocilocal.MustParseReference("example.com/amd:v1")
+	if got, err = r.Pull(t.Context(), pinned, o); err != nil || got.Artifact.Digest() != amd || got.Artifact.Reference() != o.As {
+		t.Errorf("%+v, %v", got, err)
+	}
+}
+
+func TestLoadPulls(t *testing.T) {
+	s := newServer(t)
+	want := s.put(t, "org/model", "v1", noise(1, 10))
+	r := openRemote(t, nil)
+	for range 2 {
+		if a, err := r.Load(t.Context(), s.ref("org/model:v1")); err != nil || a.Digest() != want {
+			t.Fatal(err)
+		}
+	}
+	if n := len(s.requests("")); n != 3 { // manifest, config, layer
+		t.Errorf("%q", s.requests(""))
+	}
+	_, err := r.Load(t.Context(), s.ref("org/model:v2"))
+	e, ok := errors.AsType[*ocilocal.RemoteError](err)
+	if !errors.Is(err, ocilocal.ErrNotFound) || !ok || e.Status != 404 || len(e.Codes) != 1 || e.Codes[0].Code != "MANIFEST_UNKNOWN" {
+		t.Error(err)
+	}
+	// By digest, and what is here under another name.
+	s.forget()
+	pinned, err := s.ref("other/name").WithDigest(want)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got, err := r.Pull(t.Context(), pinned, nil); err != nil || got.Update.Outcome != ocilocal.Inserted || len(s.requests("")) != 0 {
+		t.Errorf("%+v, %v, %q", got, err, s.requests(""))
+	}
+}

@@ -1,0 +1,213 @@
+package ocilocal
+
+import (
+	"cmp"
+	"context"
+	"fmt"
+	"sync/atomic"
+
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+)
+
+// PushOptions say where an artifact goes. Nil is the zero value.
+type PushOptions struct {
+	// Remote is the client to push with. Nil means [Options.Remote].
+	Remote *Remote
+	// As, if not zero, is what the artifact is called in the remote registry, which is As's. Otherwise it keeps its reference.
+	As Reference
+	// ChunkSize, if positive, uploads blobs larger than that in chunks of so many bytes. Otherwise
+	// a blob goes in one request, unless the registry wants chunks.
+	ChunkSize int64
+	// Workers is how many blobs are sent at a time. Zero means 4.
+	Workers int
+}
+
+// A PushResult tells what a push did.
+type PushResult struct {
+	Reference    Reference          // there
+	Descriptor   ocispec.Descriptor // of the manifest or image index
+	BlobsSent    int                // blobs that were uploaded
+	BlobsMounted int                // blobs that the registry took from another of its repositories
+	BlobsPresent int                // blobs that the repository had
+	BytesSent    int64              // of blobs
+}
+
+// Push sends the artifact that ref names to its remote registry: blobs that the
+// repository doesn't have first, several at a time, then the manifests, an
+// image index after what it lists. A blob that another local ref says to be in
+// another repository of that registry is mounted from there. Manifests keep their
+// bytes. A manifest with a subject is added to the subject's referrers tag if the
+// registry has no referrers API (distribution-spec, "Unavailable Referrers API").
+//
+// Pushing again sends what is missing. Damaged bytes are never sent whole. ctx governs the call.
+//
+// Errors: [ErrNotFound] or [ErrIncomplete] if something isn't here; [*RemoteError] for what the
+// registry or the network did, with one of the sentinels that it lists;
+// [ErrUnsupportedManifest] if the registry doesn't take an artifact manifest: build the artifact as an
+// image manifest ([FormatImageManifest]) or convert it;
+// [ErrDigestMismatch], ctx's, and the file system's.
+func (r *LocalRegistry) Push(ctx context.Context, ref Reference, opts *PushOptions) (*PushResult, error) {
+	result, err := r.push(ctx, ref, opts)
+	return result, opError("push", ref.String(), "", err)
+}
+
+func (r *LocalRegistry) push(ctx context.Context, ref Reference, opts *PushOptions) (*PushResult, error) {
+	root, err := r.resolve(ctx, ref)
+	if err != nil {
+		return nil, err
+	}
+	end, err := r.begin(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer end()
+	p := &pusher{registry: r, as: ref, seen: map[digest.Digest]bool{}}
+	if opts != nil {
+		p.opts = *opts
+	}
+	if !p.opts.As.IsZero() {
+		p.as = p.opts.As
+	}
+	if d := p.as.Digest(); d != "" && d != root.Digest {
+		return nil, fmt.Errorf("%w: %s is to be pushed as %s", ErrDigestMismatch, root.Digest, p.as)
+	}
+	remote := p.opts.Remote
+	if remote == nil {
+		remote = r.remote
+	}
+	if p.repo, err = remote.repo(p.as); err != nil {
+		return nil, err
+	}
+	return p.run(ctx, root)
+}
+
+// A pusher is one push.
+type pusher struct {
+	registry  *LocalRegistry
+	repo      *remoteRepo
+	as        Reference
+	opts      PushOptions
+	manifests []*Manifest // children before parents
+	blobs     []ocispec.Descriptor
+	seen      map[digest.Digest]bool
+
+	sent, mounted, present atomic.Int64
+	bytes                  atomic.Int64
+}
+
+func (p *pusher) run(ctx context.Context, root ocispec.Descriptor) (*PushResult, error) {
+	if err := p.collect(ctx, root, 0); err != nil {
+		return nil, err
+	}
+	if err := p.sendBlobs(ctx); err != nil {
+		return nil, err
+	}
+	for _, m := range p.manifests {
+		reference := string(m.Digest())
+		if m.Digest() == root.Digest {
+			reference = cmp.Or(p.as.Tag(), reference)
+			if p.sent.Load() == 0 && p.there(ctx, reference, root) {
+				continue
+			}
+		}
+		if err := p.repo.putManifest(ctx, reference, m); err != nil {
+			return nil, err
+		}
+	}
+	return &PushResult{
+		Reference: p.as, Descriptor: root,
+		BlobsSent: int(p.sent.Load()), BlobsMounted: int(p.mounted.Load()), BlobsPresent: int(p.present.Load()),
+		BytesSent: p.bytes.Load(),
+	}, nil
+}
+
+// there reports whether a tag is where it is to be already. An error only means that it has to be written.
+func (p *pusher) there(ctx context.Context, reference string, root ocispec.Descriptor) bool {
+	got, err := p.repo.head(ctx, reference)
+	return err == nil && got.Digest == root.Digest && got.MediaType == root.MediaType
+}
+
+// collect reads the manifests of the closure and lists its blobs.
+func (p *pusher) collect(ctx context.Context, desc ocispec.Descriptor, depth int) error {
+	if p.seen[desc.Digest] {
+		return nil
+	}
+	p.seen[desc.Digest] = true
+	if depth > MaxIndexNesting || len(p.seen) > MaxClosure {
+		return fmt.Errorf("%w: closure of %s", ErrTooLarge, p.as)
+	}
+	m, err := p.registry.readVerified(ctx, desc)
+	if err != nil {
+		return incomplete(err)
+	}
+	for i, c := range m.children() {
+		if m.childRole(i) == roleManifest {
+			if err := p.collect(ctx, c, depth+1); err != nil {
+				return err
+			}
+		} else if !p.seen[c.Digest] {
+			p.seen[c.Digest] = true
+			if err := p.registry.blobs.checkSize(c.Digest, c.Size); err != nil {
+				return incomplete(err)
+			}
+			p.blobs = append(p.blobs, c)
+		}
+	}
+	p.manifests = append(p.manifests, m)
+	return nil
+}
+
+func (p *pusher) sendBlobs(ctx context.Context) error {
+	t := newTasks(ctx, cmp.Or(max(p.opts.Workers, 0), 4))
+	var err error
+	for _, desc := range p.blobs {
+		if err = t.start(func() error { return p.sendBlob(t.ctx, desc) }); err != nil {
+			break
+		}
+	}
+	return t.wait(err)
+}
+
+// sendBlob makes sure that the repository has a blob.
+func (p *pusher) sendBlob(ctx context.Context, desc ocispec.Descriptor) error {
+	has, err := p.repo.hasBlob(ctx, desc)
+	if err != nil {
+		return err
+	}
+	if has {
+		p.present.Add(1)
+		return nil
+	}
+	name, err := p.registry.index.otherName(desc.Digest, p.as.Registry()+"/", p.as.Name())
+	if err != nil {
+		return err
+	}
+	var session *uploadSession
+	if name != "" {
+		other, err := ParseReference(name)
+		if err != nil {
+			return err
+		}
+		done, s, err := p.repo.mount(ctx, desc, other.Repository())
+		if err != nil {
+			return err
+		}
+		if done {
+			p.mounted.Add(1)
+			return nil
+		}
+		session = s
+	}
+	u := &upload{repo: p.repo, desc: desc, store: p.registry.blobs, chunk: p.opts.ChunkSize}
+	report := p.repo.remote.meter(Progress{Reference: p.as, Push: true, Descriptor: desc})
+	u.count = func(n int) {
+		p.bytes.Add(int64(n))
+		report(n)
+	}
+	if err := u.run(ctx, session); err != nil {
+		return err
+	}
+	p.sent.Add(1)
+	return nil
+}

@@ -1,0 +1,187 @@
+package ocilocal_test
+
+import (
+	"errors"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/ocilocal/ocilocal"
+)
+
+func pushed(t testing.TB, r *ocilocal.LocalRegistry, ref ocilocal.Reference, o *ocilocal.BuilderOptions, subject *ocispec.Descriptor, layers ...[]byte) *ocilocal.LocalArtifact {
+	t.Helper()
+	if o == nil {
+		o = &ocilocal.BuilderOptions{Format: ocilocal.FormatImageManifest}
+	}
+	if o.ArtifactType == "" {
+		o.ArtifactType = testType
+	}
+	b, err := r.NewBuilder(ref, o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer b.Cancel()
+	if subject != nil {
+		if err := b.SetSubject(*subject); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, l := range layers {
+		if _, err := b.AddLayerBytes(t.Context(), "application/x-layer", l, nil); err != nil {
+			t.Fatal(err)
+		}
+	}
+	a, err := b.Build(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return a
+}
+
+func TestPush(t *testing.T) {
+	for name, s := range map[string]*server{
+		"whole":                {},
+		"chunks wanted":        {minChunk: 1 << 20},
+		"large bodies refused": {maxPut: 17 << 20},
+		"basic":                {user: "me", password: "not to be seen"},
+		"token":                {user: "me", password: "not to be seen", token: true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			server := newServer(t)
+			server.minChunk, server.maxPut, server.user, server.password, server.token = s.minChunk, s.maxPut, s.user, s.password, s.token
+			remote := &ocilocal.Remote{Credentials: ocilocal.StaticCredential(server.host, ocilocal.Credential{Username: s.user, Password: s.password})}
+			r := openRemote(t, remote)
+			ref := server.ref("org/model:v1")
+			large := noise(9, 18<<20)
+			a := pushed(t, r, ref, nil, nil, noise(1, 100), large)
+			got, err := r.Push(t.Context(), ref, nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if got.BlobsSent != 3 || got.BytesSent < int64(len(large)) || got.Descriptor.Digest != a.Digest() {
+				t.Errorf("%+v", got)
+			}
+			if d := digest.FromBytes(large); string(server.blobs["org/model@"+string(d)]) != string(large) {
+				t.Error("the layer is not there")
+			}
+			chunks := len(server.requests("PATCH"))
+			if wantChunks := s.minChunk > 0 || s.maxPut > 0; wantChunks != (chunks == 2) || !wantChunks && chunks > 0 {
+				t.Errorf("%d chunks", chunks)
+			}
+			// Again: nothing is sent.
+			server.forget()
+			if got, err = r.Push(t.Context(), ref, nil); err != nil || got.BlobsSent != 0 || got.BlobsPresent != 3 || len(server.requests("PUT")) != 0 {
+				t.Errorf("%+v, %v, %q", got, err, server.requests("PUT"))
+			}
+			// Under another name in the same registry: nothing is sent either.
+			other := server.ref("org/other:v1")
+			if got, err = r.Push(t.Context(), ref, &ocilocal.PushOptions{As: other}); err != nil || got.BlobsSent != 0 || got.BlobsMounted != 3 || got.Reference != other {
+				t.Errorf("%+v, %v", got, err)
+			}
+			// And back.
+			r2 := openRemote(t, &ocilocal.Remote{Credentials: remote.Credentials})
+			back, err := r2.Pull(t.Context(), other, nil)
+			if err != nil || back.Artifact.Digest() != a.Digest() {
+				t.Errorf("%+v, %v", back, err)
+			}
+			for _, l := range server.requests("") {
+				if strings.Contains(l, "seen") {
+					t.Error("secret in an address:", l)
+				}
+			}
+		})
+	}
+}
+
+func TestPushArtifactManifestRefused(t *testing.T) {
+	s := newServer(t)
+	s.noArtifacts = true
+	r := openRemote(t, nil)
+	ref := s.ref("org/model:v1")
+	pushed(t, r, ref, &ocilocal.BuilderOptions{Format: ocilocal.FormatArtifactManifest}, nil, noise(1, 10))
+	_, err := r.Push(t.Context(), ref, nil)
+	if e, ok := errors.AsType[*ocilocal.RemoteError](err); !errors.Is(err, ocilocal.ErrUnsupportedManifest) || !ok || e.Status != 400 ||
+		!strings.Contains(err.Error(), "FormatImageManifest") || !strings.Contains(err.Error(), "Convert") {
+		t.Error(err)
+	}
+}
+
+func TestPushReferrers(t *testing.T) {
+	for _, api := range []bool{true, false} {
+		s := newServer(t)
+		s.noReferrers = !api
+		remote := &ocilocal.Remote{}
+		r := openRemote(t, remote)
+		subject := pushed(t, r, s.ref("org/model:v1"), nil, nil, noise(1, 10))
+		desc := *descOf(subject)
+		var want []digest.Digest
+		for i, name := range []string{"org/model:a", "org/model:b"} {
+			a := pushed(t, r, s.ref(name), &ocilocal.BuilderOptions{Format: ocilocal.FormatImageManifest, ArtifactType: testType + name[len(name)-1:]}, &desc, noise(byte(i+2), 10))
+			want = append(want, a.Digest())
+		}
+		for _, name := range []string{"org/model:v1", "org/model:a", "org/model:b", "org/model:b"} {
+			if _, err := r.Push(t.Context(), s.ref(name), nil); err != nil {
+				t.Fatal(err)
+			}
+		}
+		list := func(artifactType string) (got []digest.Digest) {
+			for d, err := range remote.Referrers(t.Context(), s.ref("org/model:v1"), artifactType) {
+				if err != nil {
+					t.Fatal(err)
+				}
+				got = append(got, d.Digest)
+			}
+			slices.Sort(got)
+			return got
+		}
+		if got := list(testType + "b"); !slices.Equal(got, want[1:]) {
+			t.Errorf("api %v: %v", api, got)
+		}
+		slices.Sort(want)
+		if got := list(""); !slices.Equal(got, want) {
+			t.Errorf("api %v: %v, want %v", api, got, want)
+		}
+	}
+}
+
+func TestRemoteLists(t *testing.T) {
+	s := newServer(t)
+	s.pageSize = 2
+	want := s.put(t, "org/model", "v1", noise(1, 10))
+	for _, tag := range []string{"v2", "v3", "v4", "v5"} {
+		s.put(t, "org/model", tag, noise(1, 10))
+	}
+	r := &ocilocal.Remote{}
+	defer r.CloseIdleConnections()
+	var tags []string
+	for tag, err := range r.Tags(t.Context(), s.ref("org/model")) {
+		if err != nil {
+			t.Fatal(err)
+		}
+		tags = append(tags, tag)
+	}
+	if strings.Join(tags, " ") != "v1 v2 v3 v4 v5" || len(s.requests("tags/list")) != 3 {
+		t.Errorf("%q by %q", tags, s.requests("tags"))
+	}
+	if d, err := r.Resolve(t.Context(), s.ref("org/model:v1")); err != nil || d.Digest != want || d.MediaType != ocispec.MediaTypeImageManifest {
+		t.Errorf("%v, %v", d, err)
+	}
+	if m, err := r.Manifest(t.Context(), s.ref("org/model:v1")); err != nil || m.Digest() != want || len(m.Layers()) != 1 {
+		t.Error(err)
+	}
+	if err := r.Delete(t.Context(), s.ref("org/model:v1")); err != nil {
+		t.Error(err)
+	}
+	if _, err := r.Resolve(t.Context(), s.ref("org/model:v1")); !errors.Is(err, ocilocal.ErrNotFound) {
+		t.Error(err)
+	}
+}
+
+func descOf(a *ocilocal.LocalArtifact) *ocispec.Descriptor {
+	d := a.Descriptor()
+	return &ocispec.Descriptor{MediaType: d.MediaType, Digest: d.Digest, Size: d.Size}
+}

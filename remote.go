@@ -1,0 +1,292 @@
+package ocilocal
+
+import (
+	"cmp"
+	"fmt"
+	"maps"
+	"net"
+	"net/http"
+	"net/netip"
+	"net/url"
+	"strings"
+	"sync"
+	"time"
+
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+)
+
+// Limits on what comes from a remote registry. What passes one is [ErrTooLarge]
+// or, where no honest registry would, [ErrProtocol].
+const (
+	maxErrorBody  = 8 << 10   // of an error's body; the rest is not read
+	maxTokenBody  = 128 << 10 // a token of 64 KiB, and what stands round it
+	maxTokenLen   = 64 << 10
+	maxRedirects  = 5
+	maxRetries    = 5
+	maxPages      = 1000
+	maxHeaderSize = 256 << 10
+	maxWarnings   = 1000 // distinct ones; further ones are dropped
+	maxRemembered = 1000 // challenges, tokens and hosts that are kept
+)
+
+// A Remote is a client of registries that speak the OCI distribution-spec 1.1,
+// or Docker's older form of it. The zero value works: it is anonymous and speaks https to
+// all but loopback. The fields must not change, and a Remote must not be
+// copied, once it is in use. It is safe for concurrent use; share one, since it
+// keeps tokens and connections.
+//
+// A credential goes to the registry it is for, or to the token server that
+// this registry names if that is an https address which is not private unless the registry's is,
+// and nowhere else: not across a redirect, an upload location or a link that leads to another scheme, host or port.
+type Remote struct {
+	// Client makes the requests: its transport, timeout and cookie jar count,
+	// its CheckRedirect doesn't. Nil means a transport of this Remote's own, with proxies from
+	// the environment. A Client.Timeout would include reading whole blobs: StallTimeout is better.
+	Client *http.Client
+	// Credentials are asked for once per call, after a registry wanted some. Nil means anonymous.
+	Credentials CredentialFunc
+	// PlainHTTP reports whether host ("localhost:5000") is spoken to without TLS.
+	// Nil means loopback only: localhost, 127.0.0.0/8 and [::1].
+	PlainHTTP func(host string) bool
+	// Retry decides on requests that may be repeated. Nil means [DefaultRetry].
+	Retry RetryFunc
+	// MaxPerHost is how many requests to one registry run at a time. Zero means 16.
+	MaxPerHost int
+	// StallTimeout ends a request that for this long brings or takes no more than a
+	// trickle. Zero means 60 seconds. Registries get five times as long to answer an upload.
+	StallTimeout time.Duration
+	// Progress is told how far blobs are, by one goroutine at a time, at most once for each
+	// MiB and at the end of each blob. It must not block. Nil means nobody is.
+	Progress func(Progress)
+	// Warn is told each distinct warning of a registry once (distribution-spec, "Warnings").
+	// It must not block. Nil discards them.
+	Warn func(host, text string)
+	// UserAgent is sent to registries. Empty means "ocilocal".
+	UserAgent string
+
+	progress sync.Mutex // held while Progress is called
+
+	mu     sync.Mutex // guards what follows
+	client *http.Client
+	tokens *http.Client // for token servers on other hosts
+	hosts  map[string]*remoteHost
+	cache  map[tokenKey]*tokenEntry
+	warned map[string]bool
+}
+
+// Progress tells how much of a blob was transferred.
+type Progress struct {
+	Reference  Reference
+	Push       bool // else it is a pull
+	Descriptor ocispec.Descriptor
+	// Done is the number of bytes so far, those of an earlier, interrupted pull
+	// included. It falls back when a blob has to be started again.
+	Done int64
+}
+
+// remoteHost is what a Remote knows of one registry.
+type remoteHost struct {
+	name  string   // as in references: "docker.io"
+	base  *url.URL // "https://registry-1.docker.io", where requests go
+	slots chan struct{}
+	// referrers has one place, for who changes a referrers tag.
+	referrers chan struct{}
+
+	mu         sync.Mutex           // guards what follows
+	challenges map[string]challenge // by repository: what it last asked for
+	addr       netip.Addr           // where it was last reached
+}
+
+// plainHTTP applies r.PlainHTTP to a host with its port if it has one.
+func (r *Remote) plainHTTP(host string) bool {
+	if r.PlainHTTP != nil {
+		return r.PlainHTTP(host)
+	}
+	name := (&url.URL{Host: host}).Hostname()
+	addr, err := netip.ParseAddr(name)
+	return name == "localhost" || err == nil && addr.IsLoopback()
+}
+
+// host returns what r knows of the registry that references call name.
+func (r *Remote) host(name string) *remoteHost {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if h := r.hosts[name]; h != nil {
+		return h
+	}
+	h := &remoteHost{
+		name:       name,
+		base:       &url.URL{Scheme: "https", Host: name, Path: "/"}, // a request with a relative path would be malformed
+		slots:      make(chan struct{}, cmp.Or(max(r.MaxPerHost, 0), 16)),
+		referrers:  make(chan struct{}, 1),
+		challenges: map[string]challenge{},
+	}
+	if name == registryDockerHub {
+		h.base.Host = "registry-1.docker.io"
+	}
+	if r.plainHTTP(name) {
+		h.base.Scheme = "http"
+	}
+	if r.hosts == nil || len(r.hosts) >= maxRemembered {
+		r.hosts = map[string]*remoteHost{}
+	}
+	r.hosts[name] = h
+	return h
+}
+
+// httpClient returns the client for registries.
+func (r *Remote) httpClient() *http.Client {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.client == nil {
+		c := http.Client{}
+		if r.Client != nil {
+			c = *r.Client
+		}
+		if c.Transport == nil && r.Client == nil {
+			c.Transport = ownTransport()
+		}
+		// Redirects are followed by follow, which knows what may cross.
+		c.CheckRedirect = func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }
+		r.client = &c
+	}
+	return r.client
+}
+
+// ownTransport is net/http's default, with bounds and without decompression.
+func ownTransport() *http.Transport {
+	return &http.Transport{
+		Proxy:                  http.ProxyFromEnvironment,
+		DialContext:            (&net.Dialer{Timeout: 30 * time.Second, KeepAlive: 30 * time.Second}).DialContext,
+		ForceAttemptHTTP2:      true,
+		MaxIdleConns:           100,
+		MaxIdleConnsPerHost:    16,
+		IdleConnTimeout:        90 * time.Second,
+		TLSHandshakeTimeout:    10 * time.Second,
+		DisableCompression:     true,
+		MaxResponseHeaderBytes: maxHeaderSize,
+		ReadBufferSize:         64 << 10,
+		WriteBufferSize:        64 << 10,
+	}
+}
+
+// CloseIdleConnections closes the connections of r that no request uses. Those
+// of a Client that was given are closed too.
+func (r *Remote) CloseIdleConnections() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, c := range []*http.Client{r.client, r.tokens} {
+		if c != nil {
+			c.CloseIdleConnections()
+		}
+	}
+}
+
+// A remoteRepo is one repository of one registry for the length of one call:
+// all that is asked in it is asked with one credential.
+type remoteRepo struct {
+	remote *Remote
+	host   *remoteHost
+	ref    Reference
+	name   string // the repository
+
+	mu      sync.Mutex // guards what follows
+	asked   bool
+	cred    *Credential // a pointer, so that printing a remoteRepo doesn't print it
+	credErr error
+}
+
+func (r *Remote) repo(ref Reference) (*remoteRepo, error) {
+	if ref.IsZero() {
+		return nil, fmt.Errorf("%w: it is empty", ErrInvalidReference)
+	}
+	return &remoteRepo{remote: r, host: r.host(ref.Registry()), ref: ref, name: ref.Repository()}, nil
+}
+
+// url returns the address of something below /v2/<repository>/. The parts are
+// tags, digests and fixed words: nothing in them needs escaping.
+func (p *remoteRepo) url(parts ...string) *url.URL {
+	return p.host.base.JoinPath(append([]string{"v2", p.name}, parts...)...)
+}
+
+// origin is what a credential belongs to: scheme, host and port, in one spelling.
+func origin(u *url.URL) string {
+	port := u.Port()
+	if port == "" {
+		port = map[string]string{"http": "80", "https": "443"}[strings.ToLower(u.Scheme)]
+	}
+	host := strings.TrimSuffix(strings.ToLower(u.Hostname()), ".")
+	return strings.ToLower(u.Scheme) + "://" + net.JoinHostPort(host, port)
+}
+
+func sameOrigin(a, b *url.URL) bool { return origin(a) == origin(b) }
+
+// redirected returns the address that an answer names for what was asked of
+// base, if going there is safe at all. The text is the server's.
+func redirected(base *url.URL, header, text string) (*url.URL, error) {
+	if text == "" {
+		return nil, fmt.Errorf("%w: answer without %s", ErrProtocol, header)
+	}
+	u, err := base.Parse(text)
+	if err != nil {
+		return nil, fmt.Errorf("%w: %s is not an address", ErrProtocol, header) // err would quote its query
+	}
+	switch {
+	case u.User != nil:
+		return nil, fmt.Errorf("%w: %s has user information in it", ErrProtocol, header)
+	case u.Scheme != "https" && u.Scheme != "http" || u.Host == "" || u.Opaque != "":
+		return nil, fmt.Errorf("%w: %s leads to %q, not to http or https", ErrProtocol, header, clip(u.Scheme))
+	case base.Scheme == "https" && u.Scheme != "https":
+		return nil, fmt.Errorf("%w: %s leads from https to http", ErrProtocol, header)
+	}
+	u.Fragment, u.RawFragment = "", ""
+	return u, nil
+}
+
+// publicURL prints an address without what may be secret in it.
+func publicURL(u *url.URL) string {
+	return printable((&url.URL{Scheme: u.Scheme, Host: u.Host, Path: u.Path}).String())
+}
+
+// warn reports the warnings in an answer (distribution-spec, "Warnings").
+func (r *Remote) warn(host string, header http.Header) {
+	if r.Warn == nil {
+		return
+	}
+	for _, v := range header.Values("Warning") {
+		text, ok := strings.CutPrefix(v, `299 - "`)
+		if !ok {
+			continue
+		}
+		text, _, _ = strings.Cut(text, `"`)
+		text = clip(strings.Map(func(c rune) rune {
+			if c < 0x20 || c > 0x7e {
+				return '?'
+			}
+			return c
+		}, text))
+		r.mu.Lock()
+		seen := r.warned[host+" "+text] || len(r.warned) >= maxWarnings
+		if !seen {
+			if r.warned == nil {
+				r.warned = map[string]bool{}
+			}
+			r.warned[host+" "+text] = true
+		}
+		r.mu.Unlock()
+		if !seen {
+			r.Warn(host, text)
+		}
+	}
+}
+
+// header returns h with the fields that every request has.
+func (r *Remote) header(h http.Header) http.Header {
+	h = maps.Clone(h)
+	if h == nil {
+		h = http.Header{}
+	}
+	h.Set("User-Agent", cmp.Or(r.UserAgent, "ocilocal"))
+	h.Set("Accept-Encoding", "identity") // bytes are wanted as they were hashed
+	return h
+}

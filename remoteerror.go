@@ -1,0 +1,220 @@
+package ocilocal
+
+import (
+	"crypto/tls"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net"
+	"net/http"
+	"net/url"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// A RemoteError says what became of a request to a registry or its token
+// server. It matches the sentinel that fits: [ErrNotFound], [ErrUnauthorized], [ErrDenied],
+// [ErrRateLimited], [ErrUnsupportedManifest], [ErrTooLarge], [ErrProtocol],
+// [ErrTransport], or [errors.ErrUnsupported] for what the registry doesn't offer.
+type RemoteError struct {
+	Method string
+	URL    string // without query and user information, which may be secret
+	Status int    // 0 if no answer came
+	// Codes are what the registry said in the body, at most ten.
+	Codes []RemoteCode
+	// TokenServer is set if this was a request for a token, not one to the registry.
+	TokenServer bool
+	// RetryAfter is how long the registry wants to be left alone; 0 if it didn't say.
+	RetryAfter time.Duration
+	// Err is the cause. It matches a sentinel.
+	Err error
+
+	final bool // trying again can't help
+	again bool // trying again will help, whatever the status says
+}
+
+// A RemoteCode is one error in a registry's answer (distribution-spec, "Error Codes").
+type RemoteCode struct{ Code, Message string }
+
+func (e *RemoteError) Error() string {
+	var b strings.Builder
+	fmt.Fprintf(&b, "%s %s: ", e.Method, e.URL)
+	switch {
+	case e.Status == 0:
+	case e.TokenServer:
+		fmt.Fprintf(&b, "token server answered %d: ", e.Status)
+	default:
+		fmt.Fprintf(&b, "registry answered %d: ", e.Status)
+	}
+	b.WriteString(e.Err.Error())
+	for _, c := range e.Codes {
+		fmt.Fprintf(&b, " (%s: %s)", c.Code, c.Message)
+	}
+	return b.String()
+}
+
+// Unwrap returns the cause.
+func (e *RemoteError) Unwrap() error { return e.Err }
+
+// Temporary reports whether the same request may succeed later: no complete
+// answer came, or its status was 408, 429 or above 499, but for 501 and 505.
+func (e *RemoteError) Temporary() bool {
+	switch {
+	case e.again:
+		return true
+	case e.final:
+		return false
+	case e.Status == 0, e.Status == http.StatusRequestTimeout, e.Status == http.StatusTooManyRequests:
+		return true
+	}
+	return e.Status >= 500 && e.Status != http.StatusNotImplemented && e.Status != http.StatusHTTPVersionNotSupported
+}
+
+// has reports whether the registry named one of the codes.
+func (e *RemoteError) has(codes ...string) bool {
+	return slices.ContainsFunc(e.Codes, func(c RemoteCode) bool { return slices.Contains(codes, c.Code) })
+}
+
+// kind returns the sentinel for an answer.
+func (e *RemoteError) kind() error {
+	switch s := e.Status; {
+	case s == http.StatusUnauthorized:
+		return ErrUnauthorized
+	case s == http.StatusForbidden:
+		return ErrDenied
+	case s == http.StatusNotFound:
+		return ErrNotFound
+	case s == http.StatusRequestEntityTooLarge:
+		return ErrTooLarge
+	case s == http.StatusTooManyRequests:
+		return ErrRateLimited
+	case s == http.StatusMethodNotAllowed, s == http.StatusNotImplemented:
+		return errors.ErrUnsupported
+	case s == http.StatusRequestTimeout, s >= 500:
+		return ErrTransport
+	case s < 400:
+		return ErrProtocol
+	case e.has("UNAUTHORIZED"):
+		return ErrUnauthorized
+	case e.has("DENIED"):
+		return ErrDenied
+	case e.has("TOOMANYREQUESTS"):
+		return ErrRateLimited
+	case e.has("MANIFEST_UNKNOWN", "BLOB_UNKNOWN", "NAME_UNKNOWN", "BLOB_UPLOAD_UNKNOWN"):
+		return ErrNotFound
+	case e.has("UNSUPPORTED"):
+		return errors.ErrUnsupported
+	}
+	return ErrProtocol
+}
+
+// answerError makes an error of an answer that is none of those that were
+// asked for, and closes its body. secrets are cut out of what the server says.
+func answerError(u *url.URL, res *http.Response, secrets []string) *RemoteError {
+	defer res.Body.Close()
+	body, _ := io.ReadAll(io.LimitReader(res.Body, maxErrorBody)) // an error's text is worth what of it came
+	e := &RemoteError{
+		Method:     res.Request.Method,
+		URL:        publicURL(u),
+		Status:     res.StatusCode,
+		Codes:      parseErrorBody(body, secrets),
+		RetryAfter: parseRetryAfter(res.Header.Get("Retry-After"), time.Now()),
+	}
+	e.Err = e.kind()
+	return e
+}
+
+// parseErrorBody reads distribution-spec's form of errors; any other body gives none.
+func parseErrorBody(body []byte, secrets []string) []RemoteCode {
+	var doc struct {
+		Errors []struct {
+			Code    string `json:"code"`
+			Message string `json:"message"`
+		} `json:"errors"`
+	}
+	if json.Unmarshal(body, &doc) != nil {
+		return nil
+	}
+	var codes []RemoteCode
+	for _, e := range doc.Errors[:min(len(doc.Errors), 10)] {
+		codes = append(codes, RemoteCode{serverText(e.Code, secrets), serverText(e.Message, secrets)})
+	}
+	return codes
+}
+
+// serverText makes text of a server fit for messages: short, printable,
+// and without the secrets that were sent to it.
+func serverText(s string, secrets []string) string {
+	for _, secret := range secrets {
+		if len(secret) > 0 {
+			s = strings.ReplaceAll(s, secret, "[secret]")
+		}
+	}
+	s = strings.Map(func(c rune) rune {
+		if c < 0x20 || c > 0x7e {
+			return '?'
+		}
+		return c
+	}, s)
+	return clip(s)
+}
+
+// maxServerWait bounds what a Retry-After can say, so that no sum overflows.
+const maxServerWait = 365 * 24 * time.Hour
+
+// parseRetryAfter reads seconds or a date (RFC 9110, section 10.2.3). What is neither, or past, is 0.
+func parseRetryAfter(s string, now time.Time) time.Duration {
+	if n, err := strconv.ParseUint(s, 10, 63); err == nil || errors.Is(err, strconv.ErrRange) {
+		return time.Duration(min(n, uint64(maxServerWait/time.Second))) * time.Second
+	}
+	if at, err := http.ParseTime(s); err == nil {
+		return min(max(at.Sub(now), 0), maxServerWait)
+	}
+	return 0
+}
+
+// transportError makes an error of a request that got no answer.
+func transportError(method string, u *url.URL, err error) *RemoteError {
+	if wrapped, ok := errors.AsType[*url.Error](err); ok { // it prints the whole address
+		err = wrapped.Err
+	}
+	e := &RemoteError{Method: method, URL: publicURL(u), Err: fmt.Errorf("%w: %w", ErrTransport, err)}
+	dns, isDNS := errors.AsType[*net.DNSError](err)
+	_, isCert := errors.AsType[*tls.CertificateVerificationError](err)
+	e.final = isCert || isDNS && dns.IsNotFound || errors.Is(err, http.ErrSchemeMismatch) || errors.Is(err, ErrProtocol)
+	return e
+}
+
+// protocolError is an [ErrProtocol] with the facts of an answer.
+func protocolError(method string, u *url.URL, status int, format string, args ...any) *RemoteError {
+	return &RemoteError{Method: method, URL: publicURL(u), Status: status, final: true,
+		Err: fmt.Errorf("%w: "+format, append([]any{ErrProtocol}, args...)...)}
+}
+
+// RetryFunc decides whether a request that has failed attempt times with err
+// (a [*RemoteError] mostly) is sent again, and after how long. It is not asked when the
+// call's context has ended.
+type RetryFunc func(attempt int, err error) (wait time.Duration, again bool)
+
+// maxRetryWait is how long DefaultRetry waits at most.
+const maxRetryWait = time.Minute
+
+// DefaultRetry tries [RemoteError.Temporary] errors again, up to five times. It waits as
+// long as the registry asks, and gives up if that is more than a minute;
+// otherwise a random time of up to 0.4 seconds, doubled with each attempt.
+func DefaultRetry(attempt int, err error) (wait time.Duration, again bool) {
+	e, ok := errors.AsType[*RemoteError](err)
+	if !ok || !e.Temporary() || attempt > maxRetries || e.RetryAfter > maxRetryWait {
+		return 0, false
+	}
+	if e.RetryAfter > 0 {
+		// Not all who were turned away come back at the same moment.
+		return e.RetryAfter + rand.N(time.Second), true
+	}
+	most := 400 * time.Millisecond << (attempt - 1)
+	return most/8 + rand.N(most), true
+}

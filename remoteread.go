@@ -1,0 +1,202 @@
+package ocilocal
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"mime"
+	"net/http"
+	"strconv"
+	"strings"
+
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+)
+
+// acceptManifests are the forms of manifests that are taken.
+var acceptManifests = strings.Join([]string{
+	ocispec.MediaTypeImageManifest, ocispec.MediaTypeImageIndex, MediaTypeArtifactManifest,
+	MediaTypeDockerManifest, MediaTypeDockerManifestList,
+}, ", ")
+
+func (p *remoteRepo) manifestCall(method, reference string) *remoteCall {
+	return &remoteCall{
+		method: method, url: p.url("manifests", reference), header: http.Header{"Accept": {acceptManifests}},
+		actions: []string{"pull"}, ok: []int{http.StatusOK},
+	}
+}
+
+// manifest fetches a manifest by tag or digest. mediaType is what it must be; "" for whatever it is.
+func (p *remoteRepo) manifest(ctx context.Context, reference, mediaType string) (*Manifest, error) {
+	c := p.manifestCall(http.MethodGet, reference)
+	raw, res, err := p.doSmall(ctx, c, MaxManifestSize)
+	if err != nil {
+		return nil, err
+	}
+	d, err := manifestDigest(reference, res.Header, raw)
+	if err != nil {
+		return nil, answerProblem(c, res, err)
+	}
+	given, err := manifestType(res.Header, mediaType)
+	if err != nil {
+		return nil, answerProblem(c, res, err)
+	}
+	m, err := parseManifest(given, raw)
+	if err != nil {
+		return nil, answerProblem(c, res, err)
+	}
+	m.digest = d
+	return m, nil
+}
+
+// answerProblem is err, which says what is wrong with the content of an answer, with its facts.
+func answerProblem(c *remoteCall, res *http.Response, err error) error {
+	return &RemoteError{Method: c.method, URL: publicURL(res.Request.URL), Status: res.StatusCode, final: true, Err: err}
+}
+
+// manifestDigest hashes a manifest. It must be what was asked for, or what the registry says.
+func manifestDigest(reference string, h http.Header, raw []byte) (digest.Digest, error) {
+	want := digest.Digest(reference)
+	if checkDigest(want) != nil {
+		var err error
+		if want, err = headerDigest(h); err != nil {
+			return "", err
+		}
+	}
+	if want == "" {
+		return digest.FromBytes(raw), nil
+	}
+	hash := newHash(want.Algorithm())
+	hash.Write(raw)
+	if got := digest.NewDigest(want.Algorithm(), hash); got != want {
+		return "", fmt.Errorf("%w: bytes hash to %s, want %s", ErrDigestMismatch, got, want)
+	}
+	return want, nil
+}
+
+// headerDigest returns the digest that an answer says it has, "" if it says
+// none, or one of an algorithm that this package doesn't know.
+func headerDigest(h http.Header) (digest.Digest, error) {
+	d := digest.Digest(h.Get("Docker-Content-Digest"))
+	err := checkDigest(d)
+	if d == "" || err != nil && errors.Is(d.Validate(), digest.ErrDigestUnsupported) {
+		return "", nil
+	}
+	if err != nil {
+		return "", fmt.Errorf("%w: Docker-Content-Digest: %w", ErrProtocol, err)
+	}
+	return d, nil
+}
+
+// manifestType returns the media type of an answer, "" if it is a general one
+// and want is "": then the document must say what it is.
+func manifestType(h http.Header, want string) (string, error) {
+	text := h.Get("Content-Type")
+	given, _, err := mime.ParseMediaType(text)
+	if err != nil && text != "" {
+		return "", fmt.Errorf("%w: Content-Type %q", ErrProtocol, clip(text))
+	}
+	general := given == "" || given == "application/json" || given == "application/octet-stream" || given == "text/plain"
+	switch {
+	case formOf(given) == 0 && !general:
+		return "", fmt.Errorf("%w: Content-Type %q is no manifest's", ErrUnsupportedMediaType, clip(given))
+	case general:
+		return want, nil
+	case want != "" && given != want:
+		return "", fmt.Errorf("%w: Content-Type is %s, its descriptor says %s", ErrInvalidManifest, given, clip(want))
+	}
+	return given, nil
+}
+
+// head looks where a tag or digest is. It asks for the manifest itself if the registry doesn't
+// answer HEAD with what a descriptor needs.
+func (p *remoteRepo) head(ctx context.Context, reference string) (ocispec.Descriptor, error) {
+	c := p.manifestCall(http.MethodHead, reference)
+	res, err := p.do(ctx, c)
+	if err != nil && !errors.Is(err, errors.ErrUnsupported) {
+		return ocispec.Descriptor{}, err
+	}
+	if err == nil {
+		res.Body.Close()
+		d, err := headerDigest(res.Header)
+		if err != nil {
+			return ocispec.Descriptor{}, answerProblem(c, res, err)
+		}
+		if want := digest.Digest(reference); checkDigest(want) == nil {
+			if d != "" && d.Algorithm() == want.Algorithm() && d != want {
+				return ocispec.Descriptor{}, answerProblem(c, res, fmt.Errorf("%w: it says to have %s, want %s", ErrDigestMismatch, d, want))
+			}
+			d = want
+		}
+		given, err := manifestType(res.Header, "")
+		if err == nil && given != "" && d != "" && res.ContentLength >= 0 && res.ContentLength <= MaxManifestSize {
+			return ocispec.Descriptor{MediaType: given, Digest: d, Size: res.ContentLength}, nil
+		}
+	}
+	m, err := p.manifest(ctx, reference, "")
+	if err != nil {
+		return ocispec.Descriptor{}, err
+	}
+	desc := m.Descriptor()
+	return ocispec.Descriptor{MediaType: desc.MediaType, Digest: desc.Digest, Size: desc.Size}, nil
+}
+
+// blob asks once for a blob, from a byte on. It returns the answer, and at which byte that begins:
+// a registry may send the whole blob (RFC 9110, section 14.2).
+func (p *remoteRepo) blob(ctx context.Context, desc ocispec.Descriptor, from int64) (*http.Response, int64, error) {
+	c := &remoteCall{
+		method: http.MethodGet, url: p.url("blobs", string(desc.Digest)),
+		actions: []string{"pull"}, ok: []int{http.StatusOK},
+	}
+	if from > 0 {
+		c.header = http.Header{"Range": {fmt.Sprintf("bytes=%d-", from)}}
+		c.ok = append(c.ok, http.StatusPartialContent)
+	}
+	res, err := p.try(ctx, c)
+	if err != nil {
+		return nil, 0, err
+	}
+	if res.StatusCode == http.StatusOK {
+		from = 0
+	}
+	end := desc.Size
+	if res.StatusCode == http.StatusPartialContent {
+		end, err = checkContentRange(res.Header.Get("Content-Range"), from, desc.Size)
+	}
+	if n := res.ContentLength; err == nil && n >= 0 && n != end-from {
+		err = fmt.Errorf("%w: Content-Length is %d, want %d", ErrSizeMismatch, n, end-from)
+	}
+	if err != nil {
+		res.Body.Close()
+		return nil, 0, answerProblem(c, res, err)
+	}
+	return res, from, nil
+}
+
+// checkContentRange returns the end (exclusive) of what a Content-Range says, which must
+// begin at from in something of that size (RFC 9110, section 14.4).
+func checkContentRange(text string, from, size int64) (end int64, err error) {
+	bad := fmt.Errorf("%w: Content-Range %q for bytes %d to %d", ErrProtocol, clip(text), from, size-1)
+	text, ok := strings.CutPrefix(text, "bytes ")
+	span, total, ok2 := strings.Cut(text, "/")
+	first, last, ok3 := strings.Cut(span, "-")
+	if !ok || !ok2 || !ok3 {
+		return 0, bad
+	}
+	a, err1 := parseDecimal(first)
+	b, err2 := parseDecimal(last)
+	t := size
+	if total != "*" {
+		t, err = parseDecimal(total)
+	}
+	if err != nil || err1 != nil || err2 != nil || a != from || b < a || b >= size || t != size {
+		return 0, bad
+	}
+	return b + 1, nil
+}
+
+// parseDecimal reads digits only, unlike strconv, which takes signs.
+func parseDecimal(s string) (int64, error) {
+	n, err := strconv.ParseUint(s, 10, 63)
+	return int64(n), err
+}

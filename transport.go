@@ -1,0 +1,395 @@
+package ocilocal
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"net/http/httptrace"
+	"net/netip"
+	"net/url"
+	"slices"
+	"sync"
+	"time"
+)
+
+// A remoteCall is one request to a repository, with all that is needed to send it again.
+type remoteCall struct {
+	method string
+	url    *url.URL
+	header http.Header
+	// body opens the request's body anew for each attempt; nil for none.
+	body func() (io.ReadCloser, error)
+	size int64
+	// actions are what the token must allow: "pull", "push", "delete".
+	actions []string
+	// from, if not empty, is another repository that the token must allow to pull from.
+	from string
+	// ok are the statuses that answer the request. Others are a [*RemoteError].
+	ok []int
+	// once is set for a request that must not be repeated as it is.
+	once bool
+}
+
+// again asks the retry policy, and waits. It returns nil if the failed attempt is to be repeated.
+func (r *Remote) again(ctx context.Context, attempt int, err error) error {
+	if ctx.Err() != nil {
+		return ctx.Err()
+	}
+	retry := r.Retry
+	if retry == nil {
+		retry = DefaultRetry
+	}
+	wait, again := retry(attempt, err)
+	if !again {
+		return err
+	}
+	t := time.NewTimer(wait)
+	defer t.Stop()
+	select {
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-t.C:
+		return nil
+	}
+}
+
+// do sends c, as often as the retry policy says, and returns an answer with one
+// of the statuses c.ok. Its body must be closed: it holds one of the host's slots until then.
+func (p *remoteRepo) do(ctx context.Context, c *remoteCall) (*http.Response, error) {
+	for attempt := 1; ; attempt++ {
+		res, err := p.try(ctx, c)
+		if err == nil || c.once {
+			return res, err
+		}
+		if err := p.remote.again(ctx, attempt, err); err != nil {
+			return nil, err
+		}
+	}
+}
+
+// doSmall is do for an answer of at most limit bytes, which it reads and which
+// may be cut off and asked for again.
+func (p *remoteRepo) doSmall(ctx context.Context, c *remoteCall, limit int64) ([]byte, *http.Response, error) {
+	for attempt := 1; ; attempt++ {
+		res, err := p.try(ctx, c)
+		var b []byte
+		if err == nil {
+			b, err = readSmallBody(c.method, c.url, res, limit)
+		}
+		if err == nil || c.once {
+			return b, res, err
+		}
+		if err := p.remote.again(ctx, attempt, err); err != nil {
+			return nil, nil, err
+		}
+	}
+}
+
+// readSmallBody reads and closes a body that must not have more than limit bytes.
+func readSmallBody(method string, u *url.URL, res *http.Response, limit int64) ([]byte, error) {
+	defer res.Body.Close()
+	tooLarge := func() error {
+		return &RemoteError{Method: method, URL: publicURL(u), Status: res.StatusCode, final: true,
+			Err: fmt.Errorf("%w: answer of more than %d bytes", ErrTooLarge, limit)}
+	}
+	if res.ContentLength > limit {
+		return nil, tooLarge()
+	}
+	b, err := io.ReadAll(io.LimitReader(res.Body, limit+1))
+	switch {
+	case err != nil:
+		return nil, bodyError(method, u, err)
+	case int64(len(b)) > limit:
+		return nil, tooLarge()
+	}
+	return b, nil
+}
+
+// bodyError is transportError for a body that broke off, but leaves a caller's own context error alone.
+func bodyError(method string, u *url.URL, err error) error {
+	if errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
+		return err
+	}
+	return transportError(method, u, err)
+}
+
+// try sends c once; with credentials, if the registry wants some.
+func (p *remoteRepo) try(ctx context.Context, c *remoteCall) (*http.Response, error) {
+	select { // a free slot, or the end of the call
+	case p.host.slots <- struct{}{}:
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+	res, secrets, err := p.authorized(ctx, c)
+	if err == nil {
+		err = p.judge(c, res, secrets)
+	}
+	if err != nil {
+		<-p.host.slots
+		return nil, err
+	}
+	res.Body = &slotBody{ReadCloser: res.Body, release: sync.OnceFunc(func() { <-p.host.slots })}
+	return res, nil
+}
+
+// judge decides whether res answers c. If not, it closes the body.
+func (p *remoteRepo) judge(c *remoteCall, res *http.Response, secrets []string) error {
+	p.remote.warn(p.host.name, res.Header)
+	if !slices.Contains(c.ok, res.StatusCode) {
+		return answerError(res.Request.URL, res, secrets)
+	}
+	if coding := res.Header.Get("Content-Encoding"); coding != "" && coding != "identity" {
+		res.Body.Close()
+		return protocolError(c.method, res.Request.URL, res.StatusCode, "content comes coded as %q though that was not accepted", clip(coding))
+	}
+	return nil
+}
+
+type slotBody struct {
+	io.ReadCloser
+	release func()
+}
+
+func (b *slotBody) Close() error {
+	defer b.release()
+	return b.ReadCloser.Close()
+}
+
+// follow sends c with authorization, and follows redirects. crossed is set if
+// the answer is not from the registry's own origin; authorization never goes anywhere
+// else, and once a redirect has left that origin it doesn't come back with it either.
+func (p *remoteRepo) follow(ctx context.Context, c *remoteCall, authorization string) (res *http.Response, crossed bool, err error) {
+	u := c.url
+	for hops := 0; ; hops++ {
+		crossed = crossed || !sameOrigin(u, p.host.base)
+		header := p.remote.header(c.header)
+		if authorization != "" && !crossed {
+			header.Set("Authorization", authorization)
+		}
+		if res, err = p.remote.exchange(ctx, p.remote.httpClient(), c, u, header, p.host); err != nil {
+			return nil, crossed, err
+		}
+		switch res.StatusCode {
+		case http.StatusMovedPermanently, http.StatusFound, http.StatusSeeOther, http.StatusTemporaryRedirect, http.StatusPermanentRedirect:
+		default:
+			return res, crossed, nil
+		}
+		res.Body.Close()
+		next, err := redirected(u, "Location", res.Header.Get("Location"))
+		switch {
+		case err != nil:
+			e := protocolError(c.method, u, res.StatusCode, "")
+			e.Err = err
+			return nil, crossed, e
+		case hops >= maxRedirects:
+			return nil, crossed, protocolError(c.method, u, res.StatusCode, "more than %d redirects", maxRedirects)
+		case c.method != http.MethodGet && c.method != http.MethodHead && (res.StatusCode < 307 || !sameOrigin(u, next)):
+			return nil, crossed, protocolError(c.method, u, res.StatusCode, "%s is redirected elsewhere", c.method)
+		}
+		u = next
+	}
+}
+
+// exchange sends one request and returns its answer, whose body is watched for
+// stalling. host, if not nil, learns where it is if it is reached directly.
+func (r *Remote) exchange(ctx context.Context, client *http.Client, c *remoteCall, u *url.URL, header http.Header, host *remoteHost) (*http.Response, error) {
+	w := newWatch(ctx, r.StallTimeout)
+	traced := w.ctx
+	if host != nil && host.base.Host == u.Host && !proxied(client, u) {
+		traced = httptrace.WithClientTrace(w.ctx, &httptrace.ClientTrace{GotConn: func(i httptrace.GotConnInfo) {
+			host.reached(i.Conn.RemoteAddr().String())
+		}})
+	}
+	req := (&http.Request{
+		Method: c.method, URL: u, Host: u.Host, Header: header,
+		Proto: "HTTP/1.1", ProtoMajor: 1, ProtoMinor: 1, ContentLength: c.size,
+	}).WithContext(traced)
+	var sent *sentBody
+	if c.body != nil {
+		src, err := c.body()
+		if err != nil {
+			w.end(nil)
+			return nil, err
+		}
+		sent = &sentBody{src: src, watch: w}
+		req.Body = sent
+		if c.size == 0 {
+			req.Body = http.NoBody
+			src.Close()
+		}
+	}
+	w.start(patience(c))
+	res, err := client.Do(req)
+	w.pause()
+	if err != nil {
+		w.end(nil)
+		if ctx.Err() != nil {
+			return nil, ctx.Err()
+		}
+		if sent != nil && sent.failed() != nil { // not the registry's fault
+			return nil, sent.failed()
+		}
+		if stalled := w.stalled(); stalled != nil {
+			err = stalled
+		}
+		return nil, transportError(c.method, u, err)
+	}
+	res.Request = req // with the address that was asked, not what the client made of it
+	res.Body = &watchedBody{src: res.Body, watch: w, caller: ctx}
+	return res, nil
+}
+
+// patience is how many times the stall timeout a registry has for its answer:
+// after an upload it may have much to hash and to copy.
+func patience(c *remoteCall) time.Duration {
+	if c.body != nil {
+		return 5
+	}
+	return 1
+}
+
+// reached notes where the registry is, by which [checkRealm] judges where its token server may be.
+func (h *remoteHost) reached(address string) {
+	if ap, err := netip.ParseAddrPort(address); err == nil {
+		h.mu.Lock()
+		h.addr = ap.Addr().Unmap().WithZone("")
+		h.mu.Unlock()
+	}
+}
+
+// A watch ends a request that stalls. It runs only while somebody waits for the
+// registry, so that a slow disk doesn't count. One goroutine uses it at a time,
+// but that the body of a request and its answer may overlap.
+type watch struct {
+	ctx    context.Context
+	cancel context.CancelCauseFunc
+	limit  time.Duration
+
+	mu     sync.Mutex // guards what follows
+	timer  *time.Timer
+	left   time.Duration // of limit, until trickle bytes have moved
+	moved  int
+	factor time.Duration
+	since  time.Time // zero while paused
+}
+
+// trickle is how many bytes must move within the stall timeout.
+const trickle = 4096
+
+var errStalled = errors.New("connection stalls")
+
+func newWatch(ctx context.Context, limit time.Duration) *watch {
+	w := &watch{limit: cmp.Or(max(limit, 0), time.Minute), factor: 1}
+	w.ctx, w.cancel = context.WithCancelCause(ctx)
+	w.left = w.limit
+	return w
+}
+
+// start lets the time run, factor times as long as usual.
+func (w *watch) start(factor time.Duration) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.since, w.factor = time.Now(), factor
+	if d := w.left * factor; w.timer == nil {
+		w.timer = time.AfterFunc(d, func() { w.cancel(errStalled) })
+	} else {
+		w.timer.Reset(d)
+	}
+}
+
+// pause stops it, and counts n bytes.
+func (w *watch) pause() { w.count(0, false) }
+
+func (w *watch) count(n int, running bool) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	now := time.Now()
+	if !w.since.IsZero() {
+		w.left -= now.Sub(w.since) / w.factor
+	}
+	if w.moved += n; w.moved >= trickle {
+		w.moved, w.left = 0, w.limit
+	}
+	w.left = max(w.left, time.Millisecond)
+	w.since = time.Time{}
+	if w.timer == nil {
+		return
+	}
+	if running {
+		w.since = now
+		w.timer.Reset(w.left * w.factor)
+	} else {
+		w.timer.Stop()
+	}
+}
+
+// stalled returns the error of a request that the watch has ended.
+func (w *watch) stalled() error {
+	if context.Cause(w.ctx) == errStalled {
+		return fmt.Errorf("%w: less than %d bytes moved in %v", errStalled, trickle, w.limit)
+	}
+	return nil
+}
+
+func (w *watch) end(cause error) {
+	w.pause()
+	w.cancel(cause)
+}
+
+// watchedBody is the body of an answer.
+type watchedBody struct {
+	src    io.ReadCloser
+	watch  *watch
+	caller context.Context
+}
+
+func (b *watchedBody) Read(p []byte) (int, error) {
+	b.watch.start(1)
+	n, err := b.src.Read(p)
+	b.watch.count(n, false)
+	if err != nil && err != io.EOF {
+		if b.caller.Err() != nil {
+			return n, b.caller.Err()
+		}
+		if stalled := b.watch.stalled(); stalled != nil {
+			return n, stalled
+		}
+	}
+	return n, err
+}
+
+func (b *watchedBody) Close() error {
+	b.watch.end(nil) // first: what is left is not worth waiting for
+	return b.src.Close()
+}
+
+// sentBody is the body of a request. What goes out keeps the watch quiet.
+type sentBody struct {
+	src   io.ReadCloser
+	watch *watch
+
+	mu  sync.Mutex
+	err error // guarded by mu: why src failed
+}
+
+func (b *sentBody) Read(p []byte) (int, error) {
+	n, err := b.src.Read(p)
+	b.watch.count(n, true)
+	if err != nil && err != io.EOF {
+		b.mu.Lock()
+		b.err = err
+		b.mu.Unlock()
+	}
+	return n, err
+}
+
+func (b *sentBody) Close() error { return b.src.Close() }
+
+func (b *sentBody) failed() error {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.err
+}
