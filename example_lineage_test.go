@@ -1,6 +1,7 @@
 package ocilocal_test
 
 import (
+	"bytes"
 	"context"
 	"fmt"
 	"log"
@@ -110,4 +111,30 @@ func ExampleLocalRegistry_Referrers() {
 		fmt.Println(desc.ArtifactType, desc.Annotations["com.example.text"])
 	}
 	// Output: application/vnd.example.note looks good
+}
+
+// A review travels with what it reviews.
+func ExampleImportOptions_referrers() {
+	ctx := context.Background()
+	from, done := scratch()
+	defer done()
+	app := note(from, "example.com/app:v1", "app")
+	revise(from, "example.com/app:review", "looks good", app.Descriptor())
+	var archive bytes.Buffer
+	err := from.ExportArchive(ctx, &archive, []ocilocal.Reference{app.Reference()}, &ocilocal.ExportOptions{Referrers: true})
+	if err != nil {
+		log.Fatal(err)
+	}
+
+	to, doneTo := scratch()
+	defer doneTo()
+	result, err := to.ImportArchive(ctx, &archive, &ocilocal.ImportOptions{
+		Select:    app.Reference().String(),
+		Referrers: true,
+	})
+	if err != nil {
+		log.Fatal(err)
+	}
+	fmt.Println(result.Artifacts[0].Update.Reference, "and", len(result.Referrers), "referrer")
+	// Output: example.com/app:v1 and 1 referrer
 }
