@@ -360,6 +360,10 @@ func TestUseAfterClose(t *testing.T) {
 			}
 			return last
 		},
+		"Convert": func() error {
+			_, err := r.Convert(ctx, ref, ocilocal.MustParseReference("example.com/a:v2"), nil)
+			return err
+		},
 		"Pull":         func() error { _, err := r.Pull(ctx, ref, nil); return err },
 		"Push":         func() error { _, err := r.Push(ctx, ref, nil); return err },
 		"GCReport":     func() error { _, err := r.GCReport(ctx, nil); return err },
