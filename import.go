@@ -20,6 +20,10 @@ type ImportOptions struct {
 	Reference Reference
 	// Rename lets Reference differ from the entry's own name.
 	Rename bool
+	// Anonymous gives what has no full name, and none by Reference, a new reference
+	// with each import, of the kind that [LocalRegistry.NewAnonymousBuilder] makes.
+	// Otherwise it is stored by digest only, until collected.
+	Anonymous bool
 	// Referrers, where Select chooses one entry, brings the entries along whose subject is
 	// a manifest that comes in, such as a signature of an artifact, then those
 	// whose subject is one of these, and so on. They get no refs, whatever they are called
@@ -40,8 +44,8 @@ type ImportedArtifact struct {
 	Name string
 	// Descriptor is of the manifest or image index, with the digest it had outside.
 	Descriptor ocispec.Descriptor
-	// Update tells what became of the ref. Its Reference is zero if the entry
-	// has no full name: then it is stored by digest only, until collected.
+	// Update tells what became of the ref. Its Reference is zero if the entry has no full
+	// name and was given none: then it is stored by digest only, until collected.
 	Update RefUpdate
 }
 
@@ -232,13 +236,16 @@ func (im *importer) choose(entries []ocispec.Descriptor) ([]ocispec.Descriptor, 
 	return chosen, nil
 }
 
-// reference returns the ref for an entry; zero when it has no full name. The
+// reference returns the ref for an entry; zero when it has and gets no full name. The
 // name has no grammar (image-spec annotations.md): what is no reference, such as a
 // bare tag, doesn't name one here.
 func (im *importer) reference(name string) (Reference, error) {
 	named := fullName(name)
 	want := im.opts.Reference
 	if want.IsZero() {
+		if named.IsZero() && im.opts.Anonymous {
+			return im.registry.anonymousReference(im.opts.PublishOptions)
+		}
 		return named, nil
 	}
 	agrees := named == want || name == "" || isBareTag(name) && name == want.Tag()

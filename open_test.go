@@ -326,6 +326,14 @@ func TestUseAfterClose(t *testing.T) {
 	}
 	d := built.Digest()
 	calls := map[string]func() error{
+		"NewAnonymousBuilder": func() error { _, err := r.NewAnonymousBuilder(nil); return err },
+		"PruneAnonymous":      func() error { _, err := r.PruneAnonymous(ctx, nil); return err },
+		"AnonymousRefs": func() (last error) {
+			for _, err := range r.AnonymousRefs(ctx) {
+				last = err
+			}
+			return last
+		},
 		"Close":             func() error { return r.Close() },
 		"Resolve":           func() error { _, err := r.Resolve(ctx, ref); return err },
 		"ResolveDigest":     func() error { _, err := r.ResolveDigest(ctx, d); return err },
