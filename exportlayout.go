@@ -230,12 +230,11 @@ func (x *export) writeBlobs(ctx context.Context, root *os.Root) (err error) {
 		} else if ok {
 			continue
 		}
-		src, err := x.registry.OpenBlob(ctx, d)
+		src, _, err := x.registry.blobs.openFile(d.Digest, d.Size)
 		if err != nil {
 			return err
 		}
-		_, _, err = st.put(ctx, src, "", d.Digest, d.Size)
-		if err = errors.Join(err, src.Close()); err != nil {
+		if err = errors.Join(st.putFile(ctx, src, d.Digest, d.Size), src.Close()); err != nil {
 			return err
 		}
 	}

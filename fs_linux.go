@@ -1,6 +1,9 @@
 package ocilocal
 
-import "syscall"
+import (
+	"os"
+	"syscall"
+)
 
 // networkFS names the network file system that dir lies on, "" for a local one.
 // The numbers are those of linux/magic.h and of the file systems' own headers.
@@ -24,4 +27,11 @@ func networkFS(dir string) (string, error) {
 		return "ocfs2", nil
 	}
 	return "", nil
+}
+
+// kernelCopies reports whether [os.File.ReadFrom] can have the kernel copy src
+// to dst (copy_file_range). Across file systems it may copy in small pieces instead.
+func kernelCopies(src, dst *os.File) bool {
+	var a, b syscall.Stat_t
+	return syscall.Fstat(int(src.Fd()), &a) == nil && syscall.Fstat(int(dst.Fd()), &b) == nil && a.Dev == b.Dev
 }

@@ -60,7 +60,7 @@ func (r *LocalRegistry) layoutImporter(l *layout, opts *ImportOptions) *importer
 			return err
 		}
 		defer f.Close()
-		if _, _, err := im.stage.put(ctx, f, "", desc.Digest, desc.Size); err != nil {
+		if err := im.stage.putFile(ctx, f, desc.Digest, desc.Size); err != nil {
 			return fmt.Errorf("blob %s of the layout: %w", desc.Digest, err)
 		}
 		return nil

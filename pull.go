@@ -170,12 +170,15 @@ func (p *puller) whole(desc ocispec.Descriptor) bool {
 }
 
 // point gives the ref to a manifest that is here with all it needs, and
-// returns nil if it isn't.
+// returns nil if it isn't. Nothing is written if the ref has it already.
 func (p *puller) point(ctx context.Context, d digest.Digest) (*PullResult, error) {
 	r := p.registry
 	desc, ok, err := r.index.resolveDigest(d)
 	if err != nil || !ok || r.blobs.readOnly || !p.whole(desc) {
 		return nil, err
+	}
+	if at, ok, err := r.index.resolve(p.as.key()); err != nil || ok && at.Digest == d && p.opts.Expected == "" {
+		return p.result(RefUpdate{Reference: p.as, Descriptor: desc, Existing: d, Outcome: Unchanged}, err)
 	}
 	result, err := p.result(r.point(ctx, d, p.as, &p.opts.PublishOptions))
 	if errors.Is(err, ErrNotFound) || errors.Is(err, ErrIncomplete) { // collected in between

@@ -91,6 +91,37 @@ func (st *stage) put(ctx context.Context, src io.Reader, alg digest.Algorithm, w
 		in = io.LimitReader(in, size+1)
 	}
 	n, err := st.store.copy(w, in)
+	return st.complete(w, n, err, alg, want, size)
+}
+
+// putFile is put for a file whose digest and size are known. Where the kernel can,
+// it copies a large one, or shares its blocks, and only the copy is read.
+func (st *stage) putFile(ctx context.Context, src *os.File, want digest.Digest, size int64) error {
+	if err := checkDigest(want); err != nil {
+		return err
+	}
+	if size < cloneChunk {
+		_, _, err := st.put(ctx, src, "", want, size)
+		return err
+	}
+	f, name, err := st.create()
+	if err != nil {
+		return err
+	}
+	w := &hashingWriter{file: f, hash: newHash(want.Algorithm()), store: st.store, name: name}
+	var n int64
+	if kernelCopies(src, f) {
+		n, err = w.clone(ctx, src, size+1)
+	} else {
+		n, err = st.store.copy(w, io.LimitReader(&ctxReader{ctx, src}, size+1))
+	}
+	_, _, err = st.complete(w, n, err, want.Algorithm(), want, size)
+	return err
+}
+
+// complete takes a file into the stage after n bytes of it were written, if it is as it should be.
+func (st *stage) complete(w *hashingWriter, n int64, err error, alg digest.Algorithm, want digest.Digest, size int64) (digest.Digest, int64, error) {
+	f, name := w.file, w.name
 	got := digest.NewDigest(alg, w.hash)
 	switch {
 	case err != nil:
@@ -503,6 +534,35 @@ func (w *hashingWriter) Write(p []byte) (int, error) {
 		w.started = w.written
 	}
 	return n, err
+}
+
+// cloneChunk is how much clone lets the kernel copy at a time: little enough to be
+// in the processor's cache still when it is hashed.
+const cloneChunk = 4 << 20
+
+// clone copies at most limit bytes of src without taking them through this
+// process, and hashes what has arrived, one chunk while the next is on its way.
+func (w *hashingWriter) clone(ctx context.Context, src *os.File, limit int64) (n int64, err error) {
+	hashed := make(chan error, 1)
+	hashed <- nil
+	for {
+		if err = errors.Join(ctx.Err(), w.store.root.injected("write", w.name)); err != nil {
+			break
+		}
+		from := n
+		m, copyErr := w.file.ReadFrom(io.LimitReader(src, min(cloneChunk, limit-n)))
+		n += m
+		if err = errors.Join(copyErr, <-hashed); err != nil || m == 0 {
+			hashed <- nil
+			break
+		}
+		go func() {
+			_, err := w.store.copy(w.hash, io.NewSectionReader(w.file, from, m))
+			startWriteback(w.file, from, m)
+			hashed <- err
+		}()
+	}
+	return n, errors.Join(err, <-hashed)
 }
 
 // writebackEvery is how much of a large blob is handed to the disk at once

@@ -1,16 +1,32 @@
-# The same as ommx2.py with version 3 of the SDK.
+# The same as ommx2.py with version 3 of the SDK, which keeps a registry of its own.
 import sys
+
 from ommx import DecisionVariable, Instance
 from ommx.artifact import Artifact, ArtifactDraft
 
-command, archive = sys.argv[1:]
-if command == "make":
+
+def make(archive):
     x = [DecisionVariable.binary(i) for i in range(3)]
     instance = Instance.from_components(
         decision_variables=x, objective=sum(x), constraints={0: sum(x) == 1}, sense=Instance.MAXIMIZE)
-    draft = ArtifactDraft.new("ghcr.io/example/three:v1")
+    instance.title = 'a "title" with <&> é'
+    draft = ArtifactDraft.new("ghcr.io/example/demo:v1")
     draft.add_instance(instance)
+    draft.add_annotation("org.ommx.user.note", "kept")
     draft.commit().save(archive)
-else:
-    instance = Artifact.import_archive(archive).instance
-print(instance.to_v1_bytes().hex())
+    return instance
+
+
+def push(archive):
+    artifact = Artifact.import_archive(archive)
+    artifact.push()
+    return artifact.instance
+
+
+commands = {
+    "make": make,
+    "read": lambda path: Artifact.import_archive(path).instance,
+    "load": lambda name: Artifact.load(name).instance,
+    "push": push,
+}
+print(commands[sys.argv[1]](sys.argv[2]).to_v1_bytes().hex())

@@ -1,0 +1,341 @@
+// Transfer imports, exports, pulls and pushes the same artifacts with ocilocal,
+// oras-go, go-containerregistry and regclient in one run, and prints what each took. The
+// registry is go-containerregistry's, in a process of its own, on loopback.
+package main
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"log"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync/atomic"
+	"time"
+
+	"github.com/google/go-containerregistry/pkg/registry"
+
+	"github.com/ocilocal/ocilocal/benchmarks"
+)
+
+func main() {
+	quick := flag.Bool("quick", false, "small sizes: a look, not a result")
+	parent := flag.String("dir", "", "directory to work in, on the disk to measure (default: the system's temporary directory)")
+	serve := flag.Bool("serve", false, "be the registry")
+	only := flag.String("only", "", "run the tasks whose name contains this")
+	flag.Parse()
+	run := func() error { return measure(*parent, *only, *quick) }
+	if *serve {
+		run = beRegistry
+	}
+	if err := run(); err != nil {
+		fmt.Fprintln(os.Stderr, "transfer:", err)
+		os.Exit(1)
+	}
+}
+
+// beRegistry serves until its input ends. It prints its address, and for each line of input the bytes sent and received.
+func beRegistry() error {
+	var in, out atomic.Int64
+	handler := registry.New(registry.Logger(log.New(io.Discard, "", 0)))
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return err
+	}
+	go http.Serve(l, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		r.Body = &counted{r.Body, &in}
+		handler.ServeHTTP(&countedWriter{w, &out}, r)
+	}))
+	fmt.Println(l.Addr())
+	for s := bufio.NewScanner(os.Stdin); s.Scan(); {
+		fmt.Println(out.Swap(0), in.Swap(0))
+	}
+	return nil
+}
+
+type counted struct {
+	io.ReadCloser
+	n *atomic.Int64
+}
+
+func (c *counted) Read(p []byte) (int, error) {
+	n, err := c.ReadCloser.Read(p)
+	c.n.Add(int64(n))
+	return n, err
+}
+
+type countedWriter struct {
+	http.ResponseWriter
+	n *atomic.Int64
+}
+
+func (c *countedWriter) Write(p []byte) (int, error) {
+	n, err := c.ResponseWriter.Write(p)
+	c.n.Add(int64(n))
+	return n, err
+}
+
+// A server is a registry in a process of its own.
+type server struct {
+	addr  string
+	in    io.WriteCloser
+	lines *bufio.Scanner
+	cmd   *exec.Cmd
+}
+
+func start() (*server, error) {
+	self, err := os.Executable()
+	if err != nil {
+		return nil, err
+	}
+	s := &server{cmd: exec.Command(self, "-serve")}
+	s.cmd.Stderr = os.Stderr
+	if s.in, err = s.cmd.StdinPipe(); err != nil {
+		return nil, err
+	}
+	out, err := s.cmd.StdoutPipe()
+	if err != nil {
+		return nil, err
+	}
+	if err := s.cmd.Start(); err != nil {
+		return nil, err
+	}
+	s.lines = bufio.NewScanner(out)
+	if !s.lines.Scan() {
+		return nil, errors.New("registry didn't start")
+	}
+	s.addr = s.lines.Text()
+	return s, nil
+}
+
+// bytes returns what the registry has sent and received since the last call.
+func (s *server) bytes() (sent, received int64) {
+	fmt.Fprintln(s.in)
+	s.lines.Scan()
+	fmt.Sscan(s.lines.Text(), &sent, &received)
+	return sent, received
+}
+
+func (s *server) stop() error { return errors.Join(s.in.Close(), s.cmd.Wait()) }
+
+type measurer struct {
+	ctx    context.Context
+	dir    string
+	only   string
+	rounds int
+	n      int // of directories made
+}
+
+func measure(parent, only string, quick bool) error {
+	dir, err := os.MkdirTemp(parent, "ocilocal-transfer-")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(dir)
+	m := &measurer{ctx: context.Background(), dir: dir, only: only, rounds: 3}
+	many, large, layers, small := 1000, int64(1<<30), int64(32<<20), 500
+	if quick {
+		many, large, layers, small, m.rounds = 100, 64<<20, 4<<20, 50, 1
+	}
+	fmt.Println("| task | ocilocal | oras-go | ggcr | regclient | fastest peer / ocilocal | ocilocal's memory growth | bytes on the wire: ocilocal, peers |\n|---|---|---|---|---|---|---|---|")
+	if err := m.local(fmt.Sprintf("%d artifacts × 3 × 64 KiB", many), many, 3, 64<<10); err != nil {
+		return err
+	}
+	if err := m.local(fmt.Sprintf("one layer of %d MiB", large>>20), 1, 1, large); err != nil {
+		return err
+	}
+	if err := m.remote(fmt.Sprintf("8 layers × %d MiB", layers>>20), 1, 8, layers); err != nil {
+		return err
+	}
+	return m.remote(fmt.Sprintf("%d artifacts × 4 KiB", small), small, 1, 4<<10)
+}
+
+func (m *measurer) fresh(name string) string {
+	m.n++
+	return filepath.Join(m.dir, fmt.Sprintf("%s-%d", name, m.n))
+}
+
+// local measures import and export.
+func (m *measurer) local(what string, n, layers int, size int64) error {
+	tasks := map[string]func(*benchmarks.Work, benchmarks.Transfer) func() error{
+		"import a directory, " + what: func(w *benchmarks.Work, t benchmarks.Transfer) func() error {
+			if t.ImportDir == nil {
+				return nil
+			}
+			return func() error { return t.ImportDir(m.ctx, w.Source(t.Name, false), m.fresh("in"), w.Names) }
+		},
+		"import a tar, " + what: func(w *benchmarks.Work, t benchmarks.Transfer) func() error {
+			if t.ImportTar == nil {
+				return nil
+			}
+			return func() error { return t.ImportTar(m.ctx, w.Source(t.Name, true), m.fresh("in"), w.Names) }
+		},
+		"export to a directory, " + what: func(w *benchmarks.Work, t benchmarks.Transfer) func() error {
+			if t.ExportDir == nil {
+				return nil
+			}
+			return func() error { return t.ExportDir(m.ctx, w.Own(t.Name), m.fresh("out"), w.Names) }
+		},
+		"export to a tar, " + what: func(w *benchmarks.Work, t benchmarks.Transfer) func() error {
+			if t.ExportTar == nil {
+				return nil
+			}
+			return func() error { return t.ExportTar(m.ctx, w.Own(t.Name), m.fresh("out"), w.Names) }
+		},
+	}
+	if !slices.ContainsFunc(slices.Collect(keys(tasks)), m.wanted) {
+		return nil
+	}
+	w, err := benchmarks.NewWork(m.ctx, m.fresh("work"), "127.0.0.1:1/bench/artifact", 0, n, layers, size)
+	if err != nil {
+		return err
+	}
+	for _, name := range slices.Sorted(keys(tasks)) {
+		if err := m.task(name, func(t benchmarks.Transfer) (func() error, error) { return tasks[name](w, t), nil }, nil); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func keys[V any](m map[string]V) func(func(string) bool) {
+	return func(yield func(string) bool) {
+		for k := range m {
+			if !yield(k) {
+				return
+			}
+		}
+	}
+}
+
+func (m *measurer) wanted(name string) bool { return strings.Contains(name, m.only) }
+
+// remote measures pull and push.
+func (m *measurer) remote(what string, n, layers int, size int64) error {
+	pull, again, push := "pull, "+what, "pull again, "+what, "push, "+what
+	if !m.wanted(pull) && !m.wanted(again) && !m.wanted(push) {
+		return nil
+	}
+	s, err := start()
+	if err != nil {
+		return err
+	}
+	defer s.stop()
+	w, err := benchmarks.NewWork(m.ctx, m.fresh("work"), s.addr+"/bench/artifact", 0, n, layers, size)
+	if err != nil {
+		return err
+	}
+	if err := benchmarks.Transfers[0].Push(m.ctx, w.Store, w.Names); err != nil {
+		return err
+	}
+	if err := m.task(pull, func(t benchmarks.Transfer) (func() error, error) {
+		return func() error { return t.Pull(m.ctx, m.fresh("pull"), w.Names) }, nil
+	}, s); err != nil {
+		return err
+	}
+	if err := m.task(again, func(t benchmarks.Transfer) (func() error, error) {
+		dir := m.fresh("again")
+		return func() error { return t.PullAgain(m.ctx, dir, w.Names) }, t.Pull(m.ctx, dir, w.Names)
+	}, s); err != nil {
+		return err
+	}
+	// The registry has one store of blobs for all repositories: each push brings new ones.
+	pushes := 0
+	return m.task(push, func(t benchmarks.Transfer) (func() error, error) {
+		pushes++
+		dir := m.fresh("work")
+		w, err := benchmarks.NewWork(m.ctx, dir, fmt.Sprintf("%s/bench/push%d", s.addr, pushes), pushes, n, layers, size)
+		if err != nil {
+			return nil, err
+		}
+		return func() error { return t.Push(m.ctx, w.Own(t.Name), w.Names) }, nil
+	}, s)
+}
+
+// task measures one task with each library, in turns, and prints a row.
+func (m *measurer) task(name string, prepare func(benchmarks.Transfer) (func() error, error), s *server) error {
+	if !m.wanted(name) {
+		return nil
+	}
+	took := map[string][]time.Duration{}
+	wire := map[string]int64{}
+	peak := int64(-1)
+	for range m.rounds {
+		for _, t := range benchmarks.Transfers {
+			do, err := prepare(t)
+			if err != nil {
+				return fmt.Errorf("%s, %s: %w", name, t.Name, err)
+			}
+			if do == nil {
+				continue
+			}
+			benchmarks.SyncAll()
+			if s != nil {
+				s.bytes()
+			}
+			began := time.Now()
+			grown, err := benchmarks.PeakMemory(do)
+			if err != nil {
+				return fmt.Errorf("%s, %s: %w", name, t.Name, err)
+			}
+			took[t.Name] = append(took[t.Name], time.Since(began))
+			if s != nil {
+				sent, received := s.bytes()
+				wire[t.Name] = sent + received
+			}
+			if t.Name == "ocilocal" {
+				peak = max(peak, grown)
+			}
+		}
+		m.clean()
+	}
+	m.print(name, took, wire, peak)
+	return nil
+}
+
+// clean removes what the last round made.
+func (m *measurer) clean() {
+	for _, kind := range []string{"in", "out", "pull", "again"} {
+		dirs, _ := filepath.Glob(filepath.Join(m.dir, kind+"-*"))
+		for _, d := range dirs {
+			os.RemoveAll(d)
+		}
+	}
+}
+
+func (m *measurer) print(name string, took map[string][]time.Duration, wire map[string]int64, peak int64) {
+	fmt.Printf("| %s ", name)
+	fastest := time.Duration(0)
+	var wires []string
+	for _, t := range benchmarks.Transfers {
+		ds := slices.Sorted(slices.Values(took[t.Name]))
+		if len(ds) == 0 {
+			fmt.Print("| – ")
+			continue
+		}
+		d := ds[len(ds)/2]
+		fmt.Printf("| %.0f ms ", float64(d.Microseconds())/1e3)
+		if t.Name != "ocilocal" && (fastest == 0 || d < fastest) {
+			fastest = d
+		}
+		if wire[t.Name] > 0 {
+			wires = append(wires, fmt.Sprintf("%.2f", float64(wire[t.Name])/1e6))
+		}
+	}
+	ratio := "–"
+	if own := slices.Sorted(slices.Values(took["ocilocal"])); fastest > 0 {
+		ratio = fmt.Sprintf("%.2f×", float64(fastest)/float64(own[len(own)/2]))
+	}
+	if len(wires) > 0 {
+		wires[len(wires)-1] += " MB"
+	}
+	fmt.Printf("| %s | %.1f MiB | %s |\n", ratio, float64(peak)/(1<<20), strings.Join(wires, ", "))
+}

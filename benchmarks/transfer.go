@@ -1,0 +1,423 @@
+package benchmarks
+
+import (
+	"archive/tar"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/google/go-containerregistry/pkg/name"
+	ggcr "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/google/go-containerregistry/pkg/v1/empty"
+	"github.com/google/go-containerregistry/pkg/v1/layout"
+	ggcrremote "github.com/google/go-containerregistry/pkg/v1/remote"
+	"github.com/ocilocal/ocilocal"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"github.com/regclient/regclient"
+	"github.com/regclient/regclient/config"
+	regref "github.com/regclient/regclient/types/ref"
+	"oras.land/oras-go/v2"
+	"oras.land/oras-go/v2/content/oci"
+	"oras.land/oras-go/v2/registry/remote"
+)
+
+// A Transfer moves artifacts between a library's own local store and the world. A
+// peer's store is a layout directory, whose entries are named by bare tags. Names
+// are full references. What a library can't do is nil.
+type Transfer struct {
+	Name      string
+	ImportDir func(ctx context.Context, from, store string, names []string) error
+	ImportTar func(ctx context.Context, from, store string, names []string) error
+	ExportDir func(ctx context.Context, store, to string, names []string) error
+	ExportTar func(ctx context.Context, store, to string, names []string) error
+	Pull      func(ctx context.Context, store string, names []string) error
+	// PullAgain is Pull when all is there, and the registry is to be asked whether that is so.
+	PullAgain func(ctx context.Context, store string, names []string) error
+	Push      func(ctx context.Context, store string, names []string) error
+}
+
+// Transfers are the compared libraries.
+var Transfers = []Transfer{
+	{
+		Name:      "ocilocal",
+		ImportDir: ours(importDir), ImportTar: ours(importTar),
+		ExportDir: ourExport((*ocilocal.LocalRegistry).ExportLayout),
+		ExportTar: ourExport((*ocilocal.LocalRegistry).ExportArchiveFile),
+		Pull:      pull(nil), PullAgain: pull(&ocilocal.PullOptions{Check: true}), Push: push,
+	},
+	{
+		Name:      "oras-go",
+		ImportDir: orasCopy(openOCI, openOCI), ImportTar: orasCopy(openOCITar, openOCI),
+		ExportDir: orasCopy(openOCI, openOCI),
+		Pull:      orasRemote(orasPull), PullAgain: orasRemote(orasPull), Push: orasRemote(orasPush),
+	},
+	{
+		Name:      "ggcr",
+		ImportDir: ggcrCopy, ExportDir: ggcrCopy,
+		Pull: ggcrPull, PullAgain: ggcrPull, Push: ggcrPush,
+	},
+	{
+		Name:      "regclient",
+		ImportDir: regCopyDirs, ExportDir: regCopyDirs,
+		Pull: regPull, PullAgain: regPull, Push: regPush,
+	},
+}
+
+func tag(full string) string { return full[strings.LastIndexByte(full, ':')+1:] }
+
+func repository(full string) string { return full[:strings.LastIndexByte(full, ':')] }
+
+func references(names []string) (refs []ocilocal.Reference) {
+	for _, n := range names {
+		refs = append(refs, ocilocal.MustParseReference(n))
+	}
+	return refs
+}
+
+func ours(do func(ctx context.Context, r *ocilocal.LocalRegistry, from string) error) func(context.Context, string, string, []string) error {
+	return func(ctx context.Context, from, store string, _ []string) error {
+		r, err := ocilocal.Open(ctx, store, nil)
+		if err != nil {
+			return err
+		}
+		return errors.Join(do(ctx, r, from), r.Close())
+	}
+}
+
+func importDir(ctx context.Context, r *ocilocal.LocalRegistry, from string) error {
+	_, err := r.ImportLayout(ctx, from, nil)
+	return err
+}
+
+func importTar(ctx context.Context, r *ocilocal.LocalRegistry, from string) error {
+	_, err := r.ImportArchiveFile(ctx, from, nil)
+	return err
+}
+
+func ourExport(do func(*ocilocal.LocalRegistry, context.Context, string, []ocilocal.Reference, *ocilocal.ExportOptions) error) func(context.Context, string, string, []string) error {
+	return func(ctx context.Context, store, to string, names []string) error {
+		r, err := ocilocal.Open(ctx, store, nil)
+		if err != nil {
+			return err
+		}
+		return errors.Join(do(r, ctx, to, references(names), nil), r.Close())
+	}
+}
+
+func pull(opts *ocilocal.PullOptions) func(context.Context, string, []string) error {
+	return ourRemote(func(ctx context.Context, r *ocilocal.LocalRegistry, ref ocilocal.Reference) error {
+		_, err := r.Pull(ctx, ref, opts)
+		return err
+	})
+}
+
+func push(ctx context.Context, store string, names []string) error {
+	return ourRemote(func(ctx context.Context, r *ocilocal.LocalRegistry, ref ocilocal.Reference) error {
+		_, err := r.Push(ctx, ref, nil)
+		return err
+	})(ctx, store, names)
+}
+
+func ourRemote(do func(context.Context, *ocilocal.LocalRegistry, ocilocal.Reference) error) func(context.Context, string, []string) error {
+	return func(ctx context.Context, store string, names []string) error {
+		remote := &ocilocal.Remote{}
+		defer remote.CloseIdleConnections()
+		r, err := ocilocal.Open(ctx, store, &ocilocal.Options{Remote: remote})
+		if err != nil {
+			return err
+		}
+		for _, ref := range references(names) {
+			if err = do(ctx, r, ref); err != nil {
+				break
+			}
+		}
+		return errors.Join(err, r.Close())
+	}
+}
+
+func openOCI(ctx context.Context, dir string) (oras.ReadOnlyTarget, error) {
+	return oci.NewWithContext(ctx, dir)
+}
+
+func openOCITar(ctx context.Context, file string) (oras.ReadOnlyTarget, error) {
+	return oci.NewFromTar(ctx, file)
+}
+
+type orasOpener func(ctx context.Context, where string) (oras.ReadOnlyTarget, error)
+
+func orasCopy(openFrom, openTo orasOpener) func(context.Context, string, string, []string) error {
+	return func(ctx context.Context, from, to string, names []string) error {
+		src, err := openFrom(ctx, from)
+		if err != nil {
+			return err
+		}
+		dst, err := openTo(ctx, to)
+		if err != nil {
+			return err
+		}
+		for _, n := range names {
+			if _, err := oras.Copy(ctx, src, tag(n), dst.(oras.Target), tag(n), oras.DefaultCopyOptions); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+}
+
+func orasRemote(do func(ctx context.Context, store *oci.Store, repo *remote.Repository, tag string) error) func(context.Context, string, []string) error {
+	return func(ctx context.Context, dir string, names []string) error {
+		store, err := oci.NewWithContext(ctx, dir)
+		if err != nil {
+			return err
+		}
+		for _, n := range names {
+			repo, err := remote.NewRepository(repository(n))
+			if err != nil {
+				return err
+			}
+			repo.PlainHTTP = true
+			if err := do(ctx, store, repo, tag(n)); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+}
+
+func orasPull(ctx context.Context, store *oci.Store, repo *remote.Repository, tag string) error {
+	_, err := oras.Copy(ctx, repo, tag, store, tag, oras.DefaultCopyOptions)
+	return err
+}
+
+func orasPush(ctx context.Context, store *oci.Store, repo *remote.Repository, tag string) error {
+	_, err := oras.Copy(ctx, store, tag, repo, tag, oras.DefaultCopyOptions)
+	return err
+}
+
+// ggcrImages returns the images of a layout by tag.
+func ggcrImages(dir string) (layout.Path, map[string]ggcr.Hash, error) {
+	p, err := layout.FromPath(dir)
+	if err != nil {
+		return p, nil, err
+	}
+	index, err := p.ImageIndex()
+	if err != nil {
+		return p, nil, err
+	}
+	m, err := index.IndexManifest()
+	if err != nil {
+		return p, nil, err
+	}
+	images := map[string]ggcr.Hash{}
+	for _, d := range m.Manifests {
+		images[d.Annotations[ocispec.AnnotationRefName]] = d.Digest
+	}
+	return p, images, nil
+}
+
+func ggcrCopy(_ context.Context, from, to string, names []string) error {
+	src, images, err := ggcrImages(from)
+	if err != nil {
+		return err
+	}
+	dst, err := layout.Write(to, empty.Index)
+	if err != nil {
+		return err
+	}
+	for _, n := range names {
+		img, err := src.Image(images[tag(n)])
+		if err != nil {
+			return err
+		}
+		if err := dst.AppendImage(img, layout.WithAnnotations(map[string]string{ocispec.AnnotationRefName: tag(n)})); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func ggcrPull(ctx context.Context, store string, names []string) error {
+	dst, err := layout.FromPath(store)
+	if err != nil {
+		if dst, err = layout.Write(store, empty.Index); err != nil {
+			return err
+		}
+	}
+	puller, err := ggcrremote.NewPuller()
+	if err != nil {
+		return err
+	}
+	for _, n := range names {
+		ref, err := name.ParseReference(n, name.Insecure)
+		if err != nil {
+			return err
+		}
+		desc, err := puller.Get(ctx, ref)
+		if err != nil {
+			return err
+		}
+		img, err := desc.Image()
+		if err != nil {
+			return err
+		}
+		if err := dst.ReplaceImage(img, func(d ggcr.Descriptor) bool { return d.Annotations[ocispec.AnnotationRefName] == tag(n) },
+			layout.WithAnnotations(map[string]string{ocispec.AnnotationRefName: tag(n)})); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func ggcrPush(ctx context.Context, store string, names []string) error {
+	src, images, err := ggcrImages(store)
+	if err != nil {
+		return err
+	}
+	pusher, err := ggcrremote.NewPusher()
+	if err != nil {
+		return err
+	}
+	for _, n := range names {
+		img, err := src.Image(images[tag(n)])
+		if err != nil {
+			return err
+		}
+		ref, err := name.ParseReference(n, name.Insecure)
+		if err != nil {
+			return err
+		}
+		if err := pusher.Push(ctx, ref, img); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// regCopy copies with regclient between addresses that from and to make of a name.
+func regCopy(ctx context.Context, names []string, from, to func(name string) string) error {
+	host := config.HostNewName(names[0][:strings.IndexByte(names[0], '/')])
+	host.TLS = config.TLSDisabled
+	rc := regclient.New(regclient.WithConfigHost(*host))
+	var src, dst regref.Ref
+	var err error
+	for _, n := range names {
+		if src, err = regref.New(from(n)); err != nil {
+			return err
+		}
+		if dst, err = regref.New(to(n)); err != nil {
+			return err
+		}
+		if err = rc.ImageCopy(ctx, src, dst); err != nil {
+			return err
+		}
+	}
+	// Once for all: closing a directory collects garbage there, and takes longer than anything else.
+	return errors.Join(rc.Close(ctx, src), rc.Close(ctx, dst))
+}
+
+func regDir(dir string) func(string) string {
+	return func(name string) string { return fmt.Sprintf("ocidir://%s:%s", dir, tag(name)) }
+}
+
+func regSame(name string) string { return name }
+
+func regCopyDirs(ctx context.Context, from, to string, names []string) error {
+	return regCopy(ctx, names, regDir(from), regDir(to))
+}
+
+func regPull(ctx context.Context, store string, names []string) error {
+	return regCopy(ctx, names, regSame, regDir(store))
+}
+
+func regPush(ctx context.Context, store string, names []string) error {
+	return regCopy(ctx, names, regDir(store), regSame)
+}
+
+// Work is a set of artifacts to be moved, in the forms that the libraries start from.
+type Work struct {
+	Names []string
+	Bytes int64  // of layers
+	Store string // ocilocal's root
+	Full  string // layout directory with full names
+	Tags  string // the same with bare tags
+	Tar   string // archive of Full
+	Tags2 string // archive of Tags
+}
+
+// NewWork makes n artifacts with layers of a size below dir. No two seeds have a layer in common.
+func NewWork(ctx context.Context, dir, repository string, seed, n, layers int, size int64) (*Work, error) {
+	w := &Work{Bytes: int64(n*layers) * size, Store: filepath.Join(dir, "store"), Full: filepath.Join(dir, "full"),
+		Tags: filepath.Join(dir, "tags"), Tar: filepath.Join(dir, "full.tar"), Tags2: filepath.Join(dir, "tags.tar")}
+	r, err := ocilocal.Open(ctx, w.Store, &ocilocal.Options{Format: ocilocal.FormatImageManifest})
+	if err != nil {
+		return nil, err
+	}
+	defer r.Close()
+	for i := range n {
+		w.Names = append(w.Names, fmt.Sprintf("%s:t%05d", repository, i))
+		b, err := r.NewBuilder(ocilocal.MustParseReference(w.Names[i]), &ocilocal.BuilderOptions{ArtifactType: artifactType})
+		if err != nil {
+			return nil, err
+		}
+		for k := range layers {
+			if _, err := b.AddLayer(ctx, layerType, Large(uint64(seed<<20+i*layers+k), size), nil); err != nil {
+				return nil, err
+			}
+		}
+		if _, err := b.Build(ctx); err != nil {
+			return nil, err
+		}
+	}
+	refs := references(w.Names)
+	if err := r.ExportLayout(ctx, w.Full, refs, nil); err != nil {
+		return nil, err
+	}
+	if err := r.ExportLayout(ctx, w.Tags, refs, nil); err != nil {
+		return nil, err
+	}
+	if err := r.ExportArchiveFile(ctx, w.Tar, refs, nil); err != nil {
+		return nil, err
+	}
+	index := filepath.Join(w.Tags, ocispec.ImageIndexFile)
+	b, err := os.ReadFile(index)
+	if err != nil {
+		return nil, err
+	}
+	if err := os.WriteFile(index, []byte(strings.ReplaceAll(string(b), repository+":", "")), 0o600); err != nil {
+		return nil, err
+	}
+	f, err := os.Create(w.Tags2)
+	if err != nil {
+		return nil, err
+	}
+	return w, errors.Join(tarDir(f, w.Tags), f.Close())
+}
+
+// Source is the layout or archive that a library takes: ocilocal's has full names.
+func (w *Work) Source(library string, archive bool) string {
+	switch {
+	case library == "ocilocal" && archive:
+		return w.Tar
+	case library == "ocilocal":
+		return w.Full
+	case archive:
+		return w.Tags2
+	}
+	return w.Tags
+}
+
+// Own is the library's own store with the work in it.
+func (w *Work) Own(library string) string {
+	if library == "ocilocal" {
+		return w.Store
+	}
+	return w.Tags
+}
+
+func tarDir(f *os.File, dir string) error {
+	w := tar.NewWriter(f)
+	return errors.Join(w.AddFS(os.DirFS(dir)), w.Close())
+}
