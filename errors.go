@@ -8,6 +8,7 @@ import (
 	"syscall"
 
 	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
 // sentinel is an error that prints clean and still is the standard library's
@@ -205,3 +206,19 @@ func (e *SchemaError) Error() string {
 
 // Is reports whether target is [ErrNewerSchema].
 func (e *SchemaError) Is(target error) bool { return target == ErrNewerSchema }
+
+// A MissingSubjectError says that an artifact's subject isn't in the registry.
+// It matches [ErrNotFound]. Pulling or importing the subject mends it.
+type MissingSubjectError struct {
+	Artifact digest.Digest      // whose subject it is
+	Subject  ocispec.Descriptor // as the artifact's manifest has it
+}
+
+func (e *MissingSubjectError) Error() string {
+	return fmt.Sprintf("subject %s of %s is not in the registry (pull or import it)", e.Subject.Digest, e.Artifact)
+}
+
+// Is reports whether target is [ErrNotFound] or [fs.ErrNotExist].
+func (e *MissingSubjectError) Is(target error) bool {
+	return target == ErrNotFound || target == fs.ErrNotExist
+}

@@ -27,6 +27,11 @@ type ExportOptions struct {
 	// Lineage adds the subject of each artifact, that one's subject, and so on
 	// to the end of the chain, without a name. All of it must be there.
 	Lineage bool
+	// Referrers adds every manifest whose subject is a manifest of the export, such as a
+	// signature of an artifact, then those whose subject is one of these, and
+	// so on, each with all it needs. They are listed in index.json
+	// without a name, even where refs point at them.
+	Referrers bool
 	// Gzip compresses an archive. A layout directory is never compressed.
 	Gzip bool
 	// Overwrite lets [LocalRegistry.ExportArchiveFile] replace a file, and
@@ -160,6 +165,11 @@ func (r *LocalRegistry) newExport(ctx context.Context, refs []Reference, opts *E
 			return nil, err
 		}
 	}
+	if x.opts.Referrers {
+		if err := x.referrers(ctx); err != nil {
+			return nil, err
+		}
+	}
 	x.sort()
 	return x, nil
 }
@@ -190,6 +200,22 @@ func (x *export) root(ctx context.Context, desc ocispec.Descriptor, annotations 
 		}
 		desc, annotations = parent, nil
 	}
+}
+
+// referrers adds what refers to any of the manifests, these included.
+func (x *export) referrers(ctx context.Context) error {
+	for i := 0; i < len(x.manifests); i++ { // it grows
+		subject := x.manifests[i].Digest
+		for desc, err := range x.registry.Referrers(ctx, subject, nil) {
+			if err == nil {
+				err = x.root(ctx, desc, nil)
+			}
+			if err != nil {
+				return fmt.Errorf("referrers of %s: %w", subject, err)
+			}
+		}
+	}
+	return nil
 }
 
 // sort puts the lists into the order that only the content decides.

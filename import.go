@@ -3,6 +3,7 @@ package ocilocal
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 
 	"github.com/opencontainers/go-digest"
@@ -19,6 +20,17 @@ type ImportOptions struct {
 	Reference Reference
 	// Rename lets Reference differ from the entry's own name.
 	Rename bool
+	// Anonymous gives what has no full name, and none by Reference, a new reference
+	// with each import, of the kind that [LocalRegistry.NewAnonymousBuilder] makes.
+	// Otherwise it is stored by digest only, until collected.
+	Anonymous bool
+	// Referrers, where Select chooses one entry, brings the entries along whose subject is
+	// a manifest that comes in, such as a signature of an artifact, then those
+	// whose subject is one of these, and so on. They get no refs, whatever they are called
+	// outside, so a collection deletes them unless [GCOptions.KeepReferrers] is set.
+	// To find them, the manifest of every entry is read: one that is missing or
+	// damaged fails the import.
+	Referrers bool
 	// PublishOptions say what happens if a ref exists. With several entries,
 	// a conflict is reported as an outcome; with one, it is an error as well.
 	PublishOptions
@@ -32,17 +44,18 @@ type ImportedArtifact struct {
 	Name string
 	// Descriptor is of the manifest or image index, with the digest it had outside.
 	Descriptor ocispec.Descriptor
-	// Update tells what became of the ref. Its Reference is zero if the entry
-	// has no full name: then it is stored by digest only, until collected.
+	// Update tells what became of the ref. Its Reference is zero if the entry has no full
+	// name and was given none: then it is stored by digest only, until collected.
 	Update RefUpdate
 }
 
 // An ImportResult tells what an import did.
 type ImportResult struct {
 	Artifacts    []ImportedArtifact
-	BlobsWritten int   // blobs that the registry did not have
-	BlobsReused  int   // blobs that it had
-	BytesWritten int64 // size of the former
+	Referrers    []ocispec.Descriptor // what ImportOptions.Referrers brought along
+	BlobsWritten int                  // blobs that the registry did not have
+	BlobsReused  int                  // blobs that it had
+	BytesWritten int64                // size of the former
 }
 
 // importer is the one pipeline by which content comes in: it takes the closure
@@ -58,6 +71,8 @@ type importer struct {
 	fetch   func(ctx context.Context, desc ocispec.Descriptor, as role) error
 	workers int
 	tasks   *tasks // under way; nil without workers
+	// look opens a manifest of the source without staging it. Nil: what the source has is staged.
+	look func(ctx context.Context, desc ocispec.Descriptor) (*verifier, error)
 
 	need  map[digest.Digest]bool // what the closures hold
 	sizes map[digest.Digest]int64
@@ -77,7 +92,7 @@ func (im *importer) run(ctx context.Context, entries []ocispec.Descriptor) (*Imp
 	if err != nil {
 		return nil, err
 	}
-	pubs, result, err := im.collect(ctx, chosen)
+	pubs, result, err := im.collect(ctx, entries, chosen)
 	if err != nil {
 		return nil, err
 	}
@@ -96,12 +111,14 @@ func (im *importer) run(ctx context.Context, entries []ocispec.Descriptor) (*Imp
 	}
 	if err == nil {
 		result.BlobsWritten, result.BlobsReused, result.BytesWritten = im.stage.counts()
+	} else {
+		result.Referrers = nil // they weren't published either
 	}
 	return result, err
 }
 
-// collect stages the closures of the chosen entries.
-func (im *importer) collect(ctx context.Context, chosen []ocispec.Descriptor) (pubs []publication, result *ImportResult, err error) {
+// collect stages the closures of the chosen entries, and what is to come along.
+func (im *importer) collect(ctx context.Context, entries, chosen []ocispec.Descriptor) (pubs []publication, result *ImportResult, err error) {
 	if im.workers > 0 {
 		im.tasks = newTasks(ctx, im.workers)
 		ctx = im.tasks.ctx
@@ -126,7 +143,64 @@ func (im *importer) collect(ctx context.Context, chosen []ocispec.Descriptor) (p
 		result.Artifacts = append(result.Artifacts, ImportedArtifact{Name: name, Descriptor: p.root.Descriptor()})
 		pubs = append(pubs, p)
 	}
-	return pubs, result, nil
+	if im.opts.Referrers && len(pubs) == 1 {
+		result.Referrers, err = im.referrers(ctx, entries, &pubs[0])
+	}
+	return pubs, result, err
+}
+
+// referrers adds to p the entries that refer to any of its manifests, those that
+// it adds included. They stand and fall with p.
+func (im *importer) referrers(ctx context.Context, entries []ocispec.Descriptor, p *publication) (added []ocispec.Descriptor, err error) {
+	have := map[digest.Digest]bool{}
+	for _, m := range p.manifests {
+		have[m.Digest()] = true
+	}
+	bySubject, peeked := map[digest.Digest][]ocispec.Descriptor{}, map[digest.Digest]bool{}
+	for _, e := range entries {
+		if have[e.Digest] || peeked[e.Digest] || formOf(e.MediaType) == 0 {
+			continue
+		}
+		peeked[e.Digest] = true
+		m, err := im.peek(ctx, e)
+		if err != nil {
+			return nil, fmt.Errorf("looking for referrers: %w", err)
+		}
+		if s := m.doc.Subject; s != nil {
+			bySubject[s.Digest] = append(bySubject[s.Digest], e)
+		}
+	}
+	for i := 0; i < len(p.manifests); i++ { // it grows
+		for _, e := range bySubject[p.manifests[i].Digest()] {
+			if have[e.Digest] { // it lies in one that came before
+				continue
+			}
+			m, err := im.manifest(ctx, e, 0, have, &p.manifests)
+			if err != nil {
+				return nil, fmt.Errorf("referrer %s: %w", e.Digest, err)
+			}
+			added = append(added, m.Descriptor())
+		}
+	}
+	return added, nil
+}
+
+// peek reads a manifest that may turn out not to be needed.
+func (im *importer) peek(ctx context.Context, desc ocispec.Descriptor) (*Manifest, error) {
+	if desc.Size > MaxManifestSize {
+		return nil, fmt.Errorf("manifest %s: %w", desc.Digest, tooLargeManifest(int(desc.Size)))
+	}
+	src, err := (*verifier)(nil), ErrIncomplete
+	if im.look != nil {
+		src, err = im.look(ctx, desc)
+	}
+	if errors.Is(err, ErrIncomplete) {
+		src, err = im.stage.open(ctx, desc.Digest, desc.Size)
+	}
+	if err != nil {
+		return nil, incomplete(err)
+	}
+	return readManifest(src, desc)
 }
 
 // choose applies Select and refuses options that fit no single entry.
@@ -162,13 +236,16 @@ func (im *importer) choose(entries []ocispec.Descriptor) ([]ocispec.Descriptor, 
 	return chosen, nil
 }
 
-// reference returns the ref for an entry; zero when it has no full name. The
+// reference returns the ref for an entry; zero when it has and gets no full name. The
 // name has no grammar (image-spec annotations.md): what is no reference, such as a
 // bare tag, doesn't name one here.
 func (im *importer) reference(name string) (Reference, error) {
 	named := fullName(name)
 	want := im.opts.Reference
 	if want.IsZero() {
+		if named.IsZero() && im.opts.Anonymous {
+			return im.registry.anonymousReference(im.opts.PublishOptions)
+		}
 		return named, nil
 	}
 	agrees := named == want || name == "" || isBareTag(name) && name == want.Tag()

@@ -65,6 +65,13 @@ func (r *LocalRegistry) layoutImporter(l *layout, opts *ImportOptions) *importer
 		}
 		return nil
 	}
+	im.look = func(ctx context.Context, desc ocispec.Descriptor) (*verifier, error) {
+		f, err := l.open(desc)
+		if err != nil {
+			return nil, err
+		}
+		return r.blobs.verifier(ctx, f, desc.Digest, desc.Size), nil
+	}
 	return im
 }
 

@@ -3,6 +3,7 @@ package ocilocal
 import (
 	"context"
 	"database/sql"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"slices"
@@ -626,6 +627,35 @@ func salvageRefs(ctx context.Context, path string) (refs []Ref) {
 		return []any{name, reference}, nil
 	})
 	return refs
+}
+
+// Statements of lineage.go.
+const (
+	// A page of referrers starts after the digest ?3. The second condition lets
+	// SQLite use the partial index, which is in the order asked for.
+	sqlReferrers = `SELECT media_type, digest, size, artifact_type, annotations FROM manifests
+		WHERE subject = ?1 AND subject <> '' AND (?2 = '' OR artifact_type = ?2) AND digest > ?3 ORDER BY digest LIMIT ?4`
+)
+
+// referrers returns one page of the manifests with that subject, after a digest.
+func (x *index) referrers(subject digest.Digest, artifactType string, after digest.Digest, n int) ([]ocispec.Descriptor, error) {
+	s, err := x.stmt(sqlReferrers)
+	if err != nil {
+		return nil, err
+	}
+	return scanAll(s, n, []any{string(subject), artifactType, string(after), n}, func(rows *sql.Rows) (d ocispec.Descriptor, err error) {
+		var annotations []byte
+		if err := rows.Scan(&d.MediaType, &d.Digest, &d.Size, &d.ArtifactType, &annotations); err != nil {
+			return d, err
+		}
+		if err = checkDigest(d.Digest); err == nil {
+			err = json.Unmarshal(annotations, &d.Annotations)
+		}
+		if err != nil {
+			err = fmt.Errorf("%w: row of manifest %q: %w", ErrCorruptIndex, clip(string(d.Digest)), err)
+		}
+		return d, err
+	})
 }
 
 // Statements of push.go.

@@ -42,7 +42,7 @@ func (r *LocalRegistry) load(ctx context.Context, ref Reference) (*LocalArtifact
 
 // LoadPath imports the one artifact of a layout directory or archive file, told
 // apart by what it is and not by its name, and returns it. With several entries,
-// opts must choose one. Its Reference is the zero value if it has no full name.
+// opts must choose one. Its Reference is the zero value if it has no full name and is given none.
 // Errors are those of [LocalRegistry.ImportLayout] or [LocalRegistry.ImportArchiveFile].
 func (r *LocalRegistry) LoadPath(ctx context.Context, path string, opts *ImportOptions) (*LocalArtifact, error) {
 	a, err := r.loadPath(ctx, path, opts)

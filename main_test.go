@@ -21,13 +21,14 @@ const workerEnv = "OCILOCAL_TEST_WORKER"
 // binary, run again. in gives the lines that the parent sends; each reply is
 // one write to standard output, so a kill never leaves half a line.
 var workers = map[string]func(in *bufio.Scanner, args []string) error{
-	"crash":   crashWorker,
-	"publish": publishWorker,
-	"race":    raceWorker,
-	"open":    openWorker,
-	"hold":    holdWorker,
-	"gc":      gcWorker,
-	"pull":    pullWorker,
+	"crash":     crashWorker,
+	"publish":   publishWorker,
+	"race":      raceWorker,
+	"open":      openWorker,
+	"hold":      holdWorker,
+	"gc":        gcWorker,
+	"pull":      pullWorker,
+	"anonymous": anonymousWorker,
 }
 
 func TestMain(m *testing.M) {

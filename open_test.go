@@ -326,6 +326,14 @@ func TestUseAfterClose(t *testing.T) {
 	}
 	d := built.Digest()
 	calls := map[string]func() error{
+		"NewAnonymousBuilder": func() error { _, err := r.NewAnonymousBuilder(nil); return err },
+		"PruneAnonymous":      func() error { _, err := r.PruneAnonymous(ctx, nil); return err },
+		"AnonymousRefs": func() (last error) {
+			for _, err := range r.AnonymousRefs(ctx) {
+				last = err
+			}
+			return last
+		},
 		"Close":             func() error { return r.Close() },
 		"Resolve":           func() error { _, err := r.Resolve(ctx, ref); return err },
 		"ResolveDigest":     func() error { _, err := r.ResolveDigest(ctx, d); return err },
@@ -354,6 +362,16 @@ func TestUseAfterClose(t *testing.T) {
 			}
 			return last
 		},
+		"Referrers": func() (last error) {
+			for _, err := range r.Referrers(ctx, d, nil) {
+				last = err
+			}
+			return last
+		},
+		"Convert": func() error {
+			_, err := r.Convert(ctx, ref, ocilocal.MustParseReference("example.com/a:v2"), nil)
+			return err
+		},
 		"Pull":         func() error { _, err := r.Pull(ctx, ref, nil); return err },
 		"Push":         func() error { _, err := r.Push(ctx, ref, nil); return err },
 		"GCReport":     func() error { _, err := r.GCReport(ctx, nil); return err },
@@ -379,6 +397,8 @@ func TestUseAfterClose(t *testing.T) {
 	}
 	maps.Copy(calls, map[string]func() error{
 		"Manifest":  func() error { _, err := artifact.Manifest(ctx); return err },
+		"Parent":    func() error { _, err := artifact.Parent(ctx); return err },
+		"Diff":      func() error { _, err := artifact.Diff(ctx, artifact); return err },
 		"Layers":    func() error { _, err := artifact.Layers(ctx); return err },
 		"ReadLayer": func() error { _, err := built.ReadLayer(ctx, layers[0]); return err },
 		"OpenLayer": func() error { _, err := built.OpenLayer(ctx, ocispec.Descriptor{Digest: layers[0].Digest}); return err },

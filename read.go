@@ -48,6 +48,11 @@ func (r *LocalRegistry) resolve(ctx context.Context, ref Reference) (ocispec.Des
 		return ocispec.Descriptor{}, err
 	}
 	defer end()
+	return r.lookUp(ref)
+}
+
+// lookUp is resolve within a call that has begun.
+func (r *LocalRegistry) lookUp(ref Reference) (ocispec.Descriptor, error) {
 	if d := ref.Digest(); d != "" {
 		return r.resolveDigest(d)
 	}

@@ -390,6 +390,9 @@ func (r *LocalRegistry) Root() string { return r.dir }
 // fixed when the root was created.
 func (r *LocalRegistry) ID() string { return r.id }
 
+// localHost is the host of names that this registry makes up.
+func (r *LocalRegistry) localHost() string { return r.id + ".ocilocal.local" }
+
 // mkdirAllSync is os.MkdirAll that makes each level it makes durable.
 func mkdirAllSync(dir string, perm fs.FileMode) error {
 	if fi, err := os.Stat(dir); err == nil {

@@ -485,6 +485,3 @@ func (r *LocalRegistry) recoveredName(d digest.Digest) (Reference, error) {
 	}
 	return ParseReference(fmt.Sprintf("%s/recovered:%s-%s", r.localHost(), d.Algorithm(), encoded))
 }
-
-// localHost is the host of names that this registry makes up.
-func (r *LocalRegistry) localHost() string { return r.id + ".ocilocal.local" }

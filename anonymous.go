@@ -1,0 +1,156 @@
+package ocilocal
+
+import (
+	"context"
+	"crypto/rand"
+	"fmt"
+	"iter"
+	"strings"
+	"time"
+)
+
+// anonymousTime is how the time stands in the tag of an anonymous artifact: in
+// UTC, of one length, so that names sort by age, and without a ':', which no tag may have.
+const anonymousTime = "20060102T150405.000000Z"
+
+const anonymousNonce = 13 // characters of 5 bits: with the time, never twice
+
+// NewAnonymousBuilder is [LocalRegistry.NewBuilder] for an artifact that needs no name of
+// its own, such as an intermediate result. It is published as
+// <id>.ocilocal.local/anonymous:<time>-<nonce>, with the registry's [LocalRegistry.ID], the time in
+// UTC, and letters and digits by chance: a reference as good as any other, by
+// which the artifact stays until [LocalRegistry.Remove] or [LocalRegistry.PruneAnonymous]. The
+// artifact that Build returns tells it.
+//
+// Errors: [ErrInvalidArgument] for options with Expected, since the ref is a new one; [ErrReadOnly], [ErrClosed].
+func (r *LocalRegistry) NewAnonymousBuilder(opts *BuilderOptions) (*Builder, error) {
+	var o PublishOptions
+	if opts != nil {
+		o = opts.PublishOptions
+	}
+	ref, err := r.anonymousReference(o)
+	if err != nil {
+		return nil, opError("start anonymous build", "", "", err)
+	}
+	return r.NewBuilder(ref, opts)
+}
+
+// anonymousName is the name that this registry's anonymous artifacts share.
+func (r *LocalRegistry) anonymousName() string { return r.localHost() + "/anonymous" }
+
+// anonymousReference makes up the reference of one anonymous artifact.
+func (r *LocalRegistry) anonymousReference(o PublishOptions) (Reference, error) {
+	if o.Expected != "" {
+		return Reference{}, fmt.Errorf("%w: an anonymous reference is a new one and can't be expected to be at %s", ErrInvalidArgument, clip(string(o.Expected)))
+	}
+	tag := time.Now().UTC().Format(anonymousTime) + "-" + strings.ToLower(rand.Text()[:anonymousNonce])
+	return ParseReference(r.anonymousName() + ":" + tag)
+}
+
+// isAnonymousTag tells the tags of anonymous artifacts from those that
+// somebody else has put on their name.
+func isAnonymousTag(tag string) bool {
+	made, nonce, _ := strings.Cut(tag, "-")
+	_, err := time.Parse(anonymousTime, made)
+	return err == nil && len(nonce) == anonymousNonce
+}
+
+// AnonymousRefs lists this registry's anonymous artifacts, those of the earliest
+// name first, as [LocalRegistry.Refs] does. The names that another registry has
+// made up, and that were imported with them, are not among them.
+func (r *LocalRegistry) AnonymousRefs(ctx context.Context) iter.Seq2[Ref, error] {
+	return func(yield func(Ref, error) bool) {
+		for ref, err := range r.Refs(ctx, &ListOptions{Name: r.anonymousName()}) {
+			if (err != nil || isAnonymousTag(ref.Reference.Tag())) && !yield(ref, err) {
+				return
+			}
+		}
+	}
+}
+
+// PruneOptions choose anonymous refs to remove. Nil is the zero value.
+type PruneOptions struct {
+	// OlderThan is how long ago a ref must have been written to be removed. Zero
+	// means 24 hours; less than zero, such as [NoGrace], removes all.
+	OlderThan time.Duration
+}
+
+// prunePage is how many refs are removed in one transaction at most.
+const prunePage = 100
+
+// PruneAnonymous removes this registry's anonymous refs that are old enough,
+// and returns them in the order of their names. A ref that is moved meanwhile stays. The artifacts
+// stay until garbage collection, and [LocalRegistry.Tag] restores a ref until then. Of several that
+// prune at the same time, each ref is returned by one.
+//
+// Errors, together with the refs that were removed by then: [ErrReadOnly], [ErrBusy],
+// [ErrCorruptIndex], [ErrIndexIO], ctx's.
+func (r *LocalRegistry) PruneAnonymous(ctx context.Context, opts *PruneOptions) ([]Ref, error) {
+	removed, err := r.pruneAnonymous(ctx, opts)
+	return removed, opError("prune anonymous artifacts", "", "", err)
+}
+
+func (r *LocalRegistry) pruneAnonymous(ctx context.Context, opts *PruneOptions) (removed []Ref, err error) {
+	end, err := r.begin(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer end()
+	if r.blobs.readOnly {
+		return nil, ErrReadOnly
+	}
+	age := defaultGrace
+	if opts != nil && opts.OlderThan != 0 {
+		age = opts.OlderThan
+	}
+	young := time.Now().Add(-age)
+	name, reference, below := (&ListOptions{Name: r.anonymousName()}).bounds()
+	for ctx.Err() == nil {
+		page, err := r.index.list(name, reference, below, prunePage)
+		if err != nil {
+			return removed, err
+		}
+		var old []Ref
+		for _, ref := range page {
+			if isAnonymousTag(ref.Reference.Tag()) && (age < 0 || ref.Updated.Before(young)) {
+				old = append(old, ref)
+			}
+		}
+		gone, err := r.removeUnchanged(ctx, old)
+		removed = append(removed, gone...)
+		if err != nil || len(page) < prunePage {
+			return removed, err
+		}
+		name, reference = page[len(page)-1].Reference.key()
+	}
+	return removed, ctx.Err()
+}
+
+// removeUnchanged removes those of refs that are still as they were read, all in one step.
+func (r *LocalRegistry) removeUnchanged(ctx context.Context, refs []Ref) (removed []Ref, err error) {
+	if len(refs) == 0 {
+		return nil, nil
+	}
+	err = r.write(ctx, func(tx *indexTx) error {
+		removed = nil
+		for _, ref := range refs {
+			name, reference := ref.Reference.key()
+			desc, updated, ok, err := tx.resolved(name, reference)
+			if err != nil {
+				return err
+			}
+			if !ok || desc.Digest != ref.Descriptor.Digest || !updated.Equal(ref.Updated) {
+				continue
+			}
+			if err := tx.deleteRef(name, reference); err != nil {
+				return err
+			}
+			removed = append(removed, ref)
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	return removed, nil
+}

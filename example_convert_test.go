@@ -1,0 +1,68 @@
+package ocilocal_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log"
+
+	"github.com/ocilocal/ocilocal"
+)
+
+// Most registries take image manifests only, so an artifact manifest is
+// converted before it is pushed.
+func ExampleLocalRegistry_Convert() {
+	ctx := context.Background()
+	registry, done := scratch()
+	defer done()
+	native := note(registry, "example.com/note:v1", "hello")
+
+	result, err := registry.Convert(ctx, native.Reference(), ocilocal.MustParseReference("example.com/note:v1-image"), nil)
+	if err != nil {
+		log.Fatal(err)
+	}
+	layers, err := result.Artifact.Layers(ctx)
+	if err != nil {
+		log.Fatal(err)
+	}
+	text, err := result.Artifact.ReadLayer(ctx, layers[0])
+	if err != nil {
+		log.Fatal(err)
+	}
+	fmt.Println(native.MediaType())
+	fmt.Println(result.Artifact.MediaType())
+	fmt.Printf("%s: %s\n", result.Update.Outcome, text)
+	// Output:
+	// application/vnd.oci.artifact.manifest.v1+json
+	// application/vnd.oci.image.manifest.v1+json
+	// inserted: hello
+}
+
+// The new artifact can refer to what it was made from.
+func ExampleConvertOptions() {
+	ctx := context.Background()
+	registry, done := scratch()
+	defer done()
+	native := note(registry, "example.com/note:v1", "hello")
+	note(registry, "example.com/note:v2", "taken")
+
+	_, err := registry.Convert(ctx, native.Reference(), ocilocal.MustParseReference("example.com/note:v2"),
+		&ocilocal.ConvertOptions{Subject: ocilocal.SubjectSource})
+	fmt.Println("taken:", errors.Is(err, ocilocal.ErrConflict))
+	result, err := registry.Convert(ctx, native.Reference(), ocilocal.MustParseReference("example.com/note:v2"),
+		&ocilocal.ConvertOptions{
+			Subject:        ocilocal.SubjectSource,
+			PublishOptions: ocilocal.PublishOptions{Policy: ocilocal.Replace},
+		})
+	if err != nil {
+		log.Fatal(err)
+	}
+	parent, err := result.Artifact.Parent(ctx)
+	if err != nil {
+		log.Fatal(err)
+	}
+	fmt.Println(result.Update.Outcome, parent.Digest() == native.Digest())
+	// Output:
+	// taken: true
+	// replaced true
+}
