@@ -135,8 +135,8 @@ type dialFunc = func(ctx context.Context, network, address string) (net.Conn, er
 // tokenDial returns the function by which client connects, nil if it has none that can be wrapped.
 func tokenDial(client *http.Client) *http.Transport {
 	rt := client.Transport
-	if rt == nil {
-		rt = http.DefaultTransport
+	if s, ok := rt.(strictTransport); ok {
+		rt = s.next
 	}
 	t, _ := rt.(*http.Transport)
 	return t
@@ -156,7 +156,7 @@ func (r *Remote) tokenClient() *http.Client {
 	}
 	c := *client
 	if own := tokenDial(client); own != nil {
-		c.Transport = guardedTransport(own)
+		c.Transport = strictTransport{guardedTransport(own)}
 	}
 	r.tokens = &c
 	return r.tokens
