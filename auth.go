@@ -37,7 +37,10 @@ func (c Credential) anonymous() bool {
 func (c Credential) String() string {
 	who := "anonymous"
 	if !c.anonymous() {
-		who = "credential of " + printable(c.Username)
+		who = "credential"
+	}
+	if c.Username != "" {
+		who += " of " + printable(c.Username)
 	}
 	if c.Source == "" {
 		return who
@@ -395,6 +398,9 @@ func (p *remoteRepo) fetchToken(ctx context.Context, ch challenge, scopes []stri
 			e.clean(p.secrets())
 		}
 		if err := p.remote.again(ctx, attempt, err); err != nil {
+			if e, ok := errors.AsType[*RemoteError](err); ok {
+				e.givenUp = true
+			}
 			return a, err
 		}
 	}

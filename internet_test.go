@@ -2,6 +2,7 @@ package ocilocal_test
 
 import (
 	"bytes"
+	"compress/gzip"
 	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
@@ -56,6 +57,7 @@ type internet struct {
 	cert     tls.Certificate
 	roots    *x509.CertPool
 	sites    map[string]*site // by host:port
+	plain    []string         // hosts that are spoken to without TLS
 	warnings []string
 	failures []error // that the retry policy was asked about
 	mu       sync.Mutex
@@ -161,7 +163,10 @@ func (s *site) asked() []string {
 // registry is a site with a registry in memory.
 func (in *internet) registry(origin, ip string) *server {
 	s := &server{blobs: map[string][]byte{}, manifests: map[string]map[string]stored{}, uploads: map[string]*bytes.Buffer{}, pageSize: 100}
-	_, s.host, _ = strings.Cut(origin, "://")
+	scheme, host, _ := strings.Cut(origin, "://")
+	if s.host = host; scheme == "http" {
+		in.plain = append(in.plain, host)
+	}
 	s.Server = &httptest.Server{URL: origin}
 	in.site(origin, ip, s)
 	return s
@@ -194,8 +199,7 @@ type farConn struct {
 
 func (c *farConn) RemoteAddr() net.Addr { return c.to }
 
-// remote is a client in this internet, with a credential for one registry. Sites
-// with "http" are spoken to without TLS.
+// remote is a client in this internet, with a credential for one registry.
 func (in *internet) remote(host string, cred ocilocal.Credential) *ocilocal.Remote {
 	r := &ocilocal.Remote{
 		Client: &http.Client{Transport: &http.Transport{
@@ -203,8 +207,7 @@ func (in *internet) remote(host string, cred ocilocal.Credential) *ocilocal.Remo
 			TLSClientConfig: &tls.Config{RootCAs: in.roots},
 		}},
 		PlainHTTP: func(host string) bool {
-			s := in.sites[hostPort(&url.URL{Scheme: "http", Host: host})]
-			return s != nil && s.TLS == nil
+			return slices.Contains(in.plain, host)
 		},
 		Retry: func(attempt int, err error) (time.Duration, bool) {
 			in.mu.Lock()
@@ -328,4 +331,14 @@ func (s *server) base(t testing.TB) *url.URL {
 		t.Fatal(err)
 	}
 	return u
+}
+
+// gzipAnswer answers with a body that is coded though nobody accepts that.
+func gzipAnswer(body string) http.HandlerFunc {
+	return func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Content-Encoding", "gzip")
+		z := gzip.NewWriter(w)
+		io.WriteString(z, body)
+		z.Close()
+	}
 }

@@ -93,6 +93,8 @@ func (p *remoteRepo) checkRealm(ctx context.Context, realm string) (*url.URL, er
 		return nil, refuse("its realm has user information in it")
 	case host == "" || u.Opaque != "":
 		return nil, refuse("its realm has no host")
+	case strings.ContainsFunc(host, func(c rune) bool { return c > 0x7e }): // which net/http makes ASCII of, even digits and dots
+		return nil, refuse("its realm has a host that is not in ASCII")
 	case u.Scheme == "https":
 	case u.Scheme == "http" && p.host.base.Scheme == "http" && p.remote.plainHTTP(u.Host):
 	default:

@@ -37,6 +37,8 @@ type RemoteError struct {
 
 	final bool // trying again can't help
 	again bool // trying again will help, whatever the status says
+	// givenUp is set when the retry policy has refused it: it is not asked again by who needed the token.
+	givenUp bool
 }
 
 // A RemoteCode is one error in a registry's answer (distribution-spec, "Error Codes").

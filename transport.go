@@ -67,6 +67,9 @@ func (r *Remote) again(ctx context.Context, attempt int, err error) error {
 	if ctx.Err() != nil {
 		return ctx.Err()
 	}
+	if e, ok := errors.AsType[*RemoteError](err); ok && e.givenUp {
+		return err
+	}
 	retry := r.Retry
 	if retry == nil {
 		retry = DefaultRetry
