@@ -37,7 +37,10 @@ func (c Credential) anonymous() bool {
 func (c Credential) String() string {
 	who := "anonymous"
 	if !c.anonymous() {
-		who = "credential of " + printable(c.Username)
+		who = "credential"
+	}
+	if c.Username != "" {
+		who += " of " + printable(c.Username)
 	}
 	if c.Source == "" {
 		return who
@@ -58,7 +61,7 @@ func (c *Credential) secrets() []string {
 	}
 	s := []string{c.Password, c.IdentityToken, c.RegistryToken}
 	if c.Password != "" {
-		s = append(s, basic(c), url.QueryEscape(c.Password))
+		s = append(s, basic(c))
 	}
 	return s
 }
@@ -95,45 +98,45 @@ func (p *remoteRepo) credential(ctx context.Context) (*Credential, error) {
 }
 
 // authorized sends c, with what the registry is known to want, and answers a
-// challenge of the registry itself. It returns what must not be seen in messages.
-func (p *remoteRepo) authorized(ctx context.Context, c *remoteCall) (*http.Response, []string, error) {
+// challenge of the registry itself.
+func (p *remoteRepo) authorized(ctx context.Context, c *remoteCall) (*http.Response, error) {
 	var auth authorization
 	var err error
 	if sameOrigin(c.url, p.host.base) {
 		if ch, ok := p.host.challenge(p.name); ok {
 			if auth, err = p.answer(ctx, c, ch, ""); err != nil {
-				return nil, nil, err
+				return nil, err
 			}
 		}
 	}
 	for tries := 1; ; tries++ {
+		p.show(auth)
 		res, crossed, err := p.follow(ctx, c, auth.header)
 		if err != nil {
-			return nil, nil, err
+			return nil, err
 		}
-		secrets := p.secrets(auth)
 		if res.StatusCode != http.StatusUnauthorized {
-			return res, secrets, nil
+			return res, nil
 		}
-		refused := answerError(res.Request.URL, res, secrets)
+		refused := answerError(res.Request.URL, res, p.secrets())
 		ch, ok := chooseChallenge(parseChallenges(res.Header.Values("WWW-Authenticate")))
 		switch {
 		case crossed:
 			refused.Err = fmt.Errorf("%w: %s asks for credentials, which it doesn't get, since it is not the registry", refused.Err, printable(res.Request.URL.Host))
-			return nil, nil, refused
+			return nil, refused
 		case !ok:
 			refused.Err = fmt.Errorf("%w: the registry names no way to log in that this program knows", refused.Err)
-			return nil, nil, refused
+			return nil, refused
 		case tries > 2 || auth.fresh && (tries > 1 || auth.fits(ch)):
-			return nil, nil, p.denied(ctx, refused, auth)
+			return nil, p.denied(ctx, refused, auth)
 		}
 		p.host.remember(p.name, ch)
 		again, err := p.answer(ctx, c, ch, auth.header)
 		if err != nil {
-			return nil, nil, err
+			return nil, err
 		}
 		if again.header == "" || again.header == auth.header {
-			return nil, nil, p.denied(ctx, refused, auth)
+			return nil, p.denied(ctx, refused, auth)
 		}
 		auth = again
 	}
@@ -160,12 +163,30 @@ func (p *remoteRepo) denied(ctx context.Context, refused *RemoteError, auth auth
 	return refused
 }
 
-// secrets are what was sent to the registry.
-func (p *remoteRepo) secrets(auth authorization) []string {
+// show notes what the registry is about to be shown.
+func (p *remoteRepo) show(auth authorization) {
+	if _, token, _ := strings.Cut(auth.header, " "); token != "" {
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		if !slices.Contains(p.shown, token) {
+			p.shown = append(p.shown, token)
+		}
+	}
+}
+
+// secrets are what the registry was shown. It may say it again, and no message may.
+func (p *remoteRepo) secrets() []string {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	_, token, _ := strings.Cut(auth.header, " ")
-	return append(p.cred.secrets(), token)
+	return spellings(append(p.cred.secrets(), p.shown...))
+}
+
+// conceal cleans the text of an error that something remote has caused.
+func (p *remoteRepo) conceal(err error) error {
+	if e, ok := errors.AsType[*RemoteError](err); ok {
+		e.clean(p.secrets())
+	}
+	return err
 }
 
 func (h *remoteHost) challenge(repository string) (challenge, bool) {
@@ -341,7 +362,6 @@ func (p *remoteRepo) fetchToken(ctx context.Context, ch challenge, scopes []stri
 		return a, err
 	}
 	c := &remoteCall{method: http.MethodGet, url: realm, header: http.Header{}}
-	secrets := cred.secrets()
 	q := url.Values{}
 	if service := ch.params["service"]; service != "" {
 		q.Set("service", service)
@@ -368,15 +388,19 @@ func (p *remoteRepo) fetchToken(ctx context.Context, ch challenge, scopes []stri
 		}
 	}
 	for attempt := 1; ; attempt++ {
-		a, err = p.askTokenServer(ctx, c, secrets)
+		a, err = p.askTokenServer(ctx, c)
 		if err == nil {
 			return a, nil
 		}
 		if e, ok := errors.AsType[*RemoteError](err); ok {
 			e.TokenServer = true
 			e.explainToken(p.host.name, cred)
+			e.clean(p.secrets())
 		}
 		if err := p.remote.again(ctx, attempt, err); err != nil {
+			if e, ok := errors.AsType[*RemoteError](err); ok {
+				e.givenUp = true
+			}
 			return a, err
 		}
 	}
@@ -392,7 +416,7 @@ func (e *RemoteError) explainToken(host string, cred *Credential) {
 }
 
 // askTokenServer makes one request for a token, following redirects on the same origin only.
-func (p *remoteRepo) askTokenServer(ctx context.Context, c *remoteCall, secrets []string) (a tokenAnswer, err error) {
+func (p *remoteRepo) askTokenServer(ctx context.Context, c *remoteCall) (a tokenAnswer, err error) {
 	u := c.url
 	for hops := 0; ; hops++ {
 		res, err := p.exchangeToken(ctx, c, u)
@@ -401,7 +425,7 @@ func (p *remoteRepo) askTokenServer(ctx context.Context, c *remoteCall, secrets 
 		}
 		switch {
 		case res.StatusCode == http.StatusOK:
-			body, err := readSmallBody(c.method, u, res, maxTokenBody)
+			body, err := readSmallBody(ctx, c.method, u, res, maxTokenBody)
 			if err != nil {
 				return a, err
 			}
@@ -410,7 +434,7 @@ func (p *remoteRepo) askTokenServer(ctx context.Context, c *remoteCall, secrets 
 			}
 			return a, nil
 		case res.StatusCode < 300 || res.StatusCode > 399:
-			return a, answerError(u, res, secrets)
+			return a, answerError(u, res, p.secrets())
 		}
 		res.Body.Close()
 		next, err := redirected(u, "Location", res.Header.Get("Location"))

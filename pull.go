@@ -282,7 +282,7 @@ func (p *puller) fetchOnce(ctx context.Context, desc ocispec.Descriptor) error {
 	defer res.Body.Close()
 	body := p.body(res.Body, desc, 0)
 	_, _, err = p.stage.put(ctx, body, "", desc.Digest, desc.Size)
-	return p.repo.blobError(desc, body, err)
+	return p.repo.blobError(ctx, desc, body, err)
 }
 
 // resume fetches a blob from where part is. Attempts count anew whenever
@@ -337,7 +337,7 @@ func (p *puller) appendOnce(ctx context.Context, desc ocispec.Descriptor, part *
 	if err == nil && part.have < part.size {
 		err = io.ErrUnexpectedEOF
 	}
-	return p.repo.blobError(desc, body, err)
+	return p.repo.blobError(ctx, desc, body, err)
 }
 
 // unsatisfied starts over if a registry says that what is missing doesn't exist (RFC 9110, section 15.5.17).
@@ -376,13 +376,13 @@ func (b *countedBody) Read(p []byte) (int, error) {
 }
 
 // blobError tells a body that broke off from what went wrong here.
-func (p *remoteRepo) blobError(desc ocispec.Descriptor, body *countedBody, err error) error {
+func (p *remoteRepo) blobError(ctx context.Context, desc ocispec.Descriptor, body *countedBody, err error) error {
 	u := p.url("blobs", string(desc.Digest))
 	switch {
 	case err == nil:
 		return nil
 	case body.err != nil:
-		return bodyError("GET", u, body.err)
+		return p.conceal(bodyError(ctx, "GET", u, body.err))
 	case errors.Is(err, io.ErrUnexpectedEOF), errors.Is(err, ErrSizeMismatch) && body.n < desc.Size:
 		return transportError("GET", u, io.ErrUnexpectedEOF) // a proxy may have cut it off
 	case errors.Is(err, ErrSizeMismatch), errors.Is(err, ErrDigestMismatch):

@@ -93,6 +93,8 @@ func (p *remoteRepo) checkRealm(ctx context.Context, realm string) (*url.URL, er
 		return nil, refuse("its realm has user information in it")
 	case host == "" || u.Opaque != "":
 		return nil, refuse("its realm has no host")
+	case strings.ContainsFunc(host, func(c rune) bool { return c > 0x7e }): // which net/http makes ASCII of, even digits and dots
+		return nil, refuse("its realm has a host that is not in ASCII")
 	case u.Scheme == "https":
 	case u.Scheme == "http" && p.host.base.Scheme == "http" && p.remote.plainHTTP(u.Host):
 	default:
@@ -135,8 +137,8 @@ type dialFunc = func(ctx context.Context, network, address string) (net.Conn, er
 // tokenDial returns the function by which client connects, nil if it has none that can be wrapped.
 func tokenDial(client *http.Client) *http.Transport {
 	rt := client.Transport
-	if rt == nil {
-		rt = http.DefaultTransport
+	if s, ok := rt.(strictTransport); ok {
+		rt = s.next
 	}
 	t, _ := rt.(*http.Transport)
 	return t
@@ -156,7 +158,7 @@ func (r *Remote) tokenClient() *http.Client {
 	}
 	c := *client
 	if own := tokenDial(client); own != nil {
-		c.Transport = guardedTransport(own)
+		c.Transport = strictTransport{guardedTransport(own)}
 	}
 	r.tokens = &c
 	return r.tokens

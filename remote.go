@@ -146,6 +146,7 @@ func (r *Remote) httpClient() *http.Client {
 		if c.Transport == nil && r.Client == nil {
 			c.Transport = ownTransport()
 		}
+		c.Transport = strictTransport{cmp.Or(c.Transport, http.DefaultTransport)}
 		// Redirects are followed by follow, which knows what may cross.
 		c.CheckRedirect = func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }
 		r.client = &c
@@ -194,6 +195,7 @@ type remoteRepo struct {
 	asked   bool
 	cred    *Credential // a pointer, so that printing a remoteRepo doesn't print it
 	credErr error
+	shown   []string // tokens and the like that the registry was sent
 }
 
 func (r *Remote) repo(ref Reference) (*remoteRepo, error) {
@@ -249,7 +251,7 @@ func publicURL(u *url.URL) string {
 }
 
 // warn reports the warnings in an answer (distribution-spec, "Warnings").
-func (r *Remote) warn(host string, header http.Header) {
+func (r *Remote) warn(host string, header http.Header, secrets []string) {
 	if r.Warn == nil {
 		return
 	}
@@ -259,12 +261,7 @@ func (r *Remote) warn(host string, header http.Header) {
 			continue
 		}
 		text, _, _ = strings.Cut(text, `"`)
-		text = clip(strings.Map(func(c rune) rune {
-			if c < 0x20 || c > 0x7e {
-				return '?'
-			}
-			return c
-		}, text))
+		text = serverText(text, secrets)
 		r.mu.Lock()
 		seen := r.warned[host+" "+text] || len(r.warned) >= maxWarnings
 		if !seen {

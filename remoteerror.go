@@ -1,6 +1,7 @@
 package ocilocal
 
 import (
+	"cmp"
 	"crypto/tls"
 	"encoding/json"
 	"errors"
@@ -14,6 +15,7 @@ import (
 	"strconv"
 	"strings"
 	"time"
+	"unicode"
 )
 
 // A RemoteError says what became of a request to a registry or its token
@@ -35,6 +37,8 @@ type RemoteError struct {
 
 	final bool // trying again can't help
 	again bool // trying again will help, whatever the status says
+	// givenUp is set when the retry policy has refused it: it is not asked again by who needed the token.
+	givenUp bool
 }
 
 // A RemoteCode is one error in a registry's answer (distribution-spec, "Error Codes").
@@ -149,18 +153,61 @@ func parseErrorBody(body []byte, secrets []string) []RemoteCode {
 // serverText makes text of a server fit for messages: short, printable,
 // and without the secrets that were sent to it.
 func serverText(s string, secrets []string) string {
-	for _, secret := range secrets {
-		if len(secret) > 0 {
-			s = strings.ReplaceAll(s, secret, "[secret]")
-		}
-	}
-	s = strings.Map(func(c rune) rune {
+	return clip(strings.Map(func(c rune) rune {
 		if c < 0x20 || c > 0x7e {
 			return '?'
 		}
 		return c
-	}, s)
-	return clip(s)
+	}, hide(s, secrets)))
+}
+
+// spellings returns secrets in the ways in which an answer may hold them, the longest first.
+func spellings(secrets []string) []string {
+	var all []string
+	for _, s := range secrets {
+		// Shorter ones can't be told from other text: cutting them out would give them away.
+		if len(s) >= 4 {
+			quoted := strconv.Quote(s)
+			all = append(all, s, url.QueryEscape(s), url.PathEscape(s), quoted[1:len(quoted)-1])
+		}
+	}
+	slices.SortFunc(all, func(a, b string) int { return cmp.Or(len(b)-len(a), strings.Compare(a, b)) })
+	return slices.Compact(all)
+}
+
+func hide(s string, secrets []string) string {
+	for _, secret := range secrets {
+		s = strings.ReplaceAll(s, secret, "[secret]")
+	}
+	return s
+}
+
+// A cleanError says what err does, in a text that is fit for messages. What
+// net/http says quotes its peer: lines of headers, names in certificates.
+type cleanError struct {
+	text string
+	err  error
+}
+
+func (e *cleanError) Error() string { return e.text }
+func (e *cleanError) Unwrap() error { return e.err }
+
+// clean makes all that e says fit for messages.
+func (e *RemoteError) clean(secrets []string) {
+	const most = 2000
+	e.URL = hide(e.URL, secrets)
+	text := strings.Map(func(c rune) rune {
+		if !unicode.IsPrint(c) {
+			return '?'
+		}
+		return c
+	}, hide(e.Err.Error(), secrets))
+	if len(text) > most {
+		text = strings.ToValidUTF8(text[:most], "") + "…"
+	}
+	if text != e.Err.Error() {
+		e.Err = &cleanError{text, e.Err}
+	}
 }
 
 // maxServerWait bounds what a Retry-After can say, so that no sum overflows.
@@ -183,9 +230,13 @@ func transportError(method string, u *url.URL, err error) *RemoteError {
 		err = wrapped.Err
 	}
 	e := &RemoteError{Method: method, URL: publicURL(u), Err: fmt.Errorf("%w: %w", ErrTransport, err)}
+	if errors.Is(err, ErrProtocol) {
+		e.Err, e.final = err, true
+		return e
+	}
 	dns, isDNS := errors.AsType[*net.DNSError](err)
 	_, isCert := errors.AsType[*tls.CertificateVerificationError](err)
-	e.final = isCert || isDNS && dns.IsNotFound || errors.Is(err, http.ErrSchemeMismatch) || errors.Is(err, ErrProtocol)
+	e.final = isCert || isDNS && dns.IsNotFound || errors.Is(err, http.ErrSchemeMismatch)
 	return e
 }
 

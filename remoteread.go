@@ -51,7 +51,8 @@ func (p *remoteRepo) manifest(ctx context.Context, reference, mediaType string) 
 
 // answerProblem is err, which says what is wrong with the content of an answer, with its facts.
 func answerProblem(c *remoteCall, res *http.Response, err error) error {
-	return &RemoteError{Method: c.method, URL: publicURL(res.Request.URL), Status: res.StatusCode, final: true, Err: err}
+	e := &RemoteError{Method: c.method, URL: publicURL(res.Request.URL), Status: res.StatusCode, final: true, Err: err}
+	return c.repo.conceal(e)
 }
 
 // manifestDigest hashes a manifest. It must be what was asked for, or what the registry says.

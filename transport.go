@@ -31,12 +31,44 @@ type remoteCall struct {
 	ok []int
 	// once is set for a request that must not be repeated as it is.
 	once bool
+
+	repo *remoteRepo // whose secrets no message may hold
+}
+
+// A strictTransport refuses answers that [http.Client] or its users would stumble over.
+type strictTransport struct{ next http.RoundTripper }
+
+func (s strictTransport) RoundTrip(req *http.Request) (*http.Response, error) {
+	res, err := s.next.RoundTrip(req)
+	if err != nil {
+		return nil, err
+	}
+	switch {
+	case res.StatusCode == http.StatusSwitchingProtocols: // no context ends what is read after that
+		err = fmt.Errorf("%w: it wants to switch to another protocol", ErrProtocol)
+	case res.StatusCode >= 300 && res.StatusCode <= 399:
+		if _, bad := req.URL.Parse(res.Header.Get("Location")); bad != nil { // whose text quotes all of it
+			err = fmt.Errorf("%w: Location is not an address", ErrProtocol)
+		}
+	}
+	if err != nil {
+		res.Body.Close()
+		return nil, err
+	}
+	return res, nil
+}
+
+func (s strictTransport) CloseIdleConnections() {
+	(&http.Client{Transport: s.next}).CloseIdleConnections()
 }
 
 // again asks the retry policy, and waits. It returns nil if the failed attempt is to be repeated.
 func (r *Remote) again(ctx context.Context, attempt int, err error) error {
 	if ctx.Err() != nil {
 		return ctx.Err()
+	}
+	if e, ok := errors.AsType[*RemoteError](err); ok && e.givenUp {
+		return err
 	}
 	retry := r.Retry
 	if retry == nil {
@@ -77,7 +109,8 @@ func (p *remoteRepo) doSmall(ctx context.Context, c *remoteCall, limit int64) ([
 		res, err := p.try(ctx, c)
 		var b []byte
 		if err == nil {
-			b, err = readSmallBody(c.method, c.url, res, limit)
+			b, err = readSmallBody(ctx, c.method, c.url, res, limit)
+			err = p.conceal(err)
 		}
 		if err == nil || c.once {
 			return b, res, err
@@ -89,7 +122,7 @@ func (p *remoteRepo) doSmall(ctx context.Context, c *remoteCall, limit int64) ([
 }
 
 // readSmallBody reads and closes a body that must not have more than limit bytes.
-func readSmallBody(method string, u *url.URL, res *http.Response, limit int64) ([]byte, error) {
+func readSmallBody(ctx context.Context, method string, u *url.URL, res *http.Response, limit int64) ([]byte, error) {
 	defer res.Body.Close()
 	tooLarge := func() error {
 		return &RemoteError{Method: method, URL: publicURL(u), Status: res.StatusCode, final: true,
@@ -101,17 +134,17 @@ func readSmallBody(method string, u *url.URL, res *http.Response, limit int64) (
 	b, err := io.ReadAll(io.LimitReader(res.Body, limit+1))
 	switch {
 	case err != nil:
-		return nil, bodyError(method, u, err)
+		return nil, bodyError(ctx, method, u, err)
 	case int64(len(b)) > limit:
 		return nil, tooLarge()
 	}
 	return b, nil
 }
 
-// bodyError is transportError for a body that broke off, but leaves a caller's own context error alone.
-func bodyError(method string, u *url.URL, err error) error {
-	if errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
-		return err
+// bodyError is transportError for a body that broke off, unless the caller has ended the call.
+func bodyError(ctx context.Context, method string, u *url.URL, err error) error {
+	if ctx.Err() != nil {
+		return ctx.Err()
 	}
 	return transportError(method, u, err)
 }
@@ -123,23 +156,26 @@ func (p *remoteRepo) try(ctx context.Context, c *remoteCall) (*http.Response, er
 	case <-ctx.Done():
 		return nil, ctx.Err()
 	}
-	res, secrets, err := p.authorized(ctx, c)
+	c.repo = p
+	res, err := p.authorized(ctx, c)
 	if err == nil {
-		err = p.judge(c, res, secrets)
+		err = p.judge(c, res)
 	}
 	if err != nil {
 		<-p.host.slots
-		return nil, err
+		return nil, p.conceal(err)
 	}
 	res.Body = &slotBody{ReadCloser: res.Body, release: sync.OnceFunc(func() { <-p.host.slots })}
 	return res, nil
 }
 
 // judge decides whether res answers c. If not, it closes the body.
-func (p *remoteRepo) judge(c *remoteCall, res *http.Response, secrets []string) error {
-	p.remote.warn(p.host.name, res.Header)
+func (p *remoteRepo) judge(c *remoteCall, res *http.Response) error {
+	if sameOrigin(res.Request.URL, p.host.base) {
+		p.remote.warn(p.host.name, res.Header, p.secrets())
+	}
 	if !slices.Contains(c.ok, res.StatusCode) {
-		return answerError(res.Request.URL, res, secrets)
+		return answerError(res.Request.URL, res, p.secrets())
 	}
 	if coding := res.Header.Get("Content-Encoding"); coding != "" && coding != "identity" {
 		res.Body.Close()
