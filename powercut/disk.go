@@ -22,6 +22,10 @@ import (
 // sector is what a disk writes whole or not at all.
 const sector = 512
 
+// superblock is where the first block of the disk ends. ext4 trusts disks to write its
+// superblock whole and does not mount with a torn one, whose checksum is wrong.
+const superblock = 4096
+
 // An event is one entry of the log: a write when data isn't nil, a flush otherwise.
 type event struct {
 	off  int64
@@ -65,6 +69,9 @@ func (d *disk) cut(n int, rng *rand.Rand) []byte {
 			case 0: // never reached the medium
 				continue
 			case 1: // torn
+				if e.off < superblock {
+					break
+				}
 				sectors := (len(data) + sector - 1) / sector
 				data = data[:min(len(data), rng.IntN(sectors+1)*sector)]
 			}
