@@ -43,12 +43,12 @@ func (o *GCOptions) grace() time.Duration {
 
 // A GCReport tells what garbage collection found and did.
 type GCReport struct {
-	Roots     int     // manifests that a ref points at, and GCOptions.Protect
-	Reachable GCCount // what is kept because the roots need it, by subjects too
-	Orphans   GCCount // what nothing needs
-	Deferred  GCCount // what nothing needs, but for something that is younger than the grace
-	Deleted   GCCount // the orphans that were deleted; none by a dry run
-	Revived   int     // orphans that came into use before it was their turn
+	Roots     int   // manifests that a ref points at, and GCOptions.Protect
+	Reachable Count // what is kept because the roots need it, by subjects too
+	Orphans   Count // what nothing needs
+	Deferred  Count // what nothing needs, but for something that is younger than the grace
+	Deleted   Count // the orphans that were deleted; none by a dry run
+	Revived   int   // orphans that came into use before it was their turn
 
 	// Missing are blobs and manifests that a root needs and that are not there.
 	Missing []digest.Digest
@@ -64,23 +64,6 @@ type GCReport struct {
 
 // maxGCList bounds each list of a report.
 const maxGCList = 1000
-
-// A GCCount counts digests and their bytes.
-type GCCount struct {
-	Manifests, Blobs int // Blobs counts all that are not manifests
-	Bytes            int64
-}
-
-func (c *GCCount) add(n *gcNode) {
-	if n.manifest {
-		c.Manifests++
-	} else {
-		c.Blobs++
-	}
-	if n.file {
-		c.Bytes += n.size
-	}
-}
 
 // An InvalidManifest says what is wrong with a manifest.
 type InvalidManifest struct {
@@ -197,10 +180,10 @@ func (g *gcGraph) sweep(ctx context.Context) error {
 // rows without files, which publish and Tag don't trust, never the reverse; and a full
 // disk has space again. No directory is synced: a file that comes back after a power cut is an orphan again.
 func (g *gcGraph) step(ctx context.Context, todo []int32, gone map[digest.Digest]bool, rows bool) (n int, err error) {
-	var done GCCount
+	var done Count
 	revived := 0
 	err = g.registry.writeAlone(ctx, func(tx *indexTx) error {
-		n, done, revived = 0, GCCount{}, 0
+		n, done, revived = 0, Count{}, 0
 		if v, err := meta(tx, metaUnreconciled); err != nil || v != "" {
 			return errors.Join(err, ErrUnsafe)
 		}
@@ -220,7 +203,7 @@ func (g *gcGraph) step(ctx context.Context, todo []int32, gone map[digest.Digest
 					return err
 				}
 				if gone[node.digest] = true; err == nil || !node.file {
-					done.add(node)
+					done.add(node.count())
 				}
 			}
 			if rows && node.row {

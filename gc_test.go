@@ -80,13 +80,13 @@ func TestGC(t *testing.T) {
 		t.Fatal(err)
 	}
 	size := kept.Descriptor().Size + int64(len("shared"))
-	if dry.Roots != 1 || dry.Reachable != (ocilocal.GCCount{Manifests: 1, Blobs: 1, Bytes: size}) ||
-		dry.Orphans.Manifests != 1 || dry.Orphans.Blobs != 2 || dry.Deleted != (ocilocal.GCCount{}) ||
+	if dry.Roots != 1 || dry.Reachable != (ocilocal.Count{Manifests: 1, Blobs: 1, Bytes: size}) ||
+		dry.Orphans.Manifests != 1 || dry.Orphans.Blobs != 2 || dry.Deleted != (ocilocal.Count{}) ||
 		!slices.Equal(dry.Foreign, []string{"blobs/sha256/README"}) {
 		t.Errorf("%+v", dry)
 	}
 	// Everything is young, so the default grace keeps it.
-	if report := collect(t, r, nil); report.Deleted != (ocilocal.GCCount{}) || report.Deferred.Blobs != 2 || report.Deferred.Manifests != 1 {
+	if report := collect(t, r, nil); report.Deleted != (ocilocal.Count{}) || report.Deferred.Blobs != 2 || report.Deferred.Manifests != 1 {
 		t.Errorf("%+v", report)
 	}
 	report := collect(t, r, atOnce)
@@ -195,7 +195,7 @@ func TestGCGrace(t *testing.T) {
 	if _, err := r.Remove(ctx, b.Reference()); err != nil {
 		t.Fatal(err)
 	}
-	if report := collect(t, r, nil); report.Deleted != (ocilocal.GCCount{}) {
+	if report := collect(t, r, nil); report.Deleted != (ocilocal.Count{}) {
 		t.Errorf("%+v", report)
 	}
 }
@@ -263,7 +263,7 @@ func TestGCUnsafe(t *testing.T) {
 			damage(t, r, a)
 			before := blobNames(t, r)
 			report, err := r.GC(t.Context(), atOnce)
-			if !errors.Is(err, ocilocal.ErrUnsafe) || report == nil || report.Deleted != (ocilocal.GCCount{}) {
+			if !errors.Is(err, ocilocal.ErrUnsafe) || report == nil || report.Deleted != (ocilocal.Count{}) {
 				t.Errorf("%v, %+v", err, report)
 			}
 			if !slices.Equal(before, blobNames(t, r)) {
@@ -312,7 +312,7 @@ func TestGCRaces(t *testing.T) {
 	})
 	report := collect(t, r, atOnce)
 	ocilocal.SetFault(r, nil)
-	if !once || report.Revived != 2 || report.Deleted != (ocilocal.GCCount{}) {
+	if !once || report.Revived != 2 || report.Deleted != (ocilocal.Count{}) {
 		t.Errorf("%v %+v", once, report)
 	}
 	if _, err := r.Load(ctx, a.Reference()); err != nil {

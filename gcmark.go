@@ -29,6 +29,14 @@ type gcNode struct {
 	subject  int32   // manifests: −1 for none, or one that isn't here
 }
 
+// count returns what a Count adds for n.
+func (n *gcNode) count() (manifest bool, size int64) {
+	if n.file {
+		size = n.size
+	}
+	return n.manifest, size
+}
+
 // gcGraph is what the index and blobs/ held, read in pages while others went
 // on writing. What it calls live was live; what it doesn't may have become so:
 // that is looked at again, with the write lock held, before anything is deleted.
@@ -267,11 +275,11 @@ func (g *gcGraph) count() {
 		switch {
 		case !n.row && !n.file:
 		case n.live:
-			g.report.Reachable.add(n)
+			g.report.Reachable.add(n.count())
 		case n.deferred:
-			g.report.Deferred.add(n)
+			g.report.Deferred.add(n.count())
 		default:
-			g.report.Orphans.add(n)
+			g.report.Orphans.add(n.count())
 		}
 	}
 }

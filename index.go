@@ -443,18 +443,35 @@ func subjectOf(q queryer, d digest.Digest) (subject digest.Digest, err error) {
 var errStop = errors.New("stop")
 
 // pointers visits the manifests that need d or have it as their subject.
+// visit may query: no rows are open meanwhile, which would keep a connection.
 func pointers(ctx context.Context, q queryer, d digest.Digest, visit func(manifest digest.Digest) error) error {
-	err := pages(ctx, q, sqlPointers, []any{string(d), ""}, func(rows *sql.Rows) ([]any, error) {
-		var s string
-		if err := rows.Scan(&s); err != nil {
-			return nil, err
-		}
-		return []any{string(d), s}, visit(digest.Digest(s))
-	})
-	if err == errStop {
-		return nil
+	const page = 100
+	s, err := q.stmt(sqlPointers)
+	if err != nil {
+		return err
 	}
-	return err
+	for after := digest.Digest(""); ; {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		batch, err := scanAll(s, page, []any{string(d), string(after), page}, func(rows *sql.Rows) (d digest.Digest, err error) {
+			err = rows.Scan(&d)
+			return d, err
+		})
+		if err != nil {
+			return err
+		}
+		for _, after = range batch {
+			if err := visit(after); err == errStop {
+				return nil
+			} else if err != nil {
+				return err
+			}
+		}
+		if len(batch) < page {
+			return nil
+		}
+	}
 }
 
 // delete removes the rows of a manifest with its members, or of a blob.
@@ -677,4 +694,65 @@ func (x *index) otherName(d digest.Digest, prefix, not string) (name string, err
 		return struct{}{}, rows.Scan(&name)
 	})
 	return name, err
+}
+
+// Statements of stats.go.
+const (
+	sqlBlobTotals     = `SELECT count(*), coalesce(sum(size), 0) FROM blobs`
+	sqlManifestTotals = `SELECT count(*) FROM manifests`
+	sqlRefTotals      = `SELECT count(*), count(DISTINCT name) FROM refs`
+
+	// Both are merges of two scans. A manifest's own row in blobs is left out
+	// of the second: where it has a ref, no member names it.
+	sqlNoRef     = `SELECT digest FROM manifests EXCEPT SELECT manifest FROM refs ORDER BY 1`
+	sqlNoPointer = `SELECT digest FROM blobs WHERE kind <> ?1 EXCEPT SELECT digest FROM members ORDER BY 1`
+
+	sqlBlobSize = `SELECT size FROM blobs WHERE digest = ?`
+	// A ref that is not (?2, ?3), or not of the name ?2 if ?3 is ''.
+	sqlOtherRef = `SELECT 1 FROM refs WHERE manifest = ?1 AND NOT (name = ?2 AND ?3 IN ('', reference)) LIMIT 1`
+	sqlNames    = `SELECT DISTINCT name FROM refs WHERE name >= ?1 AND name > ?2 AND name < ?3 ORDER BY name LIMIT ?4`
+)
+
+// digests reads a column of digests.
+func (x *index) digests(text string, args ...any) ([]digest.Digest, error) {
+	s, err := x.stmt(text)
+	if err != nil {
+		return nil, err
+	}
+	return scanAll(s, 0, args, func(rows *sql.Rows) (d digest.Digest, err error) {
+		var s string
+		if err := rows.Scan(&s); err != nil {
+			return "", err
+		}
+		return rowDigest(s)
+	})
+}
+
+// names returns one page of the names that have refs: at least from, after a name and below another.
+func (x *index) names(from, after, below string, n int) ([]string, error) {
+	s, err := x.stmt(sqlNames)
+	if err != nil {
+		return nil, err
+	}
+	return scanAll(s, n, []any{from, after, below, n}, func(rows *sql.Rows) (name string, err error) {
+		if err = rows.Scan(&name); err == nil {
+			_, err = referenceFromKey(name, "latest")
+		}
+		if err != nil {
+			err = fmt.Errorf("%w: a ref's name: %w", ErrCorruptIndex, err)
+		}
+		return name, err
+	})
+}
+
+// hasOtherRef reports whether a ref points at d, other than the one, or than all of a name if reference is "".
+func hasOtherRef(q rowReader, d digest.Digest, name, reference string) (bool, error) {
+	var one int
+	return q.row(sqlOtherRef, []any{string(d), name, reference}, &one)
+}
+
+// blobSize returns the size that a blob's row says, 0 if it has none.
+func blobSize(q rowReader, d digest.Digest) (size int64, err error) {
+	_, err = q.row(sqlBlobSize, []any{string(d)}, &size)
+	return size, err
 }

@@ -326,6 +326,15 @@ func TestUseAfterClose(t *testing.T) {
 	}
 	d := built.Digest()
 	calls := map[string]func() error{
+		"Stats":           func() error { _, err := r.Stats(ctx); return err },
+		"RefUsage":        func() error { _, err := r.RefUsage(ctx, ref); return err },
+		"RepositoryUsage": func() error { _, err := r.RepositoryUsage(ctx, ref.Name()); return err },
+		"Repositories": func() (last error) {
+			for _, err := range r.Repositories(ctx, nil) {
+				last = err
+			}
+			return last
+		},
 		"NewAnonymousBuilder": func() error { _, err := r.NewAnonymousBuilder(nil); return err },
 		"PruneAnonymous":      func() error { _, err := r.PruneAnonymous(ctx, nil); return err },
 		"AnonymousRefs": func() (last error) {

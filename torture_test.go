@@ -96,7 +96,7 @@ func TestCollectorAgainstAll(t *testing.T) {
 			t.Fatal(err)
 		}
 		collect(t, r, atOnce)
-		if again := collect(t, r, atOnce); again.Deleted != (ocilocal.GCCount{}) || again.Orphans != (ocilocal.GCCount{}) {
+		if again := collect(t, r, atOnce); again.Deleted != (ocilocal.Count{}) || again.Orphans != (ocilocal.Count{}) {
 			t.Errorf("a collection leaves %+v to the next", again)
 		}
 		mustClose(t, r)

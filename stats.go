@@ -1,0 +1,328 @@
+package ocilocal
+
+import (
+	"context"
+	"iter"
+	"sync"
+
+	"github.com/opencontainers/go-digest"
+)
+
+// A Count counts digests and their bytes, each digest once.
+type Count struct {
+	Manifests, Blobs int // Blobs counts all that are not manifests
+	Bytes            int64
+}
+
+func (c *Count) add(manifest bool, size int64) {
+	if manifest {
+		c.Manifests++
+	} else {
+		c.Blobs++
+	}
+	c.Bytes += size
+}
+
+// Stats are a registry's figures, as the index knows them.
+type Stats struct {
+	Refs         int
+	Repositories int   // distinct names that have refs
+	Total        Count // all that was published and not collected
+	Orphans      Count // of Total, what no ref leads to: what [LocalRegistry.GC] with [NoGrace] deletes
+}
+
+// Stats counts from the index alone: no directory is walked and no blob read.
+// So files of aborted or interrupted work that never reached the index are not
+// seen; [LocalRegistry.GCReport] counts these too. The figures are read one
+// after the other, and while others write they may be of different moments.
+//
+// The time grows with the number of refs and, where there are many, of orphans.
+// Errors: ctx's, [ErrCorruptIndex], [ErrIndexIO].
+func (r *LocalRegistry) Stats(ctx context.Context) (Stats, error) {
+	s, err := r.stats(ctx)
+	return s, opError("count", "", "", err)
+}
+
+func (r *LocalRegistry) stats(ctx context.Context) (s Stats, err error) {
+	end, err := r.begin(ctx)
+	if err != nil {
+		return s, err
+	}
+	defer end()
+	x := r.index
+	var noRef, noPointer []digest.Digest
+	blobs := 0
+	// Two halves of about the same size, on two connections.
+	var wg sync.WaitGroup
+	var other error
+	wg.Go(func() {
+		noPointer, other = x.digests(sqlNoPointer, string(roleManifest))
+	})
+	for _, step := range []func() error{
+		func() error { _, err := x.row(sqlBlobTotals, nil, &blobs, &s.Total.Bytes); return err },
+		func() error { _, err := x.row(sqlManifestTotals, nil, &s.Total.Manifests); return err },
+		func() error { _, err := x.row(sqlRefTotals, nil, &s.Refs, &s.Repositories); return err },
+		func() error { noRef, err = x.digests(sqlNoRef); return err },
+	} {
+		if err = ctx.Err(); err == nil {
+			err = step()
+		}
+		if err != nil {
+			break
+		}
+	}
+	wg.Wait()
+	if err == nil {
+		err = other
+	}
+	if err != nil {
+		return Stats{}, err
+	}
+	s.Total.Blobs = blobs - s.Total.Manifests
+	if s.Orphans, err = x.orphans(ctx, noRef, noPointer); err != nil {
+		return Stats{}, err
+	}
+	return s, nil
+}
+
+// orphans counts what no ref leads to. That is a manifest that no ref points at,
+// a blob that no manifest needs, or a blob that only such manifests need.
+func (x *index) orphans(ctx context.Context, noRef, noPointer []digest.Digest) (c Count, err error) {
+	l := leader{ctx: ctx, q: x, memo: map[digest.Digest]bool{}}
+	counted := map[digest.Digest]bool{}
+	count := func(d digest.Digest) error {
+		if counted[d] {
+			return nil
+		}
+		counted[d] = true
+		if led, err := l.leads(d); led || err != nil {
+			return err
+		}
+		_, manifest, err := x.resolveDigest(d)
+		if err != nil {
+			return err
+		}
+		size, err := blobSize(x, d)
+		c.add(manifest, size)
+		return err
+	}
+	for _, d := range noRef {
+		if err := count(d); err != nil {
+			return c, err
+		}
+		if err := members(x, d, func(m member) error { return count(m.desc.Digest) }); err != nil {
+			return c, err
+		}
+	}
+	for _, d := range noPointer {
+		if err := count(d); err != nil {
+			return c, err
+		}
+	}
+	return c, nil
+}
+
+// A leader tells whether some ref leads to a digest, by what manifests need and
+// by subjects. The refs of a name, or one of them, may be left out.
+type leader struct {
+	ctx             context.Context
+	q               queryer
+	name, reference string // what is left out: all of the name if reference is ""
+	memo            map[digest.Digest]bool
+}
+
+// leads goes up from d. Digests don't form cycles; rows that do lead nowhere.
+func (l *leader) leads(d digest.Digest) (bool, error) {
+	if led, ok := l.memo[d]; ok {
+		return led, nil
+	}
+	l.memo[d] = false
+	led, err := hasOtherRef(l.q, d, l.name, l.reference)
+	if !led && err == nil {
+		err = pointers(l.ctx, l.q, d, func(manifest digest.Digest) error {
+			var err error
+			if led, err = l.leads(manifest); led && err == nil {
+				err = errStop
+			}
+			return err
+		})
+	}
+	l.memo[d] = led
+	return led, err
+}
+
+// A Usage is what refs take up.
+type Usage struct {
+	Refs   int
+	Own    Count // what no other ref leads to: what removing the refs and [LocalRegistry.GC] would free
+	Shared Count // what other refs lead to as well
+}
+
+// RefUsage tells what ref takes up: its manifest and all that needs, its
+// subjects with theirs included, from the index alone.
+// Errors: [ErrNotFound], ctx's, [ErrCorruptIndex], [ErrIndexIO].
+func (r *LocalRegistry) RefUsage(ctx context.Context, ref Reference) (Usage, error) {
+	u, err := r.refUsage(ctx, ref)
+	return u, opError("count", ref.String(), "", err)
+}
+
+func (r *LocalRegistry) refUsage(ctx context.Context, ref Reference) (Usage, error) {
+	end, err := r.begin(ctx)
+	if err != nil {
+		return Usage{}, err
+	}
+	defer end()
+	desc, err := found(r.index.resolve(ref.key()))
+	if err != nil {
+		return Usage{}, err
+	}
+	if d := ref.Digest(); d != "" && d != desc.Digest {
+		return Usage{}, ErrNotFound
+	}
+	u := newUsage(ctx, r.index)
+	u.leader.name, u.leader.reference = ref.key()
+	u.Refs = 1
+	return u.Usage, u.add(desc.Digest)
+}
+
+// RepositoryUsage tells what all refs of a repository take up together, from the
+// index alone. name is registry/repository, as [Reference.Name] returns it; one without
+// refs takes up nothing. Errors: ctx's, [ErrCorruptIndex], [ErrIndexIO].
+func (r *LocalRegistry) RepositoryUsage(ctx context.Context, name string) (Usage, error) {
+	u := newUsage(ctx, r.index)
+	u.leader.name = name
+	for ref, err := range r.Refs(ctx, &ListOptions{Name: name}) {
+		if err == nil {
+			u.Refs++
+			err = r.within(ctx, func() error { return u.add(ref.Descriptor.Digest) })
+		}
+		if err != nil {
+			return Usage{}, opError("count", name, "", err)
+		}
+	}
+	return u.Usage, nil
+}
+
+// within runs fn, which is short, while the registry is kept open.
+func (r *LocalRegistry) within(ctx context.Context, fn func() error) error {
+	end, err := r.begin(ctx)
+	if err != nil {
+		return err
+	}
+	defer end()
+	return fn()
+}
+
+// usage sums up a Usage.
+type usage struct {
+	Usage
+	leader  leader
+	counted map[digest.Digest]bool
+}
+
+func newUsage(ctx context.Context, x *index) *usage {
+	return &usage{leader: leader{ctx: ctx, q: x, memo: map[digest.Digest]bool{}}, counted: map[digest.Digest]bool{}}
+}
+
+// add counts a digest, and what it leads to.
+func (u *usage) add(d digest.Digest) error {
+	q := u.leader.q
+	todo := []digest.Digest{d}
+	for len(todo) > 0 {
+		d := todo[len(todo)-1]
+		todo = todo[:len(todo)-1]
+		if u.counted[d] {
+			continue
+		}
+		u.counted[d] = true
+		if err := u.leader.ctx.Err(); err != nil {
+			return err
+		}
+		if err := u.count(d); err != nil {
+			return err
+		}
+		if err := members(q, d, func(m member) error {
+			todo = append(todo, m.desc.Digest)
+			return nil
+		}); err != nil {
+			return err
+		}
+		subject, err := subjectOf(q, d)
+		if err != nil {
+			return err
+		}
+		if subject != "" {
+			todo = append(todo, subject)
+		}
+	}
+	return nil
+}
+
+// count counts one digest, unless it is a subject that isn't here.
+func (u *usage) count(d digest.Digest) error {
+	q := u.leader.q
+	here, err := hasBlob(q, d)
+	if !here || err != nil {
+		return err
+	}
+	_, manifest, err := manifestRow(q, d)
+	if err != nil {
+		return err
+	}
+	size, err := blobSize(q, d)
+	if err != nil {
+		return err
+	}
+	shared, err := u.leader.leads(d)
+	if err != nil {
+		return err
+	}
+	if shared {
+		u.Shared.add(manifest, size)
+	} else {
+		u.Own.add(manifest, size)
+	}
+	return nil
+}
+
+// Repositories lists the names (registry/repository) that have refs, in order, from
+// the index only. Of opts, Prefix and Limit count, and After's name, behind which
+// the listing starts; a Name lists that one if it has refs. It reads in pages, as
+// [LocalRegistry.Refs] does, and an error is yielded once, at the end.
+func (r *LocalRegistry) Repositories(ctx context.Context, opts *ListOptions) iter.Seq2[string, error] {
+	var o ListOptions
+	if opts != nil {
+		o = *opts
+	}
+	return func(yield func(string, error) bool) {
+		from, reference, below := o.bounds()
+		after := ""
+		if reference != "" {
+			after = from
+		}
+		for left := o.Limit; ; {
+			n := listPage
+			if o.Limit > 0 {
+				n = min(n, left)
+			}
+			var page []string
+			err := r.within(ctx, func() (err error) {
+				page, err = r.index.names(from, after, below, n)
+				return err
+			})
+			if err != nil {
+				yield("", opError("list repositories", "", "", err))
+				return
+			}
+			for _, name := range page {
+				if !yield(name, nil) {
+					return
+				}
+			}
+			if left -= len(page); len(page) < n || o.Limit > 0 && left <= 0 {
+				return
+			}
+			after = page[len(page)-1]
+		}
+	}
+}

@@ -1,0 +1,225 @@
+package ocilocal_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"slices"
+	"testing"
+
+	"github.com/ocilocal/ocilocal"
+)
+
+func TestStats(t *testing.T) {
+	ctx := t.Context()
+	r := openTemp(t, nil)
+	if s, err := r.Stats(ctx); err != nil || s != (ocilocal.Stats{}) {
+		t.Errorf("an empty registry has %+v, %v", s, err)
+	}
+	a := child(t, r, "example.com/one:v1", ocilocal.BuilderOptions{}, nil, nil, "both", "first")
+	b := child(t, r, "example.com/one:v2", ocilocal.BuilderOptions{}, nil, nil, "both", "second!")
+	c := child(t, r, "example.com/two:v1", ocilocal.BuilderOptions{}, descOf(b), nil, "third")
+	size := func(as ...*ocilocal.LocalArtifact) (n int64) {
+		for _, a := range as {
+			n += a.Descriptor().Size
+		}
+		return n
+	}
+	total := ocilocal.Count{Manifests: 3, Blobs: 4, Bytes: size(a, b, c) + 4 + 5 + 7 + 5}
+	checkStats(t, r, ocilocal.Stats{Refs: 3, Repositories: 2, Total: total})
+
+	usage := func(ref string) ocilocal.Usage {
+		t.Helper()
+		u, err := r.RefUsage(ctx, ocilocal.MustParseReference(ref))
+		if err != nil {
+			t.Error(err)
+		}
+		return u
+	}
+	for _, check := range []struct {
+		what string
+		got  ocilocal.Usage
+		want ocilocal.Usage
+	}{
+		{"one:v1", usage("example.com/one:v1"), ocilocal.Usage{Refs: 1,
+			Own: ocilocal.Count{Manifests: 1, Blobs: 1, Bytes: size(a) + 5}, Shared: ocilocal.Count{Blobs: 1, Bytes: 4}}},
+		{"one:v2, all of it a subject's", usage("example.com/one:v2"), ocilocal.Usage{Refs: 1,
+			Shared: ocilocal.Count{Manifests: 1, Blobs: 2, Bytes: size(b) + 4 + 7}}},
+		{"two:v1 with its subject", usage("example.com/two:v1"), ocilocal.Usage{Refs: 1,
+			Own: ocilocal.Count{Manifests: 1, Blobs: 1, Bytes: size(c) + 5}, Shared: ocilocal.Count{Manifests: 1, Blobs: 2, Bytes: size(b) + 4 + 7}}},
+		{"repository one", repositoryUsage(t, r, "example.com/one"), ocilocal.Usage{Refs: 2,
+			Own: ocilocal.Count{Manifests: 1, Blobs: 1, Bytes: size(a) + 5}, Shared: ocilocal.Count{Manifests: 1, Blobs: 2, Bytes: size(b) + 4 + 7}}},
+		{"no repository", repositoryUsage(t, r, "example.com/none"), ocilocal.Usage{}},
+	} {
+		if check.got != check.want {
+			t.Errorf("%s: %+v, want %+v", check.what, check.got, check.want)
+		}
+	}
+
+	// Without its ref, two:v1 is an orphan; its subject has a ref of its own.
+	if _, err := r.Remove(ctx, ocilocal.MustParseReference("example.com/two:v1")); err != nil {
+		t.Fatal(err)
+	}
+	orphans := ocilocal.Count{Manifests: 1, Blobs: 1, Bytes: size(c) + 5}
+	checkStats(t, r, ocilocal.Stats{Refs: 2, Repositories: 1, Total: total, Orphans: orphans})
+	if _, err := r.RefUsage(ctx, ocilocal.MustParseReference("example.com/two:v1")); !errors.Is(err, ocilocal.ErrNotFound) {
+		t.Errorf("usage of what was removed: %v", err)
+	}
+	if got, want := usage("example.com/one:v2").Own, (ocilocal.Count{Manifests: 1, Blobs: 1, Bytes: size(b) + 7}); got != want {
+		t.Errorf("an orphan's subject: own is %+v, want %+v", got, want)
+	}
+	if _, err := r.GC(ctx, &ocilocal.GCOptions{Grace: ocilocal.NoGrace}); err != nil {
+		t.Fatal(err)
+	}
+	total.Manifests, total.Blobs, total.Bytes = total.Manifests-1, total.Blobs-1, total.Bytes-orphans.Bytes
+	checkStats(t, r, ocilocal.Stats{Refs: 2, Repositories: 1, Total: total})
+
+	cancelled, cancel := context.WithCancel(ctx)
+	cancel()
+	if _, err := r.Stats(cancelled); !errors.Is(err, context.Canceled) {
+		t.Errorf("cancelled: %v", err)
+	}
+}
+
+func repositoryUsage(t *testing.T, r *ocilocal.LocalRegistry, name string) ocilocal.Usage {
+	t.Helper()
+	u, err := r.RepositoryUsage(t.Context(), name)
+	if err != nil {
+		t.Error(err)
+	}
+	return u
+}
+
+func checkStats(t *testing.T, r *ocilocal.LocalRegistry, want ocilocal.Stats) {
+	t.Helper()
+	if s, err := r.Stats(t.Context()); err != nil || s != want {
+		t.Errorf("stats are %+v, %v\nwant %+v", s, err, want)
+	}
+}
+
+// TestStatsAgreeWithGC compares the index's word with what garbage collection,
+// which goes the other way round, finds and deletes.
+func TestStatsAgreeWithGC(t *testing.T) {
+	ctx := t.Context()
+	for seed := range uint64(5) {
+		rng := rand.New(rand.NewPCG(seed, 0))
+		r := openTemp(t, nil)
+		var made []*ocilocal.LocalArtifact
+		for i := range 30 {
+			o := ocilocal.BuilderOptions{Format: ocilocal.FormatArtifactManifest}
+			if rng.IntN(2) == 0 {
+				o.Format = ocilocal.FormatImageManifest
+			}
+			var layers []string
+			for range rng.IntN(4) {
+				layers = append(layers, fmt.Sprint("layer ", rng.IntN(20)))
+			}
+			subject := (*ocilocal.LocalArtifact)(nil)
+			if len(made) > 0 && rng.IntN(3) == 0 {
+				subject = made[rng.IntN(len(made))]
+			}
+			ref := fmt.Sprintf("example.com/r%d:v%d", rng.IntN(4), i)
+			if subject == nil {
+				made = append(made, child(t, r, ref, o, nil, map[string]string{"i": fmt.Sprint(i)}, layers...))
+			} else {
+				made = append(made, child(t, r, ref, o, descOf(subject), map[string]string{"i": fmt.Sprint(i)}, layers...))
+			}
+		}
+		for ref, err := range r.Refs(ctx, nil) {
+			if err != nil {
+				t.Fatal(err)
+			}
+			if rng.IntN(2) == 0 {
+				if _, err := r.Remove(ctx, ref.Reference); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+		s, err := r.Stats(ctx)
+		if err != nil {
+			t.Fatal(err)
+		}
+		opts := &ocilocal.GCOptions{Grace: ocilocal.NoGrace}
+		report, err := r.GC(ctx, opts)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if s.Orphans != report.Deleted || s.Orphans.Manifests == 0 {
+			t.Errorf("seed %d: orphans are %+v, deleted were %+v", seed, s.Orphans, report.Deleted)
+		}
+		// What a ref's usage calls its own goes with the ref.
+		for ref, err := range r.Refs(ctx, nil) {
+			if err != nil {
+				t.Fatal(err)
+			}
+			u, err := r.RefUsage(ctx, ref.Reference)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, err := r.Remove(ctx, ref.Reference); err != nil {
+				t.Fatal(err)
+			}
+			report, err := r.GCReport(ctx, opts)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if u.Own != report.Orphans {
+				t.Errorf("seed %d: %s has %+v of its own, %+v would go with it", seed, ref.Reference, u.Own, report.Orphans)
+			}
+			if _, err := r.Tag(ctx, ref.Descriptor.Digest, ref.Reference, nil); err != nil {
+				t.Fatal(err)
+			}
+		}
+		mustClose(t, r)
+	}
+}
+
+func TestRepositories(t *testing.T) {
+	r := openTemp(t, nil)
+	for i := range 1030 { // more than two pages
+		if i < 1027 {
+			if _, err := build(t, r, fmt.Sprintf("example.com/many/r%04d:v1", i), nil, "layer"); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	for _, ref := range []string{"example.com/a:v1", "example.com/a:v2", "example.com/a-b:v1", "example.net/z:v"} {
+		if _, err := build(t, r, ref, nil, "layer"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	list := func(o *ocilocal.ListOptions) []string {
+		t.Helper()
+		var names []string
+		for name, err := range r.Repositories(t.Context(), o) {
+			if err != nil {
+				t.Fatal(err)
+			}
+			names = append(names, name)
+		}
+		return names
+	}
+	if all := list(nil); len(all) != 1030 || !slices.IsSorted(all) || len(slices.Compact(slices.Clone(all))) != 1030 {
+		t.Errorf("%d names", len(all))
+	}
+	for _, c := range []struct {
+		o    ocilocal.ListOptions
+		want []string
+	}{
+		{ocilocal.ListOptions{Limit: 2}, []string{"example.com/a", "example.com/a-b"}},
+		{ocilocal.ListOptions{Prefix: "example.net/"}, []string{"example.net/z"}},
+		{ocilocal.ListOptions{Prefix: "example.com/a"}, []string{"example.com/a", "example.com/a-b"}},
+		{ocilocal.ListOptions{Name: "example.com/a"}, []string{"example.com/a"}},
+		{ocilocal.ListOptions{Name: "example.com/none"}, nil},
+		{ocilocal.ListOptions{After: ocilocal.MustParseReference("example.com/a:v1"), Limit: 1}, []string{"example.com/a-b"}},
+		{ocilocal.ListOptions{After: ocilocal.MustParseReference("example.com/many/r1026:v1")}, []string{"example.net/z"}},
+	} {
+		if got := list(&c.o); !slices.Equal(got, c.want) {
+			t.Errorf("%+v: %q, want %q", c.o, got, c.want)
+		}
+	}
+	for range r.Repositories(t.Context(), nil) {
+		break
+	}
+}
