@@ -94,3 +94,21 @@ func ExampleLocalRegistry_ImportLegacy() {
 	fmt.Println(report.Imported, "imported,", report.Verified, "were here")
 	// Output: 0 imported, 0 were here
 }
+
+// The registry of an OMMX v3 SDK is read where the SDK has it, and left as it is.
+func ExampleLocalRegistry_ImportOMMX() {
+	ctx := context.Background()
+	registry, done := scratch()
+	defer done()
+	root, err := ocilocal.DefaultLegacyRoot()
+	if err != nil {
+		log.Fatal(err)
+	}
+	report, err := registry.ImportOMMX(ctx, root, nil)
+	if err != nil {
+		log.Fatal(err)
+	}
+	for _, f := range report.Failed {
+		log.Print(f.Entry, ": ", f.Err)
+	}
+}

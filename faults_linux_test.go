@@ -361,3 +361,34 @@ func TestFIFOs(t *testing.T) {
 		check(name, ocilocal.ErrForeignIndex, func() error { _, err := ocilocal.OpenReadOnly(t.Context(), r.Root(), nil); return err })
 	}
 }
+
+// TestImportOMMXReadOnlyFileSystem: an OMMX root on a medium that can't be written comes in,
+// unless its log holds what can't be read without writing.
+func TestImportOMMXReadOnlyFileSystem(t *testing.T) {
+	live := newOMMXRoot(t, 2)
+	live.add("ghcr.io/example/demo", "v1", "one")
+	live.exec("PRAGMA wal_checkpoint(TRUNCATE)")
+	d := live.add("ghcr.io/example/demo", "v2", "two") // in the log
+	killed := live.noShm()
+	live.exec("DELETE FROM refs WHERE manifest_digest = ?", string(d))
+	if err := live.db.Close(); err != nil {
+		t.Fatal(err)
+	}
+	closed := live.noShm()
+	mnt := mountTmpfs(t, "size=4m")
+	for name, o := range map[string]*ommxRoot{"closed": closed, "killed": killed} {
+		if err := os.CopyFS(filepath.Join(mnt, name), os.DirFS(o.dir)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := syscall.Mount("tmpfs", mnt, "tmpfs", syscall.MS_REMOUNT|syscall.MS_RDONLY, ""); err != nil {
+		t.Fatal(err)
+	}
+	r := openTemp(t, nil)
+	if report, err := r.ImportOMMX(t.Context(), filepath.Join(mnt, "killed"), nil); err == nil || report.Scanned != 0 {
+		t.Errorf("a log that can't be read was left out: %+v", report)
+	}
+	if report, err := r.ImportOMMX(t.Context(), filepath.Join(mnt, "closed"), nil); err != nil || report.Imported != 1 {
+		t.Errorf("%+v, %v", report, err)
+	}
+}

@@ -195,14 +195,19 @@ func (r *LocalRegistry) importLegacyEntry(ctx context.Context, root *os.Root, en
 	} else if named.Name() != ref.Name() || named.Tag() != ref.Tag() && (named.Digest() == "" || named.Digest() != ref.Digest()) {
 		return RefUpdate{}, fmt.Errorf("%w: it is named %s", ErrNotFound, named)
 	}
-	im := r.layoutImporter(l, &ImportOptions{Reference: ref, Rename: true, PublishOptions: PublishOptions{Policy: policy}, one: true})
-	defer func() { r.logDiscard(im.stage.discard()) }()
-	im.accept = func(m *Manifest) error {
+	return r.importAs(ctx, l, descs, ref, policy, func(m *Manifest) error {
 		if m.ArtifactType() != ArtifactTypeOMMX {
 			return fmt.Errorf("%w: %q is not %s", ErrArtifactType, clip(m.ArtifactType()), ArtifactTypeOMMX)
 		}
 		return nil
-	}
+	})
+}
+
+// importAs imports the one entry of a layout under ref, unless accept refuses its manifest.
+func (r *LocalRegistry) importAs(ctx context.Context, l *layout, descs []ocispec.Descriptor, ref Reference, policy Policy, accept func(*Manifest) error) (RefUpdate, error) {
+	im := r.layoutImporter(l, &ImportOptions{Reference: ref, Rename: true, PublishOptions: PublishOptions{Policy: policy}, one: true})
+	defer func() { r.logDiscard(im.stage.discard()) }()
+	im.accept = accept
 	result, err := im.run(ctx, descs)
 	if result == nil || len(result.Artifacts) == 0 {
 		return RefUpdate{}, err

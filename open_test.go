@@ -326,6 +326,7 @@ func TestUseAfterClose(t *testing.T) {
 	}
 	d := built.Digest()
 	calls := map[string]func() error{
+		"ImportOMMX":      func() error { _, err := r.ImportOMMX(ctx, t.TempDir(), nil); return err },
 		"FS":              func() error { _, err := fs.Stat(r.FS(ctx), "."); return err },
 		"Stats":           func() error { _, err := r.Stats(ctx); return err },
 		"RefUsage":        func() error { _, err := r.RefUsage(ctx, ref); return err },

@@ -30,6 +30,7 @@ var programs = map[string]string{
 	"registry3":       "bin/registry3",
 	"ommx2":           "ommx2/bin/python",
 	"ommx3":           "ommx3/bin/python",
+	"ommx3a":          "ommx3a/bin/python",
 }
 
 // skipped counts the tests that each missing tool cost.

@@ -16,11 +16,17 @@ const ommxName = "ghcr.io/example/demo:v1"
 // ommx runs a command of the script for one version of the SDK, which prints an instance.
 func ommx(b *box, sdk, command, arg string) string {
 	b.t.Helper()
-	script, err := filepath.Abs(filepath.Join("testdata", sdk+".py"))
+	return b.run(sdk, script(b.t, sdk), command, arg)
+}
+
+// script returns the script for a version of the SDK.
+func script(t testing.TB, sdk string) string {
+	t.Helper()
+	name, err := filepath.Abs(filepath.Join("testdata", sdk+".py"))
 	if err != nil {
-		b.t.Fatal(err)
+		t.Fatal(err)
 	}
-	return b.run(sdk, script, command, arg)
+	return name
 }
 
 // onlyLayer returns the one layer of an artifact: its type, annotations and content.
@@ -155,6 +161,47 @@ func TestOMMXTree(t *testing.T) {
 	}
 	b.setenv("OMMX_LOCAL_REGISTRY_ROOT", ours)
 	wantEqual(t, "the instance that version 2 loads", ommx(b, "ommx2", "load", ommxName), instance)
+}
+
+// The registry of version 3 comes in, of the schema that it has and of the one before;
+// and the SDK reads what we export of it.
+func TestOMMXLocalRegistry(t *testing.T) {
+	for _, sdk := range []string{"ommx3", "ommx3a"} {
+		t.Run(sdk, func(t *testing.T) {
+			b := newBox(t)
+			need(t, sdk)
+			theirs := b.path("theirs")
+			b.setenv("OMMX_LOCAL_REGISTRY_ROOT", theirs)
+			instance := b.run(sdk, script(t, "ommx3"), "make", b.path("theirs.ommx"))
+			names := []string{ommxName}
+			if sdk == "ommx3" { // the older one has other names for it
+				experiment := "ghcr.io/example/experiment:v1"
+				ommx(b, sdk, "experiment", experiment)
+				names = append(names, experiment)
+			}
+			r := newRegistry(t)
+			report, err := r.ImportOMMX(t.Context(), theirs, nil)
+			if err != nil || report.Imported < len(names) || report.Imported != report.Scanned {
+				t.Fatalf("%+v, %v", report, err)
+			}
+			for _, name := range names {
+				desc, err := r.Resolve(t.Context(), reference(t, name))
+				if err != nil {
+					t.Fatal(err)
+				}
+				hasWhole(t, r, desc.Digest)
+			}
+			b.setenv("OMMX_LOCAL_REGISTRY_ROOT", t.TempDir())
+			wantEqual(t, "the instance", b.run(sdk, script(t, "ommx3"), "read", export(t, r, ommxName)), instance)
+			// It is no worse for it: the SDK goes on with its root, and we find what it does.
+			b.setenv("OMMX_LOCAL_REGISTRY_ROOT", theirs)
+			wantEqual(t, "the instance in its own registry", b.run(sdk, script(t, "ommx3"), "load", ommxName), instance)
+			again, err := r.ImportOMMX(t.Context(), theirs, nil)
+			if err != nil || again.Verified != report.Scanned {
+				t.Errorf("%+v, %v", again, err)
+			}
+		})
+	}
 }
 
 // The SDK sends what we exported to a registry, and loads it from there.

@@ -17,6 +17,14 @@ def make(archive):
     return instance
 
 
+def experiment(name):
+    from ommx.experiment import Experiment
+    with Experiment(name) as e, e.run() as run:
+        e.log_json("dataset", {"name": "demo"})
+        run.log_parameter("capacity", 10)
+    return Instance.from_components(decision_variables=[], objective=0, constraints={}, sense=Instance.MAXIMIZE)
+
+
 def push(archive):
     artifact = Artifact.import_archive(archive)
     artifact.push()
@@ -28,5 +36,6 @@ commands = {
     "read": lambda path: Artifact.import_archive(path).instance,
     "load": lambda name: Artifact.load(name).instance,
     "push": push,
+    "experiment": experiment,
 }
 print(commands[sys.argv[1]](sys.argv[2]).to_v1_bytes().hex())
