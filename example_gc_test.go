@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"log"
+	"os"
 
 	"github.com/ocilocal/ocilocal"
 )
@@ -62,4 +63,38 @@ func ExampleLocalRegistry_Repair() {
 	}
 	fmt.Println(len(report.Healed), "healed,", len(report.Left), "left")
 	// Output: 0 healed, 0 left
+}
+
+// A backup is a registry as it was at one moment, while others go on writing.
+func ExampleLocalRegistry_Backup() {
+	ctx := context.Background()
+	registry, done := scratch()
+	defer done()
+	dir, err := os.MkdirTemp("", "backup")
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer os.RemoveAll(dir)
+	for _, text := range []string{"monday", "tuesday"} {
+		note(registry, "example.com/note:"+text, text)
+		report, err := registry.Backup(ctx, dir, nil)
+		if err != nil {
+			log.Fatal(err)
+		}
+		fmt.Println("refs:", report.Refs, "copied:", report.BlobsCopied, "there already:", report.BlobsPresent)
+	}
+	backup, err := ocilocal.OpenReadOnly(ctx, dir, nil)
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer backup.Close()
+	exists, err := backup.Exists(ctx, ocilocal.MustParseReference("example.com/note:monday"))
+	if err != nil {
+		log.Fatal(err)
+	}
+	fmt.Println(exists)
+	// Output:
+	// refs: 1 copied: 2 there already: 0
+	// refs: 2 copied: 2 there already: 2
+	// true
 }

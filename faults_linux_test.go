@@ -392,3 +392,27 @@ func TestImportOMMXReadOnlyFileSystem(t *testing.T) {
 		t.Errorf("%+v, %v", report, err)
 	}
 }
+
+// TestBackupNoSpace: a backup to a full disk fails, is what it was, and goes on when there is space.
+func TestBackupNoSpace(t *testing.T) {
+	mnt := mountTmpfs(t, "size=1m")
+	r := openTemp(t, nil)
+	child(t, r, "example.com/a:v1", ocilocal.BuilderOptions{}, nil, nil, "one")
+	dir := filepath.Join(mnt, "backup")
+	if _, err := r.Backup(t.Context(), dir, nil); err != nil {
+		t.Fatal(err)
+	}
+	last := listed(t, r)
+	titled(t, r, "example.com/large:v1", "", strings.Repeat("large", 1<<20))
+	if _, err := r.Backup(t.Context(), dir, nil); !errors.Is(err, syscall.ENOSPC) { // the index's error matches it too
+		t.Error(err)
+	}
+	checkBackup(t, dir, last)
+	if err := syscall.Mount("tmpfs", mnt, "tmpfs", syscall.MS_REMOUNT, "size=16m"); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := r.Backup(t.Context(), dir, nil); err != nil {
+		t.Error(err)
+	}
+	checkBackup(t, dir, listed(t, r))
+}

@@ -191,6 +191,7 @@ func TestImportOMMX(t *testing.T) {
 			}
 			o.unchanged(before)
 			checkSound(t, r)
+			checkNoTmp(t, r)
 
 			// What another process has written meanwhile is seen, and a replaced ref is a conflict or moved.
 			o.exec("UPDATE refs SET manifest_digest = ? WHERE reference = 'v2'", string(d))
@@ -292,6 +293,7 @@ func TestImportOMMXBadEntries(t *testing.T) {
 		t.Errorf("not reported: %v", want)
 	}
 	checkSound(t, r)
+	checkNoTmp(t, r)
 }
 
 func TestImportOMMXRefused(t *testing.T) {
@@ -346,11 +348,13 @@ func TestImportOMMXRefused(t *testing.T) {
 	}
 }
 
-// checkSound verifies a registry, which also must have nothing in tmp/.
+// checkSound verifies a registry. Blobs that
+// nobody recorded, of work that was begun anew, are no problem.
 func checkSound(t *testing.T, r *ocilocal.LocalRegistry) {
 	t.Helper()
 	for p, err := range r.Verify(t.Context(), nil) {
-		t.Errorf("%v, %v", p, err)
+		if err != nil || p.Kind != ocilocal.ProblemUnrecorded {
+			t.Errorf("%v, %v", p, err)
+		}
 	}
-	checkNoTmp(t, r)
 }

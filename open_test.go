@@ -326,6 +326,7 @@ func TestUseAfterClose(t *testing.T) {
 	}
 	d := built.Digest()
 	calls := map[string]func() error{
+		"Backup":          func() error { _, err := r.Backup(ctx, t.TempDir(), nil); return err },
 		"ImportOMMX":      func() error { _, err := r.ImportOMMX(ctx, t.TempDir(), nil); return err },
 		"FS":              func() error { _, err := fs.Stat(r.FS(ctx), "."); return err },
 		"Stats":           func() error { _, err := r.Stats(ctx); return err },
@@ -540,5 +541,36 @@ func TestIndexReplaced(t *testing.T) {
 				t.Errorf("remove: %v", err)
 			}
 		})
+	}
+}
+
+// A copy of a root that lost its empty directories is a root, and another's
+// directory with an index.sqlite3 stays as it is.
+func TestOpenWithoutDirectories(t *testing.T) {
+	dir := t.TempDir()
+	r, err := ocilocal.Open(t.Context(), dir, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	mustClose(t, r)
+	if err := errors.Join(os.RemoveAll(filepath.Join(dir, "tmp")), os.Remove(filepath.Join(dir, "blobs"))); err != nil {
+		t.Fatal(err)
+	}
+	if r, err = ocilocal.Open(t.Context(), dir, nil); err != nil {
+		t.Fatal(err)
+	}
+	defer mustClose(t, r)
+	if _, err := build(t, r, "example.com/a:v1", nil, "layer"); err != nil {
+		t.Error(err)
+	}
+	foreign := t.TempDir()
+	if err := os.WriteFile(filepath.Join(foreign, "index.sqlite3"), []byte("not ours"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := ocilocal.Open(t.Context(), foreign, nil); !errors.Is(err, ocilocal.ErrForeignIndex) {
+		t.Error(err)
+	}
+	if entries, err := os.ReadDir(foreign); len(entries) != 1 || err != nil {
+		t.Error(entries, err)
 	}
 }

@@ -1,6 +1,7 @@
 package ocilocal
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"errors"
@@ -49,6 +50,7 @@ type Options struct {
 	Logger *slog.Logger
 
 	fault func(op, name string) error // for rootDir
+	id    string                      // for a root that is made new; "" for one of its own
 }
 
 // A LocalRegistry is an open root directory. Any number of goroutines may use
@@ -213,12 +215,7 @@ func (r *LocalRegistry) create(ctx context.Context) error {
 	if err := syncEntries(filepath.Dir(r.dir)); err != nil && !errors.Is(err, fs.ErrPermission) {
 		return err
 	}
-	for _, dir := range []string{blobsDir, tmpDir} {
-		if err := r.root.Mkdir(dir, 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
-			return err
-		}
-	}
-	if err := r.blobs.syncDir("."); err != nil {
+	if err := r.makeDirs(); err != nil {
 		return err
 	}
 	session, err := r.blobs.enter()
@@ -249,6 +246,16 @@ func (r *LocalRegistry) create(ctx context.Context) error {
 	return r.name(ctx, private, indexFile)
 }
 
+// makeDirs makes the directories of a root that aren't there.
+func (r *LocalRegistry) makeDirs() error {
+	for _, dir := range []string{blobsDir, tmpDir} {
+		if err := r.root.Mkdir(dir, 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
+			return err
+		}
+	}
+	return r.blobs.syncDir(".")
+}
+
 // name gives a complete file below tmp/ its name in the root, unless that is taken.
 func (r *LocalRegistry) name(ctx context.Context, private, name string) error {
 	err := r.root.Link(private, name)
@@ -276,7 +283,7 @@ func (r *LocalRegistry) writeID(ctx context.Context, session string) error {
 		return err
 	}
 	if err = r.root.injected("write", private); err == nil {
-		_, err = f.WriteString(strings.ToLower(rand.Text()) + "\n")
+		_, err = f.WriteString(cmp.Or(r.opts.id, strings.ToLower(rand.Text())) + "\n")
 	}
 	if err == nil {
 		err = r.root.sync(f, private)
@@ -311,13 +318,23 @@ func (r *LocalRegistry) readID() (string, error) {
 func (r *LocalRegistry) openIndex(ctx context.Context, readOnly bool) (*index, error) {
 	name := filepath.Join(r.dir, indexFile)
 	if !readOnly {
-		// SQLite would open what it can't write, and fail at the first write only.
+		// SQLite would open what it can't write, and fail at the first write only. A copy
+		// of a root may lack the directories that were empty.
+		complete := true
 		for _, dir := range []string{r.dir, filepath.Join(r.dir, tmpDir), filepath.Join(r.dir, blobsDir)} {
-			if err := checkWritable(dir); err != nil {
+			if err := checkWritable(dir); errors.Is(err, fs.ErrNotExist) {
+				complete = false
+			} else if err != nil {
 				return nil, fmt.Errorf("%w: %w (OpenReadOnly reads it)", ErrReadOnly, err)
 			}
 		}
-		return openIndex(ctx, name, indexReadWrite, r.opts.BusyTimeout)
+		x, err := openIndex(ctx, name, indexReadWrite, r.opts.BusyTimeout)
+		if err == nil && !complete {
+			if err = r.makeDirs(); err != nil {
+				return nil, errors.Join(err, x.close())
+			}
+		}
+		return x, err
 	}
 	// SQLite reads a WAL database only with a -shm beside it, shared with
 	// writers. Where it may, it makes one, and the last to close cleans up.

@@ -28,6 +28,7 @@ type index struct {
 	readers *sql.DB
 	writer  *sql.DB // one connection; nil in a read-only registry
 	busy    time.Duration
+	name    func(pragmas ...string) string // of the database, as readers open it
 
 	// conn is writer's connection, with the statements prepared on it. They
 	// belong to the goroutine that leads: see write.
@@ -125,12 +126,15 @@ func openUnchecked(path string, mode indexMode, busy time.Duration) (*index, err
 	if mode >= indexReadOnly {
 		access = "ro"
 	}
-	name := dsn(path, access, "busy_timeout(5000)", "query_only(1)")
-	if mode == indexImmutable {
-		name += "&immutable=1"
+	x.name = func(pragmas ...string) string {
+		name := dsn(path, access, append(pragmas, "busy_timeout(5000)")...)
+		if mode == indexImmutable {
+			name += "&immutable=1"
+		}
+		return name
 	}
 	var err error
-	if x.readers, err = sql.Open("sqlite", name); err != nil {
+	if x.readers, err = sql.Open("sqlite", x.name("query_only(1)")); err != nil {
 		return nil, indexError(err)
 	}
 	x.readers.SetMaxOpenConns(max(2, runtime.NumCPU()))
@@ -491,15 +495,23 @@ func (x *index) begin(batch []*writeRequest, self *writeRequest) []*writeRequest
 
 // tryBegin waits for the write lock for as long as the connection's busy_timeout says.
 func (x *index) tryBegin() error {
-	if x.conn == nil {
-		conn, err := x.writer.Conn(context.Background())
-		if err != nil {
-			return indexError(err)
-		}
-		x.conn = conn
+	if err := x.connect(); err != nil {
+		return err
 	}
 	_, err := (&indexTx{x}).exec("BEGIN IMMEDIATE")
 	return err
+}
+
+// connect makes the writer's connection, unless there is one.
+func (x *index) connect() error {
+	if x.conn != nil {
+		return nil
+	}
+	conn, err := x.writer.Conn(context.Background())
+	if err == nil {
+		x.conn = conn
+	}
+	return indexError(err)
 }
 
 // indexTx is what a function given to write may do with the index's write
@@ -560,4 +572,24 @@ func scanAll[T any](s *sql.Stmt, limit int, args []any, scan func(*sql.Rows) (T,
 		all = append(all, v)
 	}
 	return all, indexError(rows.Err())
+}
+
+// snapshot writes the index as it is at one moment to a new file, in one read transaction.
+func (x *index) snapshot(path string) error {
+	db, err := sql.Open("sqlite", x.name()) // query_only would forbid it
+	if err != nil {
+		return indexError(err)
+	}
+	_, err = db.Exec("VACUUM INTO ?", path)
+	return indexError(errors.Join(err, db.Close()))
+}
+
+// attach gives the transactions of x another database, by the name other. It
+// must be called before the first of them, since SQLite attaches none within one.
+func (x *index) attach(path string) error {
+	if err := x.connect(); err != nil {
+		return err
+	}
+	_, err := (&indexTx{x}).exec("ATTACH DATABASE ? AS other", path)
+	return err
 }

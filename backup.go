@@ -1,0 +1,315 @@
+package ocilocal
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path"
+	"path/filepath"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+)
+
+// BackupOptions govern a backup. Nil is the zero value.
+type BackupOptions struct {
+	// Overwrite lets a backup undo what was changed in the backup's own refs since the last one.
+	Overwrite bool
+	// AllowNetworkFS is [Options.AllowNetworkFS] for the backup.
+	AllowNetworkFS bool
+}
+
+// A BackupReport tells what a backup did.
+type BackupReport struct {
+	Refs         int // that the backup has now
+	RefsSet      int // of these, new or changed since the last backup
+	RefsRemoved  int // that the registry had no more
+	BlobsCopied  int
+	BlobsPresent int // that the backup had already
+	BytesCopied  int64
+	Failed       []BackupFailure // what could not be copied
+}
+
+// A BackupFailure is a blob of the registry that is missing, damaged or can't be read.
+type BackupFailure struct {
+	Digest digest.Digest
+	Refs   []Reference // left out because of it, unless a failure before has them: the backup keeps what it had under these
+	Err    error
+}
+
+// Backup makes dir a registry with the refs that this one has at one moment, and all that
+// they lead to, while others go on writing here. dir is created if need be; it can be
+// opened at any time, for reading also during a backup, and it is what it was before
+// until all is there. The next backup to the same dir copies only the blobs that it
+// lacks; of those that it has only the sizes are looked at, [LocalRegistry.Verify]
+// looks at the rest. Every blob is verified while it is copied.
+//
+// The backup has this registry's id, so it can take its place. Nothing is ever
+// deleted from it but refs: [LocalRegistry.GC] there deletes what was collected here. Its own refs are
+// not to be changed: that is an [ErrConflict] unless [BackupOptions.Overwrite] is set,
+// as is a registry with another id.
+//
+// Blobs that can't be read here don't stop it: the error is then
+// [ErrIncomplete], after everything else was backed up, and says so together with the report.
+// Further errors: [ErrInvalidArgument] if dir is this registry's, [ErrBusy] if garbage was collected here or
+// there, again and again, under the backup's hands, those of [Open], a full disk, ctx's, and the file system's.
+func (r *LocalRegistry) Backup(ctx context.Context, dir string, opts *BackupOptions) (*BackupReport, error) {
+	report, err := r.backup(ctx, dir, opts)
+	return report, opError("back up to", dir, "", err)
+}
+
+func (r *LocalRegistry) backup(ctx context.Context, dir string, opts *BackupOptions) (report *BackupReport, err error) {
+	end, err := r.begin(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer end()
+	if opts == nil {
+		opts = &BackupOptions{}
+	}
+	if err := r.checkElsewhere(dir); err != nil {
+		return nil, err
+	}
+	report = &BackupReport{}
+	for range maxBackupAttempts {
+		if err = r.backupOnce(ctx, dir, opts, report); !errors.Is(err, errCollected) {
+			return report, err
+		}
+		report = &BackupReport{BlobsCopied: report.BlobsCopied, BytesCopied: report.BytesCopied}
+	}
+	return report, fmt.Errorf("%w: %w, %d times", ErrBusy, err, maxBackupAttempts)
+}
+
+// maxBackupAttempts is how often a backup begins anew because something was collected meanwhile.
+const maxBackupAttempts = 10
+
+// checkElsewhere refuses this registry's own directory.
+func (r *LocalRegistry) checkElsewhere(dir string) error {
+	here, err := r.root.Stat(".")
+	if err != nil {
+		return err
+	}
+	there, err := os.Stat(dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err == nil && os.SameFile(here, there) {
+		err = fmt.Errorf("%w: the registry itself lies there", ErrInvalidArgument)
+	}
+	return err
+}
+
+// A backup is one attempt: the source, and a private copy of its index.
+type backup struct {
+	source, target *LocalRegistry
+	overwrite      bool
+	snapshot       *index
+	report         *BackupReport
+}
+
+// errCollected ends an attempt that the source has moved on from, or whose blobs
+// a collection in the target has deleted.
+var errCollected = errors.New("something was collected while it was being copied")
+
+func (r *LocalRegistry) backupOnce(ctx context.Context, dir string, opts *BackupOptions, report *BackupReport) (err error) {
+	target, err := open(ctx, dir, &Options{Logger: r.opts.Logger, BusyTimeout: r.opts.BusyTimeout,
+		AllowNetworkFS: opts.AllowNetworkFS, id: r.id, fault: r.opts.fault}, false)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, target.Close()) }()
+	if target.id != r.id {
+		return fmt.Errorf("%w: it is a registry of its own, with another id", ErrConflict)
+	}
+	session, err := target.blobs.enter()
+	if err != nil {
+		return err
+	}
+	b := &backup{source: r, target: target, overwrite: opts.Overwrite, report: report}
+	if err := b.checkMark(target.index); err != nil { // before the work; merge does it again
+		return err
+	}
+	name := filepath.Join(target.dir, session, rand.Text()) // goes with the session
+	if err := r.index.snapshot(name); err != nil {
+		return err
+	}
+	if b.snapshot, err = openIndex(ctx, name, indexReadWrite, 0); err != nil {
+		return err
+	}
+	err = b.copyBlobs(ctx)
+	if err = errors.Join(err, b.snapshot.close()); err == nil {
+		err = target.index.attach(name)
+	}
+	if err == nil {
+		err = target.writeAlone(ctx, func(tx *indexTx) error { return b.merge(ctx, tx) })
+	}
+	if err != nil {
+		return err
+	}
+	if n := len(b.report.Failed); n > 0 {
+		err = fmt.Errorf("%w: %d blobs could not be copied, the first: %w", ErrIncomplete, n, b.report.Failed[0].Err)
+	}
+	return err
+}
+
+const (
+	backupBatch   = 500 // blobs that are staged and synced together
+	backupWorkers = 4
+)
+
+// copyBlobs brings the blobs of the snapshot to the target, and takes out of the
+// snapshot what the source hasn't got.
+func (b *backup) copyBlobs(ctx context.Context) error {
+	var todo []ocispec.Descriptor
+	algs := map[digest.Algorithm]bool{}
+	err := b.snapshot.blobRows(ctx, func(d digest.Digest, size int64, _ time.Time) {
+		if b.target.blobs.checkSize(d, size) != nil {
+			todo = append(todo, ocispec.Descriptor{Digest: d, Size: size})
+			return
+		}
+		b.report.BlobsPresent++
+		algs[d.Algorithm()] = true
+	})
+	if err != nil {
+		return err
+	}
+	b.report.BlobsPresent = max(0, b.report.BlobsPresent-b.report.BlobsCopied) // by attempts before
+	// Whoever linked what is there may have been killed before it was durable.
+	for alg := range algs {
+		if err := b.target.blobs.syncDir(path.Dir(blobPath(alg.FromString("")))); err != nil {
+			return err
+		}
+	}
+	var missing []BackupFailure
+	for batch := range slices.Chunk(todo, backupBatch) {
+		if missing, err = b.copyBatch(ctx, batch, missing); err != nil {
+			return err
+		}
+	}
+	return b.snapshot.write(ctx, func(tx *indexTx) error { return b.leaveOut(ctx, tx, missing) })
+}
+
+// copyBatch copies blobs, durably, and appends to missing those that can't be had.
+func (b *backup) copyBatch(ctx context.Context, batch []ocispec.Descriptor, missing []BackupFailure) ([]BackupFailure, error) {
+	st := b.target.blobs.newStage()
+	defer func() { b.target.logDiscard(st.discard()) }()
+	var mu sync.Mutex
+	copies := newTasks(ctx, backupWorkers)
+	var err error
+	for _, desc := range batch {
+		err = copies.start(func() error {
+			bad, err := b.copyBlob(copies.ctx, st, desc)
+			if bad != nil {
+				mu.Lock()
+				defer mu.Unlock()
+				missing = append(missing, BackupFailure{Digest: desc.Digest, Err: bad})
+			}
+			return err
+		})
+		if err != nil {
+			break
+		}
+	}
+	if err := copies.wait(err); err != nil {
+		return nil, err
+	}
+	if err := st.settle(ctx); err != nil {
+		return nil, err
+	}
+	written, _, bytes := st.counts()
+	b.report.BlobsCopied += written
+	b.report.BytesCopied += bytes
+	return missing, nil
+}
+
+// copyBlob stages one blob. bad is why the source hasn't got it.
+func (b *backup) copyBlob(ctx context.Context, st *stage, desc ocispec.Descriptor) (bad, err error) {
+	f, _, bad := b.source.blobs.openFile(desc.Digest, desc.Size)
+	if bad != nil {
+		return bad, nil
+	}
+	defer f.Close()
+	err = st.putFile(ctx, f, desc.Digest, desc.Size)
+	if errors.Is(err, ErrDigestMismatch) || errors.Is(err, ErrSizeMismatch) {
+		return fmt.Errorf("blob %s: %w", desc.Digest, err), nil
+	}
+	return nil, err
+}
+
+// leaveOut takes what needs a missing blob out of the snapshot. What no ref leads to,
+// there or by now in the source, was collected: nobody misses it, but a snapshot
+// in which a ref does so is out of date.
+func (b *backup) leaveOut(ctx context.Context, tx *indexTx, missing []BackupFailure) error {
+	if _, err := tx.exec(sqlMakeLeftOut); err != nil {
+		return err
+	}
+	then := leader{ctx: ctx, q: tx, memo: map[digest.Digest]bool{}}
+	needed := map[digest.Digest]bool{}
+	for _, m := range missing {
+		led, err := then.leads(m.Digest)
+		if err != nil {
+			return err
+		}
+		if needed[m.Digest] = led; !led {
+			continue
+		}
+		now := leader{ctx: ctx, q: b.source.index, memo: map[digest.Digest]bool{}}
+		if led, err = now.leads(m.Digest); err != nil {
+			return err
+		}
+		if _, err := b.source.blobs.size(m.Digest); !led || err == nil && errors.Is(m.Err, ErrNotFound) {
+			return errCollected // by now it may have come back, too
+		}
+	}
+	for _, m := range missing {
+		if err := tx.leaveOut(ctx, m.Digest, func(ref Reference) { m.Refs = append(m.Refs, ref) }); err != nil {
+			return err
+		}
+		if needed[m.Digest] {
+			b.report.Failed = append(b.report.Failed, m)
+		}
+	}
+	return nil
+}
+
+// checkMark refuses a target whose refs were changed by somebody else.
+func (b *backup) checkMark(q rowReader) error {
+	mark, refs, err := refsMark(q)
+	if err != nil {
+		return err
+	}
+	last, err := meta(q, metaBackup)
+	if err == nil && refs > 0 && last != mark && !b.overwrite {
+		err = fmt.Errorf("%w: its refs were changed since the last backup (BackupOptions.Overwrite undoes that)", ErrConflict)
+	}
+	return err
+}
+
+// merge makes the target's index that of the snapshot, after looking that all blobs are there.
+func (b *backup) merge(ctx context.Context, tx *indexTx) error {
+	if err := b.checkMark(tx); err != nil {
+		return err
+	}
+	if err := tx.otherBlobs(ctx, b.target.blobs.checkSize); errors.Is(err, ErrNotFound) {
+		return errCollected
+	} else if err != nil {
+		return err
+	}
+	set, removed, err := tx.merge(ctx)
+	if err != nil {
+		return err
+	}
+	mark, refs, err := refsMark(tx)
+	if err != nil {
+		return err
+	}
+	b.report.Refs, b.report.RefsSet, b.report.RefsRemoved = refs, int(set), int(removed)
+	_, err = tx.exec(sqlSetMeta, metaBackup, mark)
+	return err
+}
