@@ -1,7 +1,7 @@
 // Package ocilocal keeps OCI artifacts in a local directory that any number of
 // goroutines and processes share, without a daemon. Programs build artifacts
-// into it, import and export archives, and list and read what is there; an
-// artifact is either there whole or not there at all, whatever crashes.
+// into it, import, export, pull and push them, list and read what is there, and
+// collect garbage; an artifact is either there whole or not there at all, whatever crashes.
 //
 // # Words and types
 //
@@ -10,15 +10,16 @@
 // be moved. The digest is the artifact's identity; it can't. A [LocalRegistry] is an
 // open root directory. A [Builder] makes one artifact. A [LocalArtifact] is an
 // immutable view of one, and [Manifest] one view of the manifest forms: OCI
-// image manifests, image indexes, and OCI artifact manifests.
+// image manifests, image indexes, and OCI artifact manifests. A [Remote] is a
+// client of remote registries.
 //
-//	Builder      ImportArchive       Load, Refs, Resolve      ExportArchive
-//	    \             /                   |         \              /
-//	   stage (tmp/ → blobs/)           index       verified reads
-//	         \                           |              /
-//	          publish: one transaction   |             /
-//	               \                     |            /
-//	            index.sqlite3 ──────── names ──── blobs/
+//	Builder   Import…   Pull         Load, Refs, Resolve   Export…   Push
+//	     \       |      /                  |         \        |      /
+//	   stage (tmp/ → blobs/)           index          verified reads
+//	         \                           |                 /
+//	          publish: one transaction   |                /
+//	               \                     |               /
+//	            index.sqlite3 ──────── names ───────── blobs/
 //
 // # On disk
 //
@@ -57,6 +58,27 @@
 //   - Memory doesn't grow with the size of a blob or, but for collection and verification,
 //     which need some 200 bytes for each blob, with the number of refs.
 //
+// # Remote registries
+//
+// [LocalRegistry.Pull] and [LocalRegistry.Push] speak the OCI distribution-spec 1.1 by net/http, and
+// [LocalRegistry.Load] pulls what isn't here if [Options.Remote] is set. Blobs stream into and out of
+// the store several at a time; what is there already is not sent again; a body that breaks
+// off is continued, within the call and, for a pull, by the next one, also after a kill. What comes in
+// counts once its digest is right, and is published by the same transaction as everything else.
+//
+// Registries are not trusted. Everything they send is bounded and checked before it is used. A credential
+// goes to the registry it is for and to the token server that this one may name, and
+// to nobody else; it is in no error, log or URL. A blob's redirect to another host is followed
+// without it. A public registry can't name a token server at a loopback, link-local or private
+// address. [*RemoteError] has the facts of a failure, and a sentinel tells its kind.
+//
+// # Upkeep
+//
+// [LocalRegistry.GC] deletes what no ref leads to, [LocalRegistry.GCReport] tells what it would delete.
+// [LocalRegistry.Verify] compares index, files and digests; [LocalRegistry.Repair] and, where the index is lost,
+// [Rebuild] put right what can be put right. [LocalRegistry.Backup] copies a live registry as it is at one moment.
+// [LocalRegistry.Stats], [LocalRegistry.RefUsage] and [LocalRegistry.RepositoryUsage] count from the index.
+//
 // # Sharing
 //
 // Every method may be called from any number of goroutines, and a root may be
@@ -76,7 +98,7 @@
 //
 // # Limits
 //
-// A manifest or index may have [MaxManifestSize] bytes, an import [MaxClosure] blobs,
+// A manifest or index may have [MaxManifestSize] bytes, an import or pull [MaxClosure] blobs,
 // image indexes may nest [MaxIndexNesting] deep, JSON [MaxJSONDepth], and an archive may have
 // [MaxArchiveEntries] entries. Blobs have no limit.
 package ocilocal

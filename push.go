@@ -45,7 +45,7 @@ type PushResult struct {
 // Errors: [ErrNotFound] or [ErrIncomplete] if something isn't here; [*RemoteError] for what the
 // registry or the network did, with one of the sentinels that it lists;
 // [ErrUnsupportedManifest] if the registry doesn't take an artifact manifest: build the artifact as an
-// image manifest ([FormatImageManifest]) or convert it;
+// image manifest ([FormatImageManifest]) or [LocalRegistry.Convert] it;
 // [ErrDigestMismatch], ctx's, and the file system's.
 func (r *LocalRegistry) Push(ctx context.Context, ref Reference, opts *PushOptions) (*PushResult, error) {
 	result, err := r.push(ctx, ref, opts)
