@@ -872,17 +872,7 @@ func (t *indexTx) leaveOut(ctx context.Context, d digest.Digest, visit func(Refe
 	if err := neededBy(ctx, t, d, func(manifest digest.Digest) error { return t.leaveOut(ctx, manifest, visit) }); err != nil {
 		return err
 	}
-	s, err := t.stmt(sqlRefsTo)
-	if err != nil {
-		return err
-	}
-	refs, err := scanAll(s, 0, []any{string(d)}, func(rows *sql.Rows) (Reference, error) {
-		var name, reference string
-		if err := rows.Scan(&name, &reference); err != nil {
-			return Reference{}, err
-		}
-		return referenceFromKey(name, reference)
-	})
+	refs, err := refsTo(t, d)
 	if err != nil {
 		return err
 	}
@@ -895,6 +885,21 @@ func (t *indexTx) leaveOut(ctx context.Context, d digest.Digest, visit func(Refe
 		}
 	}
 	return t.delete(d)
+}
+
+// refsTo returns the refs that point at d.
+func refsTo(q queryer, d digest.Digest) ([]Reference, error) {
+	s, err := q.stmt(sqlRefsTo)
+	if err != nil {
+		return nil, err
+	}
+	return scanAll(s, 0, []any{string(d)}, func(rows *sql.Rows) (Reference, error) {
+		var name, reference string
+		if err := rows.Scan(&name, &reference); err != nil {
+			return Reference{}, err
+		}
+		return referenceFromKey(name, reference)
+	})
 }
 
 // neededBy visits the manifests that need d, not those whose subject it is.

@@ -20,7 +20,7 @@ var ranks = map[string]int{
 	"blob.go": 1, "stage.go": 1, "sqlite.go": 1, "index.go": 1, "partial.go": 1, "tasks.go": 1,
 	"remoteerror.go": 1, "challenge.go": 1, "remote.go": 1, "transport.go": 1, "auth.go": 1, "realm.go": 1, "credentials.go": 1, "remoteread.go": 1, "remotelist.go": 2, "remotewrite.go": 2,
 	"registry.go": 2, "publish.go": 2, "read.go": 2, "artifact.go": 2, "builder.go": 2, "gcmark.go": 3, "gc.go": 3, "verify.go": 3,
-	"import.go": 3, "archive.go": 4, "importoci.go": 4, "importlegacy.go": 5, "importommx.go": 6, "load.go": 6, "repair.go": 6, "rebuild.go": 7, "export.go": 5, "exportlayout.go": 5, "upload.go": 2, "pull.go": 5, "push.go": 5,
+	"import.go": 3, "archive.go": 4, "importoci.go": 4, "importlegacy.go": 5, "importommx.go": 6, "load.go": 6, "repair.go": 6, "repairremote.go": 6, "rebuild.go": 7, "export.go": 5, "exportlayout.go": 5, "upload.go": 2, "pull.go": 5, "push.go": 5,
 	"lineage.go": 3, "convert.go": 3, "anonymous.go": 3, "stats.go": 3, "backup.go": 4, "fsview.go": 4,
 }
 

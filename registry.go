@@ -408,7 +408,10 @@ func (r *LocalRegistry) Root() string { return r.dir }
 func (r *LocalRegistry) ID() string { return r.id }
 
 // localHost is the host of names that this registry makes up.
-func (r *LocalRegistry) localHost() string { return r.id + ".ocilocal.local" }
+func (r *LocalRegistry) localHost() string { return r.id + localHostSuffix }
+
+// localHostSuffix ends the names of hosts that exist nowhere: refs there were made up by a registry.
+const localHostSuffix = ".ocilocal.local"
 
 // mkdirAllSync is os.MkdirAll that makes each level it makes durable.
 func mkdirAllSync(dir string, perm fs.FileMode) error {

@@ -21,12 +21,17 @@ type RepairOptions struct {
 	// Sources are archives and layout directories that may have blobs that
 	// are damaged or missing here. They are searched in order and not changed.
 	Sources []string
+	// Remote, if not nil, is asked for what no source has. Nil asks nobody.
+	Remote *Remote
+	// From are references whose repositories Remote asks, in order. Nil means those of the refs
+	// here that lead to what is wanted.
+	From []Reference
 }
 
 // A RepairReport tells what a repair did, by digest where that says it.
 type RepairReport struct {
-	Healed      []digest.Digest // damaged or missing, and taken from a source
-	Quarantined []digest.Digest // damaged, in no source, and moved away
+	Healed      []digest.Digest // damaged or missing, and taken from a source or registry
+	Quarantined []digest.Digest // damaged, nowhere to be had, and moved away
 	Recorded    []digest.Digest // manifests on disk that the index now has
 	Rewritten   []digest.Digest // manifests of which the index said something else
 	Recovered   []Ref           // refs made for manifests that lost theirs with the index
@@ -34,7 +39,7 @@ type RepairReport struct {
 }
 
 // Repair puts right what [LocalRegistry.Verify] finds, as far as that can be done
-// from blobs/ and opts.Sources: it heals damaged and missing blobs, moves those that
+// from blobs/, opts.Sources and opts.Remote: it heals damaged and missing blobs, moves those that
 // it can't heal to tmp/quarantine/, where a collection deletes them after
 // its grace, and makes the index agree with the manifests. Where the index was lost,
 // it records every manifest on disk, and gives those that no other refers to a ref
@@ -42,7 +47,8 @@ type RepairReport struct {
 //
 // Repairing what is sound changes nothing. Others may use the registry meanwhile.
 // Errors: [ErrReadOnly], [ErrBusy], those of a source that can't be read, ctx's, those of the
-// index and the file system's; the report says what was done by then.
+// index and the file system's; the report says what was done by then. A [*RemoteError] comes
+// last, after all else was done, if something that a registry could not be asked for is still wanted.
 func (r *LocalRegistry) Repair(ctx context.Context, opts *RepairOptions) (*RepairReport, error) {
 	p := newRepair(r, opts)
 	return &p.report, opError("repair", "", "", p.run(ctx))
@@ -64,6 +70,8 @@ type repair struct {
 	damaged  []digest.Digest        // of these, those that are there
 	rows     []digest.Digest        // manifests whose rows are wrong
 	salvaged []Ref                  // refs that a damaged index still had
+
+	remoteErr error // the first that kept a registry from helping
 }
 
 func (p *repair) run(ctx context.Context) error {
@@ -92,6 +100,9 @@ func (p *repair) run(ctx context.Context) error {
 	if err := p.heal(ctx); err != nil {
 		return err
 	}
+	if err := p.healRemote(ctx); err != nil {
+		return err
+	}
 	if err := p.quarantine(true); err != nil {
 		return err
 	}
@@ -118,7 +129,10 @@ func (p *repair) run(ctx context.Context) error {
 		return err
 	}
 	p.report.Left = slices.DeleteFunc(left, func(b Problem) bool { return b.Kind == ProblemUnrecorded || b.Kind == ProblemForeign })
-	return nil
+	if len(p.wanted) == 0 {
+		return nil
+	}
+	return p.remoteErr
 }
 
 func (p *repair) verify(ctx context.Context) (problems []Problem, err error) {

@@ -10,6 +10,7 @@ import (
 	"io"
 	"io/fs"
 	"maps"
+	"math"
 	"os"
 	"path"
 	"slices"
@@ -87,7 +88,7 @@ func (st *stage) put(ctx context.Context, src io.Reader, alg digest.Algorithm, w
 	}
 	w := &hashingWriter{file: f, hash: newHash(alg), store: st.store, name: name}
 	in := io.Reader(&ctxReader{ctx, src})
-	if size >= 0 {
+	if size >= 0 && size < math.MaxInt64 {
 		in = io.LimitReader(in, size+1)
 	}
 	n, err := st.store.copy(w, in)

@@ -1,0 +1,110 @@
+package ocilocal
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+)
+
+// healRemote asks registries for what is still wanted. That one can't be asked, or
+// sends something else, doesn't keep the others from being asked; the first
+// such error is p.remoteErr.
+func (p *repair) healRemote(ctx context.Context) error {
+	if p.opts.Remote == nil {
+		return nil
+	}
+	for _, d := range slices.Sorted(maps.Keys(p.wanted)) {
+		desc, as, err := p.describe(d)
+		if err != nil {
+			return err
+		}
+		if desc.Digest == "" {
+			continue
+		}
+		names, err := p.repositories(ctx, d)
+		if err != nil {
+			return err
+		}
+		for _, ref := range names {
+			err := p.healFromRepository(ctx, ref, desc, as)
+			if err == nil {
+				delete(p.wanted, d)
+				p.report.Healed = append(p.report.Healed, d)
+				break
+			}
+			if remote, ok := errors.AsType[*RemoteError](err); ctx.Err() != nil || !ok && !errors.Is(err, ErrDigestMismatch) {
+				return err
+			} else if p.remoteErr == nil && !(ok && errors.Is(remote, ErrNotFound)) {
+				p.remoteErr = fmt.Errorf("%s: %w", ref.Name(), err)
+			}
+		}
+	}
+	return nil
+}
+
+// describe returns what the index knows of a blob, an empty descriptor if nothing.
+func (p *repair) describe(d digest.Digest) (ocispec.Descriptor, role, error) {
+	x := p.registry.index
+	desc, ok, err := x.resolveDigest(d)
+	if ok || err != nil {
+		return desc, roleManifest, err
+	}
+	known, err := hasBlob(x, d)
+	if !known || err != nil {
+		return ocispec.Descriptor{}, "", err
+	}
+	size, err := blobSize(x, d)
+	return ocispec.Descriptor{Digest: d, Size: size}, roleLayer, err
+}
+
+// repositories returns one reference for each repository to ask for d: those that
+// the caller names, or those of refs that lead to it.
+func (p *repair) repositories(ctx context.Context, d digest.Digest) ([]Reference, error) {
+	const most = 10
+	if p.opts.From != nil {
+		return p.opts.From, nil
+	}
+	var names []Reference
+	seen := map[digest.Digest]bool{}
+	var visit func(digest.Digest) error
+	visit = func(d digest.Digest) error {
+		if seen[d] || len(seen) >= 1000 || len(names) >= most {
+			return nil
+		}
+		seen[d] = true
+		refs, err := refsTo(p.registry.index, d)
+		if err != nil {
+			return err
+		}
+		for _, ref := range refs {
+			known := slices.ContainsFunc(names, func(n Reference) bool { return n.Name() == ref.Name() })
+			if !known && !strings.HasSuffix(ref.Registry(), localHostSuffix) {
+				names = append(names, ref)
+			}
+		}
+		return pointers(ctx, p.registry.index, d, visit)
+	}
+	err := visit(d)
+	return names[:min(len(names), most)], err
+}
+
+// healFromRepository takes one blob or manifest from a repository.
+func (p *repair) healFromRepository(ctx context.Context, ref Reference, desc ocispec.Descriptor, as role) error {
+	repo, err := p.opts.Remote.repo(ref)
+	if err != nil {
+		return err
+	}
+	st := p.registry.blobs.newStage()
+	defer func() { p.registry.logDiscard(st.discard()) }()
+	from := &puller{registry: p.registry, repo: repo, ref: ref, stage: st}
+	if err := from.fetch(ctx, desc, as); err != nil {
+		return err
+	}
+	return st.settle(ctx)
+}
