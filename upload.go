@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"math"
 	"net/http"
 	"net/url"
 	"strings"
@@ -272,27 +271,19 @@ func chunkAnswer(c *remoteCall, res *http.Response, sure int64) (*uploadSession,
 	if err != nil {
 		return nil, 0, err
 	}
-	at, err := uploadedTo(res.Header.Get("Range"), sure)
-	if err != nil {
-		return nil, 0, answerProblem(c, res, err)
-	}
-	return s, at, nil
-}
-
-// uploadedTo returns how many bytes a Range says that an upload has; sure if it is empty.
-func uploadedTo(text string, sure int64) (int64, error) {
+	text := res.Header.Get("Range")
 	if text == "" {
-		return sure, nil
+		return s, sure, nil
 	}
 	first, last, ok := strings.Cut(strings.TrimPrefix(text, "bytes="), "-")
 	end, err := parseDecimal(last)
-	if !ok || first != "0" || err != nil || end == math.MaxInt64 {
-		return 0, fmt.Errorf("%w: Range %q of an upload", ErrProtocol, clip(text))
+	if !ok || first != "0" || err != nil {
+		return nil, 0, answerProblem(c, res, fmt.Errorf("%w: Range %q of an upload", ErrProtocol, clip(text)))
 	}
 	if end == 0 && sure != 1 { // registries say "0-0" before the first byte, too
-		return 0, nil
+		return s, 0, nil
 	}
-	return end + 1, nil
+	return s, end + 1, nil
 }
 
 // abandon tells the registry that an upload won't go on. That it can't be told doesn't matter: it finds out.
