@@ -229,8 +229,9 @@ func (e credentialEntry) credential() (Credential, error) {
 
 // askHelper runs a credential helper: the host goes in, JSON comes out.
 func askHelper(ctx context.Context, name, host string) (Credential, error) {
+	const longest = 100 // it is in messages
 	for _, c := range []byte(name) {
-		if !isLowerAlnum(c) && !('A' <= c && c <= 'Z') && strings.IndexByte("._-", c) < 0 {
+		if len(name) > longest || !isLowerAlnum(c) && !('A' <= c && c <= 'Z') && strings.IndexByte("._-", c) < 0 {
 			return Credential{}, fmt.Errorf("%w: name of a credential helper: %q", ErrInvalidArgument, clip(name))
 		}
 	}

@@ -153,12 +153,13 @@ func parseErrorBody(body []byte, secrets []string) []RemoteCode {
 // serverText makes text of a server fit for messages: short, printable,
 // and without the secrets that were sent to it.
 func serverText(s string, secrets []string) string {
-	return clip(strings.Map(func(c rune) rune {
+	plain := strings.Map(func(c rune) rune {
 		if c < 0x20 || c > 0x7e {
 			return '?'
 		}
 		return c
-	}, hide(s, secrets)))
+	}, hide(s, secrets))
+	return clip(hide(plain, secrets)) // again: a secret may have a '?'
 }
 
 // spellings returns secrets in the ways in which an answer may hold them, the longest first.
@@ -182,6 +183,29 @@ func hide(s string, secrets []string) string {
 	return s
 }
 
+// hideCut hides what is left of secrets in texts that [clip] and the like have cut off.
+func hideCut(s string, secrets []string) string {
+	const most = 300 // that they leave
+	var b strings.Builder
+	for {
+		before, after, cut := strings.Cut(s, "…")
+		if !cut {
+			return b.String() + s
+		}
+		for _, secret := range secrets {
+			n := min(len(secret)-1, len(before), most)
+			for n >= 4 && !strings.HasSuffix(before, secret[:n]) {
+				n--
+			}
+			if n >= 4 {
+				before = before[:len(before)-n] + "[secret]"
+			}
+		}
+		b.WriteString(before + "…")
+		s = after
+	}
+}
+
 // A cleanError says what err does, in a text that is fit for messages. What
 // net/http says quotes its peer: lines of headers, names in certificates.
 type cleanError struct {
@@ -195,16 +219,18 @@ func (e *cleanError) Unwrap() error { return e.err }
 // clean makes all that e says fit for messages.
 func (e *RemoteError) clean(secrets []string) {
 	const most = 2000
-	e.URL = hide(e.URL, secrets)
+	e.URL = hideCut(hide(e.URL, secrets), secrets)
 	text := strings.Map(func(c rune) rune {
 		if !unicode.IsPrint(c) {
 			return '?'
 		}
 		return c
 	}, hide(e.Err.Error(), secrets))
+	text = hide(text, secrets)
 	if len(text) > most {
 		text = strings.ToValidUTF8(text[:most], "") + "…"
 	}
+	text = hideCut(text, secrets)
 	if text != e.Err.Error() {
 		e.Err = &cleanError{text, e.Err}
 	}

@@ -102,38 +102,79 @@ func (p *remoteRepo) pages(ctx context.Context, first *url.URL, header http.Head
 // nextPage returns the address in a Link of relation "next" (RFC 8288), nil if there is none.
 // It must be on the origin that was asked.
 func nextPage(at *url.URL, h http.Header) (*url.URL, error) {
-	text := parseLink(h.Values("Link"))
-	if text == "" {
-		return nil, nil
+	text, err := parseLink(h.Values("Link"))
+	if err != nil || text == "" {
+		return nil, err
 	}
 	u, err := redirected(at, "Link", text)
-	if err == nil && !sameOrigin(u, at) {
-		err = fmt.Errorf("%w: Link leads to another host, %s", ErrProtocol, printable(u.Host))
+	if err != nil {
+		return nil, err
 	}
-	return u, err
+	if !sameOrigin(u, at) {
+		return nil, fmt.Errorf("%w: Link leads to another host, %s", ErrProtocol, printable(u.Host))
+	}
+	return u, nil
 }
 
-// parseLink returns the target of the first link with relation "next", "" if there is none.
-func parseLink(fields []string) string {
-	for _, f := range fields[:min(len(fields), 8)] {
-		for len(f) <= maxChallengeLen {
-			_, rest, ok := strings.Cut(f, "<")
-			target, rest, ok2 := strings.Cut(rest, ">")
-			if !ok || !ok2 {
-				break
+// maxLinkLen bounds the address of a page.
+const maxLinkLen = 8 << 10
+
+// parseLink returns the target of the first link with relation "next", "" if
+// there is none. A field that can't be read is an error: the list might go on.
+func parseLink(fields []string) (string, error) {
+	for _, f := range fields {
+		s := challengeScanner{text: f}
+		for s.skip(" \t,"); s.text != ""; s.skip(" \t,") {
+			target, next, ok := s.link()
+			switch {
+			case !ok:
+				return "", fmt.Errorf("%w: Link can't be read", ErrProtocol) // what it says may have a secret query
+			case next && len(target) > maxLinkLen:
+				return "", fmt.Errorf("%w: Link of %d bytes", ErrProtocol, len(target))
+			case next:
+				return target, nil
 			}
-			params, next, _ := strings.Cut(rest, ",")
-			for param := range strings.SplitSeq(params, ";") {
-				k, v, _ := strings.Cut(strings.TrimSpace(param), "=")
-				v = strings.Trim(strings.TrimSpace(v), `"`)
-				if strings.EqualFold(strings.TrimSpace(k), "rel") && slices.Contains(strings.Fields(strings.ToLower(v)), "next") {
-					return target
-				}
-			}
-			f = next
 		}
 	}
-	return ""
+	return "", nil
+}
+
+// link reads one link with its parameters, of which only the first "rel" counts.
+func (s *challengeScanner) link() (target string, next, ok bool) {
+	text, ok := strings.CutPrefix(s.text, "<")
+	target, text, ok2 := strings.Cut(text, ">")
+	if !ok || !ok2 {
+		return "", false, false
+	}
+	s.text = text
+	related := false
+	for s.skip(" \t;"); s.text != "" && s.text[0] != ','; s.skip(" \t;") {
+		name, value := strings.TrimSpace(s.until("=;,")), ""
+		if strings.HasPrefix(s.text, "=") {
+			s.skip("= \t")
+			if strings.HasPrefix(s.text, `"`) {
+				if value, ok = s.value(); !ok {
+					return "", false, false
+				}
+			}
+			value += s.until(";,")
+		}
+		if strings.EqualFold(name, "rel") && !related {
+			related, next = true, slices.Contains(strings.Fields(strings.ToLower(value)), "next")
+		}
+	}
+	return target, next, true
+}
+
+// until reads up to one of some characters, or all that is left.
+func (s *challengeScanner) until(chars string) string {
+	n := strings.IndexAny(s.text, chars)
+	if n < 0 {
+		n = len(s.text)
+	}
+	t := s.text[:n]
+	s.text = s.text[n:]
+	return t
 }
 
 // Tags lists the tags of ref's repository, in the registry's order; ref's own tag and

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"net/http"
 	"net/url"
 	"strings"
@@ -277,7 +278,7 @@ func chunkAnswer(c *remoteCall, res *http.Response, sure int64) (*uploadSession,
 	}
 	first, last, ok := strings.Cut(strings.TrimPrefix(text, "bytes="), "-")
 	end, err := parseDecimal(last)
-	if !ok || first != "0" || err != nil {
+	if !ok || first != "0" || err != nil || end == math.MaxInt64 {
 		return nil, 0, answerProblem(c, res, fmt.Errorf("%w: Range %q of an upload", ErrProtocol, clip(text)))
 	}
 	if end == 0 && sure != 1 { // registries say "0-0" before the first byte, too

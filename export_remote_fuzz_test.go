@@ -1,0 +1,431 @@
+package ocilocal
+
+import (
+	"cmp"
+	"context"
+	"encoding/base64"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+	"math"
+	"net/http"
+	"net/netip"
+	"net/url"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+	"unicode"
+)
+
+// checkRemoteText fails unless a message is short and can't steer a terminal.
+func checkRemoteText(t *testing.T, text string, most int) {
+	t.Helper()
+	if len(text) > most {
+		t.Fatalf("message of %d bytes: %.300q", len(text), text)
+	}
+	if i := strings.IndexFunc(text, func(c rune) bool { return !unicode.IsPrint(c) }); i >= 0 {
+		t.Fatalf("message with what isn't printable: %q", text[max(i-40, 0):])
+	}
+}
+
+// FuzzChallenge: what is read of WWW-Authenticate is bounded and means one
+// thing only; a token server that is accepted is no private address.
+func FuzzChallenge(f *testing.F) {
+	for _, s := range []string{
+		``, `Basic`, `basic realm="x"`, `Bearer realm="https://auth.docker.io/token",service="registry.docker.io",scope="repository:org/model:pull"`,
+		`Basic realm="x", Bearer realm="https://auth.test/t", service=s`, `Bearer realm = "a" , service = "b"`, `Bearer,Basic`, `Bearer realm="`,
+		`Bearer realm="a\"b\\c"`, `Bearer realm="a",REALM="b"`, `Negotiate abc==`, `Digest realm="x", nonce="y", Basic realm="z"`, `, ,Basic realm=x,`,
+		"Bearer realm=\"a\tb\x00\x80\"", `Bearer scope="a:b:c,d a:b:d e:f:* :x y:"`, `Bearer realm=https://auth.test`, strings.Repeat("a,", 20),
+		`Bearer realm="https://127.0.0.1/t"`, `Bearer realm="https://[::ffff:169.254.169.254]/t"`, `Bearer realm="https://2130706433/t"`, `Bearer realm="https://0x7f.1/t"`,
+		`Bearer realm="https://user:pw@auth.test/t"`, `Bearer realm="http://auth.test/t"`, `Bearer realm="https://[fe80::1%25lo]/t"`, `Bearer realm="https://10.0.0.1.:443/t#f"`,
+		`Bearer realm="https://registry.test./t"`, `Bearer realm="https://a` + "\u202e" + `b.test/t"`, `Bearer scope="` + strings.Repeat("r:x:a,b,c ", 20) + `"`,
+		`Bearer scope="` + "a:b,\u0085c:d" + `"`,
+	} {
+		f.Add(s, "")
+	}
+	f.Add(`Basic realm="x"`, `Bearer realm="https://auth.test/token"`)
+	f.Add(`Bearer scope="r:0:a r:1:a r:2:a r:3:a r:4:a r:5:a r:6:a r:7:a r:8:a r:9:a r:10:a r:11:a r:12:a r:13:a r:14:a r:15:a r:16:a"`, "")
+	f.Add(`Bearer scope="r:0:a,b,c,d,e,f,g,h,i,j,k,l,m,n,o,p,q,r"`, "")
+	ref := MustParseReference("registry.test/org/model:v1")
+	p, err := (&Remote{}).repo(ref)
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Fuzz(func(t *testing.T, one, two string) {
+		all := parseChallenges([]string{one, two})
+		if len(all) > maxChallenges {
+			t.Fatalf("%d challenges", len(all))
+		}
+		size := 0
+		for _, c := range all {
+			if c.scheme == "" || c.scheme != strings.ToLower(c.scheme) {
+				t.Fatalf("scheme %q", c.scheme)
+			}
+			for k, v := range c.params {
+				if k == "" || k != strings.ToLower(k) {
+					t.Fatalf("parameter %q", k)
+				}
+				size += len(k) + len(v)
+			}
+			printed := printChallenge(c)
+			if len(printed) > maxChallengeLen {
+				continue
+			}
+			if again := parseChallenges([]string{printed}); len(again) != 1 || again[0].scheme != c.scheme || !maps.Equal(again[0].params, c.params) {
+				t.Fatalf("%q is read as %q", printed, again)
+			}
+			for k := range c.params { // what is there twice has two meanings
+				if twice := printed + ", " + strings.ToUpper(k) + "=x"; len(parseChallenges([]string{twice})) > 0 {
+					t.Fatalf("%q is read", twice)
+				}
+			}
+		}
+		if size > len(one)+len(two) {
+			t.Fatalf("%d bytes of parameters from %d", size, len(one)+len(two))
+		}
+		has := func(scheme string) bool {
+			return slices.ContainsFunc(all, func(c challenge) bool { return c.scheme == scheme })
+		}
+		chosen, ok := chooseChallenge(all)
+		if ok != (has("bearer") || has("basic")) || ok && has("bearer") != (chosen.scheme == "bearer") {
+			t.Fatalf("of %q, %q is chosen", all, chosen)
+		}
+		checkScope(t, chosen.params["scope"])
+		checkFuzzedRealm(t, p, chosen.params["realm"])
+	})
+}
+
+func printChallenge(c challenge) string {
+	var params []string
+	for _, k := range slices.Sorted(maps.Keys(c.params)) {
+		params = append(params, k+`="`+strings.NewReplacer(`\`, `\\`, `"`, `\"`).Replace(c.params[k])+`"`)
+	}
+	return c.scheme + " " + strings.Join(params, ", ")
+}
+
+// checkScope: what a registry wants is added to what is needed, never instead of it, and equal scopes are spelt alike.
+func checkScope(t *testing.T, text string) {
+	t.Helper()
+	s := scope{}
+	s.add("repository:org/model:pull")
+	s.add(text)
+	list := s.list()
+	if len(list) > 16 || !slices.Contains(s["repository:org/model"], "pull") {
+		t.Fatalf("scopes %q", list)
+	}
+	again := scope{}
+	again.add(strings.Join(list, " "))
+	if got := again.list(); !slices.Equal(got, list) {
+		t.Fatalf("%q is read as %q", list, got)
+	}
+	for resource, actions := range s {
+		if len(actions) > 16 || resource == "" || strings.ContainsFunc(resource, unicode.IsSpace) {
+			t.Fatalf("%q: %q", resource, actions)
+		}
+	}
+}
+
+// checkFuzzedRealm looks at which token servers an https registry on the Internet may name.
+func checkFuzzedRealm(t *testing.T, p *remoteRepo, realm string) {
+	t.Helper()
+	u, err := p.checkRealm(context.Background(), realm)
+	if err != nil {
+		if !errors.Is(err, ErrProtocol) || u != nil {
+			t.Fatalf("%v, %v", u, err)
+		}
+		checkRemoteText(t, err.Error(), 1000)
+		return
+	}
+	host := strings.TrimSuffix(strings.ToLower(u.Hostname()), ".")
+	if u.Scheme != "https" || u.User != nil || host == "" || u.Fragment != "" {
+		t.Fatalf("realm %q is accepted: %q", realm, u)
+	}
+	if a, err := netip.ParseAddr(host); err == nil {
+		a = a.Unmap()
+		if !a.IsGlobalUnicast() || a.IsPrivate() || a.IsLoopback() || a.IsLinkLocalUnicast() {
+			t.Fatalf("realm %q is accepted", realm)
+		}
+	} else if last := host[strings.LastIndexByte(host, '.')+1:]; strings.Trim(last, "0123456789") == "" || strings.HasPrefix(last, "0x") && strings.Trim(last[2:], "0123456789abcdef") == "" {
+		t.Fatalf("realm %q is accepted", realm)
+	}
+}
+
+// FuzzLink: a page after the first is on the origin that was asked, and is found whatever stands round it.
+func FuzzLink(f *testing.F) {
+	for _, s := range []string{
+		``, `</v2/org/model/tags/list?last=a>; rel="next"`, `<?n=2>; rel=next`, `<https://registry.test/x>; rel="next"`, `<https://REGISTRY.test:443/x>; rel="next"`,
+		`<https://other.test/x>; rel="next"`, `<//other.test/x>; rel=next`, `<http://registry.test/x>; rel=next`, `<https://registry.test:444/x>; rel=next`,
+		`<https://u:p@registry.test/x>; rel=next`, `<https://registry.test@other.test/x>; rel=next`, `<\\other.test/x>; rel=next`, `</\other.test/x>; rel=next`,
+		`<a>; rel="prev", <b>; rel="next"`, `<a>; title="x, <https://other.test>; rel=next"; rel="prev", <b>; rel="prev next"`, `<a>; rel="next`, `<a>rel=next`, `<a`,
+		`<a>; REL=NEXT`, `<a>; rel=prev; rel=next`, `<javascript:x>; rel=next`, `<https:x>; rel=next`, `<https://registry.test./x>; rel=next`,
+		"<https://\u212aegistry.test/x>; rel=next", "<\x00>; rel=next", "<%zz?hush>; rel=next", `<` + strings.Repeat("x", 300) + `>; rel=next`, `<a b>; rel="next"`, `<#f>; rel=next`,
+	} {
+		f.Add(s, s, "title, of; a \"page\"")
+	}
+	at, err := url.Parse("https://registry.test/v2/org/model/tags/list?n=100")
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Fuzz(func(t *testing.T, one, two, title string) {
+		u, err := nextPage(at, http.Header{"Link": {one, two}})
+		switch {
+		case err != nil:
+			if u != nil || !errors.Is(err, ErrProtocol) {
+				t.Fatalf("%v, %v", u, err)
+			}
+			checkRemoteText(t, err.Error(), 1000)
+		case u == nil:
+		default:
+			checkNextPage(t, at, u)
+			// What was found is found again, whatever stands round it.
+			if !headerValue(title) || strings.Contains(u.String(), ">") || len(title)+len(u.String()) > 2000 {
+				return
+			}
+			quoted := strings.NewReplacer(`\`, `\\`, `"`, `\"`).Replace(title)
+			field := fmt.Sprintf(`<https://other.test/>; rel="prev"; title="%s", <%s>; title="%s"; rel="next last"`, quoted, u, quoted)
+			if again, err := nextPage(at, http.Header{"Link": {field}}); err != nil || again == nil || again.String() != u.String() {
+				t.Fatalf("%q leads to %v, %v", field, again, err)
+			}
+		}
+	})
+}
+
+func checkNextPage(t *testing.T, at, u *url.URL) {
+	t.Helper()
+	if u.Scheme != at.Scheme || !strings.EqualFold(strings.TrimSuffix(u.Hostname(), "."), at.Hostname()) || cmp.Or(u.Port(), "443") != "443" {
+		t.Fatalf("leads to another origin: %q", u)
+	}
+	if u.User != nil || u.Fragment != "" || u.Opaque != "" {
+		t.Fatalf("leads to %#v", u)
+	}
+}
+
+// headerValue reports whether net/http lets a text through as the value of a header field.
+func headerValue(s string) bool {
+	return !strings.ContainsFunc(s, func(c rune) bool { return c < 0x20 && c != '\t' || c == 0x7f })
+}
+
+// FuzzContentRange: what a registry says of where bytes begin and end is never
+// outside of what there is.
+func FuzzContentRange(f *testing.F) {
+	for _, s := range []string{
+		"", "bytes 5-9/10", "bytes 5-9/*", "bytes 5-9/11", "bytes 5-10/10", "bytes 4-9/10", "bytes 9-5/10", "bytes 5-4/10", "bytes */10", "bytes 5-/10", "bytes -5/10",
+		"bytes=5-9", "bytes +5-+9/+10", "bytes 5-9223372036854775807/9223372036854775808", "bytes 5-18446744073709551615/10", "bytes 5 - 9 / 10", "bytes 5-9/10/10", "bytes 5-9/1_0",
+		"0-9", "0-0", "bytes=0-9", "1-9", "0-", "0--1", "0-9223372036854775807", "0-9223372036854775806", "0-9223372036854775808", "0-9,11-12", "0-9\x00", "0-00", "16777216",
+		"bytes 5-9/10\x1b[31m", strings.Repeat("9", 300),
+	} {
+		f.Add(s, int64(5), int64(10))
+		f.Add(s, int64(1), int64(1))
+		f.Add(s, int64(5), int64(math.MaxInt64))
+	}
+	p, err := (&Remote{}).repo(MustParseReference("registry.test/org/model:v1"))
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Fuzz(func(t *testing.T, text string, from, size int64) {
+		if size >= 0 && from >= 0 && from < size {
+			end, err := checkContentRange(text, from, size)
+			switch {
+			case err != nil:
+				if end != 0 || !errors.Is(err, ErrProtocol) {
+					t.Fatalf("%d, %v", end, err)
+				}
+				checkRemoteText(t, err.Error(), 1500)
+			case end <= from || end > size:
+				t.Fatalf("%q: bytes %d to %d of %d", text, from, end, size)
+			case !rangeSays(text, from, end, size):
+				t.Fatalf("%q is read as bytes %d to %d of %d", text, from, end, size)
+			default:
+				for _, printed := range []string{fmt.Sprintf("bytes %d-%d/%d", from, end-1, size), fmt.Sprintf("bytes %d-%d/*", from, end-1)} {
+					if again, err := checkContentRange(printed, from, size); err != nil || again != end {
+						t.Fatalf("%q ends at %d, %v", printed, again, err)
+					}
+				}
+			}
+		}
+		if size >= 0 {
+			checkFuzzedChunk(t, p, text, size)
+		}
+	})
+}
+
+// rangeSays reads a Content-Range in another way.
+func rangeSays(text string, from, end, size int64) bool {
+	var a, b, total int64
+	n, _ := fmt.Sscanf(text, "bytes %d-%d/%d", &a, &b, &total)
+	return a == from && b == end-1 && (n == 3 && total == size || n == 2 && strings.HasSuffix(text, "/*"))
+}
+
+// checkFuzzedChunk looks at the answer to a chunk, after which an upload should be at sure.
+func checkFuzzedChunk(t *testing.T, p *remoteRepo, text string, sure int64) {
+	t.Helper()
+	c := &remoteCall{method: http.MethodPatch, url: p.uploads(), repo: p}
+	ask := func(text string) (*uploadSession, int64, error) {
+		return chunkAnswer(c, &http.Response{StatusCode: 202, Request: &http.Request{URL: c.url}, Header: http.Header{
+			"Range": {text}, "Location": {"/v2/upload?state=1"}, "Oci-Chunk-Min-Length": {text},
+		}}, sure)
+	}
+	s, end, err := ask(text)
+	if err != nil {
+		if !errors.Is(err, ErrProtocol) || s != nil {
+			t.Fatalf("%v, %v", s, err)
+		}
+		checkRemoteText(t, err.Error(), 1500)
+		return
+	}
+	if end < 0 || s.least < 0 || text == "" && end != sure {
+		t.Fatalf("%q: the upload is at %d of %d, chunks of %d", text, end, sure, s.least)
+	}
+	if end > 1 {
+		if _, again, err := ask(fmt.Sprintf("0-%d", end-1)); err != nil || again != end {
+			t.Fatalf("%d is read as %d, %v", end, again, err)
+		}
+	}
+}
+
+// FuzzErrorBody: of what an answer says, only little gets into an error, and nothing that was sent as a secret.
+func FuzzErrorBody(f *testing.F) {
+	for _, b := range []string{
+		``, `{}`, `{"errors":[]}`, `{"errors":[{"code":"DENIED","message":"no"}]}`, `{"errors":[{"code":"DENIED","message":"you sent hush-hush"}]}`,
+		`{"errors":[{"code":"hush-hush","message":"\u001b[31m\u202e\ud800"}]}`, `{"errors":[{"code":"A","message":"hush\u0000hush"}]}`, `{"errors":{"code":"A"}}`,
+		`{"errors":[{"code":"MANIFEST_UNKNOWN","detail":{"a":[1,2,3]}}],"ERRORS":[{"code":"TOOMANYREQUESTS"}]}`, `<html>`, `[[[[[[`, `{"errors":null}`,
+		`{"errors":[` + strings.Repeat(`{"code":"A"},`, 11) + `{}]}`, `{"errors":[{"code":"A","message":"` + strings.Repeat("hush-hus", 40) + `"}]}`,
+	} {
+		f.Add([]byte(b), 404, "10", "hush-hush")
+		f.Add([]byte(b), 400, "Fri, 31 Dec 9999 23:59:59 GMT", "hush?hush")
+	}
+	f.Add([]byte(`{"errors":[{"code":"A","message":"p\u00e4ssword p%C3%A4ss\"word"}]}`), 503, "99999999999999999999", "pässword")
+	f.Add([]byte(``), 429, "-5", "x")
+	u := &url.URL{Scheme: "https", Host: "registry.test", Path: "/v2/org/model/manifests/v1", RawQuery: "sig=hush-hush", User: url.UserPassword("me", "hush-hush")}
+	sentinels := []error{ErrNotFound, ErrUnauthorized, ErrDenied, ErrRateLimited, ErrTooLarge, ErrProtocol, ErrTransport, errors.ErrUnsupported}
+	f.Fuzz(func(t *testing.T, body []byte, status int, retryAfter, secret string) {
+		if strings.ContainsAny(secret, "[]") || strings.Contains("[secret]", secret) {
+			secret = "hush-hush" // that one can't be told from its replacement
+		}
+		secrets := spellings([]string{secret})
+		res := &http.Response{StatusCode: status, Request: &http.Request{Method: "GET", URL: u}, Header: http.Header{"Retry-After": {retryAfter}}, Body: io.NopCloser(strings.NewReader(string(body)))}
+		e := answerError(u, res, secrets)
+		if len(e.Codes) > 10 || e.RetryAfter < 0 || e.RetryAfter > maxServerWait {
+			t.Fatalf("%d codes, %v", len(e.Codes), e.RetryAfter)
+		}
+		if n := len(slices.DeleteFunc(slices.Clone(sentinels), func(s error) bool { return !errors.Is(e, s) })); n != 1 {
+			t.Fatalf("%v matches %d sentinels", e, n)
+		}
+		if wait, again := DefaultRetry(1, e); again && (!e.Temporary() || wait <= 0 || wait > maxRetryWait+time.Second) {
+			t.Fatalf("%v again after %v", e, wait)
+		}
+		texts := []string{e.Error(), e.URL}
+		for _, c := range e.Codes {
+			texts = append(texts, c.Code, c.Message)
+			checkRemoteText(t, c.Code+c.Message, 2*(200+len("…")))
+		}
+		// The body as the cause of an error, as net/http quotes what it can't read.
+		quoting := &RemoteError{Method: "GET", URL: publicURL(u), Err: fmt.Errorf("%w: malformed line %s", ErrTransport, body)}
+		quoting.clean(secrets)
+		texts = append(texts, quoting.Error())
+		if !errors.Is(quoting, ErrTransport) {
+			t.Fatal("the cause is lost")
+		}
+		for _, text := range texts {
+			checkRemoteText(t, text, 8<<10)
+			if strings.Contains(text, "sig=") || len(secret) >= 4 && strings.Contains(strings.ReplaceAll(text, u.Path, ""), secret) && !strings.Contains(quoting.Method+ErrTransport.Error()+"registry answered malformed line", secret) {
+				t.Fatalf("%q is in %q", secret, text)
+			}
+		}
+	})
+}
+
+// FuzzDockerConfig: a credential is only returned to the host, and for the
+// repository, that its entry names; no message quotes the file.
+func FuzzDockerConfig(f *testing.F) {
+	auth := base64.StdEncoding.EncodeToString([]byte("me:hush-hush"))
+	for _, doc := range []string{
+		``, `{}`, `null`, `[]`, `{"auths":null}`, `{"auths":{"r.test":{"auth":"` + auth + `"}}}`, `{"auths":{"r.test:5000":{"auth":"` + auth + `"}}}`,
+		`{"auths":{"https://r.test/v1/":{"auth":"` + auth + `"},"r.test/org":{"username":"o","password":"hush-hush"}}}`, `{"auths":{"r.test.evil.test":{"identitytoken":"hush-hush"}}}`,
+		`{"auths":{"https://index.docker.io/v1/":{"registrytoken":"hush-hush"}}}`, `{"auths":{"r.test":{"auth":"hush-hush"}}}`, `{"auths":{"r.test":{"auth":["hush-hush"]}}}`,
+		`{"auths":{"r.test":{"auth":"hush-hush`, `{"auths":{"r.test/org/model":{}},"credsStore":"none"}`, `{"credHelpers":{"r.test":"../../hush-hush"}}`, `{"credHelpers":{"r.test":"x"}}`,
+		`{"credsStore":"` + strings.Repeat("x", 400) + `"}`, `{"credsStore":"\u001b[31m"}`, `{"Auths":{"R.TEST":{"AUTH":"` + auth + `"}}}`, `{"auths":{"":{"auth":"` + auth + `"}}}`,
+		`{"auths":{"http://r.test":{"auth":"bm8gY29sb24="}}}`, `{"auths":{"r.test":{"username":"a\u001b[31m:b\r\n","password":"hush-hush"}}}`, `{"auths":{"r.test/v2":{"auth":"` + auth + `"}}}`,
+		`{"auths":{"r.test/org/mode":{"auth":"` + auth + `"},"r.test/or":{"auth":"` + auth + `"}}}`,
+	} {
+		f.Add([]byte(doc), "r.test/org/model")
+		f.Add([]byte(doc), "r.test:5000/v2/")
+		f.Add([]byte(doc), "org/model")
+	}
+	f.Setenv("PATH", f.TempDir()) // no helper is found
+	f.Fuzz(func(t *testing.T, raw []byte, name string) {
+		ref, err := ParseReference(name + ":v1")
+		if err != nil || len(raw) > 64<<10 {
+			return
+		}
+		doc := &credentialFile{}
+		if err := parseCredentialFile(raw, doc); err != nil {
+			checkFuzzedCredentialError(t, raw, err)
+			return
+		}
+		c, err := doc.find(t.Context(), ref.Registry(), ref.Repository())
+		if err != nil {
+			if !c.anonymous() {
+				t.Fatalf("credential beside %v", err)
+			}
+			checkFuzzedCredentialError(t, raw, err)
+			return
+		}
+		if doc.CredsStore != "" || doc.CredHelpers[ref.Registry()] != "" {
+			t.Fatal("a helper that isn't there was asked, and had no error")
+		}
+		if !c.anonymous() && !slices.ContainsFunc(slices.Collect(maps.Keys(doc.Auths)), func(key string) bool {
+			e, err := doc.Auths[key].credential()
+			return err == nil && e == c && credentialKeyFits(key, ref)
+		}) {
+			t.Fatalf("%s gets a credential that isn't its own", ref)
+		}
+		checkFuzzedCredential(t, c)
+	})
+}
+
+// credentialKeyFits says which of the file's names are those of a reference's registry or of a path above it.
+func credentialKeyFits(key string, ref Reference) bool {
+	host, path, _ := strings.Cut(strings.TrimPrefix(strings.TrimPrefix(key, "https://"), "http://"), "/")
+	if ref.Registry() == registryDockerHub && (host == "index.docker.io" || host == "registry-1.docker.io") {
+		host = registryDockerHub
+	}
+	if host != ref.Registry() {
+		return false
+	}
+	if strings.Contains(key, "://") {
+		return path == "" || path == "v1/" || path == "v2/"
+	}
+	return path == "" || strings.HasPrefix(ref.Repository()+"/", path+"/")
+}
+
+// checkFuzzedCredentialError: what is quoted of the file, if anything, is what it calls a helper.
+func checkFuzzedCredentialError(t *testing.T, raw []byte, err error) {
+	t.Helper()
+	checkRemoteText(t, err.Error(), 600)
+	if strings.Contains(err.Error(), "hush-hush") && !errors.Is(err, ErrInvalidArgument) && !strings.Contains(err.Error(), "docker-credential-") {
+		t.Fatalf("secret of %q in %v", raw, err)
+	}
+}
+
+// checkFuzzedCredential: no way to print a credential prints more than its user and where it is from.
+func checkFuzzedCredential(t *testing.T, c Credential) {
+	t.Helper()
+	j, err := json.Marshal(c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	open := Credential{Username: c.Username, Password: "x"}
+	for _, text := range []string{fmt.Sprintf("%v", c), fmt.Sprintf("%+v", &c), fmt.Sprintf("%#v", c)} {
+		checkRemoteText(t, text, 2000)
+		if !c.anonymous() && text != open.String() {
+			t.Fatalf("printed: %q", text)
+		}
+	}
+	if len(j) > 4000 {
+		t.Fatalf("JSON of %d bytes", len(j))
+	}
+}
