@@ -232,7 +232,7 @@ func (s *blobStore) eachEntry(ctx context.Context, dir string, visit func(name s
 				return err
 			}
 		}
-		if err == io.EOF {
+		if err == io.EOF || errors.Is(err, fs.ErrNotExist) { // the latter: removed since it was opened
 			return nil
 		}
 		if err != nil {

@@ -52,7 +52,11 @@ func crashWorker(in *bufio.Scanner, args []string) error {
 		return err
 	}
 	collected := len(args) > 4 // somebody collects garbage at grace 0
-	go func() {                // the parent is gone when its end of the pipe is
+	ops := 13
+	if len(args) > 5 { // there is a remote registry
+		ops++
+	}
+	go func() { // the parent is gone when its end of the pipe is
 		for in.Scan() {
 		}
 		os.Exit(3)
@@ -68,13 +72,14 @@ func crashWorker(in *bufio.Scanner, args []string) error {
 		digest digest.Digest
 	}
 	var builds []built
+	remote := &ocilocal.Remote{}
 	mine := map[string]string{} // what own refs point at, as far as this process knows
 	for seq := 0; ; seq++ {
 		label := fmt.Sprintf("w%d.g%s.s%d", number, generation, seq)
 		unique := append([]byte(label), make([]byte, rng.IntN(64<<10))...)
 		layers := [][]byte{unique, poolLayer(rng.IntN(6))}
 		ref := ownRef(number, rng.IntN(ownRefs))
-		switch op := rng.IntN(13); op {
+		switch op := rng.IntN(ops); op {
 		case 0, 1, 2, 3: // build, replacing
 			say("try", ref, label)
 			u, err := publishLabelled(r, ref, label, ocilocal.Replace, layers...)
@@ -179,9 +184,25 @@ func crashWorker(in *bufio.Scanner, args []string) error {
 			}
 			say("ack")
 			mine[ref] = mine[from]
+		case 13: // pull
+			n := rng.IntN(remoteRefs)
+			say("try", ref, remoteLabel(n))
+			if _, err := r.Pull(ctx, ocilocal.MustParseReference(args[5]+"/"+remoteName(n)), &ocilocal.PullOptions{
+				Remote: remote, As: ocilocal.MustParseReference(ref), Check: true, PublishOptions: ocilocal.PublishOptions{Policy: ocilocal.Replace},
+			}); err != nil {
+				return err
+			}
+			say("ack")
+			mine[ref] = remoteLabel(n)
 		}
 	}
 }
+
+// remoteRefs are on a remote registry.
+const remoteRefs = 4
+
+func remoteLabel(n int) string { return fmt.Sprintf("remote%d", n) }
+func remoteName(n int) string  { return fmt.Sprintf("crash/remote:r%d", n) }
 
 // A crashModel is what the parent knows of a root, from what workers said.
 type crashModel struct {

@@ -178,12 +178,14 @@ func (g *gcGraph) sweep(ctx context.Context) error {
 // step deletes as many of todo, in order, as fit into one short transaction, and
 // returns their number. The files go first: then a killed collector leaves
 // rows without files, which publish and Tag don't trust, never the reverse; and a full
-// disk has space again. No directory is synced: a file that comes back after a power cut is an orphan again.
+// disk has space again. Before the first file, a commit that nobody has seen is
+// displaced: it could point at what is about to go. No directory is synced: a file that comes back after a power cut is an orphan again.
 func (g *gcGraph) step(ctx context.Context, todo []int32, gone map[digest.Digest]bool, rows bool) (n int, err error) {
 	var done Count
 	revived := 0
 	err = g.registry.writeAlone(ctx, func(tx *indexTx) error {
 		n, done, revived = 0, Count{}, 0
+		displaced := false
 		if v, err := meta(tx, metaUnreconciled); err != nil || v != "" {
 			return errors.Join(err, ErrUnsafe)
 		}
@@ -196,6 +198,12 @@ func (g *gcGraph) step(ctx context.Context, todo []int32, gone map[digest.Digest
 			if !ok {
 				revived++
 				continue
+			}
+			if rows && !displaced { // on a full disk it can't be done, but the files must go
+				if err := tx.displace(); err != nil {
+					return err
+				}
+				displaced = true
 			}
 			if !gone[node.digest] {
 				err := g.registry.root.Remove(blobPath(node.digest))
@@ -319,5 +327,6 @@ func (r *LocalRegistry) sweepTmp(ctx context.Context, grace time.Duration) error
 			return err
 		}
 	}
+	r.root.Remove(path.Join(tmpDir, partialDir)) // fails while a pull has something there
 	return nil
 }

@@ -502,14 +502,41 @@ const (
 	sqlDeleteMeta = `DELETE FROM meta WHERE key = ?`
 )
 
+// Statements of displace. The text fills more pages than the cache may then have.
+const (
+	sqlSmallCache  = `PRAGMA cache_size = 10`
+	sqlFill        = `INSERT INTO meta (key, value) VALUES ('fill', hex(zeroblob(40000)))`
+	sqlUnfill      = `DELETE FROM meta WHERE key = 'fill'`
+	sqlWriterCache = `PRAGMA cache_size = -16000`
+)
+
+// displace makes sure that no commit can come to light any more that nobody has seen yet.
+//
+// A process that dies in the last moment of a commit leaves it whole in the write-ahead log,
+// but not in the memory that SQLite's processes share. The others don't see it, and
+// the next of them to write puts its own frames in its place. But if none writes, the
+// commit is there when the log is read anew. Whoever does, in a transaction, what can't be
+// undone because of what it sees, must therefore write first: not at the commit, before which
+// it may die too, but now. So this fills the cache until SQLite has to spill pages into the log.
+func (t *indexTx) displace() error {
+	var err error
+	for _, text := range []string{sqlSmallCache, sqlFill, sqlUnfill} {
+		if err == nil {
+			_, err = t.exec(text)
+		}
+	}
+	_, always := t.exec(sqlWriterCache)
+	return errors.Join(err, always)
+}
+
 // deleteMeta removes a value of the table meta.
 func (t *indexTx) deleteMeta(key string) error {
 	_, err := t.exec(sqlDeleteMeta, key)
 	return err
 }
 
-// rowsDiffer says in what the rows of a manifest that is recorded contradict it, "" if in nothing.
-func (x *index) rowsDiffer(ctx context.Context, m *Manifest) (string, error) {
+// rowsDiffer says in what the rows of a manifest contradict it, "" if in nothing, or if there are none.
+func rowsDiffer(ctx context.Context, q queryer, m *Manifest) (string, error) {
 	compare := func(rows *sql.Rows, want []any, names ...string) (string, error) {
 		got := make([]any, len(want))
 		dest := make([]any, len(want))
@@ -531,18 +558,19 @@ func (x *index) rowsDiffer(ctx context.Context, m *Manifest) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	s, err := x.stmt(sqlManifestColumns)
+	s, err := q.stmt(sqlManifestColumns)
 	if err != nil {
 		return "", err
 	}
-	if _, err := scanAll(s, 1, []any{string(m.Digest())}, func(rows *sql.Rows) (struct{}, error) {
+	found, err := scanAll(s, 1, []any{string(m.Digest())}, func(rows *sql.Rows) (struct{}, error) {
 		differ, err = compare(rows, want, "digest", "media type", "artifact type", "size", "config", "subject", "annotations")
 		return struct{}{}, err
-	}); err != nil || differ != "" {
+	})
+	if err != nil || differ != "" || len(found) == 0 {
 		return differ, err
 	}
 	n := 0
-	err = pages(ctx, x, sqlMemberColumns, []any{string(m.Digest()), 0}, func(rows *sql.Rows) ([]any, error) {
+	err = pages(ctx, q, sqlMemberColumns, []any{string(m.Digest()), 0}, func(rows *sql.Rows) ([]any, error) {
 		if n++; n > len(m.children()) {
 			differ = fmt.Sprintf("more than %d members", len(m.children()))
 			return nil, errStop

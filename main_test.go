@@ -27,6 +27,7 @@ var workers = map[string]func(in *bufio.Scanner, args []string) error{
 	"open":      openWorker,
 	"hold":      holdWorker,
 	"gc":        gcWorker,
+	"verify":    verifyWorker,
 	"pull":      pullWorker,
 	"anonymous": anonymousWorker,
 }

@@ -2,7 +2,10 @@ package ocilocal_test
 
 import (
 	"bufio"
+	"bytes"
 	"context"
+	"errors"
+	"fmt"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
@@ -34,24 +37,88 @@ func gcWorker(in *bufio.Scanner, args []string) error {
 	}
 }
 
-// TestCollectorAgainstAll lets processes build, tag, replace, remove, export and
-// import while two others collect garbage at grace 0. All are killed at moments
+// verifyWorker verifies, and reads all refs, until it is killed, and says "ran" each time.
+// Blobs that are on their way in or out may be unrecorded, and what was being
+// collected when a collector was killed may lack its file; anything else is a broken promise.
+func verifyWorker(in *bufio.Scanner, args []string) error {
+	go func() {
+		for in.Scan() {
+		}
+		os.Exit(3)
+	}()
+	ctx := context.Background()
+	r, err := ocilocal.Open(ctx, args[0], nil)
+	if err != nil {
+		return err
+	}
+	for {
+		for p, err := range r.Verify(ctx, nil) {
+			if err == nil && p.Kind != ocilocal.ProblemUnrecorded && p.Kind != ocilocal.ProblemMissing {
+				err = fmt.Errorf("%v", p)
+			}
+			if err != nil {
+				return err
+			}
+		}
+		for ref, err := range r.Refs(ctx, nil) {
+			if err != nil {
+				return err
+			}
+			if _, err = readLabelled(r, ref.Reference.String()); err == nil {
+				continue
+			}
+			// Unless it was moved, and collected while it was being read.
+			now, resolveErr := r.Resolve(ctx, ref.Reference)
+			if !errors.Is(resolveErr, ocilocal.ErrNotFound) && (resolveErr != nil || now.Digest == ref.Descriptor.Digest) {
+				return fmt.Errorf("%s is not whole: %w", ref.Reference, errors.Join(err, resolveErr))
+			}
+		}
+		say("ran")
+	}
+}
+
+// remoteArtifacts are what workers pull: small ones, and one that a kill interrupts.
+func remoteArtifacts(t *testing.T) *server {
+	t.Helper()
+	s := newServer(t)
+	r := openTemp(t, nil)
+	for n := range remoteRefs {
+		ref := s.ref(remoteName(n))
+		layers := [][]byte{[]byte(remoteLabel(n)), poolLayer(n)}
+		if n == 0 {
+			layers = append(layers, bytes.Repeat([]byte("large"), 1<<19))
+		}
+		if _, err := publishLabelled(r, ref.String(), remoteLabel(n), ocilocal.Replace, layers...); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := r.Push(t.Context(), ref, &ocilocal.PushOptions{Remote: &ocilocal.Remote{}}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return s
+}
+
+// TestCollectorAgainstAll lets processes build, tag, replace, remove, export,
+// import and pull while two others collect garbage at grace 0 and one verifies. All are killed at moments
 // that chance picks, again and again. Nothing acknowledged may be lost, no ref
 // may lack a blob, and after a last collection nothing else may be left.
 func TestCollectorAgainstAll(t *testing.T) {
-	const writers, collectors = 3, 2
+	const writers, collectors, verifiers = 3, 2, 1
+	s := remoteArtifacts(t)
 	seed := rand.Uint64()
 	t.Logf("seed %d", seed)
 	rng := rand.New(rand.NewPCG(seed, 0))
 	root := filepath.Join(t.TempDir(), "root")
 	m := newCrashModel(writers)
-	acks, collections := 0, 0
+	acks, collections, verified := 0, 0, 0
 	for round := range scaled(3, 8, 150) {
-		ws := make([]*worker, writers+collectors)
+		ws := make([]*worker, writers+collectors+verifiers)
 		said := make([][]string, len(ws))
 		for i := range ws {
 			if i < writers {
-				ws[i] = startWorker(t, "crash", root, strconv.Itoa(i), strconv.Itoa(round), strconv.FormatUint(rng.Uint64(), 10), "gc")
+				ws[i] = startWorker(t, "crash", root, strconv.Itoa(i), strconv.Itoa(round), strconv.FormatUint(rng.Uint64(), 10), "gc", s.host)
+			} else if i >= writers+collectors {
+				ws[i] = startWorker(t, "verify", root)
 			} else {
 				ws[i] = startWorker(t, "gc", root)
 			}
@@ -82,6 +149,10 @@ func TestCollectorAgainstAll(t *testing.T) {
 			if s := w.end(); w.stderr.Len() > 0 {
 				t.Fatalf("round %d: worker %d ended by itself: %s", round, i, s)
 			}
+			if i >= writers+collectors {
+				verified += len(said[i])
+				continue
+			}
 			if i >= writers {
 				collections += len(said[i])
 				continue
@@ -105,5 +176,5 @@ func TestCollectorAgainstAll(t *testing.T) {
 			t.Fatalf("round %d of seed %d", round, seed)
 		}
 	}
-	t.Logf("%d acknowledged calls, %d collections", acks, collections)
+	t.Logf("%d acknowledged calls, %d collections, %d verifications, %d bytes pulled", acks, collections, verified, s.served())
 }

@@ -89,8 +89,8 @@ func (p Problem) String() string {
 // Verify compares the index with blobs/ and every file with its digest, and yields
 // every problem: first those of the index, then those of blobs in the order of
 // their digests, so that it can be resumed. Files are read side by side. Others
-// may write meanwhile: what is under way may show as [ProblemUnrecorded]. It
-// changes nothing and works on a read-only registry. It holds about 150 bytes for each blob.
+// may write meanwhile: what is under way may show as [ProblemUnrecorded], and on a read-only
+// registry what is being collected as [ProblemMissing] or [ProblemRows]. It changes nothing. It holds about 150 bytes for each blob.
 //
 // An error (ctx's, those of the index and the file system's) is yielded once, at the end.
 func (r *LocalRegistry) Verify(ctx context.Context, opts *VerifyOptions) iter.Seq2[Problem, error] {
@@ -264,6 +264,30 @@ func (v *verification) entries(ctx context.Context, found func(Problem) error) (
 	return list, nil
 }
 
+// again looks, with the write lock held where that can be had, at what seems to be
+// wrong: a collection, which deletes files before rows and one row after the other, is then over or not begun.
+func (v *verification) again(ctx context.Context, look func(queryer) error) error {
+	if v.registry.blobs.readOnly {
+		return look(v.registry.index)
+	}
+	return v.registry.writeAlone(ctx, func(tx *indexTx) error { return look(tx) })
+}
+
+// missing reports whether the index has a blob whose file isn't there.
+func (v *verification) missing(ctx context.Context, d digest.Digest) (missing bool, err error) {
+	if known, err := hasBlob(v.registry.index, d); !known || err != nil {
+		return false, err
+	}
+	err = v.again(ctx, func(q queryer) error {
+		fi, err := v.registry.root.Lstat(blobPath(d))
+		if err != nil || !fi.Mode().IsRegular() {
+			missing, err = hasBlob(q, d)
+		}
+		return err
+	})
+	return missing, err
+}
+
 // blob looks at one digest.
 func (v *verification) blob(ctx context.Context, e *verifyEntry) (problems []Problem) {
 	add := func(kind ProblemKind, err error) {
@@ -273,7 +297,7 @@ func (v *verification) blob(ctx context.Context, e *verifyEntry) (problems []Pro
 	if e.file == nil {
 		fi, err := r.root.Lstat(blobPath(e.digest)) // it may have come since
 		if errors.Is(err, fs.ErrNotExist) || err == nil && !fi.Mode().IsRegular() {
-			if known, err := hasBlob(r.index, e.digest); known || err != nil { // or be collected since
+			if missing, err := v.missing(ctx, e.digest); missing || err != nil { // or be collected since
 				add(ProblemMissing, errors.Join(ErrNotFound, err))
 			}
 			return problems
@@ -340,7 +364,14 @@ func (v *verification) manifest(ctx context.Context, e *verifyEntry) []Problem {
 		return problem(ProblemUnreadable, err)
 	}
 	e.bytesRead = desc.Size
-	if differ, err := r.index.rowsDiffer(ctx, m); err != nil || differ != "" {
+	differ, err := rowsDiffer(ctx, r.index, m)
+	if differ != "" {
+		err = v.again(ctx, func(q queryer) error {
+			differ, err = rowsDiffer(ctx, q, m)
+			return err
+		})
+	}
+	if err != nil || differ != "" {
 		if err == nil {
 			err = fmt.Errorf("%w: %s", ErrCorruptIndex, differ)
 		}

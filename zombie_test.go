@@ -1,0 +1,126 @@
+//go:build unix
+
+package ocilocal_test
+
+import (
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/ocilocal/ocilocal"
+)
+
+// undoCommit lets publish commit, and then takes the commit back in the way in which the
+// death of its process can: the log has it, but SQLite's shared memory doesn't say so. So
+// nobody sees it, until the log is read anew or the next commit takes its place.
+func undoCommit(t *testing.T, root string, publish func()) {
+	t.Helper()
+	shm, err := os.OpenFile(filepath.Join(root, "index.sqlite3-shm"), os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { shm.Close() }) // not before the registry, whose locks would go with it
+	header := make([]byte, 96)        // two copies of SQLite's WalIndexHdr
+	if _, err := shm.ReadAt(header, 0); err != nil {
+		t.Fatal(err)
+	}
+	publish()
+	if _, err := shm.WriteAt(header, 0); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// killed returns a copy of the root as it is if all of its processes are killed now.
+func killed(t *testing.T, root string) string {
+	t.Helper()
+	to := t.TempDir()
+	if err := os.CopyFS(to, os.DirFS(root)); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Remove(filepath.Join(to, "index.sqlite3-shm")); err != nil {
+		t.Fatal(err)
+	}
+	return to
+}
+
+// A process dies in the last moment of a commit, so that only the log has it. A collector, to
+// whom its blobs are garbage, deletes them. That commit must not come back then,
+// when the collector is done nor if it is killed at any moment.
+func TestCollectionAfterUnseenCommit(t *testing.T) {
+	for _, what := range []string{"publish", "tag"} {
+		root := t.TempDir()
+		r, err := ocilocal.Open(t.Context(), root, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		orphan := child(t, r, "example.com/orphan:v1", ocilocal.BuilderOptions{}, nil, nil, "orphan")
+		child(t, r, "example.com/kept:v1", ocilocal.BuilderOptions{}, nil, nil, "kept")
+		if _, err := r.Remove(t.Context(), orphan.Reference()); err != nil {
+			t.Fatal(err)
+		}
+		ref := ocilocal.MustParseReference("example.com/unseen:v1")
+		undoCommit(t, root, func() {
+			dying, err := ocilocal.Open(t.Context(), root, nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if what == "publish" {
+				child(t, dying, ref.String(), ocilocal.BuilderOptions{}, nil, nil, "unseen", "another")
+			} else if _, err := dying.Tag(t.Context(), orphan.Digest(), ref, nil); err != nil {
+				t.Fatal(err)
+			}
+			mustClose(t, dying)
+		})
+		if ok, err := r.Exists(t.Context(), ref); ok || err != nil {
+			t.Fatal("the commit is seen", err)
+		}
+		if copied := mustOpen(t, killed(t, root)); true {
+			if _, err := copied.Load(t.Context(), ref); err != nil {
+				t.Fatal("the commit is not in the log: ", err)
+			}
+			sweep(t, copied)
+			mustClose(t, copied)
+		}
+		var deaths []string
+		removed := 0
+		ocilocal.SetFault(r, func(op, name string) error {
+			if op == "remove" && strings.HasPrefix(name, "blobs/") {
+				if removed++; removed > 1 {
+					deaths = append(deaths, killed(t, root))
+				}
+			}
+			return nil
+		})
+		if _, err := r.GC(t.Context(), &ocilocal.GCOptions{Grace: ocilocal.NoGrace}); err != nil {
+			t.Fatal(err)
+		}
+		ocilocal.SetFault(r, nil)
+		deaths = append(deaths, killed(t, root))
+		if removed < 2 || len(deaths) != removed {
+			t.Fatalf("%s: %d files removed, %d deaths", what, removed, len(deaths))
+		}
+		for i, dir := range deaths {
+			after := mustOpen(t, dir)
+			if _, err := after.Resolve(t.Context(), ref); err == nil {
+				t.Errorf("%s: after death %d of %d the commit is back", what, i, len(deaths))
+			} else if !errors.Is(err, ocilocal.ErrNotFound) {
+				t.Error(err)
+			}
+			if got, err := after.GCReport(t.Context(), nil); err != nil || len(got.Missing) > 0 {
+				t.Errorf("%+v, %v", got, err)
+			}
+			sweep(t, after)
+			mustClose(t, after)
+		}
+		mustClose(t, r)
+	}
+}
+
+// sweep publishes, which removes what dead processes left in tmp/.
+func sweep(t *testing.T, r *ocilocal.LocalRegistry) {
+	t.Helper()
+	child(t, r, "example.com/new:v1", ocilocal.BuilderOptions{}, nil, nil, "new")
+	checkNoTmp(t, r)
+}
