@@ -177,12 +177,12 @@ func (f *credentialFile) find(ctx context.Context, host, repository string) (Cre
 	}
 	for _, key := range keys {
 		if helper := f.CredHelpers[key]; helper != "" {
-			return askHelper(ctx, helper, key)
+			return askHelper(ctx, helper, key, helperTimeout)
 		}
 	}
 	if f.CredsStore != "" {
 		// What the store doesn't have may still be in auths.
-		if c, err := askHelper(ctx, f.CredsStore, keys[0]); err != nil || !c.anonymous() {
+		if c, err := askHelper(ctx, f.CredsStore, keys[0], helperTimeout); err != nil || !c.anonymous() {
 			return c, err
 		}
 	}
@@ -227,8 +227,8 @@ func (e credentialEntry) credential() (Credential, error) {
 	return c, nil
 }
 
-// askHelper runs a credential helper: the host goes in, JSON comes out.
-func askHelper(ctx context.Context, name, host string) (Credential, error) {
+// askHelper runs a credential helper for at most limit: the host goes in, JSON comes out.
+func askHelper(ctx context.Context, name, host string, limit time.Duration) (Credential, error) {
 	const longest = 100 // it is in messages
 	for _, c := range []byte(name) {
 		if len(name) > longest || !isLowerAlnum(c) && !('A' <= c && c <= 'Z') && strings.IndexByte("._-", c) < 0 {
@@ -236,7 +236,7 @@ func askHelper(ctx context.Context, name, host string) (Credential, error) {
 		}
 	}
 	program := "docker-credential-" + name
-	timed, cancel := context.WithTimeout(ctx, helperTimeout)
+	timed, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	cmd := exec.CommandContext(timed, program, "get")
 	cmd.WaitDelay = time.Second // for a child of its own that holds the pipe
@@ -248,7 +248,7 @@ func askHelper(ctx context.Context, name, host string) (Credential, error) {
 	case ctx.Err() != nil:
 		return Credential{}, ctx.Err()
 	case timed.Err() != nil:
-		return Credential{}, fmt.Errorf("%s: no answer after %v", program, helperTimeout)
+		return Credential{}, fmt.Errorf("%s: no answer after %v", program, limit)
 	case out.full:
 		return Credential{}, fmt.Errorf("%w: %s prints more than %d bytes", ErrTooLarge, program, maxHelperOutput)
 	case err != nil && bytes.Contains(out.b, []byte("credentials not found")):
