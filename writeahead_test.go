@@ -124,3 +124,46 @@ func sweep(t *testing.T, r *ocilocal.LocalRegistry) {
 	child(t, r, "example.com/new:v1", ocilocal.BuilderOptions{}, nil, nil, "new")
 	checkNoTmp(t, r)
 }
+
+// Somebody deletes the log after a crash: what was committed since the last checkpoint is
+// lost, by name, but the registry is sound, says what nobody names, and takes it in again.
+func TestDeletedLog(t *testing.T) {
+	root := t.TempDir()
+	r := mustOpen(t, root)
+	kept := child(t, r, "example.com/kept:v1", ocilocal.BuilderOptions{}, nil, nil, "kept")
+	mustClose(t, r) // which writes the log back
+	r = mustOpen(t, root)
+	lost := child(t, r, "example.com/lost:v1", ocilocal.BuilderOptions{}, nil, nil, "lost")
+	dir := killed(t, root)
+	mustClose(t, r)
+	if err := os.Remove(filepath.Join(dir, "index.sqlite3-wal")); err != nil {
+		t.Fatal(err)
+	}
+	r = mustOpen(t, dir)
+	defer mustClose(t, r)
+	if a, err := r.Load(t.Context(), kept.Reference()); err != nil || a.Digest() != kept.Digest() {
+		t.Error(err)
+	}
+	if _, err := r.Load(t.Context(), lost.Reference()); !errors.Is(err, ocilocal.ErrNotFound) {
+		t.Error(err)
+	}
+	unrecorded := 0
+	for p, err := range r.Verify(t.Context(), nil) {
+		switch {
+		case err != nil:
+			t.Error(err)
+		case p.Kind == ocilocal.ProblemUnrecorded:
+			unrecorded++
+		case p.Kind != ocilocal.ProblemMode: // by copying
+			t.Error(p)
+		}
+	}
+	if unrecorded != 2 {
+		t.Errorf("%d blobs are unrecorded", unrecorded)
+	}
+	child(t, r, "example.com/lost:v1", ocilocal.BuilderOptions{}, nil, nil, "lost")
+	if _, err := r.Repair(t.Context(), nil); err != nil {
+		t.Error(err)
+	}
+	checkSound(t, r)
+}
