@@ -90,7 +90,7 @@ func (p Problem) String() string {
 // every problem: first those of the index, then those of blobs in the order of
 // their digests, so that it can be resumed. Files are read side by side. Others
 // may write meanwhile: what is under way may show as [ProblemUnrecorded], and on a read-only
-// registry what is being collected as [ProblemMissing] or [ProblemRows]. It changes nothing. It holds about 150 bytes for each blob.
+// registry what is being collected as [ProblemMissing] or [ProblemRows]. It changes nothing. It holds about 600 bytes for each blob.
 //
 // An error (ctx's, those of the index and the file system's) is yielded once, at the end.
 func (r *LocalRegistry) Verify(ctx context.Context, opts *VerifyOptions) iter.Seq2[Problem, error] {
