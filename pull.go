@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"sync"
 	"sync/atomic"
 
@@ -350,7 +351,7 @@ func unsatisfied(part *partial, err error) error {
 
 // body counts what comes of a blob, which already has some bytes.
 func (p *puller) body(src io.Reader, desc ocispec.Descriptor, have int64) *countedBody {
-	report := p.repo.remote.meter(Progress{Reference: p.ref, Descriptor: desc, Done: have})
+	report := p.repo.remote.meter(Progress{Reference: p.ref, Descriptor: desc})(have)
 	return &countedBody{src: src, count: func(n int) {
 		p.received.Add(int64(n))
 		report(n)
@@ -397,23 +398,35 @@ func (p *remoteRepo) blobProblem(desc ocispec.Descriptor, err error) error {
 	return &RemoteError{Method: "GET", URL: publicURL(u), Status: 200, final: true, Err: fmt.Errorf("blob %s: %w", desc.Digest, err)}
 }
 
-// meter returns a function that is told of n more bytes, and tells Progress.
-func (r *Remote) meter(at Progress) func(n int) {
+// meter tells Progress how far a blob is. Each attempt calls from with where it begins, and
+// what that returns with each number of bytes; then the attempt before isn't listened to any more.
+func (r *Remote) meter(at Progress) (from func(done int64) func(n int)) {
 	if r.Progress == nil {
-		return func(int) {}
+		return func(int64) func(int) { return func(int) {} }
 	}
-	told := at.Done
 	var mu sync.Mutex
-	return func(n int) {
+	attempt, told, ended := 0, int64(math.MaxInt64), false
+	return func(done int64) func(int) {
 		mu.Lock()
 		defer mu.Unlock()
-		at.Done += int64(n)
-		if at.Done-told < 1<<20 && at.Done != at.Descriptor.Size {
-			return
+		attempt++
+		this := attempt
+		at.Done, told, ended = done, min(told, done), false
+		return func(n int) {
+			mu.Lock()
+			defer mu.Unlock()
+			if this != attempt {
+				return
+			}
+			at.Done += int64(n)
+			end := at.Done == at.Descriptor.Size
+			if at.Done-told < 1<<20 && (!end || ended) {
+				return
+			}
+			told, ended = at.Done, end
+			r.progress.Lock()
+			defer r.progress.Unlock()
+			r.Progress(at)
 		}
-		told = at.Done
-		r.progress.Lock()
-		defer r.progress.Unlock()
-		r.Progress(at)
 	}
 }

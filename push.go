@@ -200,10 +200,13 @@ func (p *pusher) sendBlob(ctx context.Context, desc ocispec.Descriptor) error {
 		session = s
 	}
 	u := &upload{repo: p.repo, desc: desc, store: p.registry.blobs, chunk: p.opts.ChunkSize}
-	report := p.repo.remote.meter(Progress{Reference: p.as, Push: true, Descriptor: desc})
-	u.count = func(n int) {
-		p.bytes.Add(int64(n))
-		report(n)
+	from := p.repo.remote.meter(Progress{Reference: p.as, Push: true, Descriptor: desc})
+	u.count = func(at int64) func(int) {
+		report := from(at)
+		return func(n int) {
+			p.bytes.Add(int64(n))
+			report(n)
+		}
 	}
 	if err := u.run(ctx, session); err != nil {
 		return err

@@ -96,8 +96,8 @@ type upload struct {
 	repo  *remoteRepo
 	desc  ocispec.Descriptor
 	store *blobStore
-	chunk int64 // wanted size of chunks; 0 for one request
-	count func(n int)
+	chunk int64                      // wanted size of chunks; 0 for one request
+	count func(at int64) func(n int) // of a body that begins with that byte
 }
 
 // run uploads the blob, in a session that may be open already. Each attempt has a session of its own.
@@ -159,7 +159,7 @@ func (u *upload) whole(ctx context.Context) (io.ReadCloser, error) {
 	if err != nil {
 		return nil, incomplete(err)
 	}
-	return &sentCounter{v, u.count}, nil
+	return &sentCounter{v, u.count(0)}, nil
 }
 
 // close sends what is left, and says what all of it is.
@@ -227,7 +227,7 @@ func (u *upload) sendChunk(ctx context.Context, s *uploadSession, f io.ReaderAt,
 			"Content-Range": {fmt.Sprintf("%d-%d", at, at+n-1)}, // without "bytes", unlike HTTP's
 		},
 		body: func() (io.ReadCloser, error) {
-			return &sentCounter{io.NopCloser(&ctxReader{ctx, io.NewSectionReader(f, at, n)}), u.count}, nil
+			return &sentCounter{io.NopCloser(&ctxReader{ctx, io.NewSectionReader(f, at, n)}), u.count(at)}, nil
 		},
 		size: n, actions: []string{"pull", "push"}, once: true,
 		ok: []int{http.StatusAccepted, http.StatusRequestedRangeNotSatisfiable},
@@ -288,10 +288,12 @@ func chunkAnswer(c *remoteCall, res *http.Response, sure int64) (*uploadSession,
 }
 
 // abandon tells the registry that an upload won't go on. That it can't be told doesn't matter: it finds out.
+// Who has ended the call doesn't wait long for it.
 func (u *upload) abandon(ctx context.Context, s *uploadSession) {
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
+	own, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
 	defer cancel()
-	res, err := u.repo.do(ctx, &remoteCall{
+	defer context.AfterFunc(ctx, func() { time.AfterFunc(time.Second, cancel) })()
+	res, err := u.repo.do(own, &remoteCall{
 		method: http.MethodDelete, url: s.url, actions: []string{"pull", "push"}, once: true,
 		ok: []int{http.StatusNoContent, http.StatusAccepted, http.StatusOK, http.StatusNotFound, http.StatusMethodNotAllowed},
 	})

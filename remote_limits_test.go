@@ -1,0 +1,541 @@
+package ocilocal_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"os"
+	"os/exec"
+	"path"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+
+	"github.com/ocilocal/ocilocal"
+)
+
+// TestHelperHangs: a credential helper has no more time than its limit and the call.
+func TestHelperHangs(t *testing.T) {
+	if runtime.GOOS == "windows" {
+		t.Skip("helpers are shell scripts here")
+	}
+	dir := t.TempDir()
+	fifo := filepath.Join(dir, "fifo")
+	if out, err := exec.Command("mkfifo", fifo).CombinedOutput(); err != nil {
+		t.Fatalf("%s, %v", out, err)
+	}
+	t.Setenv("PATH", dir+string(os.PathListSeparator)+os.Getenv("PATH"))
+	for name, script := range map[string]string{
+		"hangs":  `exec cat "` + fifo + `"`,
+		"parent": `cat "` + fifo + `"; exit 1`,
+		"deaf":   `trap "" TERM INT HUP PIPE; cat "` + fifo + `" >/dev/null; while :; do read x; done`,
+	} {
+		write(t, filepath.Join(dir, "docker-credential-"+name), "#!/bin/sh\n"+script+"\n")
+		if err := os.Chmod(filepath.Join(dir, "docker-credential-"+name), 0o700); err != nil {
+			t.Fatal(err)
+		}
+		t.Run(name, func(t *testing.T) {
+			ctx, cancel := context.WithCancel(t.Context())
+			defer cancel()
+			file := filepath.Join(t.TempDir(), "config.json")
+			write(t, file, `{"credsStore":"`+name+`"}`)
+			ended := make(chan error, 1)
+			go func() {
+				_, err := ocilocal.FileCredentials(file)(ctx, "r.test", "org/model")
+				ended <- err
+			}()
+			w, err := os.OpenFile(fifo, os.O_WRONLY, 0) // returns when the helper reads
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer w.Close()
+			began := time.Now()
+			cancel()
+			if err := <-ended; !errors.Is(err, context.Canceled) || time.Since(began) > 5*time.Second {
+				t.Errorf("%v after %v", err, time.Since(began))
+			}
+		})
+	}
+	t.Run("limit", func(t *testing.T) {
+		w := make(chan *os.File, 1)
+		go func() {
+			f, _ := os.OpenFile(fifo, os.O_WRONLY, 0)
+			w <- f
+		}()
+		began := time.Now()
+		c, err := ocilocal.AskHelper(t.Context(), "hangs", "r.test", 200*time.Millisecond)
+		if err == nil || time.Since(began) > 5*time.Second || !strings.Contains(err.Error(), "no answer after 200ms") || c != (ocilocal.Credential{}) {
+			t.Errorf("%v, %v", c, err)
+		}
+		f := <-w
+		defer f.Close()
+		if _, err := f.Write([]byte("x")); err == nil {
+			t.Error("the helper still reads")
+		}
+	})
+	t.Run("name", func(t *testing.T) {
+		_, err := ocilocal.AskHelper(t.Context(), strings.Repeat("x", 101), "r.test", time.Second)
+		mustFail(t, err, ocilocal.ErrInvalidArgument)
+	})
+}
+
+// Two registries that name the same token server, service and scope don't get each other's token.
+func TestTokensAreNotShared(t *testing.T) {
+	in := newInternet(t)
+	server := in.tokenSite("https://auth.other.test", "203.0.113.9", nil)
+	remote := in.remote("", ocilocal.Credential{})
+	remote.Credentials = func(context.Context, string, string) (ocilocal.Credential, error) {
+		return ocilocal.Credential{Username: "me", Password: secretPassword}, nil
+	}
+	var hosts []string
+	shown := map[string]map[string]bool{}
+	for _, origin := range []string{"https://registry.test", "https://second.test", "https://registry.test:8443"} {
+		s := in.registry(origin, "203.0.113.1")
+		s.put(t, "org/model", "v1", noise(1, 10))
+		s.wantToken("https://auth.other.test/token")
+		hosts = append(hosts, s.host)
+		for range 2 {
+			if _, err := remote.Manifest(t.Context(), s.ref("org/model:v1")); err != nil {
+				t.Fatal(err)
+			}
+		}
+		shown[s.host] = map[string]bool{}
+		for _, r := range in.sites[hostPort(s.base(t))].asked() {
+			if _, rest, ok := strings.Cut(r, "Bearer "); ok {
+				token, _, _ := strings.Cut(rest, "\r\n")
+				shown[s.host][token] = true
+			}
+		}
+	}
+	if n := len(server.asked()); n != len(hosts) {
+		t.Errorf("%d tokens for %d registries", n, len(hosts))
+	}
+	seen := map[string]string{}
+	for _, host := range hosts {
+		if len(shown[host]) != 1 {
+			t.Errorf("%s saw %d tokens", host, len(shown[host]))
+		}
+		for token := range shown[host] {
+			if seen[token] != "" {
+				t.Errorf("%s and %s saw one token", host, seen[token])
+			}
+			seen[token] = host
+		}
+	}
+}
+
+// Who fetches a token for others may give up: the next of them fetches it then. Who
+// waits may give up too, and disturbs nobody.
+func TestTokenFetchGivenUp(t *testing.T) {
+	in := newInternet(t)
+	s := in.registry("https://registry.test", "203.0.113.1")
+	s.put(t, "org/model", "v1", noise(1, 10))
+	s.wantToken("https://auth.test/token")
+	asked := make(chan struct{}, 10)
+	var hangs atomic.Bool
+	hangs.Store(true)
+	server := in.tokenSite("https://auth.test", "203.0.113.2", func(w http.ResponseWriter, r *http.Request) {
+		asked <- struct{}{}
+		if hangs.Load() {
+			<-r.Context().Done()
+			return
+		}
+		handOut("")(w, r)
+	})
+	remote := in.remote(s.host, ocilocal.Credential{Username: "me", Password: secretPassword})
+	remote.Retry = nil
+	fetch := func(ctx context.Context) <-chan error {
+		ended := make(chan error, 1)
+		go func() {
+			_, err := remote.Manifest(ctx, s.ref("org/model:v1"))
+			ended <- err
+		}()
+		return ended
+	}
+	first, giveUp := context.WithCancel(t.Context())
+	defer giveUp()
+	leader := fetch(first)
+	<-asked
+	waiter, leave := context.WithCancel(t.Context())
+	defer leave()
+	left := fetch(waiter)
+	others := []<-chan error{fetch(t.Context()), fetch(t.Context()), fetch(t.Context())}
+	leave()
+	if err := <-left; !errors.Is(err, context.Canceled) {
+		t.Errorf("who waited: %v", err)
+	}
+	hangs.Store(false)
+	giveUp()
+	if err := <-leader; !errors.Is(err, context.Canceled) {
+		t.Errorf("who fetched: %v", err)
+	}
+	for _, o := range others {
+		if err := <-o; err != nil {
+			t.Error(err)
+		}
+	}
+	if n := len(server.asked()); n != 2 {
+		t.Errorf("token server was asked %d times", n)
+	}
+}
+
+// A stream of HTTP/2 that is reset is gone on with, on the same connection.
+func TestHTTP2Reset(t *testing.T) {
+	in := newInternet(t)
+	s := in.registry("https://registry.test", "203.0.113.1")
+	large := noise(1, 5<<20)
+	s.put(t, "org/model", "v1", large)
+	var mu sync.Mutex
+	var ranges []string
+	resetUploads := 1
+	s.override = func(w http.ResponseWriter, r *http.Request) bool {
+		if r.ProtoMajor != 2 {
+			t.Errorf("%s %s by %s", r.Method, r.URL, r.Proto)
+		}
+		mu.Lock()
+		defer mu.Unlock()
+		switch {
+		case r.Method == "GET" && strings.HasSuffix(r.URL.Path, string(digest.FromBytes(large))):
+			if ranges = append(ranges, r.Header.Get("Range")); len(ranges) <= 2 {
+				s.blob(&cutWriter{ResponseWriter: w, left: 2 << 20}, r, "org/model", string(digest.FromBytes(large)))
+				panic(http.ErrAbortHandler)
+			}
+		case r.Method == "PUT" && strings.Contains(r.URL.Path, "/uploads/") && r.ContentLength > 1<<20 && resetUploads > 0:
+			resetUploads--
+			io.CopyN(io.Discard, r.Body, 1<<20)
+			panic(http.ErrAbortHandler)
+		}
+		return false
+	}
+	remote := in.remote("", ocilocal.Credential{})
+	r := openRemote(t, remote)
+	got, err := r.Pull(t.Context(), s.ref("org/model:v1"), nil)
+	if err != nil || got.BytesReceived != int64(len(large)+2) {
+		t.Errorf("%+v, %v", got, err)
+	}
+	if text := strings.Join(ranges, " "); text != " bytes=2097152- bytes=4194304-" {
+		t.Errorf("ranges %q", text)
+	}
+	if sent, err := r.Push(t.Context(), s.ref("org/model:v1"), &ocilocal.PushOptions{As: s.ref("org/other:v1")}); err != nil || sent.BlobsSent+sent.BlobsMounted != 2 {
+		t.Errorf("%+v, %v", sent, err)
+	}
+	s.noMount = true
+	if sent, err := r.Push(t.Context(), s.ref("org/model:v1"), &ocilocal.PushOptions{As: s.ref("org/third:v1")}); err != nil || sent.BlobsSent != 2 || resetUploads != 0 {
+		t.Errorf("%+v, %v", sent, err)
+	}
+	if n := in.sites[registrySite].dials; n != 1 {
+		t.Errorf("%d connections", n)
+	}
+	if found := problems(t, r, nil, nil); len(found) > 0 {
+		t.Errorf("%q", found)
+	}
+}
+
+// An inFlight is a transport that counts the requests whose answers aren't closed.
+type inFlight struct {
+	next      http.RoundTripper
+	now, most atomic.Int64
+}
+
+func (f *inFlight) RoundTrip(r *http.Request) (*http.Response, error) {
+	for n := f.now.Add(1); ; {
+		if m := f.most.Load(); n <= m || f.most.CompareAndSwap(m, n) {
+			break
+		}
+	}
+	res, err := f.next.RoundTrip(r)
+	if err != nil {
+		f.now.Add(-1)
+		return nil, err
+	}
+	res.Body = &flightBody{res.Body, sync.OnceFunc(func() { f.now.Add(-1) })}
+	return res, nil
+}
+
+type flightBody struct {
+	io.ReadCloser
+	landed func()
+}
+
+func (b *flightBody) Close() error {
+	defer b.landed()
+	return b.ReadCloser.Close()
+}
+
+// TestMaxPerHost: no more requests at a time than that, and, of whatever a pull or a push
+// does, nothing that needs a second one to end.
+func TestMaxPerHost(t *testing.T) {
+	for _, most := range []int{1, 3} {
+		for _, referrersAPI := range []bool{true, false} {
+			t.Run(fmt.Sprint(most, referrersAPI), func(t *testing.T) {
+				s := newServer(t)
+				s.user, s.password, s.token = "me", secretPassword, true
+				s.noReferrers = !referrersAPI
+				s.minChunk = 16 << 20
+				var layers [][]byte
+				for i := range 20 {
+					layers = append(layers, noise(byte(i), 1000*(i+1)))
+				}
+				layers = append(layers, noise(100, 3<<20), noise(101, 3<<20), noise(102, 17<<20))
+				var cuts atomic.Int64
+				s.override = func(w http.ResponseWriter, r *http.Request) bool {
+					if r.Method == "GET" && strings.Contains(r.URL.Path, "/blobs/sha256:") && r.Header.Get("Authorization") != "" && cuts.Add(1)%5 == 0 {
+						s.mu.Lock()
+						w.Header().Set("Content-Length", fmt.Sprint(len(s.blobs["org/model@"+path.Base(r.URL.Path)])))
+						s.mu.Unlock()
+						w.(http.Flusher).Flush()
+						panic(http.ErrAbortHandler)
+					}
+					return false
+				}
+				flight := &inFlight{next: &http.Transport{DisableCompression: true}}
+				remote := &ocilocal.Remote{
+					Client: &http.Client{Transport: flight}, MaxPerHost: most,
+					Credentials: ocilocal.StaticCredential(s.host, ocilocal.Credential{Username: "me", Password: secretPassword}),
+				}
+				from, to := openRemote(t, remote), openRemote(t, remote)
+				ref := s.ref("org/model:v1")
+				a := pushed(t, from, ref, nil, nil, layers...)
+				pushed(t, from, s.ref("org/model:v2"), nil, descOf(a), noise(50, 10))
+				for _, p := range []ocilocal.PushOptions{{Workers: 8}, {Workers: 8, As: s.ref("org/other:v1")}} {
+					if _, err := from.Push(t.Context(), ref, &p); err != nil {
+						t.Fatal(err)
+					}
+				}
+				if _, err := from.Push(t.Context(), s.ref("org/model:v2"), &ocilocal.PushOptions{Workers: 8}); err != nil {
+					t.Fatal(err)
+				}
+				got, err := to.Pull(t.Context(), ref, &ocilocal.PullOptions{Workers: 8})
+				if err != nil || got.Artifact.Digest() != a.Digest() {
+					t.Fatal(err)
+				}
+				for d, err := range remote.Referrers(t.Context(), ref, "") {
+					// A caller may ask for more while it is listed.
+					if err == nil {
+						_, err = remote.Manifest(t.Context(), s.ref("org/model@"+string(d.Digest)))
+					}
+					if err != nil {
+						t.Error(err)
+					}
+				}
+				for tag, err := range remote.Tags(t.Context(), ref) {
+					if err == nil {
+						_, err = remote.Resolve(t.Context(), s.ref("org/model:"+tag))
+					}
+					if err != nil {
+						t.Error(err)
+					}
+				}
+				if n := flight.most.Load(); n != int64(most) || flight.now.Load() != 0 {
+					t.Errorf("%d requests at a time, %d open", n, flight.now.Load())
+				}
+			})
+		}
+	}
+}
+
+// TestEndIsPrompt: the end of a call ends it soon, whatever it waits for.
+func TestEndIsPrompt(t *testing.T) {
+	const soon = 3 * time.Second
+	hang := func(w http.ResponseWriter, r *http.Request) {
+		io.Copy(io.Discard, r.Body) // the end of a connection is only seen after that
+		<-r.Context().Done()
+	}
+	for name, c := range map[string]struct {
+		hangs func(r *http.Request) bool
+		push  bool
+		fails bool // bytes are refused
+	}{
+		"a manifest":                   {hangs: func(r *http.Request) bool { return strings.Contains(r.URL.Path, "/manifests/") }},
+		"a blob":                       {hangs: func(r *http.Request) bool { return strings.Contains(r.URL.Path, "/blobs/") }},
+		"a look for a blob":            {push: true, hangs: func(r *http.Request) bool { return r.Method == "HEAD" }},
+		"a new upload":                 {push: true, hangs: func(r *http.Request) bool { return r.Method == "POST" }},
+		"an upload":                    {push: true, hangs: func(r *http.Request) bool { return r.Method == "PUT" }},
+		"an upload and its end":        {push: true, hangs: func(r *http.Request) bool { return r.Method == "PUT" || r.Method == "DELETE" }},
+		"the end of a failed upload":   {push: true, fails: true, hangs: func(r *http.Request) bool { return r.Method == "DELETE" }},
+		"a manifest that is to be put": {push: true, hangs: func(r *http.Request) bool { return r.Method == "PUT" && strings.Contains(r.URL.Path, "/manifests/") }},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := newServer(t)
+			s.put(t, "org/model", "v1", noise(1, 100), noise(2, 3<<20))
+			arrived := make(chan struct{}, 1000)
+			s.override = func(w http.ResponseWriter, r *http.Request) bool {
+				if c.fails && r.Method == "PUT" {
+					status(500)(w, r)
+					return true
+				}
+				if !c.hangs(r) {
+					return false
+				}
+				arrived <- struct{}{}
+				hang(w, r)
+				return true
+			}
+			r := openRemote(t, &ocilocal.Remote{MaxPerHost: 1})
+			ctx, cancel := context.WithCancel(t.Context())
+			defer cancel()
+			ref := s.ref("org/model:v1")
+			if c.push {
+				ref = s.ref("org/mine:v1")
+				pushed(t, r, ref, nil, nil, noise(3, 100), noise(4, 100))
+			}
+			ended := make(chan error, 1)
+			go func() {
+				var err error
+				if c.push {
+					_, err = r.Push(ctx, ref, nil)
+				} else {
+					_, err = r.Pull(ctx, ref, nil)
+				}
+				ended <- err
+			}()
+			<-arrived
+			// Another one waits for the only place, and ends as soon.
+			other, leave := context.WithCancel(t.Context())
+			waits := make(chan error, 1)
+			go func() {
+				_, err := r.Pull(other, s.ref("org/model:v9"), nil)
+				waits <- err
+			}()
+			began := time.Now()
+			leave()
+			if err := <-waits; !errors.Is(err, context.Canceled) || time.Since(began) > soon {
+				t.Errorf("who waits: %v after %v", err, time.Since(began))
+			}
+			began = time.Now()
+			cancel()
+			if err := <-ended; !errors.Is(err, context.Canceled) || time.Since(began) > soon {
+				t.Errorf("%v after %v", err, time.Since(began))
+			}
+		})
+	}
+}
+
+// TestWarnOnce: each warning of a registry is told once, fit for a terminal; others' are not.
+func TestWarnOnce(t *testing.T) {
+	in := newInternet(t)
+	s := in.registry("https://registry.test", "203.0.113.1")
+	s.user, s.password = "me", secretPassword
+	s.put(t, "org/model", "v1", noise(1, 100))
+	s.override = func(w http.ResponseWriter, r *http.Request) bool {
+		w.Header()["Warning"] = []string{`299 - "be warned"`, `299 - "` + r.Header.Get("Authorization") + ` \u009b` + "\u009b" + `"`, `199 - "not this"`, `299 other "nor this"`, `299 - "` + strings.Repeat("x", 1000), "299 - \"be warned\""}
+		return false
+	}
+	remote := in.remote(s.host, ocilocal.Credential{Username: "me", Password: secretPassword})
+	for range 3 {
+		if _, err := remote.Manifest(t.Context(), s.ref("org/model:v1")); err != nil {
+			t.Fatal(err)
+		}
+	}
+	in.quiet(nil)
+	want := map[string]bool{}
+	for _, w := range in.warnings {
+		if want[w] {
+			t.Errorf("twice: %q", w)
+		}
+		want[w] = true
+		if !strings.HasPrefix(w, "registry.test ") || len(w) > 300 || strings.Contains(w, "this") {
+			t.Errorf("%q", w)
+		}
+	}
+	if !want["registry.test be warned"] || len(want) != 3 {
+		t.Errorf("%q", in.warnings)
+	}
+}
+
+// TestProgress: one at a time, forward, to the end of each blob, and not too often.
+func TestProgress(t *testing.T) {
+	s := newServer(t)
+	var layers [][]byte
+	for i := range 6 {
+		layers = append(layers, noise(byte(i), 100+i*(1<<20)))
+	}
+	s.put(t, "org/model", "v1", layers...)
+	var inside atomic.Int64
+	done, calls := map[string]int64{}, 0
+	var push bool
+	remote := &ocilocal.Remote{Progress: func(p ocilocal.Progress) {
+		if inside.Add(1) != 1 {
+			t.Error("called by two at a time")
+		}
+		defer inside.Add(-1)
+		for range 1000 { // time for others to come
+			runtime.Gosched()
+		}
+		calls++
+		key := string(p.Descriptor.Digest)
+		if p.Done <= done[key] || p.Done > p.Descriptor.Size || p.Push != push || p.Reference.IsZero() {
+			t.Errorf("%+v after %d", p, done[key])
+		}
+		done[key] = p.Done
+	}}
+	r := openRemote(t, remote)
+	check := func(what string) {
+		t.Helper()
+		for _, l := range layers {
+			if n := done[string(digest.FromBytes(l))]; n != int64(len(l)) {
+				t.Errorf("%s: %d of %d", what, n, len(l))
+			}
+		}
+		if calls > 1+6+15 {
+			t.Errorf("%s: %d calls", what, calls)
+		}
+		clear(done)
+		calls = 0
+	}
+	if _, err := r.Pull(t.Context(), s.ref("org/model:v1"), &ocilocal.PullOptions{Workers: 6}); err != nil {
+		t.Fatal(err)
+	}
+	check("pull")
+	push, s.noMount = true, true
+	if _, err := r.Push(t.Context(), s.ref("org/model:v1"), &ocilocal.PushOptions{As: s.ref("org/other:v1"), Workers: 6}); err != nil {
+		t.Fatal(err)
+	}
+	check("push")
+}
+
+// A blob that has to be sent again falls back; it is never further than it is large.
+func TestProgressFallsBack(t *testing.T) {
+	for _, chunk := range []int64{0, 1_000_000} {
+		s := newServer(t)
+		var fails atomic.Int64
+		s.override = func(w http.ResponseWriter, r *http.Request) bool {
+			if (r.Method == "PUT" || r.Method == "PATCH") && r.ContentLength >= 1_000_000 && fails.Add(1) == 3 {
+				io.CopyN(io.Discard, r.Body, 999_999)
+				panic(http.ErrAbortHandler)
+			}
+			// Before that, it fails when all has arrived.
+			if r.Method == "PUT" && r.ContentLength >= 1_000_000 && fails.Load() < 3 {
+				io.Copy(io.Discard, r.Body)
+				status(500)(w, r)
+				return true
+			}
+			return false
+		}
+		var told []int64
+		remote := &ocilocal.Remote{Progress: func(p ocilocal.Progress) {
+			if p.Descriptor.Size > 2 {
+				told = append(told, p.Done)
+			}
+		}}
+		r := openRemote(t, remote)
+		const size = 5_500_000
+		pushed(t, r, s.ref("org/model:v1"), nil, nil, noise(1, size))
+		got, err := r.Push(t.Context(), s.ref("org/model:v1"), &ocilocal.PushOptions{ChunkSize: chunk})
+		if err != nil || len(told) == 0 || slices.Max(told) != size || told[len(told)-1] != size {
+			t.Errorf("%+v, %v: %d", got, err, told)
+		}
+		if chunk == 0 && slices.IsSorted(told) {
+			t.Errorf("it doesn't fall back: %d", told)
+		}
+	}
+}
