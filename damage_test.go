@@ -2,14 +2,17 @@ package ocilocal_test
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
+	"iter"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/opencontainers/go-digest"
 
@@ -94,6 +97,14 @@ func (d *damagedRoot) use(t *testing.T) (failed bool) {
 	}
 	_, err = r.Remove(ctx, parsed)
 	check("remove", err)
+	_, err = r.Stats(ctx)
+	check("stats", err)
+	_, err = r.GCReport(ctx, nil)
+	check("report", err)
+	for p, err := range r.Verify(ctx, &ocilocal.VerifyOptions{Quick: true}) {
+		failed = failed || p.Kind != ""
+		check("verify", err)
+	}
 	return failed
 }
 
@@ -146,6 +157,55 @@ func TestIndexOutOfOrder(t *testing.T) {
 			}
 		}
 	}
+}
+
+// TestIndexOutOfOrderPages has the row at the end of a page, where the next page would begin,
+// come before all others: nothing that reads in pages may go round in circles.
+func TestIndexOutOfOrderPages(t *testing.T) {
+	root := filepath.Join(t.TempDir(), "root")
+	r := mustOpen(t, root)
+	const rows = `WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 2500),
+		d (i, digest, name) AS (SELECT i, printf('sha256:f%063d', i), printf('example.com/n%04d', i) FROM n) `
+	execIndex(t, root, rows+`INSERT INTO blobs SELECT digest, 1, 'manifest', 0 FROM d`)
+	execIndex(t, root, rows+`INSERT INTO manifests SELECT digest, 'application/x', 'application/x', 1, '', '', '{}', 0 FROM d`)
+	execIndex(t, root, rows+`INSERT INTO members SELECT digest, 0, 'layer', digest, 'application/x', 1, '{}' FROM d`)
+	execIndex(t, root, rows+`INSERT INTO refs SELECT name, 'v1', digest, 'application/x', 'application/x', 1, 0 FROM d`)
+	mustClose(t, r)
+	dontWatch(root)
+	name := filepath.Join(root, "index.sqlite3")
+	index, err := os.ReadFile(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, i := range []int{500, 1000, 2000} { // pages have 500 or 1,000 rows
+		from := fmt.Appendf(nil, "sha256:f%063d", i)
+		index = bytes.ReplaceAll(index, from, fmt.Appendf(nil, "sha256:0%063d", i))
+		index = bytes.ReplaceAll(index, fmt.Appendf(nil, "example.com/n%04d", i), fmt.Appendf(nil, "example.com/a%04d", i))
+	}
+	if err := os.WriteFile(name, index, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	r = mustOpen(t, root)
+	for what, call := range map[string]func() error{
+		"GCReport": func() error { _, err := r.GCReport(ctx, nil); return err },
+		"Verify":   func() error { return last(r.Verify(ctx, &ocilocal.VerifyOptions{Quick: true})) },
+		"Refs":     func() error { return last(r.Refs(ctx, nil)) },
+		"Names":    func() error { return last(r.Repositories(ctx, nil)) },
+	} {
+		if err := call(); !errors.Is(err, ocilocal.ErrCorruptIndex) {
+			t.Errorf("%s: %v", what, err)
+		}
+	}
+}
+
+// last returns the error that ends a listing.
+func last[T any](listing iter.Seq2[T, error]) (err error) {
+	for _, err = range listing {
+		continue
+	}
+	return err
 }
 
 // TestIndexCutOff cuts the index off at the boundaries of its pages and beside them.

@@ -56,7 +56,7 @@
 //     nothing needs is gone after it: replaced and removed artifacts, and what killed
 //     or failed publishes left in blobs/.
 //   - Memory doesn't grow with the size of a blob or, but for collection and verification,
-//     which need some 200 and 600 bytes for each blob, with the number of refs.
+//     which need some 400 and 100 bytes for each blob, with the number of refs.
 //
 // # Remote registries
 //

@@ -61,8 +61,11 @@ func (g *gcGraph) id(d digest.Digest) int32 {
 
 // mark reads everything, follows the roots, and looks at every live manifest's bytes.
 func (r *LocalRegistry) mark(ctx context.Context, opts GCOptions) (*gcGraph, error) {
-	g := &gcGraph{registry: r, opts: opts, young: time.Now().Add(-opts.grace()), ids: map[digest.Digest]int32{}}
-	if err := g.read(ctx); err != nil {
+	g, err := r.graph(ctx, opts)
+	if err != nil {
+		return nil, err
+	}
+	if err := g.walk(ctx); err != nil {
 		return nil, err
 	}
 	g.follow()
@@ -73,19 +76,20 @@ func (r *LocalRegistry) mark(ctx context.Context, opts GCOptions) (*gcGraph, err
 	return g, nil
 }
 
-// read takes refs first: what a ref pointed at then had its rows by then.
-func (g *gcGraph) read(ctx context.Context) error {
-	x := g.registry.index
-	for _, d := range g.opts.Protect {
+// graph reads the index, refs first: what a ref pointed at then had its rows by then.
+func (r *LocalRegistry) graph(ctx context.Context, opts GCOptions) (*gcGraph, error) {
+	g := &gcGraph{registry: r, opts: opts, young: time.Now().Add(-opts.grace()), ids: map[digest.Digest]int32{}}
+	x := r.index
+	for _, d := range opts.Protect {
 		if err := checkDigest(d); err != nil {
-			return err
+			return nil, err
 		}
 		g.nodes[g.id(d)].root = true
 	}
 	if err := x.refTargets(ctx, func(d digest.Digest) {
 		g.nodes[g.id(d)].root = true
 	}); err != nil {
-		return err
+		return nil, err
 	}
 	if err := x.manifestRows(ctx, func(d, subject digest.Digest) {
 		i, s := g.id(d), int32(-1)
@@ -94,20 +98,25 @@ func (g *gcGraph) read(ctx context.Context) error {
 		}
 		g.nodes[i].manifest, g.nodes[i].subject = true, s
 	}); err != nil {
-		return err
+		return nil, err
 	}
 	if err := x.memberRows(ctx, func(manifest, d digest.Digest) {
 		parent, child := g.id(manifest), g.id(d)
 		g.nodes[parent].needs = append(g.nodes[parent].needs, child)
 	}); err != nil {
-		return err
+		return nil, err
 	}
 	if err := x.blobRows(ctx, func(d digest.Digest, size int64, created time.Time) {
 		n := &g.nodes[g.id(d)]
 		n.row, n.size, n.age = true, size, created
 	}); err != nil {
-		return err
+		return nil, err
 	}
+	return g, nil
+}
+
+// walk adds what blobs/ holds.
+func (g *gcGraph) walk(ctx context.Context) error {
 	return g.registry.blobs.walk(ctx, func(e blobEntry) error {
 		if e.digest == "" {
 			if len(g.report.Foreign) < maxGCList {

@@ -1,6 +1,7 @@
 package ocilocal
 
 import (
+	"cmp"
 	"context"
 	"database/sql"
 	"encoding/json"
@@ -9,6 +10,7 @@ import (
 	"math"
 	"slices"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/opencontainers/go-digest"
@@ -258,6 +260,10 @@ func (x *index) list(name, reference, below string, n int) ([]Ref, error) {
 		if r.Reference, err = referenceFromKey(refName, refReference); err == nil {
 			r.Descriptor, r.Updated, err = row.value()
 		}
+		if err == nil && cmp.Or(strings.Compare(refName, name), strings.Compare(refReference, reference)) <= 0 {
+			err = errOutOfOrder
+		}
+		name, reference = refName, refReference
 		if err != nil {
 			err = fmt.Errorf("%w: row of ref %s: %w", ErrCorruptIndex, strconv.Quote(clip(refName+":"+refReference)), err)
 		}
@@ -351,6 +357,7 @@ func pages(ctx context.Context, q queryer, text string, args []any, visit func(*
 		if err := ctx.Err(); err != nil {
 			return err
 		}
+		from := args
 		got, err := scanAll(s, page, append(slices.Clone(args), page), func(rows *sql.Rows) (struct{}, error) {
 			var err error
 			args, err = visit(rows)
@@ -359,7 +366,30 @@ func pages(ctx context.Context, q queryer, text string, args []any, visit func(*
 		if err != nil || len(got) < page {
 			return err
 		}
+		if !ascends(from, args) {
+			return errOutOfOrder
+		}
 	}
+}
+
+// errOutOfOrder ends a listing of a damaged index, which could go on for ever.
+var errOutOfOrder = fmt.Errorf("%w: its rows are out of order", ErrCorruptIndex)
+
+// ascends reports whether a page's arguments are above those of the page before.
+func ascends(before, after []any) bool {
+	for i := range before {
+		c := 0
+		switch b := before[i].(type) {
+		case string:
+			c = strings.Compare(after[i].(string), b)
+		case int:
+			c = cmp.Compare(after[i].(int), b)
+		}
+		if c != 0 {
+			return c > 0
+		}
+	}
+	return false
 }
 
 // rowDigest checks a digest that a row holds, before anything relies on it.
@@ -430,6 +460,32 @@ func (x *index) blobRows(ctx context.Context, visit func(d digest.Digest, size i
 	})
 }
 
+// A blobRow is what the index says of a blob.
+type blobRow struct {
+	digest   digest.Digest
+	size     int64
+	manifest bool
+}
+
+// blobsAfter returns one page of blobs in the order of their digests, after one of them.
+func (x *index) blobsAfter(after digest.Digest, n int) ([]blobRow, error) {
+	s, err := x.stmt(sqlBlobsAfter)
+	if err != nil {
+		return nil, err
+	}
+	return scanAll(s, n, []any{string(after), n}, func(rows *sql.Rows) (b blobRow, err error) {
+		var s string
+		if err := rows.Scan(&s, &b.size, &b.manifest); err != nil {
+			return b, err
+		}
+		if b.digest, err = rowDigest(s); err == nil && b.digest <= after {
+			err = errOutOfOrder
+		}
+		after = b.digest
+		return b, err
+	})
+}
+
 // hasRef reports whether a ref points at d.
 func hasRef(q queryer, d digest.Digest) (bool, error) {
 	var one int
@@ -491,6 +547,8 @@ const (
 	sqlManifestColumns = `SELECT digest, media_type, artifact_type, size, config, subject, annotations FROM manifests WHERE digest = ?`
 	sqlMemberColumns   = `SELECT manifest, position, role, digest, media_type, size, annotations FROM members
 		WHERE manifest = ? AND position >= ? ORDER BY position LIMIT ?`
+	sqlBlobsAfter = `SELECT digest, size, EXISTS (SELECT 1 FROM manifests m WHERE m.digest = b.digest)
+		FROM blobs b WHERE digest > ? ORDER BY digest LIMIT ?`
 	sqlBadRefs = `SELECT r.name, r.reference, r.manifest FROM refs r LEFT JOIN manifests m ON m.digest = r.manifest
 		WHERE (r.name, r.reference) > (?, ?) AND (m.digest IS NULL OR r.media_type <> m.media_type OR r.artifact_type <> m.artifact_type OR r.size <> m.size)
 		ORDER BY r.name, r.reference LIMIT ?`
@@ -769,6 +827,10 @@ func (x *index) names(from, after, below string, n int) ([]string, error) {
 		if err = rows.Scan(&name); err == nil {
 			_, err = referenceFromKey(name, "latest")
 		}
+		if err == nil && name <= after {
+			err = errOutOfOrder
+		}
+		after = name
 		if err != nil {
 			err = fmt.Errorf("%w: a ref's name: %w", ErrCorruptIndex, err)
 		}

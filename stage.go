@@ -460,10 +460,14 @@ func (st *stage) drop(sf *stagedFile) error {
 }
 
 // sync makes the bytes of all unsynced files durable and closes them. Side by
-// side, because a journalling file system then writes one record for several.
+// side, and with all of them on their way to the disk before the first fsync,
+// because a journalling file system then writes one record for several.
 func (st *stage) sync() error {
 	todo := slices.DeleteFunc(st.unsynced, func(sf *stagedFile) bool { return sf.reused })
 	st.unsynced, st.unsyncedBytes = nil, 0
+	for _, sf := range todo {
+		startWriteback(sf.file, 0, 0) // 0 bytes are all there are
+	}
 	errs := make([]error, len(todo))
 	var wg sync.WaitGroup
 	limit := make(chan struct{}, maxParallelSyncs)

@@ -1,6 +1,7 @@
 package ocilocal
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -9,9 +10,7 @@ import (
 	"iter"
 	"runtime"
 	"slices"
-	"strings"
 	"sync"
-	"time"
 
 	"github.com/opencontainers/go-digest"
 )
@@ -29,7 +28,7 @@ type VerifyOptions struct {
 // VerifyProgress tells how far a verification is.
 type VerifyProgress struct {
 	Digest      digest.Digest // the last one that was looked at
-	Done, Total int           // digests
+	Done, Total int           // digests; Total counts those of files, and grows by what is missing
 	Bytes       int64         // read so far
 }
 
@@ -90,7 +89,8 @@ func (p Problem) String() string {
 // every problem: first those of the index, then those of blobs in the order of
 // their digests, so that it can be resumed. Files are read side by side. Others
 // may write meanwhile: what is under way may show as [ProblemUnrecorded], and on a read-only
-// registry what is being collected as [ProblemMissing] or [ProblemRows]. It changes nothing. It holds about 600 bytes for each blob.
+// registry what is being collected as [ProblemMissing] or [ProblemRows]. It changes nothing. It holds
+// about 100 bytes for each blob.
 //
 // An error (ctx's, those of the index and the file system's) is yielded once, at the end.
 func (r *LocalRegistry) Verify(ctx context.Context, opts *VerifyOptions) iter.Seq2[Problem, error] {
@@ -122,10 +122,7 @@ type verification struct {
 
 // A verifyEntry is a digest that the index or blobs/ has.
 type verifyEntry struct {
-	digest    digest.Digest
-	rowSize   int64 // −1 for no row
-	manifest  bool
-	file      fs.FileInfo // nil for none
+	blobRow   // size −1 for no row
 	problems  chan []Problem
 	bytesRead int64
 }
@@ -136,7 +133,7 @@ func (v *verification) run(ctx context.Context, found func(Problem) error) error
 			return err
 		}
 	}
-	entries, err := v.entries(ctx, found)
+	files, err := v.files(ctx, found)
 	if err != nil {
 		return err
 	}
@@ -154,24 +151,23 @@ func (v *verification) run(ctx context.Context, found func(Problem) error) error
 			}
 		})
 	}
+	var failed error // of entries; read once order is closed
 	wg.Go(func() {
 		defer close(work)
 		defer close(order)
-		for _, e := range entries {
-			e.problems = make(chan []Problem, 1)
-			select {
-			case <-ctx.Done():
-				return
-			case order <- e:
+		failed = v.entries(ctx, files, func(row blobRow) error {
+			e := &verifyEntry{blobRow: row, problems: make(chan []Problem, 1)}
+			for _, to := range []chan<- *verifyEntry{order, work} {
+				select {
+				case <-ctx.Done():
+					return ctx.Err()
+				case to <- e:
+				}
 			}
-			select {
-			case <-ctx.Done():
-				return
-			case work <- e:
-			}
-		}
+			return nil
+		})
 	})
-	progress := VerifyProgress{Total: len(entries)}
+	progress := VerifyProgress{Total: len(files)}
 	for e := range order {
 		select {
 		case <-ctx.Done():
@@ -187,13 +183,14 @@ func (v *verification) run(ctx context.Context, found func(Problem) error) error
 			}
 		}
 		progress.Done++
+		progress.Total = max(progress.Total, progress.Done)
 		progress.Digest = e.digest
 		progress.Bytes += e.bytesRead
 		if v.opts.Progress != nil {
 			v.opts.Progress(progress)
 		}
 	}
-	return ctx.Err()
+	return cmp.Or(ctx.Err(), failed)
 }
 
 // index looks for problems that are no single blob's.
@@ -223,45 +220,54 @@ func (v *verification) index(ctx context.Context, found func(Problem) error) err
 	})
 }
 
-// entries returns what index and blobs/ have, in the order of digests.
-func (v *verification) entries(ctx context.Context, found func(Problem) error) ([]*verifyEntry, error) {
-	all := map[digest.Digest]*verifyEntry{}
-	entry := func(d digest.Digest) *verifyEntry {
-		e := all[d]
-		if e == nil {
-			e = &verifyEntry{digest: d, rowSize: -1}
-			all[d] = e
+// files returns the digests that blobs/ has, in their order, and finds what is no blob there.
+func (v *verification) files(ctx context.Context, found func(Problem) error) (files []digest.Digest, err error) {
+	err = v.registry.blobs.walk(ctx, func(e blobEntry) error {
+		switch {
+		case e.digest > v.opts.After:
+			files = append(files, e.digest)
+		case e.digest == "" && v.opts.After == "":
+			return found(Problem{Kind: ProblemForeign, Path: e.path, Err: errors.New("its name or kind is not a blob's")})
 		}
-		return e
-	}
-	x := v.registry.index
-	if err := x.blobRows(ctx, func(d digest.Digest, size int64, _ time.Time) { entry(d).rowSize = size }); err != nil {
-		return nil, err
-	}
-	if err := x.manifestRows(ctx, func(d, _ digest.Digest) { entry(d).manifest = true }); err != nil {
-		return nil, err
-	}
-	err := v.registry.blobs.walk(ctx, func(e blobEntry) error {
-		if e.digest != "" {
-			entry(e.digest).file = e.info
-			return nil
-		}
-		if v.opts.After != "" {
-			return nil
-		}
-		return found(Problem{Kind: ProblemForeign, Path: e.path, Err: errors.New("its name or kind is not a blob's")})
+		return nil
 	})
-	if err != nil {
-		return nil, err
+	slices.Sort(files)
+	return files, err
+}
+
+// entries calls visit with what blobs/ or the index has, in the order of digests.
+func (v *verification) entries(ctx context.Context, files []digest.Digest, visit func(blobRow) error) error {
+	const page = 1000
+	unrecorded := func(below digest.Digest) error { // "" for all
+		for len(files) > 0 && (below == "" || files[0] < below) {
+			if err := visit(blobRow{digest: files[0], size: -1}); err != nil {
+				return err
+			}
+			files = files[1:]
+		}
+		return nil
 	}
-	var list []*verifyEntry
-	for d, e := range all {
-		if d > v.opts.After {
-			list = append(list, e)
+	for after := v.opts.After; ; {
+		rows, err := v.registry.index.blobsAfter(after, page)
+		if err != nil {
+			return err
+		}
+		for _, row := range rows {
+			if err := unrecorded(row.digest); err != nil {
+				return err
+			}
+			if len(files) > 0 && files[0] == row.digest {
+				files = files[1:]
+			}
+			if err := visit(row); err != nil {
+				return err
+			}
+			after = row.digest
+		}
+		if len(rows) < page {
+			return unrecorded("")
 		}
 	}
-	slices.SortFunc(list, func(a, b *verifyEntry) int { return strings.Compare(string(a.digest), string(b.digest)) })
-	return list, nil
 }
 
 // again looks, with the write lock held where that can be had, at what seems to be
@@ -294,31 +300,28 @@ func (v *verification) blob(ctx context.Context, e *verifyEntry) (problems []Pro
 		problems = append(problems, Problem{Kind: kind, Digest: e.digest, Err: err})
 	}
 	r := v.registry
-	if e.file == nil {
-		fi, err := r.root.Lstat(blobPath(e.digest)) // it may have come since
-		if errors.Is(err, fs.ErrNotExist) || err == nil && !fi.Mode().IsRegular() {
-			if missing, err := v.missing(ctx, e.digest); missing || err != nil { // or be collected since
-				add(ProblemMissing, errors.Join(ErrNotFound, err))
-			}
-			return problems
+	file, err := r.root.Lstat(blobPath(e.digest))
+	if errors.Is(err, fs.ErrNotExist) || err == nil && !file.Mode().IsRegular() {
+		if missing, err := v.missing(ctx, e.digest); missing || err != nil { // or was collected since
+			add(ProblemMissing, errors.Join(ErrNotFound, err))
 		}
-		if err != nil {
-			add(ProblemUnreadable, err)
-			return problems
-		}
-		e.file = fi
+		return problems
 	}
-	if e.rowSize < 0 {
+	if err != nil {
+		add(ProblemUnreadable, err)
+		return problems
+	}
+	if e.size < 0 {
 		add(ProblemUnrecorded, errors.New("the index doesn't know it"))
 	}
-	if e.file.Mode().Perm() != 0o444 && runtime.GOOS != "windows" {
-		add(ProblemMode, fmt.Errorf("mode is %v", e.file.Mode()))
+	if file.Mode().Perm() != 0o444 && runtime.GOOS != "windows" {
+		add(ProblemMode, fmt.Errorf("mode is %v", file.Mode()))
 	}
-	if e.rowSize >= 0 && e.file.Size() != e.rowSize {
-		add(ProblemSize, fmt.Errorf("%w: file has %d bytes, the index says %d", ErrSizeMismatch, e.file.Size(), e.rowSize))
+	if e.size >= 0 && file.Size() != e.size {
+		add(ProblemSize, fmt.Errorf("%w: file has %d bytes, the index says %d", ErrSizeMismatch, file.Size(), e.size))
 	}
 	if e.manifest {
-		return append(problems, v.manifest(ctx, e)...)
+		return append(problems, v.manifest(ctx, e, file.Size())...)
 	}
 	if v.opts.Quick {
 		return problems
@@ -327,7 +330,7 @@ func (v *verification) blob(ctx context.Context, e *verifyEntry) (problems []Pro
 	if err == nil {
 		_, err = src.WriteTo(io.Discard)
 		src.Close()
-		e.bytesRead = e.file.Size()
+		e.bytesRead = file.Size()
 	}
 	switch {
 	case err == nil || errors.Is(err, ErrNotFound): // collected since
@@ -339,7 +342,7 @@ func (v *verification) blob(ctx context.Context, e *verifyEntry) (problems []Pro
 	return problems
 }
 
-func (v *verification) manifest(ctx context.Context, e *verifyEntry) []Problem {
+func (v *verification) manifest(ctx context.Context, e *verifyEntry, size int64) []Problem {
 	problem := func(kind ProblemKind, err error) []Problem {
 		return []Problem{{Kind: kind, Digest: e.digest, Err: err}}
 	}
@@ -351,7 +354,7 @@ func (v *verification) manifest(ctx context.Context, e *verifyEntry) []Problem {
 	if !ok {
 		return nil // collected since
 	}
-	desc.Size = e.file.Size() // what the row says is compared below
+	desc.Size = size // what the row says is compared below
 	m, err := r.readVerified(ctx, desc)
 	switch {
 	case errors.Is(err, ErrNotFound): // collected since
