@@ -139,7 +139,7 @@ func (r *LocalRegistry) backupOnce(ctx context.Context, dir string, opts *Backup
 	if err := r.index.snapshot(name); err != nil {
 		return err
 	}
-	if b.snapshot, err = openIndex(ctx, name, indexReadWrite, 0); err != nil {
+	if b.snapshot, err = openIndex(ctx, name, indexReadWrite, 0, r.schema()); err != nil {
 		return err
 	}
 	err = b.copyBlobs(ctx)

@@ -14,6 +14,7 @@ import (
 	"runtime"
 	"slices"
 	"strings"
+	"syscall"
 	"sync"
 	"testing"
 	"testing/iotest"
@@ -250,6 +251,32 @@ func TestReaderContextAndClose(t *testing.T) {
 	mustClose(t, src)
 	if _, err := src.Read(make([]byte, 1)); !errors.Is(err, ocilocal.ErrClosed) {
 		t.Errorf("Read after Close: %v", err)
+	}
+}
+
+// TestHealUnreadable imports the same content over a blob that the disk doesn't give back.
+func TestHealUnreadable(t *testing.T) {
+	r := openTemp(t, nil)
+	a, layer := oneLayer(t, r, "example.com/a:v1", []byte("body"))
+	var archive bytes.Buffer
+	if err := r.ExportArchive(t.Context(), &archive, []ocilocal.Reference{a.Reference()}, nil); err != nil {
+		t.Fatal(err)
+	}
+	bad, err := os.Stat(blobFile(r, layer.Digest))
+	if err != nil {
+		t.Fatal(err)
+	}
+	ocilocal.SetFault(r, func(op, name string) error {
+		if now, err := os.Stat(filepath.Join(r.Root(), name)); op == "open" && err == nil && os.SameFile(bad, now) {
+			return syscall.EIO
+		}
+		return nil
+	})
+	if _, err := r.ImportArchive(t.Context(), &archive, nil); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := a.ReadLayer(t.Context(), layer); err != nil || string(got) != "body" {
+		t.Errorf("%q, %v", got, err)
 	}
 }
 

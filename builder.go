@@ -128,7 +128,7 @@ func (b *Builder) AddLayerFile(ctx context.Context, mediaType, path string, anno
 	withTitle := map[string]string{ocispec.AnnotationTitle: filepath.Base(path)}
 	maps.Copy(withTitle, annotations)
 	return b.addLayer(ctx, mediaType, withTitle, func() (digest.Digest, int64, error) {
-		f, err := os.Open(path)
+		f, err := os.OpenFile(path, os.O_RDONLY|openNonblock, 0)
 		if err != nil {
 			return "", 0, err
 		}

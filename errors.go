@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"slices"
 	"strings"
 	"syscall"
 
@@ -37,7 +38,7 @@ var (
 	// or that lies on a read-only file system. It also matches [syscall.EROFS].
 	ErrReadOnly error = &sentinel{"registry is read-only", syscall.EROFS}
 	// ErrNoSpace: the disk (or quota) is full. It also matches [syscall.ENOSPC].
-	ErrNoSpace error = &sentinel{"no space left for the index", syscall.ENOSPC}
+	ErrNoSpace error = &sentinel{"no space left on the disk", syscall.ENOSPC}
 
 	// ErrConflict: the ref points at another digest and the policy keeps it,
 	// or it moved away from the digest that the caller expected.
@@ -132,6 +133,17 @@ func (e *Error) Error() string {
 
 // Unwrap returns the cause.
 func (e *Error) Unwrap() error { return e.Err }
+
+// Is makes the file system's own errors match [ErrNoSpace] and [ErrReadOnly], as SQLite's do.
+func (e *Error) Is(target error) bool {
+	switch target {
+	case ErrNoSpace:
+		return slices.ContainsFunc(noSpace, func(full syscall.Errno) bool { return errors.Is(e.Err, full) })
+	case ErrReadOnly:
+		return errors.Is(e.Err, syscall.EROFS)
+	}
+	return false
+}
 
 // opError wraps err, if there is one, for the exported method op.
 // An error that an inner exported method has wrapped already stays as it is.

@@ -38,3 +38,11 @@ func IndexLeading(r *LocalRegistry) bool {
 	defer r.index.mu.Unlock()
 	return r.index.leading
 }
+
+// NewerSchema returns options for a program that knows one schema version more.
+func NewerSchema(stmts ...string) *Options { return &Options{more: [][]string{stmts}} }
+
+// RefuseNetworkFS returns the error of a root on a file system with that name.
+func RefuseNetworkFS(name string, allow bool) error {
+	return (&LocalRegistry{opts: Options{AllowNetworkFS: allow}}).checkFS(name)
+}

@@ -289,6 +289,10 @@ func checkFault(t *testing.T, err error, fa *faulted) {
 	if _, ok := errors.AsType[*ocilocal.Error](err); !ok || !errors.Is(err, errno) {
 		t.Errorf("error %T %v is not typed, or not %v", err, err, errno)
 	}
+	want := map[error]error{syscall.ENOSPC: ocilocal.ErrNoSpace, syscall.EDQUOT: ocilocal.ErrNoSpace, syscall.EROFS: ocilocal.ErrReadOnly}[errno]
+	if want != nil && !errors.Is(err, want) {
+		t.Errorf("error %v is not %v", err, want)
+	}
 }
 
 // TestFailedFsyncIsFinal: once an fsync has failed, nobody knows what is on the

@@ -12,21 +12,27 @@ func networkFS(dir string) (string, error) {
 	if err := syscall.Statfs(dir, &st); err != nil {
 		return "", err
 	}
-	switch uint32(st.Type) {
-	case 0x6969:
-		return "nfs", nil
-	case 0x517b, 0xff534d42, 0xfe534d42:
-		return "smb", nil
-	case 0x5346414f, 0x6b414653:
-		return "afs", nil
-	case 0x00c36400:
-		return "ceph", nil
-	case 0x0bd00bd0:
-		return "lustre", nil
-	case 0x7461636f:
-		return "ocfs2", nil
-	}
-	return "", nil
+	return networkNames[uint32(st.Type)], nil
+}
+
+// networkNames are those that more than one machine can have mounted. FUSE isn't among
+// them, which can be anything and is mostly local, nor 9p, as which gVisor shows all its files.
+var networkNames = map[uint32]string{
+	0x6969:     "nfs",
+	0x517b:     "smb",
+	0xff534d42: "smb",
+	0xfe534d42: "smb",
+	0x5346414f: "afs",
+	0x6b414653: "afs",
+	0x00c36400: "ceph",
+	0x0bd00bd0: "lustre",
+	0x7461636f: "ocfs2",
+	0x786f4256: "vboxsf",
+	0x01161970: "gfs2",
+	0x47504653: "gpfs",
+	0x19830326: "beegfs",
+	0x73757245: "coda",
+	0x564c:     "ncp",
 }
 
 // kernelCopies reports whether [os.File.ReadFrom] can have the kernel copy src

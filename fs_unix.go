@@ -14,6 +14,9 @@ const openNoFollow = syscall.O_NOFOLLOW | openNonblock
 // openNonblock makes an open of a FIFO return, so that it can be refused.
 const openNonblock = syscall.O_NONBLOCK
 
+// noSpace are the errors of a full disk or quota.
+var noSpace = []syscall.Errno{syscall.ENOSPC, syscall.EDQUOT}
+
 // lockDir tries to lock a directory of root against every other process and
 // every other handle in this one. held is false when somebody else has it, or
 // when it is gone. The lock ends with release, or with the process.

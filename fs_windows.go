@@ -11,6 +11,9 @@ const (
 	openNonblock = 0
 )
 
+// noSpace are the errors of a full disk: ERROR_DISK_FULL, ERROR_HANDLE_DISK_FULL.
+var noSpace = []syscall.Errno{112, 39}
+
 // lockDir holds a directory by an open file inside it that nobody else may
 // read or write. It may be deleted, since sweeping removes the directory while
 // holding it. os.Root can't do this: it shares the files that it opens with everybody.

@@ -17,16 +17,12 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-const (
-	// indexAppID is PRAGMA application_id of our index files: "ocil".
-	indexAppID = 0x6f63696c
-	// indexVersion is PRAGMA user_version: how many of the migrations it has had.
-	indexVersion = len(migrations)
-)
+// indexAppID is PRAGMA application_id of our index files: "ocil".
+const indexAppID = 0x6f63696c
 
-// migrations take the index from one schema version to the next. A list that
-// was released never changes; a new version appends one. The statements stand
-// here exactly as SQLite keeps them: checkSchema compares the text.
+// migrations take the index from one schema version to the next: PRAGMA user_version
+// is how many of them it has had. A list that was released never changes; a new version
+// appends one. The statements stand here exactly as SQLite keeps them: checkSchema compares the text.
 var migrations = [...][]string{{
 	`CREATE TABLE meta (key TEXT NOT NULL PRIMARY KEY, value TEXT NOT NULL) STRICT, WITHOUT ROWID`,
 	`CREATE TABLE blobs (digest TEXT NOT NULL PRIMARY KEY, size INTEGER NOT NULL, kind TEXT NOT NULL, created INTEGER NOT NULL) STRICT, WITHOUT ROWID`,
@@ -134,17 +130,22 @@ func (t *indexTx) putBlob(d digest.Digest, size int64, kind string, now time.Tim
 	return err
 }
 
-// putManifest records a manifest and its members, unless it is there. Blobs must be recorded before.
-func (t *indexTx) putManifest(m *Manifest, now time.Time) error {
+// putManifest records a manifest and its members, unless it is there, and returns its
+// recorded descriptor. Blobs must be recorded before.
+func (t *indexTx) putManifest(m *Manifest, now time.Time) (desc ocispec.Descriptor, err error) {
 	row, err := manifestColumns(m)
 	if err != nil {
-		return err
+		return desc, err
 	}
 	n, err := t.exec(sqlPutManifest, append(row, now.UnixMicro())...)
-	if err != nil || n == 0 {
-		return err
+	if err != nil {
+		return desc, err
 	}
-	return t.putMembers(m)
+	if n == 0 {
+		desc, _, err = manifestRow(t, m.Digest())
+		return desc, err
+	}
+	return m.Descriptor(), t.putMembers(m)
 }
 
 func (t *indexTx) putMembers(m *Manifest) error {
@@ -715,7 +716,7 @@ const sqlSalvage = `SELECT name, reference, manifest FROM refs WHERE (name, refe
 
 // salvageRefs reads what can be read of the refs in a damaged index.
 func salvageRefs(ctx context.Context, path string) (refs []Ref) {
-	x, err := openUnchecked(path, indexQueryOnly, 0)
+	x, err := openUnchecked(path, indexQueryOnly, 0, nil)
 	if err != nil {
 		return nil
 	}
@@ -873,7 +874,7 @@ func openOMMX(ctx context.Context, path string, walEmpty bool) (*index, error) {
 }
 
 func openOMMXMode(ctx context.Context, path string, mode indexMode) (*index, error) {
-	x, err := openUnchecked(path, mode, 0)
+	x, err := openUnchecked(path, mode, 0, nil)
 	if err != nil {
 		return nil, err
 	}

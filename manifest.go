@@ -351,10 +351,11 @@ func (m *Manifest) Bytes() []byte { return bytes.Clone(m.raw) }
 // Size returns the length of the document in bytes.
 func (m *Manifest) Size() int64 { return int64(len(m.raw)) }
 
-// Digest returns the sha256 digest of the document, whatever digest it is stored or asked for by.
+// Digest returns the digest of the document by which the registry has it: sha256, if
+// it came in by no other. [ParseManifest] always makes it sha256.
 func (m *Manifest) Digest() digest.Digest { return m.digest }
 
-// Descriptor returns media type, sha256 digest, size and artifact type of the document.
+// Descriptor returns media type, digest, size and artifact type of the document.
 func (m *Manifest) Descriptor() ocispec.Descriptor {
 	return ocispec.Descriptor{
 		MediaType:    m.MediaType(),

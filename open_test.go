@@ -5,6 +5,7 @@ import (
 	"context"
 	"database/sql"
 	"errors"
+	"fmt"
 	"io"
 	"io/fs"
 	"log/slog"
@@ -16,6 +17,7 @@ import (
 	"runtime"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 
 	"github.com/opencontainers/go-digest"
@@ -182,6 +184,131 @@ func TestRefusedRootUntouched(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// TestMigration: a program that knows more brings an index up to date, whole or not at all,
+// while older ones keep off.
+func TestMigration(t *testing.T) {
+	ctx := t.Context()
+	const table = "CREATE TABLE extra (a TEXT NOT NULL) STRICT"
+	root := t.TempDir()
+	old := mustOpen(t, root)
+	a := published(t, old, "example.com/a:v1", "layer", nil)
+	version := func(want int) {
+		t.Helper()
+		if writer, _, err := ocilocal.IndexPragma(old, "user_version"); want > 1 {
+			if e, ok := errors.AsType[*ocilocal.SchemaError](err); !ok || e.Found != want || e.Supported != 1 {
+				t.Errorf("an older program writes to version %d: %v", want, err)
+			}
+		} else if err != nil || writer != "1" {
+			t.Errorf("version is %s, %v", writer, err)
+		}
+	}
+	if _, err := ocilocal.OpenReadOnly(ctx, root, ocilocal.NewerSchema(table)); !errors.Is(err, ocilocal.ErrReadOnly) {
+		t.Errorf("read-only: %v", err)
+	}
+	if _, err := ocilocal.Open(ctx, root, ocilocal.NewerSchema(table, "CREATE TABLE refs (a)")); !errors.Is(err, ocilocal.ErrIndexIO) {
+		t.Errorf("a migration that fails: %v", err)
+	}
+	version(1)
+	if _, err := ocilocal.Open(ctx, root, ocilocal.NewerSchema(table, "CREATE TABLE extra (a)")); err == nil {
+		t.Error("a migration that fails in its second statement succeeds")
+	}
+	version(1)
+	var wg sync.WaitGroup
+	for range 8 {
+		wg.Go(func() {
+			r, err := ocilocal.Open(ctx, root, ocilocal.NewerSchema(table))
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			defer mustClose(t, r)
+			if got, err := r.Load(ctx, a.Reference()); err != nil || got.Digest() != a.Digest() {
+				t.Error(err)
+			}
+		})
+	}
+	wg.Wait()
+	version(2)
+	mustClose(t, old)
+	if _, err := ocilocal.Open(ctx, root, nil); !errors.Is(err, ocilocal.ErrNewerSchema) {
+		t.Errorf("an older program opens it: %v", err)
+	}
+	r, err := ocilocal.Open(ctx, root, ocilocal.NewerSchema(table))
+	if err != nil {
+		t.Fatal(err)
+	}
+	published(t, r, "example.com/a:v2", "more", nil)
+	mustClose(t, r)
+	fresh := filepath.Join(t.TempDir(), "fresh")
+	for range 2 {
+		r, err := ocilocal.Open(ctx, fresh, ocilocal.NewerSchema(table))
+		if err != nil {
+			t.Fatal(err)
+		}
+		mustClose(t, r)
+	}
+}
+
+func TestNetworkFS(t *testing.T) {
+	if err := ocilocal.RefuseNetworkFS("nfs", false); !errors.Is(err, ocilocal.ErrNetworkFS) {
+		t.Error(err)
+	}
+	if err := errors.Join(ocilocal.RefuseNetworkFS("nfs", true), ocilocal.RefuseNetworkFS("", false)); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestLogWithoutIndex: the log of a lost index is not taken for a new one's, in which a
+// collection would find that nothing is needed.
+func TestLogWithoutIndex(t *testing.T) {
+	for _, lost := range []string{"-wal", "-journal"} {
+		root := t.TempDir()
+		r := mustOpen(t, root)
+		var refs []ocilocal.Reference
+		for i := range 5 {
+			refs = append(refs, published(t, r, fmt.Sprintf("example.com/a:v%d", i), fmt.Sprint("layer ", i), nil).Reference())
+		}
+		if _, err := r.Remove(t.Context(), refs[0]); err != nil {
+			t.Fatal(err)
+		}
+		mustClose(t, r)
+		r = mustOpen(t, root)
+		collect(t, r, atOnce) // which puts the page of meta into the log
+		dir := killed(t, root)
+		mustClose(t, r)
+		dontWatch(dir)
+		index := filepath.Join(dir, "index.sqlite3")
+		if err := os.Remove(index); err != nil {
+			t.Fatal(err)
+		}
+		if lost != "-wal" {
+			if err := os.Rename(index+"-wal", index+lost); err != nil {
+				t.Fatal(err)
+			}
+		}
+		before := contents(t, dir)
+		if _, err := ocilocal.Open(t.Context(), dir, nil); !errors.Is(err, ocilocal.ErrCorruptIndex) {
+			t.Errorf("%s: %v", lost, err)
+		}
+		if after := contents(t, dir); !maps.Equal(before, after) {
+			t.Errorf("%s: the root was changed", lost)
+		}
+		report, err := ocilocal.Rebuild(t.Context(), dir, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if len(report.Recovered) != 4 {
+			t.Errorf("%s: recovered %d of 4", lost, len(report.Recovered))
+		}
+		r = mustOpen(t, dir)
+		blobs := blobNames(t, r)
+		collect(t, r, atOnce)
+		if after := blobNames(t, r); len(after) != 8 || !slices.Equal(blobs, after) {
+			t.Errorf("%s: %d blobs are left of %d", lost, len(after), len(blobs))
+		}
 	}
 }
 

@@ -134,13 +134,14 @@ func (r *LocalRegistry) publish(ctx context.Context, st *stage, pubs []publicati
 			if updates[i].Outcome == Conflicted {
 				continue
 			}
+			var desc ocispec.Descriptor // of the root, which comes last
 			for _, m := range p.manifests {
-				if err := record(tx, st, m, checked, now); err != nil {
+				if desc, err = record(tx, st, m, checked, now); err != nil {
 					return err
 				}
 			}
 			if o := updates[i].Outcome; o == Inserted || o == Replaced {
-				if err := tx.putRef(name, reference, updates[i].Descriptor, now); err != nil {
+				if err := tx.putRef(name, reference, desc, now); err != nil {
 					return err
 				}
 			}
@@ -196,8 +197,10 @@ func (o PublishOptions) outcome(existing, incoming digest.Digest) Outcome {
 }
 
 // record writes the rows of one manifest after looking that its bytes and
-// those of its config and layers are there. Child manifests come before it.
-func record(tx *indexTx, st *stage, m *Manifest, checked map[digest.Digest]bool, now time.Time) error {
+// those of its config and layers are there. Child manifests come before it. It
+// returns the descriptor that the index has for it: of bytes that don't name their
+// media type themselves, the first one that they came with counts.
+func record(tx *indexTx, st *stage, m *Manifest, checked map[digest.Digest]bool, now time.Time) (ocispec.Descriptor, error) {
 	blob := func(d digest.Digest, size int64, kind role) error {
 		if checked[d] {
 			return nil
@@ -210,11 +213,11 @@ func record(tx *indexTx, st *stage, m *Manifest, checked map[digest.Digest]bool,
 	}
 	for i, c := range m.children() {
 		if err := blob(c.Digest, c.Size, m.childRole(i)); err != nil {
-			return err
+			return ocispec.Descriptor{}, err
 		}
 	}
 	if err := blob(m.Digest(), m.Size(), roleManifest); err != nil {
-		return err
+		return ocispec.Descriptor{}, err
 	}
 	return tx.putManifest(m, now)
 }

@@ -70,7 +70,7 @@ func setAside(dir string) (string, error) {
 		}
 		aside = fmt.Sprintf("%s.broken%d", name, n)
 	}
-	for _, suffix := range []string{"-wal", "-shm", ""} {
+	for _, suffix := range []string{"-wal", "-shm", "-journal", ""} {
 		if err := os.Rename(name+suffix, aside+suffix); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return "", err
 		}

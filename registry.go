@@ -51,6 +51,7 @@ type Options struct {
 
 	fault func(op, name string) error // for rootDir
 	id    string                      // for a root that is made new; "" for one of its own
+	more  [][]string                  // migrations after those that there are, for tests
 }
 
 // A LocalRegistry is an open root directory. Any number of goroutines may use
@@ -103,8 +104,9 @@ func DefaultRoot() (string, error) {
 // Open opens the registry in dir for reading and writing, and creates it where
 // there is none. Several processes may do so at once.
 //
-// A dir whose index.sqlite3 isn't this package's is left untouched:
-// [ErrForeignIndex], [ErrNewerSchema], [ErrCorruptIndex]. Further errors:
+// An index of an older version of this package is brought up to date. A dir whose index.sqlite3
+// isn't this package's is left untouched: [ErrForeignIndex], [ErrNewerSchema],
+// [ErrCorruptIndex]; the last also where only the log of an index is left. Further errors:
 // [ErrNetworkFS], and the file system's. ctx governs the call only.
 func Open(ctx context.Context, dir string, opts *Options) (*LocalRegistry, error) {
 	r, err := open(ctx, dir, opts, false)
@@ -114,7 +116,8 @@ func Open(ctx context.Context, dir string, opts *Options) (*LocalRegistry, error
 // OpenReadOnly opens an existing registry and never changes it: writing
 // methods fail with [ErrReadOnly]. It works on a directory that this process
 // may not write, then provided that no other process writes to it meanwhile.
-// Errors are those of [Open], and [ErrNotFound] when there is no registry.
+// Errors are those of [Open], [ErrNotFound] when there is no registry, and [ErrReadOnly]
+// when its index is of an older version, which only Open brings up to date.
 func OpenReadOnly(ctx context.Context, dir string, opts *Options) (*LocalRegistry, error) {
 	r, err := open(ctx, dir, opts, true)
 	return r, opError("open read-only", dir, "", err)
@@ -171,6 +174,9 @@ func open(ctx context.Context, dir string, opts *Options, readOnly bool) (_ *Loc
 		if readOnly {
 			return nil, fmt.Errorf("%w: no %s in it", ErrNotFound, indexFile)
 		}
+		if err := r.checkNoLog(); err != nil {
+			return nil, err
+		}
 		if err := r.create(ctx); err != nil {
 			return nil, err
 		}
@@ -200,11 +206,19 @@ func (r *LocalRegistry) checkRoot() error {
 	if fi.Mode().Perm()&0o002 != 0 && runtime.GOOS != "windows" {
 		r.opts.Logger.Warn("ocilocal: anybody on this machine may write to the registry", "root", r.dir, "mode", fi.Mode())
 	}
-	fsName, err := networkFS(r.dir)
-	if err == nil && fsName != "" && !r.opts.AllowNetworkFS {
-		err = fmt.Errorf("%w (%s): two machines would damage the index (Options.AllowNetworkFS opens it all the same)", ErrNetworkFS, fsName)
+	name, err := networkFS(r.dir)
+	if err != nil {
+		return err
 	}
-	return err
+	return r.checkFS(name)
+}
+
+// checkFS refuses a network file system, by name; "" is a local one.
+func (r *LocalRegistry) checkFS(name string) error {
+	if name == "" || r.opts.AllowNetworkFS {
+		return nil
+	}
+	return fmt.Errorf("%w (%s): two machines would damage the index (Options.AllowNetworkFS opens it all the same)", ErrNetworkFS, name)
 }
 
 // create lays out a new root. Everything is made under tmp/ and linked to its
@@ -237,13 +251,32 @@ func (r *LocalRegistry) create(ctx context.Context) error {
 		return err
 	}
 	private := path.Join(session, rand.Text())
-	if err := createIndex(ctx, filepath.Join(r.dir, private), id, !fresh); err != nil {
+	if err := createIndex(ctx, filepath.Join(r.dir, private), id, r.schema(), !fresh); err != nil {
 		return err
 	}
 	if err := r.root.Chmod(private, 0o600); err != nil {
 		return err
 	}
 	return r.name(ctx, private, indexFile)
+}
+
+// checkNoLog refuses to make an index where the log of a lost one lies: SQLite would take
+// it for the new one's, and what it says for the truth.
+func (r *LocalRegistry) checkNoLog() error {
+	for _, suffix := range []string{"-wal", "-journal"} {
+		_, err := r.root.Lstat(indexFile + suffix)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		if err == nil { // unless another process has just made the index and its log
+			_, err = r.root.Lstat(indexFile)
+		}
+		if errors.Is(err, fs.ErrNotExist) {
+			err = fmt.Errorf("%w: %s is not there, but %s%s is (put it back, or Rebuild)", ErrCorruptIndex, indexFile, indexFile, suffix)
+		}
+		return err
+	}
+	return nil
 }
 
 // makeDirs makes the directories of a root that aren't there.
@@ -314,6 +347,8 @@ func (r *LocalRegistry) readID() (string, error) {
 	return id, nil
 }
 
+func (r *LocalRegistry) schema() [][]string { return append(migrations[:], r.opts.more...) }
+
 // openIndex opens the index, in the mode that the root allows.
 func (r *LocalRegistry) openIndex(ctx context.Context, readOnly bool) (*index, error) {
 	name := filepath.Join(r.dir, indexFile)
@@ -328,7 +363,7 @@ func (r *LocalRegistry) openIndex(ctx context.Context, readOnly bool) (*index, e
 				return nil, fmt.Errorf("%w: %w (OpenReadOnly reads it)", ErrReadOnly, err)
 			}
 		}
-		x, err := openIndex(ctx, name, indexReadWrite, r.opts.BusyTimeout)
+		x, err := openIndex(ctx, name, indexReadWrite, r.opts.BusyTimeout, r.schema())
 		if err == nil && !complete {
 			if err = r.makeDirs(); err != nil {
 				return nil, errors.Join(err, x.close())
@@ -342,14 +377,14 @@ func (r *LocalRegistry) openIndex(ctx context.Context, readOnly bool) (*index, e
 	if checkWritable(r.dir) == nil {
 		mode = indexQueryOnly
 	}
-	x, err := openIndex(ctx, name, mode, r.opts.BusyTimeout)
+	x, err := openIndex(ctx, name, mode, r.opts.BusyTimeout, r.schema())
 	if !errors.Is(err, ErrReadOnly) && !errors.Is(err, ErrIndexIO) {
 		return x, err
 	}
 	if fi, statErr := r.root.Stat(indexFile + "-wal"); statErr == nil && fi.Size() > 0 {
 		return nil, fmt.Errorf("%s-wal holds changes that can't be read without writing (open it once where it can be written): %w", indexFile, err)
 	}
-	return openIndex(ctx, name, indexImmutable, r.opts.BusyTimeout)
+	return openIndex(ctx, name, indexImmutable, r.opts.BusyTimeout, r.schema())
 }
 
 // checkID makes sure that the index is this root's own.

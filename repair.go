@@ -322,7 +322,7 @@ func (p *repair) rewrite(ctx context.Context, d digest.Digest) error {
 		}
 		checked := map[digest.Digest]bool{}
 		for _, m := range list {
-			if err := record(tx, st, m, checked, time.Now()); err != nil {
+			if _, err := record(tx, st, m, checked, time.Now()); err != nil {
 				return err
 			}
 		}

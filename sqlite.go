@@ -28,6 +28,7 @@ type index struct {
 	readers *sql.DB
 	writer  *sql.DB // one connection; nil in a read-only registry
 	busy    time.Duration
+	schema  [][]string                     // migrations, but for tests
 	name    func(pragmas ...string) string // of the database, as readers open it
 
 	// conn is writer's connection, with the statements prepared on it. They
@@ -59,7 +60,7 @@ func dsn(path, mode string, pragmas ...string) string {
 // createIndex makes a complete index at path, a private place where no other
 // process looks. The caller links it to its name: so nobody ever sees half of
 // one, nor takes part in the switch to WAL, which busy_timeout doesn't cover.
-func createIndex(ctx context.Context, path, id string, unreconciled bool) (err error) {
+func createIndex(ctx context.Context, path, id string, schema [][]string, unreconciled bool) (err error) {
 	db, err := sql.Open("sqlite", dsn(path, "rwc"))
 	if err != nil {
 		return indexError(err)
@@ -67,10 +68,10 @@ func createIndex(ctx context.Context, path, id string, unreconciled bool) (err e
 	db.SetMaxOpenConns(1)
 	defer func() { err = errors.Join(err, indexError(db.Close())) }()
 	stmts := []string{fmt.Sprintf("PRAGMA application_id = %d", indexAppID)}
-	for _, m := range migrations {
+	for _, m := range schema {
 		stmts = append(stmts, m...)
 	}
-	stmts = append(stmts, fmt.Sprintf("PRAGMA user_version = %d", indexVersion))
+	stmts = append(stmts, setVersion(len(schema)))
 	tx, err := db.BeginTx(ctx, nil)
 	if err != nil {
 		return indexError(err)
@@ -107,21 +108,59 @@ const (
 	indexImmutable           // nor is a -wal looked at, or a lock taken: right only while nobody writes
 )
 
-// openIndex opens the index at path, which must exist.
-func openIndex(ctx context.Context, path string, mode indexMode, busy time.Duration) (*index, error) {
-	x, err := openUnchecked(path, mode, busy)
+func setVersion(n int) string { return fmt.Sprintf("PRAGMA user_version = %d", n) }
+
+// openIndex opens the index at path, which must exist, and brings an older one up to date.
+func openIndex(ctx context.Context, path string, mode indexMode, busy time.Duration, schema [][]string) (*index, error) {
+	x, err := openUnchecked(path, mode, busy, schema)
 	if err != nil {
 		return nil, err
 	}
-	if err := x.checkSchema(ctx); err != nil {
+	version, err := x.checkSchema(ctx)
+	if err == nil && version < len(schema) {
+		if mode == indexReadWrite {
+			err = x.migrate(ctx)
+		} else {
+			err = fmt.Errorf("%w: its index has schema version %d, and this program needs %d (Open brings it up to date)", ErrReadOnly, version, len(schema))
+		}
+	}
+	if err != nil {
 		return nil, errors.Join(err, x.close())
 	}
 	return x, nil
 }
 
+// migrate gives the index what it lacks, unless another process was faster.
+func (x *index) migrate(ctx context.Context) error {
+	return x.writeAlone(ctx, func(tx *indexTx) error {
+		version, err := tx.version()
+		if err != nil {
+			return err
+		}
+		var stmts []string
+		for _, m := range x.schema[version:] {
+			stmts = append(stmts, m...)
+		}
+		for _, s := range append(stmts, setVersion(len(x.schema))) {
+			if _, err := tx.exec(s); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
+// version returns the index's schema version, and an error if this program doesn't know it.
+func (t *indexTx) version() (version int, err error) {
+	if _, err = t.row("PRAGMA user_version", nil, &version); err == nil && version > len(t.schema) {
+		err = &SchemaError{Found: version, Supported: len(t.schema)}
+	}
+	return version, err
+}
+
 // openUnchecked opens a database that may be damaged, or another's.
-func openUnchecked(path string, mode indexMode, busy time.Duration) (*index, error) {
-	x := &index{busy: busy, stmts: map[string]*sql.Stmt{}, connStmts: map[string]*sql.Stmt{}}
+func openUnchecked(path string, mode indexMode, busy time.Duration, schema [][]string) (*index, error) {
+	x := &index{busy: busy, schema: schema, stmts: map[string]*sql.Stmt{}, connStmts: map[string]*sql.Stmt{}}
 	access := "rw"
 	if mode >= indexReadOnly {
 		access = "ro"
@@ -168,44 +207,44 @@ func (x *index) close() error {
 
 // checkSchema refuses a database that isn't ours, is newer, or holds any
 // object that the migrations didn't make (a planted trigger could change what
-// our statements do).
-func (x *index) checkSchema(ctx context.Context) error {
+// our statements do). It returns the schema's version.
+func (x *index) checkSchema(ctx context.Context) (version int, err error) {
 	conn, err := x.readers.Conn(ctx)
 	if err != nil {
-		return openError(err)
+		return 0, openError(err)
 	}
 	defer conn.Close()
-	var app, version int
+	var app int
 	if err := conn.QueryRowContext(ctx, "PRAGMA application_id").Scan(&app); err != nil {
-		return openError(err)
+		return 0, openError(err)
 	}
 	if app != indexAppID {
-		return fmt.Errorf("%w: application id is %#x, not %#x", ErrForeignIndex, app, indexAppID)
+		return 0, fmt.Errorf("%w: application id is %#x, not %#x", ErrForeignIndex, app, indexAppID)
 	}
 	if err := conn.QueryRowContext(ctx, "PRAGMA user_version").Scan(&version); err != nil {
-		return openError(err)
+		return 0, openError(err)
 	}
-	if version > indexVersion {
-		return &SchemaError{Found: version, Supported: indexVersion}
+	if version > len(x.schema) {
+		return 0, &SchemaError{Found: version, Supported: len(x.schema)}
 	}
 	if version < 1 {
-		return fmt.Errorf("%w: schema version is %d", ErrForeignIndex, version)
+		return 0, fmt.Errorf("%w: schema version is %d", ErrForeignIndex, version)
 	}
 	want := map[string]bool{}
-	for _, m := range migrations[:version] {
+	for _, m := range x.schema[:version] {
 		for _, s := range m {
 			want[s] = true
 		}
 	}
 	rows, err := conn.QueryContext(ctx, "SELECT type, name, coalesce(sql, '') FROM sqlite_schema")
 	if err != nil {
-		return openError(err)
+		return 0, openError(err)
 	}
 	defer rows.Close()
 	for rows.Next() {
 		var kind, name, text string
 		if err := rows.Scan(&kind, &name, &text); err != nil {
-			return openError(err)
+			return 0, openError(err)
 		}
 		switch { // SQLite's own
 		case kind == "index" && text == "" && strings.HasPrefix(name, "sqlite_autoindex_"),
@@ -213,17 +252,17 @@ func (x *index) checkSchema(ctx context.Context) error {
 			continue
 		}
 		if !want[text] {
-			return fmt.Errorf("%w: its schema has %q, which ocilocal did not make", ErrForeignIndex, clip(name))
+			return 0, fmt.Errorf("%w: its schema has %q, which ocilocal did not make", ErrForeignIndex, clip(name))
 		}
 		delete(want, text)
 	}
 	if err := rows.Err(); err != nil {
-		return openError(err)
+		return 0, openError(err)
 	}
 	if len(want) > 0 {
-		return fmt.Errorf("%w: its schema lacks %d of version %d's objects", ErrForeignIndex, len(want), version)
+		return 0, fmt.Errorf("%w: its schema lacks %d of version %d's objects", ErrForeignIndex, len(want), version)
 	}
-	return nil
+	return version, nil
 }
 
 // openError is indexError for the first look at a file: what is no database isn't ours.
@@ -405,12 +444,8 @@ func (r *writeRequest) answer(err error) {
 // by themselves are answered.
 func (t *indexTx) runAll(batch []*writeRequest) error {
 	// A newer program may have migrated the index since it was opened.
-	var version int
-	if _, err := t.row("PRAGMA user_version", nil, &version); err != nil {
+	if _, err := t.version(); err != nil {
 		return err
-	}
-	if version > indexVersion {
-		return &SchemaError{Found: version, Supported: indexVersion}
 	}
 	for _, r := range batch {
 		failed, err := t.run(r)

@@ -194,16 +194,13 @@ func (st *stage) add(sf *stagedFile) error {
 }
 
 // reuse takes a blob into the stage that the store has already, if it is whole.
-// A damaged one is not reused: putting it again heals it.
+// One that is damaged or can't be read is not reused: putting it again heals it.
 func (st *stage) reuse(ctx context.Context, d digest.Digest, size int64) (bool, error) {
 	if st.has(d) {
 		return true, nil
 	}
 	if err := st.store.verify(ctx, d, size); err != nil {
-		if errors.Is(err, ErrNotFound) || errors.Is(err, ErrSizeMismatch) || errors.Is(err, ErrDigestMismatch) {
-			return false, nil
-		}
-		return false, err
+		return false, ctx.Err()
 	}
 	dir, err := st.store.enter()
 	if err != nil {
