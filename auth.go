@@ -149,6 +149,8 @@ func (p *remoteRepo) denied(ctx context.Context, refused *RemoteError, auth auth
 		return err
 	}
 	switch {
+	case !cred.anonymous() && auth.header == "":
+		refused.Err = fmt.Errorf("%w: %s wants a user name and a password, and the %s has neither", ErrUnauthorized, p.host.name, cred)
 	case !cred.anonymous():
 		refused.Err = fmt.Errorf("%w: %s refuses the %s", ErrDenied, p.host.name, cred)
 		if auth.bearer && !auth.fresh || auth.basic {
@@ -398,9 +400,6 @@ func (p *remoteRepo) fetchToken(ctx context.Context, ch challenge, scopes []stri
 			e.clean(p.secrets())
 		}
 		if err := p.remote.again(ctx, attempt, err); err != nil {
-			if e, ok := errors.AsType[*RemoteError](err); ok {
-				e.givenUp = true
-			}
 			return a, err
 		}
 	}

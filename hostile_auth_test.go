@@ -1,10 +1,15 @@
 package ocilocal_test
 
 import (
+	"context"
+	"crypto/tls"
+	"errors"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"net/url"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -205,6 +210,106 @@ func TestHostileRealmForOtherTransport(t *testing.T) {
 			t.Errorf("%s: %v, %q", realm, err, server.asked())
 		}
 		mustFail(t, err, ocilocal.ErrProtocol)
+	}
+}
+
+// The older forms of a transport's dial functions are watched like the newer ones.
+func TestHostileRealmForOlderDial(t *testing.T) {
+	for name, change := range map[string]func(*internet, *http.Transport){
+		"Dial": func(in *internet, tr *http.Transport) {
+			tr.DialContext = nil
+			//lint:ignore SA1019 which is to be tested
+			tr.Dial = func(network, address string) (net.Conn, error) {
+				return in.dial(context.Background(), network, address)
+			}
+		},
+		"DialTLS": func(in *internet, tr *http.Transport) {
+			tr.ForceAttemptHTTP2 = false
+			//lint:ignore SA1019 which is to be tested
+			tr.DialTLS = func(network, address string) (net.Conn, error) {
+				conn, err := in.dial(context.Background(), network, address)
+				if err != nil {
+					return nil, err
+				}
+				host, _, _ := net.SplitHostPort(address)
+				return tls.Client(conn, &tls.Config{RootCAs: in.roots, ServerName: host}), nil
+			}
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			in := newInternet(t)
+			s := in.registry("https://registry.test", "203.0.113.1")
+			s.put(t, "org/model", "v1", noise(1, 10))
+			fetch := func(realm string) error {
+				s.wantToken(realm)
+				remote := in.remote(s.host, ocilocal.Credential{Username: "me", Password: secretPassword})
+				change(in, remote.Client.Transport.(*http.Transport))
+				_, err := remote.Manifest(t.Context(), s.ref("org/model:v1"))
+				return err
+			}
+			special, public := in.tokenSite("https://meta.test", "169.254.169.254", nil), in.tokenSite("https://auth.test", "203.0.113.2", nil)
+			mustFail(t, fetch("https://meta.test/token"), ocilocal.ErrProtocol)
+			if len(special.asked()) > 0 {
+				t.Errorf("%q", special.asked())
+			}
+			if err := fetch("https://auth.test/token"); err != nil || len(public.asked()) != 1 {
+				t.Errorf("%v, %q", err, public.asked())
+			}
+		})
+	}
+}
+
+// A credential that can't answer the registry's challenge was not refused: nothing was shown.
+func TestIdentityTokenForBasic(t *testing.T) {
+	in := newInternet(t)
+	s := in.registry("https://registry.test", "203.0.113.1")
+	s.user, s.password = "me", secretPassword
+	s.put(t, "org/model", "v1", noise(1, 10))
+	remote := in.remote(s.host, ocilocal.Credential{IdentityToken: secretRefresh})
+	_, err := remote.Manifest(t.Context(), s.ref("org/model:v1"))
+	mustFail(t, err, ocilocal.ErrUnauthorized)
+	if errors.Is(err, ocilocal.ErrDenied) || !strings.Contains(err.Error(), "registry.test wants a user name and a password") || !strings.Contains(err.Error(), "StaticCredential") {
+		t.Error(err)
+	}
+	in.noSecretSeen()
+}
+
+// TestTokenScopes: a token is asked for all that the request needs, of the service that
+// the registry names, by either form of the token protocol.
+func TestTokenScopes(t *testing.T) {
+	for name, cred := range map[string]ocilocal.Credential{
+		"GET":  {Username: "me", Password: secretPassword},
+		"POST": {IdentityToken: secretRefresh},
+	} {
+		t.Run(name, func(t *testing.T) {
+			in := newInternet(t)
+			s := in.registry("https://registry.test", "203.0.113.1")
+			s.wantToken("https://auth.test/token")
+			var asked []string
+			in.tokenSite("https://auth.test", "203.0.113.2", func(w http.ResponseWriter, r *http.Request) {
+				r.ParseForm()
+				asked = append(asked, r.Method+" "+r.Form.Get("service")+" "+strings.Join(r.Form["scope"], " "))
+				handOut("")(w, r)
+			})
+			remote := in.remote(s.host, cred)
+			r := openRemote(t, remote)
+			pushed(t, r, s.ref("org/model:v1"), nil, nil, noise(1, 10))
+			o := &ocilocal.PushOptions{As: s.ref("org/other:v1"), Workers: 1}
+			if _, err := r.Push(t.Context(), s.ref("org/model:v1"), o); err != nil {
+				t.Fatal(err)
+			}
+			if err := remote.Delete(t.Context(), o.As); err != nil {
+				t.Fatal(err)
+			}
+			want := []string{
+				name + " s repository:org/other:pull,push",
+				name + " s repository:org/model:pull repository:org/other:pull,push", // to mount
+				name + " s repository:org/other:delete",
+			}
+			if !slices.Equal(asked, want) {
+				t.Errorf("%q, want %q", asked, want)
+			}
+		})
 	}
 }
 

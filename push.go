@@ -107,9 +107,12 @@ func (p *pusher) run(ctx context.Context, root ocispec.Descriptor) (*PushResult,
 		reference := string(m.Digest())
 		if m.Digest() == root.Digest {
 			reference = cmp.Or(p.as.Tag(), reference)
-			if p.sent.Load() == 0 && p.there(ctx, reference, root) {
+		}
+		if p.sent.Load() == 0 && p.there(ctx, reference, m.Descriptor()) {
+			if m.doc.Subject == nil {
 				continue
 			}
+			reference = string(m.Digest()) // only the answer tells whether it is to be listed
 		}
 		if err := p.repo.putManifest(ctx, reference, m); err != nil {
 			return nil, err
@@ -122,10 +125,10 @@ func (p *pusher) run(ctx context.Context, root ocispec.Descriptor) (*PushResult,
 	}, nil
 }
 
-// there reports whether a tag is where it is to be already. An error only means that it has to be written.
-func (p *pusher) there(ctx context.Context, reference string, root ocispec.Descriptor) bool {
+// there reports whether a tag or digest is what it is to be already. An error only means that it has to be written.
+func (p *pusher) there(ctx context.Context, reference string, desc ocispec.Descriptor) bool {
 	got, err := p.repo.head(ctx, reference)
-	return err == nil && got.Digest == root.Digest && got.MediaType == root.MediaType
+	return err == nil && got.Digest == desc.Digest && got.MediaType == desc.MediaType
 }
 
 // collect reads the manifests of the closure and lists its blobs.
@@ -201,6 +204,7 @@ func (p *pusher) sendBlob(ctx context.Context, desc ocispec.Descriptor) error {
 	}
 	u := &upload{repo: p.repo, desc: desc, store: p.registry.blobs, chunk: p.opts.ChunkSize}
 	from := p.repo.remote.meter(Progress{Reference: p.as, Push: true, Descriptor: desc})
+	defer func() { from(0) }() // waits for a Progress under way; what a transport goes on reading isn't told
 	u.count = func(at int64) func(int) {
 		report := from(at)
 		return func(n int) {

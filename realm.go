@@ -188,9 +188,12 @@ func guardedTransport(own *http.Transport) *http.Transport {
 			return conn, err
 		}
 	}
-	switch {
+	//lint:ignore SA1019 it counts where DialContext is nil
+	switch older := t.Dial; {
 	case t.DialContext != nil:
 		t.DialContext = guard(t.DialContext)
+	case older != nil:
+		t.DialContext = guard(func(_ context.Context, network, address string) (net.Conn, error) { return older(network, address) })
 	default:
 		// A plain dialer can be stopped before it connects.
 		d := &net.Dialer{Timeout: 30 * time.Second, ControlContext: func(ctx context.Context, _, address string, _ syscall.RawConn) error {
@@ -198,8 +201,12 @@ func guardedTransport(own *http.Transport) *http.Transport {
 		}}
 		t.DialContext = d.DialContext
 	}
-	if t.DialTLSContext != nil {
+	//lint:ignore SA1019 it counts where DialTLSContext is nil
+	switch older := t.DialTLS; {
+	case t.DialTLSContext != nil:
 		t.DialTLSContext = guard(t.DialTLSContext)
+	case older != nil:
+		t.DialTLSContext = guard(func(_ context.Context, network, address string) (net.Conn, error) { return older(network, address) })
 	}
 	return t
 }

@@ -37,7 +37,8 @@ type RemoteError struct {
 
 	final bool // trying again can't help
 	again bool // trying again will help, whatever the status says
-	// givenUp is set when the retry policy has refused it: it is not asked again by who needed the token.
+	// givenUp is set when the retry policy has refused it: it is not asked again by
+	// whoever needed the token, or is at a larger step of which this was a part.
 	givenUp bool
 }
 
@@ -108,7 +109,7 @@ func (e *RemoteError) kind() error {
 		return ErrDenied
 	case e.has("TOOMANYREQUESTS"):
 		return ErrRateLimited
-	case e.has("MANIFEST_UNKNOWN", "BLOB_UNKNOWN", "NAME_UNKNOWN", "BLOB_UPLOAD_UNKNOWN"):
+	case e.has("MANIFEST_UNKNOWN", "MANIFEST_BLOB_UNKNOWN", "BLOB_UNKNOWN", "NAME_UNKNOWN", "BLOB_UPLOAD_UNKNOWN"):
 		return ErrNotFound
 	case e.has("UNSUPPORTED"):
 		return errors.ErrUnsupported

@@ -57,7 +57,7 @@ func (p *remoteRepo) writeManifest(ctx context.Context, reference string, m *Man
 // explainManifest says of a refused artifact manifest what can be done.
 func explainManifest(m *Manifest, err error) error {
 	e, ok := errors.AsType[*RemoteError](err)
-	if !ok || m.form != formArtifact {
+	if !ok || m.form != formArtifact || e.has("MANIFEST_BLOB_UNKNOWN", "BLOB_UNKNOWN", "NAME_UNKNOWN", "NAME_INVALID", "TAG_INVALID", "DIGEST_INVALID") {
 		return err
 	}
 	switch e.Status {

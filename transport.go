@@ -67,7 +67,8 @@ func (r *Remote) again(ctx context.Context, attempt int, err error) error {
 	if ctx.Err() != nil {
 		return ctx.Err()
 	}
-	if e, ok := errors.AsType[*RemoteError](err); ok && e.givenUp {
+	e, remote := errors.AsType[*RemoteError](err)
+	if remote && e.givenUp {
 		return err
 	}
 	retry := r.Retry
@@ -76,6 +77,9 @@ func (r *Remote) again(ctx context.Context, attempt int, err error) error {
 	}
 	wait, again := retry(attempt, err)
 	if !again {
+		if remote {
+			e.givenUp = true
+		}
 		return err
 	}
 	t := time.NewTimer(wait)
@@ -402,27 +406,37 @@ func (b *watchedBody) Close() error {
 	return b.src.Close()
 }
 
-// sentBody is the body of a request. What goes out keeps the watch quiet.
+// sentBody is the body of a request. What goes out keeps the watch quiet. A transport
+// may close it while it reads: what comes of that is not a failure of src.
 type sentBody struct {
 	src   io.ReadCloser
 	watch *watch
 
-	mu  sync.Mutex
-	err error // guarded by mu: why src failed
+	mu     sync.Mutex // held while src is used; guards what follows
+	closed bool
+	err    error // why src failed
 }
 
 func (b *sentBody) Read(p []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.closed {
+		return 0, http.ErrBodyReadAfterClose
+	}
 	n, err := b.src.Read(p)
 	b.watch.count(n, true)
 	if err != nil && err != io.EOF {
-		b.mu.Lock()
 		b.err = err
-		b.mu.Unlock()
 	}
 	return n, err
 }
 
-func (b *sentBody) Close() error { return b.src.Close() }
+func (b *sentBody) Close() error {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.closed = true
+	return b.src.Close()
+}
 
 func (b *sentBody) failed() error {
 	b.mu.Lock()

@@ -2,6 +2,7 @@ package ocilocal
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -18,7 +19,7 @@ import (
 // defaultChunk is the size of chunks when the registry wants some and doesn't say how large.
 const defaultChunk = 16 << 20
 
-// leastChunk is the size from which on a blob that a registry finds too large is tried in chunks.
+// leastChunk is the size from which on a body that a registry finds too large is tried in smaller pieces.
 const leastChunk = 64 << 10
 
 // An uploadSession is where the next request of an upload goes
@@ -98,6 +99,9 @@ type upload struct {
 	store *blobStore
 	chunk int64                      // wanted size of chunks; 0 for one request
 	count func(at int64) func(n int) // of a body that begins with that byte
+
+	most  int64 // size of the largest body of the last attempt
+	least int64 // that the registry wants its chunks to have
 }
 
 // run uploads the blob, in a session that may be open already. Each attempt has a session of its own.
@@ -109,16 +113,37 @@ func (u *upload) run(ctx context.Context, s *uploadSession) error {
 		}
 		s = nil
 		if e, ok := errors.AsType[*RemoteError](err); ok {
-			if e.Status == http.StatusRequestEntityTooLarge && u.chunk == 0 && u.desc.Size > leastChunk {
-				u.chunk = min(defaultChunk, (u.desc.Size+1)/2)
+			if e.Status == http.StatusRequestEntityTooLarge && u.shrink(e.Method) {
+				attempt = 0
 				continue
 			}
-			e.again = e.has("BLOB_UPLOAD_UNKNOWN", "BLOB_UPLOAD_INVALID") // the session is gone, not the registry
+			if e.Status < 500 && e.has("BLOB_UPLOAD_UNKNOWN", "BLOB_UPLOAD_INVALID") {
+				e.again, e.givenUp = true, false // the session is gone, not the registry
+			}
 		}
 		if err := u.repo.remote.again(ctx, attempt, err); err != nil {
 			return err
 		}
+		// All may have arrived, and only the answer was lost.
+		if has, err := u.repo.hasBlob(ctx, u.desc); has || err != nil {
+			return err
+		}
 	}
+}
+
+// shrink makes the next attempt's bodies smaller. It reports false if that can't help.
+func (u *upload) shrink(refused string) bool {
+	n := u.most / 4
+	if u.most == u.desc.Size {
+		n = min(defaultChunk, (u.most+1)/2)
+	} else if refused != http.MethodPatch { // it was the end of the upload, which has no body
+		return false
+	}
+	if u.most <= leastChunk || n < u.least {
+		return false
+	}
+	u.chunk = n
+	return true
 }
 
 func (u *upload) try(ctx context.Context, s *uploadSession) (err error) {
@@ -129,9 +154,11 @@ func (u *upload) try(ctx context.Context, s *uploadSession) (err error) {
 	}
 	chunk := u.chunk
 	if s.least > 0 {
-		chunk = max(s.least, chunk, defaultChunk)
+		chunk = max(s.least, cmp.Or(chunk, defaultChunk))
 	}
+	u.most, u.least = u.desc.Size, s.least
 	if chunk > 0 && chunk < u.desc.Size {
+		u.most = chunk
 		err = u.chunks(ctx, s, chunk)
 	} else {
 		err = u.close(ctx, s, func() (io.ReadCloser, error) { return u.whole(ctx) }, u.desc.Size)
@@ -246,8 +273,16 @@ func (u *upload) sendChunk(ctx context.Context, s *uploadSession, f io.ReaderAt,
 			return nil, 0, err
 		}
 		// It isn't known how much arrived.
-		if next, end, err := u.where(ctx, s); err == nil && end != at {
+		next, end, err := u.where(ctx, s)
+		if err == nil && end != at {
 			return next, end, nil
+		}
+		if e, ok := errors.AsType[*RemoteError](err); ok && e.Temporary() {
+			return nil, 0, err // after as many attempts as there may be
+		}
+		if err == nil { // maybe elsewhere
+			*s = *next
+			c.url = s.url
 		}
 	}
 }

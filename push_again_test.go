@@ -1,0 +1,346 @@
+package ocilocal_test
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"net/http/httptest"
+	"path"
+	"runtime"
+	"strings"
+	"sync/atomic"
+	"testing"
+
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/ocilocal/ocilocal"
+)
+
+// multi puts an image index with a manifest for each architecture on the server. They are called v1 and nothing.
+func (s *server) multi(t testing.TB, repo string, architectures ...string) (index digest.Digest, manifests []digest.Digest) {
+	t.Helper()
+	var entries []string
+	for i, arch := range architectures {
+		d := s.put(t, repo, "", noise(byte(i+1), 10))
+		manifests = append(manifests, d)
+		entries = append(entries, fmt.Sprintf(`{"mediaType":%q,"digest":%q,"size":%d,"platform":{"os":"linux","architecture":%q}}`,
+			ocispec.MediaTypeImageManifest, d, len(s.manifests[repo][string(d)].body), arch))
+	}
+	doc := fmt.Sprintf(`{"schemaVersion":2,"mediaType":%q,"manifests":[%s]}`, ocispec.MediaTypeImageIndex, strings.Join(entries, ","))
+	return s.putRaw(repo, "v1", ocispec.MediaTypeImageIndex, []byte(doc)), manifests
+}
+
+// An image index goes after all that it lists, nested ones too; pushed again, no manifest goes at all.
+func TestPushIndex(t *testing.T) {
+	s := newServer(t)
+	inner, _ := s.multi(t, "org/multi", "amd64", "arm64")
+	outer := fmt.Sprintf(`{"schemaVersion":2,"mediaType":%q,"manifests":[{"mediaType":%q,"digest":%q,"size":%d}]}`,
+		ocispec.MediaTypeImageIndex, ocispec.MediaTypeImageIndex, inner, len(s.manifests["org/multi"][string(inner)].body))
+	want := s.putRaw("org/multi", "v1", ocispec.MediaTypeImageIndex, []byte(outer))
+	r := openRemote(t, nil)
+	if _, err := r.Pull(t.Context(), s.ref("org/multi:v1"), nil); err != nil {
+		t.Fatal(err)
+	}
+	s.forget()
+	for _, name := range []string{"org/multi", "org/copy", "org/copy"} {
+		got, err := r.Push(t.Context(), s.ref("org/multi:v1"), &ocilocal.PushOptions{As: s.ref(name + ":v1")})
+		if err != nil || got.Descriptor.Digest != want || s.manifests[name]["v1"].digest != want {
+			t.Errorf("%+v, %v", got, err)
+		}
+	}
+	if puts := s.requests("PUT /v2/org/copy/manifests/"); len(puts) != 4 || len(s.requests("PUT /v2/org/multi/")) > 0 {
+		t.Errorf("%q", puts)
+	}
+}
+
+// A manifest that is there already, and isn't listed as a referrer, is listed by the next push.
+func TestPushListsReferrerLater(t *testing.T) {
+	s := newServer(t)
+	s.noReferrers = true
+	r := openRemote(t, nil)
+	subject := pushed(t, r, s.ref("org/model:v1"), nil, nil, noise(1, 10))
+	sig := pushed(t, r, s.ref("org/model:sig"), nil, descOf(subject), noise(2, 10))
+	failed := false
+	s.override = func(w http.ResponseWriter, q *http.Request) bool {
+		if failed || q.Method != "PUT" || !strings.HasSuffix(q.URL.Path, "/manifests/sha256-"+subject.Digest().Encoded()) {
+			return false
+		}
+		failed = true
+		status(403)(w, q)
+		return true
+	}
+	if _, err := r.Push(t.Context(), sig.Reference(), nil); !errors.Is(err, ocilocal.ErrDenied) {
+		t.Fatal(err)
+	}
+	remote := &ocilocal.Remote{}
+	defer remote.CloseIdleConnections()
+	// However often, and under however many names, it is listed once.
+	for _, tag := range []string{"sig", "sig", "other"} {
+		if _, err := r.Push(t.Context(), sig.Reference(), &ocilocal.PushOptions{As: s.ref("org/model:" + tag)}); err != nil {
+			t.Fatal(err)
+		}
+		n := 0
+		for d, err := range remote.Referrers(t.Context(), s.ref("org/model@"+string(subject.Digest())), "") {
+			if n++; err != nil || d.Digest != sig.Digest() {
+				t.Errorf("%v, %v", d, err)
+			}
+		}
+		if n != 1 {
+			t.Errorf("%s: %d referrers", tag, n)
+		}
+	}
+}
+
+// The referrers tag of a long digest is cut, and lists what the specification says.
+func TestPushReferrersTag(t *testing.T) {
+	s := newServer(t)
+	s.noReferrers = true
+	r := openRemote(t, nil)
+	subject := ocispec.Descriptor{MediaType: ocispec.MediaTypeImageManifest, Digest: digest.SHA512.FromString("x"), Size: 1}
+	b, err := r.NewBuilder(s.ref("org/model:sig"), &ocilocal.BuilderOptions{Format: ocilocal.FormatImageManifest, ArtifactType: testType})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer b.Cancel()
+	if err := errors.Join(b.SetSubject(subject), b.SetAnnotation("a", "b")); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := b.Build(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := r.Push(t.Context(), s.ref("org/model:sig"), nil); err != nil {
+		t.Fatal(err)
+	}
+	got := string(s.manifests["org/model"]["sha512-"+subject.Digest.Encoded()[:64]].body)
+	if !strings.Contains(got, `"annotations":{"a":"b"}`) || !strings.Contains(got, `"artifactType":"`+testType+`"`) {
+		t.Errorf("%q", got)
+	}
+}
+
+// What fails for ever is tried as often as the policy says, not as often as that for each of its steps.
+func TestPushGivesUp(t *testing.T) {
+	for name, c := range map[string]struct {
+		method string
+		chunk  int64
+		mount  bool
+		want   int64
+	}{
+		"POST":  {"POST", 0, false, 6},
+		"PUT":   {"PUT", 0, false, 6},
+		"PATCH": {"PATCH", 100_000, false, 6},
+		"GET":   {"PATCH or GET", 100_000, false, 7}, // how far it is can't be asked either
+		"mount": {"POST", 0, true, 12},               // then without
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := newServer(t)
+			var tries atomic.Int64
+			s.override = func(w http.ResponseWriter, r *http.Request) bool {
+				if !strings.Contains(c.method, r.Method) || !strings.Contains(r.URL.Path, "/uploads/") {
+					return false
+				}
+				tries.Add(1)
+				status(503)(w, r)
+				return true
+			}
+			r := openRemote(t, nil)
+			a := pushed(t, r, s.ref("org/model:v1"), nil, nil, noise(2, 300_000))
+			if c.mount {
+				if _, err := r.Tag(t.Context(), a.Digest(), s.ref("org/else:v1"), nil); err != nil {
+					t.Fatal(err)
+				}
+			}
+			_, err := r.Push(t.Context(), a.Reference(), &ocilocal.PushOptions{ChunkSize: c.chunk, Workers: 1})
+			if n := tries.Load(); !errors.Is(err, ocilocal.ErrTransport) || n != c.want {
+				t.Errorf("%d requests, want %d: %v", n, c.want, err)
+			}
+		})
+	}
+}
+
+// A registry behind a proxy with a limit gets chunks that are small enough, whatever was asked for.
+func TestPushShrinks(t *testing.T) {
+	const size = 5 << 20
+	for name, c := range map[string]struct {
+		chunk, minChunk, maxPut int64
+		want                    error
+	}{
+		"one request":              {0, 0, 1 << 20, nil},
+		"one chunk":                {8 << 20, 0, 1 << 20, nil},
+		"chunks":                   {2 << 20, 0, 1 << 20, nil},
+		"the registry's own":       {0, 1 << 18, 1 << 20, nil},
+		"less than it wants":       {0, 2 << 20, 1 << 20, ocilocal.ErrTooLarge},
+		"nothing is small enough":  {0, 0, 1000, ocilocal.ErrTooLarge},
+		"as the caller wants them": {1 << 20, 1 << 18, 1 << 20, nil},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := newServer(t)
+			s.minChunk, s.maxPut = c.minChunk, c.maxPut
+			r := openRemote(t, nil)
+			pushed(t, r, s.ref("org/model:v1"), nil, nil, noise(9, size))
+			if _, err := r.Push(t.Context(), s.ref("org/model:v1"), &ocilocal.PushOptions{ChunkSize: c.chunk}); !errors.Is(err, c.want) {
+				t.Error(err)
+			}
+			if n := len(s.requests("POST")); n > 10 {
+				t.Errorf("%d attempts", n)
+			}
+		})
+	}
+}
+
+// A blob that has arrived isn't sent again when only the answer was lost.
+func TestPushAnswerLost(t *testing.T) {
+	s := newServer(t)
+	lost := false
+	s.override = func(_ http.ResponseWriter, q *http.Request) bool {
+		if lost || q.Method != "PUT" || q.ContentLength < 1<<20 {
+			return false
+		}
+		lost = true
+		s.upload(httptest.NewRecorder(), q, "org/model", path.Base(q.URL.Path))
+		panic(http.ErrAbortHandler)
+	}
+	r := openRemote(t, nil)
+	pushed(t, r, s.ref("org/model:v1"), nil, nil, noise(9, 2<<20))
+	if got, err := r.Push(t.Context(), s.ref("org/model:v1"), nil); err != nil || !lost || got.BytesSent != 2<<20+2 {
+		t.Errorf("%+v, %v", got, err)
+	}
+}
+
+// An upload goes on at the address that the registry gave last, when asked how far it is too.
+func TestPushUploadMoves(t *testing.T) {
+	s := newServer(t)
+	failed, moved := false, false
+	s.override = func(w http.ResponseWriter, q *http.Request) bool {
+		if !strings.Contains(q.URL.Path, "/uploads/upload") {
+			return false
+		}
+		switch {
+		case q.Method == "PATCH" && !failed:
+			failed = true
+			status(503)(w, q)
+			return true
+		case q.Method == "GET":
+			moved = true
+			w.Header().Set("Location", q.URL.String()+"&moved=1")
+			w.Header().Set("Range", "0-0")
+			w.WriteHeader(204)
+			return true
+		case q.Method == "PATCH" && moved:
+			moved = false
+			if q.URL.Query().Get("moved") == "" {
+				t.Errorf("PATCH to %s", q.URL)
+			}
+		}
+		return false
+	}
+	r := openRemote(t, nil)
+	pushed(t, r, s.ref("org/model:v1"), nil, nil, noise(9, 300_000))
+	if _, err := r.Push(t.Context(), s.ref("org/model:v1"), &ocilocal.PushOptions{ChunkSize: 100_000}); err != nil || !failed {
+		t.Error(err)
+	}
+}
+
+// rangeless hides from the answers to PATCH how far an upload is.
+type rangeless struct{ http.ResponseWriter }
+
+func (w rangeless) WriteHeader(code int) {
+	if code == http.StatusAccepted {
+		w.Header().Del("Range")
+	}
+	w.ResponseWriter.WriteHeader(code)
+}
+
+// Half a chunk is lost, and only the 416 to the next one says so: then the registry is asked how far it is.
+func TestPushOutOfRange(t *testing.T) {
+	s := newServer(t)
+	var chunks, asked atomic.Int64
+	s.override = func(w http.ResponseWriter, r *http.Request) bool {
+		if r.Method == "GET" && strings.Contains(r.URL.Path, "/uploads/") {
+			asked.Add(1)
+		}
+		if r.Method != "PATCH" {
+			return false
+		}
+		if chunks.Add(1) == 2 {
+			r.Body = io.NopCloser(io.LimitReader(r.Body, 50_000))
+		}
+		s.upload(rangeless{w}, r, "org/model", path.Base(r.URL.Path))
+		return true
+	}
+	r := openRemote(t, nil)
+	pushed(t, r, s.ref("org/model:v1"), nil, nil, noise(2, 450_000))
+	_, err := r.Push(t.Context(), s.ref("org/model:v1"), &ocilocal.PushOptions{ChunkSize: 100_000})
+	if err != nil || asked.Load() != 1 || len(s.requests("POST")) != 2 {
+		t.Errorf("%v, asked %d times, %q", err, asked.Load(), s.requests("uploads"))
+	}
+	if _, err := openRemote(t, nil).Pull(t.Context(), s.ref("org/model:v1"), nil); err != nil {
+		t.Error(err)
+	}
+}
+
+// A transport closes a body while it reads it, as net/http's does when a stream of HTTP/2 is reset. That
+// is the registry's failure, not one of the store.
+func TestPushBodyClosedByTransport(t *testing.T) {
+	s := newServer(t)
+	next := &http.Transport{DisableCompression: true}
+	defer next.CloseIdleConnections()
+	failed := false
+	remote := &ocilocal.Remote{Client: &http.Client{Transport: roundTripFunc(func(r *http.Request) (*http.Response, error) {
+		if failed || r.Method != "PUT" || r.ContentLength < 1<<20 {
+			return next.RoundTrip(r)
+		}
+		failed = true
+		b := make([]byte, 100)
+		r.Body.Read(b)
+		r.Body.Close()
+		r.Body.Read(b)
+		return nil, errors.New("stream error: stream ID 1; REFUSED_STREAM")
+	})}}
+	r := openRemote(t, remote)
+	pushed(t, r, s.ref("org/model:v1"), nil, nil, noise(9, 2<<20))
+	if _, err := r.Push(t.Context(), s.ref("org/model:v1"), nil); err != nil || !failed {
+		t.Error(err)
+	}
+}
+
+// A registry answers before it has read a blob. Push doesn't return while Progress is still told what the transport reads.
+func TestPushProgressEnds(t *testing.T) {
+	s := newServer(t)
+	next := &http.Transport{DisableCompression: true}
+	defer next.CloseIdleConnections()
+	var returned, inside atomic.Bool
+	entered := make(chan struct{})
+	remote := &ocilocal.Remote{
+		Client: &http.Client{Transport: roundTripFunc(func(r *http.Request) (*http.Response, error) {
+			if r.Method != "PUT" || r.ContentLength < 1<<20 {
+				return next.RoundTrip(r)
+			}
+			go func() {
+				defer r.Body.Close()
+				io.CopyN(io.Discard, r.Body, 1<<20)
+			}()
+			<-entered
+			return reply(r, 403, 0, http.NoBody), nil
+		})},
+		Progress: func(p ocilocal.Progress) {
+			if p.Descriptor.Size == 2 {
+				return
+			}
+			inside.Store(true)
+			defer inside.Store(false)
+			close(entered)
+			for n := 0; n < 200_000 && !returned.Load(); n++ { // time for Push to return
+				runtime.Gosched()
+			}
+		},
+	}
+	r := openRemote(t, remote)
+	pushed(t, r, s.ref("org/model:v1"), nil, nil, noise(9, 1<<20))
+	_, err := r.Push(t.Context(), s.ref("org/model:v1"), nil)
+	if inside.Load() || !errors.Is(err, ocilocal.ErrDenied) {
+		t.Error(err)
+	}
+	returned.Store(true)
+}
