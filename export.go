@@ -57,7 +57,7 @@ func (r *LocalRegistry) ExportArchive(ctx context.Context, dst io.Writer, refs [
 }
 
 // ExportArchiveFile is [LocalRegistry.ExportArchive] to a file, which has its name
-// only when it is complete and on disk. It fails with [ErrExists] if the name
+// only when it is complete and its bytes are on disk. It fails with [ErrExists] if the name
 // is taken and ExportOptions.Overwrite isn't set; a symbolic link there
 // is replaced, never followed. A killed process leaves a file beside it whose
 // name begins with ".ocilocal-".
@@ -70,7 +70,7 @@ func (r *LocalRegistry) exportArchiveFile(ctx context.Context, name string, refs
 	if err != nil {
 		return err
 	}
-	dir, err := os.OpenRoot(filepath.Dir(name))
+	dir, err := openRoot(filepath.Dir(name), r.root.fault)
 	if err != nil {
 		return err
 	}
@@ -80,7 +80,7 @@ func (r *LocalRegistry) exportArchiveFile(ctx context.Context, name string, refs
 
 // writeNew makes a file in dir that has its name only when it is complete and
 // durable. Until then it is called temp.
-func writeNew(dir *os.Root, temp, name string, overwrite bool, write func(io.Writer) error) (err error) {
+func writeNew(dir *rootDir, temp, name string, overwrite bool, write func(io.Writer) error) (err error) {
 	if _, err := dir.Lstat(name); err == nil && !overwrite {
 		return ErrExists
 	}
@@ -88,9 +88,9 @@ func writeNew(dir *os.Root, temp, name string, overwrite bool, write func(io.Wri
 	if err != nil {
 		return err
 	}
-	err = write(f)
+	err = write(&seamWriter{dir, f, temp})
 	if err == nil {
-		err = f.Sync()
+		err = dir.sync(f, temp)
 	}
 	err = errors.Join(err, f.Close())
 	switch {
@@ -106,11 +106,11 @@ func writeNew(dir *os.Root, temp, name string, overwrite bool, write func(io.Wri
 	if err != nil {
 		return err
 	}
-	return newBlobStore(&rootDir{Root: dir}, false).syncDir(".")
+	return newBlobStore(dir, false).syncDir(".")
 }
 
 // linkNew gives a file another name unless that is taken: [ErrExists].
-func linkNew(dir *os.Root, name, to string) error {
+func linkNew(dir *rootDir, name, to string) error {
 	err := dir.Link(name, to)
 	if linkUnsupported(err) {
 		if _, err = dir.Lstat(to); errors.Is(err, fs.ErrNotExist) {

@@ -11,3 +11,6 @@ func SetFault(r *LocalRegistry, fault func(op, name string) error) { r.root.faul
 func OpenFaulty(ctx context.Context, dir string, fault func(op, name string) error) (*LocalRegistry, error) {
 	return Open(ctx, dir, &Options{fault: fault})
 }
+
+// SetLegacyRoot is [Options.LegacyRoot] for an open registry. No call may be under way.
+func SetLegacyRoot(r *LocalRegistry, dir string) { r.opts.LegacyRoot = dir }

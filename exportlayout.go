@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
-	"os"
 	"slices"
 	"time"
 
@@ -32,7 +31,9 @@ const (
 // stands for another digest there (ExportOptions.Overwrite moves it),
 // [ErrInvalidLayout] for a directory that holds something else,
 // [ErrIncomplete], [ErrDigestMismatch], [ErrSizeMismatch], [ErrTooLarge], ctx's, and the
-// file system's. After an error index.json is as it was.
+// file system's. After an error index.json is as it was, unless that came once it had
+// been replaced, as when its directory could not be synced. What an export that was
+// killed has left, the next into the directory removes.
 func (r *LocalRegistry) ExportLayout(ctx context.Context, dir string, refs []Reference, opts *ExportOptions) error {
 	return opError("export layout", dir, "", r.exportLayout(ctx, dir, refs, opts))
 }
@@ -42,24 +43,25 @@ func (r *LocalRegistry) exportLayout(ctx context.Context, dir string, refs []Ref
 	if err != nil {
 		return err
 	}
-	if err := mkdirAllSync(dir, 0o755); err != nil {
+	if err := mkdirAllSync(dir, 0o755, r.root.fault); err != nil {
 		return err
 	}
-	root, err := os.OpenRoot(dir)
+	root, err := openRoot(dir, r.root.fault)
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, root.Close()) }()
-	release, err := waitForDir(ctx, &rootDir{Root: root}, ".")
+	release, err := waitForDir(ctx, root, ".")
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, release()) }()
-	fresh, err := prepareLayout(root)
+	l := &layout{root: root}
+	fresh, err := prepareLayout(ctx, l)
 	if err != nil {
 		return err
 	}
-	index, err := x.addTo(&layout{root: root}, fresh)
+	index, err := x.addTo(l, fresh)
 	if err != nil {
 		return err
 	}
@@ -74,7 +76,7 @@ func (r *LocalRegistry) exportLayout(ctx context.Context, dir string, refs []Ref
 	return writeLayoutFile(root, ocispec.ImageIndexFile, index)
 }
 
-func writeLayoutFile(root *os.Root, name string, b []byte) error {
+func writeLayoutFile(root *rootDir, name string, b []byte) error {
 	if err := root.Remove(layoutTemp); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
@@ -99,29 +101,26 @@ func waitForDir(ctx context.Context, root *rootDir, name string) (release func()
 	}
 }
 
-// prepareLayout makes sure that root is a layout or may become one: then it is fresh.
-func prepareLayout(root *os.Root) (fresh bool, err error) {
-	is, err := isLayout(root)
-	if err != nil || is {
-		return false, err
+// prepareLayout makes sure that l is a layout or may become one: then it is fresh.
+func prepareLayout(ctx context.Context, l *layout) (fresh bool, err error) {
+	version, err := l.has(ocispec.ImageLayoutFile)
+	if err == nil && version {
+		err = l.check()
 	}
-	d, err := root.Open(".")
 	if err != nil {
 		return false, err
 	}
-	defer d.Close()
-	// What an export that was cut off has left, and what locks it where a directory can't be locked.
-	ours := []string{blobsDir, layoutTmp, layoutTemp, "lock"}
-	names, err := d.Readdirnames(len(ours) + 1)
-	if err != nil && err != io.EOF {
+	if index, err := l.has(ocispec.ImageIndexFile); err != nil || index && version {
 		return false, err
 	}
-	for _, name := range names {
+	// What an export that was cut off has left, and what locks it where a directory can't be locked.
+	ours := []string{blobsDir, layoutTmp, layoutTemp, ocispec.ImageLayoutFile, "lock"}
+	return true, newBlobStore(l.root, true).eachEntry(ctx, ".", func(name string) error {
 		if !slices.Contains(ours, name) {
-			return false, fmt.Errorf("%w: the directory holds %q and is no layout", ErrInvalidLayout, clip(name))
+			return fmt.Errorf("%w: the directory holds %q and is no layout", ErrInvalidLayout, clip(name))
 		}
-	}
-	return true, nil
+		return nil
+	})
 }
 
 // addTo returns the index.json that l has with x's entries added. What it
@@ -131,13 +130,7 @@ func (x *export) addTo(l *layout, fresh bool) ([]byte, error) {
 	if err != nil || fresh {
 		return added, err
 	}
-	raw, err := l.file(ocispec.ImageLayoutFile)
-	if err == nil {
-		err = checkLayoutFile(raw)
-	}
-	if err == nil {
-		raw, err = l.file(ocispec.ImageIndexFile)
-	}
+	raw, err := l.file(ocispec.ImageIndexFile)
 	if err != nil {
 		return nil, err
 	}
@@ -211,16 +204,20 @@ func verbatim(v any) ([]byte, error) {
 }
 
 // writeBlobs takes the way that every blob of a registry takes too: see stage.
-func (x *export) writeBlobs(ctx context.Context, root *os.Root) (err error) {
+func (x *export) writeBlobs(ctx context.Context, root *rootDir) (err error) {
 	for _, dir := range []string{blobsDir, layoutTmp} {
-		if err := root.Mkdir(dir, 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
+		err := root.Mkdir(dir, 0o755)
+		if errors.Is(err, fs.ErrExist) {
+			var fi fs.FileInfo
+			if fi, err = root.Lstat(dir); err == nil && !fi.IsDir() {
+				err = fmt.Errorf("%w: %s is not a directory", ErrInvalidLayout, dir)
+			}
+		}
+		if err != nil {
 			return err
 		}
-		if fi, err := root.Lstat(dir); err != nil || !fi.IsDir() {
-			return errors.Join(fmt.Errorf("%w: %s is not a directory", ErrInvalidLayout, dir), err)
-		}
 	}
-	store := newBlobStore(&rootDir{Root: root}, false)
+	store := newBlobStore(root, false)
 	store.tmp = layoutTmp
 	st := store.newStage()
 	defer func() { err = errors.Join(err, st.discard(), store.close(), root.RemoveAll(layoutTmp)) }()

@@ -108,7 +108,7 @@ func (r *LocalRegistry) importLegacy(ctx context.Context, dir string, opts *Lega
 	if opts == nil {
 		opts = &LegacyOptions{}
 	}
-	root, err := os.OpenRoot(dir)
+	root, err := openRoot(dir, r.root.fault)
 	if err != nil {
 		return err
 	}
@@ -139,8 +139,8 @@ func fatal(err error) bool {
 }
 
 // legacyEntries finds the directories whose name begins with "__", in order.
-func legacyEntries(ctx context.Context, root *os.Root, report *LegacyReport) ([]string, error) {
-	store := newBlobStore(&rootDir{Root: root}, true)
+func legacyEntries(ctx context.Context, root *rootDir, report *LegacyReport) ([]string, error) {
+	store := newBlobStore(root, true)
 	var entries []string
 	var visit func(dir string, depth int) error
 	visit = func(dir string, depth int) error {
@@ -175,8 +175,8 @@ func legacyEntries(ctx context.Context, root *os.Root, report *LegacyReport) ([]
 }
 
 // importLegacyEntry imports one layout directory of the tree. ref, if not zero, is whom it is asked for.
-func (r *LocalRegistry) importLegacyEntry(ctx context.Context, root *os.Root, entry string, ref Reference, policy Policy) (RefUpdate, error) {
-	sub, err := root.OpenRoot(entry)
+func (r *LocalRegistry) importLegacyEntry(ctx context.Context, root *rootDir, entry string, ref Reference, policy Policy) (RefUpdate, error) {
+	sub, err := root.below(entry)
 	if err != nil {
 		return RefUpdate{}, err
 	}
@@ -285,7 +285,7 @@ func (r *LocalRegistry) fetchLegacy(ctx context.Context, ref Reference) (found b
 		return false, err
 	}
 	defer end()
-	root, err := os.OpenRoot(r.opts.LegacyRoot)
+	root, err := openRoot(r.opts.LegacyRoot, r.root.fault)
 	if errors.Is(err, fs.ErrNotExist) {
 		return false, nil
 	}

@@ -36,7 +36,7 @@ func (r *LocalRegistry) importLayout(ctx context.Context, dir string, opts *Impo
 	if r.blobs.readOnly {
 		return nil, ErrReadOnly
 	}
-	root, err := os.OpenRoot(dir)
+	root, err := openRoot(dir, r.root.fault)
 	if err != nil {
 		return nil, err
 	}
@@ -77,22 +77,28 @@ func (r *LocalRegistry) layoutImporter(l *layout, opts *ImportOptions) *importer
 
 // A layout is a layout directory that others may be changing, and which is not trusted.
 type layout struct {
-	root *os.Root
+	root *rootDir
 }
 
 // index checks oci-layout and returns the entries of index.json.
 func (l *layout) index() ([]ocispec.Descriptor, error) {
+	if err := l.check(); err != nil {
+		return nil, err
+	}
+	raw, err := l.file(ocispec.ImageIndexFile)
+	if err != nil {
+		return nil, err
+	}
+	return parseLayoutIndex(raw)
+}
+
+// check reads oci-layout.
+func (l *layout) check() error {
 	raw, err := l.file(ocispec.ImageLayoutFile)
 	if err == nil {
 		err = checkLayoutFile(raw)
 	}
-	if err != nil {
-		return nil, err
-	}
-	if raw, err = l.file(ocispec.ImageIndexFile); err != nil {
-		return nil, err
-	}
-	return parseLayoutIndex(raw)
+	return err
 }
 
 // file reads one of the two files that a layout has beside its blobs. Missing is [ErrInvalidLayout].
@@ -110,6 +116,15 @@ func (l *layout) file(name string) ([]byte, error) {
 		err = fmt.Errorf("%w: %s has more than %d bytes", ErrTooLarge, name, MaxManifestSize)
 	}
 	return b, err
+}
+
+// has reports whether the directory has an entry of that name.
+func (l *layout) has(name string) (bool, error) {
+	_, err := l.root.Lstat(name)
+	if errors.Is(err, fs.ErrNotExist) {
+		return false, nil
+	}
+	return err == nil, err
 }
 
 // open opens the file of a blob, which is to be verified by whoever reads it.
@@ -187,7 +202,7 @@ func InspectLayout(ctx context.Context, dir string) (*Inspection, error) {
 }
 
 func inspectLayout(ctx context.Context, dir string) (*Inspection, error) {
-	root, err := os.OpenRoot(dir)
+	root, err := openRoot(dir, nil)
 	if err != nil {
 		return nil, err
 	}
@@ -197,7 +212,7 @@ func inspectLayout(ctx context.Context, dir string) (*Inspection, error) {
 		return nil, err
 	}
 	in := newInspection(entries)
-	err = newBlobStore(&rootDir{Root: root}, true).walk(ctx, func(e blobEntry) error {
+	err = newBlobStore(root, true).walk(ctx, func(e blobEntry) error {
 		if e.digest != "" {
 			in.Blobs++
 			in.Bytes += e.info.Size()
@@ -205,13 +220,4 @@ func inspectLayout(ctx context.Context, dir string) (*Inspection, error) {
 		return nil
 	})
 	return in, err
-}
-
-// isLayout reports whether dir has a file that only a layout has.
-func isLayout(root *os.Root) (bool, error) {
-	_, err := root.Lstat(ocispec.ImageLayoutFile)
-	if errors.Is(err, fs.ErrNotExist) {
-		return false, nil
-	}
-	return err == nil, err
 }

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
-	"os"
 	"path/filepath"
 	"strings"
 
@@ -43,7 +42,7 @@ func (r *LocalRegistry) importOMMX(ctx context.Context, dir string, opts *Legacy
 	if opts == nil {
 		opts = &LegacyOptions{}
 	}
-	root, err := os.OpenRoot(dir)
+	root, err := openRoot(dir, r.root.fault)
 	if err != nil {
 		return err
 	}
@@ -66,7 +65,7 @@ func (r *LocalRegistry) importOMMX(ctx context.Context, dir string, opts *Legacy
 }
 
 // openOMMXRoot opens the index of an OMMX v3 root.
-func openOMMXRoot(ctx context.Context, dir string, root *os.Root) (*index, error) {
+func openOMMXRoot(ctx context.Context, dir string, root *rootDir) (*index, error) {
 	walEmpty := true
 	for _, suffix := range []string{"", "-wal", "-shm"} {
 		fi, err := root.Lstat(indexFile + suffix)

@@ -3,6 +3,7 @@ package ocilocal_test
 import (
 	"fmt"
 	"os"
+	"path"
 	"path/filepath"
 	"runtime"
 	"slices"
@@ -39,17 +40,20 @@ func (r *record) last(op string, end int) int {
 	return -1
 }
 
-// checkDurable checks the operations of one publish. A kill loses nothing that the
+// checkDurable checks the operations of one publish, or of one export into a layout,
+// whose transaction is that index.json gets its name. A kill loses nothing that the
 // kernel has, so only their order shows what a power cut would lose:
 //
 //	mkdir blobs/<alg> → fsyncdir blobs
 //	create tmp/<session>/x → last write → fsync of it → link blobs/… → fsyncdir blobs/<alg> → transaction
 //	blob that was there: fsync of it → transaction
-func (r *record) checkDurable(t *testing.T, root string) {
+//
+// others are the names of blobs that have nothing to do with it.
+func (r *record) checkDurable(t *testing.T, root, tmp, commitOp string, others ...string) {
 	t.Helper()
-	commit := slices.Index(r.ops, inTransaction)
+	commit := slices.Index(r.ops, commitOp)
 	if commit < 0 {
-		t.Fatal("no transaction")
+		t.Fatalf("no %s", commitOp)
 	}
 	named, firstNamed := 0, commit // names given below blobs/
 	for i, op := range r.ops[:commit] {
@@ -66,8 +70,8 @@ func (r *record) checkDurable(t *testing.T, root string) {
 	for i, op := range r.ops {
 		verb, name, _ := strings.Cut(op, " ")
 		switch {
-		case verb == "create" && !strings.HasPrefix(name, "tmp/"):
-			t.Errorf("%s: outside of tmp/", op)
+		case verb == "create" && !strings.HasPrefix(name, tmp):
+			t.Errorf("%s: outside of %s", op, tmp)
 		case verb == "mkdir" && strings.HasPrefix(name, "blobs/") && r.last("fsyncdir blobs", firstNamed) < i:
 			t.Errorf("%s isn't followed by an fsync of blobs before something is named in it", op)
 		case verb == "fsync" && i < commit:
@@ -81,6 +85,7 @@ func (r *record) checkDurable(t *testing.T, root string) {
 	if err != nil || len(blobs) == 0 {
 		t.Fatal("no blobs", err)
 	}
+	blobs = slices.DeleteFunc(blobs, func(b string) bool { return slices.Contains(others, filepath.Base(b)) })
 	for _, b := range blobs {
 		name, _ := filepath.Rel(root, b)
 		if synced[filepath.ToSlash(name)] {
@@ -133,7 +138,7 @@ func TestDurableOrder(t *testing.T) {
 			}
 			// In the second round the manifest of the first isn't needed.
 			if round == 0 {
-				rec.checkDurable(t, root)
+				rec.checkDurable(t, root, "tmp/", inTransaction)
 			} else {
 				commit := slices.Index(rec.ops, inTransaction)
 				again := 0
@@ -151,6 +156,81 @@ func TestDurableOrder(t *testing.T) {
 			}
 			mustClose(t, r)
 		}
+	}
+}
+
+// TestExportOrder records what exports do: blobs as in a publish, and a file gets its
+// name when its bytes are on disk, index.json the last. Before any of
+// that, the directories that were made are durable.
+func TestExportOrder(t *testing.T) {
+	if runtime.GOOS == "windows" {
+		t.Skip("a directory isn't synced there")
+	}
+	// named checks that a file gets its name once its bytes are durable, and durably, and returns when.
+	named := func(t *testing.T, ops []string, name string) (at int) {
+		t.Helper()
+		at = max(slices.Index(ops, "link "+name), slices.Index(ops, "rename "+name)) // a link that fails comes first
+		if at < 0 {
+			t.Fatalf("nothing is named %s in %q", name, ops)
+		}
+		temp, unsynced := "", true
+		for _, op := range ops[:at] {
+			verb, file, _ := strings.Cut(op, " ")
+			switch {
+			case verb == "create" && !strings.Contains(file, "/"):
+				temp, unsynced = file, true
+			case file == temp && (verb == "write" || verb == "fsync"):
+				unsynced = verb == "write"
+			}
+		}
+		if unsynced || !slices.Contains(ops[at:], "fsyncdir .") {
+			t.Errorf("%s gets its name before its bytes are durable (%v), or isn't durable itself: %q", name, unsynced, ops)
+		}
+		return at
+	}
+	for i := range flows {
+		f := &flows[i]
+		if !f.exports {
+			continue
+		}
+		t.Run(f.name, func(t *testing.T) {
+			root := f.prepare(t)
+			rec := &record{}
+			r, err := ocilocal.OpenFaulty(t.Context(), root, func(op, name string) error {
+				rec.fault(op, name)
+				if f.always != nil {
+					return f.always(op, name)
+				}
+				return nil
+			})
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer mustClose(t, r)
+			rec.ops = nil
+			if err := f.run(r); err != nil {
+				t.Fatal(err)
+			}
+			if strings.HasPrefix(f.name, "export archive") {
+				named(t, rec.ops, archiveName)
+				return
+			}
+			index := named(t, rec.ops, "index.json")
+			if f.beside == nil {
+				if version := named(t, rec.ops, "oci-layout"); version > index {
+					t.Errorf("oci-layout gets its name at %d, index.json at %d", version, index)
+				}
+				if made := rec.last("mkdir "+besideOf(root), index); made < 0 || rec.ops[made+1] != "open "+filepath.Dir(root) || rec.ops[made+2] != "fsyncdir ." {
+					t.Errorf("the target is not made durably: %q", rec.ops)
+				}
+			}
+			if made, blob := rec.last("mkdir blobs", index), rec.last("fsyncdir blobs/sha256", index); rec.last("fsyncdir .", blob) < made {
+				t.Errorf("blobs isn't durable before index.json: %q", rec.ops)
+			}
+			rec.ops = slices.DeleteFunc(rec.ops, func(op string) bool { return strings.HasSuffix(op, " .ocilocal-new") })
+			theirs := othersEntries()
+			rec.checkDurable(t, besideOf(root), ".ocilocal-tmp/", "rename index.json", path.Base(theirs[2].name), path.Base(theirs[3].name))
+		})
 	}
 }
 

@@ -148,18 +148,17 @@ func open(ctx context.Context, dir string, opts *Options, readOnly bool) (_ *Loc
 		return nil, err
 	}
 	if !readOnly {
-		if err := mkdirAllSync(r.dir, 0o700); err != nil {
+		if err := mkdirAllSync(r.dir, 0o700, r.opts.fault); err != nil {
 			return nil, err
 		}
 	}
-	root, err := os.OpenRoot(r.dir)
+	r.root, err = openRoot(r.dir, r.opts.fault)
 	if err != nil {
 		if readOnly && errors.Is(err, fs.ErrNotExist) {
 			err = fmt.Errorf("%w: %w", ErrNotFound, err)
 		}
 		return nil, err
 	}
-	r.root = &rootDir{Root: root, fault: r.opts.fault}
 	r.blobs = newBlobStore(r.root, readOnly)
 	defer func() {
 		if err != nil {
@@ -226,7 +225,7 @@ func (r *LocalRegistry) checkFS(name string) error {
 func (r *LocalRegistry) create(ctx context.Context) error {
 	// Whoever made the root may have been killed before its entry was synced.
 	// Where this process can't do that, it didn't make the root either.
-	if err := syncEntries(filepath.Dir(r.dir)); err != nil && !errors.Is(err, fs.ErrPermission) {
+	if err := syncEntries(filepath.Dir(r.dir), r.opts.fault); err != nil && !errors.Is(err, fs.ErrPermission) {
 		return err
 	}
 	if err := r.makeDirs(); err != nil {
@@ -449,7 +448,7 @@ func (r *LocalRegistry) localHost() string { return r.id + localHostSuffix }
 const localHostSuffix = ".ocilocal.local"
 
 // mkdirAllSync is os.MkdirAll that makes each level it makes durable.
-func mkdirAllSync(dir string, perm fs.FileMode) error {
+func mkdirAllSync(dir string, perm fs.FileMode, fault func(op, name string) error) error {
 	if fi, err := os.Stat(dir); err == nil {
 		if !fi.IsDir() {
 			return &fs.PathError{Op: "mkdir", Path: dir, Err: errors.New("exists and is not a directory")}
@@ -458,23 +457,26 @@ func mkdirAllSync(dir string, perm fs.FileMode) error {
 	}
 	parent := filepath.Dir(dir)
 	if parent != dir {
-		if err := mkdirAllSync(parent, 0o755); err != nil {
+		if err := mkdirAllSync(parent, 0o755, fault); err != nil {
 			return err
 		}
+	}
+	if err := (&rootDir{fault: fault}).injected("mkdir", dir); err != nil {
+		return err
 	}
 	// Also when another process was faster: it may not have synced it yet.
 	if err := os.Mkdir(dir, perm); err != nil && !errors.Is(err, fs.ErrExist) {
 		return err
 	}
-	return syncEntries(parent)
+	return syncEntries(parent, fault)
 }
 
 // syncEntries makes the entries of a directory outside of any root durable.
-func syncEntries(dir string) error {
-	p, err := os.OpenRoot(dir)
+func syncEntries(dir string, fault func(op, name string) error) error {
+	p, err := openRoot(dir, fault)
 	if err != nil {
 		return err
 	}
 	defer p.Close()
-	return newBlobStore(&rootDir{Root: p}, false).syncDir(".")
+	return newBlobStore(p, false).syncDir(".")
 }

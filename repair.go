@@ -246,7 +246,7 @@ func (p *repair) healFrom(ctx context.Context, source string) (err error) {
 }
 
 func (p *repair) fromLayout(dir string, put func(digest.Digest, io.Reader, int64) error) error {
-	root, err := os.OpenRoot(dir)
+	root, err := openRoot(dir, p.registry.root.fault)
 	if err != nil {
 		return err
 	}

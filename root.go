@@ -5,13 +5,39 @@ import (
 	"os"
 )
 
-// rootDir is a registry's root directory. It is an [os.Root], so that no name
-// leads out of it, whose operations tests can make fail or stop at.
+// rootDir is a registry's root directory, or one that is exported to or imported
+// from. It is an [os.Root], so that no name leads out of it, whose operations
+// tests can make fail or stop at.
 type rootDir struct {
 	*os.Root
 	// fault is the tests' seam: called before each operation on the file
 	// system, by any goroutine, its error is the operation's. Nil in production.
 	fault func(op, name string) error
+}
+
+// openRoot opens a directory, by whose fault its operations are to fail.
+func openRoot(dir string, fault func(op, name string) error) (*rootDir, error) {
+	r := &rootDir{fault: fault}
+	if err := r.injected("open", dir); err != nil {
+		return nil, err
+	}
+	var err error
+	if r.Root, err = os.OpenRoot(dir); err != nil {
+		return nil, err
+	}
+	return r, nil
+}
+
+// below opens a directory of r.
+func (r *rootDir) below(name string) (*rootDir, error) {
+	if err := r.injected("open", name); err != nil {
+		return nil, err
+	}
+	sub, err := r.Root.OpenRoot(name)
+	if err != nil {
+		return nil, err
+	}
+	return &rootDir{Root: sub, fault: r.fault}, nil
 }
 
 // injected asks the tests' seam whether op on name shall fail.
@@ -87,6 +113,20 @@ func (r *rootDir) RemoveAll(name string) error {
 		return err
 	}
 	return r.Root.RemoveAll(name)
+}
+
+// seamWriter writes to an open file below a root.
+type seamWriter struct {
+	root *rootDir
+	file *os.File
+	name string
+}
+
+func (w *seamWriter) Write(p []byte) (int, error) {
+	if err := w.root.injected("write", w.name); err != nil {
+		return 0, err
+	}
+	return w.file.Write(p)
 }
 
 // sync makes the bytes of an open file below the root durable.
