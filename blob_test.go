@@ -14,8 +14,8 @@ import (
 	"runtime"
 	"slices"
 	"strings"
-	"syscall"
 	"sync"
+	"syscall"
 	"testing"
 	"testing/iotest"
 

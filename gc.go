@@ -41,6 +41,12 @@ func (o *GCOptions) grace() time.Duration {
 	return o.Grace
 }
 
+// young reports whether what was written at t is kept by a collection that began at began.
+// With [NoGrace] that is what came since, and not what a clock that was wrong has dated later than now.
+func (o *GCOptions) young(t, began time.Time) bool {
+	return t.After(began.Add(-o.grace())) && (o.Grace >= 0 || !t.After(time.Now()))
+}
+
 // A GCReport tells what garbage collection found and did.
 type GCReport struct {
 	Roots     int   // manifests that a ref points at, and GCOptions.Protect
@@ -124,7 +130,7 @@ func (r *LocalRegistry) collect(ctx context.Context, opts *GCOptions, del bool) 
 	if err := g.sweep(ctx); err != nil {
 		return &g.report, err
 	}
-	return &g.report, r.sweepTmp(ctx, o.grace())
+	return &g.report, r.sweepTmp(ctx, &o)
 }
 
 func (g *gcGraph) unsafe() error {
@@ -238,7 +244,7 @@ func (g *gcGraph) deletable(tx *indexTx, n *gcNode, gone map[digest.Digest]bool,
 	case errors.Is(err, fs.ErrNotExist):
 	case err != nil:
 		return false, err
-	case gone[n.digest] || fi.ModTime().After(g.young):
+	case gone[n.digest] || g.opts.young(fi.ModTime(), g.began):
 		return false, nil // written again since
 	}
 	if used, err := hasRef(tx, n.digest); used || err != nil {
@@ -308,17 +314,17 @@ func (g *gcGraph) reachable(q queryer, d digest.Digest) (bool, error) {
 
 // sweepTmp removes what dead processes have left below tmp/, and of the interrupted
 // pulls and quarantined files what is older than the grace.
-func (r *LocalRegistry) sweepTmp(ctx context.Context, grace time.Duration) error {
+func (r *LocalRegistry) sweepTmp(ctx context.Context, opts *GCOptions) error {
 	if err := r.blobs.sweep(); err != nil {
 		return err
 	}
-	old := time.Now().Add(-grace)
+	began := time.Now()
 	for _, dir := range []string{partialDir, quarantineDir} {
 		dir = path.Join(tmpDir, dir)
 		err := r.blobs.eachEntry(ctx, dir, func(name string) error {
 			name = path.Join(dir, name)
 			fi, err := r.root.Lstat(name)
-			if err != nil || fi.ModTime().After(old) {
+			if err != nil || opts.young(fi.ModTime(), began) {
 				return ignoreNotExist(err)
 			}
 			return r.blobs.sweepEntry(name, fi)

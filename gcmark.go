@@ -43,7 +43,7 @@ func (n *gcNode) count() (manifest bool, size int64) {
 type gcGraph struct {
 	registry *LocalRegistry
 	opts     GCOptions
-	young    time.Time // what was written after that is deferred
+	began    time.Time
 	nodes    []gcNode
 	ids      map[digest.Digest]int32
 	report   GCReport
@@ -78,7 +78,7 @@ func (r *LocalRegistry) mark(ctx context.Context, opts GCOptions) (*gcGraph, err
 
 // graph reads the index, refs first: what a ref pointed at then had its rows by then.
 func (r *LocalRegistry) graph(ctx context.Context, opts GCOptions) (*gcGraph, error) {
-	g := &gcGraph{registry: r, opts: opts, young: time.Now().Add(-opts.grace()), ids: map[digest.Digest]int32{}}
+	g := &gcGraph{registry: r, opts: opts, began: time.Now(), ids: map[digest.Digest]int32{}}
 	x := r.index
 	for _, d := range opts.Protect {
 		if err := checkDigest(d); err != nil {
@@ -173,7 +173,7 @@ func (g *gcGraph) follow() {
 		}
 	}
 	spread(func(n *gcNode) bool { return n.root }, func(n *gcNode) *bool { return &n.live })
-	spread(func(n *gcNode) bool { return !n.live && n.age.After(g.young) }, func(n *gcNode) *bool { return &n.deferred })
+	spread(func(n *gcNode) bool { return !n.live && g.opts.young(n.age, g.began) }, func(n *gcNode) *bool { return &n.deferred })
 }
 
 // check compares every live manifest's bytes with its rows, since deletion
