@@ -363,6 +363,20 @@ func (s *blobStore) syncDir(name string) error {
 	return errors.Join(err, d.Close())
 }
 
+// largeFile is the size from which on it takes a file system milliseconds to free a file's space.
+const largeFile = 64 << 20
+
+// unname takes the name of d's file away. A large file is only moved, to the name below tmp/ that is returned.
+func (s *blobStore) unname(d digest.Digest, size int64) (moved string, err error) {
+	if size >= largeFile {
+		if dir, err := s.enter(); err == nil { // else the disk is too full for that
+			moved = path.Join(dir, rand.Text())
+			return moved, s.root.Rename(blobPath(d), moved)
+		}
+	}
+	return "", s.root.Remove(blobPath(d))
+}
+
 // makeAlgDir makes blobs/<alg> durably.
 func (s *blobStore) makeAlgDir(alg digest.Algorithm) error {
 	s.mu.Lock()

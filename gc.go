@@ -149,8 +149,12 @@ func (g *gcGraph) unsafe() error {
 	return nil
 }
 
-// gcStep is how long a step of deletion keeps the index locked, but for its commit.
-const gcStep = 20 * time.Millisecond
+// gcStep is how long a step of deletion keeps the index locked, but for its commit, and gcPause
+// how long it is free then: longer than other processes sleep before they look again.
+const (
+	gcStep  = 20 * time.Millisecond
+	gcPause = 2 * busyPoll
+)
 
 // sweep deletes the orphans, step by step.
 func (g *gcGraph) sweep(ctx context.Context) error {
@@ -166,7 +170,13 @@ func (g *gcGraph) sweep(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
-		todo = todo[n:]
+		if todo = todo[n:]; len(todo) > 0 {
+			select {
+			case <-ctx.Done():
+				return ctx.Err()
+			case <-time.After(gcPause):
+			}
+		}
 	}
 	for len(late) > 0 {
 		n, err := g.step(ctx, late, gone, true)
@@ -189,6 +199,7 @@ func (g *gcGraph) sweep(ctx context.Context) error {
 func (g *gcGraph) step(ctx context.Context, todo []int32, gone map[digest.Digest]bool, rows bool) (n int, err error) {
 	var done Count
 	revived := 0
+	var large []string // files whose space is freed later, with the index unlocked
 	err = g.registry.writeAlone(ctx, func(tx *indexTx) error {
 		n, done, revived = 0, Count{}, 0
 		displaced := false
@@ -212,9 +223,12 @@ func (g *gcGraph) step(ctx context.Context, todo []int32, gone map[digest.Digest
 				displaced = true
 			}
 			if !gone[node.digest] {
-				err := g.registry.root.Remove(blobPath(node.digest))
+				moved, err := g.registry.blobs.unname(node.digest, node.size)
 				if err != nil && !errors.Is(err, fs.ErrNotExist) {
 					return err
+				}
+				if moved != "" {
+					large = append(large, moved)
 				}
 				if gone[node.digest] = true; err == nil || !node.file {
 					done.add(node.count())
@@ -228,6 +242,9 @@ func (g *gcGraph) step(ctx context.Context, todo []int32, gone map[digest.Digest
 		}
 		return nil
 	})
+	for _, name := range large {
+		err = errors.Join(err, ignoreNotExist(g.registry.root.Remove(name)))
+	}
 	g.report.Deleted.Manifests += done.Manifests
 	g.report.Deleted.Blobs += done.Blobs
 	g.report.Deleted.Bytes += done.Bytes
@@ -333,6 +350,8 @@ func (r *LocalRegistry) sweepTmp(ctx context.Context, opts *GCOptions) error {
 			return err
 		}
 	}
-	r.root.Remove(path.Join(tmpDir, partialDir)) // fails while a pull has something there
+	for _, dir := range []string{partialDir, quarantineDir} {
+		r.root.Remove(path.Join(tmpDir, dir)) // fails while something is there
+	}
 	return nil
 }

@@ -10,6 +10,8 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -414,4 +416,89 @@ func TestGCSharedBlob(t *testing.T) {
 	if report := collect(t, r, atOnce); report.Deleted.Manifests != 1 || report.Deleted.Blobs != 1 {
 		t.Errorf("%+v", report)
 	}
+}
+
+// TestCollectorLetsWritersIn: another process that writes gets its turn between the steps of a collection.
+func TestCollectorLetsWritersIn(t *testing.T) {
+	ctx := t.Context()
+	r := openTemp(t, nil)
+	a := published(t, r, "example.com/x:v1", "x", nil)
+	const orphans = 6000
+	if err := ocilocal.IndexWrite(ctx, r, func(exec func(string) error) error {
+		var errs []error
+		for i := range orphans {
+			text := fmt.Sprint("orphan ", i)
+			d := digest.FromString(text)
+			errs = append(errs, os.WriteFile(blobFile(r, d), []byte(text), 0o444),
+				exec(fmt.Sprintf("INSERT INTO blobs VALUES ('%s', %d, 'layer', 0)", d, len(text))))
+		}
+		return errors.Join(errs...)
+	}); err != nil {
+		t.Fatal(err)
+	}
+	other := openAgain(t, r)
+	defer mustClose(t, other)
+	var deleted, longest atomic.Int64 // longest: most that was deleted while one write waited
+	begun, done := make(chan struct{}), make(chan struct{})
+	var once sync.Once
+	ocilocal.SetFault(r, func(op, _ string) error {
+		if op == "remove" {
+			deleted.Add(1)
+			once.Do(func() { close(begun) })
+		}
+		return nil
+	})
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		<-begun
+		for i := 0; ; i++ {
+			select {
+			case <-done:
+				return
+			default:
+			}
+			before := deleted.Load()
+			if _, err := other.Tag(context.Background(), a.Digest(), ocilocal.MustParseReference(fmt.Sprintf("example.com/x:t%d", i)), nil); err != nil {
+				t.Error(err)
+				return
+			}
+			longest.Store(max(longest.Load(), deleted.Load()-before))
+		}
+	})
+	report := collect(t, r, atOnce)
+	close(done)
+	wg.Wait()
+	if report.Deleted.Blobs != orphans {
+		t.Errorf("%+v", report)
+	}
+	if n := longest.Load(); n == 0 || n > orphans/3 {
+		t.Errorf("one write waited for %d of %d deletions", n, orphans)
+	}
+}
+
+// TestCollectLarge: of a large file only the name goes while the index is locked, and the rest after that.
+func TestCollectLarge(t *testing.T) {
+	r := openTemp(t, nil)
+	published(t, r, "example.com/a:v1", "layer", nil)
+	name := blobFile(r, digest.FromString("large"))
+	write(t, name, "")
+	if err := errors.Join(os.Chmod(name, 0o644), os.Truncate(name, 64<<20)); err != nil {
+		t.Fatal(err)
+	}
+	var ops []string
+	ocilocal.SetFault(r, func(op, name string) error {
+		if op == "rename" || op == "remove" {
+			ops = append(ops, op)
+		}
+		return nil
+	})
+	report := collect(t, r, atOnce)
+	if report.Deleted != (ocilocal.Count{Blobs: 1, Bytes: 64 << 20}) || len(ops) < 2 || ops[0] != "rename" || ops[1] != "remove" {
+		t.Errorf("%+v, %q", report.Deleted, ops)
+	}
+	if _, err := os.Lstat(name); !errors.Is(err, os.ErrNotExist) {
+		t.Error(err)
+	}
+	ocilocal.SetFault(r, nil)
+	checkNoTmp(t, r)
 }

@@ -521,8 +521,12 @@ func pointers(ctx context.Context, q queryer, d digest.Digest, visit func(manife
 		if err != nil {
 			return err
 		}
-		for _, after = range batch {
-			if err := visit(after); err == errStop {
+		for _, manifest := range batch {
+			if manifest <= after {
+				return errOutOfOrder
+			}
+			after = manifest
+			if err := visit(manifest); err == errStop {
 				return nil
 			} else if err != nil {
 				return err
@@ -788,9 +792,8 @@ func (x *index) otherName(d digest.Digest, prefix, not string) (name string, err
 
 // Statements of stats.go.
 const (
-	sqlBlobTotals     = `SELECT count(*), coalesce(sum(size), 0) FROM blobs`
-	sqlManifestTotals = `SELECT count(*) FROM manifests`
-	sqlRefTotals      = `SELECT count(*), count(DISTINCT name) FROM refs`
+	sqlTotals    = `SELECT count(*), coalesce(sum(size), 0), (SELECT count(*) FROM manifests) FROM blobs` // of one moment
+	sqlRefTotals = `SELECT count(*), count(DISTINCT name) FROM refs`
 
 	// Both are merges of two scans. A manifest's own row in blobs is left out
 	// of the second: where it has a ref, no member names it.

@@ -58,22 +58,43 @@ func rebuild(ctx context.Context, dir string, opts *RepairOptions) (*RepairRepor
 	return &p.report, errors.Join(err, r.Close())
 }
 
-// setAside renames the index's files, and returns the new name of the first.
+// setAside renames the index's files, and returns the new name of the first. That goes first:
+// until the last one follows, Open refuses what is left. An index without its log would look sound.
 func setAside(dir string) (string, error) {
 	name := filepath.Join(dir, indexFile)
 	aside := name + ".broken"
 	for n := 2; ; n++ {
-		if _, err := os.Lstat(aside); errors.Is(err, fs.ErrNotExist) {
-			break
-		} else if err != nil {
-			return "", err
+		done, err := moveIndex(name, aside)
+		if done || err != nil {
+			return aside, err
 		}
 		aside = fmt.Sprintf("%s.broken%d", name, n)
 	}
-	for _, suffix := range []string{"-wal", "-shm", "-journal", ""} {
-		if err := os.Rename(name+suffix, aside+suffix); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return "", err
+}
+
+// moveIndex renames the files of an index, unless one would take another's name. Of
+// those that a killed rebuild has renamed already, the rest joins them.
+func moveIndex(from, to string) (done bool, err error) {
+	var there []string
+	for _, suffix := range []string{"", "-journal", "-wal", "-shm"} {
+		switch _, err := os.Lstat(from + suffix); {
+		case errors.Is(err, fs.ErrNotExist):
+			continue
+		case err != nil:
+			return false, err
+		}
+		switch _, err := os.Lstat(to + suffix); {
+		case err == nil:
+			return false, nil
+		case !errors.Is(err, fs.ErrNotExist):
+			return false, err
+		}
+		there = append(there, suffix)
+	}
+	for _, suffix := range there {
+		if err := os.Rename(from+suffix, to+suffix); err != nil {
+			return false, err
 		}
 	}
-	return aside, nil
+	return true, syncEntries(filepath.Dir(from))
 }

@@ -158,6 +158,10 @@ func (t *indexTx) version() (version int, err error) {
 	return version, err
 }
 
+// busyPoll is how long SQLite itself waits for the write lock. It looks again after 1 ms,
+// then after twice as long, and so on; being short, it looks often, and begin can look at contexts in between.
+const busyPoll = 5 * time.Millisecond
+
 // openUnchecked opens a database that may be damaged, or another's.
 func openUnchecked(path string, mode indexMode, busy time.Duration, schema [][]string) (*index, error) {
 	x := &index{busy: busy, schema: schema, stmts: map[string]*sql.Stmt{}, connStmts: map[string]*sql.Stmt{}}
@@ -179,8 +183,7 @@ func openUnchecked(path string, mode indexMode, busy time.Duration, schema [][]s
 	x.readers.SetMaxOpenConns(max(2, runtime.NumCPU()))
 	x.readers.SetMaxIdleConns(max(2, runtime.NumCPU()))
 	if mode == indexReadWrite {
-		// The short timeout lets write look at contexts between two attempts.
-		if x.writer, err = sql.Open("sqlite", dsn(path, "rw", "busy_timeout(100)", "cache_size(-16000)")); err != nil {
+		if x.writer, err = sql.Open("sqlite", dsn(path, "rw", fmt.Sprintf("busy_timeout(%d)", busyPoll.Milliseconds()), "cache_size(-16000)")); err != nil {
 			return nil, errors.Join(indexError(err), x.close())
 		}
 		x.writer.SetMaxOpenConns(1)

@@ -223,6 +223,12 @@ func TestRebuild(t *testing.T) {
 			execIndex(t, r.Root(), "CREATE TRIGGER x AFTER INSERT ON refs BEGIN DELETE FROM refs; END")
 		}, true},
 		"table lost":   {func(t *testing.T, r *ocilocal.LocalRegistry) { execIndex(t, r.Root(), "DROP TABLE members") }, true},
+		"killed in a rebuild": {func(t *testing.T, r *ocilocal.LocalRegistry) {
+			name := index(r)
+			if err := errors.Join(os.Rename(name, name+".broken"), os.WriteFile(name+"-wal", nil, 0o600)); err != nil {
+				t.Fatal(err)
+			}
+		}, true},
 		"half the WAL": {func(t *testing.T, r *ocilocal.LocalRegistry) { write(t, index(r)+"-wal", strings.Repeat("torn", 1000)) }, true},
 	} {
 		t.Run(what, func(t *testing.T) {
