@@ -96,5 +96,5 @@ func moveIndex(from, to string) (done bool, err error) {
 			return false, err
 		}
 	}
-	return true, syncEntries(filepath.Dir(from))
+	return true, syncEntries(filepath.Dir(from), nil)
 }
