@@ -341,8 +341,12 @@ func (s *blobStore) alone(ctx context.Context, do func() error) error {
 	}
 }
 
-// partialDir, below tmp/, is where interrupted pulls keep what they have.
-const partialDir = "partial"
+// partialDir, below tmp/, is where interrupted pulls keep what they have: each
+// large blob in a directory of its own, as partialData.
+const (
+	partialDir  = "partial"
+	partialData = "data"
+)
 
 // quarantineDir, below tmp/, is where repair puts damaged files.
 const quarantineDir = "quarantine"

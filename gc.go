@@ -344,6 +344,10 @@ func (r *LocalRegistry) sweepTmp(ctx context.Context, opts *GCOptions) error {
 			if err != nil || opts.young(fi.ModTime(), began) {
 				return ignoreNotExist(err)
 			}
+			// A pull that goes on with a blob writes to the file only.
+			if data, err := r.root.Lstat(path.Join(name, partialData)); err == nil && opts.young(data.ModTime(), began) {
+				return nil
+			}
 			return r.blobs.sweepEntry(name, fi)
 		})
 		if err != nil {

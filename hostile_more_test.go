@@ -169,8 +169,8 @@ func TestHostileCodings(t *testing.T) {
 					}
 					if n := allocated(func() {
 						coded("/manifests/v1", 200, ocilocal.ErrProtocol)
-						coded(v.smallAt, 200, ocilocal.ErrProtocol)
 						coded(v.largeAt, 200, ocilocal.ErrProtocol)
+						coded(v.smallAt, 200, ocilocal.ErrProtocol)
 						coded("/manifests/v1", 404, ocilocal.ErrNotFound)
 					}); n > 64<<20 {
 						t.Errorf("%d bytes were allocated", n)

@@ -283,6 +283,9 @@ func (im *importer) manifest(ctx context.Context, desc ocispec.Descriptor, depth
 	if err != nil {
 		return nil, err
 	}
+	if err := im.registry.acceptType(m); err != nil { // before its blobs are taken in
+		return nil, err
+	}
 	seen[desc.Digest] = true
 	for i, c := range m.children() {
 		if m.childRole(i) != roleManifest {

@@ -16,7 +16,12 @@ import (
 // A partial is a large blob on its way in whose bytes outlive a failed or
 // killed transfer: tmp/partial/<algorithm>-<encoded>/data. The directory is locked while
 // somebody writes there. What an earlier transfer left counts for nothing
-// until its bytes are hashed again, by openPartial. Garbage collection removes what is old and not locked.
+// until its bytes are hashed again, by openPartial.
+//
+// A complete blob stays there too, read-only, until it has its name below blobs/, since what
+// comes with it may still fail. It is the same file then: nothing writes to it any more.
+//
+// Garbage collection removes what is old and not locked.
 type partial struct {
 	stage   *stage
 	dir     string
@@ -27,6 +32,7 @@ type partial struct {
 	size    int64 // that it must have in the end
 	have    int64 // bytes that are written and hashed
 	kept    int64 // of have, those of an earlier transfer
+	stays   bool  // the blob is staged, and the directory is the stage's to remove
 }
 
 // openPartial goes on where an earlier transfer of the blob stopped, if one
@@ -50,6 +56,12 @@ func (st *stage) openPartial(ctx context.Context, d digest.Digest, size int64) (
 			err = errors.Join(err, p.close())
 		}
 	}()
+	if fi, err := root.Lstat(p.name()); err == nil && fi.Mode()&0o200 == 0 {
+		whole, err := p.reopen(ctx)
+		if whole || err != nil {
+			return p, err
+		}
+	}
 	if p.file, err = root.OpenFile(p.name(), os.O_RDWR|os.O_CREATE|openNoFollow, 0o600); err != nil {
 		return nil, err
 	}
@@ -61,6 +73,25 @@ func (st *stage) openPartial(ctx context.Context, d digest.Digest, size int64) (
 		err = p.rehash(ctx)
 	}
 	return p, err
+}
+
+// reopen opens a file that finish has made read-only. If it isn't the blob, it goes.
+func (p *partial) reopen(ctx context.Context) (whole bool, err error) {
+	root := p.stage.store.root
+	if p.file, err = root.OpenFile(p.name(), os.O_RDONLY|openNoFollow, 0); err != nil {
+		return false, err
+	}
+	got, err := checkRegular(p.file)
+	if err == nil && got == p.size {
+		if err = p.rehash(ctx); err == nil && digest.NewDigest(p.digest.Algorithm(), p.w.hash) == p.digest {
+			return true, nil
+		}
+	}
+	if err == nil {
+		err = errors.Join(p.file.Close(), root.Remove(p.name()))
+		p.file, p.have, p.kept = nil, 0, 0
+	}
+	return false, err
 }
 
 // makePartialDir makes a directory and its parent, which goes away whenever it is empty.
@@ -78,7 +109,7 @@ func makePartialDir(root *rootDir, name string) (err error) {
 	return err
 }
 
-func (p *partial) name() string { return path.Join(p.dir, "data") }
+func (p *partial) name() string { return path.Join(p.dir, partialData) }
 
 // rehash starts the hash anew with what the file holds.
 func (p *partial) rehash(ctx context.Context) error {
@@ -113,7 +144,7 @@ func (p *partial) append(ctx context.Context, src io.Reader) error {
 	return err
 }
 
-// finish moves the complete blob into the stage. After [ErrDigestMismatch],
+// finish takes the complete blob into the stage. After [ErrDigestMismatch],
 // nothing is left of what was there.
 func (p *partial) finish() error {
 	if got := digest.NewDigest(p.digest.Algorithm(), p.w.hash); got != p.digest {
@@ -132,12 +163,19 @@ func (p *partial) finish() error {
 		return err
 	}
 	name := path.Join(dir, rand.Text())
-	if err := root.Rename(p.name(), name); err != nil {
+	err = root.Link(p.name(), name)
+	p.stays = err == nil
+	if linkUnsupported(err) {
+		err = root.Rename(p.name(), name)
+	}
+	if err != nil {
 		return err
 	}
-	f := p.file
-	p.file = nil
-	return p.stage.add(&stagedFile{name: name, digest: p.digest, size: p.size, file: f})
+	sf := &stagedFile{name: name, digest: p.digest, size: p.size, file: p.file}
+	if p.file = nil; p.stays {
+		sf.partial = p.dir
+	}
+	return p.stage.add(sf)
 }
 
 // close leaves what there is to a later transfer, if it is worth it.
@@ -146,7 +184,7 @@ func (p *partial) close() error {
 	if p.file != nil {
 		errs = append(errs, p.file.Close())
 	}
-	if p.file == nil || p.have == 0 {
+	if !p.stays && (p.file == nil || p.have == 0) {
 		errs = append(errs, p.stage.store.root.RemoveAll(p.dir))
 		p.stage.store.root.Remove(path.Dir(p.dir)) // fails while others have something there
 	}

@@ -159,15 +159,21 @@ func (r *LocalRegistry) accept(p *publication) error {
 	if d := p.ref.Digest(); d != "" && d != p.root.Digest() {
 		return fmt.Errorf("%w: %s names another digest than the manifest's, %s", ErrDigestMismatch, p.ref, p.root.Digest())
 	}
-	if len(r.opts.ArtifactTypes) == 0 {
-		return nil
-	}
 	for _, m := range p.manifests {
-		if !m.IsIndex() && !slices.Contains(r.opts.ArtifactTypes, m.ArtifactType()) {
-			return fmt.Errorf("%w: %q is not among the registry's Options.ArtifactTypes", ErrArtifactType, m.ArtifactType())
+		if err := r.acceptType(m); err != nil {
+			return err
 		}
 	}
 	return nil
+}
+
+// acceptType refuses a manifest of a type that the registry doesn't take.
+func (r *LocalRegistry) acceptType(m *Manifest) error {
+	types := r.opts.ArtifactTypes
+	if len(types) == 0 || m.IsIndex() || slices.Contains(types, m.ArtifactType()) {
+		return nil
+	}
+	return fmt.Errorf("%w: %q is not among the registry's Options.ArtifactTypes", ErrArtifactType, m.ArtifactType())
 }
 
 // decide applies the ref policy to what the ref points at ("" for no ref).

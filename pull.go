@@ -3,11 +3,10 @@ package ocilocal
 import (
 	"cmp"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
-	"math"
-	"sync"
 	"sync/atomic"
 
 	"github.com/opencontainers/go-digest"
@@ -22,7 +21,8 @@ type PullOptions struct {
 	As Reference
 	// Platform, if not nil, chooses one manifest of an image index, which is
 	// then pulled without the index. What is no index is pulled as it is. A reference with a digest
-	// names the index: then As must say what to call the manifest.
+	// names the index: then As must say what to call the manifest. What is here under the reference is
+	// served without the network if it is that index, or a manifest whose config is for that platform.
 	Platform *ocispec.Platform
 	// Check asks the registry whether a ref that is here has moved. Otherwise
 	// what is here is served without the network.
@@ -52,9 +52,11 @@ type PullResult struct {
 // at a time, each verified while it is written. Manifests keep their bytes; image
 // indexes come in whole.
 //
-// An interrupted blob is gone on with where it stopped, even by another process
-// if it has 1 MiB or more; its bytes are hashed anew before they count. Nothing is visible
-// before all is here; then the ref is set in one step, like by any other import.
+// An interrupted blob is gone on with where it stopped. Of blobs of 1 MiB or more, what a pull
+// had that has failed, or was killed, is not fetched again by the next one, even by another process;
+// its bytes are hashed anew before they count. Nothing is visible
+// before all is here; then the ref is set in one step, like by any other import. What
+// the policy or [Options.ArtifactTypes] is certain to refuse is not fetched.
 //
 // A ref that is here with all it needs is served without the network, whatever
 // the policy, unless [PullOptions.Check] is set. ctx governs the call only.
@@ -162,7 +164,35 @@ func (p *puller) present(ctx context.Context) (*PullResult, error) {
 	if err != nil || !ok || !p.whole(desc) {
 		return nil, err
 	}
+	if p.opts.Platform != nil {
+		// An image index that is here says which manifest is asked for. If there is none, the registry may know.
+		m, err := p.registry.readVerified(ctx, desc)
+		if err == nil && m.IsIndex() {
+			if chosen, err := choosePlatform(m, p.opts.Platform); err == nil {
+				return p.point(ctx, chosen.Digest)
+			}
+		}
+		if err != nil || !p.configFits(ctx, m) {
+			return nil, ctx.Err()
+		}
+	}
 	return p.result(RefUpdate{Reference: p.as, Descriptor: desc, Existing: desc.Digest, Outcome: Unchanged}, nil)
+}
+
+// configFits reports whether the config of a manifest that is here says that it is for the wanted platform
+// (image-spec config.md). Otherwise only the image index can tell.
+func (p *puller) configFits(ctx context.Context, m *Manifest) bool {
+	config, ok := m.Config()
+	if !ok || config.Size > MaxManifestSize {
+		return false
+	}
+	src, err := p.registry.blobs.open(ctx, config.Digest, config.Size)
+	if err != nil {
+		return false
+	}
+	defer src.Close()
+	var got ocispec.Platform
+	return json.NewDecoder(src).Decode(&got) == nil && fitsPlatform(p.opts.Platform, &got)
 }
 
 // whole looks, as far as sizes go, that all is here that a manifest needs.
@@ -195,13 +225,17 @@ func (p *puller) result(u RefUpdate, err error) (*PullResult, error) {
 	return &PullResult{Artifact: p.registry.newArtifact(p.as, u.Descriptor, nil), Update: u}, err
 }
 
-// choosePlatform returns the first manifest of an index that is for a platform.
-// What the wanted platform leaves empty may be anything.
-func choosePlatform(m *Manifest, want *ocispec.Platform) (ocispec.Descriptor, error) {
+// fitsPlatform compares platforms. What the wanted one leaves empty may be anything.
+func fitsPlatform(want, got *ocispec.Platform) bool {
 	fits := func(want, got string) bool { return want == "" || want == got }
+	return fits(want.OS, got.OS) && fits(want.Architecture, got.Architecture) &&
+		fits(want.Variant, got.Variant) && fits(want.OSVersion, got.OSVersion)
+}
+
+// choosePlatform returns the first manifest of an index that is for a platform.
+func choosePlatform(m *Manifest, want *ocispec.Platform) (ocispec.Descriptor, error) {
 	for _, d := range m.doc.Manifests {
-		if g := d.Platform; g != nil && fits(want.OS, g.OS) && fits(want.Architecture, g.Architecture) &&
-			fits(want.Variant, g.Variant) && fits(want.OSVersion, g.OSVersion) {
+		if d.Platform != nil && fitsPlatform(want, d.Platform) {
 			return d, nil
 		}
 	}
@@ -211,6 +245,15 @@ func choosePlatform(m *Manifest, want *ocispec.Platform) (ocispec.Descriptor, er
 
 // fetchAll brings the closure of root in and publishes it.
 func (p *puller) fetchAll(ctx context.Context, root ocispec.Descriptor, m *Manifest) (*PullResult, error) {
+	// What is certain to be refused isn't fetched. What counts is seen when it is published.
+	existing, _, err := p.registry.index.resolve(p.as.key())
+	if err != nil {
+		return nil, err
+	}
+	u := RefUpdate{Reference: p.as, Descriptor: root, Existing: existing.Digest, Outcome: p.opts.outcome(existing.Digest, root.Digest)}
+	if u.Outcome == Conflicted {
+		return p.result(u, u.conflict(p.opts.Expected))
+	}
 	im := p.registry.newImporter(&ImportOptions{Reference: p.as, PublishOptions: p.opts.PublishOptions, one: true})
 	defer func() { p.registry.logDiscard(im.stage.discard()) }()
 	p.stage = im.stage
@@ -253,19 +296,19 @@ func (p *puller) fetch(ctx context.Context, desc ocispec.Descriptor, as role) er
 			return err
 		}
 		if part != nil {
-			return errors.Join(p.resume(ctx, desc, part), part.close())
+			return errors.Join(p.resume(ctx, desc, part, p.meter(desc)), part.close())
 		}
 	}
-	return p.fetchWhole(ctx, desc)
+	return p.fetchWhole(ctx, desc, p.meter(desc))
 }
 
 // keepPartial is from which size on a blob's bytes outlive an interrupted pull.
 const keepPartial = 1 << 20
 
 // fetchWhole fetches a blob, from its beginning with each attempt.
-func (p *puller) fetchWhole(ctx context.Context, desc ocispec.Descriptor) error {
+func (p *puller) fetchWhole(ctx context.Context, desc ocispec.Descriptor, from meter) error {
 	for attempt := 1; ; attempt++ {
-		err := p.fetchOnce(ctx, desc)
+		err := p.fetchOnce(ctx, desc, from)
 		if err == nil {
 			return nil
 		}
@@ -275,23 +318,24 @@ func (p *puller) fetchWhole(ctx context.Context, desc ocispec.Descriptor) error 
 	}
 }
 
-func (p *puller) fetchOnce(ctx context.Context, desc ocispec.Descriptor) error {
+func (p *puller) fetchOnce(ctx context.Context, desc ocispec.Descriptor, from meter) error {
 	res, _, err := p.repo.blob(ctx, desc, 0)
 	if err != nil {
 		return err
 	}
 	defer res.Body.Close()
-	body := p.body(res.Body, desc, 0)
+	body := &countedBody{src: res.Body, count: from(0)}
 	_, _, err = p.stage.put(ctx, body, "", desc.Digest, desc.Size)
 	return p.repo.blobError(ctx, desc, body, err)
 }
 
 // resume fetches a blob from where part is. Attempts count anew whenever
 // the pull is a MiB further than it has ever been.
-func (p *puller) resume(ctx context.Context, desc ocispec.Descriptor, part *partial) error {
+func (p *puller) resume(ctx context.Context, desc ocispec.Descriptor, part *partial, from meter) error {
+	from(part.have)(0)
 	furthest := part.have
 	for attempt := 1; ; attempt++ {
-		err := p.resumeOnce(ctx, desc, part)
+		err := p.resumeOnce(ctx, desc, part, from)
 		if err == nil {
 			return nil
 		}
@@ -305,16 +349,16 @@ func (p *puller) resume(ctx context.Context, desc ocispec.Descriptor, part *part
 }
 
 // resumeOnce makes one request for what is missing.
-func (p *puller) resumeOnce(ctx context.Context, desc ocispec.Descriptor, part *partial) error {
+func (p *puller) resumeOnce(ctx context.Context, desc ocispec.Descriptor, part *partial, from meter) error {
 	if part.have < part.size {
-		if err := p.appendOnce(ctx, desc, part); err != nil {
+		if err := p.appendOnce(ctx, desc, part, from); err != nil {
 			return err
 		}
 	}
 	old := part.kept > 0
 	err := part.finish()
 	if old && errors.Is(err, ErrDigestMismatch) { // what an earlier pull left was no good
-		return p.resumeOnce(ctx, desc, part)
+		return p.resumeOnce(ctx, desc, part, from)
 	}
 	if errors.Is(err, ErrDigestMismatch) {
 		return p.repo.blobProblem(desc, err)
@@ -322,18 +366,18 @@ func (p *puller) resumeOnce(ctx context.Context, desc ocispec.Descriptor, part *
 	return err
 }
 
-func (p *puller) appendOnce(ctx context.Context, desc ocispec.Descriptor, part *partial) error {
-	res, from, err := p.repo.blob(ctx, desc, part.have)
+func (p *puller) appendOnce(ctx context.Context, desc ocispec.Descriptor, part *partial, from meter) error {
+	res, at, err := p.repo.blob(ctx, desc, part.have)
 	if err != nil {
 		return unsatisfied(part, err)
 	}
 	defer res.Body.Close()
-	if from != part.have {
+	if at != part.have {
 		if err := part.reset(); err != nil {
 			return err
 		}
 	}
-	body := p.body(res.Body, desc, part.have)
+	body := &countedBody{src: res.Body, count: from(part.have)}
 	err = part.append(ctx, body)
 	if err == nil && part.have < part.size {
 		err = io.ErrUnexpectedEOF
@@ -349,13 +393,16 @@ func unsatisfied(part *partial, err error) error {
 	return err
 }
 
-// body counts what comes of a blob, which already has some bytes.
-func (p *puller) body(src io.Reader, desc ocispec.Descriptor, have int64) *countedBody {
-	report := p.repo.remote.meter(Progress{Reference: p.ref, Descriptor: desc})(have)
-	return &countedBody{src: src, count: func(n int) {
-		p.received.Add(int64(n))
-		report(n)
-	}}
+// meter counts what comes of a blob.
+func (p *puller) meter(desc ocispec.Descriptor) meter {
+	from := p.repo.remote.meter(Progress{Reference: p.ref, Descriptor: desc})
+	return func(done int64) func(int) {
+		report := from(done)
+		return func(n int) {
+			p.received.Add(int64(n))
+			report(n)
+		}
+	}
 }
 
 // A countedBody is the body of an answer that is being read.
@@ -396,37 +443,4 @@ func (p *remoteRepo) blobError(ctx context.Context, desc ocispec.Descriptor, bod
 func (p *remoteRepo) blobProblem(desc ocispec.Descriptor, err error) error {
 	u := p.url("blobs", string(desc.Digest))
 	return &RemoteError{Method: "GET", URL: publicURL(u), Status: 200, final: true, Err: fmt.Errorf("blob %s: %w", desc.Digest, err)}
-}
-
-// meter tells Progress how far a blob is. Each attempt calls from with where it begins, and
-// what that returns with each number of bytes; then the attempt before isn't listened to any more.
-func (r *Remote) meter(at Progress) (from func(done int64) func(n int)) {
-	if r.Progress == nil {
-		return func(int64) func(int) { return func(int) {} }
-	}
-	var mu sync.Mutex
-	attempt, told, ended := 0, int64(math.MaxInt64), false
-	return func(done int64) func(int) {
-		mu.Lock()
-		defer mu.Unlock()
-		attempt++
-		this := attempt
-		at.Done, told, ended = done, min(told, done), false
-		return func(n int) {
-			mu.Lock()
-			defer mu.Unlock()
-			if this != attempt {
-				return
-			}
-			at.Done += int64(n)
-			end := at.Done == at.Descriptor.Size
-			if at.Done-told < 1<<20 && (!end || ended) {
-				return
-			}
-			told, ended = at.Done, end
-			r.progress.Lock()
-			defer r.progress.Unlock()
-			r.Progress(at)
-		}
-	}
 }

@@ -126,7 +126,7 @@ func TestPullKilled(t *testing.T) {
 		if err != nil || got.Artifact.Digest() != want {
 			t.Fatalf("%+v, %v", got, err)
 		}
-		// A blob that was complete, but not published yet, went with the process.
+		// Blobs that were complete, but not published yet, are among what was kept.
 		if got.BytesReceived != layer*layers+2-kept {
 			t.Errorf("%d bytes received, %d were there", got.BytesReceived, kept)
 		}

@@ -207,6 +207,9 @@ func (p *pusher) sendBlob(ctx context.Context, desc ocispec.Descriptor) error {
 	defer func() { from(0) }() // waits for a Progress under way; what a transport goes on reading isn't told
 	u.count = func(at int64) func(int) {
 		report := from(at)
+		if desc.Size == 0 { // nothing will be read
+			report(0)
+		}
 		return func(n int) {
 			p.bytes.Add(int64(n))
 			report(n)

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"fmt"
 	"maps"
+	"math"
 	"net"
 	"net/http"
 	"net/netip"
@@ -56,7 +57,7 @@ type Remote struct {
 	// trickle. Zero means 60 seconds. Registries get five times as long to answer an upload.
 	StallTimeout time.Duration
 	// Progress is told how far blobs are, by one goroutine at a time, at most once for each
-	// MiB and at the end of each blob. It must not block. Nil means nobody is.
+	// MiB and at the end of each blob, and not after the call has returned. It must not block. Nil means nobody is.
 	Progress func(Progress)
 	// Warn is told each distinct warning of a registry once (distribution-spec, "Warnings").
 	// It must not block. Nil discards them.
@@ -95,6 +96,42 @@ type remoteHost struct {
 	mu         sync.Mutex           // guards what follows
 	challenges map[string]challenge // by repository: what it last asked for
 	addr       netip.Addr           // where it was last reached
+}
+
+// A meter is told how far a blob is. Each attempt calls it with where it begins, and
+// what that returns with each number of bytes; then the attempt before isn't listened to any more.
+type meter func(done int64) func(n int)
+
+// meter tells Progress.
+func (r *Remote) meter(at Progress) meter {
+	if r.Progress == nil {
+		return func(int64) func(int) { return func(int) {} }
+	}
+	var mu sync.Mutex
+	attempt, told, ended := 0, int64(math.MaxInt64), false
+	return func(done int64) func(int) {
+		mu.Lock()
+		defer mu.Unlock()
+		attempt++
+		this := attempt
+		at.Done, told, ended = done, min(told, done), false
+		return func(n int) {
+			mu.Lock()
+			defer mu.Unlock()
+			if this != attempt {
+				return
+			}
+			at.Done += int64(n)
+			end := at.Done == at.Descriptor.Size
+			if at.Done-told < 1<<20 && (!end || ended) {
+				return
+			}
+			told, ended = at.Done, end
+			r.progress.Lock()
+			defer r.progress.Unlock()
+			r.Progress(at)
+		}
+	}
 }
 
 // plainHTTP applies r.PlainHTTP to a host with its port if it has one.

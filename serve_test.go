@@ -231,7 +231,7 @@ func (s *server) putManifest(w http.ResponseWriter, r *http.Request, repo, refer
 		needs = append(needs, c)
 	}
 	for _, d := range append(needs, m.Layers()...) {
-		if s.blobs[repo+"@"+string(d.Digest)] == nil {
+		if _, ok := s.blobs[repo+"@"+string(d.Digest)]; !ok {
 			fail(w, 404, "MANIFEST_BLOB_UNKNOWN")
 			return
 		}

@@ -65,6 +65,8 @@ type stagedFile struct {
 	size   int64
 	file   *os.File // nil once synced, and for a blob that was there already
 	reused bool     // the bytes were in the store already
+	// partial is the directory where the file is kept in case that it doesn't get into the store; "" for none.
+	partial string
 }
 
 func (s *blobStore) newStage() *stage {
@@ -308,7 +310,29 @@ func (st *stage) settle(ctx context.Context) error {
 			return err
 		}
 	}
-	return st.syncAlgDirs(dirs)
+	if err := st.syncAlgDirs(dirs); err != nil {
+		return err
+	}
+	return st.sweepPartials()
+}
+
+// sweepPartials removes what is kept of transfers whose blobs have their names now. What
+// somebody else uses is theirs to remove.
+func (st *stage) sweepPartials() error {
+	var errs []error
+	for _, sf := range st.files {
+		if sf.partial == "" {
+			continue
+		}
+		fi, err := st.store.root.Lstat(sf.partial)
+		if err == nil {
+			err = st.store.sweepEntry(sf.partial, fi)
+		}
+		errs = append(errs, ignoreNotExist(err))
+		st.store.root.Remove(path.Dir(sf.partial)) // fails while others have something there
+		sf.partial = ""
+	}
+	return errors.Join(errs...)
 }
 
 // dedup turns sf into a reused blob when the store has the same bytes.

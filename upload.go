@@ -97,8 +97,8 @@ type upload struct {
 	repo  *remoteRepo
 	desc  ocispec.Descriptor
 	store *blobStore
-	chunk int64                      // wanted size of chunks; 0 for one request
-	count func(at int64) func(n int) // of a body that begins with that byte
+	chunk int64 // wanted size of chunks; 0 for one request
+	count meter
 
 	most  int64 // size of the largest body of the last attempt
 	least int64 // that the registry wants its chunks to have
