@@ -52,6 +52,7 @@ func TestFileCredentials(t *testing.T) {
 		"no such helper":   {doc: `{"credsStore":"missing"}`, host: "r.test", says: "not found"},
 		"helper elsewhere": {doc: `{"credsStore":"../../bin/sh"}`, host: "r.test", err: ocilocal.ErrInvalidArgument},
 		"newline":          {doc: `{"credsStore":"good"}`, host: "r.test\nother", err: ocilocal.ErrInvalidArgument},
+		"NUL":              {doc: `{"credsStore":"good"}`, host: "r.test\x00other", err: ocilocal.ErrInvalidArgument},
 		"no host":          {doc: `{"credsStore":"good"}`, err: ocilocal.ErrInvalidArgument},
 		"not JSON":         {doc: `{"auths":{"r.test":{"auth":"hush"`, host: "r.test", says: "not JSON"},
 		"wrong types":      {doc: `{"auths":{"r.test":{"auth":["hush"]}}}`, host: "r.test", says: "not JSON"},
@@ -91,7 +92,7 @@ func TestDefaultCredentials(t *testing.T) {
 	write(t, filepath.Join(dir, "config.json"), `{"auths":{"docker.test":{"username":"docker","password":"secret"},"both.test":{"username":"docker","password":"secret"}}}`)
 	write(t, filepath.Join(dir, "auth.json"), `{"auths":{"podman.test":{"username":"podman","password":"secret"},"both.test":{"username":"podman","password":"secret"}}}`)
 	for host, want := range map[string]string{
-		"ommx.test:5000": "ommx", "ommx.test": "", "docker.test": "docker", "podman.test": "podman", "both.test": "docker", "none.test": "",
+		"ommx.test:5000": "ommx", "ommx.test": "", "ommx.test:50001": "", "ommx.test:5000.evil.test": "", "x.ommx.test:5000": "", "docker.test": "docker", "podman.test": "podman", "both.test": "docker", "none.test": "",
 	} {
 		got, err := ocilocal.DefaultCredentials()(t.Context(), host, "org/x")
 		if err != nil || got.Username != want || got.Source == "" {

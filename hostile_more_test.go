@@ -430,10 +430,17 @@ func TestHeadLies(t *testing.T) {
 			}
 		})
 	}
-	// By digest, with other bytes under a right header.
-	v.on("/manifests/"+string(v.manifest.digest), body(append(bytes.Clone(v.manifest.body), ' '), "Content-Type", ocispec.MediaTypeImageManifest, "Docker-Content-Digest", string(v.manifest.digest)))
-	r := openRemote(t, nil)
-	_, err := r.Pull(t.Context(), v.ref("org/model@"+string(v.manifest.digest)), nil)
-	mustFail(t, err, ocilocal.ErrDigestMismatch)
-	nothingIn(t, r)
+	// By digest, with other bytes, whether the header says what was asked for or what they are.
+	others := append(bytes.Clone(v.manifest.body), ' ')
+	for _, header := range []digest.Digest{v.manifest.digest, digest.FromBytes(others)} {
+		v := newVictim(t)
+		v.on("/manifests/"+string(v.manifest.digest), body(others, "Content-Type", ocispec.MediaTypeImageManifest, "Docker-Content-Digest", string(header)))
+		remote := &ocilocal.Remote{}
+		_, err := remote.Manifest(t.Context(), v.ref("org/model@"+string(v.manifest.digest)))
+		mustFail(t, err, ocilocal.ErrDigestMismatch)
+		r := openRemote(t, remote)
+		_, err = r.Pull(t.Context(), v.ref("org/model@"+string(v.manifest.digest)), nil)
+		mustFail(t, err, ocilocal.ErrDigestMismatch)
+		nothingIn(t, r)
+	}
 }

@@ -91,6 +91,18 @@ func endless(header ...string) http.HandlerFunc {
 	}
 }
 
+// longError answers with 404 and a text that nobody wants to read to its end.
+func longError(w http.ResponseWriter, _ *http.Request) {
+	w.WriteHeader(404)
+	io.WriteString(w, `{"errors":[{"code":"LONG","message":"`)
+	block := bytes.Repeat([]byte("x"), 64<<10)
+	for range 1 << 10 {
+		if _, err := w.Write(block); err != nil {
+			return
+		}
+	}
+}
+
 func TestPullHostile(t *testing.T) {
 	const image = ocispec.MediaTypeImageManifest
 	type row struct {
@@ -125,10 +137,18 @@ func TestPullHostile(t *testing.T) {
 		"manifest's Content-Type lies": {manifest(func(v *victim) http.HandlerFunc {
 			return body(v.manifest.body, "Content-Type", ocispec.MediaTypeImageIndex)
 		}), ocilocal.ErrInvalidManifest, 1},
+		"child's Content-Type isn't its descriptor's": {func(v *victim) {
+			doc := strings.Replace(string(v.manifest.body), `"mediaType":"`+image+`",`, "", 1) // it doesn't say itself what it is
+			child := v.putRaw("org/model", "", image, []byte(doc))
+			v.putRaw("org/model", "v1", ocispec.MediaTypeImageIndex, fmt.Appendf(nil,
+				`{"schemaVersion":2,"mediaType":%q,"manifests":[{"mediaType":%q,"digest":%q,"size":%d}]}`, ocispec.MediaTypeImageIndex, image, child, len(doc)))
+			v.on("/manifests/"+string(child), body([]byte(doc), "Content-Type", ocilocal.MediaTypeDockerManifest))
+		}, ocilocal.ErrInvalidManifest, 1},
 		"manifest in gzip": {manifest(func(v *victim) http.HandlerFunc {
 			return body(v.manifest.body, "Content-Type", image, "Content-Encoding", "gzip")
 		}), ocilocal.ErrProtocol, 1},
 		"manifest not found":               {on("/manifests/v1", status(404)), ocilocal.ErrNotFound, 1},
+		"error of 64 MiB":                  {on("/manifests/v1", longError), ocilocal.ErrNotFound, 1},
 		"denied":                           {on("/manifests/v1", status(403)), ocilocal.ErrDenied, 1},
 		"unauthorized without a challenge": {on("/manifests/v1", status(401)), ocilocal.ErrUnauthorized, 1},
 		"unauthorized in an unknown way":   {on("/manifests/v1", status(401, "WWW-Authenticate", `Negotiate abc`)), ocilocal.ErrUnauthorized, 1},
@@ -281,21 +301,29 @@ func rest(b []byte) http.HandlerFunc {
 	}
 }
 
-// Whatever is cut is gone on with.
+// Whatever is cut is gone on with, and begun again where the server knows no ranges.
 func TestPullCutAnywhere(t *testing.T) {
 	for _, percent := range []int{0, 1, 50, 99} {
-		v := newVictim(t)
-		var times atomic.Int64
-		v.on(v.largeAt, func(w http.ResponseWriter, r *http.Request) {
-			if times.Add(1) == 1 {
-				cutAt(v.large, len(v.large)*percent/100)(w, r)
+		for _, ranges := range []bool{true, false} {
+			v := newVictim(t)
+			cut, want := len(v.large)*percent/100, 2+len(v.small)+len(v.large)
+			answer := rest(v.large)
+			if !ranges {
+				answer = body(v.large)
+				want += cut
 			}
-			rest(v.large)(w, r)
-		})
-		r := openRemote(t, nil)
-		got, err := r.Pull(t.Context(), v.ref("org/model:v1"), nil)
-		if err != nil || got.BytesReceived != int64(2+len(v.small)+len(v.large)) {
-			t.Errorf("%d %%: %+v, %v", percent, got, err)
+			var times atomic.Int64
+			v.on(v.largeAt, func(w http.ResponseWriter, r *http.Request) {
+				if times.Add(1) == 1 {
+					cutAt(v.large, cut)(w, r)
+				}
+				answer(w, r)
+			})
+			r := openRemote(t, nil)
+			got, err := r.Pull(t.Context(), v.ref("org/model:v1"), nil)
+			if err != nil || got.BytesReceived != int64(want) || times.Load() != 2 {
+				t.Errorf("%d %%, ranges %v: %+v, %v", percent, ranges, got, err)
+			}
 		}
 	}
 }

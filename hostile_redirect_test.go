@@ -2,6 +2,7 @@ package ocilocal_test
 
 import (
 	"fmt"
+	"io"
 	"net/http"
 	"path"
 	"slices"
@@ -161,4 +162,45 @@ func hops(n int) redirects {
 	}
 	m[fmt.Sprint("/", n-1)] = "https://cdn.test/blob"
 	return m
+}
+
+// TestHostileRedirectedBodies: what has a body, or deletes, is never sent on to another
+// host, with a credential or without, whatever the redirect is called.
+func TestHostileRedirectedBodies(t *testing.T) {
+	for _, method := range []string{"POST", "PATCH", "PUT", "DELETE"} {
+		for _, code := range []int{301, 302, 303, 307, 308} {
+			t.Run(fmt.Sprint(method, " ", code), func(t *testing.T) {
+				in := newInternet(t)
+				s := in.registry("https://registry.test", "203.0.113.1")
+				s.user, s.password = "me", secretPassword
+				evil := in.site("https://evil.test", "203.0.113.2", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+					io.Copy(io.Discard, r.Body)
+					w.WriteHeader(201)
+				}))
+				s.override = func(w http.ResponseWriter, r *http.Request) bool {
+					if r.Method != method || r.Header.Get("Authorization") == "" {
+						return false
+					}
+					w.Header().Set("Location", "https://evil.test/x")
+					w.WriteHeader(code)
+					return true
+				}
+				remote := in.remote(s.host, ocilocal.Credential{Username: "me", Password: secretPassword})
+				var err error
+				if method == "DELETE" {
+					err = remote.Delete(t.Context(), s.ref("org/model:v1"))
+				} else {
+					r := openRemote(t, remote)
+					pushed(t, r, s.ref("org/model:v1"), nil, nil, noise(1, 300_000))
+					_, err = r.Push(t.Context(), s.ref("org/model:v1"), &ocilocal.PushOptions{ChunkSize: 100_000})
+				}
+				in.quiet(err)
+				in.noSecretSeen(registrySite)
+				mustFail(t, err, ocilocal.ErrProtocol)
+				if n := len(evil.asked()); n > 0 {
+					t.Errorf("evil.test was asked %d times", n)
+				}
+			})
+		}
+	}
 }

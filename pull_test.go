@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"os"
 	"path"
 	"testing"
 	"time"
@@ -190,6 +191,29 @@ func TestPullIndex(t *testing.T) {
 	o.As = ocilocal.MustParseReference("example.com/amd:v1")
 	if got, err = r.Pull(t.Context(), pinned, o); err != nil || got.Artifact.Digest() != amd || got.Artifact.Reference() != o.As {
 		t.Errorf("%+v, %v", got, err)
+	}
+}
+
+// A ref that is here, and isn't whole, is made whole: of its blobs, only those that are missing are fetched.
+func TestPullMakesWhole(t *testing.T) {
+	s := newServer(t)
+	s.put(t, "org/model", "v1", noise(1, 100), noise(2, 3<<20))
+	r := openRemote(t, nil)
+	if _, err := r.Pull(t.Context(), s.ref("org/model:v1"), nil); err != nil {
+		t.Fatal(err)
+	}
+	for _, check := range []bool{false, true} {
+		if err := os.Remove(blobFile(r, digest.FromBytes(noise(1, 100)))); err != nil {
+			t.Fatal(err)
+		}
+		s.forget()
+		got, err := r.Pull(t.Context(), s.ref("org/model:v1"), &ocilocal.PullOptions{Check: check})
+		if err != nil || got.Update.Outcome != ocilocal.Unchanged || s.served() != 100 {
+			t.Errorf("%v: %+v, %v, %d bytes", check, got, err, s.served())
+		}
+		if found := problems(t, r, nil, nil); len(found) > 0 {
+			t.Errorf("%q", found)
+		}
 	}
 }
 

@@ -125,9 +125,17 @@ func TestPushArtifactManifestRefused(t *testing.T) {
 }
 
 func TestPushReferrers(t *testing.T) {
-	for _, api := range []bool{true, false} {
+	for _, api := range []int{200, 404, 405} { // what its referrers API answers
 		s := newServer(t)
-		s.noReferrers = !api
+		s.noReferrers = api != 200
+		s.pageSize = 1
+		s.override = func(w http.ResponseWriter, r *http.Request) bool {
+			if api != 405 || !strings.Contains(r.URL.Path, "/referrers/") {
+				return false
+			}
+			fail(w, 405, "UNSUPPORTED")
+			return true
+		}
 		remote := &ocilocal.Remote{}
 		r := openRemote(t, remote)
 		subject := pushed(t, r, s.ref("org/model:v1"), nil, nil, noise(1, 10))
@@ -153,11 +161,11 @@ func TestPushReferrers(t *testing.T) {
 			return got
 		}
 		if got := list(testType + "b"); !slices.Equal(got, want[1:]) {
-			t.Errorf("api %v: %v", api, got)
+			t.Errorf("%d: %v", api, got)
 		}
 		slices.Sort(want)
 		if got := list(""); !slices.Equal(got, want) {
-			t.Errorf("api %v: %v, want %v", api, got, want)
+			t.Errorf("%d: %v, want %v", api, got, want)
 		}
 	}
 }
@@ -192,6 +200,21 @@ func TestRemoteLists(t *testing.T) {
 	}
 	if _, err := r.Resolve(t.Context(), s.ref("org/model:v1")); !errors.Is(err, ocilocal.ErrNotFound) {
 		t.Error(err)
+	}
+}
+
+// What a registry answers to DELETE is told apart: some delete nothing, or no tags.
+func TestRemoteDelete(t *testing.T) {
+	for code, want := range map[int]error{
+		200: nil, 202: nil, 204: nil, 400: errors.ErrUnsupported, 403: ocilocal.ErrDenied, 404: ocilocal.ErrNotFound, 405: errors.ErrUnsupported,
+	} {
+		v := newVictim(t)
+		v.onMethod("DELETE", "/manifests/v1", status(code))
+		remote := &ocilocal.Remote{Retry: quick}
+		defer remote.CloseIdleConnections()
+		if err := remote.Delete(t.Context(), v.ref("org/model:v1")); !errors.Is(err, want) || v.tries.Load() != 1 {
+			t.Errorf("%d: %v", code, err)
+		}
 	}
 }
 

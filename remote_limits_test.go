@@ -420,19 +420,48 @@ func TestEndIsPrompt(t *testing.T) {
 	}
 }
 
+// TestPlainHTTP: without being told otherwise, only loopback is spoken to without TLS.
+func TestPlainHTTP(t *testing.T) {
+	for host, want := range map[string]string{
+		"localhost": "http://localhost", "localhost:5000": "http://localhost:5000", "127.0.0.1:5000": "http://127.0.0.1:5000", "127.8.9.1:5000": "http://127.8.9.1:5000",
+		"[::1]:5000": "http://[::1]:5000", "[2001:db8::1]:5000": "https://[2001:db8::1]:5000", "10.0.0.1": "https://10.0.0.1", "192.0.2.1:5000": "https://192.0.2.1:5000",
+		"localhost.test": "https://localhost.test", "127.0.0.1.test": "https://127.0.0.1.test", "docker.io": "https://registry-1.docker.io",
+	} {
+		asked := ""
+		remote := &ocilocal.Remote{Retry: quick, Client: &http.Client{Transport: roundTripFunc(func(r *http.Request) (*http.Response, error) {
+			asked = r.URL.Scheme + "://" + r.URL.Host
+			return &http.Response{StatusCode: 404, Body: http.NoBody, Request: r}, nil
+		})}}
+		_, err := remote.Resolve(t.Context(), ocilocal.MustParseReference(host+"/org/model:v1"))
+		mustFail(t, err, ocilocal.ErrNotFound)
+		if asked != want {
+			t.Errorf("%s: %s, want %s", host, asked, want)
+		}
+	}
+}
+
 // TestWarnOnce: each warning of a registry is told once, fit for a terminal; others' are not.
 func TestWarnOnce(t *testing.T) {
 	in := newInternet(t)
 	s := in.registry("https://registry.test", "203.0.113.1")
 	s.user, s.password = "me", secretPassword
 	s.put(t, "org/model", "v1", noise(1, 100))
+	in.site("https://cdn.test", "203.0.113.2", http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Warning", `299 - "this is not the registry"`)
+		w.Write(noise(1, 100))
+	}))
+	s.sendOn("https://cdn.test/blob")
+	sendOn := s.override
 	s.override = func(w http.ResponseWriter, r *http.Request) bool {
+		if sendOn(w, r) {
+			return true
+		}
 		w.Header()["Warning"] = []string{`299 - "be warned"`, `299 - "` + r.Header.Get("Authorization") + ` \u009b` + "\u009b" + `"`, `199 - "not this"`, `299 other "nor this"`, `299 - "` + strings.Repeat("x", 1000), "299 - \"be warned\""}
 		return false
 	}
 	remote := in.remote(s.host, ocilocal.Credential{Username: "me", Password: secretPassword})
 	for range 3 {
-		if _, err := remote.Manifest(t.Context(), s.ref("org/model:v1")); err != nil {
+		if _, err := openRemote(t, remote).Pull(t.Context(), s.ref("org/model:v1"), nil); err != nil {
 			t.Fatal(err)
 		}
 	}

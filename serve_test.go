@@ -352,7 +352,11 @@ func (s *server) referrers(w http.ResponseWriter, r *http.Request, repo, subject
 	for _, key := range slices.Sorted(maps.Keys(s.manifests[repo])) {
 		sm := s.manifests[repo][key]
 		m, _ := ocilocal.ParseManifest(sm.mediaType, sm.body)
-		if got, ok := m.Subject(); ok && string(got.Digest) == subject && key == string(sm.digest) {
+		if got, ok := m.Subject(); ok && string(got.Digest) == subject && key == string(sm.digest) && key > r.URL.Query().Get("last") {
+			if n := len(doc.Manifests); n == s.pageSize {
+				w.Header().Set("Link", fmt.Sprintf(`<?last=%s>; rel="next"`, doc.Manifests[n-1].Digest))
+				break
+			}
 			d := m.Descriptor()
 			d.Annotations = m.Annotations()
 			doc.Manifests = append(doc.Manifests, d)
