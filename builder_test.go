@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"io/fs"
+	"os"
 	"strings"
 	"testing"
 
@@ -188,6 +189,45 @@ func TestRefsPages(t *testing.T) {
 		}
 		if strings.Join(got, " ") != strings.Join(c.want, " ") {
 			t.Errorf("%s: %q, want %q", name, got, c.want)
+		}
+	}
+}
+
+// TestManifestReadOnce: copies of an artifact share the manifest once it is read, whatever becomes
+// of the file; a read that failed is tried again.
+func TestManifestReadOnce(t *testing.T) {
+	ctx := t.Context()
+	r := openTemp(t, nil)
+	made, _ := oneLayer(t, r, newRef, []byte("body"))
+	a, err := r.Load(ctx, made.Reference())
+	if err != nil {
+		t.Fatal(err)
+	}
+	early := *a // before anything is read
+	file := blobFile(r, a.Digest())
+	good, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	rewrite(t, file, flipBit)
+	if _, err := a.Manifest(ctx); !errors.Is(err, ocilocal.ErrDigestMismatch) {
+		t.Errorf("of a damaged file: %v", err)
+	}
+	rewrite(t, file, func([]byte) []byte { return good })
+	m, err := a.Manifest(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Remove(file); err != nil {
+		t.Fatal(err)
+	}
+	late := *a
+	for _, a := range []*ocilocal.LocalArtifact{a, &early, &late} {
+		if again, err := a.Manifest(ctx); again != m || err != nil {
+			t.Errorf("another read, or none: %v", err)
+		}
+		if layers, err := a.Layers(ctx); len(layers) != 1 || err != nil {
+			t.Error(layers, err)
 		}
 	}
 }

@@ -4,6 +4,9 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"io"
+	"os"
+	"slices"
 	"strings"
 	"testing"
 
@@ -117,5 +120,54 @@ func TestTwoMediaTypes(t *testing.T) {
 	}
 	if found := problems(t, r, nil, nil); n != 2 || len(found) != 0 {
 		t.Errorf("%d refs, %q", n, found)
+	}
+}
+
+// TestPartMissing takes one file after another away from an image index that a ref points at.
+// No other name is given to it then, it doesn't go out, verification names what is missing, and a
+// collection goes on without deleting what may be needed.
+func TestPartMissing(t *testing.T) {
+	manifest, config := image("layer")
+	top := imageIndex(imageType, manifest)
+	for name, part := range map[string]string{"index": top, "manifest": manifest, "config": config, "layer": "layer"} {
+		t.Run(name, func(t *testing.T) {
+			r := openTemp(t, nil)
+			if _, err := r.ImportArchive(t.Context(), bytes.NewReader(archiveOf(t, ocispec.MediaTypeImageIndex, top, manifest, config, "layer")), nil); err != nil {
+				t.Fatal(err)
+			}
+			child(t, r, keptRef, ocilocal.BuilderOptions{}, nil, nil, "kept")
+			missing := digest.FromString(part)
+			if err := os.Remove(blobFile(r, missing)); err != nil {
+				t.Fatal(err)
+			}
+			u, err := r.Tag(t.Context(), digest.FromString(top), ocilocal.MustParseReference(movedRef), nil)
+			if !errors.Is(err, ocilocal.ErrIncomplete) || u.Outcome != 0 {
+				t.Errorf("Tag: %+v, %v, want %v", u, err, ocilocal.ErrIncomplete)
+			}
+			if ok, err := r.Exists(t.Context(), ocilocal.MustParseReference(movedRef)); ok || err != nil {
+				t.Errorf("a name for what is incomplete: %v, %v", ok, err)
+			}
+			if err := r.ExportArchive(t.Context(), io.Discard, []ocilocal.Reference{ocilocal.MustParseReference(newRef)}, nil); !errors.Is(err, ocilocal.ErrNotFound) {
+				t.Errorf("ExportArchive: %v, want %v", err, ocilocal.ErrNotFound)
+			}
+			var found []digest.Digest
+			for p, err := range r.Verify(t.Context(), nil) {
+				if err != nil || p.Kind != ocilocal.ProblemMissing {
+					t.Errorf("Verify: %v, %v", p, err)
+				}
+				found = append(found, p.Digest)
+			}
+			if !slices.Equal(found, []digest.Digest{missing}) {
+				t.Errorf("Verify finds %v, want %v missing", found, missing)
+			}
+			before := blobNames(t, r)
+			report, err := r.GC(t.Context(), atOnce)
+			if isManifest := part == top || part == manifest; isManifest != errors.Is(err, ocilocal.ErrUnsafe) || !isManifest && err != nil {
+				t.Errorf("GC: %v", err)
+			}
+			if !slices.Equal(report.Missing, []digest.Digest{missing}) || !slices.Equal(before, blobNames(t, r)) {
+				t.Errorf("GC: %+v; blobs before %v, after %v", report, before, blobNames(t, r))
+			}
+		})
 	}
 }

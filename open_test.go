@@ -31,6 +31,27 @@ func TestDefaultRoot(t *testing.T) {
 	if got, err := ocilocal.DefaultRoot(); got != "/somewhere" || err != nil {
 		t.Error(got, err)
 	}
+	t.Setenv("OCILOCAL_ROOT", "")
+	t.Setenv("HOME", filepath.FromSlash("/home/somebody"))
+	switch runtime.GOOS {
+	case "windows", "darwin":
+		return
+	}
+	for xdg, want := range map[string]string{
+		"/data":    "/data/ocilocal",
+		"":         "/home/somebody/.local/share/ocilocal",
+		"relative": "/home/somebody/.local/share/ocilocal", // the specification says to ignore it
+	} {
+		t.Setenv("XDG_DATA_HOME", xdg)
+		if got, err := ocilocal.DefaultRoot(); got != want || err != nil {
+			t.Errorf("XDG_DATA_HOME=%q: %q, %v, want %q", xdg, got, err, want)
+		}
+	}
+	t.Setenv("XDG_DATA_HOME", "")
+	t.Setenv("HOME", "")
+	if got, err := ocilocal.DefaultRoot(); err == nil {
+		t.Errorf("without a home: %q", got)
+	}
 }
 
 func TestDigestReferences(t *testing.T) {

@@ -313,3 +313,75 @@ func TestFailedDirectorySync(t *testing.T) {
 	mustClose(t, b)
 	checkStore(t, root, model{newRef: {"label"}})
 }
+
+// TestDurableRoot: before a new root's index gets its name, the entries of the root, and of
+// each directory that was made on the way there, are synced. One that was there already
+// may have been made by a process that was killed before it came to that.
+func TestDurableRoot(t *testing.T) {
+	if runtime.GOOS == "windows" {
+		t.Skip("a directory isn't synced there")
+	}
+	for name, made := range map[string][]string{"made": {"a", "a/b", "a/b/root"}, "there": {"."}} {
+		t.Run(name, func(t *testing.T) {
+			top := t.TempDir()
+			rec := &record{}
+			r, err := ocilocal.OpenFaulty(t.Context(), filepath.Join(top, made[len(made)-1]), rec.fault)
+			if err != nil {
+				t.Fatal(err)
+			}
+			mustClose(t, r)
+			named := slices.Index(rec.ops, "link index.sqlite3")
+			for _, dir := range made {
+				dir = filepath.Join(top, dir)
+				at, synced := slices.Index(rec.ops, "mkdir "+dir), false // −1: it was there
+				for i := at + 1; i < named; i++ {
+					synced = synced || rec.ops[i] == "open "+filepath.Dir(dir) && rec.ops[i+1] == "fsyncdir ."
+				}
+				if !synced || (at >= 0) != (name == "made") {
+					t.Errorf("%s: made at %d, its entry synced before %d: %v\n%s", dir, at, named, synced, strings.Join(rec.ops, "\n"))
+				}
+			}
+			for _, dir := range []string{"blobs", "tmp"} {
+				if made := slices.Index(rec.ops, "mkdir "+dir); made < 0 || rec.last("fsyncdir .", named) < made {
+					t.Errorf("%s: made at %d, its entry not synced before %d", dir, made, named)
+				}
+			}
+			if !slices.Contains(rec.ops[named:], "fsyncdir .") {
+				t.Error("the name of the index isn't synced")
+			}
+		})
+	}
+}
+
+// TestDurableNameOfAnother: between a publisher's look and its link, another one links the same
+// bytes. That they are on the disk, with their name, only a sync of its own says.
+func TestDurableNameOfAnother(t *testing.T) {
+	if runtime.GOOS == "windows" {
+		t.Skip("a directory isn't synced there")
+	}
+	root, a, b := twoHandles(t)
+	blob := "blobs/sha256/" + inBoth.Encoded()
+	rec, once := &record{}, sync.Once{}
+	ocilocal.SetFault(a, func(op, name string) error {
+		rec.fault(op, name)
+		if op+" "+name == "link "+blob {
+			once.Do(func() {
+				if err := publishing(b, keptRef, "b", ocilocal.KeepExisting)(); err != nil {
+					t.Error(err)
+				}
+			})
+		}
+		return nil
+	})
+	if err := publishing(a, newRef, "a", ocilocal.KeepExisting)(); err != nil {
+		t.Fatal(err)
+	}
+	commit := slices.Index(rec.ops, inTransaction)
+	link := rec.last("link "+blob, commit)
+	if synced := rec.last("fsync "+blob, commit); link < 0 || synced < link || rec.last("fsyncdir blobs/sha256", commit) < synced {
+		t.Errorf("link at %d, sync of the other's file at %d, transaction at %d\n%s", link, synced, commit, strings.Join(rec.ops, "\n"))
+	}
+	mustClose(t, a)
+	mustClose(t, b)
+	checkStore(t, root, model{keptRef: {"b"}, newRef: {"a"}})
+}
