@@ -59,13 +59,13 @@ type Remote struct {
 	// Progress is told how far blobs are, by one goroutine at a time, at most once for each
 	// MiB and at the end of each blob, and not after the call has returned. It must not block. Nil means nobody is.
 	Progress func(Progress)
-	// Warn is told each distinct warning of a registry once (distribution-spec, "Warnings").
-	// It must not block. Nil discards them.
+	// Warn is told each distinct warning of a registry once (distribution-spec, "Warnings"),
+	// by one goroutine at a time. It must not block. Nil discards them.
 	Warn func(host, text string)
 	// UserAgent is sent to registries. Empty means "ocilocal".
 	UserAgent string
 
-	progress sync.Mutex // held while Progress is called
+	telling sync.Mutex // held while Progress or Warn is called
 
 	mu     sync.Mutex // guards what follows
 	client *http.Client
@@ -127,8 +127,8 @@ func (r *Remote) meter(at Progress) meter {
 				return
 			}
 			told, ended = at.Done, end
-			r.progress.Lock()
-			defer r.progress.Unlock()
+			r.telling.Lock()
+			defer r.telling.Unlock()
 			r.Progress(at)
 		}
 	}
@@ -309,7 +309,9 @@ func (r *Remote) warn(host string, header http.Header, secrets []string) {
 		}
 		r.mu.Unlock()
 		if !seen {
+			r.telling.Lock()
 			r.Warn(host, text)
+			r.telling.Unlock()
 		}
 	}
 }

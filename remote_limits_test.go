@@ -15,6 +15,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -29,20 +30,26 @@ func TestHelperHangs(t *testing.T) {
 		t.Skip("helpers are shell scripts here")
 	}
 	dir := t.TempDir()
-	fifo := filepath.Join(dir, "fifo")
-	if out, err := exec.Command("mkfifo", fifo).CombinedOutput(); err != nil {
-		t.Fatalf("%s, %v", out, err)
-	}
 	t.Setenv("PATH", dir+string(os.PathListSeparator)+os.Getenv("PATH"))
-	for name, script := range map[string]string{
-		"hangs":  `exec cat "` + fifo + `"`,
-		"parent": `cat "` + fifo + `"; exit 1`,
-		"deaf":   `trap "" TERM INT HUP PIPE; cat "` + fifo + `" >/dev/null; while :; do read x; done`,
-	} {
-		write(t, filepath.Join(dir, "docker-credential-"+name), "#!/bin/sh\n"+script+"\n")
-		if err := os.Chmod(filepath.Join(dir, "docker-credential-"+name), 0o700); err != nil {
+	// helper makes a helper that reads a FIFO of its own.
+	helper := func(name, script string) (fifo string) {
+		fifo = filepath.Join(dir, name+".fifo")
+		if out, err := exec.Command("mkfifo", fifo).CombinedOutput(); err != nil {
+			t.Fatalf("%s, %v", out, err)
+		}
+		program := filepath.Join(dir, "docker-credential-"+name)
+		write(t, program, "#!/bin/sh\n"+strings.ReplaceAll(script, "FIFO", `"`+fifo+`"`)+"\n")
+		if err := os.Chmod(program, 0o700); err != nil {
 			t.Fatal(err)
 		}
+		return fifo
+	}
+	for name, script := range map[string]string{
+		"hangs":  `exec cat FIFO`,
+		"parent": `cat FIFO; exit 1`,
+		"deaf":   `trap "" TERM INT HUP PIPE; cat FIFO >/dev/null; while :; do read x; done`,
+	} {
+		fifo := helper(name, script)
 		t.Run(name, func(t *testing.T) {
 			ctx, cancel := context.WithCancel(t.Context())
 			defer cancel()
@@ -66,18 +73,25 @@ func TestHelperHangs(t *testing.T) {
 		})
 	}
 	t.Run("limit", func(t *testing.T) {
+		fifo := helper("limit", `exec cat FIFO`)
 		w := make(chan *os.File, 1)
 		go func() {
-			f, _ := os.OpenFile(fifo, os.O_WRONLY, 0)
+			f, _ := os.OpenFile(fifo, os.O_WRONLY, 0) // returns when somebody reads
 			w <- f
 		}()
 		began := time.Now()
-		c, err := ocilocal.AskHelper(t.Context(), "hangs", "r.test", 200*time.Millisecond)
+		c, err := ocilocal.AskHelper(t.Context(), "limit", "r.test", 200*time.Millisecond)
 		if err == nil || time.Since(began) > 5*time.Second || !strings.Contains(err.Error(), "no answer after 200ms") || c != (ocilocal.Credential{}) {
 			t.Errorf("%v, %v", c, err)
 		}
+		// The helper may have ended before it came to reading.
+		r, err := os.OpenFile(fifo, os.O_RDONLY|syscall.O_NONBLOCK, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
 		f := <-w
 		defer f.Close()
+		r.Close()
 		if _, err := f.Write([]byte("x")); err == nil {
 			t.Error("the helper still reads")
 		}
@@ -478,6 +492,44 @@ func TestWarnOnce(t *testing.T) {
 	}
 	if !want["registry.test be warned"] || len(want) != 3 {
 		t.Errorf("%q", in.warnings)
+	}
+}
+
+// Of several requests at once, one tells its warnings at a time.
+func TestWarnOneAtATime(t *testing.T) {
+	s := newServer(t)
+	const requests = 8
+	var all sync.WaitGroup // nobody is answered before all have asked
+	all.Add(requests)
+	s.override = func(w http.ResponseWriter, r *http.Request) bool {
+		w.Header().Set("Warning", `299 - "`+r.URL.Path+`"`)
+		all.Done()
+		all.Wait()
+		return false
+	}
+	var inside, calls atomic.Int64
+	remote := &ocilocal.Remote{Warn: func(string, string) {
+		if inside.Add(1) != 1 {
+			t.Error("called by two at a time")
+		}
+		defer inside.Add(-1)
+		for range 1000 { // time for others to come
+			runtime.Gosched()
+		}
+		calls.Add(1)
+	}}
+	defer remote.CloseIdleConnections()
+	var wg sync.WaitGroup
+	for i := range requests {
+		wg.Go(func() {
+			if _, err := remote.Manifest(t.Context(), s.ref(fmt.Sprintf("org/model:v%d", i))); !errors.Is(err, ocilocal.ErrNotFound) {
+				t.Error(err)
+			}
+		})
+	}
+	wg.Wait()
+	if calls.Load() != requests {
+		t.Errorf("%d calls", calls.Load())
 	}
 }
 
