@@ -170,6 +170,53 @@ func TestPushReferrers(t *testing.T) {
 	}
 }
 
+// A manifest that is deleted is no longer listed as a referrer, and others still are.
+func TestDeleteReferrer(t *testing.T) {
+	for _, api := range []bool{true, false} {
+		s := newServer(t)
+		s.noReferrers = !api
+		remote := &ocilocal.Remote{}
+		r := openRemote(t, remote)
+		subject := pushed(t, r, s.ref("org/model:v1"), nil, nil, noise(1, 10))
+		var all []*ocilocal.LocalArtifact
+		for i, tag := range []string{"a", "b"} {
+			a := pushed(t, r, s.ref("org/model:"+tag), nil, descOf(subject), noise(byte(i+2), 10))
+			if _, err := r.Push(t.Context(), a.Reference(), nil); err != nil {
+				t.Fatal(err)
+			}
+			all = append(all, a)
+		}
+		of := s.ref("org/model@" + string(subject.Digest()))
+		for left := len(all); left > 0; left-- {
+			a := all[left-1]
+			// A tag is not the manifest.
+			if err := remote.Delete(t.Context(), a.Reference()); err != nil {
+				t.Fatal(err)
+			}
+			for _, want := range []int{left, left - 1} {
+				n := 0
+				for d, err := range remote.Referrers(t.Context(), of, "") {
+					if n++; err != nil || !slices.ContainsFunc(all[:want], func(a *ocilocal.LocalArtifact) bool { return a.Digest() == d.Digest }) {
+						t.Errorf("api %v: %v, %v", api, d, err)
+					}
+				}
+				if n != want {
+					t.Errorf("api %v: %d referrers, want %d", api, n, want)
+				}
+				if want == left {
+					if err := remote.Delete(t.Context(), s.ref("org/model@"+string(a.Digest()))); err != nil {
+						t.Fatal(err)
+					}
+				}
+			}
+		}
+		// Where there is the API, no list is kept.
+		if n := len(s.requests("PUT /v2/org/model/manifests/sha256-")); api != (n == 0) {
+			t.Errorf("api %v: %d lists written", api, n)
+		}
+	}
+}
+
 func TestRemoteLists(t *testing.T) {
 	s := newServer(t)
 	s.pageSize = 2

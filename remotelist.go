@@ -40,7 +40,8 @@ func (r *Remote) Manifest(ctx context.Context, ref Reference) (*Manifest, error)
 }
 
 // Delete deletes a tag, or, if ref has a digest, a manifest with all tags that point at
-// it. Registries may refuse either: [errors.ErrUnsupported].
+// it. A manifest with a subject is taken out of the subject's referrers tag if the registry
+// has no referrers API. Registries may refuse either: [errors.ErrUnsupported].
 func (r *Remote) Delete(ctx context.Context, ref Reference) error {
 	p, err := r.repo(ref)
 	if err == nil {
@@ -50,6 +51,12 @@ func (r *Remote) Delete(ctx context.Context, ref Reference) error {
 }
 
 func (p *remoteRepo) delete(ctx context.Context, reference string) error {
+	var subject *ocispec.Descriptor
+	if checkDigest(digest.Digest(reference)) == nil {
+		if m, err := p.manifest(ctx, reference, ""); err == nil { // else the answer to DELETE is what counts
+			subject = m.doc.Subject
+		}
+	}
 	res, err := p.do(ctx, &remoteCall{
 		method: http.MethodDelete, url: p.url("manifests", reference), actions: []string{"delete"},
 		ok: []int{http.StatusAccepted, http.StatusOK, http.StatusNoContent},
@@ -57,10 +64,17 @@ func (p *remoteRepo) delete(ctx context.Context, reference string) error {
 	if e, ok := errors.AsType[*RemoteError](err); ok && e.Status == http.StatusBadRequest {
 		e.Err = fmt.Errorf("%w: %w", errors.ErrUnsupported, e.Err)
 	}
-	if err == nil {
-		res.Body.Close()
+	if err != nil {
+		return err
 	}
-	return err
+	res.Body.Close()
+	if subject == nil {
+		return nil
+	}
+	if err := p.removeReferrer(ctx, subject.Digest, digest.Digest(reference)); err != nil {
+		return fmt.Errorf("manifest %s is deleted, but maybe still listed as a referrer of %s: %w", reference, subject.Digest, err)
+	}
+	return nil
 }
 
 // reference is what stands behind manifests/: the digest, or else the tag.

@@ -73,9 +73,31 @@ func explainManifest(m *Manifest, err error) error {
 	return err
 }
 
-// addReferrer lists m in the referrers tag of its subject, unless it is there. One
-// goroutine of a host does so at a time; others are noticed if the registry gives ETags.
+// addReferrer lists m in the referrers tag of its subject, unless it is there.
 func (p *remoteRepo) addReferrer(ctx context.Context, subject digest.Digest, m *Manifest) error {
+	return p.changeReferrers(ctx, subject, func(list *Manifest) (*Manifest, error) { return withReferrer(list, m) })
+}
+
+// removeReferrer takes d out of the referrers tag of its subject, unless the registry has the referrers API
+// (distribution-spec, "Deleting Manifests").
+func (p *remoteRepo) removeReferrer(ctx context.Context, subject, d digest.Digest) error {
+	res, err := p.do(ctx, &remoteCall{
+		method: http.MethodGet, url: p.url("referrers", string(subject)), header: http.Header{"Accept": {ocispec.MediaTypeImageIndex}},
+		actions: []string{"pull"}, ok: []int{http.StatusOK, http.StatusNotFound, http.StatusMethodNotAllowed},
+	})
+	if err != nil {
+		return err
+	}
+	res.Body.Close()
+	if res.StatusCode == http.StatusOK {
+		return nil
+	}
+	return p.changeReferrers(ctx, subject, func(list *Manifest) (*Manifest, error) { return withoutReferrer(list, d) })
+}
+
+// changeReferrers writes what change makes of the referrers tag, unless that is nil. One
+// goroutine of a host does so at a time; others are noticed if the registry gives ETags.
+func (p *remoteRepo) changeReferrers(ctx context.Context, subject digest.Digest, change func(*Manifest) (*Manifest, error)) error {
 	select {
 	case p.host.referrers <- struct{}{}:
 		defer func() { <-p.host.referrers }()
@@ -87,7 +109,7 @@ func (p *remoteRepo) addReferrer(ctx context.Context, subject digest.Digest, m *
 		if err != nil {
 			return err
 		}
-		list, err := withReferrer(old, m)
+		list, err := change(old)
 		if err != nil || list == nil {
 			return err
 		}
@@ -106,20 +128,38 @@ func (p *remoteRepo) addReferrer(ctx context.Context, subject digest.Digest, m *
 // withReferrer returns the list with m in it, nil if it is there already.
 func withReferrer(list, m *Manifest) (*Manifest, error) {
 	desc := m.Descriptor()
-	doc := ocispec.Index{MediaType: ocispec.MediaTypeImageIndex, Manifests: []ocispec.Descriptor{}}
-	doc.SchemaVersion = 2
+	var others []ocispec.Descriptor
 	if list != nil {
-		for _, d := range list.doc.Manifests {
-			if d.Digest == desc.Digest {
-				return nil, nil
-			}
-		}
-		doc.Manifests, doc.Annotations = list.doc.Manifests, list.doc.Annotations
+		others = list.doc.Manifests
 	}
-	doc.Manifests = append(slices.Clip(doc.Manifests), ocispec.Descriptor{
+	if slices.ContainsFunc(others, func(d ocispec.Descriptor) bool { return d.Digest == desc.Digest }) {
+		return nil, nil
+	}
+	return referrersList(list, append(slices.Clip(others), ocispec.Descriptor{
 		MediaType: desc.MediaType, Digest: desc.Digest, Size: desc.Size,
 		ArtifactType: m.ArtifactType(), Annotations: m.doc.Annotations,
-	})
+	}))
+}
+
+// withoutReferrer returns the list without a manifest, nil if that isn't in it.
+func withoutReferrer(list *Manifest, gone digest.Digest) (*Manifest, error) {
+	if list == nil {
+		return nil, nil
+	}
+	others := slices.DeleteFunc(slices.Clone(list.doc.Manifests), func(d ocispec.Descriptor) bool { return d.Digest == gone })
+	if len(others) == len(list.doc.Manifests) {
+		return nil, nil
+	}
+	return referrersList(list, others)
+}
+
+// referrersList returns a list like old, nil for none, of other manifests.
+func referrersList(old *Manifest, manifests []ocispec.Descriptor) (*Manifest, error) {
+	doc := ocispec.Index{MediaType: ocispec.MediaTypeImageIndex, Manifests: manifests}
+	doc.SchemaVersion = 2
+	if old != nil {
+		doc.Annotations = old.doc.Annotations
+	}
 	raw, err := json.Marshal(doc)
 	if err != nil {
 		return nil, err
