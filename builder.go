@@ -8,6 +8,7 @@ import (
 	"maps"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 
 	"github.com/opencontainers/go-digest"
@@ -43,7 +44,7 @@ type Builder struct {
 // NewBuilder starts an artifact that will be published as ref. The caller ends
 // it with Build, or else with Cancel, which is fit for defer.
 // Errors: [ErrInvalidReference] for a zero ref or one with a digest, which can't be
-// known yet; [ErrReadOnly], [ErrClosed], [ErrInvalidArgument].
+// known yet; [ErrInvalidArgument] for an artifact type that is no media type; [ErrReadOnly], [ErrClosed].
 func (r *LocalRegistry) NewBuilder(ref Reference, opts *BuilderOptions) (*Builder, error) {
 	b, err := r.newBuilder(ref, opts)
 	return b, opError("start build of", ref.String(), "", err)
@@ -72,6 +73,11 @@ func (r *LocalRegistry) newBuilder(ref Reference, opts *BuilderOptions) (*Builde
 		return nil, fmt.Errorf("%w: it is empty", ErrInvalidReference)
 	case ref.Digest() != "":
 		return nil, fmt.Errorf("%w: a digest can't be chosen for what is yet to be built", ErrInvalidReference)
+	}
+	if t := b.opts.ArtifactType; t != "" {
+		if err := checkTypeName("artifact type", t); err != nil {
+			return nil, err
+		}
 	}
 	b.spec.artifactType = b.opts.ArtifactType
 	b.stage = r.blobs.newStage()
@@ -106,8 +112,8 @@ func (r *LocalRegistry) NewGitHubBuilder(org, repo, name, tag string, opts *Buil
 // AddLayer copies src to its end into a new layer and returns its descriptor.
 // annotations may be nil. Memory doesn't grow with the layer.
 // After an error the builder has no such layer and is otherwise as it was.
-// Errors: [ErrClosed] after Build or Cancel, [ErrInvalidArgument] for a bad
-// media type, ctx's, src's, and the file system's.
+// Errors: [ErrClosed] after Build or Cancel, [ErrInvalidArgument] for a media type that
+// is not type/subtype as RFC 6838 has it or annotations that aren't UTF-8, ctx's, src's, and the file system's.
 func (b *Builder) AddLayer(ctx context.Context, mediaType string, src io.Reader, annotations map[string]string) (ocispec.Descriptor, error) {
 	return b.addLayer(ctx, mediaType, annotations, func() (digest.Digest, int64, error) {
 		return b.stage.put(ctx, src, digest.SHA256, "", -1)
@@ -140,7 +146,36 @@ func (b *Builder) AddLayerFile(ctx context.Context, mediaType, path string, anno
 	})
 }
 
+// AddExistingLayer adds a layer that the registry has already, such as one of another artifact, with the
+// media type and annotations that desc has. Its bytes are verified, not copied, and stay until
+// Build or Cancel, whatever is removed or collected meanwhile.
+//
+// Errors: [ErrNotFound] if there is no such blob; [ErrDigestMismatch] or [ErrSizeMismatch] if it is
+// damaged; [ErrInvalidArgument] for a descriptor that can't stand in a manifest; [ErrClosed], ctx's, and the file system's.
+func (b *Builder) AddExistingLayer(ctx context.Context, desc ocispec.Descriptor) error {
+	return opError("add layer to", b.ref.String(), desc.Digest, b.addExistingLayer(ctx, desc))
+}
+
+func (b *Builder) addExistingLayer(ctx context.Context, desc ocispec.Descriptor) error {
+	if err := checkPlaceable(&desc); err != nil {
+		return fmt.Errorf("%w: %w", ErrInvalidArgument, err)
+	}
+	desc = cloneDescriptor(desc)
+	desc.Data = nil // manifests that are built have none
+	_, err := b.putBlob(ctx, "", func() (digest.Digest, int64, error) {
+		return desc.Digest, desc.Size, b.stage.take(ctx, desc.Digest, desc.Size)
+	}, func(ocispec.Descriptor) { b.spec.layers = append(b.spec.layers, desc) })
+	return err
+}
+
 func (b *Builder) addLayer(ctx context.Context, mediaType string, annotations map[string]string, put func() (digest.Digest, int64, error)) (ocispec.Descriptor, error) {
+	err := checkTypeName("media type", mediaType)
+	if _, bad := canonicalAnnotations(annotations); err == nil && bad != nil {
+		err = fmt.Errorf("annotation: %w", bad)
+	}
+	if err != nil {
+		return ocispec.Descriptor{}, opError("add layer to", b.ref.String(), "", err)
+	}
 	desc, err := b.putBlob(ctx, mediaType, put, func(d ocispec.Descriptor) {
 		d.Annotations = maps.Clone(annotations)
 		b.spec.layers = append(b.spec.layers, d)
@@ -153,9 +188,6 @@ func (b *Builder) addLayer(ctx context.Context, mediaType string, annotations ma
 
 // putBlob runs put, and record with mu held if that succeeded.
 func (b *Builder) putBlob(ctx context.Context, mediaType string, put func() (digest.Digest, int64, error), record func(ocispec.Descriptor)) (ocispec.Descriptor, error) {
-	if err := checkMediaType("mediaType", mediaType); err != nil {
-		return ocispec.Descriptor{}, fmt.Errorf("%w: %w", ErrInvalidArgument, err)
-	}
 	end, err := b.registry.begin(ctx)
 	if err != nil {
 		return ocispec.Descriptor{}, err
@@ -186,12 +218,13 @@ func (b *Builder) isDone() bool {
 
 // SetConfig sets the config blob. Only image manifests have one: in the other
 // form it fails with [ErrInvalidArgument]. A second call replaces the first.
+// Errors are those of AddLayer.
 func (b *Builder) SetConfig(ctx context.Context, mediaType string, data []byte) (ocispec.Descriptor, error) {
 	var err error
 	var desc ocispec.Descriptor
 	if b.opts.Format != FormatImageManifest {
 		err = fmt.Errorf("%w: an artifact manifest has no config (BuilderOptions.Format: FormatImageManifest has)", ErrInvalidArgument)
-	} else {
+	} else if err = checkTypeName("media type", mediaType); err == nil {
 		desc, err = b.putBlob(ctx, mediaType, func() (digest.Digest, int64, error) {
 			d, err := b.stage.putBytes(ctx, data, digest.SHA256)
 			return d, int64(len(data)), err
@@ -227,8 +260,8 @@ func (b *Builder) SetAnnotation(key, value string) error {
 // manifest.md, "subject"), which need not be in the registry.
 // Errors: [ErrInvalidManifest] for a descriptor that can't stand there, [ErrClosed].
 func (b *Builder) SetSubject(desc ocispec.Descriptor) error {
-	if err := checkDescriptor(&desc); err != nil {
-		return opError("set subject of", b.ref.String(), desc.Digest, err)
+	if err := checkPlaceable(&desc); err != nil {
+		return opError("set subject of", b.ref.String(), desc.Digest, fmt.Errorf("%w: %w", ErrInvalidManifest, err))
 	}
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -237,6 +270,31 @@ func (b *Builder) SetSubject(desc ocispec.Descriptor) error {
 	}
 	desc = cloneDescriptor(desc)
 	b.spec.subject = &desc
+	return nil
+}
+
+// checkPlaceable refuses a descriptor that no manifest can have.
+func checkPlaceable(desc *ocispec.Descriptor) error {
+	if err := checkDescriptor(desc); err != nil {
+		return err
+	}
+	_, err := buildManifest(FormatArtifactManifest, manifestSpec{artifactType: ArtifactTypeOMMX, subject: desc})
+	return err
+}
+
+// checkTypeName refuses what is no media type by RFC 6838, section 4.2. What others have made may have one all the same.
+func checkTypeName(field, s string) error {
+	const longest = 127 // on either side of the '/'
+	top, sub, _ := strings.Cut(s, "/")
+	for _, name := range []string{top, sub} {
+		bad := name == "" || len(name) > longest
+		for i, c := range []byte(strings.ToLower(name)) {
+			bad = bad || !isLowerAlnum(c) && (i == 0 || strings.IndexByte("!#$&-^_.+", c) < 0)
+		}
+		if bad {
+			return fmt.Errorf("%w: %s: %q is not of the form type/subtype (RFC 6838, section 4.2)", ErrInvalidArgument, field, clip(s))
+		}
+	}
 	return nil
 }
 

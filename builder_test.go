@@ -9,6 +9,9 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
 	"github.com/ocilocal/ocilocal"
 )
 
@@ -229,5 +232,113 @@ func TestManifestReadOnce(t *testing.T) {
 		if layers, err := a.Layers(ctx); len(layers) != 1 || err != nil {
 			t.Error(layers, err)
 		}
+	}
+}
+
+// What can't stand in a manifest is refused when it is given, not by each Build from then on.
+func TestBuilderRefuses(t *testing.T) {
+	ctx := t.Context()
+	r := openTemp(t, nil)
+	ref := ocilocal.MustParseReference("example.com/a:v1")
+	for _, artifactType := range []string{"model", "a/", "/b", "a b/c", "a/b/c", "application/vnd.example; v=1", "a/" + strings.Repeat("b", 128), "-a/b"} {
+		if _, err := r.NewBuilder(ref, &ocilocal.BuilderOptions{ArtifactType: artifactType}); !errors.Is(err, ocilocal.ErrInvalidArgument) {
+			t.Errorf("artifact type %q: %v", artifactType, err)
+		}
+	}
+	b, err := r.NewBuilder(ref, &ocilocal.BuilderOptions{ArtifactType: "Application/vnd.a-b_c+json.1!#$&^", Format: ocilocal.FormatImageManifest})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer b.Cancel()
+	good := ocispec.Descriptor{MediaType: "a/b", Digest: digest.FromString("x"), Size: 1}
+	for name, spoil := range map[string]func(*ocispec.Descriptor){
+		"no media type":          func(d *ocispec.Descriptor) { d.MediaType = "" },
+		"media type with ESC":    func(d *ocispec.Descriptor) { d.MediaType = "a/\x1b" },
+		"no digest":              func(d *ocispec.Descriptor) { d.Digest = "" },
+		"weak digest":            func(d *ocispec.Descriptor) { d.Digest = "md5:9dd4e461268c8034f5c8564e155c67a6" },
+		"negative size":          func(d *ocispec.Descriptor) { d.Size = -1 },
+		"size no JSON has":       func(d *ocispec.Descriptor) { d.Size = 1 << 53 },
+		"data of another size":   func(d *ocispec.Descriptor) { d.Data = []byte("xy") },
+		"data of another digest": func(d *ocispec.Descriptor) { d.Data = []byte("y") },
+		"annotation not UTF-8":   func(d *ocispec.Descriptor) { d.Annotations = map[string]string{"k": "\xff"} },
+		"artifact type":          func(d *ocispec.Descriptor) { d.ArtifactType = "\n" },
+	} {
+		d := good
+		spoil(&d)
+		if err := b.SetSubject(d); !errors.Is(err, ocilocal.ErrInvalidManifest) {
+			t.Errorf("subject with %s: %v", name, err)
+		}
+		if err := b.AddExistingLayer(ctx, d); !errors.Is(err, ocilocal.ErrInvalidArgument) {
+			t.Errorf("existing layer with %s: %v", name, err)
+		}
+	}
+	if _, err := b.AddLayerBytes(ctx, "text", nil, nil); !errors.Is(err, ocilocal.ErrInvalidArgument) {
+		t.Errorf("layer: %v", err)
+	}
+	if _, err := b.AddLayerBytes(ctx, "text/plain", nil, map[string]string{"k": "\xff"}); !errors.Is(err, ocilocal.ErrInvalidArgument) {
+		t.Errorf("layer with annotation: %v", err)
+	}
+	if _, err := b.SetConfig(ctx, "json", []byte("{}")); !errors.Is(err, ocilocal.ErrInvalidArgument) {
+		t.Errorf("config: %v", err)
+	}
+	if err := b.SetSubject(good); err != nil {
+		t.Error(err)
+	}
+	if _, err := b.Build(ctx); err != nil {
+		t.Errorf("after all of that: %v", err)
+	}
+}
+
+// A layer that the registry has becomes one of another artifact, and stays although all else that had it goes.
+func TestAddExistingLayer(t *testing.T) {
+	ctx := t.Context()
+	r := openTemp(t, nil)
+	old, err := build(t, r, "example.com/a:v1", nil, "one")
+	if err != nil {
+		t.Fatal(err)
+	}
+	layers, err := old.Layers(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	layers[0].Annotations = map[string]string{"k": "v"}
+	b, err := r.NewBuilder(ocilocal.MustParseReference("example.com/a:v2"), &ocilocal.BuilderOptions{ArtifactType: testType})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer b.Cancel()
+	for range 2 {
+		if err := b.AddExistingLayer(ctx, layers[0]); err != nil {
+			t.Fatal(err)
+		}
+	}
+	longer := layers[0]
+	longer.Size++
+	if err := b.AddExistingLayer(ctx, longer); !errors.Is(err, ocilocal.ErrSizeMismatch) {
+		t.Errorf("a layer with two sizes: %v", err)
+	}
+	absent := ocispec.Descriptor{MediaType: "text/plain", Digest: digest.FromString("absent"), Size: 6}
+	if err := b.AddExistingLayer(ctx, absent); !errors.Is(err, ocilocal.ErrNotFound) {
+		t.Errorf("a layer that isn't here: %v", err)
+	}
+	if _, err := r.Remove(ctx, old.Reference()); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := r.GC(ctx, &ocilocal.GCOptions{Grace: ocilocal.NoGrace}); err != nil {
+		t.Fatal(err)
+	}
+	a, err := b.Build(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	got, err := a.Layers(ctx)
+	if err != nil || len(got) != 2 || got[0].Annotations["k"] != "v" || got[0].MediaType != "text/plain" {
+		t.Fatalf("%+v, %v", got, err)
+	}
+	if text, err := a.ReadLayer(ctx, got[0]); err != nil || string(text) != "one" {
+		t.Errorf("%q, %v", text, err)
+	}
+	if err := b.AddExistingLayer(ctx, got[0]); !errors.Is(err, ocilocal.ErrClosed) {
+		t.Errorf("after Build: %v", err)
 	}
 }

@@ -1,8 +1,8 @@
 package ocilocal
 
 import (
-	"cmp"
 	"context"
+	"errors"
 	"fmt"
 
 	"github.com/opencontainers/go-digest"
@@ -160,10 +160,9 @@ func (r *LocalRegistry) stageConverted(ctx context.Context, st *stage, m *Manife
 			}
 			continue
 		}
-		ok, err := st.reuse(ctx, c.Digest, c.Size)
-		if err == nil && !ok {
-			bad := cmp.Or(r.blobs.verify(ctx, c.Digest, c.Size), ErrNotFound)
-			err = fmt.Errorf("%w: layer %s: %w", ErrIncomplete, c.Digest, bad)
+		err := st.take(ctx, c.Digest, c.Size)
+		if errors.Is(err, ErrNotFound) || errors.Is(err, ErrDigestMismatch) || errors.Is(err, ErrSizeMismatch) {
+			err = fmt.Errorf("%w: layer %s: %w", ErrIncomplete, c.Digest, err)
 		}
 		if err != nil {
 			return err

@@ -430,3 +430,45 @@ func ExampleLocalArtifact_OpenLayer() {
 	fmt.Println(string(text), err)
 	// Output: one <nil>
 }
+
+// The next version of an artifact has the layers of the one before, and one more. Nothing is copied.
+func ExampleBuilder_AddExistingLayer() {
+	ctx := context.Background()
+	registry, done := scratch()
+	defer done()
+	v1 := note(registry, "example.com/note:v1", "one")
+
+	builder, err := registry.NewBuilder(ocilocal.MustParseReference("example.com/note:v2"),
+		&ocilocal.BuilderOptions{ArtifactType: v1.ArtifactType()})
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer builder.Cancel()
+	layers, err := v1.Layers(ctx)
+	if err != nil {
+		log.Fatal(err)
+	}
+	for _, layer := range layers {
+		if err := builder.AddExistingLayer(ctx, layer); err != nil {
+			log.Fatal(err)
+		}
+	}
+	if _, err := builder.AddLayerBytes(ctx, "text/plain", []byte("two"), nil); err != nil {
+		log.Fatal(err)
+	}
+	v2, err := builder.Build(ctx)
+	if err != nil {
+		log.Fatal(err)
+	}
+	layers, err = v2.Layers(ctx)
+	if err != nil {
+		log.Fatal(err)
+	}
+	for _, layer := range layers {
+		text, err := v2.ReadLayer(ctx, layer)
+		fmt.Println(string(text), err)
+	}
+	// Output:
+	// one <nil>
+	// two <nil>
+}

@@ -17,7 +17,9 @@ import (
 type PullOptions struct {
 	// Remote is the client to pull with. Nil means [Options.Remote].
 	Remote *Remote
-	// As, if not zero, is what the artifact is called here. Otherwise it keeps its reference.
+	// As, if not zero, is what the artifact is called here. Otherwise it keeps its reference. What As
+	// points at is not taken for what the registry has: unless the reference is here itself, or has a
+	// digest, the registry is asked, as with Check.
 	As Reference
 	// Platform, if not nil, chooses one manifest of an image index, which is
 	// then pulled without the index. What is no index is pulled as it is. A reference with a digest
@@ -29,13 +31,15 @@ type PullOptions struct {
 	Check bool
 	// Workers is how many blobs are fetched at a time. Zero means 4.
 	Workers int
-	// PublishOptions say what happens if the ref is here and points at something else.
+	// PublishOptions say what happens if the ref is here and points at something else than what is
+	// pulled. Without Check, a ref that is here is what is pulled, so that Replace doesn't move it;
+	// Expected is compared in any case.
 	PublishOptions
 }
 
 // A PullResult tells what a pull did.
 type PullResult struct {
-	// Artifact is what was pulled, or was here.
+	// Artifact is what was pulled, or was here; nil after a conflict.
 	Artifact *LocalArtifact
 	// Update tells what became of the ref.
 	Update       RefUpdate
@@ -125,7 +129,7 @@ func (p *puller) run(ctx context.Context) (*PullResult, error) {
 		return nil, ErrReadOnly
 	}
 	reference := cmp.Or(string(p.ref.Digest()), p.ref.Tag())
-	if p.opts.Check && p.opts.Platform == nil {
+	if (p.opts.Check || p.as != p.ref && p.ref.Digest() == "") && p.opts.Platform == nil {
 		desc, err := p.repo.head(ctx, reference)
 		if err != nil {
 			return nil, err
@@ -149,19 +153,14 @@ func (p *puller) run(ctx context.Context) (*PullResult, error) {
 	return p.fetchAll(ctx, m.Descriptor(), m)
 }
 
-// present returns what is here under the ref, or nil if that is nothing whole.
+// present returns what is here of what is asked for, or nil if that is nothing whole. What the
+// ref is to point at is told by its digest, or else by what the reference of the remote registry points at here.
 func (p *puller) present(ctx context.Context) (*PullResult, error) {
-	r := p.registry
-	desc, ok, err := r.index.resolve(p.as.key())
-	if d := p.ref.Digest(); err == nil && d != "" && p.opts.Platform == nil {
-		if ok && desc.Digest != d {
-			return nil, nil
+	desc, err := p.registry.lookUp(p.ref)
+	if err != nil {
+		if errors.Is(err, ErrNotFound) {
+			err = nil
 		}
-		if !ok {
-			return p.point(ctx, d)
-		}
-	}
-	if err != nil || !ok || !p.whole(desc) {
 		return nil, err
 	}
 	if p.opts.Platform != nil {
@@ -176,7 +175,7 @@ func (p *puller) present(ctx context.Context) (*PullResult, error) {
 			return nil, ctx.Err()
 		}
 	}
-	return p.result(RefUpdate{Reference: p.as, Descriptor: desc, Existing: desc.Digest, Outcome: Unchanged}, nil)
+	return p.point(ctx, desc.Digest)
 }
 
 // configFits reports whether the config of a manifest that is here says that it is for the wanted platform
@@ -205,11 +204,14 @@ func (p *puller) whole(desc ocispec.Descriptor) bool {
 func (p *puller) point(ctx context.Context, d digest.Digest) (*PullResult, error) {
 	r := p.registry
 	desc, ok, err := r.index.resolveDigest(d)
-	if err != nil || !ok || r.blobs.readOnly || !p.whole(desc) {
+	if err != nil || !ok || !p.whole(desc) {
 		return nil, err
 	}
 	if at, ok, err := r.index.resolve(p.as.key()); err != nil || ok && at.Digest == d && p.opts.Expected == "" {
 		return p.result(RefUpdate{Reference: p.as, Descriptor: desc, Existing: d, Outcome: Unchanged}, err)
+	}
+	if r.blobs.readOnly {
+		return nil, nil
 	}
 	result, err := p.result(r.point(ctx, d, p.as, &p.opts.PublishOptions))
 	if errors.Is(err, ErrNotFound) || errors.Is(err, ErrIncomplete) { // collected in between
@@ -219,10 +221,13 @@ func (p *puller) point(ctx context.Context, d digest.Digest) (*PullResult, error
 }
 
 func (p *puller) result(u RefUpdate, err error) (*PullResult, error) {
-	if err != nil && u.Outcome != Conflicted {
+	switch {
+	case u.Outcome == Conflicted:
+		return &PullResult{Update: u}, err
+	case err != nil:
 		return nil, err
 	}
-	return &PullResult{Artifact: p.registry.newArtifact(p.as, u.Descriptor, nil), Update: u}, err
+	return &PullResult{Artifact: p.registry.newArtifact(p.as, u.Descriptor, nil), Update: u}, nil
 }
 
 // fitsPlatform compares platforms. What the wanted one leaves empty may be anything.

@@ -223,7 +223,7 @@ func TestPullPlatformHere(t *testing.T) {
 			}
 			s.forget()
 			got, err := r.Pull(t.Context(), s.ref("org/multi:v1"), &ocilocal.PullOptions{Platform: want, PublishOptions: ocilocal.PublishOptions{Policy: c.policy}})
-			if got == nil || got.Update.Outcome != c.outcome || got.Artifact.Digest() != s.manifests["org/multi"]["arm64"].digest || errors.Is(err, ocilocal.ErrConflict) != (c.outcome == ocilocal.Conflicted) {
+			if got == nil || got.Update.Outcome != c.outcome || got.Update.Descriptor.Digest != s.manifests["org/multi"]["arm64"].digest || errors.Is(err, ocilocal.ErrConflict) != (c.outcome == ocilocal.Conflicted) {
 				t.Errorf("%+v, %v", got, err)
 			}
 			if n := len(s.requests("")); c.requests >= 0 && n != c.requests {

@@ -244,3 +244,83 @@ func TestLoadPulls(t *testing.T) {
 		t.Errorf("%+v, %v, %q", got, err, s.requests(""))
 	}
 }
+
+// What is called As here is not taken for what the remote registry has under another name.
+func TestPullAs(t *testing.T) {
+	s := newServer(t)
+	want := s.put(t, "org/model", "v1", noise(1, 10))
+	r := openRemote(t, nil)
+	as := ocilocal.MustParseReference("example.com/own:v1")
+	own, err := build(t, r, as.String(), nil, "made here")
+	if err != nil {
+		t.Fatal(err)
+	}
+	o := &ocilocal.PullOptions{As: as}
+	got, err := r.Pull(t.Context(), s.ref("org/model:v1"), o)
+	if !errors.Is(err, ocilocal.ErrConflict) || got == nil || got.Artifact != nil || got.Update.Existing != own.Digest() || got.Update.Descriptor.Digest != want {
+		t.Fatalf("over another artifact: %+v, %v", got, err)
+	}
+	o.Policy = ocilocal.Replace
+	if got, err = r.Pull(t.Context(), s.ref("org/model:v1"), o); err != nil || got.Update.Outcome != ocilocal.Replaced || got.Artifact.Digest() != want || got.Artifact.Reference() != as {
+		t.Fatalf("%+v, %v", got, err)
+	}
+	// Only As is here: one request tells whether it is still the same.
+	s.forget()
+	if got, err = r.Pull(t.Context(), s.ref("org/model:v1"), o); err != nil || got.Update.Outcome != ocilocal.Unchanged || len(s.requests("")) != 1 {
+		t.Errorf("again: %+v, %v, %q", got, err, s.requests(""))
+	}
+	// What is here under its own name gets another without the network.
+	if _, err := r.Pull(t.Context(), s.ref("org/model:v1"), nil); err != nil {
+		t.Fatal(err)
+	}
+	s.forget()
+	o.As = ocilocal.MustParseReference("example.com/other:v1")
+	for _, outcome := range []ocilocal.Outcome{ocilocal.Inserted, ocilocal.Unchanged} {
+		if got, err = r.Pull(t.Context(), s.ref("org/model:v1"), o); err != nil || got.Update.Outcome != outcome || got.Artifact.Digest() != want || len(s.requests("")) != 0 {
+			t.Errorf("%v: %+v, %v, %q", outcome, got, err, s.requests(""))
+		}
+	}
+}
+
+// Expected is compared although the ref is here and the network isn't asked.
+func TestPullExpected(t *testing.T) {
+	s := newServer(t)
+	want := s.put(t, "org/model", "v1", noise(1, 10))
+	r := openRemote(t, nil)
+	if _, err := r.Pull(t.Context(), s.ref("org/model:v1"), nil); err != nil {
+		t.Fatal(err)
+	}
+	s.forget()
+	for _, policy := range []ocilocal.Policy{ocilocal.KeepExisting, ocilocal.Replace} {
+		o := &ocilocal.PullOptions{PublishOptions: ocilocal.PublishOptions{Policy: policy, Expected: digest.FromString("elsewhere")}}
+		got, err := r.Pull(t.Context(), s.ref("org/model:v1"), o)
+		if e, ok := errors.AsType[*ocilocal.ConflictError](err); !ok || e.Existing != want || got.Artifact != nil {
+			t.Errorf("%+v, %v", got, err)
+		}
+		o.Expected = want
+		if got, err := r.Pull(t.Context(), s.ref("org/model:v1"), o); err != nil || got.Update.Outcome != ocilocal.Unchanged {
+			t.Errorf("%+v, %v", got, err)
+		}
+	}
+	if len(s.requests("")) != 0 {
+		t.Errorf("%q", s.requests(""))
+	}
+}
+
+// Close ends the connections of the client that Open made. Those of one that was given are its owner's.
+func TestCloseEndsConnections(t *testing.T) {
+	s := newServer(t)
+	s.put(t, "org/model", "v1", noise(1, 10))
+	before := takeCensus()
+	r, err := ocilocal.Open(t.Context(), t.TempDir(), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := r.Pull(t.Context(), s.ref("org/model:v1"), nil); err != nil {
+		t.Fatal(err)
+	}
+	mustClose(t, r)
+	if left := before.leftBehind(); left != "" {
+		t.Error(left)
+	}
+}

@@ -406,7 +406,8 @@ func (r *LocalRegistry) checkID() error {
 // Close waits for the calls under way and closes the registry; calls that come
 // meanwhile fail with [ErrClosed]. So it must not be called from within one, such
 // as by a reader that is being added as a layer; the bodies of loops over
-// listings may call it. Open readers stay usable. A second Close returns [ErrClosed].
+// listings may call it. Open readers stay usable. The connections of a Remote that was given by
+// Options stay open. A second Close returns [ErrClosed].
 func (r *LocalRegistry) Close() error {
 	r.mu.Lock()
 	already := r.closed
@@ -416,6 +417,9 @@ func (r *LocalRegistry) Close() error {
 		return opError("close", r.dir, "", ErrClosed)
 	}
 	r.calls.Wait()
+	if r.opts.Remote == nil {
+		r.remote.CloseIdleConnections()
+	}
 	return opError("close", r.dir, "", errors.Join(r.index.close(), r.blobs.close(), r.root.Close()))
 }
 

@@ -2,6 +2,7 @@ package ocilocal
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/rand"
 	"errors"
@@ -218,6 +219,18 @@ func (st *stage) reuse(ctx context.Context, d digest.Digest, size int64) (bool, 
 		return false, err
 	}
 	return true, st.add(sf)
+}
+
+// take is reuse of a blob that must be there: missing is [ErrNotFound], damaged what verify says.
+func (st *stage) take(ctx context.Context, d digest.Digest, size int64) error {
+	if n, ok := st.size(d); ok && n != size {
+		return fmt.Errorf("%w: has %d bytes, want %d", ErrSizeMismatch, n, size)
+	}
+	ok, err := st.reuse(ctx, d, size)
+	if err == nil && !ok {
+		err = cmp.Or(st.store.verify(ctx, d, size), ErrNotFound)
+	}
+	return err
 }
 
 // has reports whether d is in the stage.

@@ -222,7 +222,7 @@ func TestRebuild(t *testing.T) {
 		"trigger": {func(t *testing.T, r *ocilocal.LocalRegistry) {
 			execIndex(t, r.Root(), "CREATE TRIGGER x AFTER INSERT ON refs BEGIN DELETE FROM refs; END")
 		}, true},
-		"table lost":   {func(t *testing.T, r *ocilocal.LocalRegistry) { execIndex(t, r.Root(), "DROP TABLE members") }, true},
+		"table lost": {func(t *testing.T, r *ocilocal.LocalRegistry) { execIndex(t, r.Root(), "DROP TABLE members") }, true},
 		"killed in a rebuild": {func(t *testing.T, r *ocilocal.LocalRegistry) {
 			name := index(r)
 			if err := errors.Join(os.Rename(name, name+".broken"), os.WriteFile(name+"-wal", nil, 0o600)); err != nil {
