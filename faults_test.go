@@ -8,13 +8,17 @@ import (
 	"fmt"
 	"io"
 	"maps"
+	"net/http"
+	"net/http/httptest"
 	"path/filepath"
 	"strings"
 	"sync/atomic"
 	"syscall"
 	"testing"
+	"testing/iotest"
 
 	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/ocilocal/ocilocal"
 )
@@ -35,6 +39,7 @@ type flow struct {
 	seeded bool                        // the root has keptRef and movedRef, both at the label "before"
 	damage bool                        // and the first of their layers is damaged
 	orphan bool                        // it has artifacts that nothing needs as well, and the flow collects them
+	keeps  bool                        // what it keeps of a transfer that failed goes with a collection only
 	always func(op, name string) error // fails these operations in every run
 	run    func(r *ocilocal.LocalRegistry) error
 	effect map[string]string // refs that it points elsewhere, with their labels; "" removes one
@@ -120,6 +125,8 @@ var flows = []flow{
 		_, err := r.Load(context.Background(), ocilocal.MustParseReference(newRef))
 		return err
 	}, effect: map[string]string{newRef: "imported"}},
+	{name: "pull", seeded: true, keeps: true, run: pullFlow, effect: map[string]string{newRef: "imported"}},
+	{name: "pull without links", seeded: true, keeps: true, always: noLinks, run: pullFlow, effect: map[string]string{newRef: "imported"}},
 	{name: "export layout new", seeded: true, exports: true, run: exportLayoutFlow},
 	{name: "export layout add", seeded: true, exports: true, beside: othersLayout, run: exportLayoutFlow},
 	{name: "export layout add without links", seeded: true, exports: true, always: noLinks, beside: othersLayout, run: exportLayoutFlow},
@@ -146,6 +153,33 @@ func faultArchive() []byte {
 	}
 	w.Close()
 	return b.Bytes()
+}
+
+// pullFlow pulls blobs that the root has and that it doesn't. A large one breaks off, and is gone on with.
+func pullFlow(r *ocilocal.LocalRegistry) error {
+	config, large, shared := "{}", string(noise(35, 1<<20)), string(keptLayers[0])
+	s := &server{host: "registry.test", blobs: map[string][]byte{}, manifests: map[string]map[string]stored{}}
+	for _, b := range []string{config, large, shared} {
+		s.blobs["org/model@"+string(digest.FromString(b))] = []byte(b)
+	}
+	s.putRaw("org/model", "v1", ocispec.MediaTypeImageManifest, fmt.Appendf(nil,
+		`{"schemaVersion":2,"artifactType":%q,"config":%s,"layers":[%s,%s],"annotations":{%q:"imported"}}`,
+		testType, desc("application/vnd.oci.empty.v1+json", config), desc("a/b", large), desc("a/b", shared), labelKey))
+	// Without connections, which would cost descriptors: only files count here.
+	registry := roundTripFunc(func(q *http.Request) (*http.Response, error) {
+		w := httptest.NewRecorder()
+		s.ServeHTTP(w, q)
+		res := w.Result()
+		if res.ContentLength == int64(len(large)) && q.Header.Get("Range") == "" {
+			res.Body = io.NopCloser(io.MultiReader(io.LimitReader(res.Body, 1<<19), iotest.ErrReader(io.ErrUnexpectedEOF)))
+		}
+		return res, nil
+	})
+	_, err := r.Pull(context.Background(), s.ref("org/model:v1"), &ocilocal.PullOptions{
+		As: ocilocal.MustParseReference(newRef), Workers: 1,
+		Remote: &ocilocal.Remote{Retry: quick, Client: &http.Client{Transport: registry}},
+	})
+	return err
 }
 
 // before returns what a root of the flow holds at its beginning.
@@ -341,7 +375,7 @@ func (f *flow) withFault(t *testing.T, fa *faulted) (op string) {
 		if err := f.run(r); err != nil {
 			t.Error(err)
 		}
-		sweepTmp(t, r)
+		f.sweep(t, r)
 		mustClose(t, r)
 	}
 	f.check(t, root)
@@ -351,16 +385,20 @@ func (f *flow) withFault(t *testing.T, fa *faulted) (op string) {
 // check looks at a root in which the flow was done.
 func (f *flow) check(t *testing.T, root string) {
 	t.Helper()
-	if f.orphan {
+	if f.orphan || f.keeps {
 		checkCollected(t, root, exactly(f.after()))
 	} else {
 		checkStore(t, root, exactly(f.after()))
 	}
 }
 
-// sweepTmp stages a blob and drops it, since not every flow writes.
-func sweepTmp(t *testing.T, r *ocilocal.LocalRegistry) {
+// sweep stages a blob and drops it, since not every flow writes.
+func (f *flow) sweep(t *testing.T, r *ocilocal.LocalRegistry) {
 	t.Helper()
+	if f.keeps {
+		collect(t, r, atOnce)
+		return
+	}
 	b, err := r.NewBuilder(ocilocal.MustParseReference(newRef), &ocilocal.BuilderOptions{ArtifactType: testType})
 	if err != nil {
 		t.Fatal(err)

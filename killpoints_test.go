@@ -121,7 +121,7 @@ func (f *flow) killAt(t *testing.T, number int, n int64) (killed, done bool) {
 		t.Errorf("the next process: %v", err)
 	}
 	f.checkBeside(t, root, true, "kill")
-	sweepTmp(t, r)
+	f.sweep(t, r)
 	mustClose(t, r)
 	f.check(t, root)
 	return killed, done
