@@ -14,6 +14,7 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"reflect"
 	"slices"
 	"strings"
 	"testing"
@@ -43,6 +44,9 @@ func checkCollected(t *testing.T, root string, want model) map[string]string {
 func checkWith(t *testing.T, c *storeCheck, want model) map[string]string {
 	t.Helper()
 	got := c.run(want)
+	if len(c.problems) == 0 {
+		c.verify(t)
+	}
 	for i, p := range c.problems {
 		if i == 30 {
 			t.Errorf("… and %d more", len(c.problems)-i)
@@ -77,8 +81,11 @@ func (c *storeCheck) run(want model) map[string]string {
 	return c.index(want)
 }
 
-// files checks I5 (every blob file hashes to its name), I8 (no other files)
-// and that tmp/ is empty.
+// maxLog is what the index's log may grow to.
+const maxLog = 64 << 20
+
+// files checks I5 (every blob file hashes to its name, is read-only and has no other name), I7
+// (the log is bounded), I8 (no other files) and that tmp/ is empty.
 func (c *storeCheck) files() {
 	err := filepath.WalkDir(c.root, func(p string, e fs.DirEntry, err error) error {
 		if err != nil {
@@ -102,6 +109,9 @@ func (c *storeCheck) files() {
 		case len(parts) == 1 && slices.Contains([]string{"id", "index.sqlite3", "index.sqlite3-wal", "index.sqlite3-shm"}, rel):
 			if !fi.Mode().IsRegular() {
 				c.bad("I8: %s is no file", rel)
+			}
+			if rel == "index.sqlite3-wal" && fi.Size() >= maxLog {
+				c.bad("I7: %s has %d bytes", rel, fi.Size())
 			}
 		case parts[0] == "blobs" && len(parts) == 2 && fi.IsDir():
 			if newCheckHash(parts[1]) == nil {
@@ -152,8 +162,39 @@ func (c *storeCheck) blob(path, algorithm, encoded string, fi fs.FileInfo) error
 	if fi.Mode().Perm() != 0o444 {
 		c.bad("I5: blob %s:%s has mode %v, want 0444", algorithm, encoded, fi.Mode())
 	}
+	if n := links(fi); n != 1 {
+		c.bad("I5: blob %s:%s has %d names", algorithm, encoded, n)
+	}
 	c.blobs[algorithm+":"+encoded] = n
 	return nil
+}
+
+// links returns how many names a file has, 1 where the system doesn't say.
+func links(fi fs.FileInfo) uint64 {
+	n := reflect.Indirect(reflect.ValueOf(fi.Sys())).FieldByName("Nlink")
+	if !n.IsValid() || !n.CanUint() {
+		return 1
+	}
+	return n.Uint()
+}
+
+// verify checks I9: the library finds nothing wrong where the checker found nothing. What a
+// killed collector or publisher has left, and nothing needs, is garbage and no damage.
+func (c *storeCheck) verify(t *testing.T) {
+	t.Helper()
+	r, err := ocilocal.Open(t.Context(), c.root, nil)
+	if err != nil {
+		c.bad("I9: open: %v", err)
+		return
+	}
+	for p, err := range r.Verify(t.Context(), nil) {
+		if err != nil || p.Kind != ocilocal.ProblemUnrecorded && p.Kind != ocilocal.ProblemMissing || c.needed[string(p.Digest)] {
+			c.bad("I9: Verify: %v, %v", p, err)
+		}
+	}
+	if err := r.Close(); err != nil {
+		c.bad("I9: close: %v", err)
+	}
 }
 
 // query runs text and calls row for each row with its columns as text.
@@ -398,6 +439,16 @@ func TestCheckStoreFinds(t *testing.T) {
 				t.Fatal(err)
 			}
 		}, good, "I5"},
+		{"blob with two names", func(t *testing.T, root string) {
+			if err := os.Link(firstBlob(t, root), filepath.Join(t.TempDir(), "other")); err != nil {
+				t.Fatal(err)
+			}
+		}, good, "I5"},
+		{"large log", func(t *testing.T, root string) {
+			if err := errors.Join(os.WriteFile(filepath.Join(root, "index.sqlite3-wal"), nil, 0o600), os.Truncate(filepath.Join(root, "index.sqlite3-wal"), maxLog)); err != nil {
+				t.Fatal(err)
+			}
+		}, good, "I7"},
 		{"leftover in tmp", func(t *testing.T, root string) {
 			if err := os.Mkdir(filepath.Join(root, "tmp", "old"), 0o700); err != nil {
 				t.Fatal(err)
