@@ -282,6 +282,19 @@ func TestNetworkFS(t *testing.T) {
 	}
 }
 
+// killed returns a copy of the root as it is if all of its processes are killed now.
+func killed(t *testing.T, root string) string {
+	t.Helper()
+	to := t.TempDir()
+	if err := os.CopyFS(to, os.DirFS(root)); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Remove(filepath.Join(to, "index.sqlite3-shm")); err != nil {
+		t.Fatal(err)
+	}
+	return to
+}
+
 // TestLogWithoutIndex: the log of a lost index is not taken for a new one's, in which a
 // collection would find that nothing is needed.
 func TestLogWithoutIndex(t *testing.T) {

@@ -32,19 +32,6 @@ func undoCommit(t *testing.T, root string, publish func()) {
 	}
 }
 
-// killed returns a copy of the root as it is if all of its processes are killed now.
-func killed(t *testing.T, root string) string {
-	t.Helper()
-	to := t.TempDir()
-	if err := os.CopyFS(to, os.DirFS(root)); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.Remove(filepath.Join(to, "index.sqlite3-shm")); err != nil {
-		t.Fatal(err)
-	}
-	return to
-}
-
 // A process dies in the last moment of a commit, so that only the log has it. A collector, to
 // whom its blobs are garbage, deletes them. That commit must not come back then,
 // when the collector is done nor if it is killed at any moment.
