@@ -146,7 +146,7 @@ func (p *partial) append(ctx context.Context, src io.Reader) error {
 
 // finish takes the complete blob into the stage. After [ErrDigestMismatch],
 // nothing is left of what was there.
-func (p *partial) finish() error {
+func (p *partial) finish(ctx context.Context) error {
 	if got := digest.NewDigest(p.digest.Algorithm(), p.w.hash); got != p.digest {
 		return errors.Join(fmt.Errorf("%w: bytes hash to %s, want %s", ErrDigestMismatch, got, p.digest), p.reset())
 	}
@@ -175,7 +175,7 @@ func (p *partial) finish() error {
 	if p.file = nil; p.stays {
 		sf.partial = p.dir
 	}
-	return p.stage.add(sf)
+	return p.stage.add(ctx, sf)
 }
 
 // close leaves what there is to a later transfer, if it is worth it.

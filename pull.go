@@ -361,7 +361,7 @@ func (p *puller) resumeOnce(ctx context.Context, desc ocispec.Descriptor, part *
 		}
 	}
 	old := part.kept > 0
-	err := part.finish()
+	err := part.finish(ctx)
 	if old && errors.Is(err, ErrDigestMismatch) { // what an earlier pull left was no good
 		return p.resumeOnce(ctx, desc, part, from)
 	}

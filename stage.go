@@ -95,7 +95,7 @@ func (st *stage) put(ctx context.Context, src io.Reader, alg digest.Algorithm, w
 		in = io.LimitReader(in, size+1)
 	}
 	n, err := st.store.copy(w, in)
-	return st.complete(w, n, err, alg, want, size)
+	return st.complete(ctx, w, n, err, alg, want, size)
 }
 
 // putFile is put for a file whose digest and size are known. Where the kernel can,
@@ -119,12 +119,12 @@ func (st *stage) putFile(ctx context.Context, src *os.File, want digest.Digest, 
 	} else {
 		n, err = st.store.copy(w, io.LimitReader(&ctxReader{ctx, src}, size+1))
 	}
-	_, _, err = st.complete(w, n, err, want.Algorithm(), want, size)
+	_, _, err = st.complete(ctx, w, n, err, want.Algorithm(), want, size)
 	return err
 }
 
 // complete takes a file into the stage after n bytes of it were written, if it is as it should be.
-func (st *stage) complete(w *hashingWriter, n int64, err error, alg digest.Algorithm, want digest.Digest, size int64) (digest.Digest, int64, error) {
+func (st *stage) complete(ctx context.Context, w *hashingWriter, n int64, err error, alg digest.Algorithm, want digest.Digest, size int64) (digest.Digest, int64, error) {
 	f, name := w.file, w.name
 	got := digest.NewDigest(alg, w.hash)
 	switch {
@@ -144,7 +144,7 @@ func (st *stage) complete(w *hashingWriter, n int64, err error, alg digest.Algor
 		f.Close()
 		return "", 0, errors.Join(err, st.store.root.Remove(name))
 	}
-	return got, n, st.add(&stagedFile{name: name, digest: got, size: n, file: f})
+	return got, n, st.add(ctx, &stagedFile{name: name, digest: got, size: n, file: f})
 }
 
 // putBytes is put for bytes in memory; it skips writing what is there already
@@ -172,7 +172,7 @@ func (st *stage) create() (*os.File, string, error) {
 }
 
 // add takes a complete file into the stage.
-func (st *stage) add(sf *stagedFile) error {
+func (st *stage) add(ctx context.Context, sf *stagedFile) error {
 	st.mu.Lock()
 	defer st.mu.Unlock()
 	if st.files == nil {
@@ -191,7 +191,7 @@ func (st *stage) add(sf *stagedFile) error {
 	st.unsynced = append(st.unsynced, sf)
 	st.unsyncedBytes += sf.size
 	if len(st.unsynced) >= maxUnsyncedFiles || st.unsyncedBytes >= maxUnsyncedBytes {
-		return st.sync()
+		return st.sync(ctx)
 	}
 	return nil
 }
@@ -202,23 +202,32 @@ func (st *stage) reuse(ctx context.Context, d digest.Digest, size int64) (bool, 
 	if st.has(d) {
 		return true, nil
 	}
+	sf, err := st.borrow(ctx, d, size)
+	if sf == nil || err != nil {
+		return false, err
+	}
+	return true, st.add(ctx, sf)
+}
+
+// borrow links a blob of the store into tmp/, if it is whole. Nil means that it isn't there, is damaged or can't be read.
+func (st *stage) borrow(ctx context.Context, d digest.Digest, size int64) (*stagedFile, error) {
 	if err := st.store.verify(ctx, d, size); err != nil {
-		return false, ctx.Err()
+		return nil, ctx.Err()
 	}
 	dir, err := st.store.enter()
 	if err != nil {
-		return false, err
+		return nil, err
 	}
 	sf := &stagedFile{name: path.Join(dir, rand.Text()), digest: d, size: size, reused: true}
 	switch err := st.store.root.Link(blobPath(d), sf.name); {
 	case errors.Is(err, fs.ErrNotExist): // collected in between
-		return false, nil
+		return nil, nil
 	case linkUnsupported(err):
 		sf.name = ""
 	case err != nil:
-		return false, err
+		return nil, err
 	}
-	return true, st.add(sf)
+	return sf, nil
 }
 
 // take is reuse of a blob that must be there: missing is [ErrNotFound], damaged what verify says.
@@ -253,8 +262,8 @@ func (st *stage) size(d digest.Digest) (int64, bool) {
 // open returns a verifying reader of a blob in the stage, or else in the store.
 func (st *stage) open(ctx context.Context, d digest.Digest, size int64) (*verifier, error) {
 	st.mu.Lock()
+	defer st.mu.Unlock() // until it is open: dedup may remove the file for another
 	sf := st.files[d]
-	st.mu.Unlock()
 	if sf == nil || sf.name == "" {
 		return st.store.open(ctx, d, size)
 	}
@@ -290,13 +299,7 @@ func (st *stage) settle(ctx context.Context) error {
 	if st.failed != nil {
 		return st.failed
 	}
-	// What came in unnamed may be there already: then its fsync can be saved.
-	for _, sf := range st.unsynced {
-		if err := st.dedup(ctx, sf); err != nil {
-			return err
-		}
-	}
-	if err := st.sync(); err != nil {
+	if err := st.sync(ctx); err != nil {
 		return err
 	}
 	dirs := map[digest.Algorithm]bool{}
@@ -350,14 +353,14 @@ func (st *stage) sweepPartials() error {
 
 // dedup turns sf into a reused blob when the store has the same bytes.
 func (st *stage) dedup(ctx context.Context, sf *stagedFile) error {
-	switch err := st.store.verify(ctx, sf.digest, sf.size); {
-	case err == nil:
-		// sf's own file stays: it is as good a copy to fall back on as a link would be.
-		sf.reused = true
-	case ctx.Err() != nil:
+	have, _ := st.borrow(ctx, sf.digest, sf.size) // its failure costs an fsync, no more
+	if have == nil {
 		return ctx.Err()
 	}
-	return nil
+	err := st.drop(sf)
+	have.partial = sf.partial
+	*sf = *have
+	return err
 }
 
 func (st *stage) syncReused(sf *stagedFile) error {
@@ -391,6 +394,7 @@ func (st *stage) link(ctx context.Context, sf *stagedFile) error {
 		return nil
 	case errors.Is(err, fs.ErrExist):
 		if st.store.verify(ctx, sf.digest, sf.size) == nil {
+			sf.reused = true // somebody was faster
 			return st.syncReused(sf)
 		}
 		if err := ctx.Err(); err != nil {
@@ -421,11 +425,6 @@ func (st *stage) recheck(d digest.Digest, size int64) error {
 	sf := st.files[d]
 	if sf == nil || sf.name == "" || sf.size != size {
 		return err
-	}
-	if sf.file != nil { // settle found the bytes in the store, so it didn't sync these
-		if err := st.fail(st.syncFile(sf)); err != nil {
-			return err
-		}
 	}
 	if err := st.relink(sf); err != nil {
 		return err
@@ -496,7 +495,13 @@ func (st *stage) drop(sf *stagedFile) error {
 // sync makes the bytes of all unsynced files durable and closes them. Side by
 // side, and with all of them on their way to the disk before the first fsync,
 // because a journalling file system then writes one record for several.
-func (st *stage) sync() error {
+func (st *stage) sync(ctx context.Context) error {
+	// What came in unnamed may be there already: then its fsync can be saved.
+	for _, sf := range st.unsynced {
+		if err := st.dedup(ctx, sf); err != nil {
+			return err
+		}
+	}
 	todo := slices.DeleteFunc(st.unsynced, func(sf *stagedFile) bool { return sf.reused })
 	st.unsynced, st.unsyncedBytes = nil, 0
 	for _, sf := range todo {
