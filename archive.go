@@ -10,7 +10,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"os"
 	"path"
 	"strings"
 
@@ -22,11 +21,13 @@ import (
 const (
 	// MaxArchiveEntries is how many entries an archive may have.
 	MaxArchiveEntries = 1_000_000
-	// Layers of real artifacts shrink less than 20-fold, and deflate can't do
-	// better than 1032:1, so a bomb lies between. The first bytes are free
-	// because they hurt nobody.
+	// A blob may shrink as well as deflate can, 1032-fold: a layer of zeros does, and
+	// comes in as it went out. What a gzip stream has beside its blobs may not: there is
+	// no use for it. The first bytes are free because they hurt nobody.
 	maxGzipRatio    = 200
 	gzipRatioFreeBy = 64 << 20
+	// Tools fill up the last record of a tar, with up to 10 KiB if not told otherwise.
+	maxArchiveTail = 16 << 20
 )
 
 // ImportArchive imports an OCI archive (a layout directory as a tar, plain or
@@ -36,7 +37,9 @@ const (
 //
 // Either all is published or nothing. Errors: [ErrInvalidLayout],
 // [ErrInvalidManifest], [ErrIncomplete], [ErrDigestMismatch],
-// [ErrSizeMismatch], [ErrUnsupportedMediaType], [ErrTooLarge], [ErrNotFound]
+// [ErrSizeMismatch], [ErrUnsupportedMediaType], [ErrTooLarge],
+// [ErrArtifactType] for what Options.ArtifactTypes doesn't have, [ErrReadOnly],
+// [ErrBusy], [ErrClosed], [ErrNotFound]
 // and [ErrInvalidArgument] for options that fit no entry, [*ConflictError] together
 // with the result, ctx's, src's, and the file system's.
 func (r *LocalRegistry) ImportArchive(ctx context.Context, src io.Reader, opts *ImportOptions) (*ImportResult, error) {
@@ -44,21 +47,19 @@ func (r *LocalRegistry) ImportArchive(ctx context.Context, src io.Reader, opts *
 	return result, opError("import archive", "", "", err)
 }
 
-// ImportArchiveFile is [LocalRegistry.ImportArchive] from a regular file.
+// ImportArchiveFile is [LocalRegistry.ImportArchive] from a regular file. The registry's
+// own index is refused, with [ErrInvalidArgument].
 func (r *LocalRegistry) ImportArchiveFile(ctx context.Context, name string, opts *ImportOptions) (*ImportResult, error) {
 	result, err := r.importArchiveFile(ctx, name, opts)
 	return result, opError("import archive", name, "", err)
 }
 
 func (r *LocalRegistry) importArchiveFile(ctx context.Context, name string, opts *ImportOptions) (*ImportResult, error) {
-	f, err := os.OpenFile(name, os.O_RDONLY|openNonblock, 0)
+	f, err := r.openOther(name)
 	if err != nil {
 		return nil, err
 	}
 	defer f.Close()
-	if _, err := checkRegular(f); err != nil {
-		return nil, err
-	}
 	return r.importArchive(ctx, f, opts)
 }
 
@@ -145,7 +146,10 @@ func readArchive(ctx context.Context, src io.Reader, put func(d digest.Digest, s
 				err = checkLayoutFile(raw)
 			}
 		case strings.HasPrefix(name, "blobs/"):
-			err = readBlob(tr, h, name, put)
+			err = readBlob(tr, h, name, func(d digest.Digest, src io.Reader, size int64) error {
+				plain.blobs += size
+				return put(d, src, size)
+			})
 		case name == "manifest.json":
 			isDocker = true
 		}
@@ -153,9 +157,7 @@ func readArchive(ctx context.Context, src io.Reader, put func(d digest.Digest, s
 			return nil, archiveError(err)
 		}
 	}
-	// The end of the tar is not the end of the stream: read on, so that a
-	// gzip stream's checksum is verified.
-	if _, err := io.Copy(io.Discard, plain); err != nil {
+	if err := plain.end(); err != nil {
 		return nil, archiveError(err)
 	}
 	switch {
@@ -237,7 +239,7 @@ func readBlob(src io.Reader, h *tar.Header, name string, put func(digest.Digest,
 }
 
 // decompressed looks at the first bytes and returns the tar stream.
-func decompressed(src io.Reader) (io.Reader, error) {
+func decompressed(src io.Reader) (*tarStream, error) {
 	br := bufio.NewReaderSize(src, 64<<10)
 	head, err := br.Peek(6)
 	if err != nil && err != io.EOF {
@@ -251,14 +253,14 @@ func decompressed(src io.Reader) (io.Reader, error) {
 		}
 	}
 	if !bytes.HasPrefix(head, []byte("\x1f\x8b")) {
-		return br, nil
+		return &tarStream{src: br}, nil
 	}
 	in := &countingReader{src: br}
 	z, err := gzip.NewReader(bufio.NewReader(in))
 	if err != nil {
 		return nil, archiveError(err)
 	}
-	return &gzipReader{z: z, in: in}, nil
+	return &tarStream{src: z, in: in}, nil
 }
 
 type countingReader struct {
@@ -272,18 +274,30 @@ func (c *countingReader) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// gzipReader ends with [ErrTooLarge] when the output is out of all proportion to the input.
-type gzipReader struct {
-	z   *gzip.Reader
-	in  *countingReader
-	out int64
+// tarStream is a tar. From a gzip stream, it ends with [ErrTooLarge] when what it has
+// beside its blobs is out of all proportion to the input.
+type tarStream struct {
+	src   io.Reader
+	in    *countingReader // what gzip reads; nil for a plain tar
+	out   int64
+	blobs int64 // bytes of out that are, or will be, those of blobs
 }
 
-func (g *gzipReader) Read(p []byte) (int, error) {
-	n, err := g.z.Read(p)
-	g.out += int64(n)
-	if g.out > gzipRatioFreeBy && g.out/maxGzipRatio > g.in.n {
-		return 0, fmt.Errorf("%w: gzip stream grows more than %d-fold", ErrTooLarge, maxGzipRatio)
+func (s *tarStream) Read(p []byte) (int, error) {
+	n, err := s.src.Read(p)
+	s.out += int64(n)
+	if more := s.out - s.blobs; s.in != nil && more > gzipRatioFreeBy && more/maxGzipRatio > s.in.n {
+		return 0, fmt.Errorf("%w: gzip stream grows more than %d-fold beside its blobs", ErrTooLarge, maxGzipRatio)
 	}
 	return n, err
+}
+
+// end reads on from the end of the tar, which need not be that of the stream: whoever
+// writes it may have more to say, and gzip's checksum comes last.
+func (s *tarStream) end() error {
+	n, err := io.Copy(io.Discard, io.LimitReader(s, maxArchiveTail))
+	if err == nil && n == maxArchiveTail && s.in != nil {
+		err = fmt.Errorf("%w: gzip stream goes on for %d bytes after the archive's end", ErrTooLarge, n)
+	}
+	return err
 }

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io"
 	"maps"
-	"os"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -130,18 +129,16 @@ func (b *Builder) AddLayerBytes(ctx context.Context, mediaType string, data []by
 
 // AddLayerFile is AddLayer for a regular file. Unless annotations say
 // otherwise, the layer's org.opencontainers.image.title is the file's base name.
+// The registry's own index is refused, with [ErrInvalidArgument].
 func (b *Builder) AddLayerFile(ctx context.Context, mediaType, path string, annotations map[string]string) (ocispec.Descriptor, error) {
 	withTitle := map[string]string{ocispec.AnnotationTitle: filepath.Base(path)}
 	maps.Copy(withTitle, annotations)
 	return b.addLayer(ctx, mediaType, withTitle, func() (digest.Digest, int64, error) {
-		f, err := os.OpenFile(path, os.O_RDONLY|openNonblock, 0)
+		f, err := b.registry.openOther(path)
 		if err != nil {
 			return "", 0, err
 		}
 		defer f.Close()
-		if _, err := checkRegular(f); err != nil {
-			return "", 0, err
-		}
 		return b.stage.put(ctx, f, digest.SHA256, "", -1)
 	})
 }

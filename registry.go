@@ -423,6 +423,28 @@ func (r *LocalRegistry) Close() error {
 	return opError("close", r.dir, "", errors.Join(r.index.close(), r.blobs.close(), r.root.Close()))
 }
 
+// openOther opens a regular file that the caller names. It refuses those of the index: closing
+// any descriptor of them would drop the locks that SQLite holds in this process.
+func (r *LocalRegistry) openOther(name string) (*os.File, error) {
+	fi, err := os.Stat(name)
+	if err != nil {
+		return nil, err
+	}
+	for _, suffix := range []string{"", "-wal", "-shm"} {
+		if own, err := r.root.Stat(indexFile + suffix); err == nil && os.SameFile(own, fi) {
+			return nil, fmt.Errorf("%w: this is the registry's own index", ErrInvalidArgument)
+		}
+	}
+	f, err := os.OpenFile(name, os.O_RDONLY|openNonblock, 0)
+	if err != nil {
+		return nil, err
+	}
+	if _, err := checkRegular(f); err != nil {
+		return nil, errors.Join(err, f.Close())
+	}
+	return f, nil
+}
+
 // begin keeps the registry open until end is called. Once Close has begun it
 // fails, also from within a call that Close waits for.
 func (r *LocalRegistry) begin(ctx context.Context) (end func(), err error) {

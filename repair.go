@@ -268,14 +268,11 @@ func (p *repair) fromLayout(dir string, put func(digest.Digest, io.Reader, int64
 }
 
 func (p *repair) fromArchive(ctx context.Context, name string, put func(digest.Digest, io.Reader, int64) error) error {
-	f, err := os.OpenFile(name, os.O_RDONLY|openNonblock, 0)
+	f, err := p.registry.openOther(name)
 	if err != nil {
 		return err
 	}
 	defer f.Close()
-	if _, err := checkRegular(f); err != nil {
-		return err
-	}
 	_, err = readArchive(ctx, f, put)
 	return err
 }

@@ -3,6 +3,7 @@ package ocilocal
 import (
 	"io/fs"
 	"os"
+	"syscall"
 )
 
 // rootDir is a registry's root directory, or one that is exported to or imported
@@ -15,13 +16,20 @@ type rootDir struct {
 	fault func(op, name string) error
 }
 
-// openRoot opens a directory, by whose fault its operations are to fail.
+// openRoot opens a directory, by whose fault its operations are to fail. Unlike
+// [os.OpenRoot] it doesn't block on a named pipe.
 func openRoot(dir string, fault func(op, name string) error) (*rootDir, error) {
 	r := &rootDir{fault: fault}
 	if err := r.injected("open", dir); err != nil {
 		return nil, err
 	}
-	var err error
+	fi, err := os.Stat(dir)
+	if err == nil && !fi.IsDir() {
+		err = &fs.PathError{Op: "open", Path: dir, Err: syscall.ENOTDIR}
+	}
+	if err != nil {
+		return nil, err
+	}
 	if r.Root, err = os.OpenRoot(dir); err != nil {
 		return nil, err
 	}
