@@ -72,7 +72,8 @@ func TestClosures(t *testing.T) {
 		"member's layer missing":      {deep, append(deepBlobs[3:], manifest, config), ocilocal.ErrIncomplete, 0},
 		"index said to be a manifest": {asImage, append([]string{flat}, flatBlobs...), ocilocal.ErrInvalidManifest, 0},
 		"two sizes for one layer":     {imageIndex(imageType, manifest, lying), append([]string{lying}, flatBlobs...), ocilocal.ErrInvalidManifest, 0},
-		"layer that is a manifest":    {imageIndex("text/plain", manifest), flatBlobs, ocilocal.ErrUnsupportedMediaType, 0},
+		"member of unknown type":      {imageIndex("text/plain", manifest), flatBlobs, nil, 2}, // what it is made of is its own affair
+		"that one missing":            {imageIndex("text/plain", manifest), flatBlobs[1:], ocilocal.ErrIncomplete, 0},
 	} {
 		t.Run(name, func(t *testing.T) {
 			r := openTemp(t, nil)
@@ -169,5 +170,72 @@ func TestPartMissing(t *testing.T) {
 				t.Errorf("GC: %+v; blobs before %v, after %v", report, before, blobNames(t, r))
 			}
 		})
+	}
+}
+
+// TestUnknownMember has an image index with a member of a type that nobody knows: it is kept,
+// verified, and goes out again as it came in.
+func TestUnknownMember(t *testing.T) {
+	manifest, config := image("layer")
+	const note = "<note/>"
+	top := fmt.Sprintf(`{"schemaVersion":2,"mediaType":%q,"manifests":[%s,%s]}`, ocispec.MediaTypeImageIndex, desc(imageType, manifest), desc("application/xml", note))
+	src := archiveOf(t, ocispec.MediaTypeImageIndex, top, manifest, config, "layer", note)
+	ctx := t.Context()
+	name := ocilocal.MustParseReference(newRef)
+	for range 2 {
+		r := openTemp(t, nil)
+		if _, err := r.ImportArchive(ctx, bytes.NewReader(src), nil); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := r.GC(ctx, &ocilocal.GCOptions{Grace: ocilocal.NoGrace}); err != nil {
+			t.Fatal(err)
+		}
+		for p, err := range r.Verify(ctx, nil) {
+			t.Error(p, err)
+		}
+		if got := filesBelow(t, r, "blobs"); len(got) != 5 {
+			t.Errorf("%d blobs are kept, want 5", len(got))
+		}
+		if _, err := r.Tag(ctx, digest.FromString(top), ocilocal.MustParseReference(movedRef), nil); err != nil {
+			t.Error(err)
+		}
+		var out bytes.Buffer
+		if err := r.ExportArchive(ctx, &out, []ocilocal.Reference{name}, nil); err != nil {
+			t.Fatal(err)
+		}
+		src = out.Bytes() // and once more from what went out
+	}
+}
+
+// TestMaxClosure has three artifacts that together have more blobs than one may have.
+func TestMaxClosure(t *testing.T) {
+	const layers = ocilocal.MaxClosure/3 + 1
+	raw := map[string][]byte{}
+	var entries []ocispec.Descriptor
+	var manifests []string
+	for i := range 3 {
+		var b strings.Builder
+		b.WriteString(`{"schemaVersion":2,"mediaType":"` + ocispec.MediaTypeImageManifest + `","config":` + desc("a/b", "{}") + `,"layers":[`)
+		for j := range layers {
+			if j > 0 {
+				b.WriteByte(',')
+			}
+			fmt.Fprintf(&b, `{"mediaType":"a/b","digest":"sha256:%064x","size":1}`, i*layers+j)
+		}
+		b.WriteString("]}")
+		m := b.String()
+		raw[digest.FromString(m).String()] = []byte(m)
+		manifests = append(manifests, m)
+		entries = append(entries, ocispec.Descriptor{MediaType: imageType, Digest: digest.FromString(m), Size: int64(len(m))})
+	}
+	r := openTemp(t, nil)
+	if err := ocilocal.CollectClosures(t.Context(), r, entries, raw); err != nil {
+		t.Errorf("three artifacts: %v", err)
+	}
+	one := imageIndex(imageType, manifests...)
+	raw[digest.FromString(one).String()] = []byte(one)
+	entries = []ocispec.Descriptor{{MediaType: ocispec.MediaTypeImageIndex, Digest: digest.FromString(one), Size: int64(len(one))}}
+	if err := ocilocal.CollectClosures(t.Context(), r, entries, raw); !errors.Is(err, ocilocal.ErrTooLarge) {
+		t.Errorf("one image index of the three: %v, want ErrTooLarge", err)
 	}
 }

@@ -75,6 +75,76 @@ func ExampleLocalRegistry_ExportArchiveFile() {
 	// Output: example.com/note:v1 true
 }
 
+func ExampleLocalRegistry_LoadPath() {
+	ctx := context.Background()
+	from, done := scratch()
+	defer done()
+	a := note(from, "example.com/note:v1", "one")
+	dir := filepath.Join(from.Root(), "..", "layout")
+	if err := from.ExportLayout(ctx, dir, []ocilocal.Reference{a.Reference()}, nil); err != nil {
+		log.Fatal(err)
+	}
+
+	to, doneTo := scratch()
+	defer doneTo()
+	loaded, err := to.LoadPath(ctx, dir, nil) // an archive file would do as well
+	if err != nil {
+		log.Fatal(err)
+	}
+	fmt.Println(loaded.Reference(), loaded.Digest() == a.Digest())
+	// Output: example.com/note:v1 true
+}
+
+func ExampleInspectLayout() {
+	ctx := context.Background()
+	from, done := scratch()
+	defer done()
+	a := note(from, "example.com/note:v1", "one")
+	dir := filepath.Join(from.Root(), "..", "layout")
+	if err := from.ExportLayout(ctx, dir, []ocilocal.Reference{a.Reference()}, nil); err != nil {
+		log.Fatal(err)
+	}
+	inside, err := ocilocal.InspectLayout(ctx, dir)
+	if err != nil {
+		log.Fatal(err)
+	}
+	for _, e := range inside.Entries {
+		fmt.Println(e.Name, e.Descriptor.MediaType)
+	}
+	fmt.Println(inside.Blobs, "blobs")
+	// Output:
+	// example.com/note:v1 application/vnd.oci.artifact.manifest.v1+json
+	// 2 blobs
+}
+
+// An archive is inspected as a stream, here from a file.
+func ExampleInspectArchive() {
+	ctx := context.Background()
+	from, done := scratch()
+	defer done()
+	a := note(from, "example.com/note:v1", "one")
+	name := filepath.Join(from.Root(), "..", "note.tar")
+	if err := from.ExportArchiveFile(ctx, name, []ocilocal.Reference{a.Reference()}, nil); err != nil {
+		log.Fatal(err)
+	}
+	file, err := os.Open(name)
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer file.Close()
+	inside, err := ocilocal.InspectArchive(ctx, file)
+	if err != nil {
+		log.Fatal(err)
+	}
+	for _, e := range inside.Entries {
+		fmt.Println(e.Reference, e.Descriptor.Digest == a.Digest())
+	}
+	fmt.Println(inside.Blobs, "blobs")
+	// Output:
+	// example.com/note:v1 true
+	// 2 blobs
+}
+
 func ExampleLocalRegistry_ImportLegacy() {
 	ctx := context.Background()
 	registry, done := scratch()

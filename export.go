@@ -45,8 +45,9 @@ type ExportOptions struct {
 // entries are sorted, times are zero.
 //
 // Errors: [ErrNotFound] for a ref that doesn't resolve, or for a blob that was
-// collected meanwhile, [ErrIncomplete] for a lineage with a gap,
-// [ErrDigestMismatch], [ErrSizeMismatch], ctx's, and
+// collected meanwhile, [ErrIncomplete] for a lineage with a gap, [ErrTooLarge] for more
+// artifacts than an index.json can list, [ErrInvalidDigest] for one of ExportOptions.Digests,
+// [ErrDigestMismatch], [ErrSizeMismatch], [ErrClosed], ctx's, and
 // dst's. After an error what was written is no archive.
 func (r *LocalRegistry) ExportArchive(ctx context.Context, dst io.Writer, refs []Reference, opts *ExportOptions) error {
 	x, err := r.newExport(ctx, refs, opts)
@@ -59,8 +60,9 @@ func (r *LocalRegistry) ExportArchive(ctx context.Context, dst io.Writer, refs [
 // ExportArchiveFile is [LocalRegistry.ExportArchive] to a file, which has its name
 // only when it is complete and its bytes are on disk. It fails with [ErrExists] if the name
 // is taken and ExportOptions.Overwrite isn't set; a symbolic link there
-// is replaced, never followed. A killed process leaves a file beside it whose
-// name begins with ".ocilocal-".
+// is replaced, never followed. Where the file system has no hard links, looking for
+// the name and taking it are two steps, and a file that another process makes in between
+// is replaced. A killed process leaves a file beside it whose name begins with ".ocilocal-".
 func (r *LocalRegistry) ExportArchiveFile(ctx context.Context, name string, refs []Reference, opts *ExportOptions) error {
 	return opError("export archive", name, "", r.exportArchiveFile(ctx, name, refs, opts))
 }

@@ -30,10 +30,10 @@ const (
 // Errors: [ErrNotFound] for a ref that doesn't resolve, [ErrExists] for a name that
 // stands for another digest there (ExportOptions.Overwrite moves it),
 // [ErrInvalidLayout] for a directory that holds something else,
-// [ErrIncomplete], [ErrDigestMismatch], [ErrSizeMismatch], [ErrTooLarge], ctx's, and the
-// file system's. After an error index.json is as it was, unless that came once it had
-// been replaced, as when its directory could not be synced. What an export that was
-// killed has left, the next into the directory removes.
+// [ErrIncomplete], [ErrDigestMismatch], [ErrSizeMismatch], [ErrTooLarge], [ErrInvalidDigest] for one
+// of ExportOptions.Digests, [ErrClosed], ctx's, and the file system's. After an error
+// index.json is as it was, unless that came once it had been replaced, as when its directory
+// could not be synced. What an export that was killed has left, the next into the directory removes.
 func (r *LocalRegistry) ExportLayout(ctx context.Context, dir string, refs []Reference, opts *ExportOptions) error {
 	return opError("export layout", dir, "", r.exportLayout(ctx, dir, refs, opts))
 }

@@ -2,9 +2,9 @@ package ocilocal
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
+	"strings"
 
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -13,15 +13,16 @@ import (
 // ImportOptions choose what is imported, and under which reference. Nil is the zero value.
 type ImportOptions struct {
 	// Select, if not empty, chooses one entry of the layout's index by its
-	// name or its digest. Otherwise every entry is imported.
+	// name or its digest. Otherwise every entry is imported that is a manifest or
+	// image index; what else index.json lists is in ImportResult.Skipped.
 	Select string
 	// Reference, if not zero, is what the one imported entry shall be called.
 	// It must agree with the entry's own name, if it has one, unless Rename is set.
 	Reference Reference
 	// Rename lets Reference differ from the entry's own name.
 	Rename bool
-	// Anonymous gives what has no full name, and none by Reference, a new reference
-	// with each import, of the kind that [LocalRegistry.NewAnonymousBuilder] makes.
+	// Anonymous gives what has no full name (host, repository, and tag or digest), and none
+	// by Reference, a new reference with each import, of the kind that [LocalRegistry.NewAnonymousBuilder] makes.
 	// Otherwise it is stored by digest only, until collected.
 	Anonymous bool
 	// Referrers, where Select chooses one entry, brings the entries along whose subject is
@@ -53,6 +54,7 @@ type ImportedArtifact struct {
 type ImportResult struct {
 	Artifacts    []ImportedArtifact
 	Referrers    []ocispec.Descriptor // what ImportOptions.Referrers brought along
+	Skipped      []ocispec.Descriptor // entries that are no manifests, as their media types say
 	BlobsWritten int                  // blobs that the registry did not have
 	BlobsReused  int                  // blobs that it had
 	BytesWritten int64                // size of the former
@@ -76,10 +78,11 @@ type importer struct {
 
 	need  map[digest.Digest]bool // what the closures hold
 	sizes map[digest.Digest]int64
+	most  int // len(sizes) at which the entry under way has MaxClosure blobs of its own
 }
 
 func (r *LocalRegistry) newImporter(opts *ImportOptions) *importer {
-	im := &importer{registry: r, stage: r.blobs.newStage(), need: map[digest.Digest]bool{}, sizes: map[digest.Digest]int64{}}
+	im := &importer{registry: r, stage: r.blobs.newStage(), need: map[digest.Digest]bool{}, sizes: map[digest.Digest]int64{}, most: MaxClosure}
 	if opts != nil {
 		im.opts = *opts
 	}
@@ -88,7 +91,7 @@ func (r *LocalRegistry) newImporter(opts *ImportOptions) *importer {
 
 // run imports the entries of a layout's index.
 func (im *importer) run(ctx context.Context, entries []ocispec.Descriptor) (*ImportResult, error) {
-	chosen, err := im.choose(entries)
+	chosen, skipped, err := im.choose(entries)
 	if err != nil {
 		return nil, err
 	}
@@ -103,6 +106,7 @@ func (im *importer) run(ctx context.Context, entries []ocispec.Descriptor) (*Imp
 	if err != nil {
 		return nil, err
 	}
+	result.Skipped = skipped
 	for i, u := range updates {
 		result.Artifacts[i].Update = u
 	}
@@ -132,6 +136,7 @@ func (im *importer) collect(ctx context.Context, entries, chosen []ocispec.Descr
 			return nil, nil, err
 		}
 		p := publication{ref: ref, PublishOptions: im.opts.PublishOptions}
+		im.most = len(im.sizes) + MaxClosure
 		if p.root, err = im.manifest(ctx, e, 0, map[digest.Digest]bool{}, &p.manifests); err != nil {
 			return nil, nil, err
 		}
@@ -203,37 +208,34 @@ func (im *importer) peek(ctx context.Context, desc ocispec.Descriptor) (*Manifes
 	return readManifest(src, desc)
 }
 
-// choose applies Select and refuses options that fit no single entry.
-func (im *importer) choose(entries []ocispec.Descriptor) ([]ocispec.Descriptor, error) {
-	chosen := entries
-	if s := im.opts.Select; s != "" {
-		chosen = nil
-		for _, e := range entries {
-			if e.Annotations[ocispec.AnnotationRefName] == s || string(e.Digest) == s {
-				chosen = append(chosen, e)
-			}
-		}
-		if len(chosen) == 0 {
-			return nil, fmt.Errorf("%w: no entry of index.json has the name or digest %q", ErrNotFound, clip(s))
-		}
-		if len(chosen) > 1 && string(chosen[0].Digest) == s {
-			chosen = chosen[:1] // one manifest under several names, asked for by digest
+// choose applies Select, sets aside what is no manifest (image-layout.md has its own
+// example of that), and refuses options that fit no single entry.
+func (im *importer) choose(entries []ocispec.Descriptor) (chosen, skipped []ocispec.Descriptor, err error) {
+	s := im.opts.Select
+	for _, e := range entries {
+		switch {
+		case s != "" && e.Annotations[ocispec.AnnotationRefName] != s && string(e.Digest) != s:
+		case formOf(e.MediaType) == 0:
+			skipped = append(skipped, e)
+		default:
+			chosen = append(chosen, e)
 		}
 	}
-	if len(chosen) == 0 {
-		return nil, fmt.Errorf("%w: index.json names no manifest", ErrInvalidLayout)
+	if len(chosen) > 1 && string(chosen[0].Digest) == s {
+		chosen = chosen[:1] // one manifest under several names, asked for by digest
 	}
-	if len(chosen) > 1 && (im.opts.one || !im.opts.Reference.IsZero() || im.opts.Select != "" || im.opts.Expected != "") {
-		return nil, fmt.Errorf("%w: index.json has %d entries that fit, and one was asked for (ImportOptions.Select chooses by name or digest)",
+	switch {
+	case len(chosen) == 0 && len(skipped) > 0:
+		err = fmt.Errorf("%w: the entry of index.json is of type %q, which is no manifest's", ErrUnsupportedMediaType, clip(skipped[0].MediaType))
+	case len(chosen) == 0 && s != "":
+		err = fmt.Errorf("%w: no entry of index.json has the name or digest %q", ErrNotFound, clip(s))
+	case len(chosen) == 0:
+		err = fmt.Errorf("%w: index.json names no manifest", ErrInvalidLayout)
+	case len(chosen) > 1 && (im.opts.one || !im.opts.Reference.IsZero() || s != "" || im.opts.Expected != ""):
+		err = fmt.Errorf("%w: index.json has %d entries that fit, and one was asked for (ImportOptions.Select chooses by name or digest)",
 			ErrInvalidArgument, len(chosen))
 	}
-	for _, e := range chosen {
-		if formOf(e.MediaType) == 0 {
-			return nil, fmt.Errorf("%w: index.json has an entry of type %q (ImportOptions.Select chooses another)",
-				ErrUnsupportedMediaType, clip(e.MediaType))
-		}
-	}
-	return chosen, nil
+	return chosen, skipped, err
 }
 
 // reference returns the ref for an entry; zero when it has and gets no full name. The
@@ -248,18 +250,34 @@ func (im *importer) reference(name string) (Reference, error) {
 		}
 		return named, nil
 	}
-	agrees := named == want || name == "" || isBareTag(name) && name == want.Tag()
+	agrees := name == "" || isBareTag(name) && name == want.Tag()
+	if !agrees {
+		// By ParseReference's rules: without a host too.
+		loose, err := parseLegacyName(name)
+		agrees = err == nil && agree(loose, want)
+	}
 	if !agrees && !im.opts.Rename {
 		return Reference{}, fmt.Errorf("%w: the content is named %q, not %s (ImportOptions.Rename overrides)", ErrInvalidArgument, clip(name), want)
 	}
 	return want, nil
 }
 
-// fullName returns the reference that an entry's name is, zero if it is none.
-func fullName(name string) (ref Reference) {
-	if name != "" && !isBareTag(name) {
-		ref, _ = ParseReference(name)
+// agree reports whether content that is called named may be called want: by the same
+// name, and by its tag or its digest. Whether a digest is the content's, publish sees.
+func agree(named, want Reference) bool {
+	return named.Name() == want.Name() &&
+		(want.Tag() == "" || named.Tag() == want.Tag() || named.Digest() != "" && named.Digest() == want.Digest())
+}
+
+// fullName returns the reference that an entry's name is, zero if it is none. It is
+// one if it has all parts, since index.json may call entries as its writer likes:
+// release/v1 is no artifact of Docker Hub's.
+func fullName(name string) Reference {
+	host, rest, ok := strings.Cut(name, "/")
+	if !ok || !isHost(host) || !strings.ContainsAny(rest, ":@") {
+		return Reference{}
 	}
+	ref, _ := parseLegacyName(name)
 	return ref
 }
 
@@ -333,8 +351,8 @@ func (im *importer) claim(desc ocispec.Descriptor) (asked bool, err error) {
 		}
 		return true, nil
 	}
-	if len(im.sizes) >= MaxClosure {
-		return false, fmt.Errorf("%w: more than %d blobs", ErrTooLarge, MaxClosure)
+	if len(im.sizes) >= im.most {
+		return false, fmt.Errorf("%w: an artifact of more than %d blobs", ErrTooLarge, MaxClosure)
 	}
 	im.sizes[desc.Digest] = desc.Size
 	im.need[desc.Digest] = true
@@ -360,7 +378,7 @@ func checkLayoutFile(raw []byte) error {
 	var doc struct {
 		Version string `json:"imageLayoutVersion"`
 	}
-	if err := json.Unmarshal(raw, &doc); err != nil {
+	if _, err := decodeStrict(raw, jsonLayout, &doc); err != nil {
 		return fmt.Errorf("%w: oci-layout: %w", ErrInvalidLayout, err)
 	}
 	if doc.Version != ocispec.ImageLayoutVersion {

@@ -192,8 +192,10 @@ func (r *LocalRegistry) importLegacyEntry(ctx context.Context, root *rootDir, en
 	}
 	if ref.IsZero() {
 		ref = named
-	} else if named.Name() != ref.Name() || named.Tag() != ref.Tag() && (named.Digest() == "" || named.Digest() != ref.Digest()) {
+	} else if !agree(named, ref) {
 		return RefUpdate{}, fmt.Errorf("%w: it is named %s", ErrNotFound, named)
+	} else if pin := ref.Digest(); pin != "" && named.Digest() == "" && len(descs) == 1 && descs[0].Digest != pin {
+		return RefUpdate{}, fmt.Errorf("%w: it is %s", ErrNotFound, descs[0].Digest)
 	}
 	return r.importAs(ctx, l, descs, ref, policy, func(m *Manifest) error {
 		if m.ArtifactType() != ArtifactTypeOMMX {
@@ -294,8 +296,8 @@ func (r *LocalRegistry) fetchLegacy(ctx context.Context, ref Reference) (found b
 	}
 	defer root.Close()
 	for _, entry := range legacyPaths(ref) {
-		fi, err := root.Lstat(entry)
-		if errors.Is(err, fs.ErrNotExist) || err == nil && !fi.IsDir() {
+		found, err := hasDir(root, entry)
+		if err == nil && !found {
 			continue
 		}
 		if err == nil {
@@ -309,4 +311,20 @@ func (r *LocalRegistry) fetchLegacy(ctx context.Context, ref Reference) (found b
 		}
 	}
 	return false, nil
+}
+
+// hasDir reports whether there is a directory of this name and no symbolic link on the way to it.
+func hasDir(root *rootDir, name string) (bool, error) {
+	at := ""
+	for part := range strings.SplitSeq(name, "/") {
+		at = path.Join(at, part)
+		fi, err := root.Lstat(at)
+		if errors.Is(err, fs.ErrNotExist) || err == nil && !fi.IsDir() {
+			return false, nil
+		}
+		if err != nil {
+			return false, err
+		}
+	}
+	return true, nil
 }

@@ -19,7 +19,9 @@ import (
 //
 // Either all is published or nothing. Errors: [ErrInvalidLayout],
 // [ErrInvalidManifest], [ErrIncomplete], [ErrDigestMismatch],
-// [ErrSizeMismatch], [ErrUnsupportedMediaType], [ErrTooLarge], [ErrNotFound]
+// [ErrSizeMismatch], [ErrUnsupportedMediaType], [ErrTooLarge],
+// [ErrArtifactType] for what Options.ArtifactTypes doesn't have, [ErrReadOnly],
+// [ErrBusy], [ErrClosed], [ErrNotFound]
 // and [ErrInvalidArgument] for options that fit no entry, [*ConflictError] together
 // with the result, ctx's, and the file system's.
 func (r *LocalRegistry) ImportLayout(ctx context.Context, dir string, opts *ImportOptions) (*ImportResult, error) {
@@ -181,7 +183,7 @@ type Inspection struct {
 // An InspectedEntry is one entry of an index.json.
 type InspectedEntry struct {
 	Name       string    // org.opencontainers.image.ref.name, as it stands
-	Reference  Reference // Name, if that is a full reference; else zero
+	Reference  Reference // Name, if that is a reference with host and tag or digest; else zero
 	Descriptor ocispec.Descriptor
 }
 

@@ -15,6 +15,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 
 	"github.com/opencontainers/go-digest"
@@ -100,7 +101,8 @@ func TestImportLayout(t *testing.T) {
 	img := desc(imageType, manifest)
 	art := desc("application/vnd.oci.artifact.manifest.v1+json", artifact)
 	idx := desc("application/vnd.oci.image.index.v1+json", outer)
-	docker := desc("application/x-unknown", manifest)
+	unknown := desc("application/x-unknown", "?") // image-layout.md has an entry of application/xml
+	pin := digest.FromString(manifest).String()
 	for name, c := range map[string]struct {
 		index entry
 		opts  *ocilocal.ImportOptions
@@ -119,8 +121,20 @@ func TestImportLayout(t *testing.T) {
 		"selected by digest":   {index(img, art), &ocilocal.ImportOptions{Select: digest.FromString(artifact).String()}, []string{"- " + artifact}, nil},
 		"selected, not there":  {index(img), &ocilocal.ImportOptions{Select: "nothing"}, nil, ocilocal.ErrNotFound},
 		"name without grammar": {index(at(img, "a\x1b[31m/../b c")), nil, []string{"- " + manifest}, nil},
-		"unknown type":         {index(docker, img), nil, nil, ocilocal.ErrUnsupportedMediaType},
-		"unknown type, other":  {index(at(docker, "x"), at(img, "y")), &ocilocal.ImportOptions{Select: "y"}, []string{"- " + manifest}, nil},
+		"unknown type beside":  {index(unknown, img), nil, []string{"- " + manifest}, nil},
+		"unknown type, named":  {index(unknown, img), &ocilocal.ImportOptions{Reference: ref("example.com/n:v1")}, []string{"example.com/n:v1 " + manifest}, nil},
+		"unknown type only":    {index(unknown), nil, nil, ocilocal.ErrUnsupportedMediaType},
+		"unknown type, chosen": {index(at(unknown, "x"), at(img, "y")), &ocilocal.ImportOptions{Select: "x"}, nil, ocilocal.ErrUnsupportedMediaType},
+		"unknown type, other":  {index(at(unknown, "x"), at(img, "y")), &ocilocal.ImportOptions{Select: "y"}, []string{"- " + manifest}, nil},
+		"name without host":    {index(at(img, "release/v1")), nil, []string{"- " + manifest}, nil},
+		"name without tag":     {index(at(img, "app:5000/x")), nil, []string{"- " + manifest}, nil},
+		"name and tag only":    {index(at(img, "app:5000")), nil, []string{"- " + manifest}, nil},
+		"short name, named":    {index(at(img, "alpine:3")), &ocilocal.ImportOptions{Reference: ref("docker.io/library/alpine:3")}, []string{"docker.io/library/alpine:3 " + manifest}, nil},
+		"digest after a colon": {index(at(img, "example.com/a:"+pin)), nil, []string{"example.com/a@" + pin + " " + manifest}, nil},
+		"named and pinned":     {index(at(img, "example.com/a:v1")), &ocilocal.ImportOptions{Reference: ref("example.com/a:v1@" + pin)}, []string{"example.com/a:v1@" + pin + " " + manifest}, nil},
+		"pinned":               {index(at(img, "example.com/a:v1")), &ocilocal.ImportOptions{Reference: ref("example.com/a@" + pin)}, []string{"example.com/a@" + pin + " " + manifest}, nil},
+		"pinned, other tag":    {index(at(img, "example.com/a:v1")), &ocilocal.ImportOptions{Reference: ref("example.com/a:v2@" + pin)}, nil, ocilocal.ErrInvalidArgument},
+		"pinned, other digest": {index(at(img, "example.com/a:v1")), &ocilocal.ImportOptions{Reference: ref("example.com/a:v1@" + digest.FromString("?").String())}, nil, ocilocal.ErrDigestMismatch},
 		"empty index":          {index(), nil, nil, ocilocal.ErrInvalidLayout},
 		"one under two names":  {index(at(img, "example.com/a:v1"), at(img, "example.com/b:v1")), nil, []string{"example.com/a:v1 " + manifest, "example.com/b:v1 " + manifest}, nil},
 	} {
@@ -161,6 +175,9 @@ func TestImportLayout(t *testing.T) {
 				if !slices.Equal(got, c.want) {
 					t.Errorf("imported %q, want %q", got, c.want)
 				}
+				if skips := strings.HasPrefix(name, "unknown type") && name != "unknown type, other"; skips != (len(result.Skipped) == 1) {
+					t.Errorf("skipped %v", result.Skipped)
+				}
 			}
 			if !maps.Equal(before, tree(t, dir)) {
 				t.Error("the source was changed")
@@ -196,6 +213,8 @@ func TestHostileLayouts(t *testing.T) {
 	}{
 		"no oci-layout":              {layoutDir(t, m, c, l, idx), ocilocal.ErrInvalidLayout},
 		"oci-layout 2.0.0":           {layoutDir(t, m, c, l, idx, with("oci-layout", `{"imageLayoutVersion":"2.0.0"}`)), ocilocal.ErrInvalidLayout},
+		"oci-layout in other case":   {layoutDir(t, m, c, l, idx, with("oci-layout", `{"IMAGELAYOUTVERSION":"1.0.0"}`)), ocilocal.ErrInvalidLayout},
+		"oci-layout of two versions": {layoutDir(t, m, c, l, idx, with("oci-layout", `{"imageLayoutVersion":"2.0.0","imageLayoutVersion":"1.0.0"}`)), ocilocal.ErrInvalidLayout},
 		"oci-layout not JSON":        {layoutDir(t, m, c, l, idx, with("oci-layout", "1.0.0")), ocilocal.ErrInvalidLayout},
 		"oci-layout a directory":     {layoutDir(t, m, c, l, idx, entry{name: "oci-layout", head: tar.Header{Typeflag: tar.TypeDir}}), ocilocal.ErrInvalidLayout},
 		"oci-layout a link":          {layoutDir(t, m, c, l, idx, with("real", layoutVersion.body), symlink("oci-layout", "real")), ocilocal.ErrInvalidLayout},
@@ -204,6 +223,10 @@ func TestHostileLayouts(t *testing.T) {
 		"index.json a link":          {layoutDir(t, layoutVersion, m, c, l, with("real", idx.body), symlink("index.json", "real")), ocilocal.ErrInvalidLayout},
 		"index.json not JSON":        {layoutDir(t, layoutVersion, m, c, l, with("index.json", "{")), ocilocal.ErrInvalidLayout},
 		"index.json twice manifests": {layoutDir(t, layoutVersion, m, c, l, with("index.json", `{"schemaVersion":2,"manifests":[],"manifests":[]}`)), ocilocal.ErrInvalidLayout},
+		"blobs a file":               {layoutDir(t, layoutVersion, idx, with("blobs", "")), ocilocal.ErrInvalidLayout},
+		"sha256 a file":              {layoutDir(t, layoutVersion, idx, with("blobs/sha256", "")), ocilocal.ErrInvalidLayout},
+		"name of 10 MiB":             {layoutDir(t, layoutVersion, m, c, l, layoutIndex(manifest, strings.Repeat("x", 10<<20))), ocilocal.ErrTooLarge},
+		"a file":                     {filepath.Join(outside, "secret"), syscall.ENOTDIR},
 		"blobs a link":               {layoutDir(t, layoutVersion, idx, with("real/x", ""), symlink("blobs", "real")), ocilocal.ErrInvalidLayout},
 		"sha256 a link outside":      {layoutDir(t, layoutVersion, idx, entry{name: "blobs/x"}, symlink("blobs/sha256", outside)), ocilocal.ErrInvalidLayout},
 		"blob a link outside":        {layoutDir(t, layoutVersion, idx, m, c, symlink(l.name, filepath.Join(outside, "secret"))), ocilocal.ErrInvalidLayout},
@@ -228,6 +251,83 @@ func TestHostileLayouts(t *testing.T) {
 			}
 			checkNothingVisible(t, r)
 		})
+	}
+}
+
+// TestOddNames imports names that are legal in an index.json, though no reference allows
+// them, and names that are equal or differ only in case.
+func TestOddNames(t *testing.T) {
+	manifest, config := image("layer")
+	second, _ := image("LAYER")
+	index := func(names ...string) entry {
+		var ds []string
+		for i, name := range names {
+			b, err := json.Marshal(name)
+			if err != nil {
+				t.Fatal(err)
+			}
+			ds = append(ds, strings.TrimSuffix(desc(imageType, []string{manifest, second}[i]), "}")+`,"annotations":{"org.opencontainers.image.ref.name":`+string(b)+`}}`)
+		}
+		return entry{name: "index.json", body: `{"schemaVersion":2,"manifests":[` + strings.Join(ds, ",") + `]}`}
+	}
+	for name, c := range map[string]struct {
+		index entry
+		opts  *ocilocal.ImportOptions
+		want  []string
+	}{
+		"NUL":             {index("example.com/a:v1\x00"), nil, []string{"none"}},
+		"3 MiB":           {index(strings.Repeat("x", 3<<20)), nil, []string{"none"}},
+		"twins but case":  {index("example.com/a:v1", "example.com/a:V1"), nil, []string{"inserted", "inserted"}},
+		"equal, kept":     {index("example.com/a:v1", "example.com/a:v1"), nil, []string{"inserted", "conflicted"}},
+		"equal, replaced": {index("example.com/a:v1", "example.com/a:v1"), &ocilocal.ImportOptions{PublishOptions: ocilocal.PublishOptions{Policy: ocilocal.Replace}}, []string{"inserted", "replaced"}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			r := openTemp(t, nil)
+			dir := layoutDir(t, layoutVersion, blobEntry(manifest), blobEntry(config), blobEntry("layer"), blobEntry(second), blobEntry("LAYER"), c.index)
+			result, err := r.ImportLayout(t.Context(), dir, c.opts)
+			if err != nil {
+				t.Fatal(err)
+			}
+			var got []string
+			for _, a := range result.Artifacts {
+				got = append(got, a.Update.Outcome.String())
+			}
+			if !slices.Equal(got, c.want) {
+				t.Errorf("%q, want %q", got, c.want)
+			}
+		})
+	}
+}
+
+// TestImportCounts imports more blobs than are synced at a time: what was there is counted as reused.
+func TestImportCounts(t *testing.T) {
+	const layers = 100
+	from, to := openTemp(t, nil), openTemp(t, nil)
+	name := ref("example.com/many:v1")
+	b, err := from.NewBuilder(name, &ocilocal.BuilderOptions{ArtifactType: "application/vnd.example.test"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i := range layers {
+		if _, err := b.AddLayerBytes(t.Context(), "text/plain", fmt.Appendf(nil, "layer %d", i), nil); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := b.Build(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	var archive bytes.Buffer
+	if err := from.ExportArchive(t.Context(), &archive, []ocilocal.Reference{name}, nil); err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []struct{ written, reused int }{{layers + 1, 0}, {0, layers + 1}} {
+		got, err := to.ImportArchive(t.Context(), bytes.NewReader(archive.Bytes()), nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got.BlobsWritten != want.written || got.BlobsReused != want.reused || (got.BytesWritten == 0) != (want.written == 0) {
+			t.Errorf("%d written (%d bytes), %d reused, want %d and %d", got.BlobsWritten, got.BytesWritten, got.BlobsReused, want.written, want.reused)
+		}
 	}
 }
 
@@ -307,6 +407,38 @@ func TestExportLayout(t *testing.T) {
 		if u := result.Artifacts[0].Update; u.Reference != a.Reference() || u.Descriptor.Digest != a.Digest() || u.Outcome != ocilocal.Inserted {
 			t.Errorf("%+v", u)
 		}
+	}
+}
+
+// TestExportLayoutCutOff exports into what exports have left that were killed just before
+// the rename of index.json, or of oci-layout.
+func TestExportLayoutCutOff(t *testing.T) {
+	r := openTemp(t, nil)
+	refs := []ocilocal.Reference{published(t, r, "example.com/a:v1", "one", nil).Reference()}
+	dir := t.TempDir()
+	if err := r.ExportLayout(t.Context(), dir, refs, nil); err != nil {
+		t.Fatal(err)
+	}
+	whole := tree(t, dir)
+	for _, name := range []string{"index.json", "oci-layout"} {
+		if err := os.Rename(filepath.Join(dir, name), filepath.Join(dir, ".ocilocal-new")); err != nil {
+			t.Fatal(err)
+		}
+		if name == "oci-layout" {
+			if err := os.Remove(filepath.Join(dir, "index.json")); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := r.ExportLayout(t.Context(), dir, refs, nil); err != nil || !maps.Equal(tree(t, dir), whole) {
+			t.Errorf("without %s: %v", name, err)
+		}
+	}
+	// Without index.json a layout is another tool's, if it has anything else.
+	if err := errors.Join(os.Remove(filepath.Join(dir, "index.json")), os.WriteFile(filepath.Join(dir, "theirs"), nil, 0o644)); err != nil {
+		t.Fatal(err)
+	}
+	if err := r.ExportLayout(t.Context(), dir, refs, nil); !errors.Is(err, ocilocal.ErrInvalidLayout) {
+		t.Errorf("beside another's file: %v", err)
 	}
 }
 
@@ -567,6 +699,38 @@ func TestLayoutLargeBlobs(t *testing.T) {
 		rewrite(t, filepath.Join(from.Root(), "blobs", "sha256", layers[0].Digest.Encoded()), func(b []byte) []byte { b[5] ^= 1; return b })
 		if err := from.ExportLayout(t.Context(), dir+"2", []ocilocal.Reference{ref}, nil); !errors.Is(err, ocilocal.ErrDigestMismatch) {
 			t.Errorf("%d bytes: %v", n, err)
+		}
+	}
+}
+
+// TestLayoutChangesMeanwhile cuts or prolongs a blob of the source while it is being copied, in
+// each of the two ways of copying.
+func TestLayoutChangesMeanwhile(t *testing.T) {
+	for _, size := range []int{1000, 8 << 20} {
+		layer := strings.Repeat("layer", size/5)
+		manifest, config := image(layer)
+		for _, to := range []int64{int64(len(layer)) / 2, int64(len(layer)) + 1} {
+			t.Run(fmt.Sprintf("%d to %d bytes", len(layer), to), func(t *testing.T) {
+				dir := layoutDir(t, layoutVersion, blobEntry(manifest), blobEntry(config), blobEntry(layer), layoutIndex(manifest, "example.com/a:v1"))
+				source := filepath.Join(dir, filepath.FromSlash(blobEntry(layer).name))
+				r := openTemp(t, nil)
+				copies := 0
+				ocilocal.SetFault(r, func(op, _ string) error {
+					if op != "create" {
+						return nil
+					}
+					if copies++; copies < 3 { // of manifest and config
+						return nil
+					}
+					return os.Truncate(source, to) // which is open by then
+				})
+				_, err := r.ImportLayout(t.Context(), dir, nil)
+				ocilocal.SetFault(r, nil)
+				if !errors.Is(err, ocilocal.ErrSizeMismatch) {
+					t.Errorf("%v, want ErrSizeMismatch", err)
+				}
+				checkNothingVisible(t, r)
+			})
 		}
 	}
 }

@@ -255,6 +255,51 @@ func TestLoadLegacyByDigest(t *testing.T) {
 	}
 }
 
+// TestLoadLegacyPinned loads by tag and digest: the digest's own entry is taken where the tag's is another.
+func TestLoadLegacyPinned(t *testing.T) {
+	manifest, pinned := ommxV2("pinned", ommxType, "")
+	d := digest.FromString(manifest)
+	_, tagged := ommxV2("tagged", ommxType, "quay.io/x/y:v1")
+	var all []entry
+	for at, entries := range map[string][]entry{"quay.io/x/y/__sha256__" + d.Encoded(): pinned, "quay.io/x/y/__v1": tagged} {
+		for _, e := range entries {
+			e.name = path.Join(at, e.name)
+			all = append(all, e)
+		}
+	}
+	r := openTemp(t, &ocilocal.Options{LegacyRoot: layoutDir(t, all...)})
+	if a, err := r.Load(t.Context(), ref("quay.io/x/y:v1@"+d.String())); err != nil || a.Digest() != d {
+		t.Error(err)
+	}
+	if _, err := r.Load(t.Context(), ref("quay.io/x/y:v1@sha256:"+someHex)); !errors.Is(err, ocilocal.ErrNotFound) {
+		t.Errorf("a digest that the tree doesn't have: %v", err)
+	}
+}
+
+// TestLoadLegacyLinks has links and files on the way to entries: for a Load, there is nothing.
+func TestLoadLegacyLinks(t *testing.T) {
+	root := legacyTree(t, map[string]string{"real.example/foo/__v1": ""})
+	outside := legacyTree(t, map[string]string{"foo/__v1": ""})
+	if err := errors.Join(
+		os.Symlink(outside, filepath.Join(root, "out.example")),
+		os.Symlink("real.example", filepath.Join(root, "in.example")),
+		os.Symlink("loop.example", filepath.Join(root, "loop.example")),
+		os.Symlink("__v1", filepath.Join(root, "real.example/foo/__v2")),
+		os.WriteFile(filepath.Join(root, "file.example"), nil, 0o644),
+	); err != nil {
+		t.Fatal(err)
+	}
+	r := openTemp(t, &ocilocal.Options{LegacyRoot: root})
+	for _, name := range []string{"out.example/foo:v1", "in.example/foo:v1", "loop.example/foo:v1", "file.example/foo:v1", "real.example/foo:v2"} {
+		if a, err := r.Load(t.Context(), ref(name)); !errors.Is(err, ocilocal.ErrNotFound) {
+			t.Errorf("%s: %v %v", name, a, err)
+		}
+	}
+	if _, err := r.Load(t.Context(), ref("real.example/foo:v1")); err != nil {
+		t.Error(err)
+	}
+}
+
 func TestLoadPath(t *testing.T) {
 	ctx := t.Context()
 	from := openTemp(t, nil)

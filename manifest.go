@@ -418,10 +418,11 @@ func (m *Manifest) children() []ocispec.Descriptor {
 	return append([]ocispec.Descriptor{*m.doc.Config}, m.layers...)
 }
 
-// childRole returns the role of children()[i].
+// childRole returns the role of children()[i]. A member of an index whose media type is
+// unknown is carried as it is, like a layer: image-index.md wants no error for it.
 func (m *Manifest) childRole(i int) role {
 	switch {
-	case m.form == formIndex:
+	case m.form == formIndex && formOf(m.doc.Manifests[i].MediaType) != 0:
 		return roleManifest
 	case i == 0 && m.doc.Config != nil:
 		return roleConfig
