@@ -281,6 +281,16 @@ func fullName(name string) Reference {
 	return ref
 }
 
+// parseLegacyName is ParseReference that takes a digest after ':' too, as OMMX v2 writes it.
+func parseLegacyName(name string) (Reference, error) {
+	for _, alg := range []digest.Algorithm{digest.SHA256, digest.SHA384, digest.SHA512} {
+		if before, hex, ok := strings.Cut(name, ":"+string(alg)+":"); ok {
+			name = before + "@" + string(alg) + ":" + hex
+		}
+	}
+	return ParseReference(name)
+}
+
 // manifest stages a manifest and all below it, and appends them to list,
 // children first. above holds the digests of the indexes that it lies in.
 func (im *importer) manifest(ctx context.Context, desc ocispec.Descriptor, depth int, seen map[digest.Digest]bool, list *[]*Manifest) (*Manifest, error) {

@@ -242,16 +242,6 @@ func legacyName(entry string, descs []ocispec.Descriptor) (Reference, error) {
 	return parseLegacyName(strings.Replace(host, "__", ":", 1) + "/" + rest[:i] + ":" + tag)
 }
 
-// parseLegacyName is ParseReference that takes a digest after ':' too, as OMMX v2 writes it.
-func parseLegacyName(name string) (Reference, error) {
-	for _, alg := range []digest.Algorithm{digest.SHA256, digest.SHA384, digest.SHA512} {
-		if before, hex, ok := strings.Cut(name, ":"+string(alg)+":"); ok {
-			name = before + "@" + string(alg) + ":" + hex
-		}
-	}
-	return ParseReference(name)
-}
-
 // legacyPaths returns where OMMX v2 may keep ref: host[__port]/repository/__tag,
 // under each of the spellings that mean the same name today. v2 took the text
 // before the first '/' for the host, always, and knew no "library/".

@@ -317,7 +317,7 @@ func (st *stage) settle(ctx context.Context) error {
 		}
 		if sf.reused {
 			// Whoever linked it may not have synced it yet, and our commit relies on it.
-			if err := st.syncReused(sf); err != nil {
+			if err := st.syncReused(blobPath(sf.digest)); err != nil {
 				return err
 			}
 			continue
@@ -363,8 +363,8 @@ func (st *stage) dedup(ctx context.Context, sf *stagedFile) error {
 	return err
 }
 
-func (st *stage) syncReused(sf *stagedFile) error {
-	name := blobPath(sf.digest)
+// syncReused syncs a file that somebody else made: below blobs/, or a link to it below tmp/.
+func (st *stage) syncReused(name string) error {
 	f, err := st.store.root.OpenFile(name, os.O_RDONLY|openNoFollow, 0)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil // collected: recheck brings it back
@@ -384,10 +384,10 @@ func (st *stage) syncReused(sf *stagedFile) error {
 // link names sf's file below blobs/. A file that is there under that name stays
 // if it is good, and is replaced if it is damaged.
 func (st *stage) link(ctx context.Context, sf *stagedFile) error {
-	if sf.name == "" { // renamed by an earlier attempt to publish
-		return st.syncReused(sf)
-	}
 	name := blobPath(sf.digest)
+	if sf.name == "" { // renamed by an earlier attempt to publish
+		return st.syncReused(name)
+	}
 	err := st.store.root.Link(sf.name, name)
 	switch {
 	case err == nil:
@@ -395,7 +395,7 @@ func (st *stage) link(ctx context.Context, sf *stagedFile) error {
 	case errors.Is(err, fs.ErrExist):
 		if st.store.verify(ctx, sf.digest, sf.size) == nil {
 			sf.reused = true // somebody was faster
-			return st.syncReused(sf)
+			return st.syncReused(name)
 		}
 		if err := ctx.Err(); err != nil {
 			return err
@@ -425,6 +425,11 @@ func (st *stage) recheck(d digest.Digest, size int64) error {
 	sf := st.files[d]
 	if sf == nil || sf.name == "" || sf.size != size {
 		return err
+	}
+	if sf.reused { // it may have gone before settle came to syncing it
+		if err := st.syncReused(sf.name); err != nil {
+			return err
+		}
 	}
 	if err := st.relink(sf); err != nil {
 		return err
