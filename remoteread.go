@@ -150,7 +150,8 @@ func (p *remoteRepo) blob(ctx context.Context, desc ocispec.Descriptor, from int
 		actions: []string{"pull"}, ok: []int{http.StatusOK},
 	}
 	if from > 0 {
-		c.header = http.Header{"Range": {fmt.Sprintf("bytes=%d-", from)}}
+		// With its end, which could be left out: some registries take no open range.
+		c.header = http.Header{"Range": {fmt.Sprintf("bytes=%d-%d", from, desc.Size-1)}}
 		c.ok = append(c.ok, http.StatusPartialContent)
 	}
 	res, err := p.try(ctx, c)

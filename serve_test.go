@@ -265,10 +265,15 @@ func (s *server) blob(w http.ResponseWriter, r *http.Request, repo, reference st
 	}
 	w.Header().Set("Content-Type", "application/octet-stream")
 	status := 200
-	if from, ok := strings.CutPrefix(r.Header.Get("Range"), "bytes="); ok {
-		n, _ := strconv.Atoi(strings.TrimSuffix(from, "-"))
-		w.Header().Set("Content-Range", fmt.Sprintf("bytes %d-%d/%d", n, len(b)-1, len(b)))
-		b, status = b[n:], 206
+	if text := r.Header.Get("Range"); text != "" {
+		var first, last int
+		// As go-containerregistry's registry does it: a range has both ends.
+		if _, err := fmt.Sscanf(text, "bytes=%d-%d", &first, &last); err != nil || first > last || last >= len(b) {
+			fail(w, 416, "BLOB_UNKNOWN")
+			return
+		}
+		w.Header().Set("Content-Range", fmt.Sprintf("bytes %d-%d/%d", first, last, len(b)))
+		b, status = b[first:last+1], 206
 	}
 	w.Header().Set("Content-Length", strconv.Itoa(len(b)))
 	w.WriteHeader(status)

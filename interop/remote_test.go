@@ -3,6 +3,8 @@ package interop_test
 import (
 	"bytes"
 	"errors"
+	"io"
+	"net/http"
 	"slices"
 	"strings"
 	"testing"
@@ -99,10 +101,7 @@ func TestPushAgainMountAndLook(t *testing.T) {
 		if err != nil || chunked.BlobsSent == 0 {
 			t.Errorf("in chunks: %+v, %v", chunked, err)
 		}
-		here := newRegistry(t)
-		if _, err := here.Pull(t.Context(), reference(t, s.host+"/three/large:v1"), &ocilocal.PullOptions{Remote: remote}); err != nil {
-			t.Error(err)
-		}
+		s.pullCut(t, reference(t, s.host+"/three/large:v1"), int64(len("chunked ")+len(large)+len("{}")))
 
 		desc, err := remote.Resolve(t.Context(), a.Reference())
 		if err != nil || desc.Digest != a.Digest() || desc.Size != a.Descriptor().Size {
@@ -133,10 +132,88 @@ func TestPushAgainMountAndLook(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if err := remote.Delete(t.Context(), pinned); err != nil && !errors.Is(err, errors.ErrUnsupported) {
-			t.Error(err)
+		err = remote.Delete(t.Context(), pinned)
+		if errors.Is(err, errors.ErrUnsupported) {
+			return
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		if desc, err := remote.Resolve(t.Context(), pinned); !errors.Is(err, ocilocal.ErrNotFound) {
+			t.Errorf("deleted: %+v, %v", desc, err)
 		}
 	})
+}
+
+// pullCut pulls over a connection that breaks off in the middle of the layer: the rest of it is asked for.
+func (s *server) pullCut(t *testing.T, ref ocilocal.Reference, size int64) {
+	t.Helper()
+	remote := s.remote(t)
+	next := remote.Client.Transport
+	var ranges []int // what requests for a range were answered with
+	remote.Client.Transport = roundTripFunc(func(r *http.Request) (*http.Response, error) {
+		res, err := next.RoundTrip(r)
+		switch {
+		case err != nil:
+		case r.Header.Get("Range") != "":
+			ranges = append(ranges, res.StatusCode)
+		case res.ContentLength > 1<<20:
+			res.Body = &cutBody{res.Body, 1 << 20}
+		}
+		return res, err
+	})
+	here := newRegistry(t)
+	got, err := here.Pull(t.Context(), ref, &ocilocal.PullOptions{Remote: remote, Workers: 1})
+	if err != nil {
+		t.Fatal(err)
+	}
+	hasWhole(t, here, got.Artifact.Digest())
+	if !slices.Equal(ranges, []int{http.StatusPartialContent}) || got.BytesReceived != size {
+		t.Errorf("ranges were answered with %d; %d bytes came, of %d", ranges, got.BytesReceived, size)
+	}
+}
+
+type roundTripFunc func(*http.Request) (*http.Response, error)
+
+func (f roundTripFunc) RoundTrip(r *http.Request) (*http.Response, error) { return f(r) }
+
+// A cutBody breaks off after left bytes.
+type cutBody struct {
+	io.ReadCloser
+	left int
+}
+
+func (b *cutBody) Read(p []byte) (int, error) {
+	if b.left == 0 {
+		return 0, io.ErrUnexpectedEOF
+	}
+	n, err := b.ReadCloser.Read(p[:min(len(p), b.left)])
+	b.left -= n
+	return n, err
+}
+
+// An identity token is exchanged for tokens by POST, and does what a password does.
+func TestIdentityToken(t *testing.T) {
+	s := servers["docker-registry with tokens"](t)
+	remote := s.remote(t)
+	remote.Credentials = ocilocal.StaticCredential(s.host, ocilocal.Credential{IdentityToken: identityToken})
+	r := newRegistry(t)
+	want := buildImage(t, r, imageName).Digest()
+	ref, _ := s.pushTo(t, r, remote, imageName, "ours/image:v1")
+	got, err := newRegistry(t).Pull(t.Context(), ref, &ocilocal.PullOptions{Remote: remote})
+	if err != nil || got.Artifact.Digest() != want {
+		t.Errorf("%+v, %v", got, err)
+	}
+	s.tokens.mu.Lock()
+	defer s.tokens.mu.Unlock()
+	if len(s.tokens.requests) == 0 {
+		t.Error("no token was asked for")
+	}
+	for _, r := range s.tokens.requests {
+		if r.method != http.MethodPost || !r.granted || len(r.scopes) == 0 {
+			t.Errorf("%+v", r)
+		}
+	}
 }
 
 // chunkedArtifact has a large layer that nothing else has.
@@ -294,6 +371,7 @@ func TestOMMXPushAndPull(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
+			wantEqual(t, "the digest of what the SDK pushes", got.Artifact.Digest().String(), a.Digest().String())
 			_, _, content := onlyLayer(t, got.Artifact)
 			_, _, want := onlyLayer(t, a)
 			if digest.FromBytes(content) != digest.FromBytes(want) {
