@@ -105,6 +105,7 @@ func (p *remoteRepo) authorized(ctx context.Context, c *remoteCall) (*http.Respo
 	if sameOrigin(c.url, p.host.base) {
 		if ch, ok := p.host.challenge(p.name); ok {
 			if auth, err = p.answer(ctx, c, ch, ""); err != nil {
+				p.host.forget(p.name) // the registry may want something else by now
 				return nil, err
 			}
 		}
@@ -205,6 +206,12 @@ func (h *remoteHost) remember(repository string, c challenge) {
 		clear(h.challenges)
 	}
 	h.challenges[repository] = c
+}
+
+func (h *remoteHost) forget(repository string) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	delete(h.challenges, repository)
 }
 
 // authorization is an answer to a challenge.

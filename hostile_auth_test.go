@@ -274,6 +274,31 @@ func TestIdentityTokenForBasic(t *testing.T) {
 	in.noSecretSeen()
 }
 
+// A registry that has moved to another token server, or to none, is asked anew what it wants once the old one has failed.
+func TestTokenServerMoves(t *testing.T) {
+	in := newInternet(t)
+	s := in.registry("https://registry.test", "203.0.113.1")
+	s.put(t, "org/model", "v1", noise(1, 10))
+	remote := in.remote(s.host, ocilocal.Credential{Username: "me", Password: secretPassword})
+	remote.Retry = noRetry
+	for i, name := range []string{"first", "second"} {
+		in.tokenSite("https://"+name+".test", "203.0.113.2", nil)
+		s.wantToken("https://" + name + ".test/token")
+		// Another token is needed to delete, and the first token server doesn't answer any more.
+		err := remote.Delete(t.Context(), s.ref("org/model:gone"))
+		if want := i > 0; errors.Is(err, ocilocal.ErrTransport) != want {
+			t.Errorf("%s: %v", name, err)
+		}
+		if _, err := remote.Manifest(t.Context(), s.ref("org/model:v1")); err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+		delete(in.sites, name+".test:443")
+		if i == 0 {
+			remote.Credentials = ocilocal.StaticCredential(s.host, ocilocal.Credential{IdentityToken: secretRefresh}) // so that no old token fits
+		}
+	}
+}
+
 // TestTokenScopes: a token is asked for all that the request needs, of the service that
 // the registry names, by either form of the token protocol.
 func TestTokenScopes(t *testing.T) {
