@@ -35,13 +35,14 @@ const (
 // oci-layout too. Blobs go straight into the store; those that no chosen
 // manifest needs are dropped. Every entry of index.json keeps its bytes and digest.
 //
-// Either all is published or nothing. Errors: [ErrInvalidLayout],
+// Either all is published or nothing, but for entries whose refs are kept: see
+// [ImportResult.Conflicts]. Errors: [ErrInvalidLayout],
 // [ErrInvalidManifest], [ErrIncomplete], [ErrDigestMismatch],
 // [ErrSizeMismatch], [ErrUnsupportedMediaType], [ErrTooLarge],
 // [ErrArtifactType] for what Options.ArtifactTypes doesn't have, [ErrReadOnly],
 // [ErrBusy], [ErrClosed], [ErrNotFound]
-// and [ErrInvalidArgument] for options that fit no entry, [*ConflictError] together
-// with the result, ctx's, src's, and the file system's.
+// and [ErrInvalidArgument] for options that fit no entry, [*ConflictError] if the only entry
+// conflicts, together with the result, ctx's, src's, and the file system's.
 func (r *LocalRegistry) ImportArchive(ctx context.Context, src io.Reader, opts *ImportOptions) (*ImportResult, error) {
 	result, err := r.importArchive(ctx, src, opts)
 	return result, opError("import archive", "", "", err)
@@ -90,6 +91,11 @@ func (r *LocalRegistry) importArchive(ctx context.Context, src io.Reader, opts *
 // InspectArchive reads what an archive says of itself, without any registry.
 // Errors: those of [LocalRegistry.ImportArchive] that concern the archive's form.
 func InspectArchive(ctx context.Context, src io.Reader) (*Inspection, error) {
+	in, err := inspectArchive(ctx, src)
+	return in, opError("inspect archive", "", "", err)
+}
+
+func inspectArchive(ctx context.Context, src io.Reader) (*Inspection, error) {
 	counted := &Inspection{}
 	entries, err := readArchive(ctx, src, func(_ digest.Digest, _ io.Reader, size int64) error {
 		counted.Blobs++
@@ -97,7 +103,7 @@ func InspectArchive(ctx context.Context, src io.Reader) (*Inspection, error) {
 		return nil
 	})
 	if err != nil {
-		return nil, opError("inspect archive", "", "", err)
+		return nil, err
 	}
 	in := newInspection(entries)
 	in.Blobs, in.Bytes = counted.Blobs, counted.Bytes

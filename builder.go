@@ -65,11 +65,12 @@ func (r *LocalRegistry) newBuilder(ref Reference, opts *BuilderOptions) (*Builde
 	if b.opts.Format == FormatDefault {
 		b.opts.Format = FormatArtifactManifest
 	}
+	if err := ref.checkGiven(); err != nil {
+		return nil, err
+	}
 	switch {
 	case r.blobs.readOnly:
 		return nil, ErrReadOnly
-	case ref.IsZero():
-		return nil, fmt.Errorf("%w: it is empty", ErrInvalidReference)
 	case ref.Digest() != "":
 		return nil, fmt.Errorf("%w: a digest can't be chosen for what is yet to be built", ErrInvalidReference)
 	}

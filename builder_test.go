@@ -4,7 +4,9 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"io"
 	"io/fs"
+	"iter"
 	"os"
 	"strings"
 	"testing"
@@ -168,7 +170,6 @@ func TestRefsPages(t *testing.T) {
 		"prefix not ASCII":           {&ocilocal.ListOptions{Prefix: "é"}, nil},
 		"prefix not UTF-8":           {&ocilocal.ListOptions{Prefix: "\xff"}, nil},
 		"prefix of a megabyte":       {&ocilocal.ListOptions{Prefix: strings.Repeat("e", 1<<20)}, nil},
-		"name with quotes":           {&ocilocal.ListOptions{Name: "x' OR '1'='1"}, nil},
 		"name in its prefix":         {&ocilocal.ListOptions{Name: "example.com/x/y", Prefix: "example.com/"}, want[:2]},
 		"after before the prefix":    {&ocilocal.ListOptions{Prefix: "example.org", After: ocilocal.MustParseReference("a.test/a:v1")}, want[4:]},
 		"after beyond the prefix":    {&ocilocal.ListOptions{Prefix: "example.com", After: ocilocal.MustParseReference("example.net/a:v1")}, nil},
@@ -194,6 +195,53 @@ func TestRefsPages(t *testing.T) {
 			t.Errorf("%s: %q, want %q", name, got, c.want)
 		}
 	}
+}
+
+// What names nothing is refused, instead of being looked for in vain.
+func TestNamesNothing(t *testing.T) {
+	ctx := t.Context()
+	r := openTemp(t, nil)
+	var zero ocilocal.Reference
+	for name, call := range map[string]func() error{
+		"Resolve":   func() error { _, err := r.Resolve(ctx, zero); return err },
+		"Exists":    func() error { _, err := r.Exists(ctx, zero); return err },
+		"Load":      func() error { _, err := r.Load(ctx, zero); return err },
+		"Remove":    func() error { _, err := r.Remove(ctx, zero); return err },
+		"Tag":       func() error { _, err := r.Tag(ctx, digest.FromString("x"), zero, nil); return err },
+		"Push":      func() error { _, err := r.Push(ctx, zero, nil); return err },
+		"Pull":      func() error { _, err := r.Pull(ctx, zero, nil); return err },
+		"RefUsage":  func() error { _, err := r.RefUsage(ctx, zero); return err },
+		"Convert":   func() error { _, err := r.Convert(ctx, zero, ocilocal.MustParseReference(newRef), nil); return err },
+		"Export":    func() error { return r.ExportArchive(ctx, io.Discard, []ocilocal.Reference{zero}, nil) },
+		"Builder":   func() error { _, err := r.NewBuilder(zero, nil); return err },
+		"Rem. Tags": func() error { return firstError((&ocilocal.Remote{}).Tags(ctx, zero)) },
+	} {
+		if err := call(); !errors.Is(err, ocilocal.ErrInvalidReference) {
+			t.Errorf("%s of the zero reference: %v", name, err)
+		}
+	}
+	for _, name := range []string{"alpine", "library/alpine", "example.com", "EXAMPLE.com/a", "example.com/a:v1", "garbage!!", "x' OR '1'='1", "index.docker.io/library/a"} {
+		o := &ocilocal.ListOptions{Name: name}
+		_, err := r.RepositoryUsage(ctx, name)
+		for _, err := range []error{err, firstError(r.Refs(ctx, o)), firstError(r.Repositories(ctx, o))} {
+			if !errors.Is(err, ocilocal.ErrInvalidArgument) {
+				t.Errorf("repository %q: %v", name, err)
+			}
+		}
+	}
+	if _, err := r.RepositoryUsage(ctx, ""); !errors.Is(err, ocilocal.ErrInvalidArgument) {
+		t.Errorf("no repository: %v", err)
+	}
+}
+
+// firstError returns the first error of a listing.
+func firstError[T any](list iter.Seq2[T, error]) error {
+	for _, err := range list {
+		if err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // TestManifestReadOnce: copies of an artifact share the manifest once it is read, whatever becomes

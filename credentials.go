@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 )
@@ -24,16 +25,44 @@ const (
 )
 
 // StaticCredential returns a function that has one credential for one registry,
-// such as "ghcr.io" or "localhost:5000", and none for others.
+// such as "ghcr.io" or "localhost:5000", and none for others. The host is taken in every spelling that
+// [ParseReference] takes, and as the address of a registry: "index.docker.io" and "https://index.docker.io/v1/"
+// are docker.io. What is no host is [ErrInvalidArgument] whenever the function is asked.
 func StaticCredential(host string, c Credential) CredentialFunc {
 	if c.Source == "" {
 		c.Source = "StaticCredential"
 	}
+	name := strings.TrimPrefix(strings.TrimPrefix(host, "https://"), "http://")
+	name = strings.TrimSuffix(strings.TrimSuffix(strings.TrimSuffix(name, "/"), "/v1"), "/v2")
+	name, wrong := canonicalHost(name)
 	return func(_ context.Context, asked, _ string) (Credential, error) {
-		if asked != host {
-			return Credential{Source: "StaticCredential for " + host}, nil
+		switch {
+		case wrong != nil:
+			return Credential{}, fmt.Errorf("%w: StaticCredential: %w", ErrInvalidArgument, wrong)
+		case asked != name:
+			return Credential{Source: "StaticCredential for " + name}, nil
 		}
 		return c, nil
+	}
+}
+
+// FirstCredential returns a function that asks each of sources in turn and returns the first credential
+// that is not anonymous, or the first error: a [StaticCredential] for one registry before [DefaultCredentials]
+// for all others, for example. If none has one, its Source says where all have looked.
+func FirstCredential(sources ...CredentialFunc) CredentialFunc {
+	sources = slices.Clone(sources)
+	return func(ctx context.Context, host, repository string) (Credential, error) {
+		var looked []string
+		for _, look := range sources {
+			c, err := look(ctx, host, repository)
+			if err != nil || !c.anonymous() {
+				return c, err
+			}
+			if c.Source != "" {
+				looked = append(looked, c.Source)
+			}
+		}
+		return Credential{Source: strings.Join(looked, ", ")}, nil
 	}
 }
 
@@ -45,15 +74,7 @@ func StaticCredential(host string, c Credential) CredentialFunc {
 // [FileCredentials]. The first that has one is taken.
 func DefaultCredentials() CredentialFunc {
 	return func(ctx context.Context, host, repository string) (Credential, error) {
-		var looked []string
-		for _, look := range append([]CredentialFunc{ommxCredential}, credentialFiles()...) {
-			c, err := look(ctx, host, repository)
-			if err != nil || !c.anonymous() {
-				return c, err
-			}
-			looked = append(looked, c.Source)
-		}
-		return Credential{Source: strings.Join(looked, ", ")}, nil
+		return FirstCredential(append([]CredentialFunc{ommxCredential}, credentialFiles()...)...)(ctx, host, repository)
 	}
 }
 

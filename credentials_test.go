@@ -1,6 +1,7 @@
 package ocilocal_test
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -78,6 +79,62 @@ func TestFileCredentials(t *testing.T) {
 	}
 	got, err := ocilocal.FileCredentials(filepath.Join(dir, "absent"))(t.Context(), "r.test", "x")
 	if err != nil || got != (ocilocal.Credential{Source: filepath.Join(dir, "absent")}) {
+		t.Errorf("%v, %v", got, err)
+	}
+}
+
+func TestStaticCredential(t *testing.T) {
+	for host, c := range map[string]struct{ asked, never string }{
+		"ghcr.io":                     {"ghcr.io", "ghcr.io.evil.test"},
+		"GHCR.io":                     {"ghcr.io", "GHCR.io:443"},
+		"https://ghcr.io":             {"ghcr.io", "https"},
+		"https://ghcr.io/v2/":         {"ghcr.io", "v2"},
+		"index.docker.io":             {"docker.io", "index.docker.io.evil.test"},
+		"https://index.docker.io/v1/": {"docker.io", "v1"},
+		"http://localhost:5000/":      {"localhost:5000", "localhost"},
+		"[0:0::1]:5000":               {"[::1]:5000", "[::1]"},
+	} {
+		look := ocilocal.StaticCredential(host, ocilocal.Credential{Username: "me", Password: "secret"})
+		if got, err := look(t.Context(), c.asked, "x"); err != nil || got.Username != "me" {
+			t.Errorf("%s: %v, %v", host, got, err)
+		}
+		if got, err := look(t.Context(), c.never, "x"); err != nil || got.Username != "" {
+			t.Errorf("%s for %s: %v, %v", host, c.never, got, err)
+		}
+	}
+	for _, host := range []string{"", "ghcr.io/org", "user@ghcr.io", "ftp://ghcr.io", "ghcr.io:0"} {
+		if _, err := ocilocal.StaticCredential(host, ocilocal.Credential{Password: "secret"})(t.Context(), "ghcr.io", "x"); !errors.Is(err, ocilocal.ErrInvalidArgument) || strings.Contains(err.Error(), "secret") {
+			t.Errorf("%q: %v", host, err)
+		}
+	}
+}
+
+func TestFirstCredential(t *testing.T) {
+	failed := errors.New("locked")
+	static := func(host, user string) ocilocal.CredentialFunc {
+		return ocilocal.StaticCredential(host, ocilocal.Credential{Username: user, Password: "secret"})
+	}
+	sources := []ocilocal.CredentialFunc{static("a.test", "one"), static("b.test", "two"), static("a.test", "three"),
+		func(_ context.Context, host, _ string) (ocilocal.Credential, error) {
+			if host == "fails.test" {
+				return ocilocal.Credential{}, failed
+			}
+			return ocilocal.Credential{}, nil
+		}, static("fails.test", "four")}
+	first := ocilocal.FirstCredential(sources...)
+	sources[0] = nil
+	for host, want := range map[string]string{"a.test": "one", "b.test": "two", "none.test": ""} {
+		if got, err := first(t.Context(), host, "x"); err != nil || got.Username != want || got.Source == "" {
+			t.Errorf("%s: %v, %v", host, got, err)
+		}
+	}
+	if got, err := first(t.Context(), "none.test", "x"); !strings.Contains(got.Source, "a.test, StaticCredential for b.test") {
+		t.Errorf("%v, %v", got, err)
+	}
+	if _, err := first(t.Context(), "fails.test", "x"); !errors.Is(err, failed) {
+		t.Error(err)
+	}
+	if got, err := ocilocal.FirstCredential()(t.Context(), "a.test", "x"); err != nil || got != (ocilocal.Credential{}) {
 		t.Errorf("%v, %v", got, err)
 	}
 }

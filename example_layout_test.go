@@ -145,6 +145,61 @@ func ExampleInspectArchive() {
 	// 2 blobs
 }
 
+// Of several entries, each that conflicts with what is here is told, and the others are imported.
+func ExampleLocalRegistry_ImportPath() {
+	ctx := context.Background()
+	from, done := scratch()
+	defer done()
+	a, b := note(from, "example.com/a:v1", "one"), note(from, "example.com/b:v1", "two")
+	dir := filepath.Join(from.Root(), "..", "layout")
+	defer os.RemoveAll(dir)
+	if err := from.ExportLayout(ctx, dir, []ocilocal.Reference{a.Reference(), b.Reference()}, nil); err != nil {
+		log.Fatal(err)
+	}
+
+	to, doneTo := scratch()
+	defer doneTo()
+	note(to, "example.com/a:v1", "my own")
+	result, err := to.ImportPath(ctx, dir, nil) // a layout directory or an archive
+	if err != nil {
+		log.Fatal(err)
+	}
+	for _, artifact := range result.Artifacts {
+		fmt.Println(artifact.Update.Reference, artifact.Update.Outcome)
+	}
+	for _, kept := range result.Conflicts() {
+		fmt.Println("kept:", kept.Reference)
+	}
+	// Output:
+	// example.com/a:v1 conflicted
+	// example.com/b:v1 inserted
+	// kept: example.com/a:v1
+}
+
+func ExampleInspectPath() {
+	ctx := context.Background()
+	registry, done := scratch()
+	defer done()
+	a := note(registry, "example.com/note:v1", "one")
+	file := filepath.Join(registry.Root(), "..", "note.tar")
+	defer os.Remove(file)
+	if err := registry.ExportArchiveFile(ctx, file, []ocilocal.Reference{a.Reference()}, nil); err != nil {
+		log.Fatal(err)
+	}
+
+	inside, err := ocilocal.InspectPath(ctx, file) // or a layout directory
+	if err != nil {
+		log.Fatal(err)
+	}
+	for _, e := range inside.Entries {
+		fmt.Println(e.Reference, e.Descriptor.ArtifactType)
+	}
+	fmt.Println(inside.Blobs, "blobs")
+	// Output:
+	// example.com/note:v1 application/vnd.example.note
+	// 2 blobs
+}
+
 func ExampleLocalRegistry_ImportLegacy() {
 	ctx := context.Background()
 	registry, done := scratch()

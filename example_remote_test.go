@@ -133,6 +133,23 @@ func ExampleRemote() {
 	// HEAD answered 404
 }
 
+// One registry's credential comes from the program, all others' from where docker and podman keep them.
+func ExampleFirstCredential() {
+	credentials := ocilocal.FirstCredential(
+		ocilocal.StaticCredential("registry.example.com", ocilocal.Credential{Username: "me", Password: "secret"}),
+		ocilocal.FileCredentials("testdata/nothing.json"), // or DefaultCredentials()
+	)
+	remote := &ocilocal.Remote{Credentials: credentials}
+	defer remote.CloseIdleConnections()
+	for _, host := range []string{"registry.example.com", "ghcr.io"} {
+		c, err := credentials(context.Background(), host, "team/note")
+		fmt.Println(c, err)
+	}
+	// Output:
+	// credential of me (StaticCredential) <nil>
+	// anonymous (StaticCredential for registry.example.com, testdata/nothing.json) <nil>
+}
+
 func ExampleRemote_Referrers() {
 	ctx := context.Background()
 	server := serve()

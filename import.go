@@ -32,8 +32,9 @@ type ImportOptions struct {
 	// To find them, the manifest of every entry is read: one that is missing or
 	// damaged fails the import.
 	Referrers bool
-	// PublishOptions say what happens if a ref exists. With several entries,
-	// a conflict is reported as an outcome; with one, it is an error as well.
+	// PublishOptions say what happens if a ref exists. With one entry, a conflict is an error. With
+	// several, those that don't conflict are imported, and the others are told by the outcome
+	// [Conflicted]: see [ImportResult.Conflicts].
 	PublishOptions
 
 	one bool // the caller has use for one entry only
@@ -58,6 +59,18 @@ type ImportResult struct {
 	BlobsWritten int                  // blobs that the registry did not have
 	BlobsReused  int                  // blobs that it had
 	BytesWritten int64                // size of the former
+}
+
+// Conflicts returns the updates whose outcome is [Conflicted]. Of those entries nothing was imported. Where
+// several entries were, this is the only sign of them: the import itself returns no error.
+func (r *ImportResult) Conflicts() []RefUpdate {
+	var conflicts []RefUpdate
+	for _, a := range r.Artifacts {
+		if a.Update.Outcome == Conflicted {
+			conflicts = append(conflicts, a.Update)
+		}
+	}
+	return conflicts
 }
 
 // importer is the one pipeline by which content comes in: it takes the closure

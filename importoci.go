@@ -17,13 +17,14 @@ import (
 // digest; image indexes come in whole. Blobs that the registry has are not
 // read. The directory is not changed, and no symbolic link in it is followed.
 //
-// Either all is published or nothing. Errors: [ErrInvalidLayout],
+// Either all is published or nothing, but for entries whose refs are kept: see
+// [ImportResult.Conflicts]. Errors: [ErrInvalidLayout],
 // [ErrInvalidManifest], [ErrIncomplete], [ErrDigestMismatch],
 // [ErrSizeMismatch], [ErrUnsupportedMediaType], [ErrTooLarge],
 // [ErrArtifactType] for what Options.ArtifactTypes doesn't have, [ErrReadOnly],
 // [ErrBusy], [ErrClosed], [ErrNotFound]
-// and [ErrInvalidArgument] for options that fit no entry, [*ConflictError] together
-// with the result, ctx's, and the file system's.
+// and [ErrInvalidArgument] for options that fit no entry, [*ConflictError] if the only entry
+// conflicts, together with the result, ctx's, and the file system's.
 func (r *LocalRegistry) ImportLayout(ctx context.Context, dir string, opts *ImportOptions) (*ImportResult, error) {
 	result, err := r.importLayout(ctx, dir, opts)
 	return result, opError("import layout", dir, "", err)

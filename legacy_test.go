@@ -335,6 +335,48 @@ func TestLoadPath(t *testing.T) {
 	}
 }
 
+// Several entries come in by path; a conflict of one of them is in the result, and the others count.
+func TestImportPath(t *testing.T) {
+	ctx := t.Context()
+	from := openTemp(t, nil)
+	a, b := published(t, from, "example.com/a:v1", "one", nil), published(t, from, "example.com/b:v1", "two", nil)
+	both := []ocilocal.Reference{a.Reference(), b.Reference()}
+	dir, archive := filepath.Join(t.TempDir(), "dir"), filepath.Join(t.TempDir(), "archive")
+	if err := errors.Join(from.ExportLayout(ctx, dir, both, nil), from.ExportArchiveFile(ctx, archive, both, nil)); err != nil {
+		t.Fatal(err)
+	}
+	for _, path := range []string{dir, archive} {
+		if in, err := ocilocal.InspectPath(ctx, path); err != nil || len(in.Entries) != 2 || in.Blobs != 4 {
+			t.Errorf("%+v, %v", in, err)
+		}
+		r := openTemp(t, nil)
+		own := published(t, r, "example.com/a:v1", "own", nil)
+		got, err := r.ImportPath(ctx, path, nil)
+		if err != nil || len(got.Artifacts) != 2 {
+			t.Fatalf("%+v, %v", got, err)
+		}
+		if c := got.Conflicts(); len(c) != 1 || c[0].Reference != a.Reference() || c[0].Existing != own.Digest() || c[0].Descriptor.Digest != a.Digest() {
+			t.Errorf("%+v", c)
+		}
+		if ok, err := r.Exists(ctx, b.Reference()); !ok || err != nil {
+			t.Errorf("the other one: %v, %v", ok, err)
+		}
+		if got, err = r.ImportPath(ctx, path, &ocilocal.ImportOptions{Select: "example.com/a:v1"}); !errors.Is(err, ocilocal.ErrConflict) || len(got.Conflicts()) != 1 {
+			t.Errorf("alone: %+v, %v", got, err)
+		}
+	}
+	nothing := filepath.Join(t.TempDir(), "nothing")
+	if _, err := ocilocal.InspectPath(ctx, nothing); !errors.Is(err, os.ErrNotExist) {
+		t.Error(err)
+	}
+	if _, err := from.ImportPath(ctx, nothing, nil); !errors.Is(err, os.ErrNotExist) {
+		t.Error(err)
+	}
+	if _, err := ocilocal.InspectPath(ctx, filepath.Join(from.Root(), "index.sqlite3")); !errors.Is(err, ocilocal.ErrInvalidArgument) {
+		t.Error(err)
+	}
+}
+
 func TestDefaultLegacyRoot(t *testing.T) {
 	t.Setenv("OMMX_LOCAL_REGISTRY_ROOT", "/somewhere")
 	if got, err := ocilocal.DefaultLegacyRoot(); err != nil || got != "/somewhere" {

@@ -3,7 +3,9 @@ package ocilocal
 import (
 	"context"
 	"errors"
+	"fmt"
 	"os"
+	"path/filepath"
 )
 
 // Load returns the artifact that ref names. If the registry has it, only the
@@ -55,18 +57,57 @@ func (r *LocalRegistry) loadPath(ctx context.Context, path string, opts *ImportO
 		o = *opts
 	}
 	o.one = true
-	fi, err := os.Stat(path)
-	if err != nil {
-		return nil, err
-	}
-	load := r.importArchiveFile
-	if fi.IsDir() {
-		load = r.importLayout
-	}
-	result, err := load(ctx, path, &o)
+	result, err := r.importPath(ctx, path, &o)
 	if err != nil {
 		return nil, err
 	}
 	a := result.Artifacts[0]
 	return r.newArtifact(a.Update.Reference, a.Descriptor, nil), nil
+}
+
+// ImportPath is [LocalRegistry.ImportLayout] of a directory and [LocalRegistry.ImportArchiveFile] of a
+// file, told apart by what it is and not by its name. Errors and ctx are theirs.
+func (r *LocalRegistry) ImportPath(ctx context.Context, path string, opts *ImportOptions) (*ImportResult, error) {
+	result, err := r.importPath(ctx, path, opts)
+	return result, opError("import", path, "", err)
+}
+
+func (r *LocalRegistry) importPath(ctx context.Context, path string, opts *ImportOptions) (*ImportResult, error) {
+	fi, err := os.Stat(path)
+	if err != nil {
+		return nil, err
+	}
+	if fi.IsDir() {
+		return r.importLayout(ctx, path, opts)
+	}
+	return r.importArchiveFile(ctx, path, opts)
+}
+
+// InspectPath is [InspectLayout] of a directory and [InspectArchive] of a file.
+// Errors and ctx are theirs; a registry's index is refused with [ErrInvalidArgument].
+func InspectPath(ctx context.Context, path string) (*Inspection, error) {
+	in, err := inspectPath(ctx, path)
+	return in, opError("inspect", path, "", err)
+}
+
+func inspectPath(ctx context.Context, path string) (*Inspection, error) {
+	fi, err := os.Stat(path)
+	if err != nil {
+		return nil, err
+	}
+	if fi.IsDir() {
+		return inspectLayout(ctx, path)
+	}
+	if filepath.Base(path) == indexFile { // opening it would drop SQLite's locks
+		return nil, fmt.Errorf("%w: %s is a registry's index", ErrInvalidArgument, indexFile)
+	}
+	f, err := os.OpenFile(path, os.O_RDONLY|openNonblock, 0)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	if _, err := checkRegular(f); err != nil {
+		return nil, err
+	}
+	return inspectArchive(ctx, f)
 }

@@ -550,6 +550,7 @@ func TestUseAfterClose(t *testing.T) {
 		"GCReport":     func() error { _, err := r.GCReport(ctx, nil); return err },
 		"ImportLegacy": func() error { _, err := r.ImportLegacy(ctx, filepath.Dir(archive), nil); return err },
 		"LoadPath":     func() error { _, err := r.LoadPath(ctx, archive, nil); return err },
+		"ImportPath":   func() error { _, err := r.ImportPath(ctx, archive, nil); return err },
 		"Refs": func() (last error) {
 			for _, err := range r.Refs(ctx, nil) {
 				last = err

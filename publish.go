@@ -285,8 +285,8 @@ func (r *LocalRegistry) point(ctx context.Context, d digest.Digest, ref Referenc
 	if err := checkDigest(d); err != nil {
 		return u, err
 	}
-	if ref.IsZero() {
-		return u, fmt.Errorf("%w: it is empty", ErrInvalidReference)
+	if err := ref.checkGiven(); err != nil {
+		return u, err
 	}
 	if pin := ref.Digest(); pin != "" && pin != d {
 		return u, fmt.Errorf("%w: %s names another digest", ErrDigestMismatch, ref)
@@ -349,7 +349,7 @@ func (r *LocalRegistry) checkClosure(q queryer, desc ocispec.Descriptor, seen ma
 
 // Remove deletes a ref and returns what it pointed at. The artifact stays
 // until garbage collection, and [LocalRegistry.Tag] restores the ref until then.
-// Errors: [ErrNotFound], [ErrReadOnly], [ErrBusy].
+// Errors: [ErrNotFound], [ErrInvalidReference] for a zero ref, [ErrReadOnly], [ErrBusy].
 func (r *LocalRegistry) Remove(ctx context.Context, ref Reference) (Ref, error) {
 	removed, err := r.remove(ctx, ref)
 	return removed, opError("remove", ref.String(), "", err)
@@ -361,6 +361,9 @@ func (r *LocalRegistry) remove(ctx context.Context, ref Reference) (removed Ref,
 		return removed, err
 	}
 	defer end()
+	if err := ref.checkGiven(); err != nil {
+		return removed, err
+	}
 	err = r.write(ctx, func(tx *indexTx) error {
 		name, reference := ref.key()
 		desc, updated, ok, err := tx.resolved(name, reference)

@@ -3,6 +3,7 @@ package ocilocal
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"iter"
 	"os"
@@ -23,7 +24,7 @@ type Ref struct {
 // Resolve returns the descriptor of the manifest that ref names. A reference
 // with a digest is resolved by that digest, under whatever name the registry
 // has it, as [LocalRegistry.ResolveDigest] does. Only the index is read.
-// Errors: [ErrNotFound], [ErrCorruptIndex], [ErrIndexIO].
+// Errors: [ErrNotFound], [ErrInvalidReference] for a zero ref, [ErrCorruptIndex], [ErrIndexIO].
 func (r *LocalRegistry) Resolve(ctx context.Context, ref Reference) (ocispec.Descriptor, error) {
 	desc, err := r.resolve(ctx, ref)
 	return desc, opError("resolve", ref.String(), "", err)
@@ -53,6 +54,9 @@ func (r *LocalRegistry) resolve(ctx context.Context, ref Reference) (ocispec.Des
 
 // lookUp is resolve within a call that has begun.
 func (r *LocalRegistry) lookUp(ref Reference) (ocispec.Descriptor, error) {
+	if err := ref.checkGiven(); err != nil {
+		return ocispec.Descriptor{}, err
+	}
 	if d := ref.Digest(); d != "" {
 		return r.resolveDigest(d)
 	}
@@ -74,6 +78,7 @@ func found(desc ocispec.Descriptor, ok bool, err error) (ocispec.Descriptor, err
 }
 
 // Exists reports whether ref resolves. Only the index is read.
+// Errors are those of [LocalRegistry.Resolve] but for [ErrNotFound].
 func (r *LocalRegistry) Exists(ctx context.Context, ref Reference) (bool, error) {
 	_, err := r.Resolve(ctx, ref)
 	if errors.Is(err, ErrNotFound) {
@@ -94,7 +99,7 @@ func (r *LocalRegistry) LoadDigest(ctx context.Context, d digest.Digest) (*Local
 
 // ListOptions choose refs. Nil and the zero value choose all.
 type ListOptions struct {
-	// Name, if not empty, is the one registry/repository to list.
+	// Name, if not empty, is the one registry/repository to list, as [Reference.Name] returns it.
 	Name string
 	// Prefix, if not empty, is what registry/repository must begin with, such as "ghcr.io/org/".
 	Prefix string
@@ -108,13 +113,18 @@ type ListOptions struct {
 // Refs lists refs in the order of [Reference.Compare], from the index only. It reads
 // in pages, so that memory stays the same and no lock is held while the
 // caller's code runs; a ref that is added or removed meanwhile may or may not
-// be seen. An error (ctx's, [ErrCorruptIndex], [ErrIndexIO]) is yielded once, at the end.
+// be seen. An error (ctx's, [ErrInvalidArgument] for a Name that no reference has,
+// [ErrCorruptIndex], [ErrIndexIO]) is yielded once, at the end.
 func (r *LocalRegistry) Refs(ctx context.Context, opts *ListOptions) iter.Seq2[Ref, error] {
 	var o ListOptions
 	if opts != nil {
 		o = *opts
 	}
 	return func(yield func(Ref, error) bool) {
+		if err := o.check(); err != nil {
+			yield(Ref{}, opError("list", "", "", err))
+			return
+		}
 		name, reference, below := o.bounds()
 		for left := o.Limit; ; {
 			n := listPage
@@ -140,6 +150,21 @@ func (r *LocalRegistry) Refs(ctx context.Context, opts *ListOptions) iter.Seq2[R
 }
 
 const listPage = 512
+
+// check refuses a name that can't be any reference's.
+func (o *ListOptions) check() error {
+	if o.Name == "" {
+		return nil
+	}
+	canonical, err := canonicalName(o.Name)
+	if err == nil && canonical != o.Name {
+		err = fmt.Errorf("name %q is spelled %q", clip(o.Name), clip(canonical))
+	}
+	if err != nil {
+		return fmt.Errorf("%w: ListOptions.Name: %w", ErrInvalidArgument, err)
+	}
+	return nil
+}
 
 // bounds returns the keys between which the listing lies.
 func (o *ListOptions) bounds() (name, reference, below string) {

@@ -178,6 +178,14 @@ func (r Reference) Digest() digest.Digest { return r.digest }
 // IsZero reports whether r is the zero Reference, which names nothing.
 func (r Reference) IsZero() bool { return r == Reference{} }
 
+// checkGiven refuses the zero Reference.
+func (r Reference) checkGiven() error {
+	if r.IsZero() {
+		return fmt.Errorf("%w: it is empty", ErrInvalidReference)
+	}
+	return nil
+}
+
 // String returns the canonical spelling, with nothing left to a default.
 // [ParseReference] of it returns r. The zero Reference gives "".
 func (r Reference) String() string {

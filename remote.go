@@ -236,8 +236,8 @@ type remoteRepo struct {
 }
 
 func (r *Remote) repo(ref Reference) (*remoteRepo, error) {
-	if ref.IsZero() {
-		return nil, fmt.Errorf("%w: it is empty", ErrInvalidReference)
+	if err := ref.checkGiven(); err != nil {
+		return nil, err
 	}
 	return &remoteRepo{remote: r, host: r.host(ref.Registry()), ref: ref, name: ref.Repository()}, nil
 }

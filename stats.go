@@ -3,6 +3,7 @@ package ocilocal
 import (
 	"cmp"
 	"context"
+	"fmt"
 	"iter"
 	"sync"
 
@@ -184,7 +185,7 @@ type Usage struct {
 
 // RefUsage tells what ref takes up: its manifest and all that needs, its
 // subjects with theirs included, from the index alone.
-// Errors: [ErrNotFound], ctx's, [ErrCorruptIndex], [ErrIndexIO].
+// Errors: [ErrNotFound], [ErrInvalidReference] for a zero ref, ctx's, [ErrCorruptIndex], [ErrIndexIO].
 func (r *LocalRegistry) RefUsage(ctx context.Context, ref Reference) (Usage, error) {
 	u, err := r.refUsage(ctx, ref)
 	return u, opError("count", ref.String(), "", err)
@@ -196,6 +197,9 @@ func (r *LocalRegistry) refUsage(ctx context.Context, ref Reference) (Usage, err
 		return Usage{}, err
 	}
 	defer end()
+	if err := ref.checkGiven(); err != nil {
+		return Usage{}, err
+	}
 	desc, err := found(r.index.resolve(ref.key()))
 	if err != nil {
 		return Usage{}, err
@@ -211,10 +215,13 @@ func (r *LocalRegistry) refUsage(ctx context.Context, ref Reference) (Usage, err
 
 // RepositoryUsage tells what all refs of a repository take up together, from the
 // index alone. name is registry/repository, as [Reference.Name] returns it; one without
-// refs takes up nothing. Errors: ctx's, [ErrCorruptIndex], [ErrIndexIO].
+// refs takes up nothing. Errors: [ErrInvalidArgument] for what is no such name, ctx's, [ErrCorruptIndex], [ErrIndexIO].
 func (r *LocalRegistry) RepositoryUsage(ctx context.Context, name string) (Usage, error) {
 	u := newUsage(ctx, r.index)
 	u.leader.name = name
+	if name == "" {
+		return Usage{}, opError("count", name, "", fmt.Errorf("%w: the name is empty", ErrInvalidArgument))
+	}
 	for ref, err := range r.Refs(ctx, &ListOptions{Name: name}) {
 		if err == nil {
 			u.Refs++
@@ -319,6 +326,10 @@ func (r *LocalRegistry) Repositories(ctx context.Context, opts *ListOptions) ite
 		o = *opts
 	}
 	return func(yield func(string, error) bool) {
+		if err := o.check(); err != nil {
+			yield("", opError("list repositories", "", "", err))
+			return
+		}
 		from, reference, below := o.bounds()
 		after := ""
 		if reference != "" {
