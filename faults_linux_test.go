@@ -15,6 +15,8 @@ import (
 	"syscall"
 	"testing"
 
+	"github.com/opencontainers/go-digest"
+
 	"github.com/ocilocal/ocilocal"
 )
 
@@ -119,6 +121,112 @@ func TestFullDisk(t *testing.T) {
 			mustClose(t, r)
 			checkStore(t, root, want)
 		})
+	}
+}
+
+// TestFullDiskCollected: on disks of many sizes, with large and small layers, a collection frees
+// what nothing needs while there is no space nor a file to be had, and publishing goes on.
+func TestFullDiskCollected(t *testing.T) {
+	kib := []int{48, 700, 8 << 10}
+	if longRun() {
+		for size := 50.0; size < 8<<10; size *= 1.09 {
+			kib = append(kib, int(size))
+		}
+	}
+	for i, size := range kib {
+		for _, options := range []string{fmt.Sprintf("size=%dk", size), fmt.Sprintf("size=16m,nr_inodes=%d", 20+size/8)} {
+			t.Run(options, func(t *testing.T) {
+				collectFull(t, options, []int{100, 9 << 10, 90 << 10}[i%3])
+			})
+		}
+	}
+}
+
+func collectFull(t *testing.T, options string, layer int) {
+	mnt := mountTmpfs(t, options)
+	root := filepath.Join(mnt, "root")
+	r, err := ocilocal.Open(t.Context(), root, nil)
+	if err != nil {
+		checkFull(t, err)
+		t.Logf("an empty registry doesn't fit: %v", err)
+		return
+	}
+	defer r.Close()
+	want, orphans := model{}, map[string]bool{}
+	publish := func(ref string) error {
+		_, err := publishLabelled(r, ref, ref, ocilocal.KeepExisting, append([]byte(ref), noise(1, layer)...))
+		return err
+	}
+	for i := 0; err == nil; i++ {
+		if i > 5000 {
+			t.Fatal("the disk doesn't get full")
+		}
+		ref := fmt.Sprintf("example.com/full/disk:r%d", i)
+		if err = publish(ref); err != nil {
+			break
+		}
+		want[ref] = []string{ref}
+		if i%4 == 0 {
+			continue
+		}
+		if _, err = r.Remove(t.Context(), ocilocal.MustParseReference(ref)); err == nil {
+			delete(want, ref)
+			orphans[string(digest.FromBytes(append([]byte(ref), noise(1, layer)...)))] = true
+		}
+	}
+	checkFull(t, err)
+	for kind, body := range [][]byte{make([]byte, 512<<10), nil} { // until no block is left, and then no inode
+		for i := range 1500 {
+			if err := os.WriteFile(filepath.Join(mnt, fmt.Sprint("filler", kind, i)), body, 0o600); err != nil {
+				break
+			}
+		}
+	}
+	report, err := r.GC(t.Context(), atOnce)
+	if err != nil {
+		t.Errorf("a collection on a full disk: %v, %+v", err, report)
+	}
+	left := 0
+	for _, d := range blobNames(t, r) {
+		if orphans[string(d)] {
+			left++
+		}
+	}
+	t.Logf("%d artifacts stay, %d of %d orphans are left: %+v", len(want), left, len(orphans), report.Deleted)
+	if left*20 > len(orphans) {
+		t.Errorf("%d of %d orphans are still there", left, len(orphans))
+	}
+	if len(orphans) > 20 {
+		const again = "example.com/full/disk:again"
+		if err := publish(again); err != nil {
+			t.Errorf("after the collection: %v", err)
+		}
+		want[again] = []string{again}
+	}
+	for ref := range want {
+		if got, err := readLabelled(r, ref); got != ref || err != nil {
+			t.Errorf("%s reads %q, %v", ref, got, err)
+		}
+	}
+	if err := syscall.Mount("tmpfs", mnt, "tmpfs", syscall.MS_REMOUNT, "size=32m,nr_inodes=5000"); err != nil {
+		t.Fatal(err)
+	}
+	collect(t, r, atOnce) // rows may be left for which the log had no space
+	mustClose(t, r)
+	checkCollected(t, root, want)
+}
+
+// TestDevFull exports to the device that is always full.
+func TestDevFull(t *testing.T) {
+	full, err := os.OpenFile("/dev/full", os.O_WRONLY, 0)
+	if err != nil {
+		t.Skip(err)
+	}
+	defer full.Close()
+	r := openTemp(t, nil)
+	a, _ := oneLayer(t, r, keptRef, noise(1, 100_000))
+	for _, opts := range []*ocilocal.ExportOptions{nil, {Gzip: true}} {
+		checkFull(t, r.ExportArchive(t.Context(), full, []ocilocal.Reference{a.Reference()}, opts))
 	}
 }
 

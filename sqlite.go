@@ -293,6 +293,9 @@ func indexError(err error) error {
 	case sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB:
 		kind = ErrCorruptIndex
 	}
+	if e.Code() == sqlite3.SQLITE_IOERR_SHMSIZE { // its shared memory, a file, can't grow
+		kind = ErrNoSpace
+	}
 	return fmt.Errorf("%w: %w", kind, err)
 }
 
