@@ -239,3 +239,28 @@ func TestMaxClosure(t *testing.T) {
 		t.Errorf("one image index of the three: %v, want ErrTooLarge", err)
 	}
 }
+
+// TestManyLargeManifests: manifests are in memory until they are published, so all of an import's together are bounded.
+func TestManyLargeManifests(t *testing.T) {
+	if testing.Short() {
+		t.Skip("128 MiB of manifests")
+	}
+	pad := strings.Repeat("x", 4_000_000)
+	var blobs, index []string
+	for i := range ocilocal.MaxImportManifests/len(pad) + 1 {
+		m := fmt.Sprintf(`{"schemaVersion":2,"mediaType":%q,"artifactType":"a/b","config":%s,"layers":[],"annotations":{"n":"%d","pad":%q}}`,
+			imageType, desc("application/vnd.oci.empty.v1+json", "{}"), i, pad)
+		blobs, index = append(blobs, m), append(index, desc(imageType, m))
+	}
+	src := &stream{n: len(blobs), next: func(i int) []byte {
+		return plainFile("blobs/sha256/"+digest.FromString(blobs[i]).Encoded(), blobs[i])
+	}}
+	end := tarOf(t, blobEntry("{}"), entry{name: "index.json", body: `{"schemaVersion":2,"manifests":[` + strings.Join(index, ",") + `]}`})
+	r := openTemp(t, nil)
+	if _, err := r.ImportArchive(t.Context(), io.MultiReader(src, bytes.NewReader(end)), nil); !errors.Is(err, ocilocal.ErrTooLarge) {
+		t.Error(err)
+	}
+	if n := len(blobNames(t, r)); n != 0 {
+		t.Errorf("%d blobs are left", n)
+	}
+}

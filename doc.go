@@ -98,7 +98,8 @@
 //
 // # Limits
 //
-// A manifest or index may have [MaxManifestSize] bytes, an artifact [MaxClosure] blobs,
+// A manifest or index may have [MaxManifestSize] bytes, those of an import or pull together
+// [MaxImportManifests], an artifact [MaxClosure] blobs,
 // image indexes may nest [MaxIndexNesting] deep, JSON [MaxJSONDepth], and an archive may have
 // [MaxArchiveEntries] entries. Blobs have no limit. An import takes some 2 KB of memory for each of its blobs.
 package ocilocal

@@ -89,9 +89,11 @@ type importer struct {
 	// look opens a manifest of the source without staging it. Nil: what the source has is staged.
 	look func(ctx context.Context, desc ocispec.Descriptor) (*verifier, error)
 
-	need  map[digest.Digest]bool // what the closures hold
-	sizes map[digest.Digest]int64
-	most  int // len(sizes) at which the entry under way has MaxClosure blobs of its own
+	need      map[digest.Digest]bool // what the closures hold
+	sizes     map[digest.Digest]int64
+	manifests int64 // bytes of those that were read
+
+	most int // len(sizes) at which the entry under way has MaxClosure blobs of its own
 }
 
 func (r *LocalRegistry) newImporter(opts *ImportOptions) *importer {
@@ -312,6 +314,9 @@ func (im *importer) manifest(ctx context.Context, desc ocispec.Descriptor, depth
 	}
 	if desc.Size > MaxManifestSize {
 		return nil, fmt.Errorf("%w: manifest %s has %d bytes, at most %d are taken", ErrTooLarge, desc.Digest, desc.Size, MaxManifestSize)
+	}
+	if im.manifests += desc.Size; im.manifests > MaxImportManifests {
+		return nil, fmt.Errorf("%w: manifests of more than %d bytes together (import fewer entries at a time: ImportOptions.Select)", ErrTooLarge, MaxImportManifests)
 	}
 	if err := im.blob(ctx, desc, roleManifest); err != nil {
 		return nil, err

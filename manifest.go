@@ -21,6 +21,9 @@ const (
 	MaxIndexNesting = 8
 	// MaxClosure bounds the descriptors that one artifact refers to through all its manifests.
 	MaxClosure = 100_000
+	// MaxImportManifests bounds the bytes of all manifests of one import or pull, which
+	// are in memory until they are published together.
+	MaxImportManifests = 128 << 20
 	// MaxJSONDepth bounds how deep arrays and objects lie in each other.
 	MaxJSONDepth = 64
 )
