@@ -620,3 +620,62 @@ func TestProgressFallsBack(t *testing.T) {
 		}
 	}
 }
+
+// TestLargeBlobsAreStreamed: however large a blob is, a pull and a push of it take little memory.
+func TestLargeBlobsAreStreamed(t *testing.T) {
+	s := newServer(t)
+	s.noMount = true
+	size := scaled(32, 64, 512) << 20
+	s.put(t, "org/model", "v1", noise(1, size))
+	s.override = func(w http.ResponseWriter, r *http.Request) bool {
+		// Uploads are believed, not kept.
+		if r.Method != "PUT" && r.Method != "PATCH" || !strings.Contains(r.URL.Path, "/uploads/") {
+			return false
+		}
+		n, err := io.Copy(io.Discard, r.Body)
+		if err != nil {
+			t.Error(err)
+		}
+		if d := r.URL.Query().Get("digest"); d != "" {
+			s.mu.Lock()
+			s.blobs[strings.TrimPrefix(path.Dir(path.Dir(path.Dir(r.URL.Path))), "/v2/")+"@"+d] = nil
+			s.mu.Unlock()
+			w.WriteHeader(201)
+			return true
+		}
+		var first int64
+		fmt.Sscanf(r.Header.Get("Content-Range"), "%d-", &first)
+		w.Header().Set("Location", r.URL.String())
+		w.Header().Set("Range", fmt.Sprintf("0-%d", first+n-1))
+		w.WriteHeader(202)
+		return true
+	}
+	r := openRemote(t, nil)
+	ref := s.ref("org/model:v1")
+	push := func(name string, chunk int64) error {
+		got, err := r.Push(t.Context(), ref, &ocilocal.PushOptions{As: s.ref(name), ChunkSize: chunk})
+		if err == nil && got.BytesSent != int64(size)+2 {
+			t.Errorf("%+v", got)
+		}
+		return err
+	}
+	for name, do := range map[string]func() error{
+		"push":           func() error { return push("org/whole:v1", 0) },
+		"push in chunks": func() error { return push("org/chunks:v1", int64(size/8)) },
+		"pull": func() error {
+			_, err := openRemote(t, nil).Pull(t.Context(), ref, nil)
+			return err
+		},
+	} {
+		if _, err := r.Pull(t.Context(), ref, nil); err != nil {
+			t.Fatal(err)
+		}
+		if n := allocated(func() {
+			if err := do(); err != nil {
+				t.Errorf("%s: %v", name, err)
+			}
+		}); n > 8<<20 {
+			t.Errorf("%s: %d bytes were allocated for a blob of %d", name, n, size)
+		}
+	}
+}
