@@ -33,7 +33,7 @@ func sharedRef(n int) string      { return fmt.Sprintf("example.com/crash/shared
 
 // poolLayer is a layer that many artifacts have, so that workers meet on blobs.
 func poolLayer(n int) []byte {
-	return bytes.Repeat([]byte(fmt.Sprintf("shared layer %d\n", n)), 100+300*n)
+	return bytes.Repeat([]byte(fmt.Sprintf("shared layer %d\n", n)), 100+300*(n%6))
 }
 
 // crashWorker builds, tags, replaces and removes until it is killed. It says
@@ -71,13 +71,17 @@ func crashWorker(in *bufio.Scanner, args []string) error {
 		label  string
 		digest digest.Digest
 	}
+	pool := 6 // layers that many artifacts share
+	if longRun() {
+		pool = 200
+	}
 	var builds []built
 	remote := &ocilocal.Remote{}
 	mine := map[string]string{} // what own refs point at, as far as this process knows
 	for seq := 0; ; seq++ {
 		label := fmt.Sprintf("w%d.g%s.s%d", number, generation, seq)
 		unique := append([]byte(label), make([]byte, rng.IntN(64<<10))...)
-		layers := [][]byte{unique, poolLayer(rng.IntN(6))}
+		layers := [][]byte{unique, poolLayer(rng.IntN(pool))}
 		ref := ownRef(number, rng.IntN(ownRefs))
 		switch op := rng.IntN(ops); op {
 		case 0, 1, 2, 3: // build, replacing

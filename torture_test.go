@@ -98,9 +98,12 @@ func remoteArtifacts(t *testing.T) *server {
 	return s
 }
 
+// suspend stops a process until it is resumed or killed; nil where that can't be done.
+var suspend func(p *os.Process) (resume func() error, err error)
+
 // TestCollectorAgainstAll lets processes build, tag, replace, remove, export,
-// import and pull while two others collect garbage at grace 0 and one verifies. All are killed at moments
-// that chance picks, again and again. Nothing acknowledged may be lost, no ref
+// import and pull while two others collect garbage at grace 0 and one verifies. One is stopped for
+// a while, and all are killed at moments that chance picks, again and again. Nothing acknowledged may be lost, no ref
 // may lack a blob, and after a last collection nothing else may be left.
 func TestCollectorAgainstAll(t *testing.T) {
 	const writers, collectors, verifiers = 3, 2, 1
@@ -111,7 +114,8 @@ func TestCollectorAgainstAll(t *testing.T) {
 	root := filepath.Join(t.TempDir(), "root")
 	m := newCrashModel(writers)
 	acks, collections, verified := 0, 0, 0
-	for round := range scaled(3, 8, 150) {
+	rounds := scaled(3, 8, 150)
+	for round := 0; round < rounds || longRun() && (acks < 50_000 || collections < 1000); round++ {
 		ws := make([]*worker, writers+collectors+verifiers)
 		said := make([][]string, len(ws))
 		for i := range ws {
@@ -125,12 +129,12 @@ func TestCollectorAgainstAll(t *testing.T) {
 		}
 		// Everybody is listened to, so that nobody stops for want of a listener.
 		var wg sync.WaitGroup
-		enough := make(chan struct{}, 2*len(ws))
+		enough := make(chan struct{}, 3*len(ws))
 		lines := 50 + rng.IntN(150)
 		for i := range ws {
 			wg.Go(func() {
 				for ws[i].out.Scan() {
-					if said[i] = append(said[i], ws[i].out.Text()); len(said[i]) == lines && i < writers {
+					if said[i] = append(said[i], ws[i].out.Text()); len(said[i])%lines == 0 && len(said[i]) <= 2*lines && i < writers {
 						enough <- struct{}{}
 					}
 				}
@@ -138,7 +142,25 @@ func TestCollectorAgainstAll(t *testing.T) {
 			})
 		}
 		<-enough
-		for _, i := range rng.Perm(len(ws)) {
+		order := rng.Perm(len(ws))
+		resume := func() error { return nil }
+		if last := ws[order[len(ws)-1]]; suspend != nil {
+			var err error
+			if resume, err = suspend(last.cmd.Process); err != nil {
+				t.Fatal(err)
+			}
+			select { // the others go on, unless that one has the lock
+			case <-enough:
+			case <-time.After(500 * time.Millisecond):
+			}
+		}
+		going := rng.IntN(2) == 0 // or it is killed where it was stopped
+		for n, i := range order {
+			if going && n == len(order)/2 {
+				if err := resume(); err != nil {
+					t.Fatal(err)
+				}
+			}
 			time.Sleep(time.Duration(rng.IntN(5000)) * time.Microsecond) // where in an operation the kill falls
 			if err := ws[i].cmd.Process.Kill(); err != nil {
 				t.Fatal(err)
