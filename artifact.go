@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"strings"
 	"sync"
 
 	"github.com/opencontainers/go-digest"
@@ -72,13 +73,26 @@ func (a *LocalArtifact) manifest(ctx context.Context) (*Manifest, error) {
 	return m, err
 }
 
-// readVerified reads and parses a manifest's file.
+// readVerified reads and parses a manifest's file. A size of −1 takes the file's own.
 func (r *LocalRegistry) readVerified(ctx context.Context, desc ocispec.Descriptor) (*Manifest, error) {
 	src, err := r.blobs.open(ctx, desc.Digest, desc.Size)
 	if err != nil {
 		return nil, err
 	}
 	return readManifest(src, desc)
+}
+
+// looksLikeManifest looks at the first byte, which saves reading most blobs.
+// What can't be read doesn't.
+func (r *LocalRegistry) looksLikeManifest(d digest.Digest) bool {
+	f, _, err := r.blobs.openFile(d, -1)
+	if err != nil {
+		return false
+	}
+	defer f.Close()
+	var head [64]byte
+	n, _ := f.Read(head[:])
+	return strings.HasPrefix(strings.TrimSpace(string(head[:n])), "{")
 }
 
 // readManifest reads a manifest from a verifying reader, which it closes.

@@ -168,7 +168,7 @@ const (
 func (b *backup) copyBlobs(ctx context.Context) error {
 	var todo []ocispec.Descriptor
 	algs := map[digest.Algorithm]bool{}
-	err := b.snapshot.blobRows(ctx, func(d digest.Digest, size int64, _ time.Time) {
+	err := b.snapshot.blobRows(ctx, func(d digest.Digest, size int64, _ role, _ time.Time) {
 		if b.target.blobs.checkSize(d, size) != nil {
 			todo = append(todo, ocispec.Descriptor{Digest: d, Size: size})
 			return
@@ -310,6 +310,5 @@ func (b *backup) merge(ctx context.Context, tx *indexTx) error {
 		return err
 	}
 	b.report.Refs, b.report.RefsSet, b.report.RefsRemoved = refs, int(set), int(removed)
-	_, err = tx.exec(sqlSetMeta, metaBackup, mark)
-	return err
+	return tx.setMeta(metaBackup, mark)
 }

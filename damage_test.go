@@ -138,6 +138,69 @@ func TestIndexBitFlips(t *testing.T) {
 	}
 }
 
+// TestCollectWithDamagedIndex flips bits in the whole index, and one in every digest in
+// it. Whatever a collection then does, all that could be read before it can be read after it.
+func TestCollectWithDamagedIndex(t *testing.T) {
+	d := newDamagedRoot(t)
+	blobs := map[string][]byte{}
+	names, err := filepath.Glob(filepath.Join(d.root, "blobs", "*", "*"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range names {
+		if blobs[name], err = os.ReadFile(name); err != nil {
+			t.Fatal(err)
+		}
+	}
+	var flips []int // byte offsets
+	for at := range len(d.index) - 71 {
+		if bytes.HasPrefix(d.index[at:], []byte("sha256:")) && at%3 < scaled(1, 3, 3) {
+			flips = append(flips, at+7+at%64)
+		}
+	}
+	if len(flips) < 50 {
+		t.Fatalf("%d digests", len(flips))
+	}
+	seed := rand.Uint64()
+	rng := rand.New(rand.NewPCG(seed, 0))
+	for range scaled(50, 300, 4000) {
+		flips = append(flips, rng.IntN(len(d.index)))
+	}
+	ran := 0
+	for _, at := range flips {
+		index := slices.Clone(d.index)
+		index[at] ^= 1
+		d.putIndex(t, index)
+		for name, b := range blobs {
+			if _, err := os.Stat(name); err != nil {
+				write(t, name, string(b))
+			}
+		}
+		r, err := ocilocal.Open(t.Context(), d.root, nil)
+		if err != nil {
+			continue
+		}
+		var readable []string
+		for _, name := range d.refs {
+			if _, err := readLabelled(r, name); err == nil {
+				readable = append(readable, name)
+			}
+		}
+		if _, err := r.GC(t.Context(), atOnce); err == nil {
+			ran++
+		}
+		for _, name := range readable {
+			if _, err := readLabelled(r, name); err != nil {
+				t.Errorf("seed %d: byte %d: %s: %v", seed, at, name, err)
+			}
+		}
+		r.Close() // which may say that the index is damaged
+	}
+	if ran == 0 || ran == len(flips) {
+		t.Errorf("%d of %d collections ran", ran, len(flips))
+	}
+}
+
 // TestIndexOutOfOrder alters the names in the rows of refs, which are then out of
 // order, so that SQLite finds other rows than it is asked for.
 func TestIndexOutOfOrder(t *testing.T) {

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
 // GCOptions govern garbage collection. Nil is the zero value.
@@ -63,8 +64,9 @@ type GCReport struct {
 	Invalid []InvalidManifest
 	// Foreign are entries of blobs/ that are no blobs. They are left alone.
 	Foreign []string
-	// Unreconciled is set when the index was made new beside blobs, and so may
-	// not know all that is needed. Then nothing is deleted until [LocalRegistry.Repair].
+	// Unreconciled is set when the index was made new beside blobs, or is empty beside
+	// artifacts that are older than an hour, and so may not know all that is needed.
+	// Then nothing is deleted until [LocalRegistry.Repair].
 	Unreconciled bool
 }
 
@@ -116,11 +118,9 @@ func (r *LocalRegistry) collect(ctx context.Context, opts *GCOptions, del bool) 
 	if err != nil {
 		return nil, err
 	}
-	unreconciled, err := meta(r.index, metaUnreconciled)
-	if err != nil {
+	if g.report.Unreconciled, err = r.unreconciled(ctx); err != nil {
 		return nil, err
 	}
-	g.report.Unreconciled = unreconciled != ""
 	if !del {
 		return &g.report, nil
 	}
@@ -136,7 +136,7 @@ func (r *LocalRegistry) collect(ctx context.Context, opts *GCOptions, del bool) 
 func (g *gcGraph) unsafe() error {
 	switch {
 	case g.report.Unreconciled:
-		return fmt.Errorf("%w: the index was made new beside blobs that it may not know (Repair makes it know them)", ErrUnsafe)
+		return fmt.Errorf("%w: the index is new or empty beside blobs that it may not know (Repair makes it know them)", ErrUnsafe)
 	case len(g.report.Invalid) > 0:
 		first := g.report.Invalid[0]
 		return fmt.Errorf("%w: %d manifests that are needed can't be relied on, such as %s: %w", ErrUnsafe, len(g.report.Invalid), first.Digest, first.Err)
@@ -147,6 +147,42 @@ func (g *gcGraph) unsafe() error {
 		}
 	}
 	return nil
+}
+
+// unreconciled reports whether the index may not know all that blobs/ holds: because it
+// was made new beside it, or because it is empty, as an old copy that was put back can
+// be, and there is a whole artifact. That must be an hour old: what the first publish of
+// a registry has left, if it was killed, a collection shall delete.
+func (r *LocalRegistry) unreconciled(ctx context.Context) (bool, error) {
+	mark, err := meta(r.index, metaUnreconciled)
+	if mark != "" || err != nil {
+		return mark != "", err
+	}
+	if known, err := hasAnyBlob(r.index); known || err != nil {
+		return false, err
+	}
+	found := false
+	old := time.Now().Add(-time.Hour)
+	err = r.blobs.walk(ctx, func(e blobEntry) error {
+		if e.digest == "" || e.info.Size() > MaxManifestSize || e.info.ModTime().After(old) || !r.looksLikeManifest(e.digest) {
+			return nil
+		}
+		m, err := r.readVerified(ctx, ocispec.Descriptor{Digest: e.digest, Size: -1})
+		if err != nil {
+			return ctx.Err()
+		}
+		for _, c := range m.children() {
+			if r.blobs.checkSize(c.Digest, c.Size) != nil {
+				return nil
+			}
+		}
+		found = true
+		return errStop
+	})
+	if found {
+		err = nil
+	}
+	return found, err
 }
 
 // gcStep is how long a step of deletion keeps the index locked, but for its commit, and gcPause
@@ -203,14 +239,18 @@ func (g *gcGraph) step(ctx context.Context, todo []int32, gone map[digest.Digest
 	err = g.registry.writeAlone(ctx, func(tx *indexTx) error {
 		n, done, revived = 0, Count{}, 0
 		displaced := false
+		known := map[digest.Digest]bool{}
 		if v, err := meta(tx, metaUnreconciled); err != nil || v != "" {
 			return errors.Join(err, ErrUnsafe)
 		}
 		for start := time.Now(); n < len(todo) && (n == 0 || time.Since(start) < gcStep); n++ {
 			node := &g.nodes[todo[n]]
-			ok, err := g.deletable(tx, node, gone, rows)
+			ok, err := g.deletable(tx, node, gone, known, rows)
 			if err != nil {
 				return err
+			}
+			if n == 0 {
+				start = time.Now() // or a large lineage would be looked at again for each of its manifests
 			}
 			if !ok {
 				revived++
@@ -254,8 +294,8 @@ func (g *gcGraph) step(ctx context.Context, todo []int32, gone map[digest.Digest
 
 // deletable looks again, in the transaction, whether a node that was dead still
 // is. By its turn all dead manifests that point at it are gone, so any that is
-// there counts: also one that came back.
-func (g *gcGraph) deletable(tx *indexTx, n *gcNode, gone map[digest.Digest]bool, rows bool) (bool, error) {
+// there counts: also one that came back. known is what reachable found in this transaction.
+func (g *gcGraph) deletable(tx *indexTx, n *gcNode, gone, known map[digest.Digest]bool, rows bool) (bool, error) {
 	fi, err := g.registry.root.Lstat(blobPath(n.digest))
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
@@ -288,45 +328,34 @@ func (g *gcGraph) deletable(tx *indexTx, n *gcNode, gone map[digest.Digest]bool,
 	if err != nil || subject == "" {
 		return err == nil, err
 	}
-	used, err = g.reachable(tx, subject)
+	used, err = g.reachable(tx, subject, known)
 	return !used, err
 }
 
-// maxGCWalk bounds reachable. What takes longer to look at is kept.
-const maxGCWalk = 100_000
-
-// reachable looks whether a root leads to d, by going from d to what points at it.
-func (g *gcGraph) reachable(q queryer, d digest.Digest) (bool, error) {
-	seen := map[digest.Digest]bool{d: true}
-	todo := []digest.Digest{d}
-	add := func(d digest.Digest) error {
-		if d != "" && !seen[d] {
-			seen[d] = true
-			todo = append(todo, d)
+// reachable looks whether a root leads to d, by going from d to what leads to it. If
+// none does, none leads to any of these either. known, if not nil, holds all answers of a transaction.
+func (g *gcGraph) reachable(q queryer, d digest.Digest, known map[digest.Digest]bool) (live bool, err error) {
+	if live, ok := known[d]; ok {
+		return live, nil
+	}
+	var seen []digest.Digest
+	err = leading(q, d, g.opts.KeepReferrers, func(d digest.Digest, ref bool) error {
+		if live = ref || slices.Contains(g.opts.Protect, d); live {
+			return errStop
 		}
+		seen = append(seen, d)
 		return nil
+	})
+	if err != nil || known == nil {
+		return live, err
 	}
-	for len(todo) > 0 {
-		d := todo[len(todo)-1]
-		todo = todo[:len(todo)-1]
-		if root, err := hasRef(q, d); root || err != nil {
-			return root, err
-		}
-		if slices.Contains(g.opts.Protect, d) || len(seen) > maxGCWalk {
-			return true, nil
-		}
-		if err := pointers(context.Background(), q, d, add); err != nil {
-			return false, err
-		}
-		if g.opts.KeepReferrers {
-			subject, err := subjectOf(q, d)
-			if err != nil {
-				return false, err
-			}
-			add(subject)
-		}
+	if live {
+		seen = []digest.Digest{d}
 	}
-	return false, nil
+	for _, d := range seen {
+		known[d] = live
+	}
+	return live, nil
 }
 
 // sweepTmp removes what dead processes have left below tmp/, and of the interrupted

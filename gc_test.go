@@ -250,6 +250,23 @@ func TestGCUnsafe(t *testing.T) {
 		"row of the subject lost": func(t *testing.T, r *ocilocal.LocalRegistry, a *ocilocal.LocalArtifact) {
 			execIndex(t, r.Root(), "UPDATE manifests SET subject = '' WHERE digest = ?", string(a.Digest()))
 		},
+		"ref without a manifest": func(t *testing.T, r *ocilocal.LocalRegistry, _ *ocilocal.LocalArtifact) {
+			execIndex(t, r.Root(), "UPDATE refs SET manifest = ? WHERE reference = '1'", string(digest.FromString("bits flipped")))
+		},
+		"index empty beside blobs": func(t *testing.T, r *ocilocal.LocalRegistry, _ *ocilocal.LocalArtifact) {
+			for _, table := range []string{"refs", "members", "manifests", "blobs"} {
+				execIndex(t, r.Root(), "DELETE FROM "+table)
+			}
+			for _, d := range blobNames(t, r) {
+				old := time.Now().Add(-2 * time.Hour)
+				if err := os.Chtimes(blobFile(r, d), old, old); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if got := problems(t, r, nil, nil); !slices.Contains(got, "index is not reconciled") {
+				t.Errorf("found %q", got)
+			}
+		},
 		"index new beside blobs": func(t *testing.T, r *ocilocal.LocalRegistry, _ *ocilocal.LocalArtifact) {
 			execIndex(t, r.Root(), "INSERT INTO meta VALUES ('unreconciled', '1')")
 		},
@@ -279,8 +296,18 @@ func TestGCUnsafe(t *testing.T) {
 			}
 		})
 	}
-	// A layer that is missing is reported, but endangers nothing.
+	// What the first publish has left, if it was killed, can be collected.
 	r := openTemp(t, nil)
+	published(t, r, "example.com/a:1", "one", nil)
+	for _, table := range []string{"refs", "members", "manifests", "blobs"} {
+		execIndex(t, r.Root(), "DELETE FROM "+table)
+	}
+	collect(t, r, atOnce)
+	if got := blobNames(t, r); len(got) != 0 {
+		t.Errorf("%q are left", got)
+	}
+	// A layer that is missing is reported, but endangers nothing.
+	r = openTemp(t, nil)
 	published(t, r, "example.com/a:1", "one", nil)
 	layer := digest.FromString("one")
 	if err := os.Remove(blobFile(r, layer)); err != nil {
@@ -364,6 +391,34 @@ func checkArtifact(t testing.TB, a *ocilocal.LocalArtifact, layer string) {
 	}
 	if b, err := a.ReadLayer(t.Context(), layers[0]); err != nil || string(b) != layer {
 		t.Fatalf("%q %v", b, err)
+	}
+}
+
+// The referrers of an artifact that nothing needs go with it, however many there
+// are, and all stay if one of them comes into use while they are being deleted.
+func TestGCManyReferrers(t *testing.T) {
+	r := openTemp(t, nil)
+	dontWatch(r.Root())
+	const rows = `WITH RECURSIVE n (i) AS (SELECT 0 UNION ALL SELECT i + 1 FROM n WHERE i < 3000),
+		d (i, digest) AS (SELECT i, printf('sha256:%064d', i) FROM n) `
+	execIndex(t, r.Root(), rows+`INSERT INTO blobs SELECT digest, 1, 'manifest', 0 FROM d`)
+	execIndex(t, r.Root(), rows+`INSERT INTO manifests SELECT digest, 'application/x', 'application/x', 1, '', iif(i = 0, '', printf('sha256:%064d', 0)), '{}', 0 FROM d`)
+	used := false
+	ocilocal.SetFault(r, func(op, name string) error {
+		if op == "readdir" && name == "blobs" && !used { // between the reading of the index and the deletion
+			used = true
+			execIndex(t, r.Root(), rows+`INSERT INTO refs SELECT 'example.com/a', 'v1', digest, 'application/x', 'application/x', 1, 0 FROM d WHERE i = 2000`)
+		}
+		return nil
+	})
+	opts := &ocilocal.GCOptions{Grace: ocilocal.NoGrace, KeepReferrers: true}
+	if report := collect(t, r, opts); report.Revived != 3001 || report.Deleted.Manifests != 0 {
+		t.Errorf("%+v", report)
+	}
+	ocilocal.SetFault(r, nil)
+	execIndex(t, r.Root(), "DELETE FROM refs")
+	if report := collect(t, r, opts); report.Deleted.Manifests != 3001 {
+		t.Errorf("%+v", report)
 	}
 }
 

@@ -19,6 +19,7 @@ type gcNode struct {
 	size     int64     // the file's; the row's while no file was seen
 	age      time.Time // the younger of row and file
 	manifest bool      // the index has it as a manifest
+	named    bool      // a ref, or a row that isn't the manifest's own, says that it is a manifest
 	row      bool      // the index has it
 	file     bool      // blobs/ has it
 	bad      bool      // the file has another size than the row says
@@ -87,7 +88,8 @@ func (r *LocalRegistry) graph(ctx context.Context, opts GCOptions) (*gcGraph, er
 		g.nodes[g.id(d)].root = true
 	}
 	if err := x.refTargets(ctx, func(d digest.Digest) {
-		g.nodes[g.id(d)].root = true
+		n := &g.nodes[g.id(d)]
+		n.root, n.named = true, true
 	}); err != nil {
 		return nil, err
 	}
@@ -100,15 +102,17 @@ func (r *LocalRegistry) graph(ctx context.Context, opts GCOptions) (*gcGraph, er
 	}); err != nil {
 		return nil, err
 	}
-	if err := x.memberRows(ctx, func(manifest, d digest.Digest) {
+	if err := x.memberRows(ctx, func(manifest digest.Digest, kind role, d digest.Digest) {
 		parent, child := g.id(manifest), g.id(d)
 		g.nodes[parent].needs = append(g.nodes[parent].needs, child)
+		g.nodes[child].named = g.nodes[child].named || kind == roleManifest
 	}); err != nil {
 		return nil, err
 	}
-	if err := x.blobRows(ctx, func(d digest.Digest, size int64, created time.Time) {
+	if err := x.blobRows(ctx, func(d digest.Digest, size int64, kind role, created time.Time) {
 		n := &g.nodes[g.id(d)]
 		n.row, n.size, n.age = true, size, created
+		n.named = n.named || kind == roleManifest
 	}); err != nil {
 		return nil, err
 	}
@@ -220,6 +224,12 @@ func (g *gcGraph) check(ctx context.Context) error {
 }
 
 func (g *gcGraph) checkNode(ctx context.Context, n *gcNode) (missing bool, invalid, err error) {
+	if !n.manifest && n.named {
+		// What it needs is in no row, so it would be deleted.
+		if lost, err := g.lost(n); lost || err != nil {
+			return false, fmt.Errorf("%w: no row says what this manifest needs", ErrCorruptIndex), err
+		}
+	}
 	if !n.manifest {
 		if n.bad {
 			return true, nil, nil
@@ -253,8 +263,19 @@ func (g *gcGraph) checkNode(ctx context.Context, n *gcNode) (missing bool, inval
 // stillLive decides whether a file that is missing is missed: another process
 // may have removed the ref and collected the file since the rows were read.
 func (g *gcGraph) stillLive(n *gcNode) (missing bool, invalid, err error) {
-	missing, err = g.reachable(g.registry.index, n.digest)
+	missing, err = g.reachable(g.registry.index, n.digest, nil)
 	return missing, nil, err
+}
+
+// lost decides whether a manifest has no row although there must be one. It may have
+// been collected, or published, since the other rows were read.
+func (g *gcGraph) lost(n *gcNode) (bool, error) {
+	x := g.registry.index
+	if lost, err := lostManifest(x, n.digest); lost || err != nil || !n.root {
+		return lost, err
+	}
+	dangling, err := x.digests(sqlDangling)
+	return slices.Contains(dangling, n.digest), err
 }
 
 // sameRows makes sure that the index names all that a manifest needs.

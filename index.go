@@ -326,13 +326,27 @@ func manifestRow(from rowReader, d digest.Digest) (desc ocispec.Descriptor, ok b
 
 // What garbage collection reads and deletes.
 const (
-	sqlRefTargets   = `SELECT DISTINCT manifest FROM refs WHERE manifest > ? ORDER BY manifest LIMIT ?`
+	// The table itself is read, not its index: what only that says otherwise is still a root.
+	sqlRefTargets   = `SELECT name, reference, manifest FROM refs WHERE (name, reference) > (?, ?) ORDER BY name, reference LIMIT ?`
 	sqlManifestRows = `SELECT digest, subject FROM manifests WHERE digest > ? ORDER BY digest LIMIT ?`
-	sqlMemberRows   = `SELECT manifest, position, digest FROM members WHERE (manifest, position) > (?, ?) ORDER BY manifest, position LIMIT ?`
-	sqlBlobRows     = `SELECT digest, size, created FROM blobs WHERE digest > ? ORDER BY digest LIMIT ?`
+	sqlMemberRows   = `SELECT manifest, position, role, digest FROM members WHERE (manifest, position) > (?, ?) ORDER BY manifest, position LIMIT ?`
+	sqlBlobRows     = `SELECT digest, size, kind, created FROM blobs WHERE digest > ? ORDER BY digest LIMIT ?`
 
-	sqlHasRef   = `SELECT 1 FROM refs WHERE manifest = ? LIMIT 1`
-	sqlSubject  = `SELECT subject FROM manifests WHERE digest = ?`
+	sqlHasRef  = `SELECT 1 FROM refs WHERE manifest = ? LIMIT 1`
+	sqlSubject = `SELECT subject FROM manifests WHERE digest = ?`
+
+	// Both look in one statement, so that no commit comes in between.
+	sqlDangling     = `SELECT manifest FROM refs r NOT INDEXED WHERE NOT EXISTS (SELECT 1 FROM manifests m WHERE m.digest = r.manifest)`
+	sqlLostManifest = `SELECT 1 WHERE NOT EXISTS (SELECT 1 FROM manifests WHERE digest = ?1)
+		AND (EXISTS (SELECT 1 FROM blobs WHERE digest = ?1 AND kind = ?2) OR EXISTS (SELECT 1 FROM members WHERE digest = ?1 AND role = ?2))`
+	// All that leads to ?1, itself included: what needs it, what has it as its
+	// subject, and with ?2 also the subjects of these.
+	sqlLeading = `WITH RECURSIVE up (d) AS (SELECT ?1
+		UNION SELECT m.manifest FROM up JOIN members m ON m.digest = up.d
+		UNION SELECT m.digest FROM up JOIN manifests m ON m.subject = up.d AND m.subject <> ''
+		UNION SELECT m.subject FROM up JOIN manifests m ON m.digest = up.d WHERE ?2 AND m.subject <> '')
+		SELECT d, EXISTS (SELECT 1 FROM refs WHERE manifest = d) FROM up`
+
 	sqlPointers = `SELECT manifest FROM members WHERE digest = ?1 AND manifest > ?2
 		UNION SELECT digest FROM manifests WHERE subject = ?1 AND subject <> '' AND digest > ?2 ORDER BY 1 LIMIT ?3`
 
@@ -401,17 +415,44 @@ func rowDigest(s string) (digest.Digest, error) {
 	return digest.Digest(s), nil
 }
 
-// refTargets visits what refs point at, each digest once.
+// refTargets visits what each ref points at.
 func (x *index) refTargets(ctx context.Context, visit func(digest.Digest)) error {
-	return pages(ctx, x, sqlRefTargets, []any{""}, func(rows *sql.Rows) ([]any, error) {
-		var s string
-		if err := rows.Scan(&s); err != nil {
+	return pages(ctx, x, sqlRefTargets, []any{"", ""}, func(rows *sql.Rows) ([]any, error) {
+		var name, reference, s string
+		if err := rows.Scan(&name, &reference, &s); err != nil {
 			return nil, err
 		}
 		d, err := rowDigest(s)
 		visit(d)
-		return []any{s}, err
+		return []any{name, reference}, err
 	})
+}
+
+// lostManifest reports whether d has no row among the manifests although its own
+// blob's row, or that of an index above it, says that it is one.
+func lostManifest(q queryer, d digest.Digest) (bool, error) {
+	var one int
+	return q.row(sqlLostManifest, []any{string(d), string(roleManifest)}, &one)
+}
+
+// leading visits d and all that leads to it, and says of each whether a ref points at it.
+func leading(q queryer, d digest.Digest, referrers bool, visit func(d digest.Digest, ref bool) error) error {
+	s, err := q.stmt(sqlLeading)
+	if err != nil {
+		return err
+	}
+	_, err = scanAll(s, 0, []any{string(d), referrers}, func(rows *sql.Rows) (struct{}, error) {
+		var d digest.Digest
+		var ref bool
+		if err := rows.Scan(&d, &ref); err != nil {
+			return struct{}{}, err
+		}
+		return struct{}{}, visit(d, ref)
+	})
+	if err == errStop {
+		err = nil
+	}
+	return err
 }
 
 // manifestRows visits every manifest with its subject.
@@ -431,41 +472,41 @@ func (x *index) manifestRows(ctx context.Context, visit func(d, subject digest.D
 }
 
 // memberRows visits every pair of a manifest and what it needs, a manifest's one after the other.
-func (x *index) memberRows(ctx context.Context, visit func(manifest, d digest.Digest)) error {
+func (x *index) memberRows(ctx context.Context, visit func(manifest digest.Digest, kind role, d digest.Digest)) error {
 	return pages(ctx, x, sqlMemberRows, []any{"", -1}, func(rows *sql.Rows) ([]any, error) {
-		var manifest, s string
+		var manifest, kind, s string
 		var position int
-		if err := rows.Scan(&manifest, &position, &s); err != nil {
+		if err := rows.Scan(&manifest, &position, &kind, &s); err != nil {
 			return nil, err
 		}
 		d, err := rowDigest(s)
 		if err == nil {
 			_, err = rowDigest(manifest)
 		}
-		visit(digest.Digest(manifest), d)
+		visit(digest.Digest(manifest), role(kind), d)
 		return []any{manifest, position}, err
 	})
 }
 
 // blobRows visits every blob's row, manifests' too.
-func (x *index) blobRows(ctx context.Context, visit func(d digest.Digest, size int64, created time.Time)) error {
+func (x *index) blobRows(ctx context.Context, visit func(d digest.Digest, size int64, kind role, created time.Time)) error {
 	return pages(ctx, x, sqlBlobRows, []any{""}, func(rows *sql.Rows) ([]any, error) {
-		var s string
+		var s, kind string
 		var size, micro int64
-		if err := rows.Scan(&s, &size, &micro); err != nil {
+		if err := rows.Scan(&s, &size, &kind, &micro); err != nil {
 			return nil, err
 		}
 		d, err := rowDigest(s)
-		visit(d, size, time.UnixMicro(micro))
+		visit(d, size, role(kind), time.UnixMicro(micro))
 		return []any{s}, err
 	})
 }
 
 // A blobRow is what the index says of a blob.
 type blobRow struct {
-	digest   digest.Digest
+	digest   digest.Digest // not checked
 	size     int64
-	manifest bool
+	manifest bool // by its own row, or by that among the manifests
 }
 
 // blobsAfter returns one page of blobs in the order of their digests, after one of them.
@@ -474,16 +515,15 @@ func (x *index) blobsAfter(after digest.Digest, n int) ([]blobRow, error) {
 	if err != nil {
 		return nil, err
 	}
-	return scanAll(s, n, []any{string(after), n}, func(rows *sql.Rows) (b blobRow, err error) {
-		var s string
-		if err := rows.Scan(&s, &b.size, &b.manifest); err != nil {
+	return scanAll(s, n, []any{string(after), n, string(roleManifest)}, func(rows *sql.Rows) (b blobRow, err error) {
+		if err := rows.Scan(&b.digest, &b.size, &b.manifest); err != nil {
 			return b, err
 		}
-		if b.digest, err = rowDigest(s); err == nil && b.digest <= after {
-			err = errOutOfOrder
+		if b.digest <= after {
+			return b, errOutOfOrder
 		}
 		after = b.digest
-		return b, err
+		return b, nil
 	})
 }
 
@@ -552,11 +592,10 @@ const (
 	sqlManifestColumns = `SELECT digest, media_type, artifact_type, size, config, subject, annotations FROM manifests WHERE digest = ?`
 	sqlMemberColumns   = `SELECT manifest, position, role, digest, media_type, size, annotations FROM members
 		WHERE manifest = ? AND position >= ? ORDER BY position LIMIT ?`
-	sqlBlobsAfter = `SELECT digest, size, EXISTS (SELECT 1 FROM manifests m WHERE m.digest = b.digest)
-		FROM blobs b WHERE digest > ? ORDER BY digest LIMIT ?`
-	sqlBadRefs = `SELECT r.name, r.reference, r.manifest FROM refs r LEFT JOIN manifests m ON m.digest = r.manifest
-		WHERE (r.name, r.reference) > (?, ?) AND (m.digest IS NULL OR r.media_type <> m.media_type OR r.artifact_type <> m.artifact_type OR r.size <> m.size)
-		ORDER BY r.name, r.reference LIMIT ?`
+	sqlBlobsAfter = `SELECT digest, size, kind = ?3 OR EXISTS (SELECT 1 FROM manifests m WHERE m.digest = b.digest)
+		FROM blobs b WHERE digest > ?1 ORDER BY digest LIMIT ?2`
+	sqlCheckRefs = `SELECT r.name, r.reference, r.manifest, m.digest IS NULL OR r.media_type <> m.media_type OR r.artifact_type <> m.artifact_type OR r.size <> m.size
+		FROM refs r LEFT JOIN manifests m ON m.digest = r.manifest WHERE (r.name, r.reference) > (?, ?) ORDER BY r.name, r.reference LIMIT ?`
 
 	sqlUpdateManifest = `UPDATE manifests SET media_type = ?2, artifact_type = ?3, size = ?4, config = ?5, subject = ?6, annotations = ?7 WHERE digest = ?1`
 	sqlDeleteMembers  = `DELETE FROM members WHERE manifest = ?`
@@ -590,6 +629,12 @@ func (t *indexTx) displace() error {
 	}
 	_, always := t.exec(sqlWriterCache)
 	return errors.Join(err, always)
+}
+
+// setMeta sets a value of the table meta.
+func (t *indexTx) setMeta(key, value string) error {
+	_, err := t.exec(sqlSetMeta, key, value)
+	return err
 }
 
 // deleteMeta removes a value of the table meta.
@@ -654,22 +699,65 @@ func rowsDiffer(ctx context.Context, q queryer, m *Manifest) (string, error) {
 	if differ == "" && n < len(m.children()) {
 		differ = fmt.Sprintf("%d members of %d", n, len(m.children()))
 	}
+	for i, c := range m.children() {
+		if differ == "" && m.childRole(i) == roleManifest {
+			lost, err := lostManifest(q, c.Digest)
+			if err != nil {
+				return "", err
+			}
+			if lost {
+				differ = fmt.Sprintf("member %d: no row says what manifest %s needs", i, c.Digest)
+			}
+		}
+	}
 	return differ, nil
 }
 
-// badRefs visits the refs whose manifest has no row, or other columns than they repeat.
-func (x *index) badRefs(ctx context.Context, visit func(Reference, digest.Digest) error) error {
-	return pages(ctx, x, sqlBadRefs, []any{"", ""}, func(rows *sql.Rows) ([]any, error) {
-		var name, reference, manifest string
-		if err := rows.Scan(&name, &reference, &manifest); err != nil {
-			return nil, err
+// badRefs visits the refs that nobody could have made, whose manifest has no row, or
+// other columns than they repeat. visit may query: no rows are open meanwhile.
+func (x *index) badRefs(ctx context.Context, visit func(Reference, digest.Digest, error) error) error {
+	const page = 1000
+	type row struct {
+		name, reference, manifest string
+		bad                       bool
+	}
+	s, err := x.stmt(sqlCheckRefs)
+	if err != nil {
+		return err
+	}
+	for last := (row{}); ; {
+		if err := ctx.Err(); err != nil {
+			return err
 		}
-		ref, err := referenceFromKey(name, reference)
-		if err == nil {
-			err = visit(ref, digest.Digest(manifest))
+		batch, err := scanAll(s, page, []any{last.name, last.reference, page}, func(rows *sql.Rows) (r row, err error) {
+			err = rows.Scan(&r.name, &r.reference, &r.manifest, &r.bad)
+			return r, err
+		})
+		if err != nil {
+			return err
 		}
-		return []any{name, reference}, err
-	})
+		for _, r := range batch {
+			ref, bad := referenceFromKey(r.name, r.reference)
+			switch {
+			case bad != nil:
+				bad = fmt.Errorf("%w: row of ref %q: %w", ErrCorruptIndex, clip(r.name+":"+r.reference), bad)
+			case r.bad:
+				bad = fmt.Errorf("%w: its manifest is %s, which the index doesn't have, or otherwise", ErrCorruptIndex, clip(r.manifest))
+			default:
+				continue
+			}
+			if err := visit(ref, digest.Digest(r.manifest), bad); err != nil {
+				return err
+			}
+		}
+		if len(batch) < page {
+			return nil
+		}
+		if r := batch[page-1]; !ascends([]any{last.name, last.reference}, []any{r.name, r.reference}) {
+			return errOutOfOrder
+		}
+		last = batch[page-1]
+	}
 }
 
 // integrity visits what SQLite itself finds wrong.
@@ -708,7 +796,16 @@ func (x *index) integrity(ctx context.Context, quick bool, visit func(string)) e
 	return nil
 }
 
-const sqlHasBlob = `SELECT 1 FROM blobs WHERE digest = ?`
+const (
+	sqlHasBlob    = `SELECT 1 FROM blobs WHERE digest = ?`
+	sqlHasAnyBlob = `SELECT 1 FROM blobs LIMIT 1`
+)
+
+// hasAnyBlob reports whether the index has a row for any blob.
+func hasAnyBlob(q rowReader) (bool, error) {
+	var one int
+	return q.row(sqlHasAnyBlob, nil, &one)
+}
 
 // hasBlob reports whether the index has a row for a blob.
 func hasBlob(q rowReader, d digest.Digest) (bool, error) {

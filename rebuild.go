@@ -7,10 +7,11 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 )
 
-// Rebuild makes the index of the registry in dir anew from its blobs, if it is
-// lost or damaged, and then does what [LocalRegistry.Repair] does. A damaged index is
+// Rebuild makes the index of the registry in dir anew from its blobs, of which the directory
+// blobs must be left, if it is lost or damaged, and then does what [LocalRegistry.Repair] does. A damaged index is
 // not deleted but renamed to index.sqlite3.broken (or .broken2, …), and refs that can still be
 // read from it are kept. What has lost its refs is named as Repair says.
 // On a sound index it is Repair. No other process may have the registry open: one that
@@ -24,21 +25,22 @@ func Rebuild(ctx context.Context, dir string, opts *RepairOptions) (*RepairRepor
 }
 
 func rebuild(ctx context.Context, dir string, opts *RepairOptions) (*RepairReport, error) {
-	for _, name := range []string{idFile, blobsDir} {
-		if _, err := os.Lstat(filepath.Join(dir, name)); err != nil {
-			if errors.Is(err, fs.ErrNotExist) {
-				err = fmt.Errorf("%w: %w", ErrNotFound, err)
-			}
-			return nil, err
+	if _, err := os.Lstat(filepath.Join(dir, blobsDir)); err != nil {
+		if errors.Is(err, fs.ErrNotExist) {
+			err = fmt.Errorf("%w: %w", ErrNotFound, err)
 		}
+		return nil, err
 	}
+	before := &RepairReport{} // of an index that proved to be damaged
 	r, err := Open(ctx, dir, nil)
 	if err == nil {
 		damaged := false
 		err = r.index.integrity(ctx, false, func(string) { damaged = true })
 		if err == nil && !damaged {
-			report, err := r.Repair(ctx, opts)
-			return report, errors.Join(err, r.Close())
+			before, err = r.Repair(ctx, opts)
+			if !errors.Is(err, ErrCorruptIndex) && !slices.ContainsFunc(before.Left, impossible) {
+				return before, errors.Join(err, r.Close())
+			}
 		}
 		err = errors.Join(ErrCorruptIndex, err, r.Close())
 	}
@@ -53,6 +55,7 @@ func rebuild(ctx context.Context, dir string, opts *RepairOptions) (*RepairRepor
 		return nil, err
 	}
 	p := newRepair(r, opts)
+	p.report.Healed, p.report.Quarantined = before.Healed, before.Quarantined
 	p.salvaged = salvageRefs(ctx, aside)
 	err = p.run(ctx)
 	return &p.report, errors.Join(err, r.Close())

@@ -6,10 +6,10 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"maps"
 	"os"
 	"path"
 	"slices"
-	"strings"
 	"time"
 
 	"github.com/opencontainers/go-digest"
@@ -39,11 +39,16 @@ type RepairReport struct {
 }
 
 // Repair puts right what [LocalRegistry.Verify] finds, as far as that can be done
-// from blobs/, opts.Sources and opts.Remote: it heals damaged and missing blobs, moves those that
+// from blobs/, opts.Sources and opts.Remote: it heals damaged and missing blobs, moves damaged ones that
 // it can't heal to tmp/quarantine/, where a collection deletes them after
-// its grace, and makes the index agree with the manifests. Where the index was lost,
+// its grace, and makes the index agree with the manifests. What can't be read stays where it is.
+//
+// Where the index was lost,
 // it records every manifest on disk, and gives those that no other refers to a ref
 // <id>.ocilocal.local/recovered:<algorithm>-<digits>, since their names are lost with the index.
+// What a manifest lacks it looks for as well, in registries only if opts.From is set. As long as one lacks
+// something, which Left then says, no collection deletes anything: Repair can be called again with
+// other sources. To give such an artifact up, delete its manifest's file.
 //
 // Repairing what is sound changes nothing. Others may use the registry meanwhile.
 // Errors: [ErrReadOnly], [ErrBusy], those of a source that can't be read, ctx's, those of the
@@ -70,6 +75,7 @@ type repair struct {
 	damaged  []digest.Digest        // of these, those that are there
 	rows     []digest.Digest        // manifests whose rows are wrong
 	salvaged []Ref                  // refs that a damaged index still had
+	lacks    map[digest.Digest]lack // what unrecorded manifests need that isn't there
 
 	remoteErr error // the first that kept a registry from helping
 }
@@ -83,9 +89,14 @@ func (p *repair) run(ctx context.Context) error {
 	if p.registry.blobs.readOnly {
 		return ErrReadOnly
 	}
-	unreconciled, err := meta(p.registry.index, metaUnreconciled)
+	unreconciled, err := p.registry.unreconciled(ctx)
 	if err != nil {
 		return err
+	}
+	if unreconciled { // until the end, should this be interrupted
+		if err := p.registry.write(ctx, func(tx *indexTx) error { return tx.setMeta(metaUnreconciled, "1") }); err != nil {
+			return err
+		}
 	}
 	problems, err := p.verify(ctx)
 	if err != nil {
@@ -94,16 +105,25 @@ func (p *repair) run(ctx context.Context) error {
 	if err := p.sort(ctx, problems); err != nil {
 		return err
 	}
-	if err := p.quarantine(false); err != nil {
+	if err := p.quarantine(ctx, false); err != nil {
 		return err
 	}
-	if err := p.heal(ctx); err != nil {
-		return err
+	for more := true; more; { // what was healed may be a manifest that lacks something itself
+		if unreconciled {
+			if err := p.findLacks(ctx); err != nil {
+				return err
+			}
+		}
+		known := len(p.report.Healed)
+		if err := p.heal(ctx); err != nil {
+			return err
+		}
+		if err := p.healRemote(ctx); err != nil {
+			return err
+		}
+		more = unreconciled && len(p.report.Healed) > known
 	}
-	if err := p.healRemote(ctx); err != nil {
-		return err
-	}
-	if err := p.quarantine(true); err != nil {
+	if err := p.quarantine(ctx, true); err != nil {
 		return err
 	}
 	for _, d := range p.rows {
@@ -119,7 +139,10 @@ func (p *repair) run(ctx context.Context) error {
 			return err
 		}
 	}
-	if unreconciled != "" {
+	if unreconciled {
+		if err := p.findLacks(ctx); err != nil {
+			return err
+		}
 		if err := p.reconcile(ctx); err != nil {
 			return err
 		}
@@ -129,6 +152,10 @@ func (p *repair) run(ctx context.Context) error {
 		return err
 	}
 	p.report.Left = slices.DeleteFunc(left, func(b Problem) bool { return b.Kind == ProblemUnrecorded || b.Kind == ProblemForeign })
+	for _, d := range slices.Sorted(maps.Keys(p.lacks)) {
+		err := fmt.Errorf("%w: manifest %s needs it and so isn't recorded", ErrNotFound, p.lacks[d].by)
+		p.report.Left = append(p.report.Left, Problem{Kind: ProblemMissing, Digest: d, Err: err})
+	}
 	if len(p.wanted) == 0 {
 		return nil
 	}
@@ -154,6 +181,9 @@ func (p *repair) sort(ctx context.Context, problems []Problem) error {
 				p.damaged = append(p.damaged, b.Digest) // something else is in its place
 			}
 		case ProblemDigest, ProblemUnreadable:
+			if p.registry.blobs.verify(ctx, b.Digest, -1) == nil {
+				continue // by its permissions, which are mended now, or healed by another process
+			}
 			p.wanted[b.Digest] = true
 			p.damaged = append(p.damaged, b.Digest)
 		case ProblemSize:
@@ -161,11 +191,14 @@ func (p *repair) sort(ctx context.Context, problems []Problem) error {
 				return err
 			}
 		case ProblemMode:
-			if err := p.registry.root.Chmod(blobPath(b.Digest), 0o444); err != nil {
+			err := p.registry.root.Chmod(blobPath(b.Digest), 0o444)
+			if err != nil && !errors.Is(err, fs.ErrPermission) && !errors.Is(err, fs.ErrNotExist) { // another user's, or collected
 				return err
 			}
 		case ProblemRows, ProblemRef:
-			p.rows = append(p.rows, b.Digest)
+			if !impossible(b) {
+				p.rows = append(p.rows, b.Digest)
+			}
 		case ProblemUnrecorded: // if manifests need it, its row was lost
 			if err := pointers(ctx, p.registry.index, b.Digest, func(d digest.Digest) error {
 				p.rows = append(p.rows, d)
@@ -178,6 +211,11 @@ func (p *repair) sort(ctx context.Context, problems []Problem) error {
 	slices.Sort(p.rows)
 	p.rows = slices.Compact(p.rows)
 	return nil
+}
+
+// impossible reports whether a problem is one of rows that no program of ours has written.
+func impossible(b Problem) bool {
+	return b.Kind == ProblemIndex || b.Kind == ProblemRef && b.Reference.IsZero()
 }
 
 // resize makes a blob's row say the size of its file, if that is good.
@@ -279,28 +317,88 @@ func (p *repair) fromArchive(ctx context.Context, name string, put func(digest.D
 
 // quarantine moves away what is no file, which can't be healed in its place,
 // or the files that were not healed.
-func (p *repair) quarantine(files bool) error {
-	root := p.registry.root
+func (p *repair) quarantine(ctx context.Context, files bool) error {
 	for _, d := range p.damaged {
-		fi, err := root.Lstat(blobPath(d))
-		if errors.Is(err, fs.ErrNotExist) || err == nil && (fi.Mode().IsRegular() != files || files && !p.wanted[d]) {
+		if files && !p.wanted[d] {
 			continue
+		}
+		bad, err := p.inspect(ctx, d, files)
+		if err == nil && bad != nil {
+			err = p.moveAway(ctx, d, bad)
 		}
 		if err != nil {
 			return err
 		}
-		dir := path.Join(tmpDir, quarantineDir)
-		if err := root.Mkdir(dir, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
-			return err
-		}
-		to := path.Join(dir, fmt.Sprintf("%s-%s", d.Algorithm(), d.Encoded()))
-		if err := ignoreNotExist(root.Rename(blobPath(d), to)); err != nil {
-			return err
-		}
-		now := time.Now()
-		root.Chtimes(to, now, now) // its grace begins; on another user's file, it began when that was written
-		p.report.Quarantined = append(p.report.Quarantined, d)
 	}
+	return nil
+}
+
+// inspect looks again at what was found to be damaged. It returns nil if that is good
+// now or gone, and also if it can't be read: it may be good.
+func (p *repair) inspect(ctx context.Context, d digest.Digest, files bool) (fs.FileInfo, error) {
+	fi, err := p.registry.root.Lstat(blobPath(d))
+	switch {
+	case err != nil:
+		return nil, ignoreNotExist(err)
+	case fi.Mode().IsRegular() != files:
+		return nil, nil
+	case !files:
+		return fi, nil
+	}
+	f, size, err := p.registry.blobs.openFile(d, -1)
+	if err != nil {
+		return nil, ctx.Err()
+	}
+	src := p.registry.blobs.verifier(ctx, f, d, size)
+	defer src.Close()
+	if fi, err = f.Stat(); err != nil {
+		return nil, err
+	}
+	_, err = src.WriteTo(io.Discard)
+	switch {
+	case errors.Is(err, ErrDigestMismatch) || errors.Is(err, ErrSizeMismatch):
+		return fi, nil
+	case err == nil:
+		delete(p.wanted, d)
+	}
+	return nil, ctx.Err()
+}
+
+// moveAway moves a damaged file to quarantine, unless another process heals it meanwhile.
+// Publishers look for their blobs with the index locked, and so not while one
+// could be on its way there and back.
+func (p *repair) moveAway(ctx context.Context, d digest.Digest, bad fs.FileInfo) error {
+	root := p.registry.root
+	dir := path.Join(tmpDir, quarantineDir)
+	if err := root.Mkdir(dir, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+		return err
+	}
+	to := path.Join(dir, fmt.Sprintf("%s-%s", d.Algorithm(), d.Encoded()))
+	moved := false
+	err := p.registry.writeAlone(ctx, func(*indexTx) error {
+		moved = false
+		fi, err := root.Lstat(blobPath(d))
+		if err != nil || !os.SameFile(fi, bad) {
+			return ignoreNotExist(err)
+		}
+		if err := root.Rename(blobPath(d), to); err != nil {
+			return ignoreNotExist(err)
+		}
+		if fi, err = root.Lstat(to); err != nil {
+			return err
+		}
+		if !os.SameFile(fi, bad) {
+			return root.Rename(to, blobPath(d)) // healed between the two
+		}
+		moved = true
+		return nil
+	})
+	if err != nil || !moved {
+		return err
+	}
+	now := time.Now()
+	root.Chtimes(to, now, now) // its grace begins; on another user's file, it began when that was written
+	p.report.Quarantined = append(p.report.Quarantined, d)
 	return nil
 }
 
@@ -333,11 +431,7 @@ func (p *repair) rewrite(ctx context.Context, d digest.Digest) error {
 
 // load stages a manifest that is on disk, with all below it.
 func (p *repair) load(ctx context.Context, d digest.Digest) (*Manifest, []*Manifest, *stage, error) {
-	raw, err := p.bytes(ctx, d)
-	if err != nil {
-		return nil, nil, nil, err
-	}
-	m, err := ParseManifest("", raw)
+	m, err := p.registry.readVerified(ctx, ocispec.Descriptor{Digest: d, Size: -1})
 	if err != nil {
 		return nil, nil, nil, err
 	}
@@ -345,32 +439,17 @@ func (p *repair) load(ctx context.Context, d digest.Digest) (*Manifest, []*Manif
 	im.fetch = func(_ context.Context, desc ocispec.Descriptor, _ role) error {
 		return fmt.Errorf("%w: blob %s", ErrIncomplete, desc.Digest)
 	}
-	desc := m.Descriptor()
-	desc.Digest = d
 	var list []*Manifest
-	m, err = im.manifest(ctx, desc, 0, map[digest.Digest]bool{}, &list)
+	m, err = im.manifest(ctx, m.Descriptor(), 0, map[digest.Digest]bool{}, &list)
 	if err == nil {
 		err = im.stage.settle(ctx)
 	}
 	return m, list, im.stage, err
 }
 
-// bytes reads a blob that may be a manifest.
-func (p *repair) bytes(ctx context.Context, d digest.Digest) ([]byte, error) {
-	src, err := p.registry.blobs.open(ctx, d, -1)
-	if err != nil {
-		return nil, err
-	}
-	defer src.Close()
-	if src.size > MaxManifestSize {
-		return nil, tooLargeManifest(int(src.size))
-	}
-	return io.ReadAll(src)
-}
-
 // tolerate passes over what is wrong with one artifact: what is left of it the last verification finds.
 func (p *repair) tolerate(ctx context.Context, err error) error {
-	for _, e := range []error{ErrIncomplete, ErrNotFound, ErrInvalidManifest, ErrUnsupportedMediaType, ErrTooLarge, ErrDigestMismatch, ErrSizeMismatch, ErrArtifactType} {
+	for _, e := range []error{ErrIncomplete, ErrNotFound, ErrInvalidDigest, ErrInvalidManifest, ErrUnsupportedMediaType, ErrTooLarge, ErrDigestMismatch, ErrSizeMismatch, ErrArtifactType} {
 		if errors.Is(err, e) && ctx.Err() == nil {
 			return nil
 		}
@@ -380,21 +459,10 @@ func (p *repair) tolerate(ctx context.Context, err error) error {
 
 // record gives rows to the manifests on disk that have none, if all they need is there.
 func (p *repair) record(ctx context.Context) error {
-	var unknown []digest.Digest
-	err := p.registry.blobs.walk(ctx, func(e blobEntry) error {
-		if e.digest == "" || e.info.Size() > MaxManifestSize {
-			return nil
-		}
-		if _, ok, err := p.registry.index.resolveDigest(e.digest); ok || err != nil {
-			return err
-		}
-		unknown = append(unknown, e.digest)
-		return nil
-	})
+	unknown, err := p.unrecorded(ctx)
 	if err != nil {
 		return err
 	}
-	slices.Sort(unknown)
 	for _, d := range unknown {
 		if err := p.recordOne(ctx, d); err != nil {
 			return err
@@ -403,12 +471,62 @@ func (p *repair) record(ctx context.Context) error {
 	return nil
 }
 
+// unrecorded returns what may be manifests on disk without rows.
+func (p *repair) unrecorded(ctx context.Context) (unknown []digest.Digest, err error) {
+	err = p.registry.blobs.walk(ctx, func(e blobEntry) error {
+		if e.digest == "" || e.info.Size() > MaxManifestSize {
+			return nil
+		}
+		if _, ok, err := p.registry.index.resolveDigest(e.digest); ok || err != nil {
+			return err
+		}
+		if p.registry.looksLikeManifest(e.digest) {
+			unknown = append(unknown, e.digest)
+		}
+		return nil
+	})
+	slices.Sort(unknown)
+	return unknown, err
+}
+
+// A lack is a blob that isn't there and that a manifest needs.
+type lack struct {
+	by   digest.Digest
+	desc ocispec.Descriptor
+	role role
+}
+
+// findLacks finds what the manifests on disk that aren't recorded need and isn't there, and wants it.
+func (p *repair) findLacks(ctx context.Context) error {
+	p.lacks = map[digest.Digest]lack{}
+	unknown, err := p.unrecorded(ctx)
+	if err != nil {
+		return err
+	}
+	for _, d := range unknown {
+		m, err := p.registry.readVerified(ctx, ocispec.Descriptor{Digest: d, Size: -1})
+		if err != nil {
+			if err := p.tolerate(ctx, err); err != nil {
+				return err
+			}
+			continue
+		}
+		for i, c := range m.children() {
+			_, err := p.registry.blobs.size(c.Digest)
+			if errors.Is(err, ErrNotFound) {
+				p.lacks[c.Digest] = lack{d, c, m.childRole(i)}
+				p.wanted[c.Digest] = true
+			} else if err := p.tolerate(ctx, err); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
 func (p *repair) recordOne(ctx context.Context, d digest.Digest) error {
 	if _, ok, err := p.registry.index.resolveDigest(d); ok || err != nil {
 		return err // came with the index that needs it
-	}
-	if ok, err := p.looksLikeManifest(d); !ok || err != nil {
-		return err
 	}
 	m, list, st, err := p.load(ctx, d)
 	if st != nil {
@@ -423,22 +541,8 @@ func (p *repair) recordOne(ctx context.Context, d digest.Digest) error {
 	return p.tolerate(ctx, err)
 }
 
-// looksLikeManifest looks at the first byte, which saves reading most blobs.
-func (p *repair) looksLikeManifest(d digest.Digest) (bool, error) {
-	f, _, err := p.registry.blobs.openFile(d, -1)
-	if err != nil {
-		return false, ignoreNotExist(err)
-	}
-	defer f.Close()
-	var head [64]byte
-	n, err := f.Read(head[:])
-	if err != nil && err != io.EOF {
-		return false, err
-	}
-	return strings.HasPrefix(strings.TrimSpace(string(head[:n])), "{"), nil
-}
-
-// reconcile names the manifests that have lost their refs, and trusts the index again.
+// reconcile names the manifests that have lost their refs, and trusts the index again
+// if no manifest on disk lacks anything.
 func (p *repair) reconcile(ctx context.Context) error {
 	var tops []digest.Digest
 	x := p.registry.index
@@ -472,6 +576,9 @@ func (p *repair) reconcile(ctx context.Context) error {
 		if err := p.name(ctx, d, ref); err != nil {
 			return err
 		}
+	}
+	if len(p.lacks) > 0 {
+		return nil
 	}
 	return p.registry.write(ctx, func(tx *indexTx) error { return tx.deleteMeta(metaUnreconciled) })
 }

@@ -55,6 +55,9 @@ func (p *repair) describe(d digest.Digest) (ocispec.Descriptor, role, error) {
 	if ok || err != nil {
 		return desc, roleManifest, err
 	}
+	if l, ok := p.lacks[d]; ok {
+		return l.desc, l.role, nil
+	}
 	known, err := hasBlob(x, d)
 	if !known || err != nil {
 		return ocispec.Descriptor{}, "", err

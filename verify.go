@@ -38,9 +38,10 @@ type ProblemKind string
 const (
 	// ProblemIndex: SQLite finds the index damaged, or rows that point at nothing.
 	ProblemIndex ProblemKind = "index is damaged"
-	// ProblemUnreconciled: the index was made new beside blobs: see [LocalRegistry.Repair].
+	// ProblemUnreconciled: the index is new or empty beside blobs: see [GCReport] and [LocalRegistry.Repair].
 	ProblemUnreconciled ProblemKind = "index is not reconciled"
-	// ProblemRef: a ref points at a manifest that the index doesn't have, or describes it otherwise.
+	// ProblemRef: a ref points at a manifest that the index doesn't have, or describes it otherwise,
+	// or has a name that can't be, and then no Reference.
 	ProblemRef ProblemKind = "ref is dangling"
 	// ProblemMissing: the index has a blob that blobs/ doesn't.
 	ProblemMissing ProblemKind = "blob is missing"
@@ -125,6 +126,7 @@ type verifyEntry struct {
 	blobRow   // size −1 for no row
 	problems  chan []Problem
 	bytesRead int64
+	err       error // of the index; ends the verification. Read after problems
 }
 
 func (v *verification) run(ctx context.Context, found func(Problem) error) error {
@@ -173,8 +175,8 @@ func (v *verification) run(ctx context.Context, found func(Problem) error) error
 		case <-ctx.Done():
 			return ctx.Err()
 		case problems := <-e.problems:
-			if ctx.Err() != nil {
-				return ctx.Err() // they may be no more than that
+			if err := cmp.Or(ctx.Err(), e.err); err != nil {
+				return err // they may be no more than that
 			}
 			for _, p := range problems {
 				if err := found(p); err != nil {
@@ -205,17 +207,16 @@ func (v *verification) index(ctx context.Context, found func(Problem) error) err
 			return err
 		}
 	}
-	unreconciled, err := meta(x, metaUnreconciled)
+	unreconciled, err := v.registry.unreconciled(ctx)
 	if err != nil {
 		return err
 	}
-	if unreconciled != "" {
+	if unreconciled {
 		if err := found(Problem{Kind: ProblemUnreconciled, Err: ErrUnsafe}); err != nil {
 			return err
 		}
 	}
-	return x.badRefs(ctx, func(ref Reference, d digest.Digest) error {
-		err := fmt.Errorf("%w: its manifest is %s, which the index doesn't have, or otherwise", ErrCorruptIndex, clip(string(d)))
+	return x.badRefs(ctx, func(ref Reference, d digest.Digest, err error) error {
 		return found(Problem{Kind: ProblemRef, Digest: d, Reference: ref, Err: err})
 	})
 }
@@ -286,7 +287,7 @@ func (v *verification) missing(ctx context.Context, d digest.Digest) (missing bo
 	}
 	err = v.again(ctx, func(q queryer) error {
 		fi, err := v.registry.root.Lstat(blobPath(d))
-		if err != nil || !fi.Mode().IsRegular() {
+		if errors.Is(err, fs.ErrNotExist) || err == nil && !fi.Mode().IsRegular() {
 			missing, err = hasBlob(q, d)
 		}
 		return err
@@ -300,10 +301,15 @@ func (v *verification) blob(ctx context.Context, e *verifyEntry) (problems []Pro
 		problems = append(problems, Problem{Kind: kind, Digest: e.digest, Err: err})
 	}
 	r := v.registry
+	if _, err := rowDigest(string(e.digest)); err != nil {
+		add(ProblemIndex, fmt.Errorf("row of a blob: %w", err))
+		return problems
+	}
 	file, err := r.root.Lstat(blobPath(e.digest))
 	if errors.Is(err, fs.ErrNotExist) || err == nil && !file.Mode().IsRegular() {
-		if missing, err := v.missing(ctx, e.digest); missing || err != nil { // or was collected since
-			add(ProblemMissing, errors.Join(ErrNotFound, err))
+		missing := false
+		if missing, e.err = v.missing(ctx, e.digest); missing { // or was collected since
+			add(ProblemMissing, ErrNotFound)
 		}
 		return problems
 	}
@@ -346,13 +352,28 @@ func (v *verification) manifest(ctx context.Context, e *verifyEntry, size int64)
 	problem := func(kind ProblemKind, err error) []Problem {
 		return []Problem{{Kind: kind, Digest: e.digest, Err: err}}
 	}
+	failed := func(err error) []Problem { // to look into the index
+		if errors.Is(err, ErrCorruptIndex) {
+			return problem(ProblemRows, err)
+		}
+		e.err = err
+		return nil
+	}
 	r := v.registry
 	desc, ok, err := r.index.resolveDigest(e.digest)
 	if err != nil {
-		return problem(ProblemRows, err)
+		return failed(err)
 	}
 	if !ok {
-		return nil // collected since
+		lost := false
+		err := v.again(ctx, func(q queryer) (err error) {
+			lost, err = lostManifest(q, e.digest)
+			return err
+		})
+		if lost {
+			err = fmt.Errorf("%w: no row says what this manifest needs", ErrCorruptIndex)
+		}
+		return failed(err) // or was collected since
 	}
 	desc.Size = size // what the row says is compared below
 	m, err := r.readVerified(ctx, desc)
@@ -374,11 +395,8 @@ func (v *verification) manifest(ctx context.Context, e *verifyEntry, size int64)
 			return err
 		})
 	}
-	if err != nil || differ != "" {
-		if err == nil {
-			err = fmt.Errorf("%w: %s", ErrCorruptIndex, differ)
-		}
-		return problem(ProblemRows, err)
+	if err == nil && differ != "" {
+		err = fmt.Errorf("%w: %s", ErrCorruptIndex, differ)
 	}
-	return nil
+	return failed(err)
 }

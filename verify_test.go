@@ -1,17 +1,22 @@
 package ocilocal_test
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"maps"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
+	"time"
 
 	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/ocilocal/ocilocal"
 )
@@ -96,7 +101,7 @@ func TestCorruption(t *testing.T) {
 		"row: member doubled": {sql("INSERT INTO members SELECT manifest, 1, role, digest, media_type, size, annotations FROM members"), []string{"index contradicts manifest manifest"}, nil, nil},
 		"row: ref altered":    {sql("UPDATE refs SET media_type = 'x'"), []string{"ref is dangling manifest"}, nil, nil},
 		"row: blob lost":      {sql("DELETE FROM blobs WHERE kind = 'layer'"), []string{"index is damaged", "blob is unrecorded layer"}, nil, nil},
-		"row: manifest lost":  {sql("DELETE FROM manifests"), []string{"index is damaged", "index is damaged", "ref is dangling manifest"}, nil, nil},
+		"row: manifest lost":  {sql("DELETE FROM manifests"), []string{"index is damaged", "index is damaged", "ref is dangling manifest", "index contradicts manifest manifest"}, nil, nil},
 		"index not its own":   {sql("INSERT INTO meta VALUES ('unreconciled', '1')"), []string{"index is not reconciled"}, nil, nil},
 	} {
 		t.Run(what, func(t *testing.T) {
@@ -167,6 +172,153 @@ func TestCorruption(t *testing.T) {
 	}
 }
 
+// A manifest whose row was lost, below an index or as a subject, is found by Verify,
+// keeps a collection from deleting what it needs, and is recorded again by Repair.
+func TestLostManifestRow(t *testing.T) {
+	ctx := t.Context()
+	r := openTemp(t, nil)
+	manifest, config := image("layer")
+	index := imageIndex(imageType, manifest)
+	if _, err := r.ImportArchive(ctx, bytes.NewReader(archiveOf(t, ocispec.MediaTypeImageIndex, index, manifest, config, "layer")), nil); err != nil {
+		t.Fatal(err)
+	}
+	first := published(t, r, "example.com/a:0", "zero", nil)
+	published(t, r, "example.com/a:1", "one", first)
+	if _, err := r.Remove(ctx, first.Reference()); err != nil {
+		t.Fatal(err)
+	}
+	before := blobNames(t, r)
+	names := map[digest.Digest]string{digest.FromString(manifest): "child", digest.FromString(index): "index", first.Digest(): "subject"}
+	for _, c := range []struct {
+		victim digest.Digest
+		alter  string // of the row that says by itself what it is
+		found  []string
+	}{
+		{first.Digest(), "manifest", []string{"index contradicts manifest subject"}},
+		{digest.FromString(manifest), "manifest", []string{"index contradicts manifest child", "index contradicts manifest index"}},
+		{digest.FromString(manifest), "layer", []string{"index contradicts manifest index"}},
+	} {
+		execIndex(t, r.Root(), "DELETE FROM members WHERE manifest = ?", string(c.victim))
+		execIndex(t, r.Root(), "DELETE FROM manifests WHERE digest = ?", string(c.victim))
+		execIndex(t, r.Root(), "UPDATE blobs SET kind = ? WHERE digest = ?", c.alter, string(c.victim))
+		got := problems(t, r, nil, names)
+		slices.Sort(got)
+		if !slices.Equal(got, c.found) {
+			t.Errorf("found %q, want %q", got, c.found)
+		}
+		report, err := r.GC(ctx, atOnce)
+		if !errors.Is(err, ocilocal.ErrUnsafe) || len(report.Invalid) != 1 || report.Invalid[0].Digest != c.victim {
+			t.Errorf("%v, %+v", err, report)
+		}
+		if report, err := r.Repair(ctx, nil); err != nil || len(report.Left) != 0 {
+			t.Errorf("%v, %+v", err, report)
+		}
+		collect(t, r, atOnce)
+		if !slices.Equal(before, blobNames(t, r)) {
+			t.Error("something was deleted")
+		}
+	}
+}
+
+// Rows that no program of ours has written are found, don't keep Repair from its
+// work, and are gone after Rebuild, with the artifact there under its name or a new one.
+func TestImpossibleRows(t *testing.T) {
+	for what, text := range map[string]string{
+		"a blob's digest": "INSERT INTO blobs VALUES ('sha256:zz', 1, 'layer', 0)",
+		"a ref's digest":  "UPDATE refs SET manifest = 'nonsense'",
+		"a ref's name":    "UPDATE refs SET name = 'EXAMPLE com/a'",
+		"a ref's tag":     "UPDATE refs SET reference = 'a b'",
+	} {
+		t.Run(what, func(t *testing.T) {
+			ctx := t.Context()
+			r := openTemp(t, nil)
+			dontWatch(r.Root())
+			a := published(t, r, "example.com/a:v1", "layer", nil)
+			os.Chmod(blobFile(r, a.Digest()), 0o600)
+			execIndex(t, r.Root(), text)
+			if got := problems(t, r, nil, nil); len(got) < 2 {
+				t.Errorf("found %q", got)
+			}
+			if report, err := r.Repair(ctx, nil); err != nil || len(report.Left) == 0 {
+				t.Errorf("%v, %+v", err, report)
+			}
+			mustClose(t, r)
+			if report, err := ocilocal.Rebuild(ctx, r.Root(), nil); err != nil || len(report.Left) != 0 || len(report.Recovered) != 1 {
+				t.Errorf("%v, %+v", err, report)
+			}
+			r = mustOpen(t, r.Root())
+			defer mustClose(t, r)
+			if got := problems(t, r, nil, nil); len(got) != 0 {
+				t.Errorf("found %q", got)
+			}
+			if err := last(r.Refs(ctx, nil)); err != nil {
+				t.Error(err)
+			}
+			if _, err := r.LoadDigest(ctx, a.Digest()); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+}
+
+// The bodies of loops over problems may use the registry, as many of them at once as there are connections.
+func TestVerifyHoldsNoConnection(t *testing.T) {
+	r := openTemp(t, nil)
+	dontWatch(r.Root())
+	published(t, r, "example.com/a:v1", "layer", nil)
+	execIndex(t, r.Root(), "UPDATE refs SET media_type = 'x'")
+	var inside, done sync.WaitGroup
+	n := max(2, runtime.NumCPU())
+	inside.Add(n)
+	for range n {
+		done.Go(func() {
+			for range r.Verify(t.Context(), nil) {
+				inside.Done()
+				inside.Wait()
+				if ok, err := r.Exists(t.Context(), ref("example.com/a:v1")); !ok || err != nil {
+					t.Error(ok, err)
+				}
+				return
+			}
+			t.Error("nothing found")
+			inside.Done()
+		})
+	}
+	done.Wait()
+}
+
+// What can't be decided because the index is busy is no problem of a blob.
+func TestVerifyBusy(t *testing.T) {
+	ctx := t.Context()
+	r := openTemp(t, &ocilocal.Options{BusyTimeout: time.Millisecond})
+	dontWatch(r.Root())
+	a := published(t, r, "example.com/a:v1", "layer", nil)
+	other := openAgain(t, r)
+	defer mustClose(t, other)
+	for what, damage := range map[string]func(){
+		"rows": func() { execIndex(t, r.Root(), "UPDATE members SET annotations = 'x'") },
+		"file": func() { os.Remove(blobFile(r, a.Digest())) },
+	} {
+		damage()
+		err := ocilocal.IndexWrite(ctx, other, func(func(string) error) error {
+			for p, err := range r.Verify(ctx, nil) {
+				if err == nil {
+					t.Errorf("%s: found %v", what, p)
+				} else if !errors.Is(err, ocilocal.ErrBusy) {
+					t.Errorf("%s: %v", what, err)
+				}
+			}
+			return nil
+		})
+		if err != nil {
+			t.Error(err)
+		}
+		if got := problems(t, r, nil, nil); len(got) != 1 {
+			t.Errorf("%s: found %q", what, got)
+		}
+	}
+}
+
 func TestVerifyResumes(t *testing.T) {
 	r := openTemp(t, nil)
 	for i := range 20 {
@@ -229,6 +381,13 @@ func TestRebuild(t *testing.T) {
 				t.Fatal(err)
 			}
 		}, true},
+		"all but the blobs": {func(t *testing.T, r *ocilocal.LocalRegistry) {
+			for _, name := range []string{"index.sqlite3", "id", "tmp"} {
+				if err := os.RemoveAll(filepath.Join(r.Root(), name)); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}, false},
 		"half the WAL": {func(t *testing.T, r *ocilocal.LocalRegistry) { write(t, index(r)+"-wal", strings.Repeat("torn", 1000)) }, true},
 	} {
 		t.Run(what, func(t *testing.T) {
