@@ -1,14 +1,18 @@
 package ocilocal_test
 
 import (
+	"bufio"
 	"context"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 
 	"github.com/opencontainers/go-digest"
@@ -262,6 +266,91 @@ func TestBackupOfDamage(t *testing.T) {
 	rewrite(t, blobFile(r, digest.FromString("damaged")), flipBit)
 	backUp(t, r, dir, ocilocal.BackupReport{Refs: 3, RefsSet: 2, BlobsCopied: 2, BlobsPresent: 8})
 	checkBackup(t, dir, listed(t, r))
+}
+
+func init() { workers["backup"] = backupWorker }
+
+// backupWorker backs a root up to a directory, and ends at its n-th file operation as if it were killed there.
+func backupWorker(_ *bufio.Scanner, args []string) error {
+	n, err := strconv.ParseInt(args[2], 10, 64)
+	if err != nil {
+		return err
+	}
+	var ops atomic.Int64
+	r, err := ocilocal.OpenFaulty(context.Background(), args[0], func(op, name string) error {
+		if ops.Add(1) == n {
+			os.Exit(killedAt)
+		}
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	_, err = r.Backup(context.Background(), args[1], nil)
+	return errors.Join(err, r.Close())
+}
+
+// A backup that is killed at any file operation leaves nothing, the last one, or the new one; and the next one works.
+func TestBackupKilled(t *testing.T) {
+	r := openTemp(t, nil)
+	a := child(t, r, "example.com/a:v1", ocilocal.BuilderOptions{}, nil, nil, "one")
+	base := t.TempDir()
+	if _, err := r.Backup(t.Context(), base, nil); err != nil {
+		t.Fatal(err)
+	}
+	last := fmt.Sprint(listed(t, r))
+	child(t, r, "example.com/a:v2", ocilocal.BuilderOptions{}, descOf(a), nil, "two")
+	now := fmt.Sprint(listed(t, r))
+	for _, first := range []bool{true, false} {
+		killed := 0
+		step := scaled(12, 5, 1)
+		for n := 1 + rand.N(step); ; n += step {
+			dir := filepath.Join(t.TempDir(), "backup")
+			if !first {
+				if err := os.CopyFS(dir, os.DirFS(base)); err != nil {
+					t.Fatal(err)
+				}
+				for name := range tree(t, filepath.Join(dir, "blobs")) {
+					if err := os.Chmod(filepath.Join(dir, "blobs", name), 0o444); err != nil {
+						t.Fatal(err)
+					}
+				}
+			}
+			w := startWorker(t, "backup", r.Root(), dir, strconv.Itoa(n))
+			end := w.end()
+			done := w.cmd.ProcessState.Success()
+			if code := w.cmd.ProcessState.ExitCode(); code == killedAt {
+				killed++
+			} else if code != 0 {
+				t.Fatal(end)
+			}
+			got := ""
+			b, err := ocilocal.OpenReadOnly(t.Context(), dir, nil)
+			if err == nil {
+				got = fmt.Sprint(listed(t, b))
+				mustClose(t, b)
+			} else if !first || !errors.Is(err, ocilocal.ErrNotFound) {
+				t.Errorf("operation %d: %v", n, err)
+			}
+			before := last
+			if first && got != "" {
+				before = fmt.Sprint(map[string]string{})
+			}
+			if got != now && (done || got != before && got != "") {
+				t.Errorf("operation %d, done %v: the backup has %q", n, done, got)
+			}
+			if _, err := r.Backup(t.Context(), dir, nil); err != nil {
+				t.Error(err)
+			}
+			checkBackup(t, dir, listed(t, r))
+			if done {
+				break
+			}
+		}
+		if killed < 3 {
+			t.Errorf("only %d were killed", killed)
+		}
+	}
 }
 
 // A backup that fails at any file operation leaves the last one, or is done; and the next one works.

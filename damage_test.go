@@ -201,6 +201,61 @@ func TestCollectWithDamagedIndex(t *testing.T) {
 	}
 }
 
+// TestRebuildDamagedIndex flips bits in the index. Whatever they are, Rebuild ends with
+// a sound registry that has every artifact, under its name or, where that was lost, a new one.
+func TestRebuildDamagedIndex(t *testing.T) {
+	d := newDamagedRoot(t)
+	r := mustOpen(t, d.root)
+	ids := map[string]digest.Digest{}
+	for _, name := range d.refs {
+		desc, err := r.Resolve(t.Context(), ref(name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		ids[name] = desc.Digest
+	}
+	mustClose(t, r)
+	seed := rand.Uint64()
+	rng := rand.New(rand.NewPCG(seed, 0))
+	for range scaled(20, 60, 2000) {
+		at, bit := rng.IntN(len(d.index)), rng.IntN(8)
+		index := slices.Clone(d.index)
+		index[at] ^= 1 << bit
+		d.putIndex(t, index)
+		report, err := ocilocal.Rebuild(t.Context(), d.root, nil)
+		if errors.Is(err, ocilocal.ErrNewerSchema) {
+			continue // which one can't know to be damage
+		}
+		if err != nil || len(report.Left)+len(report.Quarantined) != 0 {
+			t.Fatalf("seed %d: bit %d of byte %d: %v, %+v", seed, bit, at, err, report)
+		}
+		r := mustOpen(t, d.root)
+		collect(t, r, atOnce)
+		for name, id := range ids {
+			if _, err := r.LoadDigest(t.Context(), id); err != nil {
+				t.Errorf("%s: %v", name, err)
+			}
+			if desc, err := r.Resolve(t.Context(), ref(name)); err == nil && desc.Digest != id {
+				t.Errorf("%s is another's name now", name)
+			}
+		}
+		if got := problems(t, r, nil, nil); len(got) != 0 {
+			t.Errorf("found %q", got)
+		}
+		if _, err := r.Backup(t.Context(), filepath.Join(t.TempDir(), "backup"), nil); err != nil {
+			t.Error(err)
+		}
+		mustClose(t, r)
+		if t.Failed() {
+			t.Fatalf("seed %d: bit %d of byte %d", seed, bit, at)
+		}
+		broken, _ := filepath.Glob(filepath.Join(d.root, "index.sqlite3.broken*"))
+		for _, name := range broken {
+			os.Remove(name)
+		}
+	}
+}
+
 // TestIndexOutOfOrder alters the names in the rows of refs, which are then out of
 // order, so that SQLite finds other rows than it is asked for.
 func TestIndexOutOfOrder(t *testing.T) {
@@ -336,6 +391,9 @@ func TestBlobBitFlips(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer r.Close()
+	if got := problems(t, r, nil, nil); len(got) != 0 {
+		t.Fatalf("found %q", got)
+	}
 	flips := scaled(20, 200, 4000)
 	for i := range flips {
 		ref := d.refs[i%len(d.refs)]
@@ -360,6 +418,9 @@ func TestBlobBitFlips(t *testing.T) {
 		rewrite(t, blobFile(r, d), flip)
 		if label, err := readLabelled(r, ref); !errors.Is(err, ocilocal.ErrDigestMismatch) {
 			t.Fatalf("%s with bit %d of %s flipped reads %q, %v", ref, at, d, label, err)
+		}
+		if got := problems(t, r, nil, map[digest.Digest]string{d: ref}); !slices.Contains(got, "blob is damaged "+ref) {
+			t.Fatalf("%s with bit %d of %s flipped: found %q", ref, at, d, got)
 		}
 		rewrite(t, blobFile(r, d), flip) // back
 		if label, err := readLabelled(r, ref); label != ref || err != nil {

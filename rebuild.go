@@ -13,7 +13,8 @@ import (
 // Rebuild makes the index of the registry in dir anew from its blobs, of which the directory
 // blobs must be left, if it is lost or damaged, and then does what [LocalRegistry.Repair] does. A damaged index is
 // not deleted but renamed to index.sqlite3.broken (or .broken2, …), and refs that can still be
-// read from it are kept. What has lost its refs is named as Repair says.
+// read from it are kept; if there is no index, or one that was made new, those of the last file
+// with such a name, as a rebuild that was killed leaves it. What has lost its refs is named as Repair says.
 // On a sound index it is Repair. No other process may have the registry open: one that
 // has can't write any more.
 //
@@ -37,7 +38,11 @@ func rebuild(ctx context.Context, dir string, opts *RepairOptions) (*RepairRepor
 		damaged := false
 		err = r.index.integrity(ctx, false, func(string) { damaged = true })
 		if err == nil && !damaged {
-			before, err = r.Repair(ctx, opts)
+			p := newRepair(r, opts)
+			if mark, _ := meta(r.index, metaUnreconciled); mark != "" {
+				p.salvaged = salvageRefs(ctx, lastAside(dir))
+			}
+			before, err = &p.report, p.run(ctx)
 			if !errors.Is(err, ErrCorruptIndex) && !slices.ContainsFunc(before.Left, impossible) {
 				return before, errors.Join(err, r.Close())
 			}
@@ -61,17 +66,35 @@ func rebuild(ctx context.Context, dir string, opts *RepairOptions) (*RepairRepor
 	return &p.report, errors.Join(err, r.Close())
 }
 
+// lastAside returns the name that setAside found last, or one that nothing has.
+func lastAside(dir string) (name string) {
+	for n := 1; ; n++ {
+		next := asideName(dir, n)
+		if _, err := os.Lstat(next); n > 1 && err != nil {
+			return name
+		}
+		name = next
+	}
+}
+
+// asideName is the n-th name for a damaged index.
+func asideName(dir string, n int) string {
+	name := filepath.Join(dir, indexFile+".broken")
+	if n > 1 {
+		name += fmt.Sprint(n)
+	}
+	return name
+}
+
 // setAside renames the index's files, and returns the new name of the first. That goes first:
 // until the last one follows, Open refuses what is left. An index without its log would look sound.
 func setAside(dir string) (string, error) {
-	name := filepath.Join(dir, indexFile)
-	aside := name + ".broken"
-	for n := 2; ; n++ {
-		done, err := moveIndex(name, aside)
+	for n := 1; ; n++ {
+		aside := asideName(dir, n)
+		done, err := moveIndex(filepath.Join(dir, indexFile), aside)
 		if done || err != nil {
 			return aside, err
 		}
-		aside = fmt.Sprintf("%s.broken%d", name, n)
 	}
 }
 

@@ -1,12 +1,15 @@
 package ocilocal_test
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"math/rand/v2"
 	"slices"
 	"testing"
+
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/ocilocal/ocilocal"
 )
@@ -128,6 +131,19 @@ func TestStatsAgreeWithGC(t *testing.T) {
 				made = append(made, child(t, r, ref, o, nil, map[string]string{"i": fmt.Sprint(i)}, layers...))
 			} else {
 				made = append(made, child(t, r, ref, o, descOf(subject), map[string]string{"i": fmt.Sprint(i)}, layers...))
+			}
+		}
+		// Two image indexes, of which the second takes the first one's name, with a member and layers in common.
+		for _, layers := range [][]string{{"layer 1", "of the first"}, {"layer 1", "layer 2"}} {
+			var members, blobs []string
+			for _, layer := range layers {
+				manifest, config := image(layer)
+				members = append(members, manifest)
+				blobs = append(blobs, manifest, config, layer)
+			}
+			archive := archiveOf(t, ocispec.MediaTypeImageIndex, imageIndex(imageType, members...), blobs...)
+			if _, err := r.ImportArchive(ctx, bytes.NewReader(archive), &ocilocal.ImportOptions{PublishOptions: ocilocal.PublishOptions{Policy: ocilocal.Replace}}); err != nil {
+				t.Fatal(err)
 			}
 		}
 		for ref, err := range r.Refs(ctx, nil) {

@@ -375,6 +375,13 @@ func TestRebuild(t *testing.T) {
 			execIndex(t, r.Root(), "CREATE TRIGGER x AFTER INSERT ON refs BEGIN DELETE FROM refs; END")
 		}, true},
 		"table lost": {func(t *testing.T, r *ocilocal.LocalRegistry) { execIndex(t, r.Root(), "DROP TABLE members") }, true},
+		"killed in a rebuild, with a new index": {func(t *testing.T, r *ocilocal.LocalRegistry) {
+			name := index(r)
+			if err := os.Rename(name, name+".broken"); err != nil {
+				t.Fatal(err)
+			}
+			mustClose(t, mustOpen(t, r.Root()))
+		}, true},
 		"killed in a rebuild": {func(t *testing.T, r *ocilocal.LocalRegistry) {
 			name := index(r)
 			if err := errors.Join(os.Rename(name, name+".broken"), os.WriteFile(name+"-wal", nil, 0o600)); err != nil {

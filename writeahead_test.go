@@ -6,8 +6,11 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
+
+	"github.com/opencontainers/go-digest"
 
 	"github.com/ocilocal/ocilocal"
 )
@@ -148,9 +151,16 @@ func TestDeletedLog(t *testing.T) {
 	if unrecorded != 2 {
 		t.Errorf("%d blobs are unrecorded", unrecorded)
 	}
-	child(t, r, "example.com/lost:v1", ocilocal.BuilderOptions{}, nil, nil, "lost")
-	if _, err := r.Repair(t.Context(), nil); err != nil {
+	if report, err := r.Repair(t.Context(), nil); err != nil || !slices.Equal(report.Recorded, []digest.Digest{lost.Digest()}) {
+		t.Errorf("%v, %+v", err, report)
+	}
+	if _, err := r.Tag(t.Context(), lost.Digest(), lost.Reference(), nil); err != nil {
 		t.Error(err)
 	}
 	checkSound(t, r)
+	if lost, err := r.Load(t.Context(), lost.Reference()); err != nil {
+		t.Error(err)
+	} else {
+		checkArtifact(t, lost, "lost")
+	}
 }
