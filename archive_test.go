@@ -204,6 +204,9 @@ func TestImportArchiveHostile(t *testing.T) {
 			if !errors.Is(err, c.want) {
 				t.Fatalf("%+v, error %v; want %v", got, err, c.want)
 			}
+			if errors.Is(err, ocilocal.ErrUnsupportedMediaType) && name != "index of an index" && !strings.Contains(err.Error(), name) {
+				t.Errorf("%v: doesn't name the format %s", err, name)
+			}
 			for ref, err := range r.Refs(ctx, nil) {
 				t.Error("visible after a failed import:", ref, err)
 			}

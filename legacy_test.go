@@ -1,6 +1,7 @@
 package ocilocal_test
 
 import (
+	"bufio"
 	"context"
 	"errors"
 	"fmt"
@@ -8,9 +9,9 @@ import (
 	"os"
 	"path"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
-	"sync"
 	"testing"
 
 	"github.com/opencontainers/go-digest"
@@ -82,24 +83,25 @@ func TestImportLegacy(t *testing.T) {
 	root := legacyTree(t, at)
 	before := tree(t, root)
 	r := openTemp(t, nil)
-	// Several at once are harmless.
-	var wg sync.WaitGroup
-	reports := make([]*ocilocal.LegacyReport, 4)
-	for i := range reports {
-		wg.Go(func() {
-			var err error
-			if reports[i], err = r.ImportLegacy(ctx, root, nil); err != nil {
-				t.Error(err)
-			}
-		})
+	// Several processes at once are harmless.
+	processes := make([]*worker, 4)
+	for i := range processes {
+		processes[i] = startWorker(t, "legacy", r.Root(), root)
+		processes[i].expect("ready")
 	}
-	wg.Wait()
+	for _, p := range processes {
+		p.send("go")
+	}
 	imported := 0
-	for _, rep := range reports {
-		if rep.Scanned != len(at) || rep.Imported+rep.Verified != len(at) {
-			t.Errorf("%+v", rep)
+	for _, p := range processes {
+		var scanned, mine, verified int
+		if line := strings.Join(p.expect("report"), " "); line == "" {
+			t.Error("no report")
+		} else if _, err := fmt.Sscan(line, &scanned, &mine, &verified); err != nil || scanned != len(at) || mine+verified != len(at) {
+			t.Errorf("scanned, imported, verified: %s", line)
 		}
-		imported += rep.Imported
+		imported += mine
+		p.finish()
 	}
 	if imported != len(at) {
 		t.Errorf("%d imported in all, want %d", imported, len(at))
@@ -110,13 +112,37 @@ func TestImportLegacy(t *testing.T) {
 			t.Errorf("%s: %v %v", c.today, desc.Digest, err)
 		}
 	}
+	// To verify is to look at the bytes: what was damaged here meanwhile is healed.
+	layer := digest.FromString(legacyNames[0].path)
+	rewrite(t, blobFile(r, layer), flipBit)
 	again, err := r.ImportLegacy(ctx, root, nil)
 	if err != nil || again.Verified != len(at) {
 		t.Errorf("%+v %v", again, err)
 	}
+	if b, err := os.ReadFile(blobFile(r, layer)); err != nil || digest.FromBytes(b) != layer {
+		t.Errorf("a damaged blob holds %q after the tree was imported again, %v", b, err)
+	}
 	if !maps.Equal(before, tree(t, root)) {
 		t.Error("the source was changed")
 	}
+}
+
+func init() { workers["legacy"] = legacyWorker }
+
+// legacyWorker imports a legacy tree when it is told to: "ready", then "report scanned imported verified".
+func legacyWorker(in *bufio.Scanner, args []string) error {
+	ctx := context.Background()
+	r, err := ocilocal.Open(ctx, args[0], nil)
+	if err != nil {
+		return err
+	}
+	say("ready")
+	in.Scan()
+	report, err := r.ImportLegacy(ctx, args[1], nil)
+	if err == nil {
+		say("report", report.Scanned, report.Imported, report.Verified)
+	}
+	return errors.Join(err, r.Close())
 }
 
 func TestImportLegacyFailures(t *testing.T) {
@@ -202,6 +228,13 @@ func TestLoadLegacy(t *testing.T) {
 	at["quay.io/jitesoft/alpine/__sha256__"+someHex] = "" // its content is another's
 	root := legacyTree(t, at)
 	r := openTemp(t, &ocilocal.Options{LegacyRoot: root})
+	// Only the spellings of a name are looked at: no directory of the tree is ever listed.
+	ocilocal.SetFault(r, func(op, name string) error {
+		if op == "readdir" && name != "tmp" {
+			t.Errorf("%s was listed", name)
+		}
+		return nil
+	})
 	for _, c := range legacyNames {
 		a, err := r.Load(ctx, ref(c.today))
 		if err != nil || a.Digest() != legacyDigest(c.path, c.name) || a.Reference() != ref(c.today) {
@@ -383,9 +416,22 @@ func TestDefaultLegacyRoot(t *testing.T) {
 		t.Error(got, err)
 	}
 	t.Setenv("OMMX_LOCAL_REGISTRY_ROOT", "")
-	t.Setenv("XDG_DATA_HOME", "/data")
 	t.Setenv("HOME", "/home/someone")
-	if got, err := ocilocal.DefaultLegacyRoot(); err != nil || filepath.Base(got) != "ommx" && filepath.Base(got) != "org.ommx.ommx" {
-		t.Error(got, err)
+	t.Setenv("AppData", `C:\Users\someone\AppData\Roaming`)
+	for data, want := range map[string]string{
+		"/data": "/data/ommx",
+		"":      "/home/someone/.local/share/ommx",
+		"data":  "/home/someone/.local/share/ommx", // a relative one doesn't count, says the XDG specification
+	} {
+		switch runtime.GOOS {
+		case "darwin":
+			want = "/home/someone/Library/Application Support/org.ommx.ommx"
+		case "windows":
+			want = `C:\Users\someone\AppData\Roaming\ommx\ommx\data`
+		}
+		t.Setenv("XDG_DATA_HOME", data)
+		if got, err := ocilocal.DefaultLegacyRoot(); err != nil || got != want {
+			t.Errorf("XDG_DATA_HOME=%q: %q, %v; want %q", data, got, err, want)
+		}
 	}
 }
