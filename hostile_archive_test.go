@@ -14,6 +14,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"strings"
+	"sync/atomic"
 	"testing"
 
 	"github.com/opencontainers/go-digest"
@@ -355,7 +356,7 @@ func TestImportCancelled(t *testing.T) {
 	b.Cancel()
 	check("builder", src, err)
 
-	// A layout's layer is a sparse file; the seam of file operations cancels when its copy begins.
+	// A layout's layer is a sparse file; the seam of file operations cancels in the midst of its copy.
 	dir := t.TempDir()
 	layer := "sha256:" + strings.Repeat("0", 64)
 	config := "{}"
@@ -373,18 +374,19 @@ func TestImportCancelled(t *testing.T) {
 		t.Fatal(err)
 	}
 	ctx, cancel = context.WithCancel(t.Context())
-	creates := 0
+	var writes atomic.Int64
 	ocilocal.SetFault(r, func(op, _ string) error {
-		if op == "create" || op == "open" {
-			if creates++; creates > 2 {
-				cancel()
-			}
+		if op == "write" && writes.Add(1) == at/(4<<20) {
+			cancel()
 		}
 		return nil
 	})
 	_, err = r.ImportLayout(ctx, dir, nil)
 	ocilocal.SetFault(r, nil)
 	check("layout", nil, err)
+	if n := writes.Load(); n < at/(4<<20) || n > at/(4<<20)+2 {
+		t.Errorf("layout: %d writes", n)
+	}
 
 	if _, err := r.ImportArchive(t.Context(), bytes.NewReader(tarOf(t, blobEntry(manifest), layoutIndex(manifest, "example.com/a:v1"), blobEntry(config))), nil); !errors.Is(err, ocilocal.ErrIncomplete) {
 		t.Error(err)

@@ -12,11 +12,14 @@ import (
 	"maps"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/opencontainers/go-digest"
 
@@ -187,6 +190,53 @@ func TestImportLayout(t *testing.T) {
 }
 
 func ref(s string) ocilocal.Reference { return ocilocal.MustParseReference(s) }
+
+// TestLayoutSwapped has another program that puts something else in the place of a
+// file, after it was looked at and before it is opened.
+func TestLayoutSwapped(t *testing.T) {
+	manifest, config := image("layer")
+	entries := []entry{layoutVersion, layoutIndex(manifest, "example.com/a:v1"), blobEntry(manifest), blobEntry(config), blobEntry("layer")}
+	for _, e := range entries {
+		t.Run(filepath.Base(e.name), func(t *testing.T) {
+			dir := layoutDir(t, entries...)
+			r := openTemp(t, nil)
+			looked, swapped := false, false
+			ocilocal.SetFault(r, func(op, name string) error {
+				if name != e.name {
+					return nil
+				}
+				if op == "open" && looked { // the store, which looks at no file first, hasn't got it
+					other := filepath.Join(dir, "other")
+					swapped = true
+					return errors.Join(os.WriteFile(other, []byte(e.body), 0o600), os.Rename(other, filepath.Join(dir, filepath.FromSlash(name))))
+				}
+				looked = op == "stat"
+				return nil
+			})
+			defer ocilocal.SetFault(r, nil)
+			_, err := r.ImportLayout(t.Context(), dir, nil)
+			if !swapped || !errors.Is(err, ocilocal.ErrInvalidLayout) {
+				t.Errorf("swapped: %v; %v, want ErrInvalidLayout", swapped, err)
+			}
+			checkNothingVisible(t, r)
+		})
+	}
+}
+
+// TestLayoutIndexBounded: index.json is not read further than an index may be long.
+func TestLayoutIndexBounded(t *testing.T) {
+	dir := layoutDir(t, layoutVersion, entry{name: "index.json"})
+	if err := os.Truncate(filepath.Join(dir, "index.json"), 256<<20); err != nil {
+		t.Fatal(err)
+	}
+	var before, after runtime.MemStats
+	runtime.ReadMemStats(&before)
+	_, err := ocilocal.InspectLayout(t.Context(), dir)
+	runtime.ReadMemStats(&after)
+	if got := after.TotalAlloc - before.TotalAlloc; !errors.Is(err, ocilocal.ErrTooLarge) || got > 64<<20 {
+		t.Errorf("%v, with %d MiB allocated", err, got>>20)
+	}
+}
 
 // checkNothingVisible fails when a failed import has left a ref or a staged file.
 func checkNothingVisible(t *testing.T, r *ocilocal.LocalRegistry) {
@@ -576,6 +626,105 @@ func TestExportArchiveFile(t *testing.T) {
 	}
 }
 
+// TestExportsCancelled cancels while a large layer goes out: soon nothing more is written, and nothing is there.
+func TestExportsCancelled(t *testing.T) {
+	const size = 64 << 20
+	r := openTemp(t, nil)
+	a := pushed(t, r, ref("example.com/large:v1"), nil, nil, make([]byte, size))
+	refs := []ocilocal.Reference{a.Reference()}
+	// Which write is in the midst of the layer, and how many more there may be, of 16, 64 and some 300.
+	writesOf := map[string]struct{ at, most int64 }{"layout": {6, 1}, "archive": {20, 1}, "gzip": {20, 40}}
+	for name, export := range map[string]func(ctx context.Context, dir string) error{
+		"layout": func(ctx context.Context, dir string) error {
+			return r.ExportLayout(ctx, filepath.Join(dir, "layout"), refs, nil)
+		},
+		"archive": func(ctx context.Context, dir string) error {
+			return r.ExportArchiveFile(ctx, filepath.Join(dir, "a.tar"), refs, nil)
+		},
+		"gzip": func(ctx context.Context, dir string) error {
+			return r.ExportArchiveFile(ctx, filepath.Join(dir, "a.tar.gz"), refs, &ocilocal.ExportOptions{Gzip: true})
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir := t.TempDir()
+			ctx, cancel := context.WithCancel(t.Context())
+			defer cancel()
+			var writes, after atomic.Int64
+			ocilocal.SetFault(r, func(op, _ string) error {
+				switch {
+				case op == "write" && ctx.Err() != nil:
+					after.Add(1)
+				case op == "write" && writes.Add(1) == writesOf[name].at:
+					cancel()
+				}
+				return nil
+			})
+			defer ocilocal.SetFault(r, nil)
+			if err := export(ctx, dir); !errors.Is(err, context.Canceled) {
+				t.Errorf("%v, want context.Canceled", err)
+			}
+			if n := after.Load(); n > writesOf[name].most {
+				t.Errorf("%d more writes", n)
+			}
+			for file := range tree(t, dir) {
+				t.Errorf("left: %s", file)
+			}
+		})
+	}
+}
+
+// TestArchiveBytes looks at what a streaming reader sees: what there is comes first, and
+// nothing of when, where and by whom the archive was made is in it. Other
+// releases write the same bytes.
+func TestArchiveBytes(t *testing.T) {
+	r := openTemp(t, nil)
+	a := pushed(t, r, ref("example.com/a:v1"), nil, nil, []byte("one"), []byte("two"))
+	var out bytes.Buffer
+	if err := r.ExportArchive(t.Context(), &out, []ocilocal.Reference{a.Reference()}, nil); err != nil {
+		t.Fatal(err)
+	}
+	const golden = "sha256:4974750d8a06d18f930be056e3a80ab5d39b3e968df3dde4a645852454a09f59"
+	if d := digest.FromBytes(out.Bytes()); d != golden {
+		t.Errorf("%s, want %s", d, golden)
+	}
+	checkHead := func(h *tar.Header, format tar.Format) {
+		t.Helper()
+		if h.Typeflag != tar.TypeReg || h.Mode != 0o444 || !h.ModTime.Equal(time.Unix(0, 0)) || !h.AccessTime.IsZero() || !h.ChangeTime.IsZero() ||
+			h.Uid != 0 || h.Gid != 0 || h.Uname != "" || h.Gname != "" || h.Format != format {
+			t.Errorf("%+v", h)
+		}
+	}
+	var names []string
+	for tr := tar.NewReader(&out); ; {
+		h, err := tr.Next()
+		if err == io.EOF {
+			break
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		checkHead(h, tar.FormatUSTAR)
+		names = append(names, h.Name)
+	}
+	manifest := "blobs/sha256/" + a.Digest().Encoded()
+	if len(names) != 6 || names[0] != "oci-layout" || names[1] != "index.json" || names[2] != manifest || !slices.IsSorted(names[3:]) {
+		t.Errorf("%q", names)
+	}
+	// From 8 GiB on a size takes a PAX record.
+	for size, format := range map[int64]tar.Format{8<<30 - 1: tar.FormatUSTAR, 8 << 30: tar.FormatPAX} {
+		out.Reset()
+		tw := tar.NewWriter(&out)
+		if err := ocilocal.WriteEntry(tw, manifest, strings.NewReader("its beginning"), size); err != nil {
+			t.Fatal(err)
+		}
+		h, err := tar.NewReader(&out).Next()
+		if err != nil || h.Size != size || h.Name != manifest {
+			t.Fatalf("%+v, %v", h, err)
+		}
+		checkHead(h, format)
+	}
+}
+
 func TestExportLineage(t *testing.T) {
 	ctx := t.Context()
 	r := openTemp(t, nil)
@@ -665,8 +814,19 @@ func TestLayoutLargeBlobs(t *testing.T) {
 			t.Fatal(err)
 		}
 		to := openTemp(t, nil)
+		writes := 0
+		ocilocal.SetFault(to, func(op, name string) error {
+			if op == "write" {
+				writes++
+			}
+			return nil
+		})
 		if _, err := to.ImportLayout(t.Context(), dir, nil); err != nil {
 			t.Fatal(err)
+		}
+		// The kernel is given 4 MiB at a time, and once more to see the end.
+		if most := 2 + n/chunk + 2; runtime.GOOS == "linux" && n >= chunk && writes > most {
+			t.Errorf("%d bytes: %d writes, the kernel's would be %d", n, writes, most)
 		}
 		layers, err := a.Layers(t.Context())
 		if err != nil {
@@ -680,6 +840,11 @@ func TestLayoutLargeBlobs(t *testing.T) {
 			t.Error(err)
 		}
 		file := filepath.Join(dir, "blobs", "sha256", layers[0].Digest.Encoded())
+		// What was imported is no other name of the source's file, which others may change.
+		rewrite(t, file, flipBit)
+		if b, err := copied.ReadLayer(t.Context(), layers[0]); err != nil || !bytes.Equal(b, noise(1, n)) {
+			t.Errorf("%d bytes: after a change of the source: %v", n, err)
+		}
 		for name, c := range map[string]struct {
 			change func(b []byte) []byte
 			want   error

@@ -1,0 +1,4 @@
+package ocilocal
+
+// WriteEntry writes one file of an archive.
+var WriteEntry = writeEntry
