@@ -24,9 +24,20 @@
 // # On disk
 //
 //	root/index.sqlite3         SQLite in WAL mode; application_id 0x6f63696c, user_version 1
+//	root/index.sqlite3-wal     SQLite's log, a part of the index, and -shm, while the root is open or after a crash
+//	root/index.sqlite3.broken  a damaged index that Rebuild moved away; also .broken2, …
 //	root/id                    the root's id, which the index holds too
 //	root/blobs/<alg>/<hex>     complete, verified, read-only files
 //	root/tmp/<session>/        what an open handle is writing; locked as long as it lives
+//	root/tmp/partial/          what interrupted pulls have received, for the next one to resume
+//	root/tmp/quarantine/       damaged files that Repair could not heal
+//
+// [Open] makes these in the directory that it is given, whatever else is in it. Give it one of its
+// own: a blobs/ that is there, as in an image layout, is taken for the registry's. Exports write
+// beside their target, or in it, under names that begin with .ocilocal- until they are complete.
+//
+// A newer version of this package opens what an older one has made: [Open] migrates the index.
+// An older version refuses a newer index with [ErrNewerSchema]. A released schema never changes.
 //
 // Digests are sha256 (what builders make), sha384 and sha512, in lower case;
 // everything else is refused before it becomes a path. No path in the index is
@@ -38,6 +49,16 @@
 // The root is made with mode 0700, the index with 0600, blobs with 0444. An
 // existing directory keeps its mode; one that everybody may write to is
 // reported to [Options.Logger].
+//
+// # Manifest forms
+//
+// An OCI artifact manifest ([FormatArtifactManifest], image-spec 1.1.0-rc2, artifact.md) has
+// blobs and no config: it says no more than an artifact needs, and is what builders make by
+// default. The released image-spec 1.1 has dropped it, and most registries refuse it. An image
+// manifest with an artifactType ([FormatImageManifest], image-spec 1.1, manifest.md, "Guidelines for
+// Artifact Usage") is what they take: choose it for what is to be pushed, in
+// [BuilderOptions] or for all builders in [Options]. [LocalRegistry.Convert] makes either of the
+// other. Both are read, imported, exported and pulled alike, and [Manifest] shows both in one way.
 //
 // # Promises
 //
@@ -58,12 +79,23 @@
 //   - Memory doesn't grow with the size of a blob or, but for collection and verification,
 //     which need some 400 and 100 bytes for each blob, with the number of refs.
 //
+// # Errors
+//
+// Methods of a registry, and of builders, artifacts and remotes, return an [*Error], which says what was done
+// to what; [errors.Is] finds its cause: a sentinel such as [ErrNotFound], an error of the file system, that of
+// the context, or that of a reader, writer or function that the caller gave. [*ConflictError], [*RemoteError], [*SchemaError] and
+// [*MissingSubjectError] have more facts. Text is for people, and may change.
+//
+// Doc comments name the errors that are a method's own. Besides, any method that takes a context may return
+// the context's, and, after Close, [ErrClosed]; one that reads the index [ErrCorruptIndex] and [ErrIndexIO]; one that
+// reads or writes files the file system's; and one that writes [ErrReadOnly], [ErrNoSpace] and [ErrBusy].
+//
 // # Remote registries
 //
 // [LocalRegistry.Pull] and [LocalRegistry.Push] speak the OCI distribution-spec 1.1 by net/http, and
 // [LocalRegistry.Load] pulls what isn't here if [Options.Remote] is set. Blobs stream into and out of
 // the store several at a time; what is there already is not sent again; a body that breaks
-// off is continued, within the call and, for a pull, by the next one, also after a kill. What comes in
+// off is resumed, within the call and, for a pull, by the next one, also after a kill. What comes in
 // counts once its digest is right, and is published by the same transaction as everything else.
 //
 // Registries are not trusted. Everything they send is bounded and checked before it is used. A credential

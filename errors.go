@@ -22,7 +22,8 @@ type sentinel struct {
 func (s *sentinel) Error() string        { return s.text }
 func (s *sentinel) Is(target error) bool { return s.is != nil && target == s.is }
 
-// The sentinels that every error of this package matches with [errors.Is].
+// The sentinels. An error of this package matches one of them with [errors.Is], or is an error of
+// the file system, of the context, or of what the caller gave.
 // The text of an error is for people; match none of it.
 var (
 	// ErrNotFound: the reference, manifest or blob is not in the registry.

@@ -9,7 +9,6 @@ import (
 	"log"
 	"os"
 	"path/filepath"
-	"strings"
 
 	"github.com/ocilocal/ocilocal"
 )
@@ -49,40 +48,6 @@ func note(registry *ocilocal.LocalRegistry, ref, text string) *ocilocal.LocalArt
 		log.Fatal(err)
 	}
 	return artifact
-}
-
-func Example() {
-	ctx := context.Background()
-	registry, done := scratch()
-	defer done()
-
-	ref := ocilocal.MustParseReference("ghcr.io/example/greeting:v1")
-	builder, err := registry.NewBuilder(ref, &ocilocal.BuilderOptions{ArtifactType: "application/vnd.example.greeting"})
-	if err != nil {
-		log.Fatal(err)
-	}
-	defer builder.Cancel()
-	if _, err := builder.AddLayer(ctx, "text/plain", strings.NewReader("hello"), nil); err != nil {
-		log.Fatal(err)
-	}
-	if _, err := builder.Build(ctx); err != nil {
-		log.Fatal(err)
-	}
-
-	artifact, err := registry.Load(ctx, ref)
-	if err != nil {
-		log.Fatal(err)
-	}
-	layers, err := artifact.Layers(ctx)
-	if err != nil {
-		log.Fatal(err)
-	}
-	text, err := artifact.ReadLayer(ctx, layers[0])
-	if err != nil {
-		log.Fatal(err)
-	}
-	fmt.Printf("%s: %s\n", artifact.Reference(), text)
-	// Output: ghcr.io/example/greeting:v1: hello
 }
 
 func ExampleOpenReadOnly() {

@@ -1,6 +1,6 @@
 // Quickstart builds an artifact, lists it, reads it back, saves it to an archive
 // and imports that into a second registry. Given the path of an OCI archive,
-// such as an .ommx file, it imports that instead and reads every layer.
+// such as an .ommx file, it imports that instead and reads every layer of all that the registry has.
 // With -root it uses, and keeps, the registry in that directory.
 package main
 
@@ -44,12 +44,18 @@ func run(ctx context.Context, dir, root string, args []string) error {
 		return err
 	}
 	defer registry.Close()
+	fmt.Printf("registry %s\n", registry.Root())
 	if len(args) > 0 {
 		result, err := registry.ImportArchiveFile(ctx, args[0], nil)
 		if err != nil {
 			return err
 		}
 		fmt.Printf("imported %s: %d blobs, %d bytes\n", filepath.Base(args[0]), result.BlobsWritten, result.BytesWritten)
+		for _, artifact := range result.Artifacts {
+			if artifact.Update.Reference.IsZero() { // ImportOptions.Reference would give it one
+				fmt.Printf("no ref   %s: it has no full name, so it stays by its digest only until it is collected\n", artifact.Descriptor.Digest)
+			}
+		}
 		return show(ctx, registry)
 	}
 
@@ -77,18 +83,10 @@ func run(ctx context.Context, dir, root string, args []string) error {
 	}
 
 	archive := filepath.Join(dir, "diet.ommx")
-	f, err := os.Create(archive)
-	if err != nil {
+	if err := registry.ExportArchiveFile(ctx, archive, []ocilocal.Reference{ref}, nil); err != nil {
 		return err
 	}
-	defer f.Close()
-	if err := registry.ExportArchive(ctx, f, []ocilocal.Reference{ref}, nil); err != nil {
-		return err
-	}
-	if err := f.Close(); err != nil {
-		return err
-	}
-	fmt.Printf("saved    %s\n", filepath.Base(archive))
+	fmt.Printf("saved    %s\n", archive)
 
 	second, err := ocilocal.Open(ctx, filepath.Join(dir, "second"), nil)
 	if err != nil {
@@ -109,7 +107,7 @@ func run(ctx context.Context, dir, root string, args []string) error {
 	return nil
 }
 
-// show lists a registry and reads every layer, which verifies it.
+// show lists a registry and reads every layer, which verifies it, and prints it if it is short.
 func show(ctx context.Context, registry *ocilocal.LocalRegistry) error {
 	for ref, err := range registry.Refs(ctx, nil) {
 		if err != nil {
@@ -125,16 +123,25 @@ func show(ctx context.Context, registry *ocilocal.LocalRegistry) error {
 			return err
 		}
 		for _, layer := range layers {
+			fmt.Printf("layer    %s  %d bytes", layer.MediaType, layer.Size)
+			if layer.Size <= 100 {
+				text, err := artifact.ReadLayer(ctx, layer)
+				if err != nil {
+					return err
+				}
+				fmt.Printf(": %q\n", text)
+				continue
+			}
 			src, err := artifact.OpenLayer(ctx, layer)
 			if err != nil {
 				return err
 			}
-			n, err := io.Copy(io.Discard, src)
+			_, err = io.Copy(io.Discard, src)
 			src.Close()
 			if err != nil {
 				return err
 			}
-			fmt.Printf("layer    %s  %d bytes, verified\n", layer.MediaType, n)
+			fmt.Printf(", verified\n")
 		}
 	}
 	return nil

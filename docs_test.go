@@ -1,0 +1,163 @@
+package ocilocal_test
+
+import (
+	"go/ast"
+	"go/doc"
+	"go/doc/comment"
+	"go/parser"
+	"go/token"
+	"os"
+	"regexp"
+	"strings"
+	"testing"
+)
+
+// documentation parses the package's files, without tests.
+func documentation(t *testing.T) *doc.Package {
+	t.Helper()
+	names, err := os.ReadDir(".")
+	if err != nil {
+		t.Fatal(err)
+	}
+	fset := token.NewFileSet()
+	var files []*ast.File
+	for _, e := range names {
+		if !strings.HasSuffix(e.Name(), ".go") || strings.HasSuffix(e.Name(), "_test.go") {
+			continue
+		}
+		f, err := parser.ParseFile(fset, e.Name(), nil, parser.ParseComments)
+		if err != nil {
+			t.Fatal(err)
+		}
+		files = append(files, f)
+	}
+	pkg, err := doc.NewFromFiles(fset, files, "github.com/ocilocal/ocilocal")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return pkg
+}
+
+// Every exported function that returns an error says which, in its own comment or by pointing to another function.
+func TestErrorsDocumented(t *testing.T) {
+	pkg := documentation(t)
+	funcs := pkg.Funcs
+	for _, typ := range pkg.Types {
+		funcs = append(append(funcs, typ.Funcs...), typ.Methods...)
+	}
+	n := 0
+	says := regexp.MustCompile(`(?i)\berrors?\b|\bErr[A-Z]|\bimplements \[io\.|\bErr|^\w+ is \[?\w|\bis \[?[A-Z][\w.]+\]?,? (for|to|from|but)`)
+	for _, f := range funcs {
+		if strings.HasPrefix(f.Name, "Unwrap") || f.Decl.Type.Results == nil {
+			continue
+		}
+		returns := false
+		ast.Inspect(f.Decl.Type.Results, func(n ast.Node) bool {
+			id, ok := n.(*ast.Ident)
+			returns = returns || ok && id.Name == "error"
+			return true
+		})
+		if !returns {
+			continue
+		}
+		if n++; !says.MatchString(f.Doc) {
+			t.Errorf("%s.%s says nothing of its errors:\n%s", f.Recv, f.Name, f.Doc)
+		}
+	}
+	if n < 50 {
+		t.Fatalf("only %d functions were looked at", n)
+	}
+}
+
+// What stands in brackets in a doc comment is something that there is.
+func TestDocLinks(t *testing.T) {
+	pkg := documentation(t)
+	p := pkg.Parser()
+	unresolved := regexp.MustCompile(`\[\*?[A-Z][A-Za-z]*(\.[A-Za-z]+)?\]`)
+	look := func(where, text string) {
+		for _, block := range p.Parse(text).Content {
+			if _, ok := block.(*comment.Code); ok {
+				continue
+			}
+			plain := pkg.Printer().Text(&comment.Doc{Content: []comment.Block{block}})
+			if found := unresolved.Find(plain); found != nil {
+				t.Errorf("%s links to %s, which isn't there", where, found)
+			}
+		}
+	}
+	look("the package comment", pkg.Doc)
+	for _, v := range append(pkg.Consts, pkg.Vars...) {
+		look(strings.Join(v.Names, ", "), v.Doc)
+	}
+	for _, f := range pkg.Funcs {
+		look(f.Name, f.Doc)
+	}
+	for _, typ := range pkg.Types {
+		look(typ.Name, typ.Doc)
+		for _, f := range append(typ.Funcs, typ.Methods...) {
+			look(typ.Name+"."+f.Name, f.Doc)
+		}
+	}
+}
+
+// The README's program is the one that Example runs, and its table names what there is.
+func TestReadme(t *testing.T) {
+	read := func(name string) string {
+		b, err := os.ReadFile(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return string(b)
+	}
+	readme := read("README.md")
+	_, program, _ := strings.Cut(readme, "```go\n")
+	program, _, ok := strings.Cut(program, "```")
+	if !ok || program == "" {
+		t.Fatal("README.md has no program")
+	}
+	if example := strings.ReplaceAll(read("example_program_test.go"), "\n\t", "\n"); !strings.Contains(example, program) {
+		t.Error("the README's program isn't in example_program_test.go")
+	}
+
+	pkg := documentation(t)
+	have := map[string]bool{}
+	for _, v := range append(pkg.Consts, pkg.Vars...) {
+		for _, name := range v.Names {
+			have[name] = true
+		}
+	}
+	for _, f := range pkg.Funcs {
+		have[f.Name] = true
+	}
+	for _, typ := range pkg.Types {
+		have[typ.Name] = true
+		for _, v := range append(typ.Consts, typ.Vars...) {
+			for _, name := range v.Names {
+				have[name] = true
+			}
+		}
+		for _, f := range append(typ.Funcs, typ.Methods...) {
+			have[f.Name] = true
+		}
+		ast.Inspect(typ.Decl, func(n ast.Node) bool {
+			if field, ok := n.(*ast.Field); ok {
+				for _, id := range field.Names {
+					have[id.Name] = true
+				}
+			}
+			return true
+		})
+	}
+	_, table, _ := strings.Cut(readme, "## Tasks")
+	table, _, _ = strings.Cut(table, "\n##")
+	for _, code := range regexp.MustCompile("`[^`]*`").FindAllString(table, -1) {
+		if strings.Contains(code, `"`) || strings.Contains(code, "fs.") {
+			continue
+		}
+		for _, name := range regexp.MustCompile(`\b[A-Z][A-Za-z]+`).FindAllString(code, -1) {
+			if !have[name] {
+				t.Errorf("README.md's table names %s, which isn't there", name)
+			}
+		}
+	}
+}
