@@ -18,7 +18,7 @@ const anonymousNonce = 13 // characters of 5 bits: with the time, never twice
 // NewAnonymousBuilder is [LocalRegistry.NewBuilder] for an artifact that needs no name of
 // its own, such as an intermediate result. It is published as
 // <id>.ocilocal.local/anonymous:<time>-<nonce>, with the registry's [LocalRegistry.ID], the time in
-// UTC, and letters and digits by chance: a reference as good as any other, by
+// UTC, and random letters and digits: a reference as good as any other, by
 // which the artifact stays until [LocalRegistry.Remove] or [LocalRegistry.PruneAnonymous]. The
 // artifact that Build returns tells it.
 //
@@ -57,7 +57,7 @@ func isAnonymousTag(tag string) bool {
 
 // AnonymousRefs lists this registry's anonymous artifacts, those of the earliest
 // name first, as [LocalRegistry.Refs] does. The names that another registry has
-// made up, and that were imported with them, are not among them.
+// made up, and that were imported with them, are not among them. Errors too are as there.
 func (r *LocalRegistry) AnonymousRefs(ctx context.Context) iter.Seq2[Ref, error] {
 	return func(yield func(Ref, error) bool) {
 		for ref, err := range r.Refs(ctx, &ListOptions{Name: r.anonymousName()}) {

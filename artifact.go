@@ -124,6 +124,7 @@ func (a *LocalArtifact) Layers(ctx context.Context) ([]ocispec.Descriptor, error
 }
 
 // LayersByMediaType returns the layers of one media type, in their order.
+// Errors are those of [LocalArtifact.Manifest].
 func (a *LocalArtifact) LayersByMediaType(ctx context.Context, mediaType string) ([]ocispec.Descriptor, error) {
 	m, err := a.Manifest(ctx)
 	if err != nil {
@@ -133,6 +134,7 @@ func (a *LocalArtifact) LayersByMediaType(ctx context.Context, mediaType string)
 }
 
 // LayersByAnnotation returns the layers that have an annotation with that value, in their order.
+// Errors are those of [LocalArtifact.Manifest].
 func (a *LocalArtifact) LayersByAnnotation(ctx context.Context, key, value string) ([]ocispec.Descriptor, error) {
 	m, err := a.Manifest(ctx)
 	if err != nil {
@@ -141,7 +143,7 @@ func (a *LocalArtifact) LayersByAnnotation(ctx context.Context, key, value strin
 	return m.LayersByAnnotation(key, value), nil
 }
 
-// Annotations returns a copy of the manifest's annotations.
+// Annotations returns a copy of the manifest's annotations. Errors are those of [LocalArtifact.Manifest].
 func (a *LocalArtifact) Annotations(ctx context.Context) (map[string]string, error) {
 	m, err := a.Manifest(ctx)
 	if err != nil {
@@ -152,6 +154,7 @@ func (a *LocalArtifact) Annotations(ctx context.Context) (map[string]string, err
 
 // Subject returns the descriptor of the manifest that this one refers to, and
 // false if there is none (image-spec manifest.md, "subject").
+// Errors are those of [LocalArtifact.Manifest].
 func (a *LocalArtifact) Subject(ctx context.Context) (ocispec.Descriptor, bool, error) {
 	m, err := a.Manifest(ctx)
 	if err != nil {
@@ -162,6 +165,7 @@ func (a *LocalArtifact) Subject(ctx context.Context) (ocispec.Descriptor, bool, 
 }
 
 // Config returns the config's descriptor, and false for an artifact manifest, which has none.
+// Errors are those of [LocalArtifact.Manifest].
 func (a *LocalArtifact) Config(ctx context.Context) (ocispec.Descriptor, bool, error) {
 	m, err := a.Manifest(ctx)
 	if err != nil {

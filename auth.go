@@ -51,7 +51,7 @@ func (c Credential) String() string {
 // GoString is String.
 func (c Credential) GoString() string { return c.String() }
 
-// MarshalJSON writes String, so that logging a credential doesn't disclose it.
+// MarshalJSON writes String, so that logging a credential doesn't disclose it. It returns no error.
 func (c Credential) MarshalJSON() ([]byte, error) { return json.Marshal(c.String()) }
 
 // secrets are the texts that must not be seen in any message.

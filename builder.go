@@ -130,6 +130,7 @@ func (b *Builder) AddLayerBytes(ctx context.Context, mediaType string, data []by
 
 // AddLayerFile is AddLayer for a regular file. Unless annotations say
 // otherwise, the layer's org.opencontainers.image.title is the file's base name.
+// What is no regular file is an [ErrInvalidArgument].
 // The registry's own index is refused, with [ErrInvalidArgument].
 func (b *Builder) AddLayerFile(ctx context.Context, mediaType, path string, annotations map[string]string) (ocispec.Descriptor, error) {
 	withTitle := map[string]string{ocispec.AnnotationTitle: filepath.Base(path)}
@@ -216,6 +217,7 @@ func (b *Builder) isDone() bool {
 
 // SetConfig sets the config blob. Only image manifests have one: in the other
 // form it fails with [ErrInvalidArgument]. A second call replaces the first.
+// Further errors are those of [Builder.AddLayerBytes].
 // Errors are those of AddLayer.
 func (b *Builder) SetConfig(ctx context.Context, mediaType string, data []byte) (ocispec.Descriptor, error) {
 	var err error
@@ -232,7 +234,7 @@ func (b *Builder) SetConfig(ctx context.Context, mediaType string, data []byte) 
 }
 
 // SetAnnotation sets an annotation of the manifest. Key and value must be valid UTF-8
-// ([ErrInvalidArgument]); the key must not be empty.
+// ([ErrInvalidArgument]); the key must not be empty. [ErrClosed] after Build or Cancel.
 func (b *Builder) SetAnnotation(key, value string) error {
 	_, err := canonicalAnnotations(map[string]string{key: value})
 	if key == "" {
@@ -370,7 +372,8 @@ func (b *Builder) Update() RefUpdate {
 }
 
 // Cancel gives up what was added and closes the builder. After Build has
-// succeeded, or a second time, it does nothing.
+// succeeded, or a second time, it does nothing. An error, the file system's, says that
+// temporary files are left, until the registry is closed.
 func (b *Builder) Cancel() error {
 	b.mu.Lock()
 	defer b.mu.Unlock()

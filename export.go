@@ -41,8 +41,8 @@ type ExportOptions struct {
 
 // ExportArchive writes the artifacts that refs name, with all they need, to dst as an OCI
 // archive: oci-layout and index.json first, where every entry carries its full name,
-// then manifests, then the other blobs. Equal content gives equal bytes:
-// entries are sorted, times are zero.
+// then manifests, then the other blobs. Equal content gives equal bytes (entries are
+// sorted, times are zero), gzipped ones by the same version of Go only.
 //
 // Errors: [ErrNotFound] for a ref that doesn't resolve, or for a blob that was
 // collected meanwhile, [ErrIncomplete] for a lineage with a gap, [ErrTooLarge] for more

@@ -23,6 +23,7 @@ const maxLegacyDepth = 130
 // DefaultLegacyRoot returns where the OMMX v2 SDK keeps its local registry: $OMMX_LOCAL_REGISTRY_ROOT
 // if that is set, else ommx in $XDG_DATA_HOME or ~/.local/share (Unix),
 // ~/Library/Application Support/org.ommx.ommx (macOS) or %AppData%\ommx\ommx\data (Windows).
+// Error: that of [os.UserHomeDir], where none of these is known.
 func DefaultLegacyRoot() (string, error) {
 	if dir := os.Getenv("OMMX_LOCAL_REGISTRY_ROOT"); dir != "" {
 		return dir, nil

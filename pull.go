@@ -47,7 +47,7 @@ type PullResult struct {
 	BlobsReused  int   // blobs that it had
 	BytesWritten int64 // size of the former
 	// BytesReceived counts bytes of blobs that came over the network. It is less than
-	// BytesWritten when an interrupted pull was gone on with.
+	// BytesWritten when an interrupted pull was resumed.
 	BytesReceived int64
 }
 
@@ -56,10 +56,10 @@ type PullResult struct {
 // at a time, each verified while it is written. Manifests keep their bytes; image
 // indexes come in whole.
 //
-// An interrupted blob is gone on with where it stopped. Of blobs of 1 MiB or more, what a pull
+// An interrupted blob is resumed where it stopped. Of blobs of 1 MiB or more, what a pull
 // had that has failed, or was killed, is not fetched again by the next one, even by another process;
 // its bytes are hashed anew before they count. Nothing is visible
-// before all is here; then the ref is set in one step, like by any other import. What
+// before all is here; then the ref is set in one step, as by any other import. What
 // the policy or [Options.ArtifactTypes] is certain to refuse is not fetched.
 //
 // A ref that is here with all it needs is served without the network, whatever

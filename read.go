@@ -77,7 +77,8 @@ func found(desc ocispec.Descriptor, ok bool, err error) (ocispec.Descriptor, err
 	return desc, err
 }
 
-// Exists reports whether ref resolves. Only the index is read.
+// Exists reports whether ref resolves. Only the index is read. That it doesn't is no error;
+// others are those of [LocalRegistry.Resolve].
 // Errors are those of [LocalRegistry.Resolve] but for [ErrNotFound].
 func (r *LocalRegistry) Exists(ctx context.Context, ref Reference) (bool, error) {
 	_, err := r.Resolve(ctx, ref)
@@ -208,6 +209,7 @@ func (r *LocalRegistry) HasBlob(ctx context.Context, d digest.Digest) (size int6
 
 // Blobs walks blobs/ and yields the digest and size of every file there, in no
 // order, whether or not an artifact needs it. It doesn't read the files.
+// An error (ctx's, the file system's) is yielded once, at the end.
 func (r *LocalRegistry) Blobs(ctx context.Context) iter.Seq2[ocispec.Descriptor, error] {
 	return func(yield func(ocispec.Descriptor, error) bool) {
 		end, err := r.begin(ctx)
@@ -305,5 +307,5 @@ func (b *BlobFile) ReadAt(p []byte, off int64) (int, error) { return b.f.ReadAt(
 // Seek implements [io.Seeker].
 func (b *BlobFile) Seek(offset int64, whence int) (int64, error) { return b.f.Seek(offset, whence) }
 
-// Close closes the file.
+// Close closes the file. The errors of a BlobFile's methods are those of [os.File].
 func (b *BlobFile) Close() error { return b.f.Close() }

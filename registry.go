@@ -74,6 +74,7 @@ type LocalRegistry struct {
 // DefaultRoot returns the directory for a user's registry: $OCILOCAL_ROOT if
 // that is set, else ocilocal in $XDG_DATA_HOME or ~/.local/share (Unix),
 // ~/Library/Application Support (macOS) or %LocalAppData% (Windows).
+// Error: that of [os.UserHomeDir], where none of these is known.
 func DefaultRoot() (string, error) {
 	if dir := os.Getenv("OCILOCAL_ROOT"); dir != "" {
 		return dir, nil
@@ -107,7 +108,8 @@ func DefaultRoot() (string, error) {
 // An index of an older version of this package is brought up to date. A dir whose index.sqlite3
 // isn't this package's is left untouched: [ErrForeignIndex], [ErrNewerSchema],
 // [ErrCorruptIndex]; the last also where only the log of an index is left. Further errors:
-// [ErrNetworkFS], and the file system's. ctx governs the call only.
+// [ErrNetworkFS]; [ErrReadOnly] for a dir that this process may not write; [ErrInvalidArgument] for an
+// empty dir; [ErrBusy], and the file system's. ctx governs the call only.
 func Open(ctx context.Context, dir string, opts *Options) (*LocalRegistry, error) {
 	r, err := open(ctx, dir, opts, false)
 	return r, opError("open", dir, "", err)

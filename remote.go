@@ -53,11 +53,11 @@ type Remote struct {
 	Retry RetryFunc
 	// MaxPerHost is how many requests to one registry run at a time. Zero means 16.
 	MaxPerHost int
-	// StallTimeout ends a request that for this long brings or takes no more than a
-	// trickle. Zero means 60 seconds. Registries get five times as long to answer an upload.
+	// StallTimeout ends a request that for this long brings or takes fewer than
+	// 4,096 bytes. Zero means 60 seconds. Registries get five times as long to answer an upload.
 	StallTimeout time.Duration
 	// Progress is told how far blobs are, by one goroutine at a time, at most once for each
-	// MiB and at the end of each blob, and not after the call has returned. It must not block. Nil means nobody is.
+	// MiB and at the end of each blob, and not after the call has returned. It must not block. Nil: no reports.
 	Progress func(Progress)
 	// Warn is told each distinct warning of a registry once (distribution-spec, "Warnings"),
 	// by one goroutine at a time. It must not block. Nil discards them.

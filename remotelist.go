@@ -41,7 +41,8 @@ func (r *Remote) Manifest(ctx context.Context, ref Reference) (*Manifest, error)
 
 // Delete deletes a tag, or, if ref has a digest, a manifest with all tags that point at
 // it. A manifest with a subject is taken out of the subject's referrers tag if the registry
-// has no referrers API. Registries may refuse either: [errors.ErrUnsupported].
+// has no referrers API. Registries may refuse either: [errors.ErrUnsupported]. Further errors are
+// those of [Remote.Resolve].
 func (r *Remote) Delete(ctx context.Context, ref Reference) error {
 	p, err := r.repo(ref)
 	if err == nil {
