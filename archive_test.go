@@ -237,6 +237,36 @@ type endlessZeros struct{}
 
 func (endlessZeros) Read(p []byte) (int, error) { clear(p); return len(p), nil }
 
+// TestDockerSave: the full name is beside a bare tag, and counts if it has that tag.
+func TestDockerSave(t *testing.T) {
+	manifest, config := image("layer")
+	save := func(name, full string) []byte {
+		return tarOf(t, entry{name: "manifest.json", body: "[]"}, blobEntry(manifest), blobEntry(config), blobEntry("layer"),
+			entry{name: "index.json", body: fmt.Sprintf(`{"schemaVersion":2,"manifests":[{"mediaType":%q,"digest":%q,"size":%d,"annotations":{"org.opencontainers.image.ref.name":%q,"io.containerd.image.name":%q}}]}`,
+				imageType, digest.FromString(manifest), len(manifest), name, full)})
+	}
+	for _, c := range []struct{ name, full, want string }{
+		{"3.20", "docker.io/library/alpine:3.20", "docker.io/library/alpine:3.20"},
+		{"3.21", "docker.io/library/alpine:3.20", ""},
+		{"3.20", "alpine:3.20", ""},
+		{"example.com/a:v1", "docker.io/library/alpine:v1", "example.com/a:v1"},
+		{"", "docker.io/library/alpine:3.20", ""},
+	} {
+		r := openTemp(t, nil)
+		got, err := r.ImportArchive(t.Context(), bytes.NewReader(save(c.name, c.full)), nil)
+		if err != nil || got.Artifacts[0].Name != c.name || got.Artifacts[0].Update.Reference.String() != c.want {
+			t.Errorf("%+v: %+v, %v", c, got, err)
+		}
+		in, err := ocilocal.InspectArchive(t.Context(), bytes.NewReader(save(c.name, c.full)))
+		if err != nil || in.Entries[0].Reference.String() != c.want {
+			t.Errorf("%+v: %+v, %v", c, in, err)
+		}
+		if _, err = r.ImportArchive(t.Context(), bytes.NewReader(save(c.name, c.full)), &ocilocal.ImportOptions{Select: c.full}); err != nil {
+			t.Errorf("%+v, chosen: %v", c, err)
+		}
+	}
+}
+
 // TestGzipOfZeros has a layer that shrinks as far as deflate can: it comes in as it went out.
 func TestGzipOfZeros(t *testing.T) {
 	ctx := t.Context()

@@ -13,7 +13,7 @@ import (
 // ImportOptions choose what is imported, and under which reference. Nil is the zero value.
 type ImportOptions struct {
 	// Select, if not empty, chooses one entry of the layout's index by its
-	// name or its digest. Otherwise every entry is imported that is a manifest or
+	// name, by its io.containerd.image.name, or by its digest. Otherwise every entry is imported that is a manifest or
 	// image index; what else index.json lists is in ImportResult.Skipped.
 	Select string
 	// Reference, if not zero, is what the one imported entry shall be called.
@@ -46,8 +46,9 @@ type ImportedArtifact struct {
 	Name string
 	// Descriptor is of the manifest or image index, with the digest it had outside.
 	Descriptor ocispec.Descriptor
-	// Update tells what became of the ref. Its Reference is zero if the entry has no full
-	// name and was given none: then it is stored by digest only, until collected.
+	// Update tells what became of the ref. Its Reference is what the entry was given, or else its Name
+	// if that is a full one, or else its io.containerd.image.name, which `docker save` writes, if Name is
+	// that one's tag. It is zero if the entry has no full name and was given none: then it is stored by digest only, until collected.
 	Update RefUpdate
 }
 
@@ -146,7 +147,7 @@ func (im *importer) collect(ctx context.Context, entries, chosen []ocispec.Descr
 	result = &ImportResult{}
 	for _, e := range chosen {
 		name := e.Annotations[ocispec.AnnotationRefName]
-		ref, err := im.reference(name)
+		ref, err := im.reference(e)
 		if err != nil {
 			return nil, nil, err
 		}
@@ -229,7 +230,7 @@ func (im *importer) choose(entries []ocispec.Descriptor) (chosen, skipped []ocis
 	s := im.opts.Select
 	for _, e := range entries {
 		switch {
-		case s != "" && e.Annotations[ocispec.AnnotationRefName] != s && string(e.Digest) != s:
+		case s != "" && e.Annotations[ocispec.AnnotationRefName] != s && e.Annotations[annotationImageName] != s && string(e.Digest) != s:
 		case formOf(e.MediaType) == 0:
 			skipped = append(skipped, e)
 		default:
@@ -256,8 +257,8 @@ func (im *importer) choose(entries []ocispec.Descriptor) (chosen, skipped []ocis
 // reference returns the ref for an entry; zero when it has and gets no full name. The
 // name has no grammar (image-spec annotations.md): what is no reference, such as a
 // bare tag, doesn't name one here.
-func (im *importer) reference(name string) (Reference, error) {
-	named := fullName(name)
+func (im *importer) reference(e ocispec.Descriptor) (Reference, error) {
+	name, named := e.Annotations[ocispec.AnnotationRefName], entryReference(e)
 	want := im.opts.Reference
 	if want.IsZero() {
 		if named.IsZero() && im.opts.Anonymous {
@@ -282,6 +283,19 @@ func (im *importer) reference(name string) (Reference, error) {
 func agree(named, want Reference) bool {
 	return named.Name() == want.Name() &&
 		(want.Tag() == "" || named.Tag() == want.Tag() || named.Digest() != "" && named.Digest() == want.Digest())
+}
+
+// annotationImageName is where containerd, and so `docker save`, has the full name of an entry whose
+// org.opencontainers.image.ref.name is a bare tag.
+const annotationImageName = "io.containerd.image.name"
+
+// entryReference returns the reference that an entry of an index.json is called by, zero if that is no full name.
+func entryReference(e ocispec.Descriptor) Reference {
+	name := e.Annotations[ocispec.AnnotationRefName]
+	if ref := fullName(e.Annotations[annotationImageName]); isBareTag(name) && ref.Tag() == name {
+		return ref
+	}
+	return fullName(name)
 }
 
 // fullName returns the reference that an entry's name is, zero if it is none. It is

@@ -184,7 +184,7 @@ type Inspection struct {
 // An InspectedEntry is one entry of an index.json.
 type InspectedEntry struct {
 	Name       string    // org.opencontainers.image.ref.name, as it stands
-	Reference  Reference // Name, if that is a reference with host and tag or digest; else zero
+	Reference  Reference // what ImportedArtifact.Update says of such an entry; zero if it has no full name
 	Descriptor ocispec.Descriptor
 }
 
@@ -192,7 +192,7 @@ func newInspection(entries []ocispec.Descriptor) *Inspection {
 	in := &Inspection{}
 	for _, e := range entries {
 		name := e.Annotations[ocispec.AnnotationRefName]
-		in.Entries = append(in.Entries, InspectedEntry{Name: name, Reference: fullName(name), Descriptor: e})
+		in.Entries = append(in.Entries, InspectedEntry{Name: name, Reference: entryReference(e), Descriptor: e})
 	}
 	return in
 }
