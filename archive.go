@@ -34,6 +34,8 @@ const (
 // gzipped, such as OMMX's .ommx) from a stream: entries in any order, without
 // oci-layout too. Blobs go straight into the store; those that no chosen
 // manifest needs are dropped. Every entry of index.json keeps its bytes and digest.
+// src is read on behind the archive, to its end or for 16 MiB, so that whoever writes it can finish.
+// A blob may shrink to nearly nothing under gzip; what else a gzipped archive holds may not.
 //
 // Either all is published or nothing, but for entries whose refs are kept: see
 // [ImportResult.Conflicts]. Errors: [ErrInvalidLayout],

@@ -381,6 +381,25 @@ func TestImportCounts(t *testing.T) {
 	}
 }
 
+// TestImportCountsRace: another publisher names a blob first, which so is reused.
+func TestImportCountsRace(t *testing.T) {
+	manifest, config := image("layer")
+	dir := layoutDir(t, layoutVersion, blobEntry(manifest), blobEntry(config), blobEntry("layer"), layoutIndex(manifest, "example.com/a:v1"))
+	r := openTemp(t, nil)
+	theirs := blobFile(r, digest.FromString("layer"))
+	ocilocal.SetFault(r, func(op, name string) error {
+		if op == "link" && filepath.Base(name) == filepath.Base(theirs) {
+			return os.WriteFile(theirs, []byte("layer"), 0o444)
+		}
+		return nil
+	})
+	got, err := r.ImportLayout(t.Context(), dir, nil)
+	ocilocal.SetFault(r, nil)
+	if err != nil || got.BlobsWritten != 2 || got.BlobsReused != 1 {
+		t.Errorf("%+v, %v; want 2 blobs written and 1 reused", got, err)
+	}
+}
+
 // published builds an artifact with one layer and, if subject isn't nil, that subject.
 func published(t testing.TB, r *ocilocal.LocalRegistry, name, layer string, subject *ocilocal.LocalArtifact) *ocilocal.LocalArtifact {
 	t.Helper()
