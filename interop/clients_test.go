@@ -1,12 +1,15 @@
 package interop_test
 
 import (
+	"errors"
 	"fmt"
 	"slices"
 	"strings"
 	"testing"
 
 	"github.com/opencontainers/go-digest"
+
+	"github.com/ocilocal/ocilocal"
 )
 
 // A client is a tool as a registry sees it. A layout's artifact is named by a tag.
@@ -166,4 +169,22 @@ func lines(s string) string {
 	list := strings.Fields(s)
 	slices.Sort(list)
 	return strings.Join(list, "\n")
+}
+
+// crane pushes the layout that we wrote, and we refuse by its name the docker archive that it saves.
+func TestCraneAndOurLayout(t *testing.T) {
+	need(t, "crane")
+	need(t, "registry3")
+	s := servers["distribution 3"](t)
+	b := newBox(t)
+	r := newRegistry(t)
+	want := buildImage(t, r, imageName).Digest().String()
+	b.run("crane", "push", exportLayout(t, r, imageName), s.host+"/ours/layout:v1")
+	wantEqual(t, "crane's digest of our layout", b.run("crane", "digest", s.host+"/ours/layout:v1"), want)
+	saved := b.path("saved.tar")
+	b.run("crane", "pull", "--format=tarball", s.host+"/ours/layout:v1", saved)
+	_, err := r.ImportArchiveFile(t.Context(), saved, nil)
+	if !errors.Is(err, ocilocal.ErrUnsupportedMediaType) || !strings.Contains(err.Error(), "docker save") {
+		t.Errorf("crane's docker archive: %v", err)
+	}
 }
