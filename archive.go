@@ -51,7 +51,7 @@ func (r *LocalRegistry) ImportArchive(ctx context.Context, src io.Reader, opts *
 }
 
 // ImportArchiveFile is [LocalRegistry.ImportArchive] from a regular file. The registry's
-// own index is refused, with [ErrInvalidArgument].
+// own index, and what is no regular file, is refused with [ErrInvalidArgument].
 func (r *LocalRegistry) ImportArchiveFile(ctx context.Context, name string, opts *ImportOptions) (*ImportResult, error) {
 	result, err := r.importArchiveFile(ctx, name, opts)
 	return result, opError("import archive", name, "", err)

@@ -390,3 +390,19 @@ func TestAddExistingLayer(t *testing.T) {
 		t.Errorf("after Build: %v", err)
 	}
 }
+
+// A directory is no layer and no archive.
+func TestDirectoryForFile(t *testing.T) {
+	r := openTemp(t, nil)
+	b, err := r.NewBuilder(ref("example.com/a:v1"), &ocilocal.BuilderOptions{ArtifactType: "application/vnd.example.test"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer b.Cancel()
+	if _, err := b.AddLayerFile(t.Context(), "text/plain", t.TempDir(), nil); !errors.Is(err, ocilocal.ErrInvalidArgument) {
+		t.Errorf("layer: %v", err)
+	}
+	if _, err := r.ImportArchiveFile(t.Context(), t.TempDir(), nil); !errors.Is(err, ocilocal.ErrInvalidArgument) {
+		t.Errorf("archive: %v", err)
+	}
+}

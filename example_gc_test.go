@@ -2,9 +2,11 @@ package ocilocal_test
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log"
 	"os"
+	"path/filepath"
 
 	"github.com/ocilocal/ocilocal"
 )
@@ -51,18 +53,42 @@ func ExampleLocalRegistry_Verify() {
 	// Output: 0 problems
 }
 
+// A damaged blob is found, and healed from an archive that has it.
 func ExampleLocalRegistry_Repair() {
 	ctx := context.Background()
 	registry, done := scratch()
 	defer done()
-	note(registry, "example.com/note:v1", "one")
-	// Sources may be archives and layout directories that have what is damaged here.
-	report, err := registry.Repair(ctx, &ocilocal.RepairOptions{Sources: nil})
+	a := note(registry, "example.com/note:v1", "one")
+	archive := filepath.Join(registry.Root(), "..", "note.tar")
+	if err := registry.ExportArchiveFile(ctx, archive, []ocilocal.Reference{a.Reference()}, nil); err != nil {
+		log.Fatal(err)
+	}
+	layers, err := a.Layers(ctx)
+	if err != nil {
+		log.Fatal(err)
+	}
+	blob := filepath.Join(registry.Root(), "blobs", "sha256", layers[0].Digest.Encoded())
+	if err := errors.Join(os.Chmod(blob, 0o644), os.WriteFile(blob, []byte("two"), 0o644), os.Chmod(blob, 0o444)); err != nil {
+		log.Fatal(err)
+	}
+
+	for problem, err := range registry.Verify(ctx, nil) {
+		if err != nil {
+			log.Fatal(err)
+		}
+		fmt.Println(problem.Kind, problem.Digest == layers[0].Digest)
+	}
+	report, err := registry.Repair(ctx, &ocilocal.RepairOptions{Sources: []string{archive}})
 	if err != nil {
 		log.Fatal(err)
 	}
 	fmt.Println(len(report.Healed), "healed,", len(report.Left), "left")
-	// Output: 0 healed, 0 left
+	text, err := a.ReadLayer(ctx, layers[0])
+	fmt.Println(string(text), err)
+	// Output:
+	// blob is damaged true
+	// 1 healed, 0 left
+	// one <nil>
 }
 
 // A backup is a registry as it was at one moment, while others go on writing.

@@ -200,24 +200,43 @@ func ExampleInspectPath() {
 	// 2 blobs
 }
 
+// An OMMX v2 registry is a tree of layout directories, host/repository/__tag.
 func ExampleLocalRegistry_ImportLegacy() {
 	ctx := context.Background()
+	from, doneFrom := scratch()
+	defer doneFrom()
+	ref := ocilocal.MustParseReference("example.com/lp:v1")
+	builder, err := from.NewOMMXBuilder(ref, &ocilocal.BuilderOptions{Format: ocilocal.FormatImageManifest})
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer builder.Cancel()
+	if _, err := builder.Build(ctx); err != nil {
+		log.Fatal(err)
+	}
+	old := filepath.Join(from.Root(), "..", "ommx") // ocilocal.DefaultLegacyRoot says where OMMX has it
+	if err := os.MkdirAll(filepath.Join(old, "example.com", "lp"), 0o755); err != nil {
+		log.Fatal(err)
+	}
+	if err := from.ExportLayout(ctx, filepath.Join(old, "example.com", "lp", "__v1"), []ocilocal.Reference{ref}, nil); err != nil {
+		log.Fatal(err)
+	}
+
 	registry, done := scratch()
 	defer done()
-	old, err := os.MkdirTemp("", "ommx") // ocilocal.DefaultLegacyRoot says where OMMX has it
-	if err != nil {
-		log.Fatal(err)
+	for range 2 {
+		report, err := registry.ImportLegacy(ctx, old, nil)
+		if err != nil {
+			log.Fatal(err)
+		}
+		for _, f := range report.Failed {
+			fmt.Println(f.Entry, f.Err)
+		}
+		fmt.Println(report.Imported, "imported,", report.Verified, "were here")
 	}
-	defer os.RemoveAll(old)
-	report, err := registry.ImportLegacy(ctx, old, nil)
-	if err != nil {
-		log.Fatal(err)
-	}
-	for _, f := range report.Failed {
-		fmt.Println(f.Entry, f.Err)
-	}
-	fmt.Println(report.Imported, "imported,", report.Verified, "were here")
-	// Output: 0 imported, 0 were here
+	// Output:
+	// 1 imported, 0 were here
+	// 0 imported, 1 were here
 }
 
 // The registry of an OMMX v3 SDK is read where the SDK has it, and left as it is.

@@ -69,11 +69,14 @@ func ExampleLocalArtifact_Parent() {
 	v2 := revise(registry, "example.com/note:v2", "final", v1.Descriptor())
 
 	parent, err := v2.Parent(ctx)
-	fmt.Println(parent.Digest() == v1.Digest(), err)
+	if err != nil {
+		log.Fatal(err)
+	}
+	fmt.Println(parent.Digest() == v1.Digest())
 	parent, err = v1.Parent(ctx)
 	fmt.Println(parent == nil, err)
 	// Output:
-	// true <nil>
+	// true
 	// true <nil>
 }
 

@@ -442,7 +442,7 @@ func (r *LocalRegistry) openOther(name string) (*os.File, error) {
 		return nil, err
 	}
 	if _, err := checkRegular(f); err != nil {
-		return nil, errors.Join(err, f.Close())
+		return nil, errors.Join(fmt.Errorf("%w: %w", ErrInvalidArgument, err), f.Close())
 	}
 	return f, nil
 }
