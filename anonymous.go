@@ -91,14 +91,11 @@ func (r *LocalRegistry) PruneAnonymous(ctx context.Context, opts *PruneOptions) 
 }
 
 func (r *LocalRegistry) pruneAnonymous(ctx context.Context, opts *PruneOptions) (removed []Ref, err error) {
-	end, err := r.begin(ctx)
+	end, err := r.beginWrite(ctx)
 	if err != nil {
 		return nil, err
 	}
 	defer end()
-	if r.blobs.readOnly {
-		return nil, ErrReadOnly
-	}
 	age := defaultGrace
 	if opts != nil && opts.OlderThan != 0 {
 		age = opts.OlderThan

@@ -67,14 +67,11 @@ func (r *LocalRegistry) importArchiveFile(ctx context.Context, name string, opts
 }
 
 func (r *LocalRegistry) importArchive(ctx context.Context, src io.Reader, opts *ImportOptions) (_ *ImportResult, err error) {
-	end, err := r.begin(ctx)
+	end, err := r.beginWrite(ctx)
 	if err != nil {
 		return nil, err
 	}
 	defer end()
-	if r.blobs.readOnly {
-		return nil, ErrReadOnly
-	}
 	im := r.newImporter(opts)
 	defer func() { r.logDiscard(im.stage.discard()) }()
 	im.fetch = func(_ context.Context, desc ocispec.Descriptor, _ role) error {

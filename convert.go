@@ -72,14 +72,11 @@ func (r *LocalRegistry) Convert(ctx context.Context, src, dst Reference, opts *C
 }
 
 func (r *LocalRegistry) convert(ctx context.Context, src, dst Reference, opts *ConvertOptions) (*ConvertResult, error) {
-	end, err := r.begin(ctx)
+	end, err := r.beginWrite(ctx)
 	if err != nil {
 		return nil, err
 	}
 	defer end()
-	if r.blobs.readOnly {
-		return nil, ErrReadOnly
-	}
 	var o ConvertOptions
 	if opts != nil {
 		o = *opts

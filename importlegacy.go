@@ -98,14 +98,11 @@ func (r *LocalRegistry) ImportLegacy(ctx context.Context, root string, opts *Leg
 }
 
 func (r *LocalRegistry) importLegacy(ctx context.Context, dir string, opts *LegacyOptions, report *LegacyReport) error {
-	end, err := r.begin(ctx)
+	end, err := r.beginWrite(ctx)
 	if err != nil {
 		return err
 	}
 	defer end()
-	if r.blobs.readOnly {
-		return ErrReadOnly
-	}
 	if opts == nil {
 		opts = &LegacyOptions{}
 	}

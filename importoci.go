@@ -21,14 +21,11 @@ func (r *LocalRegistry) ImportLayout(ctx context.Context, dir string, opts *Impo
 }
 
 func (r *LocalRegistry) importLayout(ctx context.Context, dir string, opts *ImportOptions) (*ImportResult, error) {
-	end, err := r.begin(ctx)
+	end, err := r.beginWrite(ctx)
 	if err != nil {
 		return nil, err
 	}
 	defer end()
-	if r.blobs.readOnly {
-		return nil, ErrReadOnly
-	}
 	root, err := openRoot(dir, r.root.fault)
 	if err != nil {
 		return nil, err

@@ -31,14 +31,11 @@ func (r *LocalRegistry) ImportOMMX(ctx context.Context, root string, opts *Legac
 }
 
 func (r *LocalRegistry) importOMMX(ctx context.Context, dir string, opts *LegacyOptions, report *LegacyReport) (err error) {
-	end, err := r.begin(ctx)
+	end, err := r.beginWrite(ctx)
 	if err != nil {
 		return err
 	}
 	defer end()
-	if r.blobs.readOnly {
-		return ErrReadOnly
-	}
 	if opts == nil {
 		opts = &LegacyOptions{}
 	}

@@ -462,6 +462,15 @@ func (r *LocalRegistry) begin(ctx context.Context) (end func(), err error) {
 	return r.calls.Done, nil
 }
 
+// beginWrite is begin of a call that changes the registry: one that is open read-only fails with [ErrReadOnly].
+func (r *LocalRegistry) beginWrite(ctx context.Context) (end func(), err error) {
+	if end, err = r.begin(ctx); err == nil && r.blobs.readOnly {
+		end()
+		return nil, ErrReadOnly
+	}
+	return end, err
+}
+
 // Root returns the registry's directory as an absolute path.
 func (r *LocalRegistry) Root() string { return r.dir }
 

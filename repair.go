@@ -81,14 +81,11 @@ type repair struct {
 }
 
 func (p *repair) run(ctx context.Context) error {
-	end, err := p.registry.begin(ctx)
+	end, err := p.registry.beginWrite(ctx)
 	if err != nil {
 		return err
 	}
 	defer end()
-	if p.registry.blobs.readOnly {
-		return ErrReadOnly
-	}
 	unreconciled, err := p.registry.unreconciled(ctx)
 	if err != nil {
 		return err
