@@ -64,7 +64,7 @@ type ConvertResult struct {
 // src; [ErrInvalidManifest] for a source that is damaged; [ErrIncomplete] for a layer that is missing, together with [ErrDigestMismatch] or
 // [ErrSizeMismatch] for one that is damaged; [*ConflictError] together with the
 // result; [ErrDigestMismatch] if dst names another digest than that of the result;
-// [ErrInvalidReference] for a zero dst, [ErrArtifactType], [ErrTooLarge],
+// [ErrInvalidReference] for a zero src or dst, [ErrArtifactType], [ErrTooLarge],
 // [ErrReadOnly], [ErrBusy], ctx's, and the file system's.
 func (r *LocalRegistry) Convert(ctx context.Context, src, dst Reference, opts *ConvertOptions) (*ConvertResult, error) {
 	result, err := r.convert(ctx, src, dst, opts)

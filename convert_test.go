@@ -263,7 +263,7 @@ func TestConvertRefused(t *testing.T) {
 		want     error
 	}{
 		"no source":        {ctx, ref("example.com/a:v9"), dst, ocilocal.ErrNotFound},
-		"zero source":      {ctx, none, dst, ocilocal.ErrNotFound},
+		"zero source":      {ctx, none, dst, ocilocal.ErrInvalidReference},
 		"zero target":      {ctx, src.Reference(), none, ocilocal.ErrInvalidReference},
 		"itself":           {ctx, src.Reference(), src.Reference(), ocilocal.ErrInvalidArgument},
 		"itself by digest": {ctx, byDigest, byDigest, ocilocal.ErrInvalidArgument},
