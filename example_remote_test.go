@@ -184,3 +184,32 @@ func ExampleRemote_Referrers() {
 	}
 	// Output: application/vnd.example.signature true
 }
+
+// A manifest is looked at, and deleted, where it is; nothing of it is stored here.
+func ExampleRemote_Manifest() {
+	ctx := context.Background()
+	server := serve()
+	defer server.Close()
+	r, done := scratch()
+	defer done()
+	a := note(r, server.host+"/team/note:v1", "one")
+	if _, err := r.Push(ctx, a.Reference(), nil); err != nil {
+		log.Fatal(err)
+	}
+
+	remote := &ocilocal.Remote{}
+	defer remote.CloseIdleConnections()
+	m, err := remote.Manifest(ctx, a.Reference())
+	if err != nil {
+		log.Fatal(err)
+	}
+	fmt.Println(m.ArtifactType(), len(m.Layers()), "layer")
+	if err := remote.Delete(ctx, a.Reference()); err != nil {
+		log.Fatal(err)
+	}
+	_, err = remote.Manifest(ctx, a.Reference())
+	fmt.Println(errors.Is(err, ocilocal.ErrNotFound))
+	// Output:
+	// application/vnd.example.note 1 layer
+	// true
+}

@@ -46,3 +46,28 @@ func ExampleLocalRegistry_RepositoryUsage() {
 	// example.com/first refs: 1 own blobs: 0 shared blobs: 1
 	// example.com/second refs: 2 own blobs: 1 shared blobs: 1
 }
+
+func ExampleLocalRegistry_RefUsage() {
+	ctx := context.Background()
+	registry, done := scratch()
+	defer done()
+	a := note(registry, "example.com/first:v1", "shared")
+	note(registry, "example.com/first:v2", "another")
+	if _, err := registry.Tag(ctx, a.Digest(), ocilocal.MustParseReference("example.com/second:v1"), nil); err != nil {
+		log.Fatal(err)
+	}
+	for ref, err := range registry.Refs(ctx, nil) {
+		if err != nil {
+			log.Fatal(err)
+		}
+		usage, err := registry.RefUsage(ctx, ref.Reference)
+		if err != nil {
+			log.Fatal(err)
+		}
+		fmt.Println(ref.Reference, "own blobs:", usage.Own.Blobs, "shared blobs:", usage.Shared.Blobs)
+	}
+	// Output:
+	// example.com/first:v1 own blobs: 0 shared blobs: 1
+	// example.com/first:v2 own blobs: 1 shared blobs: 0
+	// example.com/second:v1 own blobs: 0 shared blobs: 1
+}
