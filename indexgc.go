@@ -1,0 +1,214 @@
+package ocilocal
+
+import (
+	"context"
+	"database/sql"
+	"errors"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+)
+
+// What garbage collection reads and deletes.
+const (
+	// The table itself is read, not its index: what only that says otherwise is still a root.
+	sqlRefTargets   = `SELECT name, reference, manifest FROM refs WHERE (name, reference) > (?, ?) ORDER BY name, reference LIMIT ?`
+	sqlManifestRows = `SELECT digest, subject FROM manifests WHERE digest > ? ORDER BY digest LIMIT ?`
+	sqlMemberRows   = `SELECT manifest, position, role, digest FROM members WHERE (manifest, position) > (?, ?) ORDER BY manifest, position LIMIT ?`
+	sqlBlobRows     = `SELECT digest, size, kind, created FROM blobs WHERE digest > ? ORDER BY digest LIMIT ?`
+
+	sqlHasRef  = `SELECT 1 FROM refs WHERE manifest = ? LIMIT 1`
+	sqlSubject = `SELECT subject FROM manifests WHERE digest = ?`
+
+	// Both look in one statement, so that no commit comes in between.
+	sqlDangling     = `SELECT manifest FROM refs r NOT INDEXED WHERE NOT EXISTS (SELECT 1 FROM manifests m WHERE m.digest = r.manifest)`
+	sqlLostManifest = `SELECT 1 WHERE NOT EXISTS (SELECT 1 FROM manifests WHERE digest = ?1)
+		AND (EXISTS (SELECT 1 FROM blobs WHERE digest = ?1 AND kind = ?2) OR EXISTS (SELECT 1 FROM members WHERE digest = ?1 AND role = ?2))`
+	// All that leads to ?1, itself included: what needs it, what has it as its
+	// subject, and with ?2 also the subjects of these.
+	sqlLeading = `WITH RECURSIVE up (d) AS (SELECT ?1
+		UNION SELECT m.manifest FROM up JOIN members m ON m.digest = up.d
+		UNION SELECT m.digest FROM up JOIN manifests m ON m.subject = up.d AND m.subject <> ''
+		UNION SELECT m.subject FROM up JOIN manifests m ON m.digest = up.d WHERE ?2 AND m.subject <> '')
+		SELECT d, EXISTS (SELECT 1 FROM refs WHERE manifest = d) FROM up`
+
+	sqlPointers = `SELECT manifest FROM members WHERE digest = ?1 AND manifest > ?2
+		UNION SELECT digest FROM manifests WHERE subject = ?1 AND subject <> '' AND digest > ?2 ORDER BY 1 LIMIT ?3`
+
+	sqlDeleteManifest = `DELETE FROM manifests WHERE digest = ?`
+	sqlDeleteBlob     = `DELETE FROM blobs WHERE digest = ?`
+)
+
+// refTargets visits what each ref points at.
+func (x *index) refTargets(ctx context.Context, visit func(digest.Digest)) error {
+	return pages(ctx, x, sqlRefTargets, []any{"", ""}, func(rows *sql.Rows) ([]any, error) {
+		var name, reference, s string
+		if err := rows.Scan(&name, &reference, &s); err != nil {
+			return nil, err
+		}
+		d, err := rowDigest(s)
+		visit(d)
+		return []any{name, reference}, err
+	})
+}
+
+// lostManifest reports whether d has no row among the manifests although its own
+// blob's row, or that of an index above it, says that it is one.
+func lostManifest(q queryer, d digest.Digest) (bool, error) {
+	var one int
+	return q.row(sqlLostManifest, []any{string(d), string(roleManifest)}, &one)
+}
+
+// leading visits d and all that leads to it, and says of each whether a ref points at it.
+func leading(q queryer, d digest.Digest, referrers bool, visit func(d digest.Digest, ref bool) error) error {
+	s, err := q.stmt(sqlLeading)
+	if err != nil {
+		return err
+	}
+	_, err = scanAll(s, 0, []any{string(d), referrers}, func(rows *sql.Rows) (struct{}, error) {
+		var d digest.Digest
+		var ref bool
+		if err := rows.Scan(&d, &ref); err != nil {
+			return struct{}{}, err
+		}
+		return struct{}{}, visit(d, ref)
+	})
+	if err == errStop {
+		err = nil
+	}
+	return err
+}
+
+// manifestRows visits every manifest with its subject.
+func (x *index) manifestRows(ctx context.Context, visit func(d, subject digest.Digest)) error {
+	return pages(ctx, x, sqlManifestRows, []any{""}, func(rows *sql.Rows) ([]any, error) {
+		var s, subject string
+		if err := rows.Scan(&s, &subject); err != nil {
+			return nil, err
+		}
+		d, err := rowDigest(s)
+		if err == nil && subject != "" {
+			_, err = rowDigest(subject)
+		}
+		visit(d, digest.Digest(subject))
+		return []any{s}, err
+	})
+}
+
+// memberRows visits every pair of a manifest and what it needs, a manifest's one after the other.
+func (x *index) memberRows(ctx context.Context, visit func(manifest digest.Digest, kind role, d digest.Digest)) error {
+	return pages(ctx, x, sqlMemberRows, []any{"", -1}, func(rows *sql.Rows) ([]any, error) {
+		var manifest, kind, s string
+		var position int
+		if err := rows.Scan(&manifest, &position, &kind, &s); err != nil {
+			return nil, err
+		}
+		d, err := rowDigest(s)
+		if err == nil {
+			_, err = rowDigest(manifest)
+		}
+		visit(digest.Digest(manifest), role(kind), d)
+		return []any{manifest, position}, err
+	})
+}
+
+// blobRows visits every blob's row, manifests' too.
+func (x *index) blobRows(ctx context.Context, visit func(d digest.Digest, size int64, kind role, created time.Time)) error {
+	return pages(ctx, x, sqlBlobRows, []any{""}, func(rows *sql.Rows) ([]any, error) {
+		var s, kind string
+		var size, micro int64
+		if err := rows.Scan(&s, &size, &kind, &micro); err != nil {
+			return nil, err
+		}
+		d, err := rowDigest(s)
+		visit(d, size, role(kind), time.UnixMicro(micro))
+		return []any{s}, err
+	})
+}
+
+// hasRef reports whether a ref points at d.
+func hasRef(q queryer, d digest.Digest) (bool, error) {
+	var one int
+	return q.row(sqlHasRef, []any{string(d)}, &one)
+}
+
+// subjectOf returns the subject of a manifest, "" if it has none or isn't here.
+func subjectOf(q queryer, d digest.Digest) (subject digest.Digest, err error) {
+	_, err = q.row(sqlSubject, []any{string(d)}, &subject)
+	return subject, err
+}
+
+// errStop ends a walk early, without an error.
+var errStop = errors.New("stop")
+
+// pointers visits the manifests that need d or have it as their subject.
+// visit may query: no rows are open meanwhile, which would keep a connection.
+func pointers(ctx context.Context, q queryer, d digest.Digest, visit func(manifest digest.Digest) error) error {
+	const page = 100
+	s, err := q.stmt(sqlPointers)
+	if err != nil {
+		return err
+	}
+	for after := digest.Digest(""); ; {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		batch, err := scanAll(s, page, []any{string(d), string(after), page}, func(rows *sql.Rows) (d digest.Digest, err error) {
+			err = rows.Scan(&d)
+			return d, err
+		})
+		if err != nil {
+			return err
+		}
+		for _, manifest := range batch {
+			if manifest <= after {
+				return errOutOfOrder
+			}
+			after = manifest
+			if err := visit(manifest); err == errStop {
+				return nil
+			} else if err != nil {
+				return err
+			}
+		}
+		if len(batch) < page {
+			return nil
+		}
+	}
+}
+
+// delete removes the rows of a manifest with its members, or of a blob.
+func (t *indexTx) delete(d digest.Digest) error {
+	if _, err := t.exec(sqlDeleteManifest, string(d)); err != nil {
+		return err
+	}
+	_, err := t.exec(sqlDeleteBlob, string(d))
+	return err
+}
+
+// Statements of displace. The text fills more pages than the cache may then have.
+const (
+	sqlSmallCache  = `PRAGMA cache_size = 10`
+	sqlFill        = `INSERT INTO meta (key, value) VALUES ('fill', hex(zeroblob(40000)))`
+	sqlUnfill      = `DELETE FROM meta WHERE key = 'fill'`
+	sqlWriterCache = `PRAGMA cache_size = -16000`
+)
+
+// displace makes sure that no commit can come to light any more that nobody has seen yet.
+//
+// A process that dies in the last moment of a commit leaves it whole in the write-ahead log,
+// but not in the memory that SQLite's processes share. The others don't see it, and
+// the next of them to write puts its own frames in its place. But if none writes, the
+// commit is there when the log is read anew. Whoever does, in a transaction, what can't be
+// undone because of what it sees, must therefore write first: not at the commit, before which
+// it may die too, but now. So this fills the cache until SQLite has to spill pages into the log.
+func (t *indexTx) displace() error {
+	var err error
+	for _, text := range []string{sqlSmallCache, sqlFill, sqlUnfill} {
+		if err == nil {
+			_, err = t.exec(text)
+		}
+	}
+	_, always := t.exec(sqlWriterCache)
+	return errors.Join(err, always)
+}
