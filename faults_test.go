@@ -296,7 +296,7 @@ var faultErrors = []error{
 }
 
 // TestFaultAtEveryOperation fails each file operation of each flow in turn,
-// from opening to closing, until there are no more; for -short every second. A flow that reports
+// from opening to closing, until there are no more; for -short every sixth. A flow that reports
 // success has done all; any other error is typed and has changed nothing; and
 // once the cause is over the same handle does it. By default each operation
 // fails with one of the errors, in the long run with each.
@@ -307,7 +307,7 @@ func TestFaultAtEveryOperation(t *testing.T) {
 			t.Parallel()
 			ops := map[string]int{}
 			points, whole := 0, false
-			step := int64(scaled(2, 1, 1))
+			step := int64(scaled(6, 1, 1))
 			for n := 1 + rand.N(step); !whole; n += step { // other points in each run
 				if n > 200 {
 					t.Fatal("more than 200 file operations")

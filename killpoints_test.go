@@ -60,7 +60,7 @@ func stepWorker(_ *bufio.Scanner, args []string) error {
 // in turn, until one comes through; by default at every third. What it has acknowledged is there whole; what
 // it has not is there whole or not at all; and the next process goes on at once.
 func TestKillAtEveryOperation(t *testing.T) {
-	step := int64(scaled(6, 3, 1))
+	step := int64(scaled(15, 3, 1))
 	for i := range flows {
 		f := &flows[i]
 		t.Run(f.name, func(t *testing.T) {

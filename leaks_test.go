@@ -105,7 +105,7 @@ func dontWatch(root string) {
 // The collector is off meanwhile, since it would close forgotten files.
 func TestFaultsLeakNothing(t *testing.T) {
 	defer debug.SetGCPercent(debug.SetGCPercent(-1))
-	step := int64(scaled(6, 3, 1))
+	step := int64(scaled(15, 3, 1))
 	for i := range flows {
 		f := &flows[i]
 		for n := 1 + rand.N(step); ; n += step { // other points in each run

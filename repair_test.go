@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strings"
 	"syscall"
+	"sync/atomic"
 	"testing"
 
 	"github.com/opencontainers/go-digest"
@@ -72,21 +73,18 @@ func TestRepairUnreadable(t *testing.T) {
 		t.Fatal(err)
 	}
 	file := blobFile(r, digest.FromString("layer"))
-	fail := func(times int, err error) {
+	fail := func(times int64, err error) {
+		var opened atomic.Int64
 		ocilocal.SetFault(r, func(op, name string) error {
-			if times--; op == "open" && strings.HasSuffix(name, filepath.Base(file)) {
-				if times >= 0 {
-					return err
-				}
-			} else {
-				times++
+			if op == "open" && strings.HasSuffix(name, filepath.Base(file)) && opened.Add(1) <= times {
+				return err
 			}
 			return nil
 		})
 	}
 	defer ocilocal.SetFault(r, nil)
 	// Verify finds it, each of Repair's looks, and none.
-	for times := range 4 {
+	for times := range int64(4) {
 		fail(times, syscall.EMFILE)
 		report, err := r.Repair(t.Context(), nil)
 		if err != nil || len(report.Quarantined)+len(report.Left) != 0 {
