@@ -101,13 +101,10 @@ func inspectPath(ctx context.Context, path string) (*Inspection, error) {
 	if filepath.Base(path) == indexFile { // opening it would drop SQLite's locks
 		return nil, fmt.Errorf("%w: %s is a registry's index", ErrInvalidArgument, indexFile)
 	}
-	f, err := os.OpenFile(path, os.O_RDONLY|openNonblock, 0)
+	f, err := openRegular(path)
 	if err != nil {
 		return nil, err
 	}
 	defer f.Close()
-	if _, err := checkRegular(f); err != nil {
-		return nil, err
-	}
 	return inspectArchive(ctx, f)
 }

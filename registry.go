@@ -437,6 +437,11 @@ func (r *LocalRegistry) openOther(name string) (*os.File, error) {
 			return nil, fmt.Errorf("%w: this is the registry's own index", ErrInvalidArgument)
 		}
 	}
+	return openRegular(name)
+}
+
+// openRegular opens a file that the caller named. What is no regular file is [ErrInvalidArgument].
+func openRegular(name string) (*os.File, error) {
 	f, err := os.OpenFile(name, os.O_RDONLY|openNonblock, 0)
 	if err != nil {
 		return nil, err
