@@ -3,9 +3,11 @@ package benchmarks
 import (
 	"archive/tar"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 
@@ -15,6 +17,8 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/layout"
 	ggcrremote "github.com/google/go-containerregistry/pkg/v1/remote"
 	"github.com/ocilocal/ocilocal"
+	"github.com/opencontainers/go-digest"
+	"github.com/opencontainers/image-spec/specs-go"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/regclient/regclient"
 	"github.com/regclient/regclient/config"
@@ -28,7 +32,12 @@ import (
 // peer's store is a layout directory, whose entries are named by bare tags. Names
 // are full references. What a library can't do is nil.
 type Transfer struct {
-	Name      string
+	Name string
+	// One is set where each artifact takes a process of its own: then only tasks of one artifact are measured.
+	One bool
+	// Unverified is set where ImportDir and ExportDir copy files without looking at their digests.
+	Unverified bool
+
 	ImportDir func(ctx context.Context, from, store string, names []string) error
 	ImportTar func(ctx context.Context, from, store string, names []string) error
 	ExportDir func(ctx context.Context, store, to string, names []string) error
@@ -55,7 +64,7 @@ var Transfers = []Transfer{
 		Pull:      orasRemote(orasPull), PullAgain: orasRemote(orasPull), Push: orasRemote(orasPush),
 	},
 	{
-		Name:      "ggcr",
+		Name: "ggcr", Unverified: true,
 		ImportDir: ggcrCopy, ExportDir: ggcrCopy,
 		Pull: ggcrPull, PullAgain: ggcrPull, Push: ggcrPush,
 	},
@@ -64,6 +73,42 @@ var Transfers = []Transfer{
 		ImportDir: regCopyDirs, ExportDir: regCopyDirs,
 		Pull: regPull, PullAgain: regPull, Push: regPush,
 	},
+}
+
+// Skopeo is the program of that name, its start included.
+var Skopeo = Transfer{
+	Name: "skopeo", One: true,
+	ImportDir: skopeoCopy("oci:", "oci:"), ImportTar: skopeoCopy("oci-archive:", "oci:"),
+	ExportDir: skopeoCopy("oci:", "oci:"), ExportTar: skopeoCopy("oci:", "oci-archive:"),
+	Pull: skopeoPull, PullAgain: skopeoPull,
+	Push: func(ctx context.Context, store string, names []string) error {
+		return skopeo(ctx, "oci:"+store+":"+tag(names[0]), "docker://"+names[0])
+	},
+}
+
+func init() {
+	if _, err := exec.LookPath("skopeo"); err == nil {
+		Transfers = append(Transfers, Skopeo)
+	}
+}
+
+func skopeo(ctx context.Context, from, to string) error {
+	out, err := exec.CommandContext(ctx, "skopeo", "--insecure-policy", "copy", "--all", "--quiet",
+		"--src-tls-verify=false", "--dest-tls-verify=false", from, to).CombinedOutput()
+	if err != nil {
+		err = fmt.Errorf("skopeo copy %s %s: %w: %s", from, to, err, out)
+	}
+	return err
+}
+
+func skopeoCopy(fromKind, toKind string) func(context.Context, string, string, []string) error {
+	return func(ctx context.Context, from, to string, names []string) error {
+		return skopeo(ctx, fromKind+from+":"+tag(names[0]), toKind+to+":"+tag(names[0]))
+	}
+}
+
+func skopeoPull(ctx context.Context, store string, names []string) error {
+	return skopeo(ctx, "docker://"+names[0], "oci:"+store+":"+tag(names[0]))
 }
 
 func tag(full string) string { return full[strings.LastIndexByte(full, ':')+1:] }
@@ -197,29 +242,29 @@ func orasPush(ctx context.Context, store *oci.Store, repo *remote.Repository, ta
 	return err
 }
 
-// ggcrImages returns the images of a layout by tag.
-func ggcrImages(dir string) (layout.Path, map[string]ggcr.Hash, error) {
+// ggcrEntries returns what a layout names, by tag.
+func ggcrEntries(dir string) (ggcr.ImageIndex, map[string]ggcr.Descriptor, error) {
 	p, err := layout.FromPath(dir)
 	if err != nil {
-		return p, nil, err
+		return nil, nil, err
 	}
 	index, err := p.ImageIndex()
 	if err != nil {
-		return p, nil, err
+		return nil, nil, err
 	}
 	m, err := index.IndexManifest()
 	if err != nil {
-		return p, nil, err
+		return nil, nil, err
 	}
-	images := map[string]ggcr.Hash{}
+	entries := map[string]ggcr.Descriptor{}
 	for _, d := range m.Manifests {
-		images[d.Annotations[ocispec.AnnotationRefName]] = d.Digest
+		entries[d.Annotations[ocispec.AnnotationRefName]] = d
 	}
-	return p, images, nil
+	return index, entries, nil
 }
 
 func ggcrCopy(_ context.Context, from, to string, names []string) error {
-	src, images, err := ggcrImages(from)
+	src, entries, err := ggcrEntries(from)
 	if err != nil {
 		return err
 	}
@@ -228,11 +273,23 @@ func ggcrCopy(_ context.Context, from, to string, names []string) error {
 		return err
 	}
 	for _, n := range names {
-		img, err := src.Image(images[tag(n)])
+		named := layout.WithAnnotations(map[string]string{ocispec.AnnotationRefName: tag(n)})
+		d := entries[tag(n)]
+		if d.MediaType.IsIndex() {
+			index, err := src.ImageIndex(d.Digest)
+			if err != nil {
+				return err
+			}
+			if err := dst.AppendIndex(index, named); err != nil {
+				return err
+			}
+			continue
+		}
+		img, err := src.Image(d.Digest)
 		if err != nil {
 			return err
 		}
-		if err := dst.AppendImage(img, layout.WithAnnotations(map[string]string{ocispec.AnnotationRefName: tag(n)})); err != nil {
+		if err := dst.AppendImage(img, named); err != nil {
 			return err
 		}
 	}
@@ -272,7 +329,7 @@ func ggcrPull(ctx context.Context, store string, names []string) error {
 }
 
 func ggcrPush(ctx context.Context, store string, names []string) error {
-	src, images, err := ggcrImages(store)
+	src, entries, err := ggcrEntries(store)
 	if err != nil {
 		return err
 	}
@@ -281,7 +338,7 @@ func ggcrPush(ctx context.Context, store string, names []string) error {
 		return err
 	}
 	for _, n := range names {
-		img, err := src.Image(images[tag(n)])
+		img, err := src.Image(entries[tag(n)].Digest)
 		if err != nil {
 			return err
 		}
@@ -349,51 +406,128 @@ type Work struct {
 
 // NewWork makes n artifacts with layers of a size below dir. No two seeds have a layer in common.
 func NewWork(ctx context.Context, dir, repository string, seed, n, layers int, size int64) (*Work, error) {
-	w := &Work{Bytes: int64(n*layers) * size, Store: filepath.Join(dir, "store"), Full: filepath.Join(dir, "full"),
-		Tags: filepath.Join(dir, "tags"), Tar: filepath.Join(dir, "full.tar"), Tags2: filepath.Join(dir, "tags.tar")}
+	w := newWork(dir)
 	r, err := ocilocal.Open(ctx, w.Store, &ocilocal.Options{Format: ocilocal.FormatImageManifest})
 	if err != nil {
 		return nil, err
 	}
 	defer r.Close()
+	if err := w.build(ctx, r, repository, seed, n, layers, size); err != nil {
+		return nil, err
+	}
+	return w, w.export(ctx, r, repository)
+}
+
+// NewIndexWork makes one image index, which has n images with layers of a size.
+func NewIndexWork(ctx context.Context, dir, repository string, n, layers int, size int64) (*Work, error) {
+	source := newWork(filepath.Join(dir, "images"))
+	r, err := ocilocal.Open(ctx, source.Store, &ocilocal.Options{Format: ocilocal.FormatImageManifest})
+	if err != nil {
+		return nil, err
+	}
+	defer r.Close()
+	if err := source.build(ctx, r, repository, 0, n, layers, size); err != nil {
+		return nil, err
+	}
+	refs := references(source.Names)
+	index := ocispec.Index{Versioned: specs.Versioned{SchemaVersion: 2}, MediaType: ocispec.MediaTypeImageIndex}
+	for i, ref := range refs {
+		d, err := r.Resolve(ctx, ref)
+		if err != nil {
+			return nil, err
+		}
+		d.Platform = &ocispec.Platform{OS: "linux", Architecture: fmt.Sprintf("bench%d", i)}
+		index.Manifests = append(index.Manifests, d)
+	}
+	if err := r.ExportLayout(ctx, source.Full, refs, nil); err != nil {
+		return nil, err
+	}
+	w := newWork(dir)
+	w.Bytes, w.Names = source.Bytes, []string{repository + ":index"}
+	if err := nameOnly(source.Full, w.Names[0], index); err != nil {
+		return nil, err
+	}
+	own, err := ocilocal.Open(ctx, w.Store, nil)
+	if err != nil {
+		return nil, err
+	}
+	defer own.Close()
+	if err := importDir(ctx, own, source.Full); err != nil {
+		return nil, err
+	}
+	return w, w.export(ctx, own, repository)
+}
+
+// nameOnly puts an index into a layout and makes it all that index.json names.
+func nameOnly(dir, name string, index ocispec.Index) error {
+	b, err := json.Marshal(index)
+	if err != nil {
+		return err
+	}
+	d := digest.FromBytes(b)
+	if err := os.WriteFile(filepath.Join(dir, ocispec.ImageBlobsDir, string(d.Algorithm()), d.Encoded()), b, 0o600); err != nil {
+		return err
+	}
+	b, err = json.Marshal(ocispec.Index{Versioned: specs.Versioned{SchemaVersion: 2}, MediaType: ocispec.MediaTypeImageIndex,
+		Manifests: []ocispec.Descriptor{{MediaType: ocispec.MediaTypeImageIndex, Digest: d, Size: int64(len(b)),
+			Annotations: map[string]string{ocispec.AnnotationRefName: name}}}})
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(filepath.Join(dir, ocispec.ImageIndexFile), b, 0o600)
+}
+
+func newWork(dir string) *Work {
+	return &Work{Store: filepath.Join(dir, "store"), Full: filepath.Join(dir, "full"),
+		Tags: filepath.Join(dir, "tags"), Tar: filepath.Join(dir, "full.tar"), Tags2: filepath.Join(dir, "tags.tar")}
+}
+
+// build makes the artifacts in ocilocal's store.
+func (w *Work) build(ctx context.Context, r *ocilocal.LocalRegistry, repository string, seed, n, layers int, size int64) error {
+	w.Bytes = int64(n*layers) * size
 	for i := range n {
 		w.Names = append(w.Names, fmt.Sprintf("%s:t%05d", repository, i))
 		b, err := r.NewBuilder(ocilocal.MustParseReference(w.Names[i]), &ocilocal.BuilderOptions{ArtifactType: artifactType})
 		if err != nil {
-			return nil, err
+			return err
 		}
 		for k := range layers {
 			if _, err := b.AddLayer(ctx, layerType, Large(uint64(seed<<20+i*layers+k), size), nil); err != nil {
-				return nil, err
+				return err
 			}
 		}
 		if _, err := b.Build(ctx); err != nil {
-			return nil, err
+			return err
 		}
 	}
+	return nil
+}
+
+// export writes what is in ocilocal's store in the other forms.
+func (w *Work) export(ctx context.Context, r *ocilocal.LocalRegistry, repository string) error {
 	refs := references(w.Names)
 	if err := r.ExportLayout(ctx, w.Full, refs, nil); err != nil {
-		return nil, err
+		return err
 	}
 	if err := r.ExportLayout(ctx, w.Tags, refs, nil); err != nil {
-		return nil, err
+		return err
 	}
 	if err := r.ExportArchiveFile(ctx, w.Tar, refs, nil); err != nil {
-		return nil, err
+		return err
 	}
 	index := filepath.Join(w.Tags, ocispec.ImageIndexFile)
 	b, err := os.ReadFile(index)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	if err := os.WriteFile(index, []byte(strings.ReplaceAll(string(b), repository+":", "")), 0o600); err != nil {
-		return nil, err
+		return err
 	}
 	f, err := os.Create(w.Tags2)
 	if err != nil {
-		return nil, err
+		return err
 	}
-	return w, errors.Join(tarDir(f, w.Tags), f.Close())
+	return errors.Join(tarDir(f, w.Tags), f.Close())
 }
 
 // Source is the layout or archive that a library takes: ocilocal's has full names.

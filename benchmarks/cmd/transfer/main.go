@@ -1,6 +1,6 @@
 // Transfer imports, exports, pulls and pushes the same artifacts with ocilocal,
-// oras-go, go-containerregistry and regclient in one run, and prints what each took. The
-// registry is go-containerregistry's, in a process of its own, on loopback.
+// oras-go, go-containerregistry, regclient and, where it is installed, skopeo in one run,
+// and prints what each took. The registry is go-containerregistry's, in a process of its own, on loopback.
 package main
 
 import (
@@ -145,11 +145,26 @@ func measure(parent, only string, quick bool) error {
 	if quick {
 		many, large, layers, small, m.rounds = 100, 64<<20, 4<<20, 50, 1
 	}
-	fmt.Println("| task | ocilocal | oras-go | ggcr | regclient | fastest peer / ocilocal | ocilocal's memory growth | bytes on the wire: ocilocal, peers |\n|---|---|---|---|---|---|---|---|")
-	if err := m.local(fmt.Sprintf("%d artifacts × 3 × 64 KiB", many), many, 3, 64<<10); err != nil {
+	heads := []string{"task"}
+	for _, t := range benchmarks.Transfers {
+		heads = append(heads, t.Name)
+	}
+	heads = append(heads, "fastest peer / ocilocal", "ocilocal's memory growth", "bytes on the wire: ocilocal, peers")
+	fmt.Printf("| %s |\n|%s\n", strings.Join(heads, " | "), strings.Repeat("---|", len(heads)))
+	const name = "127.0.0.1:1/bench/artifact"
+	if err := m.local(fmt.Sprintf("%d artifacts × 3 × 64 KiB", many), many, func(dir string) (*benchmarks.Work, error) {
+		return benchmarks.NewWork(m.ctx, dir, name, 0, many, 3, 64<<10)
+	}); err != nil {
 		return err
 	}
-	if err := m.local(fmt.Sprintf("one layer of %d MiB", large>>20), 1, 1, large); err != nil {
+	if err := m.local(fmt.Sprintf("an index of %d images × 3 × 64 KiB", many), 1, func(dir string) (*benchmarks.Work, error) {
+		return benchmarks.NewIndexWork(m.ctx, dir, name, many, 3, 64<<10)
+	}); err != nil {
+		return err
+	}
+	if err := m.local(fmt.Sprintf("one layer of %d MiB", large>>20), 1, func(dir string) (*benchmarks.Work, error) {
+		return benchmarks.NewWork(m.ctx, dir, name, 0, 1, 1, large)
+	}); err != nil {
 		return err
 	}
 	if err := m.remote(fmt.Sprintf("8 layers × %d MiB", layers>>20), 1, 8, layers); err != nil {
@@ -163,8 +178,8 @@ func (m *measurer) fresh(name string) string {
 	return filepath.Join(m.dir, fmt.Sprintf("%s-%d", name, m.n))
 }
 
-// local measures import and export.
-func (m *measurer) local(what string, n, layers int, size int64) error {
+// local measures import and export of n artifacts.
+func (m *measurer) local(what string, n int, make func(dir string) (*benchmarks.Work, error)) error {
 	tasks := map[string]func(*benchmarks.Work, benchmarks.Transfer) func() error{
 		"import a directory, " + what: func(w *benchmarks.Work, t benchmarks.Transfer) func() error {
 			if t.ImportDir == nil {
@@ -194,12 +209,12 @@ func (m *measurer) local(what string, n, layers int, size int64) error {
 	if !slices.ContainsFunc(slices.Collect(keys(tasks)), m.wanted) {
 		return nil
 	}
-	w, err := benchmarks.NewWork(m.ctx, m.fresh("work"), "127.0.0.1:1/bench/artifact", 0, n, layers, size)
+	w, err := make(m.fresh("work"))
 	if err != nil {
 		return err
 	}
 	for _, name := range slices.Sorted(keys(tasks)) {
-		if err := m.task(name, func(t benchmarks.Transfer) (func() error, error) { return tasks[name](w, t), nil }, nil); err != nil {
+		if err := m.task(name, n, func(t benchmarks.Transfer) (func() error, error) { return tasks[name](w, t), nil }, nil); err != nil {
 			return err
 		}
 	}
@@ -236,12 +251,12 @@ func (m *measurer) remote(what string, n, layers int, size int64) error {
 	if err := benchmarks.Transfers[0].Push(m.ctx, w.Store, w.Names); err != nil {
 		return err
 	}
-	if err := m.task(pull, func(t benchmarks.Transfer) (func() error, error) {
+	if err := m.task(pull, n, func(t benchmarks.Transfer) (func() error, error) {
 		return func() error { return t.Pull(m.ctx, m.fresh("pull"), w.Names) }, nil
 	}, s); err != nil {
 		return err
 	}
-	if err := m.task(again, func(t benchmarks.Transfer) (func() error, error) {
+	if err := m.task(again, n, func(t benchmarks.Transfer) (func() error, error) {
 		dir := m.fresh("again")
 		return func() error { return t.PullAgain(m.ctx, dir, w.Names) }, t.Pull(m.ctx, dir, w.Names)
 	}, s); err != nil {
@@ -249,7 +264,7 @@ func (m *measurer) remote(what string, n, layers int, size int64) error {
 	}
 	// The registry has one store of blobs for all repositories: each push brings new ones.
 	pushes := 0
-	return m.task(push, func(t benchmarks.Transfer) (func() error, error) {
+	return m.task(push, n, func(t benchmarks.Transfer) (func() error, error) {
 		pushes++
 		dir := m.fresh("work")
 		w, err := benchmarks.NewWork(m.ctx, dir, fmt.Sprintf("%s/bench/push%d", s.addr, pushes), pushes, n, layers, size)
@@ -260,8 +275,8 @@ func (m *measurer) remote(what string, n, layers int, size int64) error {
 	}, s)
 }
 
-// task measures one task with each library, in turns, and prints a row.
-func (m *measurer) task(name string, prepare func(benchmarks.Transfer) (func() error, error), s *server) error {
+// task measures one task of n artifacts with each library, in turns, and prints a row.
+func (m *measurer) task(name string, n int, prepare func(benchmarks.Transfer) (func() error, error), s *server) error {
 	if !m.wanted(name) {
 		return nil
 	}
@@ -270,6 +285,9 @@ func (m *measurer) task(name string, prepare func(benchmarks.Transfer) (func() e
 	peak := int64(-1)
 	for range m.rounds {
 		for _, t := range benchmarks.Transfers {
+			if t.One && n > 1 {
+				continue
+			}
 			do, err := prepare(t)
 			if err != nil {
 				return fmt.Errorf("%s, %s: %w", name, t.Name, err)
@@ -281,12 +299,17 @@ func (m *measurer) task(name string, prepare func(benchmarks.Transfer) (func() e
 			if s != nil {
 				s.bytes()
 			}
-			began := time.Now()
-			grown, err := benchmarks.PeakMemory(do)
+			var d time.Duration
+			grown, err := benchmarks.PeakMemory(func() error {
+				began := time.Now()
+				err := do()
+				d = time.Since(began)
+				return err
+			})
 			if err != nil {
 				return fmt.Errorf("%s, %s: %w", name, t.Name, err)
 			}
-			took[t.Name] = append(took[t.Name], time.Since(began))
+			took[t.Name] = append(took[t.Name], d)
 			if s != nil {
 				sent, received := s.bytes()
 				wire[t.Name] = sent + received
@@ -297,7 +320,7 @@ func (m *measurer) task(name string, prepare func(benchmarks.Transfer) (func() e
 		}
 		m.clean()
 	}
-	m.print(name, took, wire, peak)
+	m.print(name, took, wire, peak, s == nil)
 	return nil
 }
 
@@ -311,31 +334,54 @@ func (m *measurer) clean() {
 	}
 }
 
-func (m *measurer) print(name string, took map[string][]time.Duration, wire map[string]int64, peak int64) {
+func (m *measurer) print(name string, took map[string][]time.Duration, wire map[string]int64, peak int64, local bool) {
 	fmt.Printf("| %s ", name)
-	fastest := time.Duration(0)
+	own := median(took["ocilocal"])
+	var fastest, verified time.Duration
 	var wires []string
 	for _, t := range benchmarks.Transfers {
-		ds := slices.Sorted(slices.Values(took[t.Name]))
-		if len(ds) == 0 {
+		d := median(took[t.Name])
+		if d == 0 {
 			fmt.Print("| – ")
 			continue
 		}
-		d := ds[len(ds)/2]
-		fmt.Printf("| %.0f ms ", float64(d.Microseconds())/1e3)
-		if t.Name != "ocilocal" && (fastest == 0 || d < fastest) {
-			fastest = d
-		}
+		fmt.Printf("| %s ", milliseconds(d))
 		if wire[t.Name] > 0 {
 			wires = append(wires, fmt.Sprintf("%.2f", float64(wire[t.Name])/1e6))
 		}
+		if t.Name == "ocilocal" {
+			continue
+		}
+		if fastest == 0 || d < fastest {
+			fastest = d
+		}
+		if (!local || !t.Unverified) && (verified == 0 || d < verified) {
+			verified = d
+		}
 	}
 	ratio := "–"
-	if own := slices.Sorted(slices.Values(took["ocilocal"])); fastest > 0 {
-		ratio = fmt.Sprintf("%.2f×", float64(fastest)/float64(own[len(own)/2]))
+	if fastest > 0 {
+		ratio = fmt.Sprintf("%.2f×", float64(verified)/float64(own))
+	}
+	if fastest < verified {
+		ratio += fmt.Sprintf(" (%.2f× of one that doesn't verify)", float64(fastest)/float64(own))
 	}
 	if len(wires) > 0 {
 		wires[len(wires)-1] += " MB"
 	}
 	fmt.Printf("| %s | %.1f MiB | %s |\n", ratio, float64(peak)/(1<<20), strings.Join(wires, ", "))
+}
+
+func median(ds []time.Duration) time.Duration {
+	if len(ds) == 0 {
+		return 0
+	}
+	return slices.Sorted(slices.Values(ds))[len(ds)/2]
+}
+
+func milliseconds(d time.Duration) string {
+	if d < 10*time.Millisecond {
+		return fmt.Sprintf("%.1f ms", float64(d.Microseconds())/1e3)
+	}
+	return fmt.Sprintf("%d ms", d.Milliseconds())
 }
