@@ -158,10 +158,7 @@ func (r *LocalRegistry) backupOnce(ctx context.Context, dir string, opts *Backup
 	return err
 }
 
-const (
-	backupBatch   = 500 // blobs that are staged and synced together
-	backupWorkers = 4
-)
+const backupBatch = 500 // blobs that are staged and synced together
 
 // copyBlobs brings the blobs of the snapshot to the target, and takes out of the
 // snapshot what the source hasn't got.
@@ -200,7 +197,7 @@ func (b *backup) copyBatch(ctx context.Context, batch []ocispec.Descriptor, miss
 	st := b.target.blobs.newStage()
 	defer func() { b.target.logDiscard(st.discard()) }()
 	var mu sync.Mutex
-	copies := newTasks(ctx, backupWorkers)
+	copies := newTasks(ctx, diskWorkers)
 	var err error
 	for _, desc := range batch {
 		err = copies.start(func() error {

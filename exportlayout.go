@@ -221,15 +221,14 @@ func (x *export) writeBlobs(ctx context.Context, root *rootDir) (err error) {
 	store.tmp = layoutTmp
 	st := store.newStage()
 	defer func() { err = errors.Join(err, st.discard(), store.close(), root.RemoveAll(layoutTmp)) }()
+	copies := newTasks(ctx, diskWorkers)
 	for _, d := range slices.Concat(x.manifests, x.blobs) {
-		if ok, err := st.reuse(ctx, d.Digest, d.Size); err != nil {
-			return err
-		} else if ok {
-			continue
+		if err = copies.start(func() error { return x.writeBlob(copies.ctx, st, d) }); err != nil {
+			break
 		}
-		if err := x.writeBlob(ctx, st, d); err != nil {
-			return err
-		}
+	}
+	if err := copies.wait(err); err != nil {
+		return err
 	}
 	if err := store.syncDir("."); err != nil {
 		return err
@@ -237,7 +236,11 @@ func (x *export) writeBlobs(ctx context.Context, root *rootDir) (err error) {
 	return st.settle(ctx)
 }
 
+// writeBlob stages a blob unless the layout has it.
 func (x *export) writeBlob(ctx context.Context, st *stage, d ocispec.Descriptor) error {
+	if ok, err := st.reuse(ctx, d.Digest, d.Size); ok || err != nil {
+		return err
+	}
 	end, err := x.registry.begin(ctx)
 	if err != nil {
 		return err

@@ -13,6 +13,7 @@ import (
 	"net/http/httptest"
 	"path/filepath"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"testing"
@@ -496,5 +497,75 @@ func TestFailedFsyncIsFinal(t *testing.T) {
 			mustClose(t, r)
 			checkStore(t, root, model{movedRef: {"durable"}})
 		})
+	}
+}
+
+// manyLayers is a layout of one artifact with n layers.
+func manyLayers(t *testing.T, ref ocilocal.Reference, n int) (dir string) {
+	t.Helper()
+	var layers [][]byte
+	for i := range n {
+		layers = append(layers, fmt.Append(nil, "layer ", i))
+	}
+	r := openTemp(t, nil)
+	pushed(t, r, ref, nil, nil, layers...)
+	dir = filepath.Join(t.TempDir(), "layout")
+	if err := r.ExportLayout(t.Context(), dir, []ocilocal.Reference{ref}, nil); err != nil {
+		t.Fatal(err)
+	}
+	return dir
+}
+
+// Files are synced 64 at a time while the next are written: whichever fsync
+// fails, in whichever batch, the import fails, and a later one is whole.
+func TestFailedFsyncOfAnyBatch(t *testing.T) {
+	const layers = 150
+	ref := ocilocal.MustParseReference(movedRef)
+	dir := manyLayers(t, ref, layers)
+	for _, at := range []int64{1, 64, 65, 128, 129, layers + 2} {
+		r := openTemp(t, nil)
+		var synced atomic.Int64
+		ocilocal.SetFault(r, func(op, _ string) error {
+			if op == "fsync" && synced.Add(1) == at {
+				return syscall.EIO
+			}
+			return nil
+		})
+		if _, err := r.ImportLayout(t.Context(), dir, nil); !errors.Is(err, syscall.EIO) {
+			t.Errorf("fsync %d failed, the import returns %v", at, err)
+		}
+		ocilocal.SetFault(r, nil)
+		checkNothingVisible(t, r)
+		if _, err := r.ImportLayout(t.Context(), dir, nil); err != nil {
+			t.Errorf("after the failure: %v", err)
+		}
+		checkSound(t, r)
+	}
+}
+
+// However many blobs come in, few files are open and wait for their fsync.
+func TestFewUnsyncedFiles(t *testing.T) {
+	dir := manyLayers(t, ocilocal.MustParseReference(movedRef), 500)
+	r := openTemp(t, nil)
+	var mu sync.Mutex
+	unsynced, most := 0, 0
+	ocilocal.SetFault(r, func(op, _ string) error {
+		mu.Lock()
+		defer mu.Unlock()
+		switch op {
+		case "create":
+			unsynced++
+		case "fsync":
+			unsynced--
+		}
+		most = max(most, unsynced)
+		return nil
+	})
+	if _, err := r.ImportLayout(t.Context(), dir, nil); err != nil {
+		t.Fatal(err)
+	}
+	// One batch that is being synced, one that is full, and what the workers are writing.
+	if most > 2*64+8 || most < 64 {
+		t.Errorf("%d files waited for their fsync at once", most)
 	}
 }

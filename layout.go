@@ -15,6 +15,7 @@ import (
 // layoutImporter returns an importer that fetches from a layout directory.
 func (r *LocalRegistry) layoutImporter(l *layout, opts *ImportOptions) *importer {
 	im := r.newImporter(opts)
+	im.workers = diskWorkers
 	im.fetch = func(ctx context.Context, desc ocispec.Descriptor, _ role) error {
 		f, err := l.open(desc)
 		if err != nil {

@@ -49,10 +49,12 @@ type stage struct {
 	mu    sync.Mutex
 	files map[digest.Digest]*stagedFile
 	// unsynced files keep their descriptor until fsync. Both bounds keep
-	// descriptors and dirty pages few, however many blobs come in.
+	// descriptors and dirty pages few, however many blobs come in: there are
+	// never more than these, and as many that are being synced.
 	unsynced      []*stagedFile
 	unsyncedBytes int64
-	failed        error // sticky
+	syncing       chan error // the outcome of the batch that is being synced; nil for none
+	failed        error      // sticky
 }
 
 const (
@@ -64,7 +66,7 @@ type stagedFile struct {
 	name   string // below the root; "" when no link into tmp/ could be made
 	digest digest.Digest
 	size   int64
-	file   *os.File // nil once synced, and for a blob that was there already
+	file   *os.File // nil once it is being synced, and for a blob that was there already
 	reused bool     // the bytes were in the store already
 	// partial is the directory where the file is kept in case that it doesn't get into the store; "" for none.
 	partial string
@@ -281,6 +283,9 @@ func (st *stage) open(ctx context.Context, d digest.Digest, size int64) (*verifi
 func (st *stage) keepOnly(need map[digest.Digest]bool) error {
 	st.mu.Lock()
 	defer st.mu.Unlock()
+	if err := st.wait(); err != nil {
+		return err
+	}
 	var errs []error
 	for d, sf := range st.files {
 		if !need[d] {
@@ -299,7 +304,7 @@ func (st *stage) settle(ctx context.Context) error {
 	if st.failed != nil {
 		return st.failed
 	}
-	if err := st.sync(ctx); err != nil {
+	if err := errors.Join(st.sync(ctx), st.wait()); err != nil {
 		return err
 	}
 	dirs := map[digest.Algorithm]bool{}
@@ -473,6 +478,7 @@ func (st *stage) counts() (written, reused int, writtenBytes int64) {
 func (st *stage) discard() error {
 	st.mu.Lock()
 	defer st.mu.Unlock()
+	_ = st.wait() // of files that nobody wants any more
 	var errs []error
 	for _, d := range slices.Sorted(maps.Keys(st.files)) {
 		errs = append(errs, st.drop(st.files[d]))
@@ -497,9 +503,8 @@ func (st *stage) drop(sf *stagedFile) error {
 	return err
 }
 
-// sync makes the bytes of all unsynced files durable and closes them. Side by
-// side, and with all of them on their way to the disk before the first fsync,
-// because a journalling file system then writes one record for several.
+// sync has the bytes of all unsynced files made durable, once those of the batch
+// before are, while the next come in.
 func (st *stage) sync(ctx context.Context) error {
 	// What came in unnamed may be there already: then its fsync can be saved.
 	for _, sf := range st.unsynced {
@@ -507,23 +512,52 @@ func (st *stage) sync(ctx context.Context) error {
 			return err
 		}
 	}
-	todo := slices.DeleteFunc(st.unsynced, func(sf *stagedFile) bool { return sf.reused })
+	if err := st.wait(); err != nil {
+		return err
+	}
+	var batch []stagedFile
+	for _, sf := range st.unsynced {
+		if !sf.reused {
+			batch = append(batch, *sf)
+			sf.file = nil
+		}
+	}
 	st.unsynced, st.unsyncedBytes = nil, 0
-	for _, sf := range todo {
+	done := make(chan error, 1)
+	st.syncing = done
+	go func() { done <- st.syncFiles(batch) }()
+	return nil
+}
+
+// wait returns once no file is being synced.
+func (st *stage) wait() error {
+	if st.syncing == nil {
+		return nil
+	}
+	err := <-st.syncing
+	st.syncing = nil
+	return st.fail(err)
+}
+
+// syncFiles makes files durable and closes them. Side by side, and with all of
+// them on their way to the disk before the first fsync, because a journalling
+// file system then writes one record for several.
+func (st *stage) syncFiles(files []stagedFile) error {
+	for _, sf := range files {
 		startWriteback(sf.file, 0, 0) // 0 bytes are all there are
 	}
-	errs := make([]error, len(todo))
+	errs := make([]error, len(files))
 	var wg sync.WaitGroup
 	limit := make(chan struct{}, maxParallelSyncs)
-	for i, sf := range todo {
+	for i, sf := range files {
 		limit <- struct{}{}
 		wg.Go(func() {
-			errs[i] = st.syncFile(sf)
+			errs[i] = errors.Join(st.store.root.sync(sf.file, sf.name), sf.file.Close())
 			<-limit
 		})
 	}
 	wg.Wait()
-	return st.fail(errors.Join(errs...))
+	return errors.Join(errs...)
 }
 
 // fail makes a failed fsync the stage's last word.
@@ -535,12 +569,6 @@ func (st *stage) fail(err error) error {
 }
 
 const maxParallelSyncs = 16
-
-func (st *stage) syncFile(sf *stagedFile) error {
-	err := errors.Join(st.store.root.sync(sf.file, sf.name), sf.file.Close())
-	sf.file = nil
-	return err
-}
 
 func (st *stage) syncAlgDirs(dirs map[digest.Algorithm]bool) error {
 	for alg := range dirs {

@@ -5,6 +5,9 @@ import (
 	"sync"
 )
 
+// diskWorkers is how many files are copied side by side.
+const diskWorkers = 4
+
 // tasks are functions that run side by side, a few at a time. The first error
 // ends the others by their context.
 type tasks struct {
