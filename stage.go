@@ -586,13 +586,23 @@ type hashingWriter struct {
 	store *blobStore
 	name  string
 
-	written, started int64 // of large chunks: all, and those under writeback
+	written, started int64 // bytes of the file: all, and those under writeback
 }
 
 func (w *hashingWriter) Write(p []byte) (int, error) {
 	if err := w.store.root.injected("write", w.name); err != nil {
 		return 0, err
 	}
+	n, err := w.hashAndWrite(p)
+	w.written += int64(n)
+	if w.written-w.started >= writebackEvery {
+		startWriteback(w.file, w.started, w.written-w.started)
+		w.started = w.written
+	}
+	return n, err
+}
+
+func (w *hashingWriter) hashAndWrite(p []byte) (int, error) {
 	if len(p) < copyBufferSize {
 		w.hash.Write(p)
 		return w.file.Write(p)
@@ -605,11 +615,6 @@ func (w *hashingWriter) Write(p []byte) (int, error) {
 	}()
 	n, err := w.file.Write(p)
 	<-hashed
-	w.written += int64(n)
-	if w.written-w.started >= writebackEvery {
-		startWriteback(w.file, w.started, w.written-w.started)
-		w.started = w.written
-	}
 	return n, err
 }
 
