@@ -418,6 +418,20 @@ func NewWork(ctx context.Context, dir, repository string, seed, n, layers int, s
 	return w, w.export(ctx, r, repository)
 }
 
+// NewOwn makes the same in a library's own store and nowhere else.
+func NewOwn(ctx context.Context, dir, repository, library string, n, layers int, size int64) (*Work, error) {
+	w := newWork(dir)
+	r, err := ocilocal.Open(ctx, w.Store, &ocilocal.Options{Format: ocilocal.FormatImageManifest})
+	if err != nil {
+		return nil, err
+	}
+	defer r.Close()
+	if err := w.build(ctx, r, repository, 0, n, layers, size); err != nil || library == "ocilocal" {
+		return w, err
+	}
+	return w, w.exportTags(ctx, r, repository)
+}
+
 // NewIndexWork makes one image index, which has n images with layers of a size.
 func NewIndexWork(ctx context.Context, dir, repository string, n, layers int, size int64) (*Work, error) {
 	source := newWork(filepath.Join(dir, "images"))
@@ -509,18 +523,10 @@ func (w *Work) export(ctx context.Context, r *ocilocal.LocalRegistry, repository
 	if err := r.ExportLayout(ctx, w.Full, refs, nil); err != nil {
 		return err
 	}
-	if err := r.ExportLayout(ctx, w.Tags, refs, nil); err != nil {
-		return err
-	}
 	if err := r.ExportArchiveFile(ctx, w.Tar, refs, nil); err != nil {
 		return err
 	}
-	index := filepath.Join(w.Tags, ocispec.ImageIndexFile)
-	b, err := os.ReadFile(index)
-	if err != nil {
-		return err
-	}
-	if err := os.WriteFile(index, []byte(strings.ReplaceAll(string(b), repository+":", "")), 0o600); err != nil {
+	if err := w.exportTags(ctx, r, repository); err != nil {
 		return err
 	}
 	f, err := os.Create(w.Tags2)
@@ -528,6 +534,19 @@ func (w *Work) export(ctx context.Context, r *ocilocal.LocalRegistry, repository
 		return err
 	}
 	return errors.Join(tarDir(f, w.Tags), f.Close())
+}
+
+// exportTags writes the layout that has bare tags.
+func (w *Work) exportTags(ctx context.Context, r *ocilocal.LocalRegistry, repository string) error {
+	if err := r.ExportLayout(ctx, w.Tags, references(w.Names), nil); err != nil {
+		return err
+	}
+	index := filepath.Join(w.Tags, ocispec.ImageIndexFile)
+	b, err := os.ReadFile(index)
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(index, []byte(strings.ReplaceAll(string(b), repository+":", "")), 0o600)
 }
 
 // Source is the layout or archive that a library takes: ocilocal's has full names.

@@ -167,6 +167,9 @@ func measure(parent, only string, quick bool) error {
 	}); err != nil {
 		return err
 	}
+	if !quick {
+		m.rounds = 5 // these are short
+	}
 	if err := m.remote(fmt.Sprintf("8 layers × %d MiB", layers>>20), 1, 8, layers); err != nil {
 		return err
 	}
@@ -214,7 +217,7 @@ func (m *measurer) local(what string, n int, make func(dir string) (*benchmarks.
 		return err
 	}
 	for _, name := range slices.Sorted(keys(tasks)) {
-		if err := m.task(name, n, func(t benchmarks.Transfer) (func() error, error) { return tasks[name](w, t), nil }, nil); err != nil {
+		if err := m.task(name, n, func(t benchmarks.Transfer) (*job, error) { return &job{do: tasks[name](w, t)}, nil }); err != nil {
 			return err
 		}
 	}
@@ -251,90 +254,116 @@ func (m *measurer) remote(what string, n, layers int, size int64) error {
 	if err := benchmarks.Transfers[0].Push(m.ctx, w.Store, w.Names); err != nil {
 		return err
 	}
-	if err := m.task(pull, n, func(t benchmarks.Transfer) (func() error, error) {
-		return func() error { return t.Pull(m.ctx, m.fresh("pull"), w.Names) }, nil
-	}, s); err != nil {
+	if err := m.task(pull, n, func(t benchmarks.Transfer) (*job, error) {
+		return &job{do: func() error { return t.Pull(m.ctx, m.fresh("pull"), w.Names) }, server: s}, nil
+	}); err != nil {
 		return err
 	}
-	if err := m.task(again, n, func(t benchmarks.Transfer) (func() error, error) {
+	if err := m.task(again, n, func(t benchmarks.Transfer) (*job, error) {
 		dir := m.fresh("again")
-		return func() error { return t.PullAgain(m.ctx, dir, w.Names) }, t.Pull(m.ctx, dir, w.Names)
-	}, s); err != nil {
+		return &job{do: func() error { return t.PullAgain(m.ctx, dir, w.Names) }, server: s}, t.Pull(m.ctx, dir, w.Names)
+	}); err != nil {
 		return err
 	}
-	// The registry has one store of blobs for all repositories: each push brings new ones.
-	pushes := 0
-	return m.task(push, n, func(t benchmarks.Transfer) (func() error, error) {
-		pushes++
-		dir := m.fresh("work")
-		w, err := benchmarks.NewWork(m.ctx, dir, fmt.Sprintf("%s/bench/push%d", s.addr, pushes), pushes, n, layers, size)
+	// Each push has a registry of its own, which has nothing yet.
+	return m.task(push, n, func(t benchmarks.Transfer) (*job, error) {
+		s, err := start()
 		if err != nil {
 			return nil, err
 		}
-		return func() error { return t.Push(m.ctx, w.Own(t.Name), w.Names) }, nil
-	}, s)
+		w, err := benchmarks.NewOwn(m.ctx, m.fresh("push"), s.addr+"/bench/artifact", t.Name, n, layers, size)
+		if err != nil {
+			return nil, errors.Join(err, s.stop())
+		}
+		return &job{do: func() error { return t.Push(m.ctx, w.Own(t.Name), w.Names) }, server: s, end: s.stop}, nil
+	})
+}
+
+// A job is what is measured of a task: one library's part in one round.
+type job struct {
+	do     func() error
+	server *server      // whose bytes are counted; nil without
+	end    func() error // to be called afterwards; nil for nothing
 }
 
 // task measures one task of n artifacts with each library, in turns, and prints a row.
-func (m *measurer) task(name string, n int, prepare func(benchmarks.Transfer) (func() error, error), s *server) error {
+func (m *measurer) task(name string, n int, prepare func(benchmarks.Transfer) (*job, error)) error {
 	if !m.wanted(name) {
 		return nil
 	}
 	took := map[string][]time.Duration{}
 	wire := map[string]int64{}
 	peak := int64(-1)
-	for range m.rounds {
-		for _, t := range benchmarks.Transfers {
+	for round := range m.rounds {
+		for i := range benchmarks.Transfers { // each is the first in its turn
+			t := benchmarks.Transfers[(i+round)%len(benchmarks.Transfers)]
 			if t.One && n > 1 {
 				continue
 			}
-			do, err := prepare(t)
-			if err != nil {
-				return fmt.Errorf("%s, %s: %w", name, t.Name, err)
-			}
-			if do == nil {
+			j, err := prepare(t)
+			if err == nil && j.do == nil {
 				continue
 			}
-			benchmarks.SyncAll()
-			if s != nil {
-				s.bytes()
-			}
 			var d time.Duration
-			grown, err := benchmarks.PeakMemory(func() error {
-				began := time.Now()
-				err := do()
-				d = time.Since(began)
-				return err
-			})
+			var grown, sent int64
+			if err == nil {
+				d, grown, sent, err = j.run()
+			}
 			if err != nil {
 				return fmt.Errorf("%s, %s: %w", name, t.Name, err)
 			}
 			took[t.Name] = append(took[t.Name], d)
-			if s != nil {
-				sent, received := s.bytes()
-				wire[t.Name] = sent + received
+			if sent > 0 {
+				wire[t.Name] = sent
 			}
 			if t.Name == "ocilocal" {
 				peak = max(peak, grown)
 			}
 		}
-		m.clean()
 	}
-	m.print(name, took, wire, peak, s == nil)
+	m.print(name, took, wire, peak)
+	return m.clean()
+}
+
+// run returns how long the job took, by how much memory grew, and how many bytes went over the wire.
+func (j *job) run() (d time.Duration, grown, wire int64, err error) {
+	benchmarks.SyncAll()
+	if j.server != nil {
+		j.server.bytes()
+	}
+	grown, err = benchmarks.PeakMemory(func() error {
+		began := time.Now()
+		err := j.do()
+		d = time.Since(began)
+		return err
+	})
+	if j.server != nil {
+		sent, received := j.server.bytes()
+		wire = sent + received
+	}
+	if j.end != nil {
+		err = errors.Join(err, j.end())
+	}
+	return d, grown, wire, err
+}
+
+// clean removes what a task made, after its last round: a file system is slow for a while when much was deleted.
+func (m *measurer) clean() error {
+	for _, kind := range []string{"in", "out", "pull", "again", "push"} {
+		dirs, err := filepath.Glob(filepath.Join(m.dir, kind+"-*"))
+		if err != nil {
+			return err
+		}
+		for _, d := range dirs {
+			if err := os.RemoveAll(d); err != nil {
+				return err
+			}
+		}
+	}
 	return nil
 }
 
-// clean removes what the last round made.
-func (m *measurer) clean() {
-	for _, kind := range []string{"in", "out", "pull", "again"} {
-		dirs, _ := filepath.Glob(filepath.Join(m.dir, kind+"-*"))
-		for _, d := range dirs {
-			os.RemoveAll(d)
-		}
-	}
-}
-
-func (m *measurer) print(name string, took map[string][]time.Duration, wire map[string]int64, peak int64, local bool) {
+func (m *measurer) print(name string, took map[string][]time.Duration, wire map[string]int64, peak int64) {
 	fmt.Printf("| %s ", name)
 	own := median(took["ocilocal"])
 	var fastest, verified time.Duration
@@ -355,7 +384,7 @@ func (m *measurer) print(name string, took map[string][]time.Duration, wire map[
 		if fastest == 0 || d < fastest {
 			fastest = d
 		}
-		if (!local || !t.Unverified) && (verified == 0 || d < verified) {
+		if (len(wire) > 0 || !t.Unverified) && (verified == 0 || d < verified) {
 			verified = d
 		}
 	}
