@@ -124,3 +124,39 @@ func ExampleLocalRegistry_Backup() {
 	// refs: 2 copied: 2 there already: 2
 	// true
 }
+
+// The index was lost, and with it the names. The blobs are all there.
+func ExampleRebuild() {
+	ctx := context.Background()
+	registry, done := scratch()
+	defer done()
+	dir := filepath.Join(registry.Root(), "..", "lost")
+	lost, err := ocilocal.Open(ctx, dir, nil)
+	if err != nil {
+		log.Fatal(err)
+	}
+	a := note(lost, "example.com/note:v1", "one")
+	if err := errors.Join(lost.Close(), os.Remove(filepath.Join(dir, "index.sqlite3"))); err != nil {
+		log.Fatal(err)
+	}
+
+	report, err := ocilocal.Rebuild(ctx, dir, nil)
+	if err != nil {
+		log.Fatal(err)
+	}
+	again, err := ocilocal.Open(ctx, dir, nil)
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer again.Close()
+	for _, found := range report.Recovered {
+		fmt.Println(found.Reference.Repository(), found.Descriptor.Digest == a.Digest())
+		if _, err := again.Tag(ctx, found.Descriptor.Digest, a.Reference(), nil); err != nil {
+			log.Fatal(err)
+		}
+		if _, err := again.Remove(ctx, found.Reference); err != nil {
+			log.Fatal(err)
+		}
+	}
+	// Output: recovered true
+}

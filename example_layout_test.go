@@ -205,22 +205,7 @@ func ExampleLocalRegistry_ImportLegacy() {
 	ctx := context.Background()
 	from, doneFrom := scratch()
 	defer doneFrom()
-	ref := ocilocal.MustParseReference("example.com/lp:v1")
-	builder, err := from.NewOMMXBuilder(ref, &ocilocal.BuilderOptions{Format: ocilocal.FormatImageManifest})
-	if err != nil {
-		log.Fatal(err)
-	}
-	defer builder.Cancel()
-	if _, err := builder.Build(ctx); err != nil {
-		log.Fatal(err)
-	}
-	old := filepath.Join(from.Root(), "..", "ommx") // ocilocal.DefaultLegacyRoot says where OMMX has it
-	if err := os.MkdirAll(filepath.Join(old, "example.com", "lp"), 0o755); err != nil {
-		log.Fatal(err)
-	}
-	if err := from.ExportLayout(ctx, filepath.Join(old, "example.com", "lp", "__v1"), []ocilocal.Reference{ref}, nil); err != nil {
-		log.Fatal(err)
-	}
+	old := ommxTree(from, ocilocal.MustParseReference("example.com/lp:v1"))
 
 	registry, done := scratch()
 	defer done()
@@ -255,4 +240,77 @@ func ExampleLocalRegistry_ImportOMMX() {
 	for _, f := range report.Failed {
 		log.Print(f.Entry, ": ", f.Err)
 	}
+}
+
+// What isn't here yet is looked for in the tree of an OMMX v2 SDK, and imported from there once.
+func ExampleOptions_legacyRoot() {
+	ctx := context.Background()
+	from, done := scratch()
+	defer done()
+	ref := ocilocal.MustParseReference("example.com/lp:v1")
+	old := ommxTree(from, ref) // ocilocal.DefaultLegacyRoot says where OMMX has it
+
+	dir := filepath.Join(from.Root(), "..", "new")
+	registry, err := ocilocal.Open(ctx, dir, &ocilocal.Options{LegacyRoot: old})
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer registry.Close()
+	before, err := registry.Exists(ctx, ref)
+	if err != nil {
+		log.Fatal(err)
+	}
+	a, err := registry.Load(ctx, ref)
+	if err != nil {
+		log.Fatal(err)
+	}
+	after, err := registry.Exists(ctx, ref)
+	if err != nil {
+		log.Fatal(err)
+	}
+	fmt.Println(before, after, a.Reference())
+	// Output: false true example.com/lp:v1
+}
+
+// ommxTree makes the tree that an OMMX v2 SDK keeps, with one artifact in it.
+func ommxTree(from *ocilocal.LocalRegistry, ref ocilocal.Reference) (root string) {
+	ctx := context.Background()
+	builder, err := from.NewOMMXBuilder(ref, &ocilocal.BuilderOptions{Format: ocilocal.FormatImageManifest})
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer builder.Cancel()
+	if _, err := builder.Build(ctx); err != nil {
+		log.Fatal(err)
+	}
+	root = filepath.Join(from.Root(), "..", "ommx")
+	parent := filepath.Join(root, filepath.FromSlash(ref.Name()))
+	if err := os.MkdirAll(parent, 0o755); err != nil {
+		log.Fatal(err)
+	}
+	if err := from.ExportLayout(ctx, filepath.Join(parent, "__"+ref.Tag()), []ocilocal.Reference{ref}, nil); err != nil {
+		log.Fatal(err)
+	}
+	return root
+}
+
+// Several names, and one of them chosen.
+func ExampleLocalRegistry_ImportArchiveFile() {
+	ctx := context.Background()
+	from, done := scratch()
+	defer done()
+	a, b := note(from, "example.com/a:v1", "one"), note(from, "example.com/b:v1", "two")
+	file := filepath.Join(from.Root(), "..", "notes.tar")
+	if err := from.ExportArchiveFile(ctx, file, []ocilocal.Reference{a.Reference(), b.Reference()}, nil); err != nil {
+		log.Fatal(err)
+	}
+
+	to, doneTo := scratch()
+	defer doneTo()
+	result, err := to.ImportArchiveFile(ctx, file, &ocilocal.ImportOptions{Select: "example.com/b:v1"})
+	if err != nil {
+		log.Fatal(err)
+	}
+	fmt.Println(result.Artifacts[0].Update.Reference, result.Artifacts[0].Update.Outcome)
+	// Output: example.com/b:v1 inserted
 }

@@ -103,3 +103,20 @@ func ExampleListOptions_name() {
 	// v1
 	// v2
 }
+
+// A digest finds what no ref names any more, until it is collected.
+func ExampleLocalRegistry_LoadDigest() {
+	ctx := context.Background()
+	registry, done := scratch()
+	defer done()
+	a := note(registry, "example.com/note:v1", "one")
+	if _, err := registry.Remove(ctx, a.Reference()); err != nil {
+		log.Fatal(err)
+	}
+	found, err := registry.LoadDigest(ctx, a.Digest())
+	if err != nil {
+		log.Fatal(err)
+	}
+	fmt.Println(found.Digest() == a.Digest(), found.Reference().IsZero())
+	// Output: true true
+}

@@ -2,12 +2,16 @@ package ocilocal_test
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"log"
 	"os"
+	"path/filepath"
 
 	"github.com/opencontainers/go-digest"
+	"github.com/opencontainers/image-spec/specs-go"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/ocilocal/ocilocal"
 )
@@ -212,4 +216,72 @@ func ExampleRemote_Manifest() {
 	// Output:
 	// application/vnd.example.note 1 layer
 	// true
+}
+
+// A file of docker's form, from a place of one's own. An entry for a path comes before its registry's.
+func ExampleFileCredentials() {
+	dir, err := os.MkdirTemp("", "ocilocal-example-")
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer os.RemoveAll(dir)
+	file := filepath.Join(dir, "config.json")
+	config := `{"auths": {
+		"registry.example.com": {"username": "everybody", "password": "secret"},
+		"registry.example.com/team": {"username": "team", "password": "secret"}
+	}}`
+	if err := os.WriteFile(file, []byte(config), 0o600); err != nil {
+		log.Fatal(err)
+	}
+	credentials := ocilocal.FileCredentials(file)
+	for _, repository := range []string{"library/app", "team/app"} {
+		c, err := credentials(context.Background(), "registry.example.com", repository)
+		fmt.Println(c.Username, err)
+	}
+	// Output:
+	// everybody <nil>
+	// team <nil>
+}
+
+// Of an image index for several platforms, only one image is pulled.
+func ExamplePullOptions_platform() {
+	ctx := context.Background()
+	server := serve()
+	defer server.Close()
+	from, done := scratch()
+	defer done()
+	index := ocispec.Index{Versioned: specs.Versioned{SchemaVersion: 2}, MediaType: ocispec.MediaTypeImageIndex}
+	for _, arch := range []string{"amd64", "arm64"} {
+		a := note(from, server.host+"/team/note:"+arch, "for "+arch)
+		if _, err := from.Push(ctx, a.Reference(), nil); err != nil {
+			log.Fatal(err)
+		}
+		desc := a.Descriptor()
+		desc.Platform = &ocispec.Platform{OS: "linux", Architecture: arch}
+		index.Manifests = append(index.Manifests, desc)
+	}
+	raw, err := json.Marshal(index)
+	if err != nil {
+		log.Fatal(err)
+	}
+	server.putRaw("team/note", "v1", index.MediaType, raw)
+
+	r, doneToo := scratch()
+	defer doneToo()
+	pulled, err := r.Pull(ctx, server.ref("team/note:v1"), &ocilocal.PullOptions{
+		Platform: &ocispec.Platform{OS: "linux", Architecture: "arm64"},
+	})
+	if err != nil {
+		log.Fatal(err)
+	}
+	layers, err := pulled.Artifact.Layers(ctx)
+	if err != nil {
+		log.Fatal(err)
+	}
+	text, err := pulled.Artifact.ReadLayer(ctx, layers[0])
+	if err != nil {
+		log.Fatal(err)
+	}
+	fmt.Printf("%s, %d blobs\n", text, pulled.BlobsWritten)
+	// Output: for arm64, 2 blobs
 }

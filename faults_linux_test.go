@@ -431,6 +431,42 @@ func TestReadOnlyFileSystem(t *testing.T) {
 	}
 }
 
+// TestReadOnlyLog: on a read-only file system lies a root whose process was killed before its log got into
+// the index. What the log has is seen, or the root isn't opened: never is it left out.
+func TestReadOnlyLog(t *testing.T) {
+	mnt := mountTmpfs(t, "size=8m")
+	live := openTemp(t, nil)
+	a, _ := oneLayer(t, live, keptRef, []byte("body"))
+	for _, withShm := range []bool{false, true} {
+		root := filepath.Join(mnt, fmt.Sprint(withShm))
+		if err := os.CopyFS(root, os.DirFS(live.Root())); err != nil {
+			t.Fatal(err)
+		}
+		if fi, err := os.Stat(filepath.Join(root, "index.sqlite3-wal")); err != nil || fi.Size() == 0 {
+			t.Fatalf("the log: %v, %v", fi, err)
+		}
+		if !withShm {
+			if err := os.Remove(filepath.Join(root, "index.sqlite3-shm")); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	if err := syscall.Mount("tmpfs", mnt, "tmpfs", syscall.MS_REMOUNT|syscall.MS_RDONLY, ""); err != nil {
+		t.Fatal(err)
+	}
+	for _, withShm := range []bool{false, true} {
+		r, err := ocilocal.OpenReadOnly(t.Context(), filepath.Join(mnt, fmt.Sprint(withShm)), nil)
+		if err != nil {
+			t.Logf("with -shm %v: %v", withShm, err)
+			continue
+		}
+		if d, err := r.Resolve(t.Context(), a.Reference()); err != nil || d.Digest != a.Digest() {
+			t.Errorf("with -shm %v: %v, %v", withShm, d, err)
+		}
+		mustClose(t, r)
+	}
+}
+
 // TestFIFOs puts named pipes where files should be: nothing waits for a writer.
 func TestFIFOs(t *testing.T) {
 	r := openTemp(t, nil)

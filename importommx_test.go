@@ -6,8 +6,10 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -345,6 +347,33 @@ func TestImportOMMXRefused(t *testing.T) {
 	defer mustClose(t, readOnly)
 	if _, err := readOnly.ImportOMMX(ctx, o.dir, nil); !errors.Is(err, ocilocal.ErrReadOnly) {
 		t.Error(err)
+	}
+}
+
+// The registry of an OMMX v3 SDK lies where ours would, with an index of the same name: it is
+// not opened as ours, and left as it is.
+func TestOpenLeavesOMMXAlone(t *testing.T) {
+	for schema := range ommxSchemas {
+		o := newOMMXRoot(t, schema)
+		o.add("ghcr.io/example/demo", "v1", "one")
+		o.exec("PRAGMA wal_checkpoint(TRUNCATE)")
+		before := tree(t, o.dir)
+		if _, err := ocilocal.Open(t.Context(), o.dir, nil); !errors.Is(err, ocilocal.ErrForeignIndex) {
+			t.Errorf("schema %d: Open: %v", schema, err)
+		}
+		if _, err := ocilocal.OpenReadOnly(t.Context(), o.dir, nil); !errors.Is(err, ocilocal.ErrForeignIndex) {
+			t.Errorf("schema %d: OpenReadOnly: %v", schema, err)
+		}
+		if _, err := ocilocal.Rebuild(t.Context(), o.dir, nil); !errors.Is(err, ocilocal.ErrForeignIndex) {
+			t.Errorf("schema %d: Rebuild: %v", schema, err)
+		}
+		after := tree(t, o.dir)
+		for _, files := range []map[string]string{before, after} {
+			delete(files, "index.sqlite3-shm") // memory of the processes that have it open
+		}
+		if !maps.Equal(before, after) {
+			t.Errorf("schema %d: the root was %q and is %q", schema, slices.Sorted(maps.Keys(before)), slices.Sorted(maps.Keys(after)))
+		}
 	}
 }
 

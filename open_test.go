@@ -736,3 +736,45 @@ func TestOpenWithoutDirectories(t *testing.T) {
 		t.Error(entries, err)
 	}
 }
+
+// A root that is open under two names, one of them a link, is one registry: what one publishes the other sees,
+// and a collection through one leaves alone what the other is about to publish.
+func TestTwoNamesOfOneRoot(t *testing.T) {
+	ctx := t.Context()
+	r := openTemp(t, nil)
+	link := filepath.Join(t.TempDir(), "link")
+	if err := os.Symlink(r.Root(), link); err != nil {
+		t.Skipf("no links here: %v", err)
+	}
+	other, err := ocilocal.Open(ctx, link, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer other.Close()
+	ref := ocilocal.MustParseReference("example.com/two/names:v1")
+	b, err := other.NewBuilder(ref, &ocilocal.BuilderOptions{ArtifactType: testType})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer b.Cancel()
+	layer, err := b.AddLayerBytes(ctx, "text/plain", []byte("about to be published"), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, by := range []*ocilocal.LocalRegistry{r, other} {
+		if _, err := by.GC(ctx, &ocilocal.GCOptions{Grace: ocilocal.NoGrace}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := b.Build(ctx); err != nil {
+		t.Fatal(err)
+	}
+	a, err := r.Load(ctx, ref)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got, err := a.ReadLayer(ctx, layer); err != nil || string(got) != "about to be published" {
+		t.Errorf("%q, %v", got, err)
+	}
+	checkSound(t, r)
+}

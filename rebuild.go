@@ -18,8 +18,8 @@ import (
 // On a sound index it is Repair. No other process may have the registry open: one that
 // has can't write any more.
 //
-// Errors: [ErrNotFound] if dir is no registry, [ErrNewerSchema], those of [Open] and of
-// [LocalRegistry.Repair].
+// Errors: [ErrNotFound] if dir is no registry, [ErrForeignIndex] if it is another program's,
+// [ErrNewerSchema], those of [Open] and of [LocalRegistry.Repair].
 func Rebuild(ctx context.Context, dir string, opts *RepairOptions) (*RepairReport, error) {
 	report, err := rebuild(ctx, dir, opts)
 	return report, opError("rebuild", dir, "", err)
@@ -51,6 +51,12 @@ func rebuild(ctx context.Context, dir string, opts *RepairOptions) (*RepairRepor
 	}
 	if !errors.Is(err, ErrCorruptIndex) && !errors.Is(err, ErrForeignIndex) && !errors.Is(err, ErrIndexIO) || errors.Is(err, ErrNewerSchema) {
 		return nil, err
+	}
+	if errors.Is(err, ErrForeignIndex) {
+		// Damage may have made it unrecognisable, in a root of ours. Others have a directory blobs too.
+		if _, lost := os.Lstat(filepath.Join(dir, idFile)); lost != nil {
+			return nil, fmt.Errorf("%w; nor is there an %s file (if the registry is this package's, move %s away first)", err, idFile, indexFile)
+		}
 	}
 	aside, err := setAside(dir)
 	if err != nil {

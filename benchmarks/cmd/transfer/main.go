@@ -320,6 +320,12 @@ func (m *measurer) task(name string, n int, prepare func(benchmarks.Transfer) (*
 				peak = max(peak, grown)
 			}
 		}
+		// A file system is slow for a while when many files were deleted, and when much was written.
+		if n == 1 {
+			if err := m.clean(); err != nil {
+				return err
+			}
+		}
 	}
 	m.print(name, took, wire, peak)
 	return m.clean()
@@ -347,7 +353,7 @@ func (j *job) run() (d time.Duration, grown, wire int64, err error) {
 	return d, grown, wire, err
 }
 
-// clean removes what a task made, after its last round: a file system is slow for a while when much was deleted.
+// clean removes what a task made.
 func (m *measurer) clean() error {
 	for _, kind := range []string{"in", "out", "pull", "again", "push"} {
 		dirs, err := filepath.Glob(filepath.Join(m.dir, kind+"-*"))
