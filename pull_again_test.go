@@ -2,11 +2,14 @@ package ocilocal_test
 
 import (
 	"errors"
+	"io/fs"
 	"net/http"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -275,5 +278,51 @@ func TestProgressOfPieces(t *testing.T) {
 	s.noMount = true
 	if _, err := r.Push(t.Context(), s.ref("org/model:v1"), &ocilocal.PushOptions{As: s.ref("org/other:v1")}); err != nil || empty != 1 {
 		t.Errorf("%v, %d ends of the empty blob", err, empty)
+	}
+}
+
+// Once the fsync of a large blob has failed, nobody knows what is on the disk, and a second one could say that all is
+// well: so nothing is kept of it, even if the pull has failed for another reason before it was looked at.
+func TestPullKeepsNothingUnsynced(t *testing.T) {
+	for name, c := range map[string]struct {
+		size    int
+		failing bool
+		want    error
+	}{
+		"at the end":     {2 << 20, false, syscall.EIO},
+		"in between":     {65 << 20, false, syscall.EIO}, // so much is synced while the next blob comes in
+		"and a blob 404": {65 << 20, true, ocilocal.ErrNotFound},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := newServer(t)
+			large, last := noise(1, c.size), noise(2, 100)
+			s.put(t, "org/model", "v1", large, last)
+			if c.failing {
+				s.failing(last)
+			}
+			r := openRemote(t, nil)
+			var failed atomic.Bool
+			ocilocal.SetFault(r, func(op, name string) error {
+				if op == "fsync" && !failed.Swap(true) {
+					return syscall.EIO
+				}
+				return nil
+			})
+			o := &ocilocal.PullOptions{Workers: 1}
+			if _, err := r.Pull(t.Context(), s.ref("org/model:v1"), o); !errors.Is(err, c.want) {
+				t.Errorf("%v, want %v", err, c.want)
+			}
+			ocilocal.SetFault(r, nil)
+			if _, err := os.Lstat(filepath.Join(r.Root(), "tmp", "partial")); !errors.Is(err, fs.ErrNotExist) || !failed.Load() {
+				t.Errorf("something is kept: %v", err)
+			}
+			checkUnpublished(t, r)
+			s.behave()
+			s.forget()
+			got, err := r.Pull(t.Context(), s.ref("org/model:v1"), o)
+			if want := int64(c.size) + 2 + int64(len(last)); err != nil || got.BytesReceived != want {
+				t.Errorf("%+v, %v, want %d bytes", got, err, want)
+			}
+		})
 	}
 }

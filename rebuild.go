@@ -52,10 +52,13 @@ func rebuild(ctx context.Context, dir string, opts *RepairOptions) (*RepairRepor
 	if !errors.Is(err, ErrCorruptIndex) && !errors.Is(err, ErrForeignIndex) && !errors.Is(err, ErrIndexIO) || errors.Is(err, ErrNewerSchema) {
 		return nil, err
 	}
-	if errors.Is(err, ErrForeignIndex) {
-		// Damage may have made it unrecognisable, in a root of ours. Others have a directory blobs too.
-		if _, lost := os.Lstat(filepath.Join(dir, idFile)); lost != nil {
-			return nil, fmt.Errorf("%w; nor is there an %s file (if the registry is this package's, move %s away first)", err, idFile, indexFile)
+	// Damage may have made the index of a root of ours unrecognisable. Others have a directory blobs too.
+	if errors.Is(err, ErrForeignIndex) && !errors.Is(err, errNoID) {
+		if _, lost := os.Lstat(filepath.Join(dir, idFile)); errors.Is(lost, fs.ErrNotExist) {
+			return nil, fmt.Errorf("%w; nor is there a file %s (if the registry is this package's, rename %s to %s first)",
+				err, idFile, indexFile, filepath.Base(asideName(dir, 1)))
+		} else if lost != nil {
+			return nil, errors.Join(err, lost)
 		}
 	}
 	aside, err := setAside(dir)

@@ -388,6 +388,9 @@ func (r *LocalRegistry) openIndex(ctx context.Context, readOnly bool) (*index, e
 	return openIndex(ctx, name, indexImmutable, r.opts.BusyTimeout, r.schema())
 }
 
+// errNoID is of an index that is this package's, in a root that has lost its id.
+var errNoID = errors.New("the root has no file")
+
 // checkID makes sure that the index is this root's own.
 func (r *LocalRegistry) checkID() error {
 	var err error
@@ -396,7 +399,7 @@ func (r *LocalRegistry) checkID() error {
 	}
 	switch id, err := r.readID(); {
 	case errors.Is(err, fs.ErrNotExist):
-		return fmt.Errorf("%w: the root has no file %s; the index's id is %s (if they belong together, write that id there)", ErrForeignIndex, idFile, r.id)
+		return fmt.Errorf("%w: %w %s; the index's id is %s (if they belong together, write that id there)", ErrForeignIndex, errNoID, idFile, r.id)
 	case err != nil:
 		return err
 	case id != r.id:

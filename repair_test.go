@@ -2,6 +2,7 @@ package ocilocal_test
 
 import (
 	"errors"
+	"maps"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -181,5 +182,52 @@ func TestRebuildIncomplete(t *testing.T) {
 	}
 	if got := problems(t, r, nil, nil); len(got) != 0 {
 		t.Errorf("found %q", got)
+	}
+}
+
+// A root that has lost its file id keeps its refs: the index is this package's. What is not
+// recognisable then isn't touched, but for one who renames it.
+func TestRebuildWithoutID(t *testing.T) {
+	for name, damage := range map[string]func(b []byte) []byte{"sound": nil, "damaged": func(b []byte) []byte {
+		copy(b, "no SQLite format") // where its name is
+		return b
+	}} {
+		t.Run(name, func(t *testing.T) {
+			root := filepath.Join(t.TempDir(), "root")
+			r := mustOpen(t, root)
+			a, _ := oneLayer(t, r, keptRef, []byte("body"))
+			mustClose(t, r)
+			if err := os.Remove(filepath.Join(root, "id")); err != nil {
+				t.Fatal(err)
+			}
+			index := filepath.Join(root, "index.sqlite3")
+			if damage != nil {
+				rewrite(t, index, damage)
+				before := tree(t, root)
+				if _, err := ocilocal.Rebuild(t.Context(), root, nil); !errors.Is(err, ocilocal.ErrForeignIndex) || !strings.Contains(err.Error(), "index.sqlite3.broken") {
+					t.Error(err)
+				}
+				if !maps.Equal(tree(t, root), before) {
+					t.Error("the root is another")
+				}
+				if err := os.Rename(index, index+".broken"); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if _, err := ocilocal.Rebuild(t.Context(), root, nil); err != nil {
+				t.Fatal(err)
+			}
+			r = mustOpen(t, root)
+			defer mustClose(t, r)
+			if damage != nil { // its refs can't be read
+				if _, err := r.ResolveDigest(t.Context(), a.Digest()); err != nil {
+					t.Error(err)
+				}
+				return
+			}
+			if d, err := r.Resolve(t.Context(), a.Reference()); err != nil || d.Digest != a.Digest() {
+				t.Errorf("%v, %v", d, err)
+			}
+		})
 	}
 }

@@ -337,8 +337,8 @@ func (st *stage) settle(ctx context.Context) error {
 	return st.sweepPartials()
 }
 
-// sweepPartials removes what is kept of transfers whose blobs have their names now. What
-// somebody else uses is theirs to remove.
+// sweepPartials removes what is kept of transfers: their blobs have their names now, or can't
+// be trusted. What somebody else uses is theirs to remove.
 func (st *stage) sweepPartials() error {
 	var errs []error
 	for _, sf := range st.files {
@@ -480,6 +480,9 @@ func (st *stage) discard() error {
 	defer st.mu.Unlock()
 	_ = st.wait() // of files that nobody wants any more
 	var errs []error
+	if st.failed != nil { // no later transfer may go on with these bytes
+		errs = append(errs, st.sweepPartials())
+	}
 	for _, d := range slices.Sorted(maps.Keys(st.files)) {
 		errs = append(errs, st.drop(st.files[d]))
 	}
@@ -552,12 +555,20 @@ func (st *stage) syncFiles(files []stagedFile) error {
 	for i, sf := range files {
 		limit <- struct{}{}
 		wg.Go(func() {
-			errs[i] = errors.Join(st.store.root.sync(sf.file, sf.name), sf.file.Close())
+			errs[i] = st.syncFile(sf)
 			<-limit
 		})
 	}
 	wg.Wait()
 	return errors.Join(errs...)
+}
+
+func (st *stage) syncFile(sf stagedFile) error {
+	err := st.store.root.sync(sf.file, sf.name)
+	if err != nil && sf.partial != "" { // it is the same file
+		err = errors.Join(err, ignoreNotExist(st.store.root.Remove(path.Join(sf.partial, partialData))))
+	}
+	return errors.Join(err, sf.file.Close())
 }
 
 // fail makes a failed fsync the stage's last word.
