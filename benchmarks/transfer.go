@@ -33,8 +33,9 @@ import (
 // are full references. What a library can't do is nil.
 type Transfer struct {
 	Name string
-	// One is set where each artifact takes a process of its own: then only tasks of one artifact are measured.
-	One bool
+	// One is set where each artifact takes a process of its own, OneTar where an archive
+	// holds one artifact: then only tasks of one artifact are measured.
+	One, OneTar bool
 	// Unverified is set where ImportDir and ExportDir copy files without looking at their digests.
 	Unverified bool
 
@@ -69,8 +70,9 @@ var Transfers = []Transfer{
 		Pull: ggcrPull, PullAgain: ggcrPull, Push: ggcrPush,
 	},
 	{
-		Name:      "regclient",
-		ImportDir: regCopyDirs, ExportDir: regCopyDirs,
+		Name: "regclient", OneTar: true,
+		ImportDir: regCopyDirs, ImportTar: regImport,
+		ExportDir: regCopyDirs, ExportTar: regExport,
 		Pull: regPull, PullAgain: regPull, Push: regPush,
 	},
 }
@@ -82,7 +84,7 @@ var Skopeo = Transfer{
 	ExportDir: skopeoCopy("oci:", "oci:"), ExportTar: skopeoCopy("oci:", "oci-archive:"),
 	Pull: skopeoPull, PullAgain: skopeoPull,
 	Push: func(ctx context.Context, store string, names []string) error {
-		return skopeo(ctx, "oci:"+store+":"+tag(names[0]), "docker://"+names[0])
+		return skopeo(ctx, filepath.Dir(store), "oci:"+store+":"+tag(names[0]), "docker://"+names[0])
 	},
 }
 
@@ -92,8 +94,9 @@ func init() {
 	}
 }
 
-func skopeo(ctx context.Context, from, to string) error {
-	out, err := exec.CommandContext(ctx, "skopeo", "--insecure-policy", "copy", "--all", "--quiet",
+// skopeo copies; it unpacks archives into the directory tmp.
+func skopeo(ctx context.Context, tmp, from, to string) error {
+	out, err := exec.CommandContext(ctx, "skopeo", "--insecure-policy", "--tmpdir", tmp, "copy", "--all", "--quiet",
 		"--src-tls-verify=false", "--dest-tls-verify=false", from, to).CombinedOutput()
 	if err != nil {
 		err = fmt.Errorf("skopeo copy %s %s: %w: %s", from, to, err, out)
@@ -103,12 +106,12 @@ func skopeo(ctx context.Context, from, to string) error {
 
 func skopeoCopy(fromKind, toKind string) func(context.Context, string, string, []string) error {
 	return func(ctx context.Context, from, to string, names []string) error {
-		return skopeo(ctx, fromKind+from+":"+tag(names[0]), toKind+to+":"+tag(names[0]))
+		return skopeo(ctx, filepath.Dir(to), fromKind+from+":"+tag(names[0]), toKind+to+":"+tag(names[0]))
 	}
 }
 
 func skopeoPull(ctx context.Context, store string, names []string) error {
-	return skopeo(ctx, "docker://"+names[0], "oci:"+store+":"+tag(names[0]))
+	return skopeo(ctx, filepath.Dir(store), "docker://"+names[0], "oci:"+store+":"+tag(names[0]))
 }
 
 func tag(full string) string { return full[strings.LastIndexByte(full, ':')+1:] }
@@ -385,6 +388,33 @@ func regCopyDirs(ctx context.Context, from, to string, names []string) error {
 	return regCopy(ctx, names, regDir(from), regDir(to))
 }
 
+func regImport(ctx context.Context, file, store string, names []string) error {
+	f, err := os.Open(file)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	dst, err := regref.New(regDir(store)(names[0]))
+	if err != nil {
+		return err
+	}
+	rc := regclient.New()
+	return errors.Join(rc.ImageImport(ctx, dst, f, regclient.ImageWithImportName(tag(names[0]))), rc.Close(ctx, dst))
+}
+
+func regExport(ctx context.Context, store, file string, names []string) error {
+	src, err := regref.New(regDir(store)(names[0]))
+	if err != nil {
+		return err
+	}
+	f, err := os.Create(file)
+	if err != nil {
+		return err
+	}
+	rc := regclient.New()
+	return errors.Join(rc.ImageExport(ctx, src, f), rc.Close(ctx, src), f.Close())
+}
+
 func regPull(ctx context.Context, store string, names []string) error {
 	return regCopy(ctx, names, regSame, regDir(store))
 }
@@ -418,7 +448,7 @@ func NewWork(ctx context.Context, dir, repository string, seed, n, layers int, s
 	return w, w.export(ctx, r, repository)
 }
 
-// NewOwn makes the same in a library's own store and nowhere else.
+// NewOwn makes the same in a library's own store, and not in the other forms.
 func NewOwn(ctx context.Context, dir, repository, library string, n, layers int, size int64) (*Work, error) {
 	w := newWork(dir)
 	r, err := ocilocal.Open(ctx, w.Store, &ocilocal.Options{Format: ocilocal.FormatImageManifest})
