@@ -239,14 +239,14 @@ func (x *index) checkSchema(ctx context.Context) (version int, err error) {
 			want[s] = true
 		}
 	}
-	rows, err := conn.QueryContext(ctx, "SELECT type, name, coalesce(sql, '') FROM sqlite_schema")
+	rows, err := conn.QueryContext(ctx, "SELECT type, name, tbl_name, coalesce(sql, '') FROM sqlite_schema")
 	if err != nil {
 		return 0, openError(err)
 	}
 	defer rows.Close()
 	for rows.Next() {
-		var kind, name, text string
-		if err := rows.Scan(&kind, &name, &text); err != nil {
+		var kind, name, table, text string
+		if err := rows.Scan(&kind, &name, &table, &text); err != nil {
 			return 0, openError(err)
 		}
 		switch { // SQLite's own
@@ -256,6 +256,15 @@ func (x *index) checkSchema(ctx context.Context) (version int, err error) {
 		}
 		if !want[text] {
 			return 0, fmt.Errorf("%w: its schema has %q, which ocilocal did not make", ErrForeignIndex, clip(name))
+		}
+		words := strings.Fields(text) // CREATE TABLE name …, or CREATE INDEX name ON table …
+		on := words[2]
+		if kind == "index" {
+			on = words[4]
+		}
+		// SQLite goes by these columns too, and not always by all of them.
+		if name != words[2] || table != on || kind != strings.ToLower(words[1]) {
+			return 0, fmt.Errorf("%w: its schema calls %s %s of %s %q of %q, a %q", ErrCorruptIndex, words[1], words[2], on, clip(name), clip(table), clip(kind))
 		}
 		delete(want, text)
 	}
