@@ -90,7 +90,7 @@ func writeNew(dir *rootDir, temp, name string, overwrite bool, write func(io.Wri
 	if err != nil {
 		return err
 	}
-	err = write(&seamWriter{dir, f, temp})
+	err = write(&seamWriter{root: dir, file: f, name: temp})
 	if err == nil {
 		err = dir.sync(f, temp)
 	}

@@ -120,7 +120,7 @@ func (p *partial) rehash(ctx context.Context) error {
 	}
 	n, err := store.copy(p.w.hash, &ctxReader{ctx, p.file})
 	p.have, p.kept = n, n
-	p.w.written, p.w.started = n, n
+	p.w.writeback = writeback{written: n, started: n}
 	return err
 }
 

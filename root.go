@@ -123,18 +123,38 @@ func (r *rootDir) RemoveAll(name string) error {
 	return r.Root.RemoveAll(name)
 }
 
+// writebackEvery is how much of a large file is handed to the disk at once
+// while the rest comes in, so that fsync doesn't have to wait for all of it.
+const writebackEvery = 8 << 20
+
+// A writeback hands a file to the disk while it is being written.
+type writeback struct {
+	written, started int64 // bytes of the file: all, and those under writeback
+}
+
+func (w *writeback) wrote(f *os.File, n int) {
+	w.written += int64(n)
+	if w.written-w.started >= writebackEvery {
+		startWriteback(f, w.started, w.written-w.started)
+		w.started = w.written
+	}
+}
+
 // seamWriter writes to an open file below a root.
 type seamWriter struct {
-	root *rootDir
-	file *os.File
-	name string
+	root      *rootDir
+	file      *os.File
+	name      string
+	writeback writeback
 }
 
 func (w *seamWriter) Write(p []byte) (int, error) {
 	if err := w.root.injected("write", w.name); err != nil {
 		return 0, err
 	}
-	return w.file.Write(p)
+	n, err := w.file.Write(p)
+	w.writeback.wrote(w.file, n)
+	return n, err
 }
 
 // sync makes the bytes of an open file below the root durable.

@@ -597,7 +597,7 @@ type hashingWriter struct {
 	store *blobStore
 	name  string
 
-	written, started int64 // bytes of the file: all, and those under writeback
+	writeback writeback
 }
 
 func (w *hashingWriter) Write(p []byte) (int, error) {
@@ -605,11 +605,7 @@ func (w *hashingWriter) Write(p []byte) (int, error) {
 		return 0, err
 	}
 	n, err := w.hashAndWrite(p)
-	w.written += int64(n)
-	if w.written-w.started >= writebackEvery {
-		startWriteback(w.file, w.started, w.written-w.started)
-		w.started = w.written
-	}
+	w.writeback.wrote(w.file, n)
 	return n, err
 }
 
@@ -657,10 +653,6 @@ func (w *hashingWriter) clone(ctx context.Context, src *os.File, limit int64) (n
 	}
 	return n, errors.Join(err, <-hashed)
 }
-
-// writebackEvery is how much of a large blob is handed to the disk at once
-// while the rest comes in, so that fsync doesn't have to wait for all of it.
-const writebackEvery = 8 << 20
 
 // ctxReader fails with ctx's error once ctx is done.
 type ctxReader struct {
