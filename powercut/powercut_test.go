@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -338,12 +339,7 @@ func examine(t *testing.T, root string, histories map[string]history, moment int
 		}
 	}
 	for ref, h := range histories {
-		may := h.at(moment)
-		ok := false
-		for _, d := range may {
-			ok = ok || found[ref] == d
-		}
-		if !ok {
+		if may := h.at(moment); !slices.Contains(may, found[ref]) {
 			t.Errorf("%s points at %q, may be any of %q", ref, found[ref], may)
 		}
 	}
