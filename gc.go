@@ -30,8 +30,6 @@ type GCOptions struct {
 // NoGrace, as [GCOptions.Grace], deletes what is not needed whatever its age.
 const NoGrace time.Duration = -1
 
-const defaultGrace = 24 * time.Hour
-
 func (o *GCOptions) grace() time.Duration {
 	switch {
 	case o.Grace == 0:

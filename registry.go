@@ -525,3 +525,13 @@ func syncEntries(dir string, fault func(op, name string) error) error {
 	defer p.Close()
 	return newBlobStore(p, false).syncDir(".")
 }
+
+// within runs fn, which is short, while the registry is kept open.
+func (r *LocalRegistry) within(ctx context.Context, fn func() error) error {
+	end, err := r.begin(ctx)
+	if err != nil {
+		return err
+	}
+	defer end()
+	return fn()
+}

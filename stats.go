@@ -234,16 +234,6 @@ func (r *LocalRegistry) RepositoryUsage(ctx context.Context, name string) (Usage
 	return u.Usage, nil
 }
 
-// within runs fn, which is short, while the registry is kept open.
-func (r *LocalRegistry) within(ctx context.Context, fn func() error) error {
-	end, err := r.begin(ctx)
-	if err != nil {
-		return err
-	}
-	defer end()
-	return fn()
-}
-
 // usage sums up a Usage.
 type usage struct {
 	Usage

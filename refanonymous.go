@@ -68,6 +68,9 @@ func (r *LocalRegistry) AnonymousRefs(ctx context.Context) iter.Seq2[Ref, error]
 	}
 }
 
+// defaultGrace is the age below which collecting and pruning leave things alone.
+const defaultGrace = 24 * time.Hour
+
 // PruneOptions choose anonymous refs to remove. Nil is the zero value.
 type PruneOptions struct {
 	// OlderThan is how long ago a ref must have been written to be removed. Zero

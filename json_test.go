@@ -12,33 +12,6 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-var (
-	CanonicalAnnotations = canonicalAnnotations
-	EmptyJSON            = emptyJSON
-)
-
-// ManifestSpec is manifestSpec for tests from outside.
-type ManifestSpec struct {
-	ArtifactType string
-	Config       *ocispec.Descriptor
-	Layers       []ocispec.Descriptor
-	Annotations  map[string]string
-	Subject      *ocispec.Descriptor
-}
-
-func BuildManifest(f ManifestFormat, s ManifestSpec) (*Manifest, error) {
-	return buildManifest(f, manifestSpec{s.ArtifactType, s.Config, s.Layers, s.Annotations, s.Subject})
-}
-
-// ManifestChildren returns role and digest of each child.
-func ManifestChildren(m *Manifest) []string {
-	var out []string
-	for i, d := range m.children() {
-		out = append(out, fmt.Sprintf("%s %s", m.childRole(i), d.Digest))
-	}
-	return out
-}
-
 // TestCheckJSON holds the rules that go for any document, with the place that the error names.
 func TestCheckJSON(t *testing.T) {
 	deep := func(n int) string { return strings.Repeat("[", n) + strings.Repeat("]", n) }

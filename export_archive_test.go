@@ -1,4 +1,0 @@
-package ocilocal
-
-// WriteEntry writes one file of an archive.
-var WriteEntry = writeEntry

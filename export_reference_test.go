@@ -1,8 +1,0 @@
-package ocilocal
-
-var (
-	ReferenceFromKey = referenceFromKey
-	ReferenceKey     = Reference.key
-	CheckTag         = checkTag
-	IsBareTag        = isBareTag
-)

@@ -1,0 +1,130 @@
+// The white-box hooks of the external tests. Nothing else may be in this file.
+
+package ocilocal
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"time"
+
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+)
+
+// WriteEntry writes one file of an archive.
+var WriteEntry = writeEntry
+
+// SetFault puts the seam of r's file operations under a test's control: fault
+// is called before each one, by any goroutine, and its error is the
+// operation's. Nil ends it. No call may be under way.
+func SetFault(r *LocalRegistry, fault func(op, name string) error) { r.root.fault = fault }
+
+// OpenFaulty is [Open] with the seam in place from the beginning.
+func OpenFaulty(ctx context.Context, dir string, fault func(op, name string) error) (*LocalRegistry, error) {
+	return Open(ctx, dir, &Options{fault: fault})
+}
+
+// SetLegacyRoot is [Options.LegacyRoot] for an open registry. No call may be under way.
+func SetLegacyRoot(r *LocalRegistry, dir string) { r.opts.LegacyRoot = dir }
+
+// AskHelper runs a credential helper with another time limit than usual.
+func AskHelper(ctx context.Context, name, host string, limit time.Duration) (Credential, error) {
+	return askHelper(ctx, name, host, limit)
+}
+
+// CollectClosures takes the closures of entries as an import does, from a source that has every
+// manifest of raw and stages no config and no layer.
+func CollectClosures(ctx context.Context, r *LocalRegistry, entries []ocispec.Descriptor, raw map[string][]byte) error {
+	im := r.newImporter(nil)
+	im.fetch = func(ctx context.Context, desc ocispec.Descriptor, as role) error {
+		if as != roleManifest {
+			return nil
+		}
+		_, _, err := im.stage.put(ctx, bytes.NewReader(raw[string(desc.Digest)]), "", desc.Digest, desc.Size)
+		return err
+	}
+	_, _, err := im.collect(ctx, entries, entries)
+	if rm := im.stage.discard(); err == nil {
+		err = rm
+	}
+	return err
+}
+
+// IndexWrite runs fn in r's next write transaction, which it may share with
+// others. fn is given a function that runs SQL in it.
+func IndexWrite(ctx context.Context, r *LocalRegistry, fn func(exec func(text string) error) error) error {
+	return r.index.write(ctx, func(tx *indexTx) error {
+		return fn(func(text string) error {
+			_, err := tx.exec(text)
+			return err
+		})
+	})
+}
+
+// IndexPragma returns what a pragma is on the writer's connection, and on one of the readers'.
+func IndexPragma(r *LocalRegistry, name string) (writer, reader string, err error) {
+	err = r.index.write(context.Background(), func(tx *indexTx) error {
+		_, err := tx.row("PRAGMA "+name, nil, &writer)
+		return err
+	})
+	if err == nil {
+		_, err = r.index.row("PRAGMA "+name, nil, &reader)
+	}
+	return writer, reader, err
+}
+
+// IndexQueue returns how many write calls wait for one that leads.
+func IndexQueue(r *LocalRegistry) int {
+	r.index.mu.Lock()
+	defer r.index.mu.Unlock()
+	return len(r.index.queue)
+}
+
+// IndexLeading reports whether a write call is under way.
+func IndexLeading(r *LocalRegistry) bool {
+	r.index.mu.Lock()
+	defer r.index.mu.Unlock()
+	return r.index.leading
+}
+
+// NewerSchema returns options for a program that knows one schema version more.
+func NewerSchema(stmts ...string) *Options { return &Options{more: [][]string{stmts}} }
+
+// RefuseNetworkFS returns the error of a root on a file system with that name.
+func RefuseNetworkFS(name string, allow bool) error {
+	return (&LocalRegistry{opts: Options{AllowNetworkFS: allow}}).checkFS(name)
+}
+
+var (
+	ReferenceFromKey = referenceFromKey
+	ReferenceKey     = Reference.key
+	CheckTag         = checkTag
+	IsBareTag        = isBareTag
+)
+
+var (
+	CanonicalAnnotations = canonicalAnnotations
+	EmptyJSON            = emptyJSON
+)
+
+// ManifestSpec is manifestSpec for tests from outside.
+type ManifestSpec struct {
+	ArtifactType string
+	Config       *ocispec.Descriptor
+	Layers       []ocispec.Descriptor
+	Annotations  map[string]string
+	Subject      *ocispec.Descriptor
+}
+
+func BuildManifest(f ManifestFormat, s ManifestSpec) (*Manifest, error) {
+	return buildManifest(f, manifestSpec{s.ArtifactType, s.Config, s.Layers, s.Annotations, s.Subject})
+}
+
+// ManifestChildren returns role and digest of each child.
+func ManifestChildren(m *Manifest) []string {
+	var out []string
+	for i, d := range m.children() {
+		out = append(out, fmt.Sprintf("%s %s", m.childRole(i), d.Digest))
+	}
+	return out
+}
