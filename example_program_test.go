@@ -23,7 +23,7 @@ func Example() {
 	check(err)
 	defer os.RemoveAll(dir)
 
-	registry, err := ocilocal.Open(ctx, dir, nil) // makes it if it isn't there
+	registry, err := ocilocal.Open(ctx, dir, nil) // creates it if it does not exist
 	check(err)
 	defer registry.Close()
 
