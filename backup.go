@@ -179,7 +179,7 @@ func (b *backup) copyBlobs(ctx context.Context) error {
 	b.report.BlobsPresent = max(0, b.report.BlobsPresent-b.report.BlobsCopied) // by attempts before
 	// Whoever linked what is there may have been killed before it was durable.
 	for alg := range algs {
-		if err := b.target.blobs.syncDir(path.Dir(blobPath(alg.FromString("")))); err != nil {
+		if err := b.target.root.syncDir(path.Dir(blobPath(alg.FromString("")))); err != nil {
 			return err
 		}
 	}

@@ -10,10 +10,7 @@ import (
 	"io/fs"
 	"os"
 	"path"
-	"runtime"
 	"sync"
-	"syscall"
-	"time"
 
 	"github.com/opencontainers/go-digest"
 )
@@ -129,18 +126,6 @@ func (s *blobStore) openFile(d digest.Digest, size int64) (*os.File, int64, erro
 	return f, got, nil
 }
 
-// checkRegular returns the size of an open regular file, and an error for anything else.
-func checkRegular(f *os.File) (int64, error) {
-	fi, err := f.Stat()
-	if err != nil {
-		return 0, err
-	}
-	if !fi.Mode().IsRegular() {
-		return 0, &fs.PathError{Op: "open", Path: fi.Name(), Err: errors.New("not a regular file")}
-	}
-	return fi.Size(), nil
-}
-
 // open returns a reader of d that verifies as it goes. ctx governs the reads as well.
 func (s *blobStore) open(ctx context.Context, d digest.Digest, size int64) (*verifier, error) {
 	f, size, err := s.openFile(d, size)
@@ -181,20 +166,20 @@ type blobEntry struct {
 	info   fs.FileInfo   // nil when the entry vanished while it was being looked at
 }
 
-// walk calls visit for every entry below blobs/, in no order, holding one batch
+// walkBlobs calls visit for every entry below blobs/ of a root or layout, in no order, holding one batch
 // of names at a time. What is no blob (another name, a directory, a link) comes
 // with an empty digest. visit's error ends the walk and is returned.
-func (s *blobStore) walk(ctx context.Context, visit func(blobEntry) error) error {
-	return s.eachEntry(ctx, blobsDir, func(name string) error {
+func walkBlobs(ctx context.Context, root *rootDir, visit func(blobEntry) error) error {
+	return root.eachEntry(ctx, blobsDir, func(name string) error {
 		dir := path.Join(blobsDir, name)
 		alg := digest.Algorithm(name)
-		fi, err := s.root.Lstat(dir)
+		fi, err := root.Lstat(dir)
 		if err != nil || !fi.IsDir() || digestHexLen(alg) == 0 {
 			return visit(blobEntry{path: dir, info: fi})
 		}
-		return s.eachEntry(ctx, dir, func(name string) error {
+		return root.eachEntry(ctx, dir, func(name string) error {
 			e := blobEntry{path: path.Join(dir, name)}
-			e.info, err = s.root.Lstat(e.path)
+			e.info, err = root.Lstat(e.path)
 			if err != nil {
 				if errors.Is(err, fs.ErrNotExist) {
 					return nil // deleted since the directory was read
@@ -209,36 +194,9 @@ func (s *blobStore) walk(ctx context.Context, visit func(blobEntry) error) error
 	})
 }
 
-// eachEntry calls visit with every name in a directory of the root, a batch at a time.
-func (s *blobStore) eachEntry(ctx context.Context, dir string, visit func(name string) error) error {
-	f, err := s.root.Open(dir)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil
-	}
-	if err != nil {
-		return err
-	}
-	defer f.Close()
-	for {
-		if err := s.root.injected("readdir", dir); err != nil {
-			return err
-		}
-		entries, err := f.ReadDir(1024)
-		for _, e := range entries {
-			if err := ctx.Err(); err != nil {
-				return err
-			}
-			if err := visit(e.Name()); err != nil {
-				return err
-			}
-		}
-		if err == io.EOF || errors.Is(err, fs.ErrNotExist) { // the latter: removed since it was opened
-			return nil
-		}
-		if err != nil {
-			return err
-		}
-	}
+// walk calls visit for every entry below blobs/, see [walkBlobs].
+func (s *blobStore) walk(ctx context.Context, visit func(blobEntry) error) error {
+	return walkBlobs(ctx, s.root, visit)
 }
 
 // empty reports whether no blob is there.
@@ -276,7 +234,7 @@ func (s *blobStore) enter() (string, error) {
 		if err := s.root.Mkdir(name, 0o700); err != nil {
 			return "", err
 		}
-		release, held, err := lockDir(s.root, name)
+		release, held, err := tryLockDir(s.root, name)
 		if err != nil {
 			return "", err
 		}
@@ -289,7 +247,7 @@ func (s *blobStore) enter() (string, error) {
 
 // sweep removes the directories below tmp/ that no process holds.
 func (s *blobStore) sweep() error {
-	return s.eachEntry(context.Background(), s.tmp, func(name string) error {
+	return s.root.eachEntry(context.Background(), s.tmp, func(name string) error {
 		if name == partialDir || name == quarantineDir {
 			return nil // garbage collection's, by age
 		}
@@ -307,7 +265,7 @@ func (s *blobStore) sweepEntry(name string, fi fs.FileInfo) error {
 	if !fi.IsDir() {
 		return ignoreNotExist(s.root.Remove(name))
 	}
-	release, held, err := lockDir(s.root, name)
+	release, held, err := tryLockDir(s.root, name)
 	if errors.Is(err, fs.ErrPermission) {
 		return nil // another user's: theirs to sweep
 	}
@@ -321,24 +279,12 @@ func (s *blobStore) sweepEntry(name string, fi fs.FileInfo) error {
 // makes up for file systems that can't name a file without replacing another.
 func (s *blobStore) alone(ctx context.Context, do func() error) error {
 	name := path.Join(tmpDir, "alone")
-	for {
-		if err := s.root.Mkdir(name, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
-			return err
-		}
-		release, held, err := lockDir(s.root, name)
-		if err != nil {
-			return err
-		}
-		if held {
-			err := do()
-			return errors.Join(err, s.root.RemoveAll(name), release())
-		}
-		select {
-		case <-ctx.Done():
-			return ctx.Err()
-		case <-time.After(time.Millisecond):
-		}
+	release, err := s.root.lockDir(ctx, name)
+	if err != nil {
+		return err
 	}
+	err = do()
+	return errors.Join(err, s.root.RemoveAll(name), release())
 }
 
 // partialDir, below tmp/, is where interrupted pulls keep what they have: each
@@ -350,22 +296,6 @@ const (
 
 // quarantineDir, below tmp/, is where repair puts damaged files.
 const quarantineDir = "quarantine"
-
-// syncDir makes the entries of a directory durable.
-func (s *blobStore) syncDir(name string) error {
-	if runtime.GOOS == "windows" {
-		return nil // there, a directory can't be synced: NTFS journals its entries
-	}
-	if err := s.root.injected("fsyncdir", name); err != nil {
-		return err
-	}
-	d, err := s.root.Open(name)
-	if err != nil {
-		return err
-	}
-	err = d.Sync()
-	return errors.Join(err, d.Close())
-}
 
 // largeFile is the size from which on it takes a file system milliseconds to free a file's space.
 const largeFile = 64 << 20
@@ -394,7 +324,7 @@ func (s *blobStore) makeAlgDir(alg digest.Algorithm) error {
 		return err
 	}
 	// Also when it was there: its maker may not have come to this line.
-	if err := s.syncDir(blobsDir); err != nil {
+	if err := s.root.syncDir(blobsDir); err != nil {
 		return err
 	}
 	s.algDirs[alg] = true
@@ -515,15 +445,4 @@ func (v *verifier) Close() error {
 		v.err = ErrClosed
 	}
 	return v.src.Close()
-}
-
-// linkUnsupported reports whether err says that this file system, or this
-// file, can't have another hard link, so that a rename must do.
-func linkUnsupported(err error) bool {
-	for _, e := range []error{syscall.EPERM, syscall.EMLINK, syscall.EXDEV, errors.ErrUnsupported} {
-		if errors.Is(err, e) {
-			return true
-		}
-	}
-	return false
 }

@@ -26,7 +26,7 @@ type partial struct {
 	stage   *stage
 	dir     string
 	release func() error
-	file    *os.File
+	file    *rootFile
 	w       *hashingWriter
 	digest  digest.Digest
 	size    int64 // that it must have in the end
@@ -46,7 +46,7 @@ func (st *stage) openPartial(ctx context.Context, d digest.Digest, size int64) (
 	if err := makePartialDir(root, p.dir); err != nil {
 		return nil, err
 	}
-	release, held, err := lockDir(root, p.dir)
+	release, held, err := tryLockDir(root, p.dir)
 	if err != nil || !held {
 		return nil, err
 	}
@@ -62,7 +62,7 @@ func (st *stage) openPartial(ctx context.Context, d digest.Digest, size int64) (
 			return p, err
 		}
 	}
-	if p.file, err = root.OpenFile(p.name(), os.O_RDWR|os.O_CREATE|openNoFollow, 0o600); err != nil {
+	if p.file, err = root.openFile(p.name(), os.O_RDWR|os.O_CREATE, 0o600); err != nil {
 		return nil, err
 	}
 	got, err := checkRegular(p.file)
@@ -78,7 +78,7 @@ func (st *stage) openPartial(ctx context.Context, d digest.Digest, size int64) (
 // reopen opens a file that finish has made read-only. If it isn't the blob, it goes.
 func (p *partial) reopen(ctx context.Context) (whole bool, err error) {
 	root := p.stage.store.root
-	if p.file, err = root.OpenFile(p.name(), os.O_RDONLY|openNoFollow, 0); err != nil {
+	if p.file, err = root.openFile(p.name(), os.O_RDONLY, 0); err != nil {
 		return false, err
 	}
 	got, err := checkRegular(p.file)
@@ -114,25 +114,21 @@ func (p *partial) name() string { return path.Join(p.dir, partialData) }
 // rehash starts the hash anew with what the file holds.
 func (p *partial) rehash(ctx context.Context) error {
 	store := p.stage.store
-	p.w = &hashingWriter{file: p.file, hash: newHash(p.digest.Algorithm()), store: store, name: p.name()}
+	p.w = &hashingWriter{file: p.file, hash: newHash(p.digest.Algorithm()), store: store}
 	if _, err := p.file.Seek(0, io.SeekStart); err != nil {
 		return err
 	}
 	n, err := store.copy(p.w.hash, &ctxReader{ctx, p.file})
 	p.have, p.kept = n, n
-	p.w.writeback = writeback{written: n, started: n}
+	p.file.written, p.file.started = n, n
 	return err
 }
 
 // reset throws away what there is.
 func (p *partial) reset() error {
 	p.have, p.kept = 0, 0
-	p.w = &hashingWriter{file: p.file, hash: newHash(p.digest.Algorithm()), store: p.stage.store, name: p.name()}
-	if err := p.file.Truncate(0); err != nil {
-		return err
-	}
-	_, err := p.file.Seek(0, io.SeekStart)
-	return err
+	p.w = &hashingWriter{file: p.file, hash: newHash(p.digest.Algorithm()), store: p.stage.store}
+	return p.file.truncate()
 }
 
 // append adds what src has, which must not be more than is missing.
@@ -151,12 +147,7 @@ func (p *partial) finish(ctx context.Context) error {
 	if got := digest.NewDigest(p.digest.Algorithm(), p.w.hash); got != p.digest {
 		return errors.Join(fmt.Errorf("%w: bytes hash to %s, want %s", ErrDigestMismatch, got, p.digest), p.reset())
 	}
-	root := p.stage.store.root
-	err := root.injected("chmod", p.name())
-	if err == nil {
-		err = p.file.Chmod(0o444)
-	}
-	if err != nil {
+	if err := p.file.chmod(0o444); err != nil {
 		return err
 	}
 	dir, err := p.stage.store.enter()
@@ -164,14 +155,11 @@ func (p *partial) finish(ctx context.Context) error {
 		return err
 	}
 	name := path.Join(dir, rand.Text())
-	err = root.Link(p.name(), name)
-	p.stays = err == nil
-	if linkUnsupported(err) {
-		err = root.Rename(p.name(), name)
-	}
+	moved, err := p.stage.store.root.linkNew(p.name(), name)
 	if err != nil {
 		return err
 	}
+	p.stays = !moved
 	sf := &stagedFile{name: name, digest: p.digest, size: p.size, file: p.file}
 	if p.file = nil; p.stays {
 		sf.partial = p.dir

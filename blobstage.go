@@ -66,8 +66,8 @@ type stagedFile struct {
 	name   string // below the root; "" when no link into tmp/ could be made
 	digest digest.Digest
 	size   int64
-	file   *os.File // nil once it is being synced, and for a blob that was there already
-	reused bool     // the bytes were in the store already
+	file   *rootFile // nil once it is being synced, and for a blob that was there already
+	reused bool      // the bytes were in the store already
 	// partial is the directory where the file is kept in case that it doesn't get into the store; "" for none.
 	partial string
 }
@@ -87,11 +87,11 @@ func (st *stage) put(ctx context.Context, src io.Reader, alg digest.Algorithm, w
 		}
 		alg = want.Algorithm()
 	}
-	f, name, err := st.create()
+	f, err := st.create()
 	if err != nil {
 		return "", 0, err
 	}
-	w := &hashingWriter{file: f, hash: newHash(alg), store: st.store, name: name}
+	w := &hashingWriter{file: f, hash: newHash(alg), store: st.store}
 	in := io.Reader(&ctxReader{ctx, src})
 	if size >= 0 && size < math.MaxInt64 {
 		in = io.LimitReader(in, size+1)
@@ -110,13 +110,13 @@ func (st *stage) putFile(ctx context.Context, src *os.File, want digest.Digest, 
 		_, _, err := st.put(ctx, src, "", want, size)
 		return err
 	}
-	f, name, err := st.create()
+	f, err := st.create()
 	if err != nil {
 		return err
 	}
-	w := &hashingWriter{file: f, hash: newHash(want.Algorithm()), store: st.store, name: name}
+	w := &hashingWriter{file: f, hash: newHash(want.Algorithm()), store: st.store}
 	var n int64
-	if kernelCopies(src, f) {
+	if kernelCopies(src, f.file) {
 		n, err = w.clone(ctx, src, size+1)
 	} else {
 		n, err = st.store.copy(w, io.LimitReader(&ctxReader{ctx, src}, size+1))
@@ -127,7 +127,7 @@ func (st *stage) putFile(ctx context.Context, src *os.File, want digest.Digest, 
 
 // complete takes a file into the stage after n bytes of it were written, if it is as it should be.
 func (st *stage) complete(ctx context.Context, w *hashingWriter, n int64, err error, alg digest.Algorithm, want digest.Digest, size int64) (digest.Digest, int64, error) {
-	f, name := w.file, w.name
+	f := w.file
 	got := digest.NewDigest(alg, w.hash)
 	switch {
 	case err != nil:
@@ -138,15 +138,13 @@ func (st *stage) complete(ctx context.Context, w *hashingWriter, n int64, err er
 	case want != "" && got != want:
 		err = fmt.Errorf("%w: bytes hash to %s, want %s", ErrDigestMismatch, got, want)
 	default:
-		if err = st.store.root.injected("chmod", name); err == nil {
-			err = f.Chmod(0o444)
-		}
+		err = f.chmod(0o444)
 	}
 	if err != nil {
 		f.Close()
-		return "", 0, errors.Join(err, st.store.root.Remove(name))
+		return "", 0, errors.Join(err, st.store.root.Remove(f.name))
 	}
-	return got, n, st.add(ctx, &stagedFile{name: name, digest: got, size: n, file: f})
+	return got, n, st.add(ctx, &stagedFile{name: f.name, digest: got, size: n, file: f})
 }
 
 // putBytes is put for bytes in memory; it skips writing what is there already
@@ -163,14 +161,12 @@ func (st *stage) putBytes(ctx context.Context, b []byte, alg digest.Algorithm) (
 }
 
 // create makes an empty file in the session's directory.
-func (st *stage) create() (*os.File, string, error) {
+func (st *stage) create() (*rootFile, error) {
 	dir, err := st.store.enter()
 	if err != nil {
-		return nil, "", err
+		return nil, err
 	}
-	name := path.Join(dir, rand.Text())
-	f, err := st.store.root.OpenFile(name, os.O_RDWR|os.O_CREATE|os.O_EXCL|openNoFollow, 0o600)
-	return f, name, err
+	return st.store.root.openFile(path.Join(dir, rand.Text()), os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
 }
 
 // add takes a complete file into the stage.
@@ -370,7 +366,7 @@ func (st *stage) dedup(ctx context.Context, sf *stagedFile) error {
 
 // syncReused syncs a file that somebody else made: below blobs/, or a link to it below tmp/.
 func (st *stage) syncReused(name string) error {
-	f, err := st.store.root.OpenFile(name, os.O_RDONLY|openNoFollow, 0)
+	f, err := st.store.root.openFile(name, os.O_RDONLY, 0)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil // collected: recheck brings it back
 	}
@@ -380,10 +376,9 @@ func (st *stage) syncReused(name string) error {
 	// Young again, so that garbage collection's grace holds for it. No more than a
 	// courtesy: it fails on another user's file.
 	if fi, err := f.Stat(); err == nil && time.Since(fi.ModTime()) > time.Hour {
-		now := time.Now()
-		st.store.root.Chtimes(name, now, now)
+		st.store.root.Chtimes(name, time.Now())
 	}
-	return st.fail(errors.Join(st.store.root.sync(f, name), f.Close()))
+	return st.fail(errors.Join(f.sync(), f.Close()))
 }
 
 // link names sf's file below blobs/. A file that is there under that name stays
@@ -393,23 +388,22 @@ func (st *stage) link(ctx context.Context, sf *stagedFile) error {
 	if sf.name == "" { // renamed by an earlier attempt to publish
 		return st.syncReused(name)
 	}
-	err := st.store.root.Link(sf.name, name)
-	switch {
-	case err == nil:
-		return nil
-	case errors.Is(err, fs.ErrExist):
-		if st.store.verify(ctx, sf.digest, sf.size) == nil {
-			sf.reused = true // somebody was faster
-			return st.syncReused(name)
-		}
-		if err := ctx.Err(); err != nil {
-			return err
-		}
-	case !linkUnsupported(err):
+	moved, err := st.store.root.linkNew(sf.name, name)
+	if moved {
+		sf.name = ""
+	}
+	if !errors.Is(err, fs.ErrExist) {
 		return err
 	}
-	// Replacing is right here: the name promises these very bytes, and what
-	// is under it, if anything, is broken. An open reader keeps the old file.
+	if st.store.verify(ctx, sf.digest, sf.size) == nil {
+		sf.reused = true // somebody was faster
+		return st.syncReused(name)
+	}
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	// Replacing is right here: the name promises these very bytes, and the
+	// file that has it is broken. An open reader keeps the old file.
 	if err := st.store.root.Rename(sf.name, name); err != nil {
 		return err
 	}
@@ -439,21 +433,17 @@ func (st *stage) recheck(d digest.Digest, size int64) error {
 	if err := st.relink(sf); err != nil {
 		return err
 	}
-	return st.fail(st.store.syncDir(path.Dir(blobPath(d))))
+	return st.fail(st.store.root.syncDir(path.Dir(blobPath(d))))
 }
 
 // relink gives sf's file the name that is free now, unless another publisher is faster.
 func (st *stage) relink(sf *stagedFile) error {
-	err := st.store.root.Link(sf.name, blobPath(sf.digest))
+	moved, err := st.store.root.linkNew(sf.name, blobPath(sf.digest))
+	if moved {
+		sf.name = ""
+	}
 	if errors.Is(err, fs.ErrExist) {
 		return st.store.checkSize(sf.digest, sf.size) // it was synced before it got the name
-	}
-	if !linkUnsupported(err) {
-		return err
-	}
-	err = st.store.root.Rename(sf.name, blobPath(sf.digest))
-	if err == nil {
-		sf.name = ""
 	}
 	return err
 }
@@ -547,7 +537,7 @@ func (st *stage) wait() error {
 // file system then writes one record for several.
 func (st *stage) syncFiles(files []stagedFile) error {
 	for _, sf := range files {
-		startWriteback(sf.file, 0, 0) // 0 bytes are all there are
+		sf.file.start(0, 0)
 	}
 	errs := make([]error, len(files))
 	var wg sync.WaitGroup
@@ -564,7 +554,7 @@ func (st *stage) syncFiles(files []stagedFile) error {
 }
 
 func (st *stage) syncFile(sf stagedFile) error {
-	err := st.store.root.sync(sf.file, sf.name)
+	err := sf.file.sync()
 	if err != nil && sf.partial != "" { // it is the same file
 		err = errors.Join(err, ignoreNotExist(st.store.root.Remove(path.Join(sf.partial, partialData))))
 	}
@@ -583,7 +573,7 @@ const maxParallelSyncs = 16
 
 func (st *stage) syncAlgDirs(dirs map[digest.Algorithm]bool) error {
 	for alg := range dirs {
-		if err := st.store.syncDir(path.Join(blobsDir, string(alg))); err != nil {
+		if err := st.store.root.syncDir(path.Join(blobsDir, string(alg))); err != nil {
 			return st.fail(err)
 		}
 	}
@@ -592,24 +582,12 @@ func (st *stage) syncAlgDirs(dirs map[digest.Algorithm]bool) error {
 
 // hashingWriter hashes what it writes to a staged file.
 type hashingWriter struct {
-	file  *os.File
+	file  *rootFile
 	hash  hash.Hash
 	store *blobStore
-	name  string
-
-	writeback writeback
 }
 
 func (w *hashingWriter) Write(p []byte) (int, error) {
-	if err := w.store.root.injected("write", w.name); err != nil {
-		return 0, err
-	}
-	n, err := w.hashAndWrite(p)
-	w.writeback.wrote(w.file, n)
-	return n, err
-}
-
-func (w *hashingWriter) hashAndWrite(p []byte) (int, error) {
 	if len(p) < copyBufferSize {
 		w.hash.Write(p)
 		return w.file.Write(p)
@@ -635,11 +613,11 @@ func (w *hashingWriter) clone(ctx context.Context, src *os.File, limit int64) (n
 	hashed := make(chan error, 1)
 	hashed <- nil
 	for {
-		if err = errors.Join(ctx.Err(), w.store.root.injected("write", w.name)); err != nil {
+		if err = ctx.Err(); err != nil {
 			break
 		}
 		from := n
-		m, copyErr := w.file.ReadFrom(io.LimitReader(src, min(cloneChunk, limit-n)))
+		m, copyErr := w.file.copyFrom(src, min(cloneChunk, limit-n))
 		n += m
 		if err = errors.Join(copyErr, <-hashed); err != nil || m == 0 {
 			hashed <- nil
@@ -647,7 +625,7 @@ func (w *hashingWriter) clone(ctx context.Context, src *os.File, limit int64) (n
 		}
 		go func() {
 			_, err := w.store.copy(w.hash, io.NewSectionReader(w.file, from, m))
-			startWriteback(w.file, from, m)
+			w.file.start(from, m)
 			hashed <- err
 		}()
 	}

@@ -86,13 +86,13 @@ func writeNew(dir *rootDir, temp, name string, overwrite bool, write func(io.Wri
 	if _, err := dir.Lstat(name); err == nil && !overwrite {
 		return ErrExists
 	}
-	f, err := dir.OpenFile(temp, os.O_WRONLY|os.O_CREATE|os.O_EXCL|openNoFollow, 0o666)
+	f, err := dir.openFile(temp, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o666)
 	if err != nil {
 		return err
 	}
-	err = write(&seamWriter{root: dir, file: f, name: temp})
+	err = write(f)
 	if err == nil {
-		err = dir.sync(f, temp)
+		err = f.sync()
 	}
 	err = errors.Join(err, f.Close())
 	switch {
@@ -100,7 +100,9 @@ func writeNew(dir *rootDir, temp, name string, overwrite bool, write func(io.Wri
 	case overwrite:
 		err = dir.Rename(temp, name)
 	default:
-		err = linkNew(dir, temp, name)
+		if _, err = dir.linkNew(temp, name); errors.Is(err, fs.ErrExist) {
+			err = ErrExists
+		}
 	}
 	if rm := dir.Remove(temp); !errors.Is(rm, fs.ErrNotExist) {
 		err = errors.Join(err, rm)
@@ -108,24 +110,7 @@ func writeNew(dir *rootDir, temp, name string, overwrite bool, write func(io.Wri
 	if err != nil {
 		return err
 	}
-	return newBlobStore(dir, false).syncDir(".")
-}
-
-// linkNew gives a file another name unless that is taken: [ErrExists].
-func linkNew(dir *rootDir, name, to string) error {
-	err := dir.Link(name, to)
-	if linkUnsupported(err) {
-		if _, err = dir.Lstat(to); errors.Is(err, fs.ErrNotExist) {
-			return dir.Rename(name, to)
-		}
-		if err == nil {
-			err = fs.ErrExist
-		}
-	}
-	if errors.Is(err, fs.ErrExist) {
-		return ErrExists
-	}
-	return err
+	return dir.syncDir(".")
 }
 
 // export is the list of what one export holds, each manifest and blob once.

@@ -9,7 +9,6 @@ import (
 	"io"
 	"io/fs"
 	"slices"
-	"time"
 
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
@@ -51,7 +50,7 @@ func (r *LocalRegistry) exportLayout(ctx context.Context, dir string, refs []Ref
 		return err
 	}
 	defer func() { err = errors.Join(err, root.Close()) }()
-	release, err := waitForDir(ctx, root, ".")
+	release, err := root.lockDir(ctx, ".")
 	if err != nil {
 		return err
 	}
@@ -86,21 +85,6 @@ func writeLayoutFile(root *rootDir, name string, b []byte) error {
 	})
 }
 
-// waitForDir locks a directory against other processes, and against other handles in this one.
-func waitForDir(ctx context.Context, root *rootDir, name string) (release func() error, err error) {
-	for {
-		release, held, err := lockDir(root, name)
-		if err != nil || held {
-			return release, err
-		}
-		select {
-		case <-ctx.Done():
-			return nil, ctx.Err()
-		case <-time.After(5 * time.Millisecond):
-		}
-	}
-}
-
 // prepareLayout makes sure that l is a layout or may become one: then it is fresh.
 func prepareLayout(ctx context.Context, l *layout) (fresh bool, err error) {
 	version, err := l.has(ocispec.ImageLayoutFile)
@@ -115,7 +99,7 @@ func prepareLayout(ctx context.Context, l *layout) (fresh bool, err error) {
 	}
 	// What an export that was cut off has left, and what locks it where a directory can't be locked.
 	ours := []string{blobsDir, layoutTmp, layoutTemp, ocispec.ImageLayoutFile, "lock"}
-	return true, newBlobStore(l.root, true).eachEntry(ctx, ".", func(name string) error {
+	return true, l.root.eachEntry(ctx, ".", func(name string) error {
 		if !slices.Contains(ours, name) {
 			return fmt.Errorf("%w: the directory holds %q and is no layout", ErrInvalidLayout, clip(name))
 		}
@@ -230,7 +214,7 @@ func (x *export) writeBlobs(ctx context.Context, root *rootDir) (err error) {
 	if err := copies.wait(err); err != nil {
 		return err
 	}
-	if err := store.syncDir("."); err != nil {
+	if err := root.syncDir("."); err != nil {
 		return err
 	}
 	return st.settle(ctx)

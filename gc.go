@@ -365,7 +365,7 @@ func (r *LocalRegistry) sweepTmp(ctx context.Context, opts *GCOptions) error {
 	began := time.Now()
 	for _, dir := range []string{partialDir, quarantineDir} {
 		dir = path.Join(tmpDir, dir)
-		err := r.blobs.eachEntry(ctx, dir, func(name string) error {
+		err := r.root.eachEntry(ctx, dir, func(name string) error {
 			name = path.Join(dir, name)
 			fi, err := r.root.Lstat(name)
 			if err != nil || opts.young(fi.ModTime(), began) {

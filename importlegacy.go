@@ -138,11 +138,10 @@ func fatal(err error) bool {
 
 // legacyEntries finds the directories whose name begins with "__", in order.
 func legacyEntries(ctx context.Context, root *rootDir, report *LegacyReport) ([]string, error) {
-	store := newBlobStore(root, true)
 	var entries []string
 	var visit func(dir string, depth int) error
 	visit = func(dir string, depth int) error {
-		return store.eachEntry(ctx, dir, func(name string) error {
+		return root.eachEntry(ctx, dir, func(name string) error {
 			at := path.Join(dir, name)
 			fi, err := root.Lstat(at)
 			if err == nil && !fi.IsDir() {

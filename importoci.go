@@ -59,7 +59,7 @@ func inspectLayout(ctx context.Context, dir string) (*Inspection, error) {
 		return nil, err
 	}
 	in := newInspection(entries)
-	err = newBlobStore(root, true).walk(ctx, func(e blobEntry) error {
+	err = walkBlobs(ctx, root, func(e blobEntry) error {
 		if e.digest != "" {
 			in.Blobs++
 			in.Bytes += e.info.Size()

@@ -49,9 +49,9 @@ type Options struct {
 	// Logger is told what can't be returned. Nil discards.
 	Logger *slog.Logger
 
-	fault func(op, name string) error // for rootDir
-	id    string                      // for a root that is made new; "" for one of its own
-	more  [][]string                  // migrations after those that there are, for tests
+	fault faultFunc  // for rootDir
+	id    string     // for a root that is made new; "" for one of its own
+	more  [][]string // migrations after those that there are, for tests
 }
 
 // A LocalRegistry is an open root directory. Any number of goroutines may use
@@ -287,40 +287,34 @@ func (r *LocalRegistry) makeDirs() error {
 			return err
 		}
 	}
-	return r.blobs.syncDir(".")
+	return r.root.syncDir(".")
 }
 
 // name gives a complete file below tmp/ its name in the root, unless that is taken.
 func (r *LocalRegistry) name(ctx context.Context, private, name string) error {
-	err := r.root.Link(private, name)
-	if linkUnsupported(err) {
-		err = r.blobs.alone(ctx, func() error {
-			_, err := r.root.Lstat(name)
-			if errors.Is(err, fs.ErrNotExist) {
-				err = r.root.Rename(private, name)
-			}
-			return err
-		})
-	} else {
-		if errors.Is(err, fs.ErrExist) {
-			err = nil
-		}
+	moved := false
+	// Alone, because a file system without hard links cannot name a file without replacing another.
+	err := r.blobs.alone(ctx, func() (err error) {
+		moved, err = r.root.linkNew(private, name)
+		return err
+	})
+	if errors.Is(err, fs.ErrExist) {
+		err = nil
+	}
+	if !moved {
 		err = errors.Join(err, r.root.Remove(private))
 	}
-	return errors.Join(err, r.blobs.syncDir("."))
+	return errors.Join(err, r.root.syncDir("."))
 }
 
 func (r *LocalRegistry) writeID(ctx context.Context, session string) error {
 	private := path.Join(session, rand.Text())
-	f, err := r.root.OpenFile(private, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o644)
+	f, err := r.root.openFile(private, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o644)
 	if err != nil {
 		return err
 	}
-	if err = r.root.injected("write", private); err == nil {
-		_, err = f.WriteString(cmp.Or(r.opts.id, strings.ToLower(rand.Text())) + "\n")
-	}
-	if err == nil {
-		err = r.root.sync(f, private)
+	if _, err = io.WriteString(f, cmp.Or(r.opts.id, strings.ToLower(rand.Text()))+"\n"); err == nil {
+		err = f.sync()
 	}
 	if err = errors.Join(err, f.Close()); err != nil {
 		return err
@@ -443,18 +437,6 @@ func (r *LocalRegistry) openOther(name string) (*os.File, error) {
 	return openRegular(name)
 }
 
-// openRegular opens a file that the caller named. What is no regular file is [ErrInvalidArgument].
-func openRegular(name string) (*os.File, error) {
-	f, err := os.OpenFile(name, os.O_RDONLY|openNonblock, 0)
-	if err != nil {
-		return nil, err
-	}
-	if _, err := checkRegular(f); err != nil {
-		return nil, errors.Join(fmt.Errorf("%w: %w", ErrInvalidArgument, err), f.Close())
-	}
-	return f, nil
-}
-
 // begin keeps the registry open until end is called. Once Close has begun it
 // fails, also from within a call that Close waits for.
 func (r *LocalRegistry) begin(ctx context.Context) (end func(), err error) {
@@ -491,40 +473,6 @@ func (r *LocalRegistry) localHost() string { return r.id + localHostSuffix }
 
 // localHostSuffix ends the names of hosts that exist nowhere: refs there were made up by a registry.
 const localHostSuffix = ".ocilocal.local"
-
-// mkdirAllSync is os.MkdirAll that makes each level it makes durable.
-func mkdirAllSync(dir string, perm fs.FileMode, fault func(op, name string) error) error {
-	if fi, err := os.Stat(dir); err == nil {
-		if !fi.IsDir() {
-			return &fs.PathError{Op: "mkdir", Path: dir, Err: errors.New("exists and is not a directory")}
-		}
-		return nil
-	}
-	parent := filepath.Dir(dir)
-	if parent != dir {
-		if err := mkdirAllSync(parent, 0o755, fault); err != nil {
-			return err
-		}
-	}
-	if err := (&rootDir{fault: fault}).injected("mkdir", dir); err != nil {
-		return err
-	}
-	// Also when another process was faster: it may not have synced it yet.
-	if err := os.Mkdir(dir, perm); err != nil && !errors.Is(err, fs.ErrExist) {
-		return err
-	}
-	return syncEntries(parent, fault)
-}
-
-// syncEntries makes the entries of a directory outside of any root durable.
-func syncEntries(dir string, fault func(op, name string) error) error {
-	p, err := openRoot(dir, fault)
-	if err != nil {
-		return err
-	}
-	defer p.Close()
-	return newBlobStore(p, false).syncDir(".")
-}
 
 // within runs fn, which is short, while the registry is kept open.
 func (r *LocalRegistry) within(ctx context.Context, fn func() error) error {

@@ -26,6 +26,8 @@ type RepairOptions struct {
 	// From are references whose repositories Remote asks, in order. Nil means those of the refs
 	// here that lead to what is wanted.
 	From []Reference
+
+	fault faultFunc // for the root that Rebuild opens
 }
 
 // A RepairReport tells what a repair did, by digest where that says it.
@@ -393,8 +395,7 @@ func (p *repair) moveAway(ctx context.Context, d digest.Digest, bad fs.FileInfo)
 	if err != nil || !moved {
 		return err
 	}
-	now := time.Now()
-	root.Chtimes(to, now, now) // its grace begins; on another user's file, it began when that was written
+	root.Chtimes(to, time.Now()) // its grace begins; on another user's file, it began when that was written
 	p.report.Quarantined = append(p.report.Quarantined, d)
 	return nil
 }

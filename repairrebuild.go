@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"os"
 	"path/filepath"
 	"slices"
 )
@@ -26,21 +25,29 @@ func Rebuild(ctx context.Context, dir string, opts *RepairOptions) (*RepairRepor
 }
 
 func rebuild(ctx context.Context, dir string, opts *RepairOptions) (*RepairReport, error) {
-	if _, err := os.Lstat(filepath.Join(dir, blobsDir)); err != nil {
+	if opts == nil {
+		opts = &RepairOptions{}
+	}
+	root, err := openRoot(dir, opts.fault)
+	if err == nil {
+		defer root.Close()
+		_, err = root.Lstat(blobsDir)
+	}
+	if err != nil {
 		if errors.Is(err, fs.ErrNotExist) {
 			err = fmt.Errorf("%w: %w", ErrNotFound, err)
 		}
 		return nil, err
 	}
 	before := &RepairReport{} // of an index that proved to be damaged
-	r, err := Open(ctx, dir, nil)
+	r, err := Open(ctx, dir, &Options{fault: opts.fault})
 	if err == nil {
 		damaged := false
 		err = r.index.integrity(ctx, false, func(string) { damaged = true })
 		if err == nil && !damaged {
 			p := newRepair(r, opts)
 			if mark, _ := meta(r.index, metaUnreconciled); mark != "" {
-				p.salvaged = salvageRefs(ctx, lastAside(dir))
+				p.salvaged = salvageRefs(ctx, filepath.Join(dir, lastAside(root)))
 			}
 			before, err = &p.report, p.run(ctx)
 			if !errors.Is(err, ErrCorruptIndex) && !slices.ContainsFunc(before.Left, impossible) {
@@ -54,32 +61,32 @@ func rebuild(ctx context.Context, dir string, opts *RepairOptions) (*RepairRepor
 	}
 	// Damage may have made the index of a root of ours unrecognisable. Others have a directory blobs too.
 	if errors.Is(err, ErrForeignIndex) && !errors.Is(err, errNoID) {
-		if _, lost := os.Lstat(filepath.Join(dir, idFile)); errors.Is(lost, fs.ErrNotExist) {
+		if _, lost := root.Lstat(idFile); errors.Is(lost, fs.ErrNotExist) {
 			return nil, fmt.Errorf("%w; nor is there a file %s (if the registry is this package's, rename %s to %s first)",
-				err, idFile, indexFile, filepath.Base(asideName(dir, 1)))
+				err, idFile, indexFile, asideName(1))
 		} else if lost != nil {
 			return nil, errors.Join(err, lost)
 		}
 	}
-	aside, err := setAside(dir)
+	aside, err := setAside(root)
 	if err != nil {
 		return nil, err
 	}
-	if r, err = Open(ctx, dir, nil); err != nil {
+	if r, err = Open(ctx, dir, &Options{fault: opts.fault}); err != nil {
 		return nil, err
 	}
 	p := newRepair(r, opts)
 	p.report.Healed, p.report.Quarantined = before.Healed, before.Quarantined
-	p.salvaged = salvageRefs(ctx, aside)
+	p.salvaged = salvageRefs(ctx, filepath.Join(dir, aside))
 	err = p.run(ctx)
 	return &p.report, errors.Join(err, r.Close())
 }
 
 // lastAside returns the name that setAside found last, or one that nothing has.
-func lastAside(dir string) (name string) {
+func lastAside(root *rootDir) (name string) {
 	for n := 1; ; n++ {
-		next := asideName(dir, n)
-		if _, err := os.Lstat(next); n > 1 && err != nil {
+		next := asideName(n)
+		if _, err := root.Lstat(next); n > 1 && err != nil {
 			return name
 		}
 		name = next
@@ -87,8 +94,8 @@ func lastAside(dir string) (name string) {
 }
 
 // asideName is the n-th name for a damaged index.
-func asideName(dir string, n int) string {
-	name := filepath.Join(dir, indexFile+".broken")
+func asideName(n int) string {
+	name := indexFile + ".broken"
 	if n > 1 {
 		name += fmt.Sprint(n)
 	}
@@ -97,10 +104,10 @@ func asideName(dir string, n int) string {
 
 // setAside renames the index's files, and returns the new name of the first. That goes first:
 // until the last one follows, Open refuses what is left. An index without its log would look sound.
-func setAside(dir string) (string, error) {
+func setAside(root *rootDir) (string, error) {
 	for n := 1; ; n++ {
-		aside := asideName(dir, n)
-		done, err := moveIndex(filepath.Join(dir, indexFile), aside)
+		aside := asideName(n)
+		done, err := moveIndex(root, indexFile, aside)
 		if done || err != nil {
 			return aside, err
 		}
@@ -109,16 +116,16 @@ func setAside(dir string) (string, error) {
 
 // moveIndex renames the files of an index, unless one would take another's name. Of
 // those that a killed rebuild has renamed already, the rest joins them.
-func moveIndex(from, to string) (done bool, err error) {
+func moveIndex(root *rootDir, from, to string) (done bool, err error) {
 	var there []string
 	for _, suffix := range []string{"", "-journal", "-wal", "-shm"} {
-		switch _, err := os.Lstat(from + suffix); {
+		switch _, err := root.Lstat(from + suffix); {
 		case errors.Is(err, fs.ErrNotExist):
 			continue
 		case err != nil:
 			return false, err
 		}
-		switch _, err := os.Lstat(to + suffix); {
+		switch _, err := root.Lstat(to + suffix); {
 		case err == nil:
 			return false, nil
 		case !errors.Is(err, fs.ErrNotExist):
@@ -127,9 +134,9 @@ func moveIndex(from, to string) (done bool, err error) {
 		there = append(there, suffix)
 	}
 	for _, suffix := range there {
-		if err := os.Rename(from+suffix, to+suffix); err != nil {
+		if err := root.Rename(from+suffix, to+suffix); err != nil {
 			return false, err
 		}
 	}
-	return true, syncEntries(filepath.Dir(from), nil)
+	return true, root.syncDir(".")
 }

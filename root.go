@@ -1,26 +1,46 @@
 package ocilocal
 
 import (
+	"context"
+	"errors"
+	"io"
 	"io/fs"
 	"os"
+	"path/filepath"
+	"runtime"
 	"syscall"
+	"time"
 )
 
-// rootDir is a registry's root directory, or one that is exported to or imported
-// from. It is an [os.Root], so that no name leads out of it, whose operations
-// tests can make fail or stop at.
+// A rootDir is an open directory: a registry's root, or one that is exported to or imported
+// from. No name leads out of it, as with [os.Root].
+//
+// All file operations of this package below such a directory go through its methods, and those
+// of [rootFile]: they are the seam at which tests make an operation fail, record it, or stop the
+// process. The [os.Root] is a field and not embedded, so that a call past the seam does not compile.
 type rootDir struct {
-	*os.Root
-	// fault is the tests' seam: called before each operation on the file
-	// system, by any goroutine, its error is the operation's. Nil in production.
-	fault func(op, name string) error
+	dir   *os.Root
+	fault faultFunc
 }
 
-// openRoot opens a directory, by whose fault its operations are to fail. Unlike
-// [os.OpenRoot] it doesn't block on a named pipe.
-func openRoot(dir string, fault func(op, name string) error) (*rootDir, error) {
-	r := &rootDir{fault: fault}
-	if err := r.injected("open", dir); err != nil {
+// A faultFunc is the tests' end of the seam. It is called before each operation, by any
+// goroutine, and an error that it returns is the operation's. It is nil in production.
+type faultFunc func(op, name string) error
+
+// before returns the error that a test wants op on name to fail with.
+func (f faultFunc) before(op, name string) error {
+	if f == nil {
+		return nil
+	}
+	if err := f(op, name); err != nil {
+		return &fs.PathError{Op: op, Path: name, Err: err}
+	}
+	return nil
+}
+
+// openRoot opens a directory. Unlike [os.OpenRoot] it does not block on a named pipe.
+func openRoot(dir string, fault faultFunc) (*rootDir, error) {
+	if err := fault.before("open", dir); err != nil {
 		return nil, err
 	}
 	fi, err := os.Stat(dir)
@@ -30,137 +50,235 @@ func openRoot(dir string, fault func(op, name string) error) (*rootDir, error) {
 	if err != nil {
 		return nil, err
 	}
-	if r.Root, err = os.OpenRoot(dir); err != nil {
+	root, err := os.OpenRoot(dir)
+	if err != nil {
 		return nil, err
 	}
-	return r, nil
+	return &rootDir{dir: root, fault: fault}, nil
 }
 
 // below opens a directory of r.
 func (r *rootDir) below(name string) (*rootDir, error) {
-	if err := r.injected("open", name); err != nil {
+	if err := r.fault.before("open", name); err != nil {
 		return nil, err
 	}
-	sub, err := r.Root.OpenRoot(name)
+	sub, err := r.dir.OpenRoot(name)
 	if err != nil {
 		return nil, err
 	}
-	return &rootDir{Root: sub, fault: r.fault}, nil
+	return &rootDir{dir: sub, fault: r.fault}, nil
 }
 
-// injected asks the tests' seam whether op on name shall fail.
-func (r *rootDir) injected(op, name string) error {
-	if r.fault == nil {
-		return nil
-	}
-	if err := r.fault(op, name); err != nil {
-		return &fs.PathError{Op: op, Path: name, Err: err}
-	}
-	return nil
-}
+func (r *rootDir) Close() error { return r.dir.Close() }
 
 func (r *rootDir) OpenFile(name string, flag int, perm fs.FileMode) (*os.File, error) {
 	op := "open"
 	if flag&os.O_CREATE != 0 {
 		op = "create"
 	}
-	if err := r.injected(op, name); err != nil {
+	if err := r.fault.before(op, name); err != nil {
 		return nil, err
 	}
-	return r.Root.OpenFile(name, flag, perm)
+	return r.dir.OpenFile(name, flag, perm)
 }
 
 func (r *rootDir) Open(name string) (*os.File, error) {
 	return r.OpenFile(name, os.O_RDONLY, 0)
 }
 
-func (r *rootDir) Lstat(name string) (fs.FileInfo, error) {
-	if err := r.injected("stat", name); err != nil {
+func (r *rootDir) Stat(name string) (fs.FileInfo, error) {
+	if err := r.fault.before("stat", name); err != nil {
 		return nil, err
 	}
-	return r.Root.Lstat(name)
+	return r.dir.Stat(name)
+}
+
+func (r *rootDir) Lstat(name string) (fs.FileInfo, error) {
+	if err := r.fault.before("stat", name); err != nil {
+		return nil, err
+	}
+	return r.dir.Lstat(name)
 }
 
 func (r *rootDir) Mkdir(name string, perm fs.FileMode) error {
-	if err := r.injected("mkdir", name); err != nil {
+	if err := r.fault.before("mkdir", name); err != nil {
 		return err
 	}
-	return r.Root.Mkdir(name, perm)
+	return r.dir.Mkdir(name, perm)
 }
 
 func (r *rootDir) Link(oldname, newname string) error {
-	if err := r.injected("link", newname); err != nil {
+	if err := r.fault.before("link", newname); err != nil {
 		return err
 	}
-	return r.Root.Link(oldname, newname)
+	return r.dir.Link(oldname, newname)
 }
 
 func (r *rootDir) Rename(oldname, newname string) error {
-	if err := r.injected("rename", newname); err != nil {
+	if err := r.fault.before("rename", newname); err != nil {
 		return err
 	}
-	return r.Root.Rename(oldname, newname)
+	return r.dir.Rename(oldname, newname)
 }
 
 func (r *rootDir) Chmod(name string, mode fs.FileMode) error {
-	if err := r.injected("chmod", name); err != nil {
+	if err := r.fault.before("chmod", name); err != nil {
 		return err
 	}
-	return r.Root.Chmod(name, mode)
+	return r.dir.Chmod(name, mode)
+}
+
+func (r *rootDir) Chtimes(name string, at time.Time) error {
+	if err := r.fault.before("chtimes", name); err != nil {
+		return err
+	}
+	return r.dir.Chtimes(name, at, at)
 }
 
 func (r *rootDir) Remove(name string) error {
-	if err := r.injected("remove", name); err != nil {
+	if err := r.fault.before("remove", name); err != nil {
 		return err
 	}
-	return r.Root.Remove(name)
+	return r.dir.Remove(name)
 }
 
 func (r *rootDir) RemoveAll(name string) error {
-	if err := r.injected("remove", name); err != nil {
+	if err := r.fault.before("remove", name); err != nil {
 		return err
 	}
-	return r.Root.RemoveAll(name)
+	return r.dir.RemoveAll(name)
 }
 
-// writebackEvery is how much of a large file is handed to the disk at once
-// while the rest comes in, so that fsync doesn't have to wait for all of it.
-const writebackEvery = 8 << 20
-
-// A writeback hands a file to the disk while it is being written.
-type writeback struct {
-	written, started int64 // bytes of the file: all, and those under writeback
-}
-
-func (w *writeback) wrote(f *os.File, n int) {
-	w.written += int64(n)
-	if w.written-w.started >= writebackEvery {
-		startWriteback(f, w.started, w.written-w.started)
-		w.started = w.written
+// linkNew gives the file name the new name to, unless that is taken: [fs.ErrExist]. The file
+// keeps its old name as well, except where the file system, or this file, cannot have another
+// hard link: there it is renamed, and moved is true. Looking whether to is taken and taking it
+// are two steps then, and a file that appears in between is replaced.
+func (r *rootDir) linkNew(name, to string) (moved bool, err error) {
+	err = r.Link(name, to)
+	if !linkUnsupported(err) {
+		return false, err
 	}
-}
-
-// seamWriter writes to an open file below a root.
-type seamWriter struct {
-	root      *rootDir
-	file      *os.File
-	name      string
-	writeback writeback
-}
-
-func (w *seamWriter) Write(p []byte) (int, error) {
-	if err := w.root.injected("write", w.name); err != nil {
-		return 0, err
+	switch _, err := r.Lstat(to); {
+	case err == nil:
+		return false, &fs.PathError{Op: "link", Path: to, Err: fs.ErrExist}
+	case !errors.Is(err, fs.ErrNotExist):
+		return false, err
 	}
-	n, err := w.file.Write(p)
-	w.writeback.wrote(w.file, n)
-	return n, err
+	err = r.Rename(name, to)
+	return err == nil, err
 }
 
-// sync makes the bytes of an open file below the root durable.
-func (r *rootDir) sync(f *os.File, name string) error {
-	if err := r.injected("fsync", name); err != nil {
+// linkUnsupported reports whether err says that this file system, or this
+// file, cannot have another hard link.
+func linkUnsupported(err error) bool {
+	for _, e := range []error{syscall.EPERM, syscall.EMLINK, syscall.EXDEV, errors.ErrUnsupported} {
+		if errors.Is(err, e) {
+			return true
+		}
+	}
+	return false
+}
+
+// eachEntry calls visit with every name in a directory, a batch at a time. A directory that
+// does not exist has none.
+func (r *rootDir) eachEntry(ctx context.Context, dir string, visit func(name string) error) error {
+	f, err := r.Open(dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
 		return err
 	}
-	return f.Sync()
+	defer f.Close()
+	for {
+		if err := r.fault.before("readdir", dir); err != nil {
+			return err
+		}
+		entries, err := f.ReadDir(1024)
+		for _, e := range entries {
+			if err := ctx.Err(); err != nil {
+				return err
+			}
+			if err := visit(e.Name()); err != nil {
+				return err
+			}
+		}
+		if err == io.EOF || errors.Is(err, fs.ErrNotExist) { // the latter: removed since it was opened
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+	}
+}
+
+// syncDir makes the entries of a directory durable.
+func (r *rootDir) syncDir(name string) error {
+	if runtime.GOOS == "windows" {
+		return nil // there, a directory cannot be synced: NTFS journals its entries
+	}
+	if err := r.fault.before("fsyncdir", name); err != nil {
+		return err
+	}
+	d, err := r.Open(name)
+	if err != nil {
+		return err
+	}
+	err = d.Sync()
+	return errors.Join(err, d.Close())
+}
+
+// lockDir is [tryLockDir] that waits for whoever holds the lock. It makes the directory if it
+// is missing, as it is after its last holder has removed it.
+func (r *rootDir) lockDir(ctx context.Context, name string) (release func() error, err error) {
+	for {
+		if name != "." {
+			if err := r.Mkdir(name, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+				return nil, err
+			}
+		}
+		release, held, err := tryLockDir(r, name)
+		if err != nil || held {
+			return release, err
+		}
+		select {
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		case <-time.After(2 * time.Millisecond):
+		}
+	}
+}
+
+// mkdirAllSync is [os.MkdirAll] that makes each level it makes durable.
+func mkdirAllSync(dir string, perm fs.FileMode, fault faultFunc) error {
+	if fi, err := os.Stat(dir); err == nil {
+		if !fi.IsDir() {
+			return &fs.PathError{Op: "mkdir", Path: dir, Err: errors.New("exists and is not a directory")}
+		}
+		return nil
+	}
+	parent := filepath.Dir(dir)
+	if parent != dir {
+		if err := mkdirAllSync(parent, 0o755, fault); err != nil {
+			return err
+		}
+	}
+	if err := fault.before("mkdir", dir); err != nil {
+		return err
+	}
+	// Also when another process was faster: it may not have synced it yet.
+	if err := os.Mkdir(dir, perm); err != nil && !errors.Is(err, fs.ErrExist) {
+		return err
+	}
+	return syncEntries(parent, fault)
+}
+
+// syncEntries makes the entries of a directory that is not open durable.
+func syncEntries(dir string, fault faultFunc) error {
+	r, err := openRoot(dir, fault)
+	if err != nil {
+		return err
+	}
+	defer r.Close()
+	return r.syncDir(".")
 }

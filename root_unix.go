@@ -17,10 +17,10 @@ const openNonblock = syscall.O_NONBLOCK
 // noSpace are the errors of a full disk or quota.
 var noSpace = []syscall.Errno{syscall.ENOSPC, syscall.EDQUOT}
 
-// lockDir tries to lock a directory of root against every other process and
+// tryLockDir tries to lock a directory of root against every other process and
 // every other handle in this one. held is false when somebody else has it, or
 // when it is gone. The lock ends with release, or with the process.
-func lockDir(root *rootDir, name string) (release func() error, held bool, err error) {
+func tryLockDir(root *rootDir, name string) (release func() error, held bool, err error) {
 	d, err := root.Open(name)
 	if err != nil {
 		return nil, false, ignoreNotExist(err)

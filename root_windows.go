@@ -14,12 +14,12 @@ const (
 // noSpace are the errors of a full disk: ERROR_DISK_FULL, ERROR_HANDLE_DISK_FULL.
 var noSpace = []syscall.Errno{112, 39}
 
-// lockDir holds a directory by an open file inside it that nobody else may
+// tryLockDir holds a directory by an open file inside it that nobody else may
 // read or write. It may be deleted, since sweeping removes the directory while
 // holding it. os.Root can't do this: it shares the files that it opens with everybody.
-func lockDir(root *rootDir, name string) (release func() error, held bool, err error) {
+func tryLockDir(root *rootDir, name string) (release func() error, held bool, err error) {
 	const errSharingViolation = syscall.Errno(32)
-	marker, err := syscall.UTF16PtrFromString(filepath.Join(root.Name(), filepath.FromSlash(name), "lock"))
+	marker, err := syscall.UTF16PtrFromString(filepath.Join(root.dir.Name(), filepath.FromSlash(name), "lock"))
 	if err != nil {
 		return nil, false, err
 	}

@@ -1,0 +1,119 @@
+package ocilocal
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+)
+
+// A rootFile is an open file below a [rootDir]. Like the directory, it lets tests make its
+// operations fail.
+type rootFile struct {
+	file *os.File
+	name string // below the directory
+	root *rootDir
+
+	written, started int64 // bytes of the file: all, and those that are on their way to the disk
+}
+
+// writebackEvery is how much of a large file is handed to the disk at once
+// while the rest comes in, so that fsync does not have to wait for all of it.
+const writebackEvery = 8 << 20
+
+// openFile is OpenFile for a file that is written or synced. It follows no symbolic link.
+func (r *rootDir) openFile(name string, flag int, perm fs.FileMode) (*rootFile, error) {
+	f, err := r.OpenFile(name, flag|openNoFollow, perm)
+	if err != nil {
+		return nil, err
+	}
+	return &rootFile{file: f, name: name, root: r}, nil
+}
+
+func (f *rootFile) Read(p []byte) (int, error)                { return f.file.Read(p) }
+func (f *rootFile) ReadAt(p []byte, off int64) (int, error)   { return f.file.ReadAt(p, off) }
+func (f *rootFile) Seek(off int64, whence int) (int64, error) { return f.file.Seek(off, whence) }
+func (f *rootFile) Stat() (fs.FileInfo, error)                { return f.file.Stat() }
+func (f *rootFile) Close() error                              { return f.file.Close() }
+
+func (f *rootFile) Write(p []byte) (int, error) {
+	if err := f.root.fault.before("write", f.name); err != nil {
+		return 0, err
+	}
+	n, err := f.file.Write(p)
+	f.wrote(int64(n))
+	return n, err
+}
+
+// copyFrom appends what src has up to limit, and lets the kernel copy it where it can.
+func (f *rootFile) copyFrom(src io.Reader, limit int64) (int64, error) {
+	if err := f.root.fault.before("write", f.name); err != nil {
+		return 0, err
+	}
+	return f.file.ReadFrom(io.LimitReader(src, limit))
+}
+
+// wrote hands the file to the disk, once enough of it has been written.
+func (f *rootFile) wrote(n int64) {
+	f.written += n
+	if f.written-f.started >= writebackEvery {
+		f.start(f.started, f.written-f.started)
+		f.started = f.written
+	}
+}
+
+// start hands n bytes of the file to the disk, beginning at off; all that follow if n is 0.
+func (f *rootFile) start(off, n int64) { startWriteback(f.file, off, n) }
+
+// sync makes the bytes of the file durable.
+func (f *rootFile) sync() error {
+	if err := f.root.fault.before("fsync", f.name); err != nil {
+		return err
+	}
+	return f.file.Sync()
+}
+
+func (f *rootFile) chmod(mode fs.FileMode) error {
+	if err := f.root.fault.before("chmod", f.name); err != nil {
+		return err
+	}
+	return f.file.Chmod(mode)
+}
+
+// truncate makes the file empty and goes to its beginning.
+func (f *rootFile) truncate() error {
+	if err := f.root.fault.before("truncate", f.name); err != nil {
+		return err
+	}
+	if err := f.file.Truncate(0); err != nil {
+		return err
+	}
+	f.written, f.started = 0, 0
+	_, err := f.file.Seek(0, io.SeekStart)
+	return err
+}
+
+// checkRegular returns the size of an open regular file, and an error for anything else.
+func checkRegular(f interface{ Stat() (fs.FileInfo, error) }) (int64, error) {
+	fi, err := f.Stat()
+	if err != nil {
+		return 0, err
+	}
+	if !fi.Mode().IsRegular() {
+		return 0, &fs.PathError{Op: "open", Path: fi.Name(), Err: errors.New("not a regular file")}
+	}
+	return fi.Size(), nil
+}
+
+// openRegular opens a file that the caller named. Anything but a regular file is [ErrInvalidArgument].
+func openRegular(name string) (*os.File, error) {
+	f, err := os.OpenFile(name, os.O_RDONLY|openNonblock, 0)
+	if err != nil {
+		return nil, err
+	}
+	if _, err := checkRegular(f); err != nil {
+		return nil, errors.Join(fmt.Errorf("%w: %w", ErrInvalidArgument, err), f.Close())
+	}
+	return f, nil
+}
