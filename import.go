@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"sync/atomic"
 
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -89,6 +90,11 @@ type importer struct {
 	tasks   *tasks // under way; nil without workers
 	// look opens a manifest of the source without staging it. Nil: what the source has is staged.
 	look func(ctx context.Context, desc ocispec.Descriptor) (*verifier, error)
+	// reusable decides whether a blob that the registry has may be used. Nil: every one may.
+	reusable func(ctx context.Context, desc ocispec.Descriptor) (bool, error)
+	// maxBytes bounds the size of what is fetched, by the descriptors. Zero: no limit.
+	maxBytes int64
+	fetched  atomic.Int64 // counts towards maxBytes
 
 	need      map[digest.Digest]bool // what the closures hold
 	sizes     map[digest.Digest]int64
@@ -373,8 +379,11 @@ func (im *importer) blob(ctx context.Context, desc ocispec.Descriptor, as role) 
 		return nil
 	}
 	bring := func() error {
-		ok, err := im.stage.reuse(ctx, desc.Digest, desc.Size)
+		ok, err := im.reuse(ctx, desc)
 		if ok || err != nil {
+			return err
+		}
+		if err := im.charge(desc.Size); err != nil {
 			return err
 		}
 		return im.fetch(ctx, desc, as)
@@ -383,6 +392,24 @@ func (im *importer) blob(ctx context.Context, desc ocispec.Descriptor, as role) 
 		return im.tasks.start(bring)
 	}
 	return bring()
+}
+
+// reuse takes a blob into the stage that the registry has, if it is whole and may be used.
+func (im *importer) reuse(ctx context.Context, desc ocispec.Descriptor) (bool, error) {
+	if im.reusable != nil && !im.stage.has(desc.Digest) {
+		if ok, err := im.reusable(ctx, desc); !ok || err != nil {
+			return false, err
+		}
+	}
+	return im.stage.reuse(ctx, desc.Digest, desc.Size)
+}
+
+// charge counts n bytes that are about to be fetched towards maxBytes.
+func (im *importer) charge(n int64) error {
+	if sum := im.fetched.Add(n); im.maxBytes > 0 && sum > im.maxBytes {
+		return fmt.Errorf("%w: more than %d bytes to add (MaxBytes)", ErrTooLarge, im.maxBytes)
+	}
+	return nil
 }
 
 // claim notes that a blob is needed. It reports whether it is there, or was asked for, already.

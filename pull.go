@@ -31,6 +31,10 @@ type PullOptions struct {
 	Check bool
 	// Workers is how many blobs are fetched at a time. Zero means 4.
 	Workers int
+	// MaxBytes, if positive, is how many bytes of manifests and blobs the pull may add to the registry,
+	// by the sizes that manifests state. A pull that needs more fails with [ErrTooLarge]
+	// before it fetches the blob that is too much, and publishes nothing.
+	MaxBytes int64
 	// PublishOptions say what happens if the ref is here and points at something else than what is
 	// pulled. Without Check, a ref that is here is what is pulled, so that Replace doesn't move it;
 	// Expected is compared in any case.
@@ -134,7 +138,7 @@ func (p *puller) run(ctx context.Context) (*PullResult, error) {
 		if err != nil {
 			return nil, err
 		}
-		if result, err := p.point(ctx, desc.Digest); result != nil || err != nil {
+		if result, err := p.unchanged(desc.Digest); result != nil || err != nil {
 			return result, err
 		}
 		reference = string(desc.Digest) // should the tag move now
@@ -144,13 +148,37 @@ func (p *puller) run(ctx context.Context) (*PullResult, error) {
 		return nil, err
 	}
 	if p.opts.Platform != nil && m.IsIndex() {
-		root, err := choosePlatform(m, p.opts.Platform)
+		chosen, err := choosePlatform(m, p.opts.Platform)
 		if err != nil {
 			return nil, err
 		}
-		return p.fetchAll(ctx, root, nil)
+		if result, err := p.refused(chosen); err != nil {
+			return result, err
+		}
+		if m, err = p.repo.manifest(ctx, string(chosen.Digest), chosen.MediaType); err != nil {
+			return nil, err
+		}
 	}
-	return p.fetchAll(ctx, m.Descriptor(), m)
+	if result, err := p.refused(m.Descriptor()); err != nil {
+		return result, err
+	}
+	// A ref points at what is here only after the registry has sent the manifest itself. A digest
+	// in a header proves nothing: it would let a registry name whatever is here.
+	if !p.registry.opts.SeparateRegistries {
+		if result, err := p.point(ctx, m.Digest()); result != nil || err != nil {
+			return result, err
+		}
+	}
+	return p.fetchAll(ctx, m)
+}
+
+// unchanged returns the result if the ref points at d already and d is here with all it needs.
+func (p *puller) unchanged(d digest.Digest) (*PullResult, error) {
+	desc, ok, err := p.registry.index.resolve(p.as.key())
+	if err != nil || !ok || desc.Digest != d || p.opts.Expected != "" && p.opts.Expected != d || !p.whole(desc) {
+		return nil, err
+	}
+	return p.result(RefUpdate{Reference: p.as, Descriptor: desc, Existing: d, Outcome: Unchanged}, nil)
 }
 
 // present returns what is here of what is asked for, or nil if that is nothing whole. What the
@@ -162,6 +190,11 @@ func (p *puller) present(ctx context.Context) (*PullResult, error) {
 			err = nil
 		}
 		return nil, err
+	}
+	if p.registry.opts.SeparateRegistries {
+		if owned, err := p.registry.ownedBy(ctx, p.ref.Registry(), desc.Digest); !owned || err != nil {
+			return nil, err
+		}
 	}
 	if p.opts.Platform != nil {
 		// An image index that is here says which manifest is asked for. If there is none, the registry may know.
@@ -207,8 +240,8 @@ func (p *puller) point(ctx context.Context, d digest.Digest) (*PullResult, error
 	if err != nil || !ok || !p.whole(desc) {
 		return nil, err
 	}
-	if at, ok, err := r.index.resolve(p.as.key()); err != nil || ok && at.Digest == d && p.opts.Expected == "" {
-		return p.result(RefUpdate{Reference: p.as, Descriptor: desc, Existing: d, Outcome: Unchanged}, err)
+	if result, err := p.unchanged(d); result != nil || err != nil {
+		return result, err
 	}
 	if r.blobs.readOnly {
 		return nil, nil
@@ -248,26 +281,40 @@ func choosePlatform(m *Manifest, want *ocispec.Platform) (ocispec.Descriptor, er
 		clip(want.OS), clip(want.Architecture))
 }
 
-// fetchAll brings the closure of root in and publishes it.
-func (p *puller) fetchAll(ctx context.Context, root ocispec.Descriptor, m *Manifest) (*PullResult, error) {
-	// What is certain to be refused isn't fetched. What counts is seen when it is published.
+// refused returns the conflict that publishing root is certain to end in, before
+// anything is fetched. The policy is applied again when it is published.
+func (p *puller) refused(root ocispec.Descriptor) (*PullResult, error) {
 	existing, _, err := p.registry.index.resolve(p.as.key())
 	if err != nil {
 		return nil, err
 	}
 	u := RefUpdate{Reference: p.as, Descriptor: root, Existing: existing.Digest, Outcome: p.opts.outcome(existing.Digest, root.Digest)}
-	if u.Outcome == Conflicted {
-		return p.result(u, u.conflict(p.opts.Expected))
+	if u.Outcome != Conflicted {
+		return nil, nil
 	}
+	return p.result(u, u.conflict(p.opts.Expected))
+}
+
+// fetchAll brings the closure of a manifest in and publishes it.
+func (p *puller) fetchAll(ctx context.Context, m *Manifest) (*PullResult, error) {
+	root := m.Descriptor()
 	im := p.registry.newImporter(&ImportOptions{Reference: p.as, PublishOptions: p.opts.PublishOptions, one: true})
 	defer func() { p.registry.logDiscard(im.stage.discard()) }()
 	p.stage = im.stage
 	im.fetch = p.fetch
 	im.workers = cmp.Or(max(p.opts.Workers, 0), 4)
-	if m != nil {
-		if _, err := im.stage.putBytes(ctx, m.raw, m.Digest().Algorithm()); err != nil {
-			return nil, err
+	im.maxBytes = p.opts.MaxBytes
+	if p.registry.opts.SeparateRegistries {
+		im.reusable = func(ctx context.Context, desc ocispec.Descriptor) (bool, error) {
+			return p.registry.ownedBy(ctx, p.ref.Registry(), desc.Digest)
 		}
+	}
+	if _, err := im.stage.putBytes(ctx, m.raw, m.Digest().Algorithm()); err != nil {
+		return nil, err
+	}
+	_, _, added := im.stage.counts()
+	if err := im.charge(added); err != nil {
+		return nil, err
 	}
 	entry := ocispec.Descriptor{MediaType: root.MediaType, Digest: root.Digest, Size: root.Size}
 	imported, err := im.run(ctx, []ocispec.Descriptor{entry})
@@ -299,6 +346,14 @@ func (p *puller) fetch(ctx context.Context, desc ocispec.Descriptor, as role) er
 		part, err := p.stage.openPartial(ctx, desc.Digest, desc.Size)
 		if err != nil {
 			return err
+		}
+		if part != nil && part.kept > 0 && p.registry.opts.SeparateRegistries {
+			// It is not known which registry sent these bytes, and this one must send all of them.
+			err := p.fetchWhole(ctx, desc, p.meter(desc))
+			if err == nil {
+				part.have = 0 // close removes it
+			}
+			return errors.Join(err, part.close())
 		}
 		if part != nil {
 			return errors.Join(p.resume(ctx, desc, part, p.meter(desc)), part.close())

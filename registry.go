@@ -43,6 +43,16 @@ type Options struct {
 	// yet, and that Pull and Push use unless they are given another. Without one,
 	// Load doesn't use the network, and Pull and Push use the zero Remote.
 	Remote *Remote
+	// SeparateRegistries keeps content of different remote registries apart: a pull uses a manifest or
+	// blob that is here only if a ref of the same registry host leads to it, and fetches it otherwise.
+	// Without it, whoever publishes a manifest that names the digest of something that is here
+	// gives that content a name of theirs by a pull, and gets it by the next push under that name.
+	//
+	// It costs a look at the index for each blob, and a second download of what another
+	// registry brought before; on the disk, the bytes are kept once. It protects only as far as
+	// every pull into the root has it. Refs that were built, tagged or imported count as
+	// content of the host in their names.
+	SeparateRegistries bool
 	// AllowNetworkFS opens a root on a network file system, which otherwise
 	// fails with [ErrNetworkFS]. There, only one machine at a time may use it.
 	AllowNetworkFS bool

@@ -1,0 +1,54 @@
+package ocilocal
+
+import (
+	"context"
+
+	"github.com/opencontainers/go-digest"
+)
+
+// maxOwnerWalk bounds how many manifests are looked at to find whose a blob is. A blob
+// that more manifests share is fetched again, which costs its download and nothing else.
+const maxOwnerWalk = 1000
+
+// ownedBy reports whether a ref of a registry host leads to d: it points at d, or at a
+// manifest that needs d.
+//
+// Under [Options.SeparateRegistries] this decides whether a pull from host may use what is
+// here. A digest alone proves nothing: whoever knows the digest of a secret can publish a
+// manifest that names it. A pull that then took the secret from here would give it a name of
+// that registry, and a push under that name would hand it over. A ref of host is proof enough,
+// because under the option such refs come from pulls that received every byte from host,
+// or from the user, who named what they built or tagged.
+func (r *LocalRegistry) ownedBy(ctx context.Context, host string, d digest.Digest) (bool, error) {
+	seen := map[digest.Digest]bool{}
+	owned := false
+	var visit func(digest.Digest) error
+	visit = func(d digest.Digest) error {
+		if seen[d] || len(seen) >= maxOwnerWalk {
+			return nil
+		}
+		seen[d] = true
+		refs, err := refsTo(r.index, d)
+		if err != nil {
+			return err
+		}
+		for _, ref := range refs {
+			owned = owned || ref.Registry() == host
+		}
+		if owned {
+			return errStop
+		}
+		if err := neededBy(ctx, r.index, d, visit); err != nil {
+			return err
+		}
+		if owned {
+			return errStop
+		}
+		return nil
+	}
+	err := visit(d)
+	if err == errStop {
+		err = nil
+	}
+	return owned, err
+}
