@@ -94,17 +94,19 @@ func (p *partial) reopen(ctx context.Context) (whole bool, err error) {
 	return false, err
 }
 
-// makePartialDir makes a directory and its parent, which goes away whenever it is empty.
+// makePartialDir makes a directory and its parent. Whoever empties the parent removes it, so
+// it may vanish between the two steps: then both are done again.
 func makePartialDir(root *rootDir, name string) (err error) {
 	for range 10 {
-		for _, dir := range []string{path.Dir(name), name} {
-			if err = root.Mkdir(dir, 0o700); errors.Is(err, fs.ErrExist) {
-				err = nil
-			}
+		if err = root.Mkdir(path.Dir(name), 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+			return err
 		}
-		if !errors.Is(err, fs.ErrNotExist) {
+		if err = root.Mkdir(name, 0o700); !errors.Is(err, fs.ErrNotExist) {
 			break
 		}
+	}
+	if errors.Is(err, fs.ErrExist) {
+		return nil
 	}
 	return err
 }

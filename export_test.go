@@ -95,6 +95,9 @@ func RefuseNetworkFS(name string, allow bool) error {
 	return (&LocalRegistry{opts: Options{AllowNetworkFS: allow}}).checkFS(name)
 }
 
+// ProcessCondition tells a condition of the process from damage.
+var ProcessCondition = processCondition
+
 var (
 	ReferenceFromKey = referenceFromKey
 	ReferenceKey     = Reference.key

@@ -11,7 +11,6 @@ import (
 	"runtime"
 	"slices"
 	"strings"
-	"syscall"
 
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -126,14 +125,9 @@ func (r *LocalRegistry) importLegacy(ctx context.Context, dir string, opts *Lega
 	return nil
 }
 
-// fatal tells errors that would meet every further entry too.
+// fatal reports whether err would meet every further entry too.
 func fatal(err error) bool {
-	for _, e := range []error{context.Canceled, context.DeadlineExceeded, ErrReadOnly, ErrBusy, ErrIndexIO, ErrCorruptIndex, ErrForeignIndex, syscall.ENOSPC, syscall.EDQUOT} {
-		if errors.Is(err, e) {
-			return true
-		}
-	}
-	return false
+	return processCondition(err) || errors.Is(err, ErrCorruptIndex) || errors.Is(err, ErrForeignIndex)
 }
 
 // legacyEntries finds the directories whose name begins with "__", in order.

@@ -17,6 +17,9 @@ const openNonblock = syscall.O_NONBLOCK
 // noSpace are the errors of a full disk or quota.
 var noSpace = []syscall.Errno{syscall.ENOSPC, syscall.EDQUOT}
 
+// noResources are the errors of a process or machine that is out of descriptors, memory or locks.
+var noResources = []syscall.Errno{syscall.EMFILE, syscall.ENFILE, syscall.ENOMEM, syscall.ENOBUFS, syscall.EAGAIN, syscall.ENOLCK}
+
 // tryLockDir tries to lock a directory of root against every other process and
 // every other handle in this one. held is false when somebody else has it, or
 // when it is gone. The lock ends with release, or with the process.
