@@ -5,14 +5,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"slices"
-	"strconv"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"testing"
 
 	"github.com/opencontainers/go-digest"
@@ -270,59 +267,88 @@ func TestBackupOfDamage(t *testing.T) {
 
 func init() { workers["backup"] = backupWorker }
 
-// backupWorker backs a root up to a directory, and ends at its n-th file operation as if it were killed there.
-func backupWorker(_ *bufio.Scanner, args []string) error {
-	n, err := strconv.ParseInt(args[2], 10, 64)
+// backupThrough backs the root up to dir through a seam, with open and close.
+func backupThrough(seam *pointSeam, root, dir string) error {
+	seam.base = dir
+	r, err := ocilocal.OpenFaulty(context.Background(), root, seam.fault)
 	if err != nil {
 		return err
 	}
-	var ops atomic.Int64
-	r, err := ocilocal.OpenFaulty(context.Background(), args[0], func(op, name string) error {
-		if ops.Add(1) == n {
-			os.Exit(killedAt)
-		}
-		return nil
-	})
-	if err != nil {
-		return err
-	}
-	_, err = r.Backup(context.Background(), args[1], nil)
+	_, err = r.Backup(context.Background(), dir, nil)
 	return errors.Join(err, r.Close())
+}
+
+// backupWorker backs a root up to a directory, and ends at a point as if it were killed there.
+func backupWorker(_ *bufio.Scanner, args []string) error {
+	at, err := pointFromArgs(args[2:])
+	if err != nil {
+		return err
+	}
+	return backupThrough(&pointSeam{at: at, act: killHere}, args[0], args[1])
+}
+
+// A backupCase is a registry with two refs, and a backup of it from when it had one.
+type backupCase struct {
+	r         *ocilocal.LocalRegistry
+	base      string
+	last, now string // what the backup has, and what the registry has
+}
+
+func newBackupCase(t *testing.T) *backupCase {
+	t.Helper()
+	c := &backupCase{r: openTemp(t, nil), base: t.TempDir()}
+	a := child(t, c.r, "example.com/a:v1", ocilocal.BuilderOptions{}, nil, nil, "one")
+	if _, err := c.r.Backup(t.Context(), c.base, nil); err != nil {
+		t.Fatal(err)
+	}
+	c.last = fmt.Sprint(listed(t, c.r))
+	child(t, c.r, "example.com/a:v2", ocilocal.BuilderOptions{}, descOf(a), nil, "two")
+	c.now = fmt.Sprint(listed(t, c.r))
+	return c
+}
+
+// copy returns a new copy of the backup.
+func (c *backupCase) copy(t *testing.T) (dir string) {
+	t.Helper()
+	dir = filepath.Join(t.TempDir(), "backup")
+	if err := os.CopyFS(dir, os.DirFS(c.base)); err != nil {
+		t.Fatal(err)
+	}
+	for name := range tree(t, filepath.Join(dir, "blobs")) {
+		if err := os.Chmod(filepath.Join(dir, "blobs", name), 0o444); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return dir
+}
+
+// points records the file operations of a backup to dir.
+func (c *backupCase) points(t *testing.T, dir string) []point {
+	t.Helper()
+	seam := &pointSeam{}
+	if err := backupThrough(seam, c.r.Root(), dir); err != nil {
+		t.Fatal(err)
+	}
+	checkBackup(t, dir, listed(t, c.r))
+	return seam.points
 }
 
 // A backup that is killed at any file operation leaves nothing, the last one, or the new one; and the next one works.
 func TestBackupKilled(t *testing.T) {
-	r := openTemp(t, nil)
-	a := child(t, r, "example.com/a:v1", ocilocal.BuilderOptions{}, nil, nil, "one")
-	base := t.TempDir()
-	if _, err := r.Backup(t.Context(), base, nil); err != nil {
-		t.Fatal(err)
-	}
-	last := fmt.Sprint(listed(t, r))
-	child(t, r, "example.com/a:v2", ocilocal.BuilderOptions{}, descOf(a), nil, "two")
-	now := fmt.Sprint(listed(t, r))
+	c := newBackupCase(t)
 	for _, first := range []bool{true, false} {
-		killed := 0
-		step := scaled(12, 5, 1)
-		for n := 1 + rand.N(step); ; n += step {
-			dir := filepath.Join(t.TempDir(), "backup")
-			if !first {
-				if err := os.CopyFS(dir, os.DirFS(base)); err != nil {
-					t.Fatal(err)
-				}
-				for name := range tree(t, filepath.Join(dir, "blobs")) {
-					if err := os.Chmod(filepath.Join(dir, "blobs", name), 0o444); err != nil {
-						t.Fatal(err)
-					}
-				}
+		target := func() string {
+			if first {
+				return filepath.Join(t.TempDir(), "backup")
 			}
-			w := startWorker(t, "backup", r.Root(), dir, strconv.Itoa(n))
+			return c.copy(t)
+		}
+		for _, p := range everyNth(c.points(t, target()), scaled(12, 5, 1)) {
+			dir := target()
+			w := startWorker(t, "backup", append([]string{c.r.Root(), dir}, p.args()...)...)
 			end := w.end()
-			done := w.cmd.ProcessState.Success()
-			if code := w.cmd.ProcessState.ExitCode(); code == killedAt {
-				killed++
-			} else if code != 0 {
-				t.Fatal(end)
+			if code := w.cmd.ProcessState.ExitCode(); code != killedAt {
+				t.Fatalf("the recorded operation %v was not reached: %s", p, end)
 			}
 			got := ""
 			b, err := ocilocal.OpenReadOnly(t.Context(), dir, nil)
@@ -330,88 +356,51 @@ func TestBackupKilled(t *testing.T) {
 				got = fmt.Sprint(listed(t, b))
 				mustClose(t, b)
 			} else if !first || !errors.Is(err, ocilocal.ErrNotFound) {
-				t.Errorf("operation %d: %v", n, err)
+				t.Errorf("killed at %v: %v", p, err)
 			}
-			before := last
+			before := c.last
 			if first && got != "" {
 				before = fmt.Sprint(map[string]string{})
 			}
-			if got != now && (done || got != before && got != "") {
-				t.Errorf("operation %d, done %v: the backup has %q", n, done, got)
+			if got != c.now && got != before && got != "" {
+				t.Errorf("killed at %v: the backup has %q", p, got)
 			}
-			if _, err := r.Backup(t.Context(), dir, nil); err != nil {
+			if _, err := c.r.Backup(t.Context(), dir, nil); err != nil {
 				t.Error(err)
 			}
-			checkBackup(t, dir, listed(t, r))
-			if done {
-				break
-			}
-		}
-		if killed < 3 {
-			t.Errorf("only %d were killed", killed)
+			checkBackup(t, dir, listed(t, c.r))
 		}
 	}
 }
 
 // A backup that fails at any file operation leaves the last one, or is done; and the next one works.
 func TestBackupFaults(t *testing.T) {
-	r := openTemp(t, nil)
-	a := child(t, r, "example.com/a:v1", ocilocal.BuilderOptions{}, nil, nil, "one")
-	base := t.TempDir()
-	if _, err := r.Backup(t.Context(), base, nil); err != nil {
-		t.Fatal(err)
-	}
-	last := fmt.Sprint(listed(t, r))
-	child(t, r, "example.com/a:v2", ocilocal.BuilderOptions{}, descOf(a), nil, "two")
-	now := fmt.Sprint(listed(t, r))
-	backupTo := func(dir string, n int) (ops int, err error) {
-		var mu sync.Mutex
-		faulty, err := ocilocal.OpenFaulty(t.Context(), r.Root(), func(op, name string) error {
-			mu.Lock()
-			defer mu.Unlock()
-			if ops++; ops == n {
-				return fmt.Errorf("injected at %s %s: %w", op, name, os.ErrPermission)
-			}
-			return nil
-		})
-		if err != nil {
-			return ops, err
-		}
-		_, err = faulty.Backup(t.Context(), dir, nil)
-		return ops, errors.Join(err, faulty.Close())
-	}
+	c := newBackupCase(t)
 	failed := 0
-	for n := 1; ; n++ {
-		dir := t.TempDir()
-		if err := os.CopyFS(dir, os.DirFS(base)); err != nil {
-			t.Fatal(err)
+	for _, p := range c.points(t, c.copy(t)) {
+		dir := c.copy(t)
+		seam := &pointSeam{at: p, act: func() error { return os.ErrPermission }}
+		err := backupThrough(seam, c.r.Root(), dir)
+		if !seam.hit.Load() {
+			t.Fatalf("the recorded operation %v was not reached", p)
 		}
-		for name := range tree(t, filepath.Join(dir, "blobs")) {
-			if err := os.Chmod(filepath.Join(dir, "blobs", name), 0o444); err != nil {
-				t.Fatal(err)
-			}
-		}
-		ops, err := backupTo(dir, n)
 		if errors.Is(err, os.ErrPermission) {
 			failed++
 		} else if err != nil {
-			t.Errorf("operation %d: %v", n, err)
+			t.Errorf("failed at %v: %v", p, err)
 		}
 		b, openErr := ocilocal.OpenReadOnly(t.Context(), dir, nil)
 		if openErr != nil {
 			t.Fatal(openErr)
 		}
-		if got := fmt.Sprint(listed(t, b)); got != now && (err == nil || got != last) {
-			t.Errorf("operation %d: %v, and the backup has %s", n, err, got)
+		if got := fmt.Sprint(listed(t, b)); got != c.now && (err == nil || got != c.last) {
+			t.Errorf("failed at %v: %v, and the backup has %s", p, err, got)
 		}
 		mustClose(t, b)
-		if _, err := r.Backup(t.Context(), dir, nil); err != nil {
+		if _, err := c.r.Backup(t.Context(), dir, nil); err != nil {
 			t.Error(err)
 		}
-		checkBackup(t, dir, listed(t, r))
-		if ops < n {
-			break
-		}
+		checkBackup(t, dir, listed(t, c.r))
 	}
 	if failed < 30 {
 		t.Errorf("only %d operations failed", failed)

@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"io"
 	"maps"
-	"math/rand/v2"
 	"net/http"
 	"net/http/httptest"
 	"path/filepath"
@@ -266,93 +265,82 @@ func exactly(labels map[string]string) model {
 	return m
 }
 
-// faulted counts the file operations of a flow and fails the n-th.
-type faulted struct {
-	always func(op, name string) error
-	n      int64
-	errno  error
-	count  atomic.Int64
-	op     atomic.Value // what failed
+// A fault fails one file operation with an errno.
+type fault struct {
+	pointSeam
+	errno error
 }
 
-func (f *faulted) fault(op, name string) error {
-	if f.n > 0 && f.count.Add(1) == f.n {
-		f.op.Store(op + " " + name)
-		if f.errno == io.ErrShortWrite && op != "write" {
-			return syscall.EIO
-		}
-		return f.errno
+// newFault returns a fault of the flow on root.
+func (f *flow) newFault(root string, at point, errno error) *fault {
+	if errno == io.ErrShortWrite && at.op != "write" {
+		errno = syscall.EIO
 	}
-	if f.always != nil {
-		return f.always(op, name)
-	}
-	return nil
+	fa := &fault{errno: errno}
+	fa.base, fa.at, fa.always = filepath.Dir(root), at, f.always
+	fa.act = func() error { return errno }
+	return fa
 }
-
-func (f *faulted) hit() string { op, _ := f.op.Load().(string); return op }
 
 var faultErrors = []error{
 	syscall.EIO, syscall.ENOSPC, syscall.EDQUOT, syscall.EMFILE, syscall.EACCES, syscall.EROFS,
 	syscall.EXDEV, syscall.EPERM, syscall.EMLINK, syscall.EINTR, io.ErrShortWrite,
 }
 
-// TestFaultAtEveryOperation fails each file operation of each flow in turn,
-// from opening to closing, until there are no more; for -short every sixth. A flow that reports
-// success has done all; any other error is typed and has changed nothing; and
-// once the cause is over the same handle does it. By default each operation
-// fails with one of the errors, in the long run with each.
+// TestFaultAtEveryOperation fails each file operation of each flow in turn, from opening to
+// closing. A flow that reports success has done all; any other error is typed and has changed
+// nothing; and once the cause is over the same handle does it. The quick run fails every sixth
+// operation. The long run fails each with every errno, the others with one.
 func TestFaultAtEveryOperation(t *testing.T) {
 	for i := range flows {
 		f := &flows[i]
 		t.Run(f.name, func(t *testing.T) {
 			t.Parallel()
-			ops := map[string]int{}
-			points, whole := 0, false
-			step := int64(scaled(6, 1, 1))
-			for n := 1 + rand.N(step); !whole; n += step { // other points in each run
-				if n > 200 {
-					t.Fatal("more than 200 file operations")
-				}
-				for e := range scaled(1, 1, len(faultErrors)) {
-					fa := &faulted{always: f.always, n: n, errno: faultErrors[(int(n)+4*e+i)%len(faultErrors)]}
-					op := f.withFault(t, fa)
-					if t.Failed() {
-						t.Fatalf("operation %d (%s) failed with %v", n, op, fa.errno)
-					}
-					if op == "" {
-						whole = true
-						break
-					}
-					points++
-					ops[strings.Fields(op)[0]]++
-				}
+			all := f.points(t)
+			seen := map[string]int{}
+			for _, p := range all {
+				seen[p.op]++
 			}
-			t.Logf("%d points: %v", points, ops)
 			for _, op := range []string{"open", "create", "mkdir", "write", "chmod", "fsync", "link", "fsyncdir", "remove", "stat", "readdir"} {
-				if step == 1 && ops[op] == 0 && !strings.Contains(f.lacks, op) {
-					t.Errorf("no %s was failed: the seam or this test misses it (seen: %v)", op, ops)
+				if seen[op] == 0 && !strings.Contains(f.lacks, op) {
+					t.Errorf("no %s is recorded: the seam or this test misses it (seen: %v)", op, seen)
 				}
 			}
+			points := everyNth(all, scaled(6, 1, 1))
+			for n, p := range points {
+				for e := range scaled(1, 1, len(faultErrors)) {
+					if errno := faultErrors[(n+4*e+i)%len(faultErrors)]; !f.withFault(t, p, errno) {
+						t.Errorf("this recorded operation was not reached")
+					} else if !t.Failed() {
+						continue
+					}
+					t.Fatalf("with a fault at %v", p)
+				}
+			}
+			t.Logf("%d of %d points: %v", len(points), len(all), seen)
+			f.withFault(t, point{}, nil)
 		})
 	}
 }
 
-// withFault runs the flow on a new root with one fault, and returns what failed.
-func (f *flow) withFault(t *testing.T, fa *faulted) (op string) {
+// withFault runs the flow on a new root and fails one operation. It reports whether that was reached.
+func (f *flow) withFault(t *testing.T, at point, errno error) (hit bool) {
 	t.Helper()
 	root := f.prepare(t)
+	fa := f.newFault(root, at, errno)
 	r, err := ocilocal.OpenFaulty(t.Context(), root, fa.fault)
 	if err == nil {
-		if err = f.run(r); err == nil && fa.hit() == "" {
+		if err = f.run(r); err == nil && !fa.hit.Load() {
 			err = r.Close() // which may be hit as well
 			r = nil
-			if fa.hit() != "" && err != nil {
+			if fa.hit.Load() && err != nil {
 				checkFault(t, err, fa)
 				err = nil
 			}
 		}
 	}
-	op = fa.hit()
+	hit = fa.hit.Load()
+	op := strings.TrimSpace(at.op + " " + at.name)
 	f.checkBeside(t, root, err == nil, op)
 	want := f.after()
 	if err != nil {
@@ -373,7 +361,7 @@ func (f *flow) withFault(t *testing.T, fa *faulted) (op string) {
 	}
 	f.checkBeside(t, root, true, op)
 	mustClose(t, r)
-	if op != "" { // what could not be removed is swept by the next that writes
+	if hit { // what could not be removed is swept by the next that writes
 		r = mustOpen(t, root)
 		if err := f.run(r); err != nil {
 			t.Error(err)
@@ -382,7 +370,7 @@ func (f *flow) withFault(t *testing.T, fa *faulted) (op string) {
 		mustClose(t, r)
 	}
 	f.check(t, root)
-	return op
+	return hit
 }
 
 // check looks at a root in which the flow was done.
@@ -414,12 +402,9 @@ func (f *flow) sweep(t *testing.T, r *ocilocal.LocalRegistry) {
 	}
 }
 
-func checkFault(t *testing.T, err error, fa *faulted) {
+func checkFault(t *testing.T, err error, fa *fault) {
 	t.Helper()
 	errno := fa.errno
-	if errno == io.ErrShortWrite && !strings.HasPrefix(fa.hit(), "write") {
-		errno = syscall.EIO
-	}
 	if _, ok := errors.AsType[*ocilocal.Error](err); !ok || !errors.Is(err, errno) {
 		t.Errorf("error %T %v is not typed, or not %v", err, err, errno)
 	}

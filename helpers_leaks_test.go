@@ -3,7 +3,6 @@ package ocilocal_test
 import (
 	"flag"
 	"fmt"
-	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -101,31 +100,30 @@ func dontWatch(root string) {
 	openRoots.handles[root] += 1000
 }
 
-// TestFaultsLeakNothing takes a census around each flow with each file operation failing, by default every third.
-// The collector is off meanwhile, since it would close forgotten files.
+// TestFaultsLeakNothing takes a census around each flow with a file operation failing: every 15th,
+// in the deep run every third. The collector is off meanwhile, since it would close forgotten files.
 func TestFaultsLeakNothing(t *testing.T) {
 	defer debug.SetGCPercent(debug.SetGCPercent(-1))
-	step := int64(scaled(15, 3, 1))
 	for i := range flows {
 		f := &flows[i]
-		for n := 1 + rand.N(step); ; n += step { // other points in each run
+		for _, p := range everyNth(f.points(t), scaled(15, 3, 1)) {
 			root := f.prepare(t)
 			if f.seeded {
 				dontWatch(root) // a session that can't be removed
 			}
 			runtime.GC()
 			before := takeCensus()
-			fa := &faulted{always: f.always, n: n, errno: syscall.EIO}
+			fa := f.newFault(root, p, syscall.EIO)
 			r, err := ocilocal.OpenFaulty(t.Context(), root, fa.fault)
 			if err == nil {
 				f.run(r) // TestFaultAtEveryOperation looks at the outcome
 				r.Close()
 			}
-			if fa.hit() == "" {
-				break
+			if !fa.hit.Load() {
+				t.Fatalf("%s: the recorded operation %v was not reached", f.name, p)
 			}
 			if left := before.leftBehind(); left != "" {
-				t.Fatalf("%s: EIO at operation %d (%s) leaves %s", f.name, n, fa.hit(), left)
+				t.Fatalf("%s: EIO at %v leaves %s", f.name, p, left)
 			}
 		}
 	}

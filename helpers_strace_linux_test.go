@@ -39,7 +39,7 @@ func TestRealSyncs(t *testing.T) {
 				t.Fatal(err)
 			}
 			trace := filepath.Join(t.TempDir(), "trace")
-			w := startCommand(t, "step", exec.Command(strace, "-f", "-y", "-e", "trace=fsync,fdatasync", "-o", trace, exe, root, strconv.Itoa(i), "0"))
+			w := startCommand(t, "step", exec.Command(strace, "-f", "-y", "-e", "trace=fsync,fdatasync", "-o", trace, exe, root, strconv.Itoa(i)))
 			for w.out.Scan() {
 			}
 			if end := w.end(); !w.cmd.ProcessState.Success() {

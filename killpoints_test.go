@@ -4,11 +4,10 @@ import (
 	"bufio"
 	"context"
 	"maps"
-	"math/rand/v2"
 	"os"
+	"path/filepath"
 	"strconv"
 	"strings"
-	"sync/atomic"
 	"testing"
 
 	"github.com/ocilocal/ocilocal"
@@ -19,28 +18,27 @@ func init() { workers["step"] = stepWorker }
 // killedAt is the exit status of a process that ended at a file operation.
 const killedAt = 86
 
-// stepWorker opens a root, does a flow, and closes: "opened", "done", "closed".
-// At its n-th file operation it ends at once, as if it were killed there.
+func killHere() error {
+	os.Exit(killedAt)
+	return nil
+}
+
+// stepWorker opens a root, does a flow, and closes: "opened", "done", "closed". Its arguments are
+// the root, the flow's number, and a point at which it ends at once, as if it were killed there.
 func stepWorker(_ *bufio.Scanner, args []string) error {
 	root := args[0]
 	f, err := strconv.Atoi(args[1])
 	if err != nil {
 		return err
 	}
-	n, err := strconv.ParseInt(args[2], 10, 64)
-	if err != nil {
-		return err
+	seam := &pointSeam{always: flows[f].always, act: killHere}
+	seam.base = filepath.Dir(root)
+	if len(args) > 2 {
+		if seam.at, err = pointFromArgs(args[2:]); err != nil {
+			return err
+		}
 	}
-	var count atomic.Int64
-	r, err := ocilocal.OpenFaulty(context.Background(), root, func(op, name string) error {
-		if count.Add(1) == n {
-			os.Exit(killedAt)
-		}
-		if flows[f].always != nil {
-			return flows[f].always(op, name)
-		}
-		return nil
-	})
+	r, err := ocilocal.OpenFaulty(context.Background(), root, seam.fault)
 	if err != nil {
 		return err
 	}
@@ -56,47 +54,50 @@ func stepWorker(_ *bufio.Scanner, args []string) error {
 	return nil
 }
 
-// TestKillAtEveryOperation ends a process at each file operation of each flow
-// in turn, until one comes through; by default at every third. What it has acknowledged is there whole; what
-// it has not is there whole or not at all; and the next process goes on at once.
+// TestKillAtEveryOperation ends a process at each file operation of each flow in turn. The quick
+// run takes every 15th, the deep run every third. What the process has acknowledged is there
+// whole; anything else is there whole or not at all; and the next process goes on at once.
 func TestKillAtEveryOperation(t *testing.T) {
-	step := int64(scaled(15, 3, 1))
+	step := scaled(15, 3, 1)
 	for i := range flows {
 		f := &flows[i]
 		t.Run(f.name, func(t *testing.T) {
 			t.Parallel()
-			acked, points := 0, 0
-			first := 1 + rand.N(step) // other points in each run
-			for n := first; ; n += step {
-				if n > 200 {
-					t.Fatal("more than 200 file operations")
-				}
-				killed, done := f.killAt(t, i, n)
-				if t.Failed() {
-					t.Fatalf("killed at operation %d", n)
-				}
+			acked := 0
+			all := f.points(t)
+			points := everyNth(all, step)
+			for _, p := range points {
+				killed, done := f.killAt(t, i, p)
 				if !killed {
-					break
+					t.Error("this recorded operation was not reached")
 				}
-				points++
+				if t.Failed() {
+					t.Fatalf("killed at %v", p)
+				}
 				if done {
 					acked++
 				}
 			}
-			t.Logf("every %d. from %d: %d points, %d of them after the acknowledgement", step, first, points, acked)
-			if step == 1 && (points == 0 || acked == 0 && !f.exports && !strings.Contains(f.lacks, "create")) {
+			if killed, _ := f.killAt(t, i, point{}); killed {
+				t.Error("killed at no point")
+			}
+			t.Logf("%d of %d points, %d of them after the acknowledgement", len(points), len(all), acked)
+			if step == 1 && (len(points) == 0 || acked == 0 && !f.exports && !strings.Contains(f.lacks, "create")) {
 				t.Error("the kills don't reach from the first operation to Close")
 			}
 		})
 	}
 }
 
-// killAt does the flow in a process that ends at operation n, if it has so
-// many, and then in this one.
-func (f *flow) killAt(t *testing.T, number int, n int64) (killed, done bool) {
+// killAt does the flow in a process that ends at a point, and then in this one.
+func (f *flow) killAt(t *testing.T, number int, at point) (killed, done bool) {
 	t.Helper()
 	root := f.prepare(t)
-	w := startWorker(t, "step", root, strconv.Itoa(number), strconv.FormatInt(n, 10))
+	args := []string{root, strconv.Itoa(number)}
+	if at != (point{}) {
+		args = append(args, at.args()...)
+	}
+	w := startWorker(t, "step", args...)
 	last := ""
 	for w.out.Scan() {
 		last = w.out.Text()
