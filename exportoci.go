@@ -13,9 +13,9 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// What an export has in a layout directory only as long as it runs, with the lock held.
+// What an export has in a layout directory only as long as it runs.
 const (
-	layoutTmp  = ".ocilocal-tmp" // the directory of blobs on their way in
+	layoutTmp  = ".ocilocal-tmp" // the lock, and the directory of blobs on their way in
 	layoutTemp = ".ocilocal-new" // the file that is to be oci-layout or index.json
 )
 
@@ -50,7 +50,7 @@ func (r *LocalRegistry) exportLayout(ctx context.Context, dir string, refs []Ref
 		return err
 	}
 	defer func() { err = errors.Join(err, root.Close()) }()
-	release, err := root.lockDir(ctx, ".")
+	release, err := lockLayout(ctx, root)
 	if err != nil {
 		return err
 	}
@@ -85,6 +85,23 @@ func writeLayoutFile(root *rootDir, name string, b []byte) error {
 	})
 }
 
+// lockLayout keeps other exports out of a layout directory, those of other processes included.
+//
+// Whoever can open a directory can lock it, and a reader of the layout must not be able to stop
+// its writer. So the lock is on layoutTmp, which only its owner can open. release removes it while it
+// is still held. An export that was waiting for it then finds that its name has gone, and makes
+// another. A lock of a process that was killed has ended: the next export takes the directory over.
+func lockLayout(ctx context.Context, root *rootDir) (release func() error, err error) {
+	if fi, err := root.Lstat(layoutTmp); err == nil && !fi.IsDir() {
+		return nil, fmt.Errorf("%w: %s is not a directory", ErrInvalidLayout, layoutTmp)
+	}
+	unlock, err := root.lockDir(ctx, layoutTmp)
+	if err != nil {
+		return nil, err
+	}
+	return func() error { return errors.Join(root.RemoveAll(layoutTmp), unlock()) }, nil
+}
+
 // prepareLayout makes sure that l is a layout or may become one: then it is fresh.
 func prepareLayout(ctx context.Context, l *layout) (fresh bool, err error) {
 	version, err := l.has(ocispec.ImageLayoutFile)
@@ -97,8 +114,7 @@ func prepareLayout(ctx context.Context, l *layout) (fresh bool, err error) {
 	if index, err := l.has(ocispec.ImageIndexFile); err != nil || index && version {
 		return false, err
 	}
-	// What an export that was cut off has left, and what locks it where a directory can't be locked.
-	ours := []string{blobsDir, layoutTmp, layoutTemp, ocispec.ImageLayoutFile, "lock"}
+	ours := []string{blobsDir, layoutTmp, layoutTemp, ocispec.ImageLayoutFile} // left by an export that was cut off
 	return true, l.root.eachEntry(ctx, ".", func(name string) error {
 		if !slices.Contains(ours, name) {
 			return fmt.Errorf("%w: the directory holds %q and is no layout", ErrInvalidLayout, clip(name))
@@ -189,22 +205,20 @@ func verbatim(v any) ([]byte, error) {
 
 // writeBlobs takes the way that every blob of a registry takes too: see stage.
 func (x *export) writeBlobs(ctx context.Context, root *rootDir) (err error) {
-	for _, dir := range []string{blobsDir, layoutTmp} {
-		err := root.Mkdir(dir, 0o755)
-		if errors.Is(err, fs.ErrExist) {
-			var fi fs.FileInfo
-			if fi, err = root.Lstat(dir); err == nil && !fi.IsDir() {
-				err = fmt.Errorf("%w: %s is not a directory", ErrInvalidLayout, dir)
-			}
+	err = root.Mkdir(blobsDir, 0o755)
+	if errors.Is(err, fs.ErrExist) {
+		var fi fs.FileInfo
+		if fi, err = root.Lstat(blobsDir); err == nil && !fi.IsDir() {
+			err = fmt.Errorf("%w: %s is not a directory", ErrInvalidLayout, blobsDir)
 		}
-		if err != nil {
-			return err
-		}
+	}
+	if err != nil {
+		return err
 	}
 	store := newBlobStore(root, false)
 	store.tmp = layoutTmp
 	st := store.newStage()
-	defer func() { err = errors.Join(err, st.discard(), store.close(), root.RemoveAll(layoutTmp)) }()
+	defer func() { err = errors.Join(err, st.discard(), store.close()) }()
 	copies := newTasks(ctx, diskWorkers)
 	for _, d := range slices.Concat(x.manifests, x.blobs) {
 		if err = copies.start(func() error { return x.writeBlob(copies.ctx, st, d) }); err != nil {
