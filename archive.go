@@ -78,6 +78,11 @@ func (r *LocalRegistry) importArchive(ctx context.Context, src io.Reader, opts *
 		return fmt.Errorf("%w: blob %s (%s) is neither in the archive nor in the registry", ErrIncomplete, desc.Digest, clip(desc.MediaType))
 	}
 	index, err := readArchive(ctx, src, func(d digest.Digest, src io.Reader, size int64) error {
+		if have, err := r.blobs.size(d); !im.stage.has(d) && (err != nil || have != size) {
+			if err := im.charge(size); err != nil {
+				return err
+			}
+		}
 		_, _, err := im.stage.put(ctx, src, "", d, size)
 		return err
 	})

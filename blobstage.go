@@ -276,7 +276,7 @@ func (st *stage) open(ctx context.Context, d digest.Digest, size int64) (*verifi
 }
 
 // keepOnly forgets what is staged and not needed, before it costs an fsync.
-func (st *stage) keepOnly(need map[digest.Digest]bool) error {
+func (st *stage) keepOnly(need map[digest.Digest]int64) error {
 	st.mu.Lock()
 	defer st.mu.Unlock()
 	if err := st.wait(); err != nil {
@@ -284,12 +284,15 @@ func (st *stage) keepOnly(need map[digest.Digest]bool) error {
 	}
 	var errs []error
 	for d, sf := range st.files {
-		if !need[d] {
+		if _, needed := need[d]; !needed {
 			delete(st.files, d)
 			errs = append(errs, st.drop(sf))
 		}
 	}
-	st.unsynced = slices.DeleteFunc(st.unsynced, func(sf *stagedFile) bool { return !need[sf.digest] })
+	st.unsynced = slices.DeleteFunc(st.unsynced, func(sf *stagedFile) bool {
+		_, needed := need[sf.digest]
+		return !needed
+	})
 	return errors.Join(errs...)
 }
 

@@ -342,9 +342,7 @@ func (b *Builder) build(ctx context.Context) (*LocalArtifact, error) {
 	if _, err := b.stage.putBytes(ctx, m.raw, digest.SHA256); err != nil {
 		return nil, err
 	}
-	updates, err := b.registry.publish(ctx, b.stage, []publication{{
-		ref: b.ref, root: m, manifests: []*Manifest{m}, PublishOptions: b.opts.PublishOptions,
-	}})
+	updates, err := b.registry.publish(ctx, b.stage, []publication{onlyManifest(b.ref, m, b.opts.PublishOptions)})
 	if err != nil {
 		return nil, err
 	}

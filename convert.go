@@ -109,9 +109,7 @@ func (r *LocalRegistry) convert(ctx context.Context, src, dst Reference, opts *C
 	if err := r.stageConverted(ctx, st, to); err != nil {
 		return nil, err
 	}
-	updates, err := r.publish(ctx, st, []publication{{
-		ref: dst, root: to, manifests: []*Manifest{to}, PublishOptions: o.PublishOptions,
-	}})
+	updates, err := r.publish(ctx, st, []publication{onlyManifest(dst, to, o.PublishOptions)})
 	if err != nil {
 		return nil, err
 	}

@@ -33,6 +33,11 @@ type ImportOptions struct {
 	// To find them, the manifest of every entry is read: one that is missing or
 	// damaged fails the import.
 	Referrers bool
+	// MaxBytes bounds the bytes that the import may add to the registry: those of the manifests and
+	// blobs that it does not have. With an archive, blobs that no chosen entry needs count too, since
+	// they are written before index.json may be known. Zero is no limit. Beyond it, the import fails
+	// with [ErrTooLarge] before it has written more.
+	MaxBytes int64
 	// PublishOptions say what happens if a ref exists. With one entry, a conflict is an error. With
 	// several, those that don't conflict are imported, and the others are told by the outcome
 	// [Conflicted]: see [ImportResult.Conflicts].
@@ -91,22 +96,24 @@ type importer struct {
 	// look opens a manifest of the source without staging it. Nil: what the source has is staged.
 	look func(ctx context.Context, desc ocispec.Descriptor) (*verifier, error)
 	// reusable decides whether a blob that the registry has may be used. Nil: every one may.
-	reusable func(ctx context.Context, desc ocispec.Descriptor) (bool, error)
-	// maxBytes bounds the size of what is fetched, by the descriptors. Zero: no limit.
-	maxBytes int64
-	fetched  atomic.Int64 // counts towards maxBytes
-
-	need      map[digest.Digest]bool // what the closures hold
-	sizes     map[digest.Digest]int64
-	manifests int64 // bytes of those that were read
+	reusable  func(ctx context.Context, desc ocispec.Descriptor) (bool, error)
+	sizes     map[digest.Digest]int64 // what the closures hold
+	manifests int64                   // bytes of those that were read
+	parsed    int64                   // bytes of those whose documents are in memory
+	added     atomic.Int64            // bytes that the registry did not have
+	maxBytes  int64                   // bounds added: see ImportOptions.MaxBytes
 
 	most int // len(sizes) at which the entry under way has MaxClosure blobs of its own
 }
 
+// keepParsed bounds the bytes of the manifests that an import keeps parsed until it publishes
+// them. Larger imports read manifests twice. Reading one again takes less time than writing its rows.
+const keepParsed = 1 << 20
+
 func (r *LocalRegistry) newImporter(opts *ImportOptions) *importer {
-	im := &importer{registry: r, stage: r.blobs.newStage(), need: map[digest.Digest]bool{}, sizes: map[digest.Digest]int64{}, most: MaxClosure}
+	im := &importer{registry: r, stage: r.blobs.newStage(), sizes: map[digest.Digest]int64{}, most: MaxClosure}
 	if opts != nil {
-		im.opts = *opts
+		im.opts, im.maxBytes = *opts, opts.MaxBytes
 	}
 	return im
 }
@@ -121,7 +128,7 @@ func (im *importer) run(ctx context.Context, entries []ocispec.Descriptor) (*Imp
 	if err != nil {
 		return nil, err
 	}
-	if err := im.stage.keepOnly(im.need); err != nil {
+	if err := im.stage.keepOnly(im.sizes); err != nil {
 		return nil, err
 	}
 	updates, err := im.registry.publish(ctx, im.stage, pubs)
@@ -162,12 +169,7 @@ func (im *importer) collect(ctx context.Context, entries, chosen []ocispec.Descr
 		if p.root, err = im.manifest(ctx, e, 0, map[digest.Digest]bool{}, &p.manifests); err != nil {
 			return nil, nil, err
 		}
-		if im.accept != nil {
-			if err := im.accept(p.root); err != nil {
-				return nil, nil, err
-			}
-		}
-		result.Artifacts = append(result.Artifacts, ImportedArtifact{Name: name, Descriptor: p.root.Descriptor()})
+		result.Artifacts = append(result.Artifacts, ImportedArtifact{Name: name, Descriptor: p.root})
 		pubs = append(pubs, p)
 	}
 	if im.opts.Referrers && len(pubs) == 1 {
@@ -181,7 +183,7 @@ func (im *importer) collect(ctx context.Context, entries, chosen []ocispec.Descr
 func (im *importer) referrers(ctx context.Context, entries []ocispec.Descriptor, p *publication) (added []ocispec.Descriptor, err error) {
 	have := map[digest.Digest]bool{}
 	for _, m := range p.manifests {
-		have[m.Digest()] = true
+		have[m.Digest] = true
 	}
 	bySubject, peeked := map[digest.Digest][]ocispec.Descriptor{}, map[digest.Digest]bool{}
 	for _, e := range entries {
@@ -198,7 +200,7 @@ func (im *importer) referrers(ctx context.Context, entries []ocispec.Descriptor,
 		}
 	}
 	for i := 0; i < len(p.manifests); i++ { // it grows
-		for _, e := range bySubject[p.manifests[i].Digest()] {
+		for _, e := range bySubject[p.manifests[i].Digest] {
 			if have[e.Digest] { // it lies in one that came before
 				continue
 			}
@@ -206,7 +208,7 @@ func (im *importer) referrers(ctx context.Context, entries []ocispec.Descriptor,
 			if err != nil {
 				return nil, fmt.Errorf("referrer %s: %w", e.Digest, err)
 			}
-			added = append(added, m.Descriptor())
+			added = append(added, m)
 		}
 	}
 	return added, nil
@@ -326,46 +328,75 @@ func parseLegacyName(name string) (Reference, error) {
 	return ParseReference(name)
 }
 
-// manifest stages a manifest and all below it, and appends them to list,
-// children first. above holds the digests of the indexes that it lies in.
-func (im *importer) manifest(ctx context.Context, desc ocispec.Descriptor, depth int, seen map[digest.Digest]bool, list *[]*Manifest) (*Manifest, error) {
+// manifest stages a manifest and all below it, and appends them to list, children first. It returns
+// the manifest's own descriptor. depth is how many image indexes the manifest lies in. seen holds the
+// manifests of list and those that are under way.
+func (im *importer) manifest(ctx context.Context, desc ocispec.Descriptor, depth int, seen map[digest.Digest]bool, list *[]pendingManifest) (root ocispec.Descriptor, err error) {
 	if depth > MaxIndexNesting {
-		return nil, fmt.Errorf("%w: image indexes nested more than %d deep", ErrTooLarge, MaxIndexNesting)
+		return root, fmt.Errorf("%w: image indexes nested more than %d deep", ErrTooLarge, MaxIndexNesting)
 	}
 	if desc.Size > MaxManifestSize {
-		return nil, fmt.Errorf("%w: manifest %s has %d bytes, at most %d are taken", ErrTooLarge, desc.Digest, desc.Size, MaxManifestSize)
+		return root, fmt.Errorf("%w: manifest %s has %d bytes, at most %d are taken", ErrTooLarge, desc.Digest, desc.Size, MaxManifestSize)
 	}
 	if im.manifests += desc.Size; im.manifests > MaxImportManifests {
-		return nil, fmt.Errorf("%w: manifests of more than %d bytes together (import fewer entries at a time: ImportOptions.Select)", ErrTooLarge, MaxImportManifests)
+		return root, fmt.Errorf("%w: manifests of more than %d bytes together (import fewer entries at a time: ImportOptions.Select)", ErrTooLarge, MaxImportManifests)
 	}
 	if err := im.blob(ctx, desc, roleManifest); err != nil {
-		return nil, err
+		return root, err
 	}
+	pending, children, err := im.read(ctx, desc, depth)
+	if err != nil {
+		return root, err
+	}
+	seen[desc.Digest] = true
+	for _, c := range children {
+		if c.role != roleManifest {
+			err = im.blob(ctx, c.desc, c.role)
+		} else if !seen[c.desc.Digest] {
+			_, err = im.manifest(ctx, c.desc, depth+1, seen, list)
+		}
+		if err != nil {
+			return root, err
+		}
+	}
+	*list = append(*list, pending)
+	return pending.Descriptor, nil
+}
+
+// A child is a member of a manifest's closure, by the part of its descriptor that an import needs.
+type child struct {
+	desc ocispec.Descriptor
+	role role
+}
+
+// read parses a staged manifest, and refuses what must not come in before its blobs do. The
+// document is not returned: up to [MaxIndexNesting] indexes are under way at once, and a
+// hostile one takes many times the memory of its bytes.
+func (im *importer) read(ctx context.Context, desc ocispec.Descriptor, depth int) (p pendingManifest, children []child, err error) {
 	src, err := im.stage.open(ctx, desc.Digest, desc.Size)
 	if err != nil {
-		return nil, incomplete(err)
+		return p, nil, incomplete(err)
 	}
 	m, err := readManifest(src, desc)
 	if err != nil {
-		return nil, err
+		return p, nil, err
 	}
-	if err := im.registry.acceptType(m); err != nil { // before its blobs are taken in
-		return nil, err
+	p.Descriptor = m.Descriptor()
+	if err := im.registry.acceptType(p.Descriptor); err != nil {
+		return p, nil, err
 	}
-	seen[desc.Digest] = true
-	for i, c := range m.children() {
-		if m.childRole(i) != roleManifest {
-			if err := im.blob(ctx, c, m.childRole(i)); err != nil {
-				return nil, err
-			}
-		} else if !seen[c.Digest] {
-			if _, err := im.manifest(ctx, c, depth+1, seen, list); err != nil {
-				return nil, err
-			}
+	if im.accept != nil && depth == 0 {
+		if err := im.accept(m); err != nil {
+			return p, nil, err
 		}
 	}
-	*list = append(*list, m)
-	return m, nil
+	if im.parsed += desc.Size; im.parsed <= keepParsed {
+		p.parsed = m
+	}
+	for i, c := range m.children() {
+		children = append(children, child{ocispec.Descriptor{MediaType: c.MediaType, Digest: c.Digest, Size: c.Size}, m.childRole(i)})
+	}
+	return p, children, nil
 }
 
 // blob makes sure that the stage has what desc names; a config or layer
@@ -404,9 +435,9 @@ func (im *importer) reuse(ctx context.Context, desc ocispec.Descriptor) (bool, e
 	return im.stage.reuse(ctx, desc.Digest, desc.Size)
 }
 
-// charge counts n bytes that are about to be fetched towards maxBytes.
+// charge counts n bytes that the registry does not have against maxBytes, before they come in.
 func (im *importer) charge(n int64) error {
-	if sum := im.fetched.Add(n); im.maxBytes > 0 && sum > im.maxBytes {
+	if sum := im.added.Add(n); im.maxBytes > 0 && (n > im.maxBytes || sum > im.maxBytes) {
 		return fmt.Errorf("%w: more than %d bytes to add (MaxBytes)", ErrTooLarge, im.maxBytes)
 	}
 	return nil
@@ -424,7 +455,6 @@ func (im *importer) claim(desc ocispec.Descriptor) (asked bool, err error) {
 		return false, fmt.Errorf("%w: an artifact of more than %d blobs", ErrTooLarge, MaxClosure)
 	}
 	im.sizes[desc.Digest] = desc.Size
-	im.need[desc.Digest] = true
 	size, ok := im.stage.size(desc.Digest)
 	if ok && size != desc.Size {
 		err = fmt.Errorf("blob %s: %w: has %d bytes, its descriptor says %d", desc.Digest, ErrSizeMismatch, size, desc.Size)

@@ -96,7 +96,8 @@ func formOf(mediaType string) manifestForm {
 //
 // mediaType is what the descriptor or the registry calls the document, without
 // parameters. If it is "", the document's own mediaType counts, and if that is
-// missing too, the structure.
+// missing too, the structure. Only the two documents of image-spec 1.1 may leave mediaType
+// out: Docker's and artifact manifests must have it. So equal bytes never have two media types.
 //
 // A document must mean the same to every reader, so beyond the specification's
 // rules it is refused when it holds parts of two forms (CVE-2021-41190),
@@ -156,7 +157,10 @@ var (
 	hasManifests = jsonManifest.bit("manifests")
 )
 
-// settleForm sets the form and the effective media type.
+// settleForm sets the form and the effective media type. Equal bytes have one media type, whoever
+// brings them and whatever their descriptor says, because the registry records it once for all
+// refs. Only image-spec lets a document leave mediaType out. [Manifest.checkFields] then accepts
+// "manifests" in an image index alone, so the structure decides.
 func (m *Manifest) settleForm(mediaType string, present fieldSet) error {
 	own := m.doc.MediaType
 	switch {
@@ -177,13 +181,15 @@ func (m *Manifest) settleForm(mediaType string, present fieldSet) error {
 		return fmt.Errorf("%w: neither mediaType nor structure tells what it is", ErrInvalidManifest)
 	}
 	m.form = formOf(m.doc.MediaType)
-	if m.form == formArtifact && own == "" {
-		return fmt.Errorf("%w: artifact manifest without mediaType", ErrInvalidManifest)
+	if own == "" && m.doc.MediaType != ocispec.MediaTypeImageManifest && m.doc.MediaType != ocispec.MediaTypeImageIndex {
+		return fmt.Errorf("%w: mediaType: missing, and %s demands it", ErrInvalidManifest, m.doc.MediaType)
 	}
 	return nil
 }
 
-// checkFields checks the fields that the form must have and must not have.
+// checkFields checks the fields that the form must have and must not have. A list that is null
+// means an empty one, because that is how Go writes a nil slice. An image manifest may leave
+// its layers out: oras, skopeo, regctl and crane all accept it.
 func (m *Manifest) checkFields(present fieldSet) error {
 	var foreign fieldSet
 	switch m.form {
@@ -204,9 +210,7 @@ func (m *Manifest) checkFields(present fieldSet) error {
 		return fmt.Errorf("schemaVersion: missing or not 2")
 	case m.form == formImage && m.doc.Config == nil:
 		return fmt.Errorf("config: missing")
-	case m.form == formImage && m.doc.Layers == nil: // null is not the array that manifest.md demands
-		return fmt.Errorf("layers: missing")
-	case m.form == formIndex && m.doc.Manifests == nil:
+	case m.form == formIndex && present&hasManifests == 0:
 		return fmt.Errorf("manifests: missing")
 	case m.form == formArtifact || m.doc.ArtifactType != "":
 		return checkMediaType("artifactType", m.doc.ArtifactType)

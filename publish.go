@@ -83,10 +83,36 @@ func (u *RefUpdate) conflict(expected digest.Digest) error {
 // A publication is one artifact to be made discoverable.
 type publication struct {
 	ref  Reference // zero: stored without a ref
-	root *Manifest
+	root ocispec.Descriptor
 	// manifests are root and the manifests below it, children before parents.
-	manifests []*Manifest
+	manifests []pendingManifest
 	PublishOptions
+}
+
+// A pendingManifest is a manifest that is staged and not yet recorded. A parsed document can
+// take twenty times the memory of its bytes, and an image index may name hundreds of them. So
+// an import keeps only small ones, and the others are read again, one at a time, for their rows.
+type pendingManifest struct {
+	ocispec.Descriptor
+	parsed *Manifest // nil: to be read again
+}
+
+// read returns the parsed document. Its blob must be in the stage or in the store.
+func (p pendingManifest) read(ctx context.Context, st *stage) (*Manifest, error) {
+	if p.parsed != nil {
+		return p.parsed, nil
+	}
+	src, err := st.open(ctx, p.Digest, p.Size)
+	if err != nil {
+		return nil, incomplete(err)
+	}
+	return readManifest(src, p.Descriptor)
+}
+
+// onlyManifest is a publication of one manifest that needs no other.
+func onlyManifest(ref Reference, m *Manifest, opts PublishOptions) publication {
+	desc := m.Descriptor()
+	return publication{ref: ref, root: desc, manifests: []pendingManifest{{desc, m}}, PublishOptions: opts}
 }
 
 // publish is the only way by which manifests and refs get into the index. It
@@ -136,7 +162,7 @@ func (r *LocalRegistry) publish(ctx context.Context, st *stage, pubs []publicati
 			}
 			var desc ocispec.Descriptor // of the root, which comes last
 			for _, m := range p.manifests {
-				if desc, err = record(tx, st, m, checked, now); err != nil {
+				if desc, err = record(ctx, tx, st, m, checked, now); err != nil {
 					return err
 				}
 			}
@@ -156,11 +182,11 @@ func (r *LocalRegistry) publish(ctx context.Context, st *stage, pubs []publicati
 
 // accept refuses what must not be published under any circumstances.
 func (r *LocalRegistry) accept(p *publication) error {
-	if d := p.ref.Digest(); d != "" && d != p.root.Digest() {
-		return fmt.Errorf("%w: %s names another digest than the manifest's, %s", ErrDigestMismatch, p.ref, p.root.Digest())
+	if d := p.ref.Digest(); d != "" && d != p.root.Digest {
+		return fmt.Errorf("%w: %s names another digest than the manifest's, %s", ErrDigestMismatch, p.ref, p.root.Digest)
 	}
 	for _, m := range p.manifests {
-		if err := r.acceptType(m); err != nil {
+		if err := r.acceptType(m.Descriptor); err != nil {
 			return err
 		}
 	}
@@ -168,20 +194,20 @@ func (r *LocalRegistry) accept(p *publication) error {
 }
 
 // acceptType refuses a manifest of a type that the registry doesn't take.
-func (r *LocalRegistry) acceptType(m *Manifest) error {
+func (r *LocalRegistry) acceptType(m ocispec.Descriptor) error {
 	types := r.opts.ArtifactTypes
-	if len(types) == 0 || m.IsIndex() || slices.Contains(types, m.ArtifactType()) {
+	if len(types) == 0 || formOf(m.MediaType) == formIndex || slices.Contains(types, m.ArtifactType) {
 		return nil
 	}
-	return fmt.Errorf("%w: %q is not among the registry's Options.ArtifactTypes", ErrArtifactType, m.ArtifactType())
+	return fmt.Errorf("%w: %q is not among the registry's Options.ArtifactTypes", ErrArtifactType, m.ArtifactType)
 }
 
 // decide applies the ref policy to what the ref points at ("" for no ref).
 func (p *publication) decide(existing digest.Digest) RefUpdate {
 	if p.ref.IsZero() {
-		return RefUpdate{Descriptor: p.root.Descriptor()}
+		return RefUpdate{Descriptor: p.root}
 	}
-	u := RefUpdate{Reference: p.ref, Descriptor: p.root.Descriptor(), Existing: existing}
+	u := RefUpdate{Reference: p.ref, Descriptor: p.root, Existing: existing}
 	u.Outcome = p.outcome(existing, u.Descriptor.Digest)
 	return u
 }
@@ -204,9 +230,8 @@ func (o PublishOptions) outcome(existing, incoming digest.Digest) Outcome {
 
 // record writes the rows of one manifest after looking that its bytes and
 // those of its config and layers are there. Child manifests come before it. It
-// returns the descriptor that the index has for it: of bytes that don't name their
-// media type themselves, the first one that they came with counts.
-func record(tx *indexTx, st *stage, m *Manifest, checked map[digest.Digest]bool, now time.Time) (ocispec.Descriptor, error) {
+// returns the descriptor that the index has for it.
+func record(ctx context.Context, tx *indexTx, st *stage, p pendingManifest, checked map[digest.Digest]bool, now time.Time) (ocispec.Descriptor, error) {
 	blob := func(d digest.Digest, size int64, kind role) error {
 		if checked[d] {
 			return nil
@@ -217,13 +242,17 @@ func record(tx *indexTx, st *stage, m *Manifest, checked map[digest.Digest]bool,
 		}
 		return tx.putBlob(d, size, string(kind), now)
 	}
+	if err := blob(p.Digest, p.Size, roleManifest); err != nil {
+		return ocispec.Descriptor{}, err
+	}
+	m, err := p.read(ctx, st)
+	if err != nil {
+		return ocispec.Descriptor{}, err
+	}
 	for i, c := range m.children() {
 		if err := blob(c.Digest, c.Size, m.childRole(i)); err != nil {
 			return ocispec.Descriptor{}, err
 		}
-	}
-	if err := blob(m.Digest(), m.Size(), roleManifest); err != nil {
-		return ocispec.Descriptor{}, err
 	}
 	return tx.putManifest(m, now)
 }

@@ -99,18 +99,19 @@ func TestClosures(t *testing.T) {
 	}
 }
 
-// TestTwoMediaTypes: bytes that don't say what they are come in under two media types. The
-// index has one row for them, so the first counts, for all refs.
+// TestTwoMediaTypes imports bytes that do not name their media type under two of them, in both
+// orders. They have one reading: the other descriptor is refused and changes nothing.
 func TestTwoMediaTypes(t *testing.T) {
 	ctx := t.Context()
 	manifest, config := image("layer")
 	r := openTemp(t, nil)
-	for i, mediaType := range []string{imageType, ocilocal.MediaTypeDockerManifest} {
+	for i, mediaType := range []string{ocilocal.MediaTypeDockerManifest, imageType, ocilocal.MediaTypeDockerManifest} {
 		index := fmt.Sprintf(`{"schemaVersion":2,"manifests":[{"mediaType":%q,"digest":%q,"size":%d,"annotations":{"org.opencontainers.image.ref.name":"example.com/a:v%d"}}]}`,
 			mediaType, digest.FromString(manifest), len(manifest), i)
 		src := tarOf(t, blobEntry(config), blobEntry("layer"), blobEntry(manifest), entry{name: "index.json", body: index})
-		if _, err := r.ImportArchive(ctx, bytes.NewReader(src), nil); err != nil {
-			t.Fatal(err)
+		_, err := r.ImportArchive(ctx, bytes.NewReader(src), nil)
+		if refused := errors.Is(err, ocilocal.ErrInvalidManifest); refused != (mediaType != imageType) || !refused && err != nil {
+			t.Errorf("as %s: %v", mediaType, err)
 		}
 	}
 	n := 0
@@ -119,7 +120,7 @@ func TestTwoMediaTypes(t *testing.T) {
 			t.Errorf("%v, %v", ref, err)
 		}
 	}
-	if found := problems(t, r, nil, nil); n != 2 || len(found) != 0 {
+	if found := problems(t, r, nil, nil); n != 1 || len(found) != 0 {
 		t.Errorf("%d refs, %q", n, found)
 	}
 }

@@ -414,8 +414,8 @@ func (p *repair) rewrite(ctx context.Context, d digest.Digest) error {
 			return err
 		}
 		checked := map[digest.Digest]bool{}
-		for _, m := range list {
-			if _, err := record(tx, st, m, checked, time.Now()); err != nil {
+		for _, pending := range list {
+			if _, err := record(ctx, tx, st, pending, checked, time.Now()); err != nil {
 				return err
 			}
 		}
@@ -428,7 +428,7 @@ func (p *repair) rewrite(ctx context.Context, d digest.Digest) error {
 }
 
 // load stages a manifest that is on disk, with all below it.
-func (p *repair) load(ctx context.Context, d digest.Digest) (*Manifest, []*Manifest, *stage, error) {
+func (p *repair) load(ctx context.Context, d digest.Digest) (*Manifest, []pendingManifest, *stage, error) {
 	m, err := p.registry.readVerified(ctx, ocispec.Descriptor{Digest: d, Size: -1})
 	if err != nil {
 		return nil, nil, nil, err
@@ -437,8 +437,8 @@ func (p *repair) load(ctx context.Context, d digest.Digest) (*Manifest, []*Manif
 	im.fetch = func(_ context.Context, desc ocispec.Descriptor, _ role) error {
 		return fmt.Errorf("%w: blob %s", ErrIncomplete, desc.Digest)
 	}
-	var list []*Manifest
-	m, err = im.manifest(ctx, m.Descriptor(), 0, map[digest.Digest]bool{}, &list)
+	var list []pendingManifest
+	_, err = im.manifest(ctx, m.Descriptor(), 0, map[digest.Digest]bool{}, &list)
 	if err == nil {
 		err = im.stage.settle(ctx)
 	}
@@ -531,7 +531,7 @@ func (p *repair) recordOne(ctx context.Context, d digest.Digest) error {
 		defer func() { p.registry.logDiscard(st.discard()) }()
 	}
 	if err == nil {
-		_, err = p.registry.publish(ctx, st, []publication{{root: m, manifests: list}})
+		_, err = p.registry.publish(ctx, st, []publication{{root: m.Descriptor(), manifests: list}})
 	}
 	if err == nil {
 		p.report.Recorded = append(p.report.Recorded, d)
