@@ -99,6 +99,10 @@ func TestPushHostileChunks(t *testing.T) {
 			status(202, "Location", location(r), "Range", "0-99999999999")(w, r)
 			return true
 		}, ocilocal.ErrProtocol},
+		"one byte of each chunk": {func(_ *victim, w http.ResponseWriter, r *http.Request, n int64) bool {
+			status(202, "Location", location(r), "Range", fmt.Sprintf("0-%d", n-1))(w, r)
+			return true
+		}, ocilocal.ErrProtocol},
 		"Range is nonsense": {func(_ *victim, w http.ResponseWriter, r *http.Request, _ int64) bool {
 			status(202, "Location", location(r), "Range", "5-")(w, r)
 			return true

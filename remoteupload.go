@@ -224,18 +224,17 @@ func (u *upload) chunks(ctx context.Context, s *uploadSession, size int64) error
 		return incomplete(err)
 	}
 	defer f.Close()
-	misses := 0 // in all: who goes to and fro would never end
-	for at := int64(0); at < u.desc.Size; {
+	// Less may arrive than was sent, and pieces may be lost. But who takes a byte of each piece, or goes
+	// to and fro, must not be followed for ever: pieces must advance by half their size on average.
+	left := 2*(u.desc.Size/size+1) + 2*maxRetries
+	for at := int64(0); at < u.desc.Size; left-- {
+		if left == 0 {
+			return protocolError(http.MethodPatch, s.url, http.StatusAccepted, "upload doesn't advance: it is at byte %d after twice the requests that it takes", at)
+		}
 		n := min(size, u.desc.Size-at)
 		next, end, err := u.sendChunk(ctx, s, f, at, n)
 		if err != nil {
 			return err
-		}
-		// Less may have arrived than was sent.
-		if end <= at {
-			if misses++; misses > 2*maxRetries {
-				return protocolError(http.MethodPatch, s.url, http.StatusAccepted, "upload doesn't advance from byte %d", at)
-			}
 		}
 		if end > at+n {
 			return protocolError(http.MethodPatch, s.url, http.StatusAccepted, "upload is at byte %d, after %d were sent", end, at+n)
