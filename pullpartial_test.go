@@ -326,3 +326,31 @@ func TestPullKeepsNothingUnsynced(t *testing.T) {
 		})
 	}
 }
+
+// A full disk is ErrNoSpace, whichever file operation of a pull finds it full.
+func TestPullNoSpace(t *testing.T) {
+	s := newServer(t)
+	s.put(t, "org/model", "v1", noise(1, 100), noise(2, 2<<20))
+	for _, at := range []struct{ op, name string }{
+		{"mkdir", "tmp/partial"}, {"mkdir", "tmp/partial/"}, {"create", "tmp/partial/"}, {"write", "tmp/partial/"}, {"write", "tmp/"}, {"link", "tmp/"},
+	} {
+		r := openRemote(t, nil)
+		hit := false
+		ocilocal.SetFault(r, func(op, name string) error {
+			if op == at.op && (name == at.name || strings.HasSuffix(at.name, "/") && strings.HasPrefix(name, at.name)) {
+				hit = true
+				return &fs.PathError{Op: op, Path: name, Err: syscall.ENOSPC}
+			}
+			return nil
+		})
+		_, err := r.Pull(t.Context(), s.ref("org/model:v1"), &ocilocal.PullOptions{Workers: 1})
+		if !hit || !errors.Is(err, ocilocal.ErrNoSpace) {
+			t.Errorf("%s of %s, hit: %v: %v", at.op, at.name, hit, err)
+		}
+		ocilocal.SetFault(r, nil)
+		checkUnpublished(t, r)
+		if _, err := r.Pull(t.Context(), s.ref("org/model:v1"), nil); err != nil {
+			t.Errorf("with space again: %v", err)
+		}
+	}
+}
