@@ -322,7 +322,7 @@ func (c *storeCheck) closure(ref, digest string, sizes map[string]string, rows m
 		Size      int64
 	}
 	var m struct {
-		Config                   *descriptor
+		Config, Subject          *descriptor
 		Layers, Blobs, Manifests []descriptor
 		Annotations              map[string]string
 	}
@@ -367,6 +367,11 @@ func (c *storeCheck) closure(ref, digest string, sizes map[string]string, rows m
 	}
 	for _, d := range m.Manifests {
 		c.closure(ref, d.Digest, sizes, rows, seen)
+	}
+	if m.Subject != nil { // it may be absent, but a collection keeps one that is there
+		if _, there := c.blobs[m.Subject.Digest]; there {
+			c.closure(ref, m.Subject.Digest, sizes, rows, seen)
+		}
 	}
 	return m.Annotations[labelKey]
 }

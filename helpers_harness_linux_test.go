@@ -1,0 +1,348 @@
+// What TestHarness needs besides its worker: a clock that all processes share, the history of
+// each ref, and the conditions under which its processes run.
+
+package ocilocal_test
+
+import (
+	"bufio"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"math/rand/v2"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"unsafe"
+)
+
+// deepLevel is how much the long tests do: 0 is brief, 1 is the gate, 2 is the long form.
+func deepLevel() int {
+	n, _ := strconv.Atoi(os.Getenv("OCILOCAL_DEEP"))
+	return n
+}
+
+// A stampClock orders events of several processes: a counter in memory that they share.
+type stampClock struct{ mem []byte }
+
+func openClock(name string) (*stampClock, error) {
+	f, err := os.OpenFile(name, os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	if err := f.Truncate(8); err != nil {
+		return nil, err
+	}
+	mem, err := syscall.Mmap(int(f.Fd()), 0, 8, syscall.PROT_READ|syscall.PROT_WRITE, syscall.MAP_SHARED)
+	return &stampClock{mem}, err
+}
+
+// next returns a number above all that it has returned before, in any process.
+func (c *stampClock) next() uint64 { return atomic.AddUint64((*uint64)(unsafe.Pointer(&c.mem[0])), 1) }
+
+func (c *stampClock) close() error { return syscall.Munmap(c.mem) }
+
+// A refEvent points a ref at a label ("" removes it) at some moment between two stamps. If it is
+// not sure, it may not have happened: its call failed, or its process was killed in it.
+type refEvent struct {
+	start, end uint64
+	label      string
+	sure       bool
+}
+
+// A refRead has seen a ref at a label at some moment between two stamps.
+type refRead struct {
+	start, end uint64
+	ref, label string
+}
+
+// A rootHistory is what the processes of a round said they did, by ref.
+type rootHistory struct {
+	events    map[string][]refEvent
+	reads     []refRead
+	anonymous map[string]bool // labels of artifacts that were to have an anonymous name
+	faults    []string        // what a worker found wrong
+	ops       map[string]int  // calls by name and outcome
+}
+
+func newHistory() *rootHistory {
+	return &rootHistory{events: map[string][]refEvent{}, anonymous: map[string]bool{}, ops: map[string]int{}}
+}
+
+// A logLine is one line of a worker's log. Each is written by one system call, so that a kill
+// leaves whole lines.
+type logLine struct {
+	Kind  string // "try", "end", "read", "anonymous", "fault", "op"
+	ID    int    `json:",omitempty"` // joins the end to its try
+	Start uint64 `json:",omitempty"`
+	End   uint64 `json:",omitempty"`
+	Ref   string `json:",omitempty"`
+	Label string `json:",omitempty"`
+	Text  string `json:",omitempty"` // the outcome, the fault, or the operation
+}
+
+// replay takes in the log of a worker that was dead at the stamp death.
+func (h *rootHistory) replay(name string, death uint64) error {
+	f, err := os.Open(name)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	open := map[int]logLine{}
+	lines := bufio.NewScanner(f)
+	lines.Buffer(nil, 1<<20)
+	for lines.Scan() {
+		var r logLine
+		if err := json.Unmarshal(lines.Bytes(), &r); err != nil {
+			return fmt.Errorf("%s: %q: %w", name, lines.Text(), err)
+		}
+		switch r.Kind {
+		case "try":
+			open[r.ID] = r
+		case "end":
+			t := open[r.ID]
+			delete(open, r.ID)
+			if r.Text != "no" {
+				h.events[t.Ref] = append(h.events[t.Ref], refEvent{t.Start, r.End, t.Label, r.Text == "ok"})
+			}
+		case "read":
+			h.reads = append(h.reads, refRead{r.Start, r.End, r.Ref, r.Label})
+		case "anonymous":
+			h.anonymous[r.Label] = true
+		case "fault":
+			h.faults = append(h.faults, r.Text)
+		case "op":
+			h.ops[r.Text]++
+		}
+	}
+	for _, t := range open {
+		h.events[t.Ref] = append(h.events[t.Ref], refEvent{t.Start, death, t.Label, false})
+	}
+	return lines.Err()
+}
+
+// possible returns what a read of ref between two stamps may see: each event that had begun,
+// unless one that surely happened lies wholly between it and the read.
+func (h *rootHistory) possible(ref string, start, end uint64) []string {
+	all := append([]refEvent{{label: "", sure: true}}, h.events[ref]...)
+	var labels []string
+	for _, e := range all {
+		hidden := slices.ContainsFunc(all, func(later refEvent) bool {
+			return later.sure && later.start > e.end && later.end < start
+		})
+		if e.start <= end && !hidden && !slices.Contains(labels, e.label) {
+			labels = append(labels, e.label)
+		}
+	}
+	return labels
+}
+
+// problems returns the faults that workers found, and the reads that nothing explains.
+func (h *rootHistory) problems() []string {
+	found := slices.Clone(h.faults)
+	for _, r := range h.reads {
+		if p := h.possible(r.ref, r.start, r.end); !slices.Contains(p, r.label) {
+			found = append(found, fmt.Sprintf("between %d and %d %s read as %q, possible were %.20q", r.start, r.end, r.ref, r.label, p))
+		}
+	}
+	return found
+}
+
+// model returns what each ref may be at the end.
+func (h *rootHistory) model(end uint64) model {
+	want := model{}
+	for ref := range h.events {
+		want[ref] = h.possible(ref, end, end)
+	}
+	return want
+}
+
+// TestHarnessHistory holds the judge of TestHarness to hand-made histories.
+func TestHarnessHistory(t *testing.T) {
+	h := newHistory()
+	h.events["r"] = []refEvent{
+		{1, 2, "a", true},
+		{3, 6, "b", true},
+		{4, 5, "c", false}, // failed
+		{7, 9, "d", true},
+		{8, 20, "e", false}, // killed
+	}
+	for _, c := range []struct {
+		start, end uint64
+		want       string
+	}{
+		{0, 0, ","}, {0, 1, ",,a"}, {2, 2, ",,a"}, {3, 3, ",a,b"}, {4, 4, ",a,b,c"}, {7, 7, ",b,c,d"},
+		{10, 10, ",d,e"}, {30, 30, ",d,e"}, {1, 30, ",,a,b,c,d,e"},
+	} {
+		if got := "," + strings.Join(h.possible("r", c.start, c.end), ","); got != c.want {
+			t.Errorf("between %d and %d: %q, want %q", c.start, c.end, got, c.want)
+		}
+	}
+	h.reads = []refRead{{10, 10, "r", "d"}, {10, 10, "r", "b"}}
+	if got := h.problems(); len(got) != 1 {
+		t.Errorf("problems are %q, want the read of b alone", got)
+	}
+}
+
+// mountExt4 mounts an ext4 file system of its own in a file of that size for the length of the test.
+func mountExt4(t *testing.T, size int64) string {
+	t.Helper()
+	dir := t.TempDir()
+	image, mnt := filepath.Join(dir, "image"), filepath.Join(dir, "mnt")
+	if err := errors.Join(os.WriteFile(image, nil, 0o600), os.Truncate(image, size), os.Mkdir(mnt, 0o755)); err != nil {
+		t.Fatal(err)
+	}
+	path := "PATH=" + os.Getenv("PATH") + ":/usr/sbin:/sbin"
+	for _, args := range [][]string{{"mkfs.ext4", "-q", "-F", "-m", "0", image}, {"mount", "-o", "loop", image, mnt}} {
+		cmd := exec.Command("env", append([]string{path}, args...)...)
+		if out, err := cmd.CombinedOutput(); err != nil {
+			t.Skipf("an ext4 file system can't be mounted here (%v: %s): it takes root, e2fsprogs and a loop device", err, out)
+		}
+	}
+	t.Cleanup(func() {
+		if err := syscall.Unmount(mnt, syscall.MNT_DETACH); err != nil {
+			t.Error(err)
+		}
+	})
+	return mnt
+}
+
+// mountBind shows dir under a second path for the length of the test.
+func mountBind(t *testing.T, dir string) string {
+	t.Helper()
+	other := filepath.Join(t.TempDir(), "bound")
+	if err := os.Mkdir(other, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := syscall.Mount(dir, other, "", syscall.MS_BIND, ""); err != nil {
+		t.Skipf("a bind mount can't be made here (%v): it takes root", err)
+	}
+	t.Cleanup(func() {
+		if err := syscall.Unmount(other, syscall.MNT_DETACH); err != nil {
+			t.Error(err)
+		}
+	})
+	return other
+}
+
+// A diskFiller takes all space of a file system, and gives it back.
+type diskFiller struct{ name string }
+
+func (d diskFiller) fill() error {
+	f, err := os.OpenFile(d.name, os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o600)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	for size := 64 << 10; size > 0; size /= 2 {
+		for err == nil {
+			_, err = f.Write(make([]byte, size))
+		}
+		if !errors.Is(err, syscall.ENOSPC) {
+			return err
+		}
+		err = nil
+	}
+	return nil
+}
+
+func (d diskFiller) free() error { return os.Truncate(d.name, 0) }
+
+// setImmutable makes files unchangeable even by root (chattr +i), or changeable again. Files
+// that are gone are left out.
+func setImmutable(on bool, names ...string) error {
+	const getFlags, setFlags, immutable = 0x80086601, 0x40086602, 0x10 // linux/fs.h
+	for _, name := range names {
+		f, err := os.Open(name)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		var flags int
+		_, _, errno := syscall.Syscall(syscall.SYS_IOCTL, f.Fd(), getFlags, uintptr(unsafe.Pointer(&flags)))
+		if errno == 0 {
+			flags &^= immutable
+			if on {
+				flags |= immutable
+			}
+			_, _, errno = syscall.Syscall(syscall.SYS_IOCTL, f.Fd(), setFlags, uintptr(unsafe.Pointer(&flags)))
+		}
+		f.Close()
+		if errno != 0 {
+			return errno
+		}
+	}
+	return nil
+}
+
+// clockEnv holds how many seconds a process of clockBinary is ahead, or behind if negative.
+const clockEnv = "OCILOCAL_TEST_CLOCK"
+
+// buildClockBinary builds these tests once more, with a standard library whose time.Now adds an
+// offset. Nothing else can shift the clock of one Go program: it asks the kernel itself, so a
+// preloaded library that replaces libc's functions has no effect.
+func buildClockBinary(t *testing.T) string {
+	t.Helper()
+	goTool, err := exec.LookPath("go")
+	if err != nil {
+		t.Skip("there is no go command to build a process with another clock")
+	}
+	root, err := exec.Command(goTool, "env", "GOROOT").Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	std := filepath.Join(strings.TrimSpace(string(root)), "src", "time")
+	src, err := os.ReadFile(filepath.Join(std, "time.go"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	const asked = "sec, nsec, mono := runtimeNow()\n"
+	parts := strings.Split(string(src), asked)
+	if len(parts) < 2 {
+		t.Fatalf("time.go of %s has no line %q", root, asked)
+	}
+	dir := t.TempDir()
+	patched, extra, overlay := filepath.Join(dir, "time.go"), filepath.Join(dir, "offset.go"), filepath.Join(dir, "overlay.json")
+	write(t, patched, strings.Join(parts, asked+"\tsec += ocilocalOffset\n"))
+	write(t, extra, `package time
+
+import "syscall"
+
+var ocilocalOffset = func() (sec int64) {
+	text, _ := syscall.Getenv("`+clockEnv+`")
+	sign := int64(1)
+	for _, c := range text {
+		if c == '-' {
+			sign = -1
+			continue
+		}
+		sec = sec*10 + int64(c-'0')
+	}
+	return sign * sec
+}()
+`)
+	replace, err := json.Marshal(map[string]map[string]string{"Replace": {
+		filepath.Join(std, "time.go"): patched, filepath.Join(std, "ocilocal_offset.go"): extra,
+	}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	write(t, overlay, string(replace))
+	binary := filepath.Join(dir, "test")
+	if out, err := exec.Command(goTool, "test", "-c", "-vet=off", "-overlay", overlay, "-o", binary, ".").CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	return binary
+}
+
+// daysOff returns a random offset of a clock, in seconds.
+func daysOff(rng *rand.Rand, most int64) int64 { return rng.Int64N(2*most*86400) - most*86400 }
