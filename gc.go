@@ -190,60 +190,77 @@ const (
 	gcPause = 2 * busyPoll
 )
 
+// A gcSweep deletes what a mark has found dead, in steps.
+type gcSweep struct {
+	*gcGraph
+	todo    []int32                // what is left, each manifest before what it needs or refers to
+	freed   int                    // how many of todo the steps without rows have looked at
+	gone    map[digest.Digest]bool // files that this collection has deleted
+	revived map[digest.Digest]bool // what was in use again by its turn
+}
+
 // sweep deletes the orphans, step by step.
+//
+// On a full disk a step can fail with [ErrNoSpace], when it displaces or when it commits. Its files are gone then, and
+// the next attempt has more space. If not even one is, the first to go is what dead processes have left in tmp/,
+// and then a few files at a time without their rows, until a whole step succeeds again.
 func (g *gcGraph) sweep(ctx context.Context) error {
-	todo := g.orphans()
-	gone := make(map[digest.Digest]bool, len(todo))
-	var late []int32 // whose rows could not be deleted, on a full disk
-	for len(todo) > 0 {
-		n, err := g.step(ctx, todo, gone, len(late) == 0)
-		if errors.Is(err, ErrNoSpace) && len(late) == 0 {
-			late = todo // files only, from here on
-			continue
-		}
-		if err != nil {
-			return err
-		}
-		if todo = todo[n:]; len(todo) > 0 {
-			select {
-			case <-ctx.Done():
-				return ctx.Err()
-			case <-time.After(gcPause):
+	s := &gcSweep{gcGraph: g, todo: g.orphans(), gone: map[digest.Digest]bool{}, revived: map[digest.Digest]bool{}}
+	sweptTmp := false
+	for len(s.todo) > 0 {
+		before := len(s.gone)
+		n, err := s.step(ctx, s.todo, true)
+		if errors.Is(err, ErrNoSpace) && len(s.gone) == before {
+			switch {
+			case !sweptTmp:
+				sweptTmp = true
+				err = g.registry.sweepTmp(ctx, &g.opts)
+			case s.freed == len(s.todo):
+				return nil // rows without files do no harm, and the next collection deletes them
+			default:
+				var looked int
+				looked, err = s.step(ctx, s.todo[s.freed:], false)
+				s.freed += looked
 			}
-		}
-	}
-	for len(late) > 0 {
-		n, err := g.step(ctx, late, gone, true)
-		if errors.Is(err, ErrNoSpace) {
-			return nil // still full; rows without files do no harm, and the next collection deletes them
+		} else if errors.Is(err, ErrNoSpace) {
+			err = nil
 		}
 		if err != nil {
 			return err
 		}
-		late = late[n:]
+		s.todo, s.freed = s.todo[n:], max(0, s.freed-n)
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(gcPause):
+		}
 	}
 	return nil
 }
 
-// step deletes as many of todo, in order, as fit into one short transaction, and
-// returns their number. The files go first: then a killed collector leaves
-// rows without files, which publish and Tag don't trust, never the reverse; and a full
-// disk has space again. Before the first file, a commit that nobody has seen is
-// displaced: it could point at what is about to go. No directory is synced: a file that comes back after a power cut is an orphan again.
-func (g *gcGraph) step(ctx context.Context, todo []int32, gone map[digest.Digest]bool, rows bool) (n int, err error) {
+// gcRoom is how much a step without rows frees: enough to displace a commit, and for a few rows.
+const gcRoom = 64 << 10
+
+// step deletes as many of todo, in order, as fit into one short transaction, and returns their number.
+//
+// The files go first, and with rows their rows follow: then a killed collector leaves rows without files, which publish
+// and Tag don't trust, never the reverse. Before the first file, a commit that nobody has seen
+// is displaced: it could point at what is about to go. Without rows nothing is written to the index, so that a
+// step needs no space. That is safe only where the log has no room for such a commit. No directory is synced:
+// a file that comes back after a power cut is an orphan again.
+func (s *gcSweep) step(ctx context.Context, todo []int32, rows bool) (n int, err error) {
 	var done Count
-	revived := 0
 	var large []string // files whose space is freed later, with the index unlocked
-	err = g.registry.writeAlone(ctx, func(tx *indexTx) error {
-		n, done, revived = 0, Count{}, 0
-		displaced := false
+	err = s.registry.writeAlone(ctx, func(tx *indexTx) error {
+		prepared := false
+		var room int64
 		known := map[digest.Digest]bool{}
 		if v, err := meta(tx, metaUnreconciled); err != nil || v != "" {
 			return errors.Join(err, ErrUnsafe)
 		}
-		for start := time.Now(); n < len(todo) && (n == 0 || time.Since(start) < gcStep); n++ {
-			node := &g.nodes[todo[n]]
-			ok, err := g.deletable(tx, node, gone, known, rows)
+		for start := time.Now(); n < len(todo) && (n == 0 || time.Since(start) < gcStep && (rows || room < gcRoom)); n++ {
+			node := &s.nodes[todo[n]]
+			ok, err := s.deletable(tx, node, known, rows)
 			if err != nil {
 				return err
 			}
@@ -251,26 +268,33 @@ func (g *gcGraph) step(ctx context.Context, todo []int32, gone map[digest.Digest
 				start = time.Now() // or a large lineage would be looked at again for each of its manifests
 			}
 			if !ok {
-				revived++
+				s.revived[node.digest] = true
 				continue
 			}
-			if rows && !displaced { // on a full disk it can't be done, but the files must go
-				if err := tx.displace(); err != nil {
+			delete(s.revived, node.digest)
+			if !prepared {
+				if rows {
+					err = tx.displace()
+				} else {
+					err = s.nothingUnseen(tx)
+				}
+				if err != nil {
 					return err
 				}
-				displaced = true
+				prepared = true
 			}
-			if !gone[node.digest] {
-				moved, err := g.registry.blobs.unname(node.digest, node.size)
+			if !s.gone[node.digest] {
+				moved, err := s.registry.blobs.unname(node.digest, node.size)
 				if err != nil && !errors.Is(err, fs.ErrNotExist) {
 					return err
 				}
 				if moved != "" {
 					large = append(large, moved)
 				}
-				if gone[node.digest] = true; err == nil || !node.file {
+				if s.gone[node.digest] = true; err == nil || !node.file {
 					done.add(node.count())
 				}
+				room += max(node.size, 1<<12)
 			}
 			if rows && node.row {
 				if err := tx.delete(node.digest); err != nil {
@@ -281,25 +305,45 @@ func (g *gcGraph) step(ctx context.Context, todo []int32, gone map[digest.Digest
 		return nil
 	})
 	for _, name := range large {
-		err = errors.Join(err, ignoreNotExist(g.registry.root.Remove(name)))
+		err = errors.Join(err, ignoreNotExist(s.registry.root.Remove(name)))
 	}
-	g.report.Deleted.Manifests += done.Manifests
-	g.report.Deleted.Blobs += done.Blobs
-	g.report.Deleted.Bytes += done.Bytes
-	g.report.Revived += revived
+	s.report.Deleted.Manifests += done.Manifests
+	s.report.Deleted.Blobs += done.Blobs
+	s.report.Deleted.Bytes += done.Bytes
+	s.report.Revived = len(s.revived)
+	if err != nil {
+		n = 0
+	}
 	return n, err
+}
+
+// nothingUnseen fails unless no commit can be there that nobody has seen. Such a commit lies in the log's file
+// behind all that the others know of it, and has at least one page.
+func (s *gcSweep) nothingUnseen(tx *indexTx) error {
+	free, err := s.registry.index.nextFrame(tx)
+	if err != nil {
+		return err
+	}
+	fi, err := s.registry.root.Lstat(indexFile + "-wal")
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err == nil && fi.Size() >= free {
+		err = fmt.Errorf("%w: a commit that nobody has seen may need what would be deleted, and can't be displaced", ErrNoSpace)
+	}
+	return err
 }
 
 // deletable looks again, in the transaction, whether a node that was dead still
 // is. By its turn all dead manifests that point at it are gone, so any that is
 // there counts: also one that came back. known is what reachable found in this transaction.
-func (g *gcGraph) deletable(tx *indexTx, n *gcNode, gone, known map[digest.Digest]bool, rows bool) (bool, error) {
-	fi, err := g.registry.root.Lstat(blobPath(n.digest))
+func (s *gcSweep) deletable(tx *indexTx, n *gcNode, known map[digest.Digest]bool, rows bool) (bool, error) {
+	fi, err := s.registry.root.Lstat(blobPath(n.digest))
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
 	case err != nil:
 		return false, err
-	case gone[n.digest] || g.opts.young(fi.ModTime(), g.began):
+	case s.gone[n.digest] || s.opts.young(fi.ModTime(), s.began):
 		return false, nil // written again since
 	}
 	if used, err := hasRef(tx, n.digest); used || err != nil {
@@ -308,8 +352,8 @@ func (g *gcGraph) deletable(tx *indexTx, n *gcNode, gone, known map[digest.Diges
 	used := false
 	err = pointers(context.Background(), tx, n.digest, func(manifest digest.Digest) error {
 		used = true
-		if gone[manifest] && !rows { // on a full disk its rows are left; without its file it is dead all the same
-			switch _, err := g.registry.root.Lstat(blobPath(manifest)); {
+		if s.gone[manifest] && !rows { // on a full disk its rows are left; without its file it is dead all the same
+			switch _, err := s.registry.root.Lstat(blobPath(manifest)); {
 			case errors.Is(err, fs.ErrNotExist):
 				used = false
 				return nil
@@ -319,14 +363,14 @@ func (g *gcGraph) deletable(tx *indexTx, n *gcNode, gone, known map[digest.Diges
 		}
 		return errStop
 	})
-	if err != nil || used || !g.opts.KeepReferrers {
+	if err != nil || used || !s.opts.KeepReferrers {
 		return !used && err == nil, err
 	}
 	subject, err := subjectOf(tx, n.digest)
 	if err != nil || subject == "" {
 		return err == nil, err
 	}
-	used, err = g.reachable(tx, subject, known)
+	used, err = s.reachable(tx, subject, known)
 	return !used, err
 }
 

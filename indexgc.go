@@ -186,12 +186,17 @@ func (t *indexTx) delete(d digest.Digest) error {
 	return err
 }
 
-// Statements of displace. The text fills more pages than the cache may then have.
+// Statements of displace, and of nextFrame.
 const (
-	sqlSmallCache  = `PRAGMA cache_size = 10`
-	sqlFill        = `INSERT INTO meta (key, value) VALUES ('fill', hex(zeroblob(40000)))`
-	sqlUnfill      = `DELETE FROM meta WHERE key = 'fill'`
+	sqlSmallCache  = `PRAGMA cache_size = 1`
+	sqlFill        = `INSERT INTO meta (key, value) VALUES ('displace', '')`
+	sqlEmptyCache  = `PRAGMA shrink_memory`
+	sqlOtherPages  = `SELECT EXISTS (SELECT 1 FROM members), EXISTS (SELECT 1 FROM blobs)`
+	sqlUnfill      = `DELETE FROM meta WHERE key = 'displace'`
 	sqlWriterCache = `PRAGMA cache_size = -16000`
+
+	sqlLog      = `PRAGMA wal_checkpoint(NOOP)`
+	sqlPageSize = `PRAGMA page_size`
 )
 
 // displace makes sure that no commit can come to light any more that nobody has seen yet.
@@ -201,14 +206,39 @@ const (
 // the next of them to write puts its own frames in its place. But if none writes, the
 // commit is there when the log is read anew. Whoever does, in a transaction, what can't be
 // undone because of what it sees, must therefore write first: not at the commit, before which
-// it may die too, but now. So this fills the cache until SQLite has to spill pages into the log.
+// it may die too, but now.
+//
+// SQLite writes a changed page to the log before the commit if its cache has no room for another page. So this
+// changes a page, empties the cache, which then may hold one page, and reads others. Exactly one frame is written. Where
+// there is a commit to displace, the log's file need not grow for that: so it succeeds on a full disk too.
 func (t *indexTx) displace() error {
 	var err error
-	for _, text := range []string{sqlSmallCache, sqlFill, sqlUnfill} {
+	for _, text := range []string{sqlSmallCache, sqlFill, sqlEmptyCache} {
 		if err == nil {
 			_, err = t.exec(text)
 		}
 	}
+	if err == nil {
+		var members, blobs bool
+		_, err = t.row(sqlOtherPages, nil, &members, &blobs)
+	}
+	if err == nil {
+		_, err = t.exec(sqlUnfill)
+	}
 	_, always := t.exec(sqlWriterCache)
 	return errors.Join(err, always)
+}
+
+// nextFrame returns where in the log's file the frame ends that is written next, while tx is open and has
+// written nothing. It reads no rows: SQLite takes the figure from the memory that its processes share.
+func (x *index) nextFrame(tx *indexTx) (int64, error) {
+	const header, frameHeader = 32, 24
+	var page, busy, frames, done int64
+	if _, err := tx.row(sqlPageSize, nil, &page); err != nil {
+		return 0, err
+	}
+	if _, err := x.row(sqlLog, nil, &busy, &frames, &done); err != nil {
+		return 0, err
+	}
+	return header + (frames+1)*(frameHeader+page), nil
 }
