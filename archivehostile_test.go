@@ -268,9 +268,7 @@ func heapGrowth(fn func()) int64 {
 
 // A million entries that matter to nobody are passed over; one more is too many.
 func TestImportArchiveManyEntries(t *testing.T) {
-	if testing.Short() {
-		t.Skip("a million entries take seconds")
-	}
+	needsDeep(t, "a million entries take seconds")
 	manifest, config := image("layer")
 	var b bytes.Buffer
 	tw := tar.NewWriter(&b)

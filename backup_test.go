@@ -433,10 +433,7 @@ func TestBackupLive(t *testing.T) {
 		}
 	})
 	<-started
-	rounds := 15
-	if testing.Short() {
-		rounds = 5
-	}
+	rounds := scaled(5, 15, 50)
 	busy := 0
 	for range rounds {
 		if _, err := r.Backup(t.Context(), dir, nil); errors.Is(err, ocilocal.ErrBusy) {

@@ -115,7 +115,7 @@ func TestCollectorAgainstAll(t *testing.T) {
 	m := newCrashModel(writers)
 	acks, collections, verified := 0, 0, 0
 	rounds := scaled(3, 8, 150)
-	for round := 0; round < rounds || longRun() && (acks < 50_000 || collections < 1000); round++ {
+	for round := 0; round < rounds || deepLevel() > 1 && (acks < 50_000 || collections < 1000); round++ {
 		ws := make([]*worker, writers+collectors+verifiers)
 		said := make([][]string, len(ws))
 		for i := range ws {

@@ -71,10 +71,7 @@ func crashWorker(in *bufio.Scanner, args []string) error {
 		label  string
 		digest digest.Digest
 	}
-	pool := 6 // layers that many artifacts share
-	if longRun() {
-		pool = 200
-	}
+	pool := scaled(6, 6, 200) // layers that many artifacts share
 	var builds []built
 	remote := &ocilocal.Remote{}
 	mine := map[string]string{} // what own refs point at, as far as this process knows

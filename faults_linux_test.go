@@ -128,7 +128,7 @@ func TestFullDisk(t *testing.T) {
 // what nothing needs while there is no space nor a file to be had, and publishing goes on.
 func TestFullDiskCollected(t *testing.T) {
 	kib := []int{48, 700, 8 << 10}
-	if longRun() {
+	if deepLevel() > 1 {
 		for size := 50.0; size < 8<<10; size *= 1.09 {
 			kib = append(kib, int(size))
 		}

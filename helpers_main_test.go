@@ -215,16 +215,29 @@ func mustClose(t *testing.T, c io.Closer) {
 	}
 }
 
-// longRun reports whether the long form of the tests was asked for.
-func longRun() bool { return os.Getenv("OCILOCAL_LONG") != "" }
+// deepEnv is the switch for the sizes of the tests; see deepLevel.
+const deepEnv = "OCILOCAL_DEEP"
 
-// scaled picks a number of rounds: for -short, by default, for OCILOCAL_LONG.
-func scaled(short, normal, long int) int {
-	switch {
-	case longRun():
-		return long
-	case testing.Short():
-		return short
+// deepLevel returns how deep the tests go: 0, the default, takes a minute; 1 is the gate's; 2 is
+// the full form, which takes hours. Worker processes inherit it.
+func deepLevel() int {
+	switch v := os.Getenv(deepEnv); v {
+	case "", "0":
+		return 0
+	case "1", "2":
+		return int(v[0] - '0')
+	default:
+		panic(fmt.Sprintf("%s is %q: want 0, 1 or 2", deepEnv, v))
 	}
-	return normal
+}
+
+// scaled picks a number of rounds by the level: quick, the gate's, or the full form's.
+func scaled(quick, gate, full int) int { return []int{quick, gate, full}[deepLevel()] }
+
+// needsDeep skips a test that has no quick form.
+func needsDeep(t *testing.T, why string) {
+	t.Helper()
+	if deepLevel() == 0 {
+		t.Skipf("%s: runs with %s=1", why, deepEnv)
+	}
 }

@@ -243,9 +243,7 @@ func TestMaxClosure(t *testing.T) {
 
 // TestManyLargeManifests: manifests are in memory until they are published, so all of an import's together are bounded.
 func TestManyLargeManifests(t *testing.T) {
-	if testing.Short() {
-		t.Skip("128 MiB of manifests")
-	}
+	needsDeep(t, "128 MiB of manifests")
 	pad := strings.Repeat("x", 4_000_000)
 	var blobs, index []string
 	for i := range ocilocal.MaxImportManifests/len(pad) + 1 {
