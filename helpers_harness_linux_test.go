@@ -14,19 +14,12 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
-	"strconv"
 	"strings"
 	"sync/atomic"
 	"syscall"
 	"testing"
 	"unsafe"
 )
-
-// deepLevel is how much the long tests do: 0 is brief, 1 is the gate, 2 is the long form.
-func deepLevel() int {
-	n, _ := strconv.Atoi(os.Getenv("OCILOCAL_DEEP"))
-	return n
-}
 
 // A stampClock orders events of several processes: a counter in memory that they share.
 type stampClock struct{ mem []byte }
