@@ -280,6 +280,24 @@ func errorTexts(err error) (texts []string) {
 	if e, ok := errors.AsType[*ocilocal.RemoteError](err); ok {
 		texts = append(texts, fmt.Sprintf("%#v", e), fmt.Sprintf("%+v", *e), e.URL, e.Err.Error())
 	}
+	return append(texts, chainTexts(err)...)
+}
+
+// chainTexts are the texts of all errors that an error wraps.
+func chainTexts(err error) (texts []string) {
+	var next []error
+	switch e := err.(type) {
+	case interface{ Unwrap() error }:
+		next = []error{e.Unwrap()}
+	case interface{ Unwrap() []error }:
+		next = e.Unwrap()
+	}
+	for _, err := range next {
+		if err != nil {
+			texts = append(texts, err.Error(), fmt.Sprintf("%+v", err), fmt.Sprintf("%#v", err))
+			texts = append(texts, chainTexts(err)...)
+		}
+	}
 	return texts
 }
 

@@ -49,6 +49,12 @@ type Remote struct {
 	// PlainHTTP reports whether host ("localhost:5000") is spoken to without TLS.
 	// Nil means loopback only: localhost, 127.0.0.0/8 and [::1].
 	PlainHTTP func(host string) bool
+	// AllowAddress reports whether the named registry may send requests to addr, an address that is
+	// not public: for a token, or by a redirect or an upload location. It is not asked about the
+	// addresses that a registry may use anyway: its own, and those of its own kind (private,
+	// loopback, 100.64.0.0/10, 198.18.0.0/15, 240.0.0.0/4). It must be safe for concurrent use.
+	// Nil allows none.
+	AllowAddress func(registry string, addr netip.Addr) bool
 	// Retry decides on requests that may be repeated. Nil means [DefaultRetry].
 	Retry RetryFunc
 	// MaxPerHost is how many requests to one registry run at a time. Zero means 16.
@@ -69,7 +75,6 @@ type Remote struct {
 
 	mu     sync.Mutex // guards what follows
 	client *http.Client
-	tokens *http.Client // for token servers on other hosts
 	hosts  map[string]*remoteHost
 	cache  map[tokenKey]*tokenEntry
 	warned map[string]bool
@@ -96,6 +101,7 @@ type remoteHost struct {
 	mu         sync.Mutex           // guards what follows
 	challenges map[string]challenge // by repository: what it last asked for
 	addr       netip.Addr           // where it was last reached
+	away       *http.Client         // for requests that leave its origin
 }
 
 // A meter is told how far a blob is. Each attempt calls it with where it begins, and
@@ -165,6 +171,9 @@ func (r *Remote) host(name string) *remoteHost {
 		h.base.Scheme = "http"
 	}
 	if r.hosts == nil || len(r.hosts) >= maxRemembered {
+		for _, old := range r.hosts {
+			old.closeIdle()
+		}
 		r.hosts = map[string]*remoteHost{}
 	}
 	r.hosts[name] = h
@@ -213,10 +222,20 @@ func ownTransport() *http.Transport {
 func (r *Remote) CloseIdleConnections() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	for _, c := range []*http.Client{r.client, r.tokens} {
-		if c != nil {
-			c.CloseIdleConnections()
-		}
+	if r.client != nil {
+		r.client.CloseIdleConnections()
+	}
+	for _, h := range r.hosts {
+		h.closeIdle()
+	}
+}
+
+// closeIdle closes the idle connections that lead away from the registry.
+func (h *remoteHost) closeIdle() {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.away != nil {
+		h.away.CloseIdleConnections()
 	}
 }
 

@@ -119,7 +119,7 @@ func (p *remoteRepo) authorized(ctx context.Context, c *remoteCall) (*http.Respo
 		if res.StatusCode != http.StatusUnauthorized {
 			return res, nil
 		}
-		refused := answerError(res.Request.URL, res, p.secrets())
+		refused := p.answerError(c, res)
 		ch, ok := chooseChallenge(parseChallenges(res.Header.Values("WWW-Authenticate")))
 		switch {
 		case crossed:
@@ -370,7 +370,7 @@ func (p *remoteRepo) fetchToken(ctx context.Context, ch challenge, scopes []stri
 	if err != nil {
 		return a, err
 	}
-	c := &remoteCall{method: http.MethodGet, url: realm, header: http.Header{}}
+	c := &remoteCall{method: http.MethodGet, url: realm, header: http.Header{}, token: true}
 	q := url.Values{}
 	if service := ch.params["service"]; service != "" {
 		q.Set("service", service)
@@ -425,7 +425,7 @@ func (e *RemoteError) explainToken(host string, cred *Credential) {
 func (p *remoteRepo) askTokenServer(ctx context.Context, c *remoteCall) (a tokenAnswer, err error) {
 	u := c.url
 	for hops := 0; ; hops++ {
-		res, err := p.exchangeToken(ctx, c, u)
+		res, err := p.exchange(ctx, c, u, p.remote.header(c.header))
 		if err != nil {
 			return a, err
 		}
@@ -440,7 +440,7 @@ func (p *remoteRepo) askTokenServer(ctx context.Context, c *remoteCall) (a token
 			}
 			return a, nil
 		case res.StatusCode < 300 || res.StatusCode > 399:
-			return a, answerError(u, res, p.secrets())
+			return a, p.answerError(c, res)
 		}
 		res.Body.Close()
 		next, err := redirected(u, "Location", res.Header.Get("Location"))

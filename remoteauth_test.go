@@ -282,7 +282,7 @@ func TestTokenServerMoves(t *testing.T) {
 	remote := in.remote(s.host, ocilocal.Credential{Username: "me", Password: secretPassword})
 	remote.Retry = noRetry
 	for i, name := range []string{"first", "second"} {
-		in.tokenSite("https://"+name+".test", "203.0.113.2", nil)
+		server := in.tokenSite("https://"+name+".test", "203.0.113.2", nil)
 		s.wantToken("https://" + name + ".test/token")
 		// Another token is needed to delete, and the first token server doesn't answer any more.
 		err := remote.Delete(t.Context(), s.ref("org/model:gone"))
@@ -292,6 +292,7 @@ func TestTokenServerMoves(t *testing.T) {
 		if _, err := remote.Manifest(t.Context(), s.ref("org/model:v1")); err != nil {
 			t.Errorf("%s: %v", name, err)
 		}
+		server.Close()
 		delete(in.sites, name+".test:443")
 		if i == 0 {
 			remote.Credentials = ocilocal.StaticCredential(s.host, ocilocal.Credential{IdentityToken: secretRefresh}) // so that no old token fits

@@ -2,7 +2,9 @@ package ocilocal
 
 import (
 	"cmp"
+	"context"
 	"crypto/tls"
+	"crypto/x509"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -14,6 +16,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"syscall"
 	"time"
 	"unicode"
 )
@@ -32,7 +35,8 @@ type RemoteError struct {
 	TokenServer bool
 	// RetryAfter is how long the registry wants to be left alone; 0 if it didn't say.
 	RetryAfter time.Duration
-	// Err is the cause. It matches a sentinel.
+	// Err is the cause. It matches a sentinel. It and the errors that it wraps are as clean as
+	// their text: of net/http's errors, only sentinels and system error numbers are kept.
 	Err error
 
 	final bool // trying again can't help
@@ -117,20 +121,32 @@ func (e *RemoteError) kind() error {
 	return ErrProtocol
 }
 
-// answerError makes an error of an answer that is none of those that were
-// asked for, and closes its body. secrets are cut out of what the server says.
-func answerError(u *url.URL, res *http.Response, secrets []string) *RemoteError {
+// answerError makes an error of an answer that is none of those that were asked for, and closes its
+// body. Only the registry and its token server are quoted: another host may be one that only this
+// machine can reach, and its text would tell others about it.
+func (p *remoteRepo) answerError(c *remoteCall, res *http.Response) *RemoteError {
 	defer res.Body.Close()
-	body, _ := io.ReadAll(io.LimitReader(res.Body, maxErrorBody)) // an error's text is worth what of it came
 	e := &RemoteError{
 		Method:     res.Request.Method,
-		URL:        publicURL(u),
+		URL:        publicURL(res.Request.URL),
 		Status:     res.StatusCode,
-		Codes:      parseErrorBody(body, secrets),
 		RetryAfter: parseRetryAfter(res.Header.Get("Retry-After"), time.Now()),
+	}
+	if c.token || sameOrigin(res.Request.URL, p.host.base) {
+		body, _ := io.ReadAll(io.LimitReader(res.Body, maxErrorBody)) // the part that arrives is worth showing
+		e.Codes = parseErrorBody(body, p.secrets())
 	}
 	e.Err = e.kind()
 	return e
+}
+
+// answerProblem adds the facts of an answer to err, which says what is wrong with its content.
+func answerProblem(c *remoteCall, res *http.Response, err error) error {
+	if !sameOrigin(res.Request.URL, c.repo.host.base) {
+		err = unquoted(err)
+	}
+	e := &RemoteError{Method: c.method, URL: publicURL(res.Request.URL), Status: res.StatusCode, final: true, Err: err}
+	return c.repo.conceal(e)
 }
 
 // parseErrorBody reads distribution-spec's form of errors; any other body gives none.
@@ -207,34 +223,91 @@ func hideCut(s string, secrets []string) string {
 	}
 }
 
-// A cleanError says what err does, in a text that is fit for messages. What
-// net/http says quotes its peer: lines of headers, names in certificates.
+// A cleanError takes the place of an error whose text quotes a peer, as that of net/http does:
+// lines of headers, names in certificates. It keeps nothing of that error but a text that is fit
+// for messages, and the causes that say nothing of a peer.
 type cleanError struct {
-	text string
-	err  error
+	text    string
+	causes  []error
+	timeout bool
 }
 
-func (e *cleanError) Error() string { return e.text }
-func (e *cleanError) Unwrap() error { return e.err }
+func (e *cleanError) Error() string   { return e.text }
+func (e *cleanError) Unwrap() []error { return e.causes }
+func (e *cleanError) Timeout() bool   { return e.timeout }
 
-// clean makes all that e says fit for messages.
-func (e *RemoteError) clean(secrets []string) {
-	const most = 2000
-	e.URL = hideCut(hide(e.URL, secrets), secrets)
+// cleaned returns err with a text that is fit for messages, and without a chain that says more.
+func cleaned(err error, secrets []string) error { return cleanedError(err, secrets) }
+
+func cleanedError(err error, secrets []string) *cleanError {
+	const longest = 2000
 	text := strings.Map(func(c rune) rune {
 		if !unicode.IsPrint(c) {
 			return '?'
 		}
 		return c
-	}, hide(e.Err.Error(), secrets))
+	}, hide(err.Error(), secrets))
 	text = hide(text, secrets)
-	if len(text) > most {
-		text = strings.ToValidUTF8(text[:most], "") + "…"
+	if len(text) > longest {
+		text = strings.ToValidUTF8(text[:longest], "") + "…"
 	}
-	text = hideCut(text, secrets)
-	if text != e.Err.Error() {
-		e.Err = &cleanError{text, e.Err}
+	return &cleanError{text: hideCut(text, secrets), causes: fixedCauses(err), timeout: timedOut(err)}
+}
+
+// unquoted returns an error that says of err only what its causes with fixed texts say.
+func unquoted(err error) error {
+	e := &cleanError{causes: fixedCauses(err), timeout: timedOut(err)}
+	var texts []string
+	for _, cause := range e.causes {
+		texts = append(texts, cause.Error())
 	}
+	if e.text = strings.Join(texts, ": "); e.text == "" {
+		e.text = "no answer that HTTP allows"
+	}
+	return e
+}
+
+// timedOut reports whether an error of the net package, or of the context, was about time.
+func timedOut(err error) bool {
+	t, ok := errors.AsType[interface {
+		error
+		Timeout() bool
+	}](err)
+	return ok && t.Timeout()
+}
+
+// fixedCauses returns the causes of err whose texts are the same whoever caused them: sentinels, and
+// the numbers of the system.
+func fixedCauses(err error) []error {
+	var list []error
+	for _, fixed := range fixedErrors {
+		if errors.Is(err, fixed) {
+			list = append(list, fixed)
+		}
+	}
+	if number, ok := errors.AsType[syscall.Errno](err); ok {
+		list = append(list, number)
+	}
+	return list
+}
+
+// fixedErrors are the sentinels that requests fail with.
+var fixedErrors = []error{
+	ErrNotFound, ErrUnauthorized, ErrDenied, ErrRateLimited, ErrUnsupportedManifest, ErrTooLarge, ErrProtocol, ErrTransport,
+	ErrDigestMismatch, ErrSizeMismatch, ErrInvalidManifest, ErrInvalidReference, ErrInvalidDigest, ErrInvalidArgument,
+	ErrUnsupportedMediaType, ErrArtifactType, ErrIncomplete, ErrConflict, ErrExists, ErrClosed, ErrReadOnly, ErrNoSpace,
+	errors.ErrUnsupported, errStalled, errRefusedAddress, errNoHost, errAuthority, errHostName, errCertificate,
+	context.Canceled, context.DeadlineExceeded, io.EOF, io.ErrUnexpectedEOF, net.ErrClosed,
+	http.ErrSchemeMismatch,
+}
+
+// clean makes all that e says fit for messages.
+func (e *RemoteError) clean(secrets []string) {
+	e.URL = hideCut(hide(e.URL, secrets), secrets)
+	for i, c := range e.Codes {
+		e.Codes[i] = RemoteCode{hideCut(hide(c.Code, secrets), secrets), hideCut(hide(c.Message, secrets), secrets)}
+	}
+	e.Err = cleaned(e.Err, secrets)
 }
 
 // maxServerWait bounds what a Retry-After can say, so that no sum overflows.
@@ -251,20 +324,51 @@ func parseRetryAfter(s string, now time.Time) time.Duration {
 	return 0
 }
 
+// Timeout reports whether no answer came in time.
+func (e *RemoteError) Timeout() bool { return errors.Is(e.Err, errStalled) || timedOut(e.Err) }
+
 // transportError makes an error of a request that got no answer.
 func transportError(method string, u *url.URL, err error) *RemoteError {
 	if wrapped, ok := errors.AsType[*url.Error](err); ok { // it prints the whole address
 		err = wrapped.Err
 	}
 	e := &RemoteError{Method: method, URL: publicURL(u), Err: fmt.Errorf("%w: %w", ErrTransport, err)}
+	reason := connectReason(err)
+	e.final = reason != nil || errors.Is(err, http.ErrSchemeMismatch)
 	if errors.Is(err, ErrProtocol) {
 		e.Err, e.final = err, true
-		return e
 	}
-	dns, isDNS := errors.AsType[*net.DNSError](err)
-	_, isCert := errors.AsType[*tls.CertificateVerificationError](err)
-	e.final = isCert || isDNS && dns.IsNotFound || errors.Is(err, http.ErrSchemeMismatch)
+	clean := cleanedError(e.Err, nil)
+	if reason != nil {
+		clean.causes = append(clean.causes, reason)
+	}
+	e.Err = clean
 	return e
+}
+
+// The reasons for which a connection can't be made that last. Their texts quote nobody.
+var (
+	errNoHost      = errors.New("no such host")
+	errAuthority   = errors.New("certificate is signed by an unknown authority")
+	errHostName    = errors.New("certificate is for another host")
+	errCertificate = errors.New("certificate is not valid")
+)
+
+// connectReason returns the reason that err has, nil for any other.
+func connectReason(err error) error {
+	if dns, ok := errors.AsType[*net.DNSError](err); ok && dns.IsNotFound {
+		return errNoHost
+	}
+	if _, ok := errors.AsType[*tls.CertificateVerificationError](err); !ok {
+		return nil
+	}
+	if _, ok := errors.AsType[x509.UnknownAuthorityError](err); ok {
+		return errAuthority
+	}
+	if _, ok := errors.AsType[x509.HostnameError](err); ok {
+		return errHostName
+	}
+	return errCertificate
 }
 
 // protocolError is an [ErrProtocol] with the facts of an answer.

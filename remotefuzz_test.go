@@ -300,6 +300,10 @@ func FuzzErrorBody(f *testing.F) {
 	f.Add([]byte(`{"errors":[{"code":"A","message":"p\u00e4ssword p%C3%A4ss\"word"}]}`), 503, "99999999999999999999", "pässword")
 	f.Add([]byte(``), 429, "-5", "x")
 	u := &url.URL{Scheme: "https", Host: "registry.test", Path: "/v2/org/model/manifests/v1", RawQuery: "sig=hush-hush", User: url.UserPassword("me", "hush-hush")}
+	p, err := (&Remote{}).repo(MustParseReference("registry.test/org/model:v1"))
+	if err != nil {
+		f.Fatal(err)
+	}
 	sentinels := []error{ErrNotFound, ErrUnauthorized, ErrDenied, ErrRateLimited, ErrTooLarge, ErrProtocol, ErrTransport, errors.ErrUnsupported}
 	f.Fuzz(func(t *testing.T, body []byte, status int, retryAfter, secret string) {
 		if strings.ContainsAny(secret, "[]") || strings.Contains("[secret]", secret) {
@@ -307,7 +311,8 @@ func FuzzErrorBody(f *testing.F) {
 		}
 		secrets := spellings([]string{secret})
 		res := &http.Response{StatusCode: status, Request: &http.Request{Method: "GET", URL: u}, Header: http.Header{"Retry-After": {retryAfter}}, Body: io.NopCloser(strings.NewReader(string(body)))}
-		e := answerError(u, res, secrets)
+		p.shown = []string{secret}
+		e := p.answerError(&remoteCall{}, res)
 		if len(e.Codes) > 10 || e.RetryAfter < 0 || e.RetryAfter > maxServerWait {
 			t.Fatalf("%d codes, %v", len(e.Codes), e.RetryAfter)
 		}

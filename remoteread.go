@@ -49,12 +49,6 @@ func (p *remoteRepo) manifest(ctx context.Context, reference, mediaType string) 
 	return m, nil
 }
 
-// answerProblem is err, which says what is wrong with the content of an answer, with its facts.
-func answerProblem(c *remoteCall, res *http.Response, err error) error {
-	e := &RemoteError{Method: c.method, URL: publicURL(res.Request.URL), Status: res.StatusCode, final: true, Err: err}
-	return c.repo.conceal(e)
-}
-
 // manifestDigest hashes a manifest. It must be what was asked for, or what the registry says.
 func manifestDigest(reference string, h http.Header, raw []byte) (digest.Digest, error) {
 	want := digest.Digest(reference)

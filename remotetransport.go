@@ -8,7 +8,6 @@ import (
 	"io"
 	"net/http"
 	"net/http/httptrace"
-	"net/netip"
 	"net/url"
 	"slices"
 	"sync"
@@ -31,6 +30,8 @@ type remoteCall struct {
 	ok []int
 	// once is set for a request that must not be repeated as it is.
 	once bool
+	// token is set for a request to a token server.
+	token bool
 
 	repo *remoteRepo // whose secrets no message may hold
 }
@@ -179,11 +180,11 @@ func (p *remoteRepo) judge(c *remoteCall, res *http.Response) error {
 		p.remote.warn(p.host.name, res.Header, p.secrets())
 	}
 	if !slices.Contains(c.ok, res.StatusCode) {
-		return answerError(res.Request.URL, res, p.secrets())
+		return p.answerError(c, res)
 	}
 	if coding := res.Header.Get("Content-Encoding"); coding != "" && coding != "identity" {
 		res.Body.Close()
-		return protocolError(c.method, res.Request.URL, res.StatusCode, "content comes coded as %q though that was not accepted", clip(coding))
+		return answerProblem(c, res, fmt.Errorf("%w: unexpected Content-Encoding %q", ErrProtocol, clip(coding)))
 	}
 	return nil
 }
@@ -209,7 +210,10 @@ func (p *remoteRepo) follow(ctx context.Context, c *remoteCall, authorization st
 		if authorization != "" && !crossed {
 			header.Set("Authorization", authorization)
 		}
-		if res, err = p.remote.exchange(ctx, p.remote.httpClient(), c, u, header, p.host); err != nil {
+		if err := p.checkTarget(ctx, c, u); err != nil {
+			return nil, crossed, err
+		}
+		if res, err = p.exchange(ctx, c, u, header); err != nil {
 			return nil, crossed, err
 		}
 		switch res.StatusCode {
@@ -221,9 +225,8 @@ func (p *remoteRepo) follow(ctx context.Context, c *remoteCall, authorization st
 		next, err := redirected(u, "Location", res.Header.Get("Location"))
 		switch {
 		case err != nil:
-			e := protocolError(c.method, u, res.StatusCode, "")
-			e.Err = err
-			return nil, crossed, e
+			c.repo = p
+			return nil, crossed, answerProblem(c, res, err)
 		case hops >= maxRedirects:
 			return nil, crossed, protocolError(c.method, u, res.StatusCode, "more than %d redirects", maxRedirects)
 		case c.method != http.MethodGet && c.method != http.MethodHead && (res.StatusCode < 307 || !sameOrigin(u, next)):
@@ -233,14 +236,31 @@ func (p *remoteRepo) follow(ctx context.Context, c *remoteCall, authorization st
 	}
 }
 
-// exchange sends one request and returns its answer, whose body is watched for
-// stalling. host, if not nil, learns where it is if it is reached directly.
-func (r *Remote) exchange(ctx context.Context, client *http.Client, c *remoteCall, u *url.URL, header http.Header, host *remoteHost) (*http.Response, error) {
-	w := newWatch(ctx, r.StallTimeout)
-	traced := w.ctx
-	if host != nil && host.base.Host == u.Host && !proxied(client, u) {
-		traced = httptrace.WithClientTrace(w.ctx, &httptrace.ClientTrace{GotConn: func(i httptrace.GotConnInfo) {
-			host.reached(i.Conn.RemoteAddr().String())
+// checkTarget refuses to send c to u, an address that the registry has named, if u is not at the
+// registry's own origin and what is there must not be asked, or must not be deleted.
+func (p *remoteRepo) checkTarget(ctx context.Context, c *remoteCall, u *url.URL) error {
+	if sameOrigin(u, p.host.base) {
+		return nil
+	}
+	if c.method == http.MethodDelete {
+		return protocolError(c.method, u, 0, "%s has another host delete", p.host.name)
+	}
+	if err := p.checkHost(ctx, u); err != nil {
+		return protocolError(c.method, u, 0, "%s leads elsewhere: %w", p.host.name, err)
+	}
+	return nil
+}
+
+// exchange sends c once, to u, and returns the answer, whose body is watched for stalling.
+func (p *remoteRepo) exchange(ctx context.Context, c *remoteCall, u *url.URL, header http.Header) (*http.Response, error) {
+	w := newWatch(ctx, p.remote.StallTimeout)
+	client, traced := p.remote.httpClient(), w.ctx
+	away := !sameOrigin(u, p.host.base)
+	if away {
+		client, traced = p.awayClient(traced, u)
+	} else if !proxied(client, u) {
+		traced = httptrace.WithClientTrace(traced, &httptrace.ClientTrace{GotConn: func(i httptrace.GotConnInfo) {
+			p.host.reached(i.Conn.RemoteAddr().String())
 		}})
 	}
 	req := (&http.Request{
@@ -275,10 +295,14 @@ func (r *Remote) exchange(ctx context.Context, client *http.Client, c *remoteCal
 		if stalled := w.stalled(); stalled != nil {
 			err = stalled
 		}
-		return nil, transportError(c.method, u, err)
+		e := transportError(c.method, u, err)
+		if away {
+			e.Err = unquoted(e.Err)
+		}
+		return nil, e
 	}
 	res.Request = req // with the address that was asked, not what the client made of it
-	res.Body = &watchedBody{src: res.Body, watch: w, caller: ctx}
+	res.Body = &watchedBody{src: res.Body, watch: w, caller: ctx, quiet: away}
 	return res, nil
 }
 
@@ -289,15 +313,6 @@ func patience(c *remoteCall) time.Duration {
 		return 5
 	}
 	return 1
-}
-
-// reached notes where the registry is, by which [checkRealm] judges where its token server may be.
-func (h *remoteHost) reached(address string) {
-	if ap, err := netip.ParseAddrPort(address); err == nil {
-		h.mu.Lock()
-		h.addr = ap.Addr().Unmap().WithZone("")
-		h.mu.Unlock()
-	}
 }
 
 // A watch ends a request that stalls. It runs only while somebody waits for the
@@ -384,6 +399,7 @@ type watchedBody struct {
 	src    io.ReadCloser
 	watch  *watch
 	caller context.Context
+	quiet  bool // errors must not quote the server
 }
 
 func (b *watchedBody) Read(p []byte) (int, error) {
@@ -396,6 +412,9 @@ func (b *watchedBody) Read(p []byte) (int, error) {
 		}
 		if stalled := b.watch.stalled(); stalled != nil {
 			return n, stalled
+		}
+		if b.quiet {
+			err = unquoted(err)
 		}
 	}
 	return n, err

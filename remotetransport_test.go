@@ -4,10 +4,15 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"net/netip"
+	"net/url"
 	"path"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
+
+	"github.com/opencontainers/go-digest"
 
 	"github.com/ocilocal/ocilocal"
 )
@@ -80,7 +85,7 @@ func TestHostileRedirects(t *testing.T) {
 		"no address":               {to: "https://cdn.test/%zz?sig=hush", want: ocilocal.ErrProtocol},
 		"no address, long":         {to: "https://cdn.test/%zz" + strings.Repeat("x", 100<<10), want: ocilocal.ErrProtocol},
 		"bad port":                 {to: "https://cdn.test:99999/blob", want: ocilocal.ErrTransport},
-		"unknown host":             {to: "https://x\u202ey.test/blob", want: ocilocal.ErrTransport},
+		"unknown host":             {to: "https://x\u202ey.test/blob", want: ocilocal.ErrProtocol},
 	} {
 		t.Run(name, func(t *testing.T) {
 			in := newInternet(t)
@@ -203,4 +208,307 @@ func TestHostileRedirectedBodies(t *testing.T) {
 			})
 		}
 	}
+}
+
+// TestPrivateTargets: a registry can't make a client send requests to an address that only the
+// client can reach, whatever the request is and in whatever form the address is named.
+func TestPrivateTargets(t *testing.T) {
+	const public, metadata = "203.0.113.1", "169.254.169.254"
+	for name, c := range map[string]struct {
+		ip     string // of the registry
+		target string // origin that the registry names
+		at     string // where that is
+		want   error
+	}{
+		"another public address":      {public, "https://cdn.test", "198.51.100.7", nil},
+		"a neighbour":                 {"10.0.0.5", "https://cdn.test", "192.168.1.9", nil},
+		"shared address space":        {"100.64.0.5", "https://cdn.test", "100.64.0.6", nil},
+		"a proxy's invented address":  {"198.18.0.5", "https://cdn.test", "198.18.0.6", nil},
+		"loopback from loopback":      {"127.0.0.1", "https://localhost:5001", "127.0.0.1", nil},
+		"private":                     {public, "https://inside.test", "10.0.0.7", ocilocal.ErrProtocol},
+		"unique local":                {public, "https://inside.test", "fd00::7", ocilocal.ErrProtocol},
+		"loopback":                    {public, "https://localhost", "127.0.0.1", ocilocal.ErrProtocol},
+		"loopback from private":       {"10.0.0.5", "https://localhost", "127.0.0.1", ocilocal.ErrProtocol},
+		"metadata service":            {public, "https://meta.test", metadata, ocilocal.ErrProtocol},
+		"metadata service, inside":    {"10.0.0.5", "https://meta.test", metadata, ocilocal.ErrProtocol},
+		"mapped into IPv6":            {public, "https://inside.test", "::ffff:10.0.0.1", ocilocal.ErrProtocol},
+		"address":                     {public, "https://" + metadata, metadata, ocilocal.ErrProtocol},
+		"address with a dot":          {public, "https://" + metadata + ".", metadata, ocilocal.ErrProtocol},
+		"address as one number":       {public, "https://2852039166", metadata, ocilocal.ErrProtocol},
+		"address in hexadecimal":      {public, "https://0xa9fea9fe", metadata, ocilocal.ErrProtocol},
+		"address in other digits":     {public, "https://１６９.254.169.254", metadata, ocilocal.ErrProtocol},
+		"shared from a public one":    {public, "https://cdn.test", "100.64.0.6", ocilocal.ErrProtocol},
+		"invented from a public one":  {public, "https://cdn.test", "198.18.0.6", ocilocal.ErrProtocol},
+		"reserved from a private one": {"10.0.0.5", "https://cdn.test", "240.0.0.6", ocilocal.ErrProtocol},
+	} {
+		t.Run(name, func(t *testing.T) {
+			methods := []string{"GET"}
+			if name == "private" || name == "a neighbour" { // the others differ only in the address
+				methods = []string{"GET", "HEAD", "PUT", "PATCH", "upload status", "DELETE"}
+			}
+			for _, method := range methods {
+				in := newInternet(t)
+				s := in.registry("https://registry.test", c.ip)
+				blob := noise(1, 300_000)
+				s.put(t, "org/model", "v1", blob)
+				u, err := url.Parse(c.target)
+				if err != nil {
+					t.Fatal(err)
+				}
+				target := in.site(c.target, c.at, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+					s.ServeHTTP(w, r)
+				}))
+				direct := s.override
+				s.override = func(w http.ResponseWriter, r *http.Request) bool {
+					sends := map[string]string{"GET": "/blobs/sha256", "HEAD": "/manifests/v1"}[method]
+					switch {
+					case sends != "" && r.Method == method && r.Host == "registry.test" && strings.Contains(r.URL.Path, sends):
+						w.Header().Set("Location", c.target+r.URL.Path)
+						w.WriteHeader(307)
+						return true
+					case sends == "" && r.Method == "POST":
+						w = locationOf{w, c.target}
+						s.upload(w, r, "org/model", "")
+						return true
+					case method == "upload status" && r.Method == "PATCH" && r.Host != "registry.test":
+						w.WriteHeader(500)
+						return true
+					}
+					return direct != nil && direct(w, r)
+				}
+				remote := in.remote("", ocilocal.Credential{})
+				r := openRemote(t, remote)
+				switch method {
+				case "GET":
+					_, err = r.Pull(t.Context(), s.ref("org/model:v1"), nil)
+				case "HEAD":
+					_, err = remote.Resolve(t.Context(), s.ref("org/model:v1"))
+				default:
+					pushed(t, r, s.ref("org/model:v2"), nil, nil, noise(2, 300_000))
+					o := &ocilocal.PushOptions{}
+					if method != "PUT" {
+						o.ChunkSize = 100_000
+					}
+					_, err = r.Push(t.Context(), s.ref("org/model:v2"), o)
+				}
+				in.quiet(err)
+				asked := target.asked()
+				if c.want == nil {
+					if err != nil && method != "upload status" && method != "DELETE" || len(asked) == 0 {
+						t.Errorf("%s: %v, %d requests", method, err, len(asked))
+					}
+				} else {
+					mustFail(t, err, c.want)
+					if len(asked) > 0 {
+						t.Errorf("%s: %s was asked: %q", method, u.Host, asked)
+					}
+				}
+				for _, text := range asked {
+					if strings.HasPrefix(text, "DELETE") {
+						t.Errorf("%s: another host was asked to delete: %q", method, text)
+					}
+				}
+			}
+		})
+	}
+}
+
+// AllowAddress opens addresses for the registry that it names, by their address.
+func TestAllowAddress(t *testing.T) {
+	in := newInternet(t)
+	blob := noise(1, 100)
+	in.site("https://inside.test", "10.0.0.7", http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { w.Write(blob) }))
+	in.tokenSite("https://auth.test", "100.64.0.7", nil)
+	for _, c := range []struct {
+		origin, token string
+		want          error
+	}{
+		{"https://registry.test", "https://auth.test/token", nil},
+		{"https://second.test", "https://auth.test/token", ocilocal.ErrProtocol},
+	} {
+		s := in.registry(c.origin, "203.0.113.1")
+		s.put(t, "org/model", "v1", blob)
+		s.sendOn("https://inside.test/blob")
+		sends := s.override
+		s.wantToken(c.token)
+		asks := s.override
+		s.override = func(w http.ResponseWriter, r *http.Request) bool { return asks(w, r) || sends(w, r) }
+		remote := in.remote(s.host, ocilocal.Credential{Username: "me", Password: secretPassword})
+		remote.AllowAddress = func(registry string, addr netip.Addr) bool {
+			return registry == "registry.test" && (addr == netip.MustParseAddr("10.0.0.7") || addr == netip.MustParseAddr("100.64.0.7"))
+		}
+		_, err := openRemote(t, remote).Pull(t.Context(), s.ref("org/model:v1"), nil)
+		if c.want == nil && err != nil {
+			t.Error(err)
+		} else if c.want != nil {
+			mustFail(t, err, c.want)
+			if !strings.Contains(err.Error(), "Remote.AllowAddress") {
+				t.Errorf("the message does not name the option: %v", err)
+			}
+		}
+	}
+	in.noSecretSeen(registrySite, "second.test:443", "auth.test:443")
+}
+
+// The blobs of a pull that are at another host share connections there.
+func TestRedirectTargetKeepsConnections(t *testing.T) {
+	in := newInternet(t)
+	blobs := map[string][]byte{}
+	cdn := in.site("https://cdn.test", "203.0.113.2", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { w.Write(blobs[r.URL.Path]) }))
+	s := in.registry("https://registry.test", "203.0.113.1")
+	var layers [][]byte
+	for i := range 20 {
+		layers = append(layers, noise(byte(i), 100))
+		blobs["/"+string(digest.FromBytes(layers[i]))] = layers[i]
+	}
+	s.put(t, "org/model", "v1", layers...)
+	s.override = func(w http.ResponseWriter, r *http.Request) bool {
+		if _, d, ok := strings.Cut(r.URL.Path, "/blobs/"); ok && blobs["/"+d] != nil {
+			http.Redirect(w, r, "https://cdn.test/"+d, http.StatusTemporaryRedirect)
+			return true
+		}
+		return false
+	}
+	if _, err := openRemote(t, in.remote("", ocilocal.Credential{})).Pull(t.Context(), s.ref("org/model:v1"), nil); err != nil {
+		t.Fatal(err)
+	}
+	if len(cdn.asked()) != 20 || cdn.dials > 4 {
+		t.Errorf("%d requests over %d connections", len(cdn.asked()), cdn.dials)
+	}
+}
+
+// The text of a host that the registry only leads to is not shown: it may be one that only this
+// machine can reach. That of the registry is.
+func TestOtherHostsAreNotQuoted(t *testing.T) {
+	const told = "inner-service-4711"
+	for name, h := range map[string]http.HandlerFunc{
+		"status":   func(w http.ResponseWriter, _ *http.Request) { fail(w, 403, told) },
+		"coding":   bare(200, "Content-Encoding", told),
+		"range":    bare(206, "Content-Range", "bytes "+told),
+		"location": bare(302, "Location", told+"://x"),
+		"no HTTP": func(w http.ResponseWriter, _ *http.Request) {
+			conn, _, err := w.(http.Hijacker).Hijack()
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			io.WriteString(conn, "220 "+told+" ready\r\n")
+			conn.Close()
+		},
+		"bad header": func(w http.ResponseWriter, _ *http.Request) {
+			conn, _, err := w.(http.Hijacker).Hijack()
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			io.WriteString(conn, "HTTP/1.1 200 OK\r\n"+told+"\r\n\r\n")
+			conn.Close()
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			in := newInternet(t)
+			s := in.registry("http://plain.test", "203.0.113.1")
+			s.put(t, "org/model", "v1", noise(1, 100))
+			in.site("http://other.test", "203.0.113.2", h)
+			s.sendOn("http://other.test/blob")
+			_, err := openRemote(t, in.remote("", ocilocal.Credential{})).Pull(t.Context(), s.ref("org/model:v1"), nil)
+			if err == nil {
+				t.Fatal("no error")
+			}
+			for _, text := range errorTexts(err) {
+				if strings.Contains(text, told) {
+					t.Errorf("quoted: %s", text)
+				}
+			}
+			s.override = func(w http.ResponseWriter, r *http.Request) bool {
+				if !strings.Contains(r.URL.Path, "/manifests/") {
+					return false
+				}
+				h(w, r)
+				return true
+			}
+			_, err = in.remote("", ocilocal.Credential{}).Manifest(t.Context(), s.ref("org/model:v1"))
+			if name != "range" && (err == nil || !strings.Contains(err.Error(), told)) {
+				t.Errorf("the registry is not quoted: %v", err)
+			}
+		})
+	}
+}
+
+// A bad answer to a request for a part of a blob gives its slot back.
+func TestBadRangesKeepNoSlots(t *testing.T) {
+	const slots = 2
+	for name, bad := range map[string]http.HandlerFunc{
+		"Content-Range": bare(206, "Content-Range", "bytes 1-2/3"),
+		"no range":      bare(206),
+		"Content-Length": func(w http.ResponseWriter, _ *http.Request) {
+			w.Header().Set("Content-Length", "7")
+			w.Write([]byte("7 bytes"))
+		},
+		"Content-Encoding": gzipAnswer("x"),
+		"status":           bare(418),
+		"redirect":         bare(302, "Location", "ftp://x"),
+	} {
+		t.Run(name, func(t *testing.T) {
+			in := newInternet(t)
+			s := in.registry("https://registry.test", "203.0.113.1")
+			blob := noise(1, 3<<20)
+			s.put(t, "org/model", "v1", blob)
+			var whole atomic.Bool
+			var bads atomic.Int32
+			s.override = func(w http.ResponseWriter, r *http.Request) bool {
+				if !strings.HasSuffix(r.URL.Path, string(digest.FromBytes(blob))) || whole.Load() {
+					return false
+				}
+				if r.Header.Get("Range") == "" && bads.Load() == 0 && strings.Contains("Content-Range no range", name) {
+					w.Header().Set("Content-Length", fmt.Sprint(len(blob)))
+					w.Write(blob[:2<<20]) // and breaks off, so that the rest is asked for
+					return true
+				}
+				bads.Add(1)
+				bad(w, r)
+				return true
+			}
+			remote := in.remote("", ocilocal.Credential{})
+			remote.MaxPerHost = slots
+			r := openRemote(t, remote)
+			for range slots + 2 {
+				_, err := r.Pull(t.Context(), s.ref("org/model:v1"), nil)
+				in.quiet(err)
+				if err == nil {
+					t.Fatal("a bad answer was taken")
+				}
+			}
+			if bads.Load() <= slots {
+				t.Fatalf("only %d bad answers", bads.Load())
+			}
+			whole.Store(true)
+			if _, err := r.Pull(t.Context(), s.ref("org/model:v1"), nil); err != nil {
+				t.Fatal(err)
+			}
+		})
+	}
+}
+
+// bare answers with a status and header fields, and no body.
+func bare(status int, header ...string) http.HandlerFunc {
+	return func(w http.ResponseWriter, _ *http.Request) {
+		for i := 0; i < len(header); i += 2 {
+			w.Header().Set(header[i], header[i+1])
+		}
+		w.WriteHeader(status)
+	}
+}
+
+// A locationOf makes the Location of an answer absolute.
+type locationOf struct {
+	http.ResponseWriter
+	origin string
+}
+
+func (l locationOf) WriteHeader(status int) {
+	if to := l.Header().Get("Location"); strings.HasPrefix(to, "/") {
+		l.Header().Set("Location", l.origin+to)
+	}
+	l.ResponseWriter.WriteHeader(status)
 }
