@@ -1,6 +1,7 @@
 package ocilocal
 
 import (
+	"bufio"
 	"cmp"
 	"context"
 	"encoding/base64"
@@ -10,11 +11,13 @@ import (
 	"io"
 	"maps"
 	"math"
+	"net"
 	"net/http"
 	"net/netip"
 	"net/url"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 	"unicode"
@@ -151,6 +154,150 @@ func checkFuzzedRealm(t *testing.T, p *remoteRepo, realm string) {
 	} else if last := host[strings.LastIndexByte(host, '.')+1:]; strings.Trim(last, "0123456789") == "" || strings.HasPrefix(last, "0x") && strings.Trim(last[2:], "0123456789abcdef") == "" {
 		t.Fatalf("realm %q is accepted", realm)
 	}
+}
+
+// FuzzRedirect: a registry that sends a request elsewhere, and the hosts to which it does, decide
+// neither who gets a credential nor which address is connected to.
+func FuzzRedirect(f *testing.F) {
+	public, private, metadata := []byte{203, 0, 113, 1}, []byte{10, 0, 0, 7}, []byte{169, 254, 169, 254}
+	mapped, unique := netip.MustParseAddr("::ffff:10.0.0.1").As16(), netip.MustParseAddr("fd00::7").As16()
+	for _, to := range []string{
+		"https://cdn.test/blob", "//cdn.test/x", "/v2/x", "?again", "https://registry.test/x", "https://REGISTRY.test:443/x", "https://registry.test./x",
+		"https://registry.test:8443/x", "http://registry.test/x", "http://cdn.test/x", "https://registry.test@cdn.test/x", "https://me:you@registry.test/",
+		"https://169.254.169.254/x", "https://10.0.0.7/", "https://[::1]:5000/", "https://[::ffff:10.0.0.1]/", "https://[fe80::1%25eth0]/", "https://2852039166/",
+		"https://0xa9.254.169.254/", "https://127.1/", "https://１６９.254.169.254/", "https://registry.test.cdn.test/", "https:cdn.test", "https:///x", "file:///etc/passwd",
+		"https://cdn.test/%zz", "\\\\cdn.test\\x", "https://cdn.test:99999/", "https://[64:ff9b::a9fe:a9fe]/", "https://registry.test\x00.cdn.test/", "https://\u212aegistry.test/",
+	} {
+		for method := range byte(3) {
+			f.Add(true, method, to, "https://registry.test/back", public, private)
+			f.Add(false, method, to, "http://registry.test/back", private, public)
+		}
+	}
+	f.Add(true, byte(0), "https://cdn.test/", "https://registry.test/", private, metadata)
+	f.Add(true, byte(0), "https://cdn.test/", "https://registry.test/", private, unique[:])
+	f.Add(true, byte(0), "https://cdn.test/", "https://cdn.test/", public, mapped[:])
+	f.Add(true, byte(0), "https://cdn.test/", "https://cdn.test/", metadata, metadata)
+	f.Fuzz(func(t *testing.T, tls bool, method byte, one, two string, from, to []byte) {
+		at, ok := netip.AddrFromSlice(from)
+		other, ok2 := netip.AddrFromSlice(to)
+		if !ok || !ok2 || !headerValue(one) || !headerValue(two) {
+			return
+		}
+		n := &fuzzedNet{tls: tls, registry: at, others: other, locations: []string{one, two}}
+		n.follow(t, []string{http.MethodGet, http.MethodPut, http.MethodDelete}[method%3])
+	})
+}
+
+// A fuzzedNet has a registry at one address, all other hosts at another, and notes who is asked.
+type fuzzedNet struct {
+	tls              bool // the registry is spoken to by TLS
+	registry, others netip.Addr
+	locations        []string // of the first answers; the next one is final
+
+	mu    sync.Mutex
+	asked int
+	wrong []string
+}
+
+const fuzzedSecret = "Bearer hush-hush"
+
+// follow sends one request with a credential and looks at who was asked for it.
+func (n *fuzzedNet) follow(t *testing.T, method string) {
+	t.Helper()
+	plain, secret := n.dial(false), n.dial(true)
+	r := &Remote{
+		Client:       &http.Client{Transport: &http.Transport{DialContext: plain, DialTLSContext: secret, DisableKeepAlives: true}},
+		PlainHTTP:    func(string) bool { return !n.tls },
+		StallTimeout: time.Minute,
+	}
+	p, err := r.repo(MustParseReference("registry.test/org/model:v1"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	p.host.reached(netip.AddrPortFrom(n.registry, 443).String())
+	c := &remoteCall{method: method, url: p.url("manifests", "v1"), repo: p}
+	res, _, err := p.follow(t.Context(), c, fuzzedSecret)
+	if err == nil {
+		res.Body.Close()
+	} else {
+		checkRemoteText(t, p.conceal(err).Error(), 3000)
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if len(n.wrong) > 0 || n.asked > maxRedirects+1 || n.asked == 0 {
+		t.Fatalf("%s %q from %v, others at %v: %d requests, %q", method, n.locations, n.registry, n.others, n.asked, n.wrong)
+	}
+}
+
+// dial returns a function that connects to a server which answers one request.
+func (n *fuzzedNet) dial(tls bool) dialFunc {
+	return func(_ context.Context, _, address string) (net.Conn, error) {
+		ours := n.tls == tls && address == map[bool]string{true: "registry.test:443", false: "registry.test:80"}[tls]
+		at := n.others
+		if host, _, err := net.SplitHostPort(address); err == nil && strings.EqualFold(strings.TrimSuffix(host, "."), "registry.test") {
+			at = n.registry
+			ours = ours || n.tls == tls && strings.HasSuffix(address, map[bool]string{true: ":443", false: ":80"}[tls])
+		}
+		client, server := net.Pipe()
+		go n.serve(server, tls, ours, at)
+		return &fuzzedConn{client, net.TCPAddrFromAddrPort(netip.AddrPortFrom(at, 443))}, nil
+	}
+}
+
+type fuzzedConn struct {
+	net.Conn
+	to net.Addr
+}
+
+func (c *fuzzedConn) RemoteAddr() net.Addr { return c.to }
+
+// serve answers one request and judges whether it should have come. ours says that it came to the
+// registry's origin, at that it came to this address.
+func (n *fuzzedNet) serve(conn net.Conn, tls, ours bool, at netip.Addr) {
+	defer conn.Close()
+	req, err := http.ReadRequest(bufio.NewReader(conn))
+	if err != nil {
+		return
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	judge := func(bad bool, text string) {
+		if bad {
+			n.wrong = append(n.wrong, text+" "+req.Method+" "+req.Host)
+		}
+	}
+	judge(!ours && req.Header.Get("Authorization") != "", "the credential went to another origin:")
+	judge(!ours && req.Method == http.MethodDelete, "another origin was asked to delete:")
+	judge(n.tls && !tls, "TLS was given up:")
+	judge(!ours && at.Unmap() != n.registry.Unmap() && onlyHere(at) && (!onlyHere(n.registry) || linkLocal(at)), "a private address was asked:")
+	status, header := 200, ""
+	if n.asked < len(n.locations) {
+		status, header = 307, "Location: "+n.locations[n.asked]+"\r\n"
+	}
+	n.asked++
+	fmt.Fprintf(conn, "HTTP/1.1 %d x\r\n%sContent-Length: 0\r\nConnection: close\r\n\r\n", status, header)
+}
+
+// onlyHere reports whether an address is not one for everybody, in another way than kindOf.
+func onlyHere(a netip.Addr) bool {
+	a = a.Unmap().WithZone("")
+	b := a.As16()
+	switch {
+	case a.Is6() && (b[0] == 0x20 && b[1] == 0x02): // 6to4
+		return onlyHere(netip.AddrFrom4([4]byte(b[2:6])))
+	case a.Is6() && (string(b[:12]) == "\x00\x64\xff\x9b\x00\x00\x00\x00\x00\x00\x00\x00" || string(b[:6]) == "\x00\x64\xff\x9b\x00\x01"):
+		return onlyHere(netip.AddrFrom4([4]byte(b[12:])))
+	case a.Is6():
+		return !a.IsGlobalUnicast() || a.IsPrivate() || b[0] == 0xfe && b[1]&0xc0 == 0xc0 || strings.Trim(string(b[:12]), "\x00") == "" && onlyHere(netip.AddrFrom4([4]byte(b[12:])))
+	}
+	q := a.As4()
+	return !a.IsGlobalUnicast() || a.IsPrivate() || q[0] == 0 || q[0] >= 240 || q[0] == 100 && q[1]&0xc0 == 64 || q[0] == 192 && q[1] == 0 && q[2] == 0 || q[0] == 198 && q[1]&0xfe == 18
+}
+
+// linkLocal reports whether only the registry itself may be at an address.
+func linkLocal(a netip.Addr) bool {
+	a = a.Unmap()
+	return a.IsLinkLocalUnicast() || a.IsUnspecified() || a.IsMulticast()
 }
 
 // FuzzLink: a page after the first is on the origin that was asked, and is found whatever stands round it.
