@@ -136,10 +136,10 @@ func (r *LocalRegistry) backupOnce(ctx context.Context, dir string, opts *Backup
 		return err
 	}
 	name := filepath.Join(target.dir, session, rand.Text()) // goes with the session
-	if err := r.index.snapshot(name); err != nil {
+	if err := r.index.snapshot(ctx, name); err != nil {
 		return err
 	}
-	if b.snapshot, err = openIndex(ctx, name, indexReadWrite, 0, r.schema()); err != nil {
+	if b.snapshot, err = openIndex(ctx, database{path: name, private: true}, 0, r.schema()); err != nil {
 		return err
 	}
 	err = b.copyBlobs(ctx)

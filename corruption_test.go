@@ -346,27 +346,16 @@ func TestIndexCutOff(t *testing.T) {
 // TestIndexJournals puts things beside the index that SQLite keeps there.
 func TestIndexJournals(t *testing.T) {
 	d := newDamagedRoot(t)
-	other := mustOpen(t, filepath.Join(t.TempDir(), "other"))
-	if _, err := publishLabelled(other, d.refs[0], "other", ocilocal.KeepExisting, []byte("other")); err != nil {
-		t.Fatal(err)
-	}
-	// SQLite's locks are on the index and on -shm: this file may be read while it is open.
-	otherWAL, err := os.ReadFile(filepath.Join(other.Root(), "index.sqlite3-wal"))
-	if err != nil || len(otherWAL) == 0 {
-		t.Fatal(len(otherWAL), err)
-	}
 	for name, c := range map[string]struct {
 		file    string
 		content []byte
-		sound   bool // it must not matter
+		refused bool // otherwise it must not matter
 	}{
-		"empty -wal":         {"-wal", nil, true},
-		"noise as -wal":      {"-wal", noise(1, 40_000), true},
-		"cut off -wal":       {"-wal", otherWAL[:20], true},
-		"another root's":     {"-wal", otherWAL, false},
-		"empty -shm":         {"-shm", nil, true},
-		"noise as -shm":      {"-shm", noise(2, 32<<10), true},
-		"short -shm":         {"-shm", noise(3, 100), true},
+		"empty -wal":         {"-wal", nil, false},
+		"noise as -wal":      {"-wal", noise(1, 40_000), false},
+		"empty -shm":         {"-shm", nil, false},
+		"noise as -shm":      {"-shm", noise(2, 32<<10), false},
+		"short -shm":         {"-shm", noise(3, 100), false},
 		"empty -journal":     {"-journal", nil, true},
 		"noise as a journal": {"-journal", noise(4, 4096), true},
 	} {
@@ -375,12 +364,73 @@ func TestIndexJournals(t *testing.T) {
 			if err := os.WriteFile(filepath.Join(d.root, "index.sqlite3"+c.file), c.content, 0o600); err != nil {
 				t.Fatal(err)
 			}
-			if d.use(t) && c.sound {
-				t.Error("what is beside the index is taken for a part of it")
+			if c.refused {
+				for what, open := range openers {
+					if r, err := open(t.Context(), d.root, nil); !errors.Is(err, ocilocal.ErrForeignIndex) {
+						t.Errorf("%s: %v, want ErrForeignIndex", what, err)
+						if err == nil {
+							mustClose(t, r)
+						}
+					}
+				}
+			} else if d.use(t) {
+				t.Error("a file beside the index is taken for a part of it")
 			}
 			os.Remove(filepath.Join(d.root, "index.sqlite3-journal"))
 		})
 	}
+}
+
+// TestForeignLog puts another registry's write-ahead log beside an index. The two
+// indexes are alike, so that the log's pages would fit: SQLite itself finds nothing wrong.
+func TestForeignLog(t *testing.T) {
+	const moved = "example.com/log:v1"
+	var roots [2]string
+	for i := range roots {
+		roots[i] = filepath.Join(t.TempDir(), "root")
+		r := mustOpen(t, roots[i])
+		if _, err := publishLabelled(r, moved, fmt.Sprint("label", i), ocilocal.KeepExisting, []byte{byte(i)}); err != nil {
+			t.Fatal(err)
+		}
+		mustClose(t, r)
+	}
+	dontWatch(roots[0])
+	r := mustOpen(t, roots[1])
+	if _, err := publishLabelled(r, moved, "moved", ocilocal.Replace, []byte("moved")); err != nil {
+		t.Fatal(err)
+	}
+	// SQLite's locks are on the index and on -shm: this file may be read while it is open.
+	log, err := os.ReadFile(filepath.Join(roots[1], "index.sqlite3-wal"))
+	if err != nil || len(log) == 0 {
+		t.Fatal(len(log), err)
+	}
+	mustClose(t, r)
+	name := filepath.Join(roots[0], "index.sqlite3")
+	index, err := os.ReadFile(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, n := range []int{len(log), len(log) / 2, 20} {
+		for what, open := range openers {
+			write(t, name, string(index))
+			write(t, name+"-wal", string(log[:n]))
+			r, err := open(t.Context(), roots[0], nil)
+			if err == nil {
+				if label, err := readLabelled(r, moved); label != "label0" {
+					t.Errorf("%s with %d bytes of another registry's log reads %q, %v", what, n, label, err)
+				}
+				mustClose(t, r)
+			} else if !errors.Is(err, ocilocal.ErrForeignIndex) {
+				t.Errorf("%s with %d bytes of another registry's log: %v, want ErrForeignIndex", what, n, err)
+			}
+			os.Remove(name + "-shm")
+		}
+	}
+}
+
+// openers are the two ways to open a registry.
+var openers = map[string]func(context.Context, string, *ocilocal.Options) (*ocilocal.LocalRegistry, error){
+	"Open": ocilocal.Open, "OpenReadOnly": ocilocal.OpenReadOnly,
 }
 
 // TestBlobBitFlips flips bits all over each blob: every one is found, by every way to read.

@@ -5,6 +5,7 @@ package ocilocal
 import (
 	"bytes"
 	"context"
+	"database/sql"
 	"fmt"
 	"time"
 
@@ -59,6 +60,12 @@ func IndexWrite(ctx context.Context, r *LocalRegistry, fn func(exec func(text st
 			return err
 		})
 	})
+}
+
+// IndexQuery runs a query outside any transaction.
+func IndexQuery(ctx context.Context, r *LocalRegistry, text string) error {
+	_, err := scanAll(ctx, r.index, text, 0, nil, func(*sql.Rows) (struct{}, error) { return struct{}{}, nil })
+	return err
 }
 
 // IndexPragma returns what a pragma is on the writer's connection, and on one of the readers'.

@@ -37,6 +37,8 @@ const (
 	// metaUnreconciled is set while the index is not known to name all that
 	// blobs/ holds: it was made new beside blobs. Nothing may be collected then.
 	metaUnreconciled = "unreconciled"
+	// metaCommits counts the transactions that changed the index, for [indexTx.stamp].
+	metaCommits = "commits"
 	// metaBackup is refsMark as the last backup to this root left it.
 	metaBackup = "backup"
 )
@@ -182,12 +184,8 @@ type member struct {
 // members calls visit with what a manifest directly needs.
 func members(q queryer, d digest.Digest, visit func(member) error) error {
 	const page = 100
-	s, err := q.stmt(sqlMembers)
-	if err != nil {
-		return err
-	}
 	for from := 0; ; from += page {
-		batch, err := scanAll(s, page, []any{string(d), from, page}, func(rows *sql.Rows) (m member, err error) {
+		batch, err := scanAll(context.Background(), q, sqlMembers, page, []any{string(d), from, page}, func(rows *sql.Rows) (m member, err error) {
 			err = rows.Scan(&m.role, &m.desc.Digest, &m.desc.MediaType, &m.desc.Size)
 			return m, err
 		})
@@ -219,14 +217,10 @@ func (x *index) resolveDigest(d digest.Digest) (desc ocispec.Descriptor, ok bool
 
 // list returns one page of refs: after (name, reference), names below limit.
 func (x *index) list(name, reference, below string, n int) ([]Ref, error) {
-	s, err := x.stmt(sqlList)
-	if err != nil {
-		return nil, err
-	}
 	var row descriptorRow
 	var refName, refReference string
 	dest := append([]any{&refName, &refReference}, row.dest()...)
-	return scanAll(s, n, []any{name, reference, below, n}, func(rows *sql.Rows) (r Ref, err error) {
+	return scanAll(context.Background(), x, sqlList, n, []any{name, reference, below, n}, func(rows *sql.Rows) (r Ref, err error) {
 		if err := rows.Scan(dest...); err != nil {
 			return r, err
 		}
@@ -299,23 +293,19 @@ func manifestRow(from rowReader, d digest.Digest) (desc ocispec.Descriptor, ok b
 // A queryer is index and indexTx: queries without or within a transaction.
 type queryer interface {
 	rowReader
-	stmt(text string) (*sql.Stmt, error)
+	query(ctx context.Context, text string, args []any) (*sql.Rows, error)
 }
 
 // pages runs a query whose last argument is a limit until it has no more rows.
 // visit returns the arguments, but for the limit, of the page after its row.
 func pages(ctx context.Context, q queryer, text string, args []any, visit func(*sql.Rows) (next []any, err error)) error {
 	const page = 1000
-	s, err := q.stmt(text)
-	if err != nil {
-		return err
-	}
 	for {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
 		from := args
-		got, err := scanAll(s, page, append(slices.Clone(args), page), func(rows *sql.Rows) (struct{}, error) {
+		got, err := scanAll(ctx, q, text, page, append(slices.Clone(args), page), func(rows *sql.Rows) (struct{}, error) {
 			var err error
 			args, err = visit(rows)
 			return struct{}{}, err
@@ -355,30 +345,6 @@ func rowDigest(s string) (digest.Digest, error) {
 		return "", fmt.Errorf("%w: %w", ErrCorruptIndex, err)
 	}
 	return digest.Digest(s), nil
-}
-
-const sqlSalvage = `SELECT name, reference, manifest FROM refs WHERE (name, reference) > (?, ?) ORDER BY name, reference LIMIT ?`
-
-// salvageRefs reads what can be read of the refs in a damaged index.
-func salvageRefs(ctx context.Context, path string) (refs []Ref) {
-	x, err := openUnchecked(path, indexQueryOnly, 0, nil)
-	if err != nil {
-		return nil
-	}
-	defer x.close()
-	// An error ends it: the rows before it are what could be saved.
-	_ = pages(ctx, x, sqlSalvage, []any{"", ""}, func(rows *sql.Rows) ([]any, error) {
-		var name, reference, manifest string
-		if err := rows.Scan(&name, &reference, &manifest); err != nil {
-			return nil, err
-		}
-		ref, err := referenceFromKey(name, reference)
-		if d, bad := rowDigest(manifest); err == nil && bad == nil {
-			refs = append(refs, Ref{Reference: ref, Descriptor: ocispec.Descriptor{Digest: d}})
-		}
-		return []any{name, reference}, nil
-	})
-	return refs
 }
 
 // replaceManifest makes the rows of a manifest that is recorded what they should be,

@@ -59,11 +59,7 @@ func (t *indexTx) leaveOut(ctx context.Context, d digest.Digest, visit func(Refe
 
 // refsTo returns the refs that point at d.
 func refsTo(q queryer, d digest.Digest) ([]Reference, error) {
-	s, err := q.stmt(sqlRefsTo)
-	if err != nil {
-		return nil, err
-	}
-	return scanAll(s, 0, []any{string(d)}, func(rows *sql.Rows) (Reference, error) {
+	return scanAll(context.Background(), q, sqlRefsTo, 0, []any{string(d)}, func(rows *sql.Rows) (Reference, error) {
 		var name, reference string
 		if err := rows.Scan(&name, &reference); err != nil {
 			return Reference{}, err

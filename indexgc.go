@@ -61,11 +61,7 @@ func lostManifest(q queryer, d digest.Digest) (bool, error) {
 
 // leading visits d and all that leads to it, and says of each whether a ref points at it.
 func leading(q queryer, d digest.Digest, referrers bool, visit func(d digest.Digest, ref bool) error) error {
-	s, err := q.stmt(sqlLeading)
-	if err != nil {
-		return err
-	}
-	_, err = scanAll(s, 0, []any{string(d), referrers}, func(rows *sql.Rows) (struct{}, error) {
+	_, err := scanAll(context.Background(), q, sqlLeading, 0, []any{string(d), referrers}, func(rows *sql.Rows) (struct{}, error) {
 		var d digest.Digest
 		var ref bool
 		if err := rows.Scan(&d, &ref); err != nil {
@@ -145,15 +141,11 @@ var errStop = errors.New("stop")
 // visit may query: no rows are open meanwhile, which would keep a connection.
 func pointers(ctx context.Context, q queryer, d digest.Digest, visit func(manifest digest.Digest) error) error {
 	const page = 100
-	s, err := q.stmt(sqlPointers)
-	if err != nil {
-		return err
-	}
 	for after := digest.Digest(""); ; {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
-		batch, err := scanAll(s, page, []any{string(d), string(after), page}, func(rows *sql.Rows) (d digest.Digest, err error) {
+		batch, err := scanAll(ctx, q, sqlPointers, page, []any{string(d), string(after), page}, func(rows *sql.Rows) (d digest.Digest, err error) {
 			err = rows.Scan(&d)
 			return d, err
 		})

@@ -8,20 +8,22 @@ import (
 	"math"
 )
 
-// Statements that read the index of an OMMX v3 registry: schema 1 and 2 have these columns of refs.
+// Statements that read the index of an OMMX v3 registry.
 const (
-	sqlOMMXSchema = `SELECT (SELECT application_id FROM pragma_application_id), (SELECT user_version FROM pragma_user_version), count(*)
-		FROM sqlite_schema WHERE type = 'table' AND rootpage > 0 AND name IN ('refs', 'ommx_local_registry_metadata')`
-	sqlOMMXRefs = `SELECT rowid, substr(name, 1, 1000), substr(reference, 1, 1000), substr(manifest_digest, 1, 1000) FROM refs WHERE rowid > ? ORDER BY rowid LIMIT ?`
+	sqlOMMXVersion = `SELECT (SELECT application_id FROM pragma_application_id), (SELECT user_version FROM pragma_user_version)`
+	sqlOMMXRefs    = `SELECT rowid, substr(name, 1, 1000), substr(reference, 1, 1000), substr(manifest_digest, 1, 1000) FROM refs WHERE rowid > ? ORDER BY rowid LIMIT ?`
 )
 
-// ommxSchema is the newest schema of an OMMX v3 registry that sqlOMMXRefs reads.
-const ommxSchema = 2
+// ommxColumns are the columns of the table refs, by schema version. The last is the newest that sqlOMMXRefs reads.
+var ommxColumns = [...][]string{
+	1: {"name", "reference", "manifest_media_type", "manifest_digest", "manifest_size", "manifest_annotations_json", "updated_at"},
+	2: {"name", "reference", "manifest_digest", "updated_at"},
+}
 
 // openOMMX opens the index of an OMMX v3 registry for reading only: the SDK's
 // processes may be writing it. SQLite makes the -shm and an empty -wal if they
-// aren't there, for the locks that readers take, and without a right to do so nobody
-// else is writing: then an empty or missing -wal can be done without.
+// do not exist, for the locks that readers take. Without a right to do so nobody
+// else is writing: then an empty or missing -wal is not needed.
 func openOMMX(ctx context.Context, path string, walEmpty bool) (*index, error) {
 	x, err := openOMMXMode(ctx, path, indexReadOnly)
 	if walEmpty && (errors.Is(err, ErrIndexIO) || errors.Is(err, ErrReadOnly)) {
@@ -31,27 +33,37 @@ func openOMMX(ctx context.Context, path string, walEmpty bool) (*index, error) {
 }
 
 func openOMMXMode(ctx context.Context, path string, mode indexMode) (*index, error) {
-	x, err := openUnchecked(path, mode, 0, nil)
+	x, err := openUnchecked(database{path: path, mode: mode}, 0, nil)
 	if err != nil {
 		return nil, err
 	}
-	var app, version, tables int
-	if err = ctx.Err(); err == nil {
-		_, err = x.row(sqlOMMXSchema, nil, &app, &version, &tables)
-	}
-	switch {
-	case errors.Is(err, ErrCorruptIndex):
-		err = fmt.Errorf("%w: %w", ErrForeignIndex, err)
-	case err != nil:
-	case app != 0 || version < 1 || tables != 2:
-		err = fmt.Errorf("%w: this is no index of an OMMX v3 registry (application id %#x, schema %d)", ErrForeignIndex, app, version)
-	case version > ommxSchema:
-		err = &SchemaError{Found: version, Supported: ommxSchema}
-	}
-	if err != nil {
+	if err := x.checkOMMX(ctx); err != nil {
 		return nil, errors.Join(err, x.close())
 	}
 	return x, nil
+}
+
+// checkOMMX refuses a database that is not an OMMX v3 registry's. Its maker is not trusted.
+func (x *index) checkOMMX(ctx context.Context) error {
+	var app, version int
+	_, err := scanAll(ctx, x, sqlOMMXVersion, 1, nil, func(rows *sql.Rows) (struct{}, error) {
+		return struct{}{}, rows.Scan(&app, &version)
+	})
+	switch newest := len(ommxColumns) - 1; {
+	case err != nil:
+	case app != 0 || version < 1:
+		return fmt.Errorf("%w: it is not the index of an OMMX v3 registry (application id %#x, schema %d)", ErrForeignIndex, app, version)
+	case version > newest:
+		return &SchemaError{Found: version, Supported: newest}
+	default:
+		if err = x.checkTable(ctx, "refs", ommxColumns[version]...); err == nil {
+			err = x.checkTable(ctx, "ommx_local_registry_metadata", "key", "value")
+		}
+	}
+	if errors.Is(err, ErrCorruptIndex) {
+		err = fmt.Errorf("%w: it is not the index of an OMMX v3 registry: %w", ErrForeignIndex, err)
+	}
+	return err
 }
 
 // ommxRef is one ref of an OMMX v3 registry, as it stands there.
@@ -60,15 +72,11 @@ type ommxRef struct{ name, reference, manifest string }
 // ommxRefs visits the refs of an OMMX v3 registry.
 func (x *index) ommxRefs(ctx context.Context, visit func(ommxRef) error) error {
 	const page = 100
-	s, err := x.stmt(sqlOMMXRefs)
-	if err != nil {
-		return err
-	}
 	for last := int64(math.MinInt64); ; {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
-		batch, err := scanAll(s, page, []any{last, page}, func(rows *sql.Rows) (r ommxRef, err error) {
+		batch, err := scanAll(ctx, x, sqlOMMXRefs, page, []any{last, page}, func(rows *sql.Rows) (r ommxRef, err error) {
 			err = rows.Scan(&last, &r.name, &r.reference, &r.manifest)
 			return r, err
 		})

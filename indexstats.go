@@ -1,6 +1,7 @@
 package ocilocal
 
 import (
+	"context"
 	"database/sql"
 	"encoding/json"
 	"fmt"
@@ -19,11 +20,7 @@ const (
 
 // referrers returns one page of the manifests with that subject, after a digest.
 func (x *index) referrers(subject digest.Digest, artifactType string, after digest.Digest, n int) ([]ocispec.Descriptor, error) {
-	s, err := x.stmt(sqlReferrers)
-	if err != nil {
-		return nil, err
-	}
-	return scanAll(s, n, []any{string(subject), artifactType, string(after), n}, func(rows *sql.Rows) (d ocispec.Descriptor, err error) {
+	return scanAll(context.Background(), x, sqlReferrers, n, []any{string(subject), artifactType, string(after), n}, func(rows *sql.Rows) (d ocispec.Descriptor, err error) {
 		var annotations []byte
 		if err := rows.Scan(&d.MediaType, &d.Digest, &d.Size, &d.ArtifactType, &annotations); err != nil {
 			return d, err
@@ -48,12 +45,8 @@ const (
 // otherName returns the name, other than not and beginning with prefix, of a ref whose
 // manifest has d; "" if none is found. The prefix ends with a '/'.
 func (x *index) otherName(d digest.Digest, prefix, not string) (name string, err error) {
-	s, err := x.stmt(sqlOtherName)
-	if err != nil {
-		return "", err
-	}
 	above := prefix[:len(prefix)-1] + "0" // the character after '/'
-	_, err = scanAll(s, 1, []any{string(d), prefix, above, not}, func(rows *sql.Rows) (struct{}, error) {
+	_, err = scanAll(context.Background(), x, sqlOtherName, 1, []any{string(d), prefix, above, not}, func(rows *sql.Rows) (struct{}, error) {
 		return struct{}{}, rows.Scan(&name)
 	})
 	return name, err
@@ -77,11 +70,7 @@ const (
 
 // digests reads a column of digests.
 func (x *index) digests(text string, args ...any) ([]digest.Digest, error) {
-	s, err := x.stmt(text)
-	if err != nil {
-		return nil, err
-	}
-	return scanAll(s, 0, args, func(rows *sql.Rows) (d digest.Digest, err error) {
+	return scanAll(context.Background(), x, text, 0, args, func(rows *sql.Rows) (d digest.Digest, err error) {
 		var s string
 		if err := rows.Scan(&s); err != nil {
 			return "", err
@@ -92,11 +81,7 @@ func (x *index) digests(text string, args ...any) ([]digest.Digest, error) {
 
 // names returns one page of the names that have refs: at least from, after a name and below another.
 func (x *index) names(from, after, below string, n int) ([]string, error) {
-	s, err := x.stmt(sqlNames)
-	if err != nil {
-		return nil, err
-	}
-	return scanAll(s, n, []any{from, after, below, n}, func(rows *sql.Rows) (name string, err error) {
+	return scanAll(context.Background(), x, sqlNames, n, []any{from, after, below, n}, func(rows *sql.Rows) (name string, err error) {
 		if err = rows.Scan(&name); err == nil {
 			_, err = referenceFromKey(name, "latest")
 		}

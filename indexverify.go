@@ -35,11 +35,7 @@ type blobRow struct {
 
 // blobsAfter returns one page of blobs in the order of their digests, after one of them.
 func (x *index) blobsAfter(after digest.Digest, n int) ([]blobRow, error) {
-	s, err := x.stmt(sqlBlobsAfter)
-	if err != nil {
-		return nil, err
-	}
-	return scanAll(s, n, []any{string(after), n, string(roleManifest)}, func(rows *sql.Rows) (b blobRow, err error) {
+	return scanAll(context.Background(), x, sqlBlobsAfter, n, []any{string(after), n, string(roleManifest)}, func(rows *sql.Rows) (b blobRow, err error) {
 		if err := rows.Scan(&b.digest, &b.size, &b.manifest); err != nil {
 			return b, err
 		}
@@ -86,11 +82,7 @@ func rowsDiffer(ctx context.Context, q queryer, m *Manifest) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	s, err := q.stmt(sqlManifestColumns)
-	if err != nil {
-		return "", err
-	}
-	found, err := scanAll(s, 1, []any{string(m.Digest())}, func(rows *sql.Rows) (struct{}, error) {
+	found, err := scanAll(ctx, q, sqlManifestColumns, 1, []any{string(m.Digest())}, func(rows *sql.Rows) (struct{}, error) {
 		differ, err = compare(rows, want, "digest", "media type", "artifact type", "size", "config", "subject", "annotations")
 		return struct{}{}, err
 	})
@@ -141,15 +133,11 @@ func (x *index) badRefs(ctx context.Context, visit func(Reference, digest.Digest
 		name, reference, manifest string
 		bad                       bool
 	}
-	s, err := x.stmt(sqlCheckRefs)
-	if err != nil {
-		return err
-	}
 	for last := (row{}); ; {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
-		batch, err := scanAll(s, page, []any{last.name, last.reference, page}, func(rows *sql.Rows) (r row, err error) {
+		batch, err := scanAll(ctx, x, sqlCheckRefs, page, []any{last.name, last.reference, page}, func(rows *sql.Rows) (r row, err error) {
 			err = rows.Scan(&r.name, &r.reference, &r.manifest, &r.bad)
 			return r, err
 		})
@@ -190,11 +178,7 @@ func (x *index) integrity(ctx context.Context, quick bool, visit func(string)) e
 		if err := ctx.Err(); err != nil {
 			return err
 		}
-		s, err := x.stmt(text)
-		if err != nil {
-			return err
-		}
-		if _, err := scanAll(s, 1, nil, func(rows *sql.Rows) (struct{}, error) {
+		if _, err := scanAll(ctx, x, text, 1, nil, func(rows *sql.Rows) (struct{}, error) {
 			cols := make([]any, 1+3*i)
 			dest := make([]any, len(cols))
 			for k := range cols {

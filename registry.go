@@ -356,7 +356,7 @@ func (r *LocalRegistry) schema() [][]string { return append(migrations[:], r.opt
 
 // openIndex opens the index, in the mode that the root allows.
 func (r *LocalRegistry) openIndex(ctx context.Context, readOnly bool) (*index, error) {
-	name := filepath.Join(r.dir, indexFile)
+	db := database{path: filepath.Join(r.dir, indexFile)}
 	if !readOnly {
 		// SQLite would open what it can't write, and fail at the first write only. A copy
 		// of a root may lack the directories that were empty.
@@ -368,7 +368,7 @@ func (r *LocalRegistry) openIndex(ctx context.Context, readOnly bool) (*index, e
 				return nil, fmt.Errorf("%w: %w (OpenReadOnly reads it)", ErrReadOnly, err)
 			}
 		}
-		x, err := openIndex(ctx, name, indexReadWrite, r.opts.BusyTimeout, r.schema())
+		x, err := openIndex(ctx, db, r.opts.BusyTimeout, r.schema())
 		if err == nil && !complete {
 			if err = r.makeDirs(); err != nil {
 				return nil, errors.Join(err, x.close())
@@ -378,18 +378,19 @@ func (r *LocalRegistry) openIndex(ctx context.Context, readOnly bool) (*index, e
 	}
 	// SQLite reads a WAL database only with a -shm beside it, shared with
 	// writers. Where it may, it makes one, and the last to close cleans up.
-	mode := indexReadOnly
+	db.mode = indexReadOnly
 	if checkWritable(r.dir) == nil {
-		mode = indexQueryOnly
+		db.mode = indexQueryOnly
 	}
-	x, err := openIndex(ctx, name, mode, r.opts.BusyTimeout, r.schema())
+	x, err := openIndex(ctx, db, r.opts.BusyTimeout, r.schema())
 	if !errors.Is(err, ErrReadOnly) && !errors.Is(err, ErrIndexIO) {
 		return x, err
 	}
 	if fi, statErr := r.root.Stat(indexFile + "-wal"); statErr == nil && fi.Size() > 0 {
 		return nil, fmt.Errorf("%s-wal holds changes that can't be read without writing (open it once where it can be written): %w", indexFile, err)
 	}
-	return openIndex(ctx, name, indexImmutable, r.opts.BusyTimeout, r.schema())
+	db.mode = indexImmutable
+	return openIndex(ctx, db, r.opts.BusyTimeout, r.schema())
 }
 
 // errNoID is of an index that is this package's, in a root that has lost its id.

@@ -231,7 +231,7 @@ func TestMigration(t *testing.T) {
 	if _, err := ocilocal.OpenReadOnly(ctx, root, ocilocal.NewerSchema(table)); !errors.Is(err, ocilocal.ErrReadOnly) {
 		t.Errorf("read-only: %v", err)
 	}
-	if _, err := ocilocal.Open(ctx, root, ocilocal.NewerSchema(table, "CREATE TABLE refs (a)")); !errors.Is(err, ocilocal.ErrIndexIO) {
+	if _, err := ocilocal.Open(ctx, root, ocilocal.NewerSchema(table, "CREATE TABLE refs (a)")); !errors.Is(err, ocilocal.ErrCorruptIndex) {
 		t.Errorf("a migration that fails: %v", err)
 	}
 	version(1)

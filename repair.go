@@ -76,7 +76,7 @@ type repair struct {
 	wanted   map[digest.Digest]bool // what is damaged or missing
 	damaged  []digest.Digest        // of these, those that are there
 	rows     []digest.Digest        // manifests whose rows are wrong
-	salvaged []Ref                  // refs that a damaged index still had
+	salvage  string                 // the damaged index whose refs are kept; "" for none
 	lacks    map[digest.Digest]lack // what unrecorded manifests need that isn't there
 
 	remoteErr error // the first that kept a registry from helping
@@ -133,9 +133,10 @@ func (p *repair) run(ctx context.Context) error {
 	if err := p.record(ctx); err != nil {
 		return err
 	}
-	for _, ref := range p.salvaged {
-		if err := p.name(ctx, ref.Descriptor.Digest, ref.Reference); err != nil {
-			return err
+	if p.salvage != "" {
+		err := salvageRefs(ctx, p.salvage, func(ref Reference, d digest.Digest) error { return p.name(ctx, d, ref) })
+		if err != nil {
+			return fmt.Errorf("refs of the index that was set aside (%s): %w", p.salvage, err)
 		}
 	}
 	if unreconciled {

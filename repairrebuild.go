@@ -28,6 +28,10 @@ func rebuild(ctx context.Context, dir string, opts *RepairOptions) (*RepairRepor
 	if opts == nil {
 		opts = &RepairOptions{}
 	}
+	dir, err := filepath.Abs(dir)
+	if err != nil {
+		return nil, err
+	}
 	root, err := openRoot(dir, opts.fault)
 	if err == nil {
 		defer root.Close()
@@ -39,15 +43,22 @@ func rebuild(ctx context.Context, dir string, opts *RepairOptions) (*RepairRepor
 		}
 		return nil, err
 	}
+	// Files that no index of ours has beside it are not renamed with it.
+	if err := checkDatabase(filepath.Join(dir, indexFile), false, false); err != nil {
+		return nil, err
+	}
 	before := &RepairReport{} // of an index that proved to be damaged
 	r, err := Open(ctx, dir, &Options{fault: opts.fault})
 	if err == nil {
 		damaged := false
 		err = r.index.integrity(ctx, false, func(string) { damaged = true })
+		if err != nil && !errors.Is(err, ErrCorruptIndex) {
+			return nil, errors.Join(err, r.Close())
+		}
 		if err == nil && !damaged {
 			p := newRepair(r, opts)
 			if mark, _ := meta(r.index, metaUnreconciled); mark != "" {
-				p.salvaged = salvageRefs(ctx, filepath.Join(dir, lastAside(root)))
+				p.salvage = salvagePath(root, dir, lastAside(root))
 			}
 			before, err = &p.report, p.run(ctx)
 			if !errors.Is(err, ErrCorruptIndex) && !slices.ContainsFunc(before.Left, impossible) {
@@ -56,7 +67,8 @@ func rebuild(ctx context.Context, dir string, opts *RepairOptions) (*RepairRepor
 		}
 		err = errors.Join(ErrCorruptIndex, err, r.Close())
 	}
-	if !errors.Is(err, ErrCorruptIndex) && !errors.Is(err, ErrForeignIndex) && !errors.Is(err, ErrIndexIO) || errors.Is(err, ErrNewerSchema) {
+	// An index that cannot be read, for want of descriptors say, is not known to be damaged.
+	if !errors.Is(err, ErrCorruptIndex) && !errors.Is(err, ErrForeignIndex) || errors.Is(err, ErrNewerSchema) || processCondition(err) {
 		return nil, err
 	}
 	// Damage may have made the index of a root of ours unrecognisable. Others have a directory blobs too.
@@ -77,9 +89,17 @@ func rebuild(ctx context.Context, dir string, opts *RepairOptions) (*RepairRepor
 	}
 	p := newRepair(r, opts)
 	p.report.Healed, p.report.Quarantined = before.Healed, before.Quarantined
-	p.salvaged = salvageRefs(ctx, filepath.Join(dir, aside))
+	p.salvage = salvagePath(root, dir, aside)
 	err = p.run(ctx)
 	return &p.report, errors.Join(err, r.Close())
+}
+
+// salvagePath returns the absolute path of an index that was set aside, "" if there was none.
+func salvagePath(root *rootDir, dir, aside string) string {
+	if _, err := root.Lstat(aside); errors.Is(err, fs.ErrNotExist) {
+		return ""
+	}
+	return filepath.Join(dir, aside)
 }
 
 // lastAside returns the name that setAside found last, or one that nothing has.

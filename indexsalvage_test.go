@@ -1,0 +1,161 @@
+package ocilocal_test
+
+import (
+	"context"
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/ocilocal/ocilocal"
+)
+
+// rootWithRef makes a registry with one ref, closed.
+func rootWithRef(t *testing.T, root string) {
+	t.Helper()
+	r := mustOpen(t, root)
+	if _, err := publishLabelled(r, keptRef, "kept", ocilocal.KeepExisting, []byte("kept")); err != nil {
+		t.Fatal(err)
+	}
+	mustClose(t, r)
+	dontWatch(root)
+}
+
+// loseAppID damages an index so that it is not recognised, and can still be read.
+func loseAppID(t *testing.T, root string) {
+	t.Helper()
+	f, err := os.OpenFile(filepath.Join(root, "index.sqlite3"), os.O_WRONLY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = f.WriteAt([]byte{0}, 68)
+	if err = errors.Join(err, f.Close()); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestRebuildPaths rebuilds an index by each form of its root's path. The refs of the old index are kept.
+func TestRebuildPaths(t *testing.T) {
+	dir := t.TempDir()
+	if err := os.MkdirAll(filepath.Join(dir, "a", "b"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	t.Chdir(filepath.Join(dir, "a"))
+	if err := os.Symlink("root", "link"); err != nil {
+		t.Fatal(err)
+	}
+	rootWithRef(t, filepath.Join(dir, "a", "root"))
+	for _, path := range []string{"root", "./root", "../a/root", "root/", "b/../root", "link", filepath.Join(dir, "a", "root")} {
+		loseAppID(t, "root")
+		if _, err := ocilocal.Rebuild(t.Context(), path, nil); err != nil {
+			t.Errorf("%q: %v", path, err)
+		}
+		r := mustOpen(t, "root")
+		if label, err := readLabelled(r, keptRef); label != "kept" {
+			t.Errorf("%q: the ref reads %q, %v", path, label, err)
+		}
+		mustClose(t, r)
+	}
+}
+
+// TestSalvageFails: an index that was set aside and cannot be opened may hold refs. Rebuild reports that, and keeps
+// the refs when it runs again without the obstacle.
+func TestSalvageFails(t *testing.T) {
+	root := filepath.Join(t.TempDir(), "root")
+	rootWithRef(t, root)
+	loseAppID(t, root)
+	aside := filepath.Join(root, "index.sqlite3.broken")
+	if err := os.Mkdir(aside+"-wal", 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Rename(filepath.Join(root, "index.sqlite3"), aside); err != nil { // a rebuild was killed here
+		t.Fatal(err)
+	}
+	for range 2 {
+		if _, err := ocilocal.Rebuild(t.Context(), root, nil); !errors.Is(err, ocilocal.ErrForeignIndex) {
+			t.Fatalf("%v, want ErrForeignIndex", err)
+		}
+	}
+	if err := os.Remove(aside + "-wal"); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := ocilocal.Rebuild(t.Context(), root, nil); err != nil {
+		t.Fatal(err)
+	}
+	r := mustOpen(t, root)
+	if label, err := readLabelled(r, keptRef); label != "kept" {
+		t.Errorf("the ref reads %q, %v", label, err)
+	}
+	mustClose(t, r)
+}
+
+// hostileRefs are objects that could stand in for the table refs. Each would decide what a query of
+// it finds, or never let it end. DIGEST stands for the name of the column with the manifest.
+var hostileRefs = map[string]string{
+	"endless view": `CREATE VIEW refs AS WITH RECURSIVE n (x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n)
+		SELECT 'x.test/a' AS name, 'v' || x AS reference, 'sha256:' AS DIGEST, '' AS updated_at FROM n`,
+	"endless view without rows": `CREATE VIEW refs AS WITH RECURSIVE n (x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n)
+		SELECT 'x.test/a' AS name, 'v' || x AS reference, 'sha256:' AS DIGEST, '' AS updated_at FROM n WHERE x < 0`,
+	"virtual table":    `CREATE VIRTUAL TABLE refs USING fts5(name, reference, DIGEST, updated_at)`,
+	"generated column": `CREATE TABLE refs (name TEXT, reference TEXT, DIGEST TEXT AS (name || hex(zeroblob(1000000))), updated_at TEXT)`,
+	"other columns":    `CREATE TABLE refs (name TEXT, reference TEXT, other TEXT)`,
+	"nothing":          `CREATE TABLE other (DIGEST TEXT)`,
+}
+
+// TestRebuildHostileIndex rebuilds from indexes whose refs are not a table with rows. None of them is read.
+func TestRebuildHostileIndex(t *testing.T) {
+	for what, text := range hostileRefs {
+		root := filepath.Join(t.TempDir(), "root")
+		rootWithRef(t, root)
+		name := filepath.Join(root, "index.sqlite3")
+		if err := os.Remove(name); err != nil {
+			t.Fatal(err)
+		}
+		execIndex(t, root, strings.ReplaceAll(text, "DIGEST", "manifest")+"; PRAGMA user_version = 1")
+		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+		report, err := ocilocal.Rebuild(ctx, root, nil)
+		cancel()
+		if err != nil || len(report.Recovered) != 1 {
+			t.Errorf("%s: %+v, %v", what, report, err)
+		}
+	}
+}
+
+// TestOMMXHostileIndex imports from indexes whose refs are not the SDK's table.
+func TestOMMXHostileIndex(t *testing.T) {
+	r := openTemp(t, nil)
+	for what, text := range hostileRefs {
+		o := newOMMXRoot(t, 0)
+		o.exec("PRAGMA user_version = 2")
+		o.exec("CREATE TABLE ommx_local_registry_metadata (key TEXT PRIMARY KEY, value TEXT NOT NULL)")
+		o.exec(strings.ReplaceAll(text, "DIGEST", "manifest_digest"))
+		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+		report, err := r.ImportOMMX(ctx, o.dir, nil)
+		cancel()
+		if !errors.Is(err, ocilocal.ErrForeignIndex) || report.Scanned != 0 {
+			t.Errorf("%s: %+v, %v", what, report, err)
+		}
+	}
+}
+
+// TestQueryCancelled: the end of a context stops a query that runs, and the index goes on.
+func TestQueryCancelled(t *testing.T) {
+	r := openTemp(t, nil)
+	ctx, cancel := context.WithCancel(t.Context())
+	started := make(chan struct{})
+	done := make(chan error, 1)
+	go func() {
+		close(started)
+		done <- ocilocal.IndexQuery(ctx, r, `WITH RECURSIVE n (x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n) SELECT count(*) FROM n`)
+	}()
+	<-started
+	cancel()
+	if err := <-done; !errors.Is(err, context.Canceled) {
+		t.Errorf("%v, want %v", err, context.Canceled)
+	}
+	if err := ocilocal.IndexQuery(t.Context(), r, `SELECT 1`); err != nil {
+		t.Error(err)
+	}
+}

@@ -1,0 +1,189 @@
+package ocilocal
+
+import (
+	"context"
+	"database/sql"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+)
+
+// createIndex makes a complete index at path, a private place where no other
+// process looks. The caller links it to its name: so nobody ever sees half of
+// one, nor takes part in the switch to WAL, which busy_timeout doesn't cover.
+func createIndex(ctx context.Context, path, id string, schema [][]string, unreconciled bool) (err error) {
+	db, err := (&database{path: path, private: true}).pool("rwc")
+	if err != nil {
+		return err
+	}
+	db.SetMaxOpenConns(1)
+	defer func() { err = errors.Join(err, indexError(db.Close())) }()
+	stmts := []string{fmt.Sprintf("PRAGMA application_id = %d", indexAppID)}
+	for _, m := range schema {
+		stmts = append(stmts, m...)
+	}
+	stmts = append(stmts, setVersion(len(schema)))
+	tx, err := db.BeginTx(ctx, nil)
+	if err != nil {
+		return indexError(err)
+	}
+	defer tx.Rollback()
+	for _, s := range stmts {
+		if _, err := tx.ExecContext(ctx, s); err != nil {
+			return indexError(err)
+		}
+	}
+	meta := map[string]string{metaID: id}
+	if unreconciled {
+		meta[metaUnreconciled] = "1"
+	}
+	for k, v := range meta {
+		if _, err := tx.ExecContext(ctx, sqlSetMeta, k, v); err != nil {
+			return indexError(err)
+		}
+	}
+	if err := tx.Commit(); err != nil {
+		return indexError(err)
+	}
+	_, err = db.ExecContext(ctx, "PRAGMA journal_mode = WAL")
+	return indexError(err)
+}
+
+func setVersion(n int) string { return fmt.Sprintf("PRAGMA user_version = %d", n) }
+
+// openIndex opens an index, which must exist, and brings an older one up to date.
+func openIndex(ctx context.Context, db database, busy time.Duration, schema [][]string) (*index, error) {
+	x, err := openUnchecked(db, busy, schema)
+	if err != nil {
+		return nil, err
+	}
+	version, err := x.checkSchema(ctx)
+	if err == nil && version < len(schema) {
+		if db.mode == indexReadWrite {
+			err = x.migrate(ctx)
+		} else {
+			err = fmt.Errorf("%w: its index has schema version %d, and this program needs %d (Open brings it up to date)", ErrReadOnly, version, len(schema))
+		}
+	}
+	if err != nil {
+		return nil, errors.Join(err, x.close())
+	}
+	return x, nil
+}
+
+// migrate gives the index what it lacks, unless another process was faster.
+func (x *index) migrate(ctx context.Context) error {
+	return x.writeAlone(ctx, func(tx *indexTx) error {
+		version, err := tx.version()
+		if err != nil {
+			return err
+		}
+		var stmts []string
+		for _, m := range x.schema[version:] {
+			stmts = append(stmts, m...)
+		}
+		for _, s := range append(stmts, setVersion(len(x.schema))) {
+			if _, err := tx.exec(s); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
+// version returns the index's schema version, and an error if this program doesn't know it.
+func (t *indexTx) version() (version int, err error) {
+	if _, err = t.row("PRAGMA user_version", nil, &version); err == nil && version > len(t.schema) {
+		err = &SchemaError{Found: version, Supported: len(t.schema)}
+	}
+	return version, err
+}
+
+// checkSchema refuses a database that isn't ours, is newer, or holds any
+// object that the migrations didn't make (a planted trigger could change what
+// our statements do). It returns the schema's version.
+func (x *index) checkSchema(ctx context.Context) (version int, err error) {
+	conn, err := x.readers.Conn(ctx)
+	if err != nil {
+		return 0, openError(err)
+	}
+	defer conn.Close()
+	var app int
+	if err := conn.QueryRowContext(ctx, "PRAGMA application_id").Scan(&app); err != nil {
+		return 0, openError(err)
+	}
+	if app != indexAppID {
+		return 0, fmt.Errorf("%w: application id is %#x, not %#x", ErrForeignIndex, app, indexAppID)
+	}
+	if err := conn.QueryRowContext(ctx, "PRAGMA user_version").Scan(&version); err != nil {
+		return 0, openError(err)
+	}
+	if version > len(x.schema) {
+		return 0, &SchemaError{Found: version, Supported: len(x.schema)}
+	}
+	if err := x.checkJournalMode(ctx, conn); err != nil {
+		return 0, err
+	}
+	if version < 1 {
+		return 0, fmt.Errorf("%w: schema version is %d", ErrForeignIndex, version)
+	}
+	want := map[string]bool{}
+	for _, m := range x.schema[:version] {
+		for _, s := range m {
+			want[s] = true
+		}
+	}
+	rows, err := conn.QueryContext(ctx, "SELECT type, name, tbl_name, coalesce(sql, '') FROM sqlite_schema")
+	if err != nil {
+		return 0, openError(err)
+	}
+	defer rows.Close()
+	for rows.Next() {
+		var kind, name, table, text string
+		if err := rows.Scan(&kind, &name, &table, &text); err != nil {
+			return 0, openError(err)
+		}
+		switch { // SQLite's own
+		case kind == "index" && text == "" && strings.HasPrefix(name, "sqlite_autoindex_"),
+			kind == "table" && strings.HasPrefix(name, "sqlite_stat"):
+			continue
+		}
+		if !want[text] {
+			return 0, fmt.Errorf("%w: its schema has %q, which ocilocal did not make", ErrForeignIndex, clip(name))
+		}
+		words := strings.Fields(text) // CREATE TABLE name …, or CREATE INDEX name ON table …
+		on := words[2]
+		if kind == "index" {
+			on = words[4]
+		}
+		// SQLite goes by these columns too, and not always by all of them.
+		if name != words[2] || table != on || kind != strings.ToLower(words[1]) {
+			return 0, fmt.Errorf("%w: its schema calls %s %s of %s %q of %q, a %q", ErrCorruptIndex, words[1], words[2], on, clip(name), clip(table), clip(kind))
+		}
+		delete(want, text)
+	}
+	if err := rows.Err(); err != nil {
+		return 0, openError(err)
+	}
+	if len(want) > 0 {
+		return 0, fmt.Errorf("%w: its schema lacks %d of version %d's objects", ErrForeignIndex, len(want), version)
+	}
+	return version, nil
+}
+
+// checkJournalMode refuses an index that has lost its write-ahead log's mark: processes that
+// open it would then lock each other out, and leave a journal.
+func (x *index) checkJournalMode(ctx context.Context, conn *sql.Conn) error {
+	if x.db.private || x.db.mode == indexImmutable {
+		return nil
+	}
+	var mode string
+	if err := conn.QueryRowContext(ctx, "PRAGMA journal_mode").Scan(&mode); err != nil {
+		return openError(err)
+	}
+	if mode != "wal" {
+		return fmt.Errorf("%w: its journal mode is %q, not wal", ErrCorruptIndex, clip(mode))
+	}
+	return nil
+}
