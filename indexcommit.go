@@ -4,6 +4,7 @@ import (
 	"context"
 	"database/sql/driver"
 	"errors"
+	"fmt"
 	"slices"
 	"time"
 
@@ -196,7 +197,9 @@ func (t *indexTx) run(r *writeRequest) (failed, err error) {
 			return nil, errors.Join(failed, err)
 		}
 	}
-	_, err = t.exec("RELEASE request")
+	if _, err = t.exec("RELEASE request"); noTransaction(err) {
+		err = fmt.Errorf("%w: SQLite has undone the transaction", ErrIndexIO)
+	}
 	return failed, err
 }
 
