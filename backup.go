@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"math"
 	"os"
 	"path"
 	"path/filepath"
@@ -246,18 +247,22 @@ func (b *backup) leaveOut(ctx context.Context, tx *indexTx, missing []BackupFail
 	if _, err := tx.exec(sqlMakeLeftOut); err != nil {
 		return err
 	}
-	then := leader{ctx: ctx, q: tx, memo: map[digest.Digest]bool{}}
+	lost := map[digest.Digest]bool{}
+	for _, m := range missing {
+		lost[m.Digest] = errors.Is(m.Err, ErrNotFound)
+	}
+	then := climb{ctx: ctx, q: tx, subjects: true, present: func(d digest.Digest) (bool, error) { return !lost[d], nil }}
 	needed := map[digest.Digest]bool{}
 	for _, m := range missing {
-		led, err := then.leads(m.Digest)
+		led, err := then.led(m.Digest)
 		if err != nil {
 			return err
 		}
 		if needed[m.Digest] = led; !led {
 			continue
 		}
-		now := leader{ctx: ctx, q: b.source.index, memo: map[digest.Digest]bool{}}
-		if led, err = now.leads(m.Digest); err != nil {
+		now := climb{ctx: ctx, q: b.source.index, subjects: true, present: b.source.blobs.present}
+		if led, err = now.led(m.Digest); err != nil {
 			return err
 		}
 		if _, err := b.source.blobs.size(m.Digest); !led || err == nil && errors.Is(m.Err, ErrNotFound) {
@@ -265,7 +270,11 @@ func (b *backup) leaveOut(ctx context.Context, tx *indexTx, missing []BackupFail
 		}
 	}
 	for _, m := range missing {
-		if err := tx.leaveOut(ctx, m.Digest, func(ref Reference) { m.Refs = append(m.Refs, ref) }); err != nil {
+		above, _, err := (&climb{ctx: ctx, q: tx}).all(m.Digest, math.MaxInt)
+		if err != nil {
+			return err
+		}
+		if m.Refs, err = tx.leaveOut(above); err != nil {
 			return err
 		}
 		if needed[m.Digest] {

@@ -90,6 +90,15 @@ func (s *blobStore) size(d digest.Digest) (int64, error) {
 	return fi.Size(), nil
 }
 
+// present reports whether d has a file, whatever is in it.
+func (s *blobStore) present(d digest.Digest) (bool, error) {
+	_, err := s.root.Lstat(blobPath(d))
+	if errors.Is(err, fs.ErrNotExist) {
+		return false, nil
+	}
+	return err == nil, err
+}
+
 // checkSize is nil if d's file is there with that size.
 func (s *blobStore) checkSize(d digest.Digest, size int64) error {
 	got, err := s.size(d)

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io/fs"
 	"path"
-	"slices"
 	"time"
 
 	"github.com/opencontainers/go-digest"
@@ -55,10 +54,11 @@ type GCReport struct {
 	Deleted   Count // the orphans that were deleted; none by a dry run
 	Revived   int   // orphans that came into use before it was their turn
 
-	// Missing are blobs and manifests that a root needs and that are not there.
+	// Missing are blobs and manifests that a root, or a subject that is there, needs and that are not there.
+	// If a root needs a missing manifest, nothing is deleted.
 	Missing []digest.Digest
-	// Invalid are manifests under a root that can't be read, or contradict the
-	// index. As long as there is one, nothing is deleted.
+	// Invalid are manifests that are kept and can't be read, or contradict the
+	// index. Unless only [GCOptions.KeepReferrers] keeps it, nothing is deleted as long as there is one.
 	Invalid []InvalidManifest
 	// Foreign are entries of blobs/ that are no blobs. They are left alone.
 	Foreign []string
@@ -135,12 +135,14 @@ func (g *gcGraph) unsafe() error {
 	switch {
 	case g.report.Unreconciled:
 		return fmt.Errorf("%w: the index is new or empty beside blobs that it may not know (Repair makes it know them)", ErrUnsafe)
-	case len(g.report.Invalid) > 0:
-		first := g.report.Invalid[0]
-		return fmt.Errorf("%w: %d manifests that are needed can't be relied on, such as %s: %w", ErrUnsafe, len(g.report.Invalid), first.Digest, first.Err)
+	}
+	for _, m := range g.report.Invalid {
+		if g.nodes[g.ids[m.Digest]].hold > holdReferrer {
+			return fmt.Errorf("%w: %d manifests can't be relied on, such as %s: %w", ErrUnsafe, len(g.report.Invalid), m.Digest, m.Err)
+		}
 	}
 	for _, d := range g.report.Missing {
-		if i := g.ids[d]; g.nodes[i].manifest {
+		if n := g.nodes[g.ids[d]]; n.manifest && n.hold == holdNeeded {
 			return fmt.Errorf("%w: manifest %s is needed and not there", ErrUnsafe, d)
 		}
 	}
@@ -254,13 +256,13 @@ func (s *gcSweep) step(ctx context.Context, todo []int32, rows bool) (n int, err
 	err = s.registry.writeAlone(ctx, func(tx *indexTx) error {
 		prepared := false
 		var room int64
-		known := map[digest.Digest]bool{}
+		up := s.climb(context.Background(), tx)
 		if v, err := meta(tx, metaUnreconciled); err != nil || v != "" {
 			return errors.Join(err, ErrUnsafe)
 		}
 		for start := time.Now(); n < len(todo) && (n == 0 || time.Since(start) < gcStep && (rows || room < gcRoom)); n++ {
 			node := &s.nodes[todo[n]]
-			ok, err := s.deletable(tx, node, known, rows)
+			ok, err := s.deletable(tx, node, up, rows)
 			if err != nil {
 				return err
 			}
@@ -336,9 +338,10 @@ func (s *gcSweep) nothingUnseen(tx *indexTx) error {
 
 // deletable looks again, in the transaction, whether a node that was dead still
 // is. By its turn all dead manifests that point at it are gone, so any that is
-// there counts: also one that came back. known is what reachable found in this transaction.
-func (s *gcSweep) deletable(tx *indexTx, n *gcNode, known map[digest.Digest]bool, rows bool) (bool, error) {
+// there counts: also one that came back. A node without a file is needed or dead, never kept: see climb.
+func (s *gcSweep) deletable(tx *indexTx, n *gcNode, up *climb, rows bool) (bool, error) {
 	fi, err := s.registry.root.Lstat(blobPath(n.digest))
+	there := err == nil
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
 	case err != nil:
@@ -350,54 +353,30 @@ func (s *gcSweep) deletable(tx *indexTx, n *gcNode, known map[digest.Digest]bool
 		return false, err
 	}
 	used := false
-	err = pointers(context.Background(), tx, n.digest, func(manifest digest.Digest) error {
+	err = pointers(up.ctx, tx, n.digest, there, func(manifest digest.Digest) error {
 		used = true
 		if s.gone[manifest] && !rows { // on a full disk its rows are left; without its file it is dead all the same
-			switch _, err := s.registry.root.Lstat(blobPath(manifest)); {
-			case errors.Is(err, fs.ErrNotExist):
+			if there, err := s.registry.blobs.present(manifest); !there || err != nil {
 				used = false
-				return nil
-			case err != nil:
 				return err
 			}
 		}
 		return errStop
 	})
-	if err != nil || used || !s.opts.KeepReferrers {
+	if err != nil || used || !s.opts.KeepReferrers || !there {
 		return !used && err == nil, err
 	}
 	subject, err := subjectOf(tx, n.digest)
 	if err != nil || subject == "" {
 		return err == nil, err
 	}
-	used, err = s.reachable(tx, subject, known)
+	used, err = up.led(subject)
 	return !used, err
 }
 
-// reachable looks whether a root leads to d, by going from d to what leads to it. If
-// none does, none leads to any of these either. known, if not nil, holds all answers of a transaction.
-func (g *gcGraph) reachable(q queryer, d digest.Digest, known map[digest.Digest]bool) (live bool, err error) {
-	if live, ok := known[d]; ok {
-		return live, nil
-	}
-	var seen []digest.Digest
-	err = leading(q, d, g.opts.KeepReferrers, func(d digest.Digest, ref bool) error {
-		if live = ref || slices.Contains(g.opts.Protect, d); live {
-			return errStop
-		}
-		seen = append(seen, d)
-		return nil
-	})
-	if err != nil || known == nil {
-		return live, err
-	}
-	if live {
-		seen = []digest.Digest{d}
-	}
-	for _, d := range seen {
-		known[d] = live
-	}
-	return live, nil
+// climb goes up from what may be kept, by all the ways by which the collection keeps things.
+func (g *gcGraph) climb(ctx context.Context, q queryer) *climb {
+	return &climb{ctx: ctx, q: q, subjects: true, referrers: g.opts.KeepReferrers, protected: g.opts.Protect, present: g.registry.blobs.present}
 }
 
 // sweepTmp removes what dead processes have left below tmp/, and of the interrupted

@@ -10,8 +10,10 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -138,7 +140,16 @@ func TestGCLineage(t *testing.T) {
 		if _, err := r.Remove(ctx, protect.Reference()); err != nil {
 			t.Fatal(err)
 		}
-		collect(t, r, &ocilocal.GCOptions{Grace: ocilocal.NoGrace, KeepReferrers: keep, Protect: []digest.Digest{protect.Digest()}})
+		opts := &ocilocal.GCOptions{Grace: ocilocal.NoGrace, KeepReferrers: keep, Protect: []digest.Digest{protect.Digest()}}
+		reachable, orphans := 4, 3 // manifests: c, b, a and what is protected; the others
+		if keep {
+			reachable, orphans = 5, 2
+		}
+		for _, report := range []*ocilocal.GCReport{mustReport(t, r, opts), collect(t, r, opts)} {
+			if report.Reachable.Manifests != reachable || report.Orphans.Manifests != orphans || report.Revived > 0 {
+				t.Errorf("keep referrers %v: %+v", keep, report)
+			}
+		}
 		for x, want := range map[*ocilocal.LocalArtifact]bool{a: true, b: true, c: true, side: keep, dead: false, deadSide: false, protect: true} {
 			_, err := r.LoadDigest(ctx, x.Digest())
 			if got := err == nil; got != want {
@@ -153,6 +164,41 @@ func TestGCLineage(t *testing.T) {
 			t.Errorf("%d blobs, want %d", len(blobNames(t, r)), want)
 		}
 	}
+}
+
+func mustReport(t testing.TB, r *ocilocal.LocalRegistry, opts *ocilocal.GCOptions) *ocilocal.GCReport {
+	t.Helper()
+	report, err := r.GCReport(t.Context(), opts)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return report
+}
+
+// A ref to what refers to an orphan comes between the collector's look and its deletion.
+func TestGCSubjectRevived(t *testing.T) {
+	r := openTemp(t, nil)
+	subject := published(t, r, "example.com/subject:v1", "subject", nil)
+	if _, err := r.Remove(t.Context(), subject.Reference()); err != nil {
+		t.Fatal(err)
+	}
+	once := false
+	ocilocal.SetFault(r, func(op, name string) error {
+		if op == "readdir" && name == "blobs" && !once { // between the reading of the index and the deletion
+			once = true
+			published(t, r, "example.com/signature:v1", "signature", subject)
+		}
+		return nil
+	})
+	if report := collect(t, r, atOnce); report.Revived != 2 || report.Deleted != (ocilocal.Count{}) {
+		t.Errorf("%+v", report)
+	}
+	ocilocal.SetFault(r, nil)
+	again, err := r.LoadDigest(t.Context(), subject.Digest())
+	if err != nil {
+		t.Fatal(err)
+	}
+	checkArtifact(t, again, "subject")
 }
 
 // TestGCGrace has an old layer that a young manifest needs, which nothing needs.
@@ -403,6 +449,14 @@ func TestGCManyReferrers(t *testing.T) {
 		d (i, digest) AS (SELECT i, printf('sha256:%064d', i) FROM n) `
 	execIndex(t, r.Root(), rows+`INSERT INTO blobs SELECT digest, 1, 'manifest', 0 FROM d`)
 	execIndex(t, r.Root(), rows+`INSERT INTO manifests SELECT digest, 'application/x', 'application/x', 1, '', iif(i = 0, '', printf('sha256:%064d', 0)), '{}', 0 FROM d`)
+	if err := os.MkdirAll(filepath.Join(r.Root(), "blobs", "sha256"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	for i := range 3001 {
+		if err := os.WriteFile(blobFile(r, digest.Digest(fmt.Sprintf("sha256:%064d", i))), []byte("x"), 0o444); err != nil {
+			t.Fatal(err)
+		}
+	}
 	used := false
 	ocilocal.SetFault(r, func(op, name string) error {
 		if op == "readdir" && name == "blobs" && !used { // between the reading of the index and the deletion
@@ -556,4 +610,89 @@ func TestCollectLarge(t *testing.T) {
 	}
 	ocilocal.SetFault(r, nil)
 	checkNoTmp(t, r)
+}
+
+// halfCollected has a manifest that has lost its file to a collector that was killed before it came to the rows.
+func halfCollected(t *testing.T, r *ocilocal.LocalRegistry, a *ocilocal.LocalArtifact) {
+	t.Helper()
+	if _, err := r.Remove(t.Context(), a.Reference()); err != nil {
+		t.Fatal(err)
+	}
+	removed := false
+	ocilocal.SetFault(r, func(op, name string) error {
+		if removed {
+			return syscall.EIO
+		}
+		removed = op == "remove" && strings.HasPrefix(name, "blobs/")
+		return nil
+	})
+	if _, err := r.GC(t.Context(), atOnce); !errors.Is(err, syscall.EIO) {
+		t.Fatal(err)
+	}
+	ocilocal.SetFault(r, nil)
+	if _, err := os.Lstat(blobFile(r, a.Digest())); !errors.Is(err, os.ErrNotExist) {
+		t.Fatal("the manifest's file is there: ", err)
+	}
+	if _, err := r.LoadDigest(t.Context(), a.Digest()); err != nil {
+		t.Fatal("the manifest's row is gone: ", err)
+	}
+}
+
+// A referrer or a subject is kept, not needed. One that a killed collector has half deleted
+// stops neither a collection nor a backup, and is no loss to Verify. Its rows go.
+func TestHalfCollected(t *testing.T) {
+	for what, leave := range map[string]func(t *testing.T, r *ocilocal.LocalRegistry) *ocilocal.LocalArtifact{
+		"referrer": func(t *testing.T, r *ocilocal.LocalRegistry) *ocilocal.LocalArtifact {
+			image := published(t, r, "example.com/image:v1", "image", nil)
+			signature := published(t, r, "example.com/signature:v1", "signature", image)
+			halfCollected(t, r, signature)
+			return signature
+		},
+		"subject": func(t *testing.T, r *ocilocal.LocalRegistry) *ocilocal.LocalArtifact {
+			base := published(t, r, "example.com/base:v1", "base", nil)
+			halfCollected(t, r, base)
+			published(t, r, "example.com/image:v1", "image", base)
+			return base
+		},
+		"referrer of a referrer": func(t *testing.T, r *ocilocal.LocalRegistry) *ocilocal.LocalArtifact {
+			image := published(t, r, "example.com/image:v1", "image", nil)
+			signature := published(t, r, "example.com/signature:v1", "signature", image)
+			halfCollected(t, r, signature)
+			stamp := published(t, r, "example.com/stamp:v1", "stamp", signature)
+			if _, err := r.Remove(t.Context(), stamp.Reference()); err != nil {
+				t.Fatal(err)
+			}
+			return signature
+		},
+	} {
+		for _, keep := range []bool{false, true} {
+			t.Run(fmt.Sprintf("%s, KeepReferrers %v", what, keep), func(t *testing.T) {
+				r := openTemp(t, nil)
+				dead := leave(t, r)
+				if got := problems(t, r, nil, nil); slices.ContainsFunc(got, func(p string) bool {
+					return !strings.HasPrefix(p, string(ocilocal.ProblemCollected)) && !strings.HasPrefix(p, string(ocilocal.ProblemUnrecorded))
+				}) || len(got) == 0 {
+					t.Errorf("Verify finds %q", got)
+				}
+				if report, err := r.Repair(t.Context(), nil); err != nil || len(report.Left) > 0 {
+					t.Errorf("repair: %v, %+v", err, report)
+				}
+				if report, err := r.Backup(t.Context(), filepath.Join(t.TempDir(), "backup"), nil); err != nil {
+					t.Errorf("backup: %v, %+v", err, report)
+				}
+				report := collect(t, r, &ocilocal.GCOptions{Grace: ocilocal.NoGrace, KeepReferrers: keep})
+				if len(report.Missing) > 0 || report.Revived > 0 {
+					t.Errorf("%+v", report)
+				}
+				if _, err := r.LoadDigest(t.Context(), dead.Digest()); !errors.Is(err, ocilocal.ErrNotFound) {
+					t.Errorf("its row is still there: %v", err)
+				}
+				if report := collect(t, r, &ocilocal.GCOptions{Grace: ocilocal.NoGrace, KeepReferrers: keep}); report.Orphans != (ocilocal.Count{}) {
+					t.Errorf("a second collection finds %+v", report.Orphans)
+				}
+				mustClose(t, r)
+				checkCollected(t, r.Root(), model{"example.com/image:v1": {""}})
+			})
+		}
+	}
 }

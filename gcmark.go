@@ -22,13 +22,27 @@ type gcNode struct {
 	named    bool      // a ref, or a row that isn't the manifest's own, says that it is a manifest
 	row      bool      // the index has it
 	file     bool      // blobs/ has it
+	absent   bool      // the index has it as a manifest, and blobs/ doesn't have it
 	bad      bool      // the file has another size than the row says
 	root     bool
-	live     bool
-	deferred bool    // young, or needed by what is
+	hold     hold
 	needs    []int32 // manifests: what the rows say it needs
 	subject  int32   // manifests: −1 for none, or one that isn't here
 }
+
+// A hold is what keeps a node. Each kind spreads to what the kinds above it hold and more.
+type hold uint8
+
+const (
+	holdNone     hold = iota // dead
+	holdYoung                // something younger than the grace keeps it
+	holdReferrer             // KeepReferrers keeps it
+	holdSubject              // a subject, or what one needs
+	holdNeeded               // a root, or what one needs
+)
+
+// live reports whether a collection keeps n whatever its age.
+func (n *gcNode) live() bool { return n.hold >= holdReferrer }
 
 // count returns what a Count adds for n.
 func (n *gcNode) count() (manifest bool, size int64) {
@@ -121,7 +135,7 @@ func (r *LocalRegistry) graph(ctx context.Context, opts GCOptions) (*gcGraph, er
 
 // walk adds what blobs/ holds.
 func (g *gcGraph) walk(ctx context.Context) error {
-	return g.registry.blobs.walk(ctx, func(e blobEntry) error {
+	err := g.registry.blobs.walk(ctx, func(e blobEntry) error {
 		if e.digest == "" {
 			if len(g.report.Foreign) < maxGCList {
 				g.report.Foreign = append(g.report.Foreign, e.path)
@@ -136,10 +150,14 @@ func (g *gcGraph) walk(ctx context.Context) error {
 		}
 		return nil
 	})
+	for i := range g.nodes {
+		g.nodes[i].absent = g.nodes[i].manifest && !g.nodes[i].file
+	}
+	return err
 }
 
-// follow marks what the roots reach, by what it needs and by its subjects, and
-// then in the same way what is kept because something young needs it.
+// follow finds what holds each node, the strongest hold first. What a manifest needs is held as it is
+// itself. Its subject is kept, and with KeepReferrers what refers to it, unless their files are not there: see climb.
 func (g *gcGraph) follow() {
 	referrers := map[int32][]int32{}
 	if g.opts.KeepReferrers {
@@ -149,16 +167,20 @@ func (g *gcGraph) follow() {
 			}
 		}
 	}
-	spread := func(from func(*gcNode) bool, mark func(*gcNode) *bool) {
+	for _, h := range []hold{holdNeeded, holdSubject, holdReferrer, holdYoung} {
 		var todo []int32
 		visit := func(i int32) {
-			if m := mark(&g.nodes[i]); !*m {
-				*m = true
+			if n := &g.nodes[i]; n.hold == holdNone {
+				n.hold = h
 				todo = append(todo, i)
 			}
 		}
 		for i := range g.nodes {
-			if from(&g.nodes[i]) {
+			n := &g.nodes[i]
+			switch {
+			case n.hold > h && h >= holdReferrer:
+				todo = append(todo, int32(i)) // to go from it by the ways of h
+			case h == holdNeeded && n.root, h == holdYoung && g.opts.young(n.age, g.began):
 				visit(int32(i))
 			}
 		}
@@ -168,16 +190,16 @@ func (g *gcGraph) follow() {
 			for _, c := range g.nodes[i].needs {
 				visit(c)
 			}
-			if s := g.nodes[i].subject; s >= 0 {
+			if s := g.nodes[i].subject; h <= holdSubject && s >= 0 && !g.nodes[s].absent {
 				visit(s)
 			}
 			for _, c := range referrers[i] {
-				visit(c)
+				if h <= holdReferrer && !g.nodes[c].absent {
+					visit(c)
+				}
 			}
 		}
 	}
-	spread(func(n *gcNode) bool { return n.root }, func(n *gcNode) *bool { return &n.live })
-	spread(func(n *gcNode) bool { return !n.live && g.opts.young(n.age, g.began) }, func(n *gcNode) *bool { return &n.deferred })
 }
 
 // check compares every live manifest's bytes with its rows, since deletion
@@ -209,7 +231,7 @@ func (g *gcGraph) check(ctx context.Context) error {
 		if err = ctx.Err(); err != nil {
 			break
 		}
-		if g.nodes[i].live {
+		if g.nodes[i].live() {
 			work <- int32(i)
 		}
 	}
@@ -232,14 +254,14 @@ func (g *gcGraph) checkNode(ctx context.Context, n *gcNode) (missing bool, inval
 	}
 	if !n.manifest {
 		if n.bad {
-			return true, nil, nil
+			return n.hold > holdReferrer, nil, nil
 		}
 		if n.file || !n.row {
 			return false, nil, nil // a subject that was never here is nobody's loss
 		}
 		_, err := g.registry.blobs.size(n.digest) // it may have come after the walk
 		if errors.Is(err, ErrNotFound) {
-			return g.stillLive(n)
+			return g.stillLive(ctx, n)
 		}
 		return false, nil, err
 	}
@@ -249,21 +271,26 @@ func (g *gcGraph) checkNode(ctx context.Context, n *gcNode) (missing bool, inval
 	}
 	m, err := g.registry.readVerified(ctx, desc)
 	if errors.Is(err, ErrNotFound) {
-		return g.stillLive(n)
+		return g.stillLive(ctx, n)
 	}
 	if err == nil {
 		err = g.sameRows(n, m)
 	}
-	if ctx.Err() != nil {
-		return false, nil, ctx.Err()
+	if processCondition(err) {
+		return false, nil, err
 	}
 	return false, err, nil
 }
 
 // stillLive decides whether a file that is missing is missed: another process
 // may have removed the ref and collected the file since the rows were read.
-func (g *gcGraph) stillLive(n *gcNode) (missing bool, invalid, err error) {
-	missing, err = g.reachable(g.registry.index, n.digest, nil)
+func (g *gcGraph) stillLive(ctx context.Context, n *gcNode) (missing bool, invalid, err error) {
+	if n.hold == holdReferrer {
+		return false, nil, nil
+	}
+	up := g.climb(ctx, g.registry.index)
+	up.referrers = false
+	missing, err = up.led(n.digest)
 	return missing, nil, err
 }
 
@@ -304,9 +331,9 @@ func (g *gcGraph) count() {
 		}
 		switch {
 		case !n.row && !n.file:
-		case n.live:
+		case n.live():
 			g.report.Reachable.add(n.count())
-		case n.deferred:
+		case n.hold == holdYoung:
 			g.report.Deferred.add(n.count())
 		default:
 			g.report.Orphans.add(n.count())
@@ -317,7 +344,7 @@ func (g *gcGraph) count() {
 // orphans returns what is old enough and not live, each manifest before what it
 // needs or refers to, so that by the time something's turn comes nothing dead points at it.
 func (g *gcGraph) orphans() []int32 {
-	dead := func(i int32) bool { return !g.nodes[i].live && !g.nodes[i].deferred }
+	dead := func(i int32) bool { return g.nodes[i].hold == holdNone }
 	pointers := make([]int32, len(g.nodes))
 	each := func(n *gcNode, visit func(int32)) {
 		for _, c := range n.needs {

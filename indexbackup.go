@@ -13,7 +13,6 @@ import (
 const (
 	sqlMakeLeftOut = `CREATE TABLE left_out (name TEXT NOT NULL, reference TEXT NOT NULL, PRIMARY KEY (name, reference)) STRICT, WITHOUT ROWID`
 	sqlLeaveOut    = `INSERT OR IGNORE INTO left_out SELECT name, reference FROM refs WHERE manifest = ?`
-	sqlRefsTo      = `SELECT name, reference FROM refs WHERE manifest = ?`
 	sqlUnref       = `DELETE FROM refs WHERE manifest = ?`
 
 	sqlOtherBlobs = `SELECT digest, size FROM other.blobs WHERE digest > ? ORDER BY digest LIMIT ?`
@@ -36,51 +35,23 @@ func refsMark(q rowReader) (mark string, refs int, err error) {
 	return fmt.Sprintf("%d.%d", refs, sum), refs, err
 }
 
-// leaveOut takes a blob out of a snapshot, with all manifests that need it and
-// the refs to these, which it calls visit with.
-func (t *indexTx) leaveOut(ctx context.Context, d digest.Digest, visit func(Reference)) error {
-	if err := neededBy(ctx, t, d, func(manifest digest.Digest) error { return t.leaveOut(ctx, manifest, visit) }); err != nil {
-		return err
+// leaveOut takes a blob and all that needs it out of a snapshot, with the refs to these, which it returns.
+func (t *indexTx) leaveOut(all []digest.Digest) (refs []Reference, err error) {
+	for _, m := range all {
+		named, err := refsTo(t, m)
+		if err != nil {
+			return nil, err
+		}
+		refs = append(refs, named...)
 	}
-	refs, err := refsTo(t, d)
-	if err != nil {
-		return err
-	}
-	for _, ref := range refs {
-		visit(ref)
-	}
-	for _, text := range []string{sqlLeaveOut, sqlUnref} {
-		if _, err := t.exec(text, string(d)); err != nil {
-			return err
+	for _, text := range []string{sqlLeaveOut, sqlUnref, sqlDeleteManifest, sqlDeleteBlob} { // rows that point at others first
+		for _, m := range all {
+			if _, err := t.exec(text, string(m)); err != nil {
+				return nil, err
+			}
 		}
 	}
-	return t.delete(d)
-}
-
-// refsTo returns the refs that point at d.
-func refsTo(q queryer, d digest.Digest) ([]Reference, error) {
-	return scanAll(context.Background(), q, sqlRefsTo, 0, []any{string(d)}, func(rows *sql.Rows) (Reference, error) {
-		var name, reference string
-		if err := rows.Scan(&name, &reference); err != nil {
-			return Reference{}, err
-		}
-		return referenceFromKey(name, reference)
-	})
-}
-
-// neededBy visits the manifests that need d, not those whose subject it is.
-func neededBy(ctx context.Context, q queryer, d digest.Digest, visit func(manifest digest.Digest) error) error {
-	return pointers(ctx, q, d, func(manifest digest.Digest) error {
-		needs := false
-		err := members(q, manifest, func(m member) error {
-			needs = needs || m.desc.Digest == d
-			return nil
-		})
-		if err == nil && needs {
-			err = visit(manifest)
-		}
-		return err
-	})
+	return refs, nil
 }
 
 // otherBlobs visits the blobs of the attached snapshot.

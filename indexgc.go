@@ -17,23 +17,10 @@ const (
 	sqlMemberRows   = `SELECT manifest, position, role, digest FROM members WHERE (manifest, position) > (?, ?) ORDER BY manifest, position LIMIT ?`
 	sqlBlobRows     = `SELECT digest, size, kind, created FROM blobs WHERE digest > ? ORDER BY digest LIMIT ?`
 
-	sqlHasRef  = `SELECT 1 FROM refs WHERE manifest = ? LIMIT 1`
-	sqlSubject = `SELECT subject FROM manifests WHERE digest = ?`
-
 	// Both look in one statement, so that no commit comes in between.
 	sqlDangling     = `SELECT manifest FROM refs r NOT INDEXED WHERE NOT EXISTS (SELECT 1 FROM manifests m WHERE m.digest = r.manifest)`
 	sqlLostManifest = `SELECT 1 WHERE NOT EXISTS (SELECT 1 FROM manifests WHERE digest = ?1)
 		AND (EXISTS (SELECT 1 FROM blobs WHERE digest = ?1 AND kind = ?2) OR EXISTS (SELECT 1 FROM members WHERE digest = ?1 AND role = ?2))`
-	// All that leads to ?1, itself included: what needs it, what has it as its
-	// subject, and with ?2 also the subjects of these.
-	sqlLeading = `WITH RECURSIVE up (d) AS (SELECT ?1
-		UNION SELECT m.manifest FROM up JOIN members m ON m.digest = up.d
-		UNION SELECT m.digest FROM up JOIN manifests m ON m.subject = up.d AND m.subject <> ''
-		UNION SELECT m.subject FROM up JOIN manifests m ON m.digest = up.d WHERE ?2 AND m.subject <> '')
-		SELECT d, EXISTS (SELECT 1 FROM refs WHERE manifest = d) FROM up`
-
-	sqlPointers = `SELECT manifest FROM members WHERE digest = ?1 AND manifest > ?2
-		UNION SELECT digest FROM manifests WHERE subject = ?1 AND subject <> '' AND digest > ?2 ORDER BY 1 LIMIT ?3`
 
 	sqlDeleteManifest = `DELETE FROM manifests WHERE digest = ?`
 	sqlDeleteBlob     = `DELETE FROM blobs WHERE digest = ?`
@@ -57,22 +44,6 @@ func (x *index) refTargets(ctx context.Context, visit func(digest.Digest)) error
 func lostManifest(q queryer, d digest.Digest) (bool, error) {
 	var one int
 	return q.row(sqlLostManifest, []any{string(d), string(roleManifest)}, &one)
-}
-
-// leading visits d and all that leads to it, and says of each whether a ref points at it.
-func leading(q queryer, d digest.Digest, referrers bool, visit func(d digest.Digest, ref bool) error) error {
-	_, err := scanAll(context.Background(), q, sqlLeading, 0, []any{string(d), referrers}, func(rows *sql.Rows) (struct{}, error) {
-		var d digest.Digest
-		var ref bool
-		if err := rows.Scan(&d, &ref); err != nil {
-			return struct{}{}, err
-		}
-		return struct{}{}, visit(d, ref)
-	})
-	if err == errStop {
-		err = nil
-	}
-	return err
 }
 
 // manifestRows visits every manifest with its subject.
@@ -120,53 +91,6 @@ func (x *index) blobRows(ctx context.Context, visit func(d digest.Digest, size i
 		visit(d, size, role(kind), time.UnixMicro(micro))
 		return []any{s}, err
 	})
-}
-
-// hasRef reports whether a ref points at d.
-func hasRef(q queryer, d digest.Digest) (bool, error) {
-	var one int
-	return q.row(sqlHasRef, []any{string(d)}, &one)
-}
-
-// subjectOf returns the subject of a manifest, "" if it has none or isn't here.
-func subjectOf(q queryer, d digest.Digest) (subject digest.Digest, err error) {
-	_, err = q.row(sqlSubject, []any{string(d)}, &subject)
-	return subject, err
-}
-
-// errStop ends a walk early, without an error.
-var errStop = errors.New("stop")
-
-// pointers visits the manifests that need d or have it as their subject.
-// visit may query: no rows are open meanwhile, which would keep a connection.
-func pointers(ctx context.Context, q queryer, d digest.Digest, visit func(manifest digest.Digest) error) error {
-	const page = 100
-	for after := digest.Digest(""); ; {
-		if err := ctx.Err(); err != nil {
-			return err
-		}
-		batch, err := scanAll(ctx, q, sqlPointers, page, []any{string(d), string(after), page}, func(rows *sql.Rows) (d digest.Digest, err error) {
-			err = rows.Scan(&d)
-			return d, err
-		})
-		if err != nil {
-			return err
-		}
-		for _, manifest := range batch {
-			if manifest <= after {
-				return errOutOfOrder
-			}
-			after = manifest
-			if err := visit(manifest); err == errStop {
-				return nil
-			} else if err != nil {
-				return err
-			}
-		}
-		if len(batch) < page {
-			return nil
-		}
-	}
 }
 
 // delete removes the rows of a manifest with its members, or of a blob.

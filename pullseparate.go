@@ -2,6 +2,7 @@ package ocilocal
 
 import (
 	"context"
+	"slices"
 
 	"github.com/opencontainers/go-digest"
 )
@@ -20,35 +21,18 @@ const maxOwnerWalk = 1000
 // because under the option such refs come from pulls that received every byte from host,
 // or from the user, who named what they built or tagged.
 func (r *LocalRegistry) ownedBy(ctx context.Context, host string, d digest.Digest) (bool, error) {
-	seen := map[digest.Digest]bool{}
-	owned := false
-	var visit func(digest.Digest) error
-	visit = func(d digest.Digest) error {
-		if seen[d] || len(seen) >= maxOwnerWalk {
-			return nil
-		}
-		seen[d] = true
+	_, named, err := (&climb{ctx: ctx, q: r.index}).all(d, maxOwnerWalk)
+	if err != nil {
+		return false, err
+	}
+	for _, d := range named {
 		refs, err := refsTo(r.index, d)
 		if err != nil {
-			return err
+			return false, err
 		}
-		for _, ref := range refs {
-			owned = owned || ref.Registry() == host
+		if slices.ContainsFunc(refs, func(ref Reference) bool { return ref.Registry() == host }) {
+			return true, nil
 		}
-		if owned {
-			return errStop
-		}
-		if err := neededBy(ctx, r.index, d, visit); err != nil {
-			return err
-		}
-		if owned {
-			return errStop
-		}
-		return nil
 	}
-	err := visit(d)
-	if err == errStop {
-		err = nil
-	}
-	return owned, err
+	return false, nil
 }

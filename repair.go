@@ -151,7 +151,9 @@ func (p *repair) run(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	p.report.Left = slices.DeleteFunc(left, func(b Problem) bool { return b.Kind == ProblemUnrecorded || b.Kind == ProblemForeign })
+	p.report.Left = slices.DeleteFunc(left, func(b Problem) bool {
+		return b.Kind == ProblemUnrecorded || b.Kind == ProblemCollected || b.Kind == ProblemForeign
+	})
 	for _, d := range slices.Sorted(maps.Keys(p.lacks)) {
 		err := fmt.Errorf("%w: manifest %s needs it and so isn't recorded", ErrNotFound, p.lacks[d].by)
 		p.report.Left = append(p.report.Left, Problem{Kind: ProblemMissing, Digest: d, Err: err})
@@ -180,6 +182,15 @@ func (p *repair) sort(ctx context.Context, problems []Problem) error {
 			if _, err := p.registry.root.Lstat(blobPath(b.Digest)); err == nil {
 				p.damaged = append(p.damaged, b.Digest) // something else is in its place
 			}
+		case ProblemCollected: // a subject that can be healed may be welcome, and without it nothing is lost
+			up := climb{ctx: ctx, q: p.registry.index, subjects: true}
+			led, err := up.led(b.Digest)
+			if err != nil {
+				return err
+			}
+			if led {
+				p.wanted[b.Digest] = true
+			}
 		case ProblemDigest, ProblemUnreadable:
 			if p.registry.blobs.verify(ctx, b.Digest, -1) == nil {
 				continue // by its permissions, which are mended now, or healed by another process
@@ -200,7 +211,7 @@ func (p *repair) sort(ctx context.Context, problems []Problem) error {
 				p.rows = append(p.rows, b.Digest)
 			}
 		case ProblemUnrecorded: // if manifests need it, its row was lost
-			if err := pointers(ctx, p.registry.index, b.Digest, func(d digest.Digest) error {
+			if err := pointers(ctx, p.registry.index, b.Digest, true, func(d digest.Digest) error {
 				p.rows = append(p.rows, d)
 				return nil
 			}); err != nil {
@@ -551,7 +562,7 @@ func (p *repair) reconcile(ctx context.Context) error {
 	}
 	for _, d := range all {
 		top := true
-		if err := pointers(ctx, x, d, func(digest.Digest) error {
+		if err := pointers(ctx, x, d, true, func(digest.Digest) error {
 			top = false
 			return errStop
 		}); err != nil {

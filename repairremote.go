@@ -73,17 +73,15 @@ func (p *repair) repositories(ctx context.Context, d digest.Digest) ([]Reference
 	if p.opts.From != nil {
 		return p.opts.From, nil
 	}
+	_, named, err := (&climb{ctx: ctx, q: p.registry.index, subjects: true}).all(d, 1000)
+	if err != nil {
+		return nil, err
+	}
 	var names []Reference
-	seen := map[digest.Digest]bool{}
-	var visit func(digest.Digest) error
-	visit = func(d digest.Digest) error {
-		if seen[d] || len(seen) >= 1000 || len(names) >= most {
-			return nil
-		}
-		seen[d] = true
+	for _, d := range named {
 		refs, err := refsTo(p.registry.index, d)
 		if err != nil {
-			return err
+			return nil, err
 		}
 		for _, ref := range refs {
 			known := slices.ContainsFunc(names, func(n Reference) bool { return n.Name() == ref.Name() })
@@ -91,10 +89,11 @@ func (p *repair) repositories(ctx context.Context, d digest.Digest) ([]Reference
 				names = append(names, ref)
 			}
 		}
-		return pointers(ctx, p.registry.index, d, visit)
+		if len(names) >= most {
+			return names[:most], nil
+		}
 	}
-	err := visit(d)
-	return names[:min(len(names), most)], err
+	return names, nil
 }
 
 // healFromRepository takes one blob or manifest from a repository.

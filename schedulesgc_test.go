@@ -346,3 +346,26 @@ func TestCollectClockSkew(t *testing.T) {
 		})
 	}
 }
+
+// TestScheduleKeepReferrersBesideCollector: a collector that keeps no referrers has deleted the file of one, and
+// not yet its row, when one that keeps them looks.
+func TestScheduleKeepReferrersBesideCollector(t *testing.T) {
+	root, a, b := twoHandles(t)
+	image := published(t, a, "example.com/image:v1", "image", nil)
+	signature := published(t, a, "example.com/signature:v1", "signature", image)
+	if _, err := a.Remove(t.Context(), signature.Reference()); err != nil {
+		t.Fatal(err)
+	}
+	held := stopAt(a, "remove blobs/sha256/"+digest.FromString("signature").Encoded())
+	first := held.start(t, collecting(a, 1, 1, 0))
+	second := locked(t, b, func() error {
+		report, err := b.GC(context.Background(), &ocilocal.GCOptions{Grace: ocilocal.NoGrace, KeepReferrers: true})
+		if err == nil && len(report.Missing) > 0 {
+			err = fmt.Errorf("the referrer is missed: %+v", report)
+		}
+		return err
+	})
+	close(held.let)
+	checkOutcomes(t, first, second)
+	closeAndCheck(t, root, a, b, model{"example.com/image:v1": {""}})
+}

@@ -103,7 +103,7 @@ func (r *LocalRegistry) deadRows(ctx context.Context) (c Count, err error) {
 	}
 	g.follow()
 	for i := range g.nodes {
-		if n := &g.nodes[i]; n.row && !n.live {
+		if n := &g.nodes[i]; n.row && !n.live() {
 			c.add(n.manifest, n.size)
 		}
 	}
@@ -113,14 +113,14 @@ func (r *LocalRegistry) deadRows(ctx context.Context) (c Count, err error) {
 // orphans counts what no ref leads to by going up from what might be such. That is a manifest that no ref points at,
 // a blob that no manifest needs, or a blob that only such manifests need.
 func (x *index) orphans(ctx context.Context, noRef, noPointer []digest.Digest) (c Count, err error) {
-	l := leader{ctx: ctx, q: x, memo: map[digest.Digest]bool{}}
+	up := climb{ctx: ctx, q: x, subjects: true}
 	counted := map[digest.Digest]bool{}
 	count := func(d digest.Digest) error {
 		if counted[d] {
 			return nil
 		}
 		counted[d] = true
-		if led, err := l.leads(d); led || err != nil {
+		if led, err := up.led(d); led || err != nil {
 			return err
 		}
 		_, manifest, err := x.resolveDigest(d)
@@ -145,35 +145,6 @@ func (x *index) orphans(ctx context.Context, noRef, noPointer []digest.Digest) (
 		}
 	}
 	return c, nil
-}
-
-// A leader tells whether some ref leads to a digest, by what manifests need and
-// by subjects. The refs of a name, or one of them, may be left out.
-type leader struct {
-	ctx             context.Context
-	q               queryer
-	name, reference string // what is left out: all of the name if reference is ""
-	memo            map[digest.Digest]bool
-}
-
-// leads goes up from d. Digests don't form cycles; rows that do lead nowhere.
-func (l *leader) leads(d digest.Digest) (bool, error) {
-	if led, ok := l.memo[d]; ok {
-		return led, nil
-	}
-	l.memo[d] = false
-	led, err := hasOtherRef(l.q, d, l.name, l.reference)
-	if !led && err == nil {
-		err = pointers(l.ctx, l.q, d, func(manifest digest.Digest) error {
-			var err error
-			if led, err = l.leads(manifest); led && err == nil {
-				err = errStop
-			}
-			return err
-		})
-	}
-	l.memo[d] = led
-	return led, err
 }
 
 // A Usage is what refs take up.
@@ -208,7 +179,7 @@ func (r *LocalRegistry) refUsage(ctx context.Context, ref Reference) (Usage, err
 		return Usage{}, ErrNotFound
 	}
 	u := newUsage(ctx, r.index)
-	u.leader.name, u.leader.reference = ref.key()
+	u.others.name, u.others.reference = ref.key()
 	u.Refs = 1
 	return u.Usage, u.add(desc.Digest)
 }
@@ -218,7 +189,7 @@ func (r *LocalRegistry) refUsage(ctx context.Context, ref Reference) (Usage, err
 // refs takes up nothing. Errors: [ErrInvalidArgument] for what is no such name, ctx's, [ErrCorruptIndex], [ErrIndexIO].
 func (r *LocalRegistry) RepositoryUsage(ctx context.Context, name string) (Usage, error) {
 	u := newUsage(ctx, r.index)
-	u.leader.name = name
+	u.others.name = name
 	if name == "" {
 		return Usage{}, opError("count", name, "", fmt.Errorf("%w: the name is empty", ErrInvalidArgument))
 	}
@@ -237,17 +208,17 @@ func (r *LocalRegistry) RepositoryUsage(ctx context.Context, name string) (Usage
 // usage sums up a Usage.
 type usage struct {
 	Usage
-	leader  leader
+	others  climb // leaves the refs out
 	counted map[digest.Digest]bool
 }
 
 func newUsage(ctx context.Context, x *index) *usage {
-	return &usage{leader: leader{ctx: ctx, q: x, memo: map[digest.Digest]bool{}}, counted: map[digest.Digest]bool{}}
+	return &usage{others: climb{ctx: ctx, q: x, subjects: true}, counted: map[digest.Digest]bool{}}
 }
 
 // add counts a digest, and what it leads to.
 func (u *usage) add(d digest.Digest) error {
-	q := u.leader.q
+	q := u.others.q
 	todo := []digest.Digest{d}
 	for len(todo) > 0 {
 		d := todo[len(todo)-1]
@@ -256,7 +227,7 @@ func (u *usage) add(d digest.Digest) error {
 			continue
 		}
 		u.counted[d] = true
-		if err := u.leader.ctx.Err(); err != nil {
+		if err := u.others.ctx.Err(); err != nil {
 			return err
 		}
 		if err := u.count(d); err != nil {
@@ -281,7 +252,7 @@ func (u *usage) add(d digest.Digest) error {
 
 // count counts one digest, unless it is a subject that isn't here.
 func (u *usage) count(d digest.Digest) error {
-	q := u.leader.q
+	q := u.others.q
 	here, err := hasBlob(q, d)
 	if !here || err != nil {
 		return err
@@ -294,7 +265,7 @@ func (u *usage) count(d digest.Digest) error {
 	if err != nil {
 		return err
 	}
-	shared, err := u.leader.leads(d)
+	shared, err := u.others.led(d)
 	if err != nil {
 		return err
 	}

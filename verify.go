@@ -45,6 +45,9 @@ const (
 	ProblemRef ProblemKind = "ref is dangling"
 	// ProblemMissing: the index has a blob that blobs/ doesn't.
 	ProblemMissing ProblemKind = "blob is missing"
+	// ProblemCollected: the index has a blob that blobs/ doesn't, and that no ref needs. A collection that was
+	// interrupted leaves this, and the next one removes the row. A manifest's subject is not needed either.
+	ProblemCollected ProblemKind = "row of a collected blob"
 	// ProblemSize: a file has another size than the index says. Without a
 	// ProblemDigest for it, it is the index that is wrong.
 	ProblemSize ProblemKind = "blob has another size"
@@ -280,19 +283,29 @@ func (v *verification) again(ctx context.Context, look func(queryer) error) erro
 	return v.registry.writeAlone(ctx, func(tx *indexTx) error { return look(tx) })
 }
 
-// missing reports whether the index has a blob whose file isn't there.
-func (v *verification) missing(ctx context.Context, d digest.Digest) (missing bool, err error) {
+// missing looks into a blob that has no file: whether the index has it, and whether something needs it.
+// A manifest without a file is not kept by its referrers or its subject: see climb.
+func (v *verification) missing(ctx context.Context, d digest.Digest) (recorded, needed bool, err error) {
 	if known, err := hasBlob(v.registry.index, d); !known || err != nil {
-		return false, err
+		return false, false, err
 	}
 	err = v.again(ctx, func(q queryer) error {
+		recorded, needed = false, false
 		fi, err := v.registry.root.Lstat(blobPath(d))
-		if errors.Is(err, fs.ErrNotExist) || err == nil && !fi.Mode().IsRegular() {
-			missing, err = hasBlob(q, d)
+		if err == nil && fi.Mode().IsRegular() {
+			return nil
 		}
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+		if recorded, err = hasBlob(q, d); !recorded || err != nil {
+			return err
+		}
+		up := climb{ctx: ctx, q: q, subjects: true, present: v.registry.blobs.present}
+		needed, err = up.led(d)
 		return err
 	})
-	return missing, err
+	return recorded, needed, err
 }
 
 // blob looks at one digest.
@@ -307,9 +320,13 @@ func (v *verification) blob(ctx context.Context, e *verifyEntry) (problems []Pro
 	}
 	file, err := r.root.Lstat(blobPath(e.digest))
 	if errors.Is(err, fs.ErrNotExist) || err == nil && !file.Mode().IsRegular() {
-		missing := false
-		if missing, e.err = v.missing(ctx, e.digest); missing { // or was collected since
+		var recorded, needed bool
+		switch recorded, needed, e.err = v.missing(ctx, e.digest); {
+		case e.err != nil || !recorded: // collected since
+		case needed:
 			add(ProblemMissing, ErrNotFound)
+		default:
+			add(ProblemCollected, errors.New("no ref needs it, and its file is not there"))
 		}
 		return problems
 	}

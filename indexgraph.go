@@ -1,0 +1,108 @@
+package ocilocal
+
+import (
+	"context"
+	"database/sql"
+	"encoding/json"
+
+	"github.com/opencontainers/go-digest"
+)
+
+const (
+	// All that leads to ?1, itself included: the manifests that need it; with ?2 those whose subject it is; and with ?3
+	// the subjects of these. A manifest of the JSON array ?4 is led to only by what needs it.
+	// A ref counts unless it is (?5, ?6), or of the name ?5 if ?6 is ''.
+	sqlAbove = `WITH RECURSIVE up (d) AS (SELECT ?1
+		UNION SELECT m.manifest FROM up JOIN members m ON m.digest = up.d
+		UNION SELECT m.digest FROM up JOIN manifests m ON m.subject = up.d AND m.subject <> '' WHERE ?2 AND up.d NOT IN (SELECT value FROM json_each(?4))
+		UNION SELECT m.subject FROM up JOIN manifests m ON m.digest = up.d WHERE ?3 AND m.subject <> '' AND up.d NOT IN (SELECT value FROM json_each(?4)))
+		SELECT d, EXISTS (SELECT 1 FROM refs WHERE manifest = d AND NOT (name = ?5 AND ?6 IN ('', reference))) FROM up`
+
+	// The manifests that need ?1, and with ?4 those whose subject it is.
+	sqlPointers = `SELECT manifest FROM members WHERE digest = ?1 AND manifest > ?2
+		UNION SELECT digest FROM manifests WHERE ?4 AND subject = ?1 AND subject <> '' AND digest > ?2 ORDER BY 1 LIMIT ?3`
+
+	sqlHasRef  = `SELECT 1 FROM refs WHERE manifest = ? LIMIT 1`
+	sqlRefsTo  = `SELECT name, reference FROM refs WHERE manifest = ?`
+	sqlSubject = `SELECT subject FROM manifests WHERE digest = ?`
+)
+
+// above visits d and all that leads to it by the ways of c, and says of each whether a ref of c points at it.
+// visit must not query: rows are open meanwhile. [errStop] ends it.
+func above(q queryer, c *climb, d digest.Digest, visit func(d digest.Digest, ref bool) error) error {
+	missing, err := json.Marshal(append([]digest.Digest{}, c.missing...))
+	if err != nil {
+		return err
+	}
+	_, err = scanAll(c.ctx, q, sqlAbove, 0, []any{string(d), c.subjects, c.referrers, string(missing), c.name, c.reference}, func(rows *sql.Rows) (struct{}, error) {
+		var s string
+		var ref bool
+		if err := rows.Scan(&s, &ref); err != nil {
+			return struct{}{}, err
+		}
+		d, err := rowDigest(s)
+		if err == nil {
+			err = visit(d, ref)
+		}
+		return struct{}{}, err
+	})
+	if err == errStop {
+		err = nil
+	}
+	return err
+}
+
+// pointers visits the manifests that need d, and with subjects those that have it as their subject.
+// visit may query: no rows are open meanwhile, which would keep a connection. [errStop] ends it.
+func pointers(ctx context.Context, q queryer, d digest.Digest, subjects bool, visit func(manifest digest.Digest) error) error {
+	const page = 100
+	for after := digest.Digest(""); ; {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		batch, err := scanAll(ctx, q, sqlPointers, page, []any{string(d), string(after), page, subjects}, func(rows *sql.Rows) (d digest.Digest, err error) {
+			err = rows.Scan(&d)
+			return d, err
+		})
+		if err != nil {
+			return err
+		}
+		for _, manifest := range batch {
+			if manifest <= after {
+				return errOutOfOrder
+			}
+			after = manifest
+			if err := visit(manifest); err == errStop {
+				return nil
+			} else if err != nil {
+				return err
+			}
+		}
+		if len(batch) < page {
+			return nil
+		}
+	}
+}
+
+// hasRef reports whether a ref points at d.
+func hasRef(q queryer, d digest.Digest) (bool, error) {
+	var one int
+	return q.row(sqlHasRef, []any{string(d)}, &one)
+}
+
+// refsTo returns the refs that point at d.
+func refsTo(q queryer, d digest.Digest) ([]Reference, error) {
+	return scanAll(context.Background(), q, sqlRefsTo, 0, []any{string(d)}, func(rows *sql.Rows) (Reference, error) {
+		var name, reference string
+		if err := rows.Scan(&name, &reference); err != nil {
+			return Reference{}, err
+		}
+		return referenceFromKey(name, reference)
+	})
+}
+
+// subjectOf returns the subject of a manifest, "" if it has none or isn't here.
+func subjectOf(q queryer, d digest.Digest) (subject digest.Digest, err error) {
+	_, err = q.row(sqlSubject, []any{string(d)}, &subject)
+	return subject, err
+}
