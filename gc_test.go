@@ -387,7 +387,7 @@ func TestGCRaces(t *testing.T) {
 	})
 	report := collect(t, r, atOnce)
 	ocilocal.SetFault(r, nil)
-	if !once || report.Revived != 4 || report.Deleted != (ocilocal.Count{}) { // what came has files that no row had named
+	if !once || report.Revived != 2 || report.Deleted != (ocilocal.Count{}) {
 		t.Errorf("%v %+v", once, report)
 	}
 	if _, err := r.Load(ctx, a.Reference()); err != nil {
