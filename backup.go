@@ -251,7 +251,7 @@ func (b *backup) leaveOut(ctx context.Context, tx *indexTx, missing []BackupFail
 	for _, m := range missing {
 		lost[m.Digest] = errors.Is(m.Err, ErrNotFound)
 	}
-	then := climb{ctx: ctx, q: tx, subjects: true, present: func(d digest.Digest) (bool, error) { return !lost[d], nil }}
+	then := climb{ctx: ctx, q: tx, ways: ways{subjects: true}, present: func(d digest.Digest) (bool, error) { return !lost[d], nil }}
 	needed := map[digest.Digest]bool{}
 	for _, m := range missing {
 		led, err := then.led(m.Digest)
@@ -261,7 +261,7 @@ func (b *backup) leaveOut(ctx context.Context, tx *indexTx, missing []BackupFail
 		if needed[m.Digest] = led; !led {
 			continue
 		}
-		now := climb{ctx: ctx, q: b.source.index, subjects: true, present: b.source.blobs.present}
+		now := climb{ctx: ctx, q: b.source.index, ways: ways{subjects: true}, present: b.source.blobs.present}
 		if led, err = now.led(m.Digest); err != nil {
 			return err
 		}

@@ -177,6 +177,9 @@ func processCondition(err error) bool {
 	return slices.ContainsFunc(noSpace, matches) || slices.ContainsFunc(noResources, matches)
 }
 
+// errStop ends a walk early, without an error.
+var errStop = errors.New("stop")
+
 // ignoreNotExist is for what somebody else may have removed already.
 func ignoreNotExist(err error) error {
 	if errors.Is(err, fs.ErrNotExist) {

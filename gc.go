@@ -376,7 +376,7 @@ func (s *gcSweep) deletable(tx *indexTx, n *gcNode, up *climb, rows bool) (bool,
 
 // climb goes up from what may be kept, by all the ways by which the collection keeps things.
 func (g *gcGraph) climb(ctx context.Context, q queryer) *climb {
-	return &climb{ctx: ctx, q: q, subjects: true, referrers: g.opts.KeepReferrers, protected: g.opts.Protect, present: g.registry.blobs.present}
+	return &climb{ctx: ctx, q: q, ways: ways{subjects: true, referrers: g.opts.KeepReferrers}, protected: g.opts.Protect, present: g.registry.blobs.present}
 }
 
 // sweepTmp removes what dead processes have left below tmp/, and of the interrupted

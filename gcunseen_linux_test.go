@@ -32,8 +32,9 @@ func (c *lookCtx) Err() error {
 func TestUnseenCommitOnFullDisk(t *testing.T) {
 	const kib = 1 << 10
 	committed, freed := 0, 0
-	for _, slack := range []bool{false, true} { // whether the log's file is longer than what it holds
-		for room := int64(0); room <= 96*kib; room += int64(scaled(48, 24, 4) * kib) {
+	step := int64(scaled(96, 24, 4) * kib)
+	for _, slack := range []bool{false, true}[:scaled(1, 2, 2)] { // whether the log's file is longer than what it holds
+		for room := step % (72 * kib); room <= 96*kib; room += step {
 			t.Run(fmt.Sprintf("slack %v, room %d", slack, room), func(t *testing.T) {
 				for n := 1; ; n++ {
 					u := unseenOnFullDisk{slack: slack, room: room, at: n}

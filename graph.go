@@ -2,14 +2,10 @@ package ocilocal
 
 import (
 	"context"
-	"errors"
 	"slices"
 
 	"github.com/opencontainers/go-digest"
 )
-
-// errStop ends a walk early, without an error.
-var errStop = errors.New("stop")
 
 // A climb goes up, by the index's rows, from a digest to what leads to it: the manifests that need it, what needs
 // these, and so on. It answers the question whether a ref leads to a digest, which all of upkeep asks.
@@ -19,19 +15,15 @@ var errStop = errors.New("stop")
 // of a kept manifest can be left without a file, as by a collector that was killed between the two. Such
 // a manifest is dead, and so is what only it leads to. With present a climb tells these apart.
 type climb struct {
-	ctx       context.Context
-	q         queryer
-	subjects  bool // the subject of what a ref leads to is led to as well
-	referrers bool // and so is what refers to it
-	// name and reference are a ref to leave out, or all refs of a name if reference is "".
-	name, reference string
+	ctx context.Context
+	q   queryer
+	ways
 	// protected are digests that count as if a ref pointed at them.
 	protected []digest.Digest
 	// present reports whether a file is there. Nil means that all are.
 	present func(digest.Digest) (bool, error)
 
-	missing []digest.Digest        // what present has denied
-	known   map[digest.Digest]bool // what led has answered
+	known map[digest.Digest]bool // what led has answered
 }
 
 // led reports whether a ref leads to d. If none does, none leads to any of what leads to d either. All that it
@@ -73,7 +65,7 @@ func (c *climb) up(d digest.Digest) (led bool, seen []digest.Digest, err error) 
 	if err := c.ctx.Err(); err != nil {
 		return false, nil, err
 	}
-	err = above(c.q, c, d, func(d digest.Digest, ref bool) error {
+	err = above(c.ctx, c.q, d, &c.ways, func(d digest.Digest, ref bool) error {
 		seen = append(seen, d)
 		if led = ref || slices.Contains(c.protected, d); led {
 			return errStop
@@ -103,7 +95,7 @@ func (c *climb) all(d digest.Digest, limit int) (all, named []digest.Digest, err
 	if err := c.ctx.Err(); err != nil {
 		return nil, nil, err
 	}
-	err = above(c.q, c, d, func(d digest.Digest, ref bool) error {
+	err = above(c.ctx, c.q, d, &c.ways, func(d digest.Digest, ref bool) error {
 		if len(all) == limit {
 			return errStop
 		}

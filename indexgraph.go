@@ -27,14 +27,23 @@ const (
 	sqlSubject = `SELECT subject FROM manifests WHERE digest = ?`
 )
 
-// above visits d and all that leads to it by the ways of c, and says of each whether a ref of c points at it.
+// ways are those by which a climb goes up.
+type ways struct {
+	subjects  bool // the subject of what a ref leads to is led to as well
+	referrers bool // and so is what refers to it
+	// name and reference are a ref to leave out, or all refs of a name if reference is "".
+	name, reference string
+	missing         []digest.Digest // manifests without a file, which only what needs them leads to
+}
+
+// above visits d and all that leads to it, and says of each whether a ref points at it.
 // visit must not query: rows are open meanwhile. [errStop] ends it.
-func above(q queryer, c *climb, d digest.Digest, visit func(d digest.Digest, ref bool) error) error {
-	missing, err := json.Marshal(append([]digest.Digest{}, c.missing...))
+func above(ctx context.Context, q queryer, d digest.Digest, w *ways, visit func(d digest.Digest, ref bool) error) error {
+	missing, err := json.Marshal(append([]digest.Digest{}, w.missing...))
 	if err != nil {
 		return err
 	}
-	_, err = scanAll(c.ctx, q, sqlAbove, 0, []any{string(d), c.subjects, c.referrers, string(missing), c.name, c.reference}, func(rows *sql.Rows) (struct{}, error) {
+	_, err = scanAll(ctx, q, sqlAbove, 0, []any{string(d), w.subjects, w.referrers, string(missing), w.name, w.reference}, func(rows *sql.Rows) (struct{}, error) {
 		var s string
 		var ref bool
 		if err := rows.Scan(&s, &ref); err != nil {

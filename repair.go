@@ -183,7 +183,7 @@ func (p *repair) sort(ctx context.Context, problems []Problem) error {
 				p.damaged = append(p.damaged, b.Digest) // something else is in its place
 			}
 		case ProblemCollected: // a subject that can be healed may be welcome, and without it nothing is lost
-			up := climb{ctx: ctx, q: p.registry.index, subjects: true}
+			up := climb{ctx: ctx, q: p.registry.index, ways: ways{subjects: true}}
 			led, err := up.led(b.Digest)
 			if err != nil {
 				return err

@@ -73,7 +73,7 @@ func (p *repair) repositories(ctx context.Context, d digest.Digest) ([]Reference
 	if p.opts.From != nil {
 		return p.opts.From, nil
 	}
-	_, named, err := (&climb{ctx: ctx, q: p.registry.index, subjects: true}).all(d, 1000)
+	_, named, err := (&climb{ctx: ctx, q: p.registry.index, ways: ways{subjects: true}}).all(d, 1000)
 	if err != nil {
 		return nil, err
 	}

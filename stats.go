@@ -113,7 +113,7 @@ func (r *LocalRegistry) deadRows(ctx context.Context) (c Count, err error) {
 // orphans counts what no ref leads to by going up from what might be such. That is a manifest that no ref points at,
 // a blob that no manifest needs, or a blob that only such manifests need.
 func (x *index) orphans(ctx context.Context, noRef, noPointer []digest.Digest) (c Count, err error) {
-	up := climb{ctx: ctx, q: x, subjects: true}
+	up := climb{ctx: ctx, q: x, ways: ways{subjects: true}}
 	counted := map[digest.Digest]bool{}
 	count := func(d digest.Digest) error {
 		if counted[d] {
@@ -213,7 +213,7 @@ type usage struct {
 }
 
 func newUsage(ctx context.Context, x *index) *usage {
-	return &usage{others: climb{ctx: ctx, q: x, subjects: true}, counted: map[digest.Digest]bool{}}
+	return &usage{others: climb{ctx: ctx, q: x, ways: ways{subjects: true}}, counted: map[digest.Digest]bool{}}
 }
 
 // add counts a digest, and what it leads to.

@@ -301,7 +301,7 @@ func (v *verification) missing(ctx context.Context, d digest.Digest) (recorded, 
 		if recorded, err = hasBlob(q, d); !recorded || err != nil {
 			return err
 		}
-		up := climb{ctx: ctx, q: q, subjects: true, present: v.registry.blobs.present}
+		up := climb{ctx: ctx, q: q, ways: ways{subjects: true}, present: v.registry.blobs.present}
 		needed, err = up.led(d)
 		return err
 	})
