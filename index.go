@@ -294,6 +294,7 @@ func manifestRow(from rowReader, d digest.Digest) (desc ocispec.Descriptor, ok b
 type queryer interface {
 	rowReader
 	query(ctx context.Context, text string, args []any) (*sql.Rows, error)
+	explain(err error) error
 }
 
 // pages runs a query whose last argument is a limit until it has no more rows.

@@ -242,6 +242,40 @@ func TestImpatientLeader(t *testing.T) {
 	}
 }
 
+// TestWithdrawnLeader ends the context of a call at the moment at which the call is to commit the queue. Then it either
+// commits or hands the queue on; the calls after it must not wait for a leader that has left.
+func TestWithdrawnLeader(t *testing.T) {
+	r := openTemp(t, nil)
+	ended, cancel := context.WithCancel(t.Context())
+	cancel()
+	for range 50 { // both are ready, so each call picks one of them by chance
+		if err := ocilocal.IndexWrite(ended, r, put("ended")); !errors.Is(err, context.Canceled) {
+			t.Fatalf("%v, want %v", err, context.Canceled)
+		}
+	}
+	done := make(chan error, 1)
+	go func() { done <- ocilocal.IndexWrite(t.Context(), r, put("next")) }()
+	if err := outcome(t, done); err != nil {
+		t.Error(err)
+	}
+	// The same for a call that comes to lead when the one before has committed.
+	for range 50 {
+		b := newBatch(t, r)
+		ctx, cancel := context.WithCancel(t.Context())
+		waiting := b.add(ctx, put("waiting"))
+		go cancel()
+		b.run()
+		outcome(t, waiting) // whether it was in time does not matter
+		cancel()
+		go func() {
+			done <- ocilocal.IndexWrite(t.Context(), r, func(exec func(string) error) error { return exec("DELETE FROM meta WHERE key LIKE 'test %'") })
+		}()
+		if err := outcome(t, done); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
 // TestBusyTimeout: while another process has the lock, calls that come one
 // after another fail, each after its own time, and reading goes on.
 func TestBusyTimeout(t *testing.T) {
@@ -296,7 +330,7 @@ func TestMigratedWhileOpen(t *testing.T) {
 func TestIndexPragmas(t *testing.T) {
 	r := openTemp(t, nil)
 	for name, want := range map[string]string{
-		"synchronous": "2", "journal_mode": "wal", "foreign_keys": "1", "trusted_schema": "0",
+		"synchronous": "2", "journal_mode": "wal", "foreign_keys": "1", "trusted_schema": "0", "cell_size_check": "1",
 	} {
 		writer, reader, err := ocilocal.IndexPragma(r, name)
 		if err != nil || writer != want || reader != want {
@@ -305,5 +339,21 @@ func TestIndexPragmas(t *testing.T) {
 	}
 	if writer, reader, err := ocilocal.IndexPragma(r, "query_only"); err != nil || writer != "0" || reader != "1" {
 		t.Errorf("query_only is %q for the writer and %q for readers, %v", writer, reader, err)
+	}
+}
+
+// TestIndexHardened: no statement alters the schema's table, and no row is longer than any of ours can be.
+func TestIndexHardened(t *testing.T) {
+	r := openTemp(t, nil)
+	for _, text := range []string{"UPDATE sqlite_schema SET sql = ''", "INSERT INTO meta (key, value) VALUES ('long', hex(zeroblob(9000000)))"} {
+		err := ocilocal.IndexWrite(t.Context(), r, func(exec func(string) error) error {
+			if err := exec("PRAGMA writable_schema = ON"); err != nil {
+				return err
+			}
+			return exec(text)
+		})
+		if !errors.Is(err, ocilocal.ErrCorruptIndex) {
+			t.Errorf("%s: %v, want ErrCorruptIndex", text, err)
+		}
 	}
 }

@@ -11,6 +11,7 @@ import (
 	"runtime"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"modernc.org/sqlite"
@@ -35,6 +36,8 @@ type index struct {
 	conn      *sql.Conn
 	connStmts map[string]*sql.Stmt
 	changes   int64 // rows that conn had changed when it last committed
+
+	damaged atomic.Bool // explain has found the index damaged
 
 	mu      sync.Mutex           // guards what follows
 	stmts   map[string]*sql.Stmt // on readers
@@ -226,12 +229,12 @@ func (x *index) close() error {
 	return indexError(err)
 }
 
-// openError is indexError for the first look at a file: what is no database isn't ours.
-func openError(err error) error {
+// openError is explain for the first look at a file: what is no database isn't ours.
+func (x *index) openError(err error) error {
 	if e, ok := errors.AsType[*sqlite.Error](err); ok && e.Code()&0xff == sqlite3.SQLITE_NOTADB {
 		return fmt.Errorf("%w: %w", ErrForeignIndex, err)
 	}
-	return indexError(err)
+	return x.explain(err)
 }
 
 // indexError gives an error of SQLite its sentinel, by code.
@@ -267,7 +270,7 @@ func (x *index) stmt(ctx context.Context, text string) (*sql.Stmt, error) {
 	}
 	s, err := x.readers.PrepareContext(ctx, text)
 	if err != nil {
-		return nil, indexError(err)
+		return nil, x.explain(err)
 	}
 	x.stmts[text] = s
 	return s, nil
@@ -280,7 +283,7 @@ func (t *indexTx) stmt(text string) (*sql.Stmt, error) {
 	}
 	s, err := t.conn.PrepareContext(context.Background(), text)
 	if err != nil {
-		return nil, indexError(err)
+		return nil, t.explain(err)
 	}
 	t.connStmts[text] = s
 	return s, nil
@@ -293,7 +296,7 @@ func (t *indexTx) exec(text string, args ...any) (rows int64, err error) {
 	}
 	r, err := s.Exec(args...)
 	if err != nil {
-		return 0, indexError(err)
+		return 0, t.explain(err)
 	}
 	return r.RowsAffected()
 }
@@ -303,7 +306,7 @@ func (t *indexTx) row(text string, args []any, dest ...any) (bool, error) {
 	if err != nil {
 		return false, err
 	}
-	return scanned(s.QueryRow(args...).Scan(dest...))
+	return scanned(t, s.QueryRow(args...).Scan(dest...))
 }
 
 // row reads at most one row outside a transaction.
@@ -312,14 +315,14 @@ func (x *index) row(text string, args []any, dest ...any) (bool, error) {
 	if err != nil {
 		return false, err
 	}
-	return scanned(s.QueryRow(args...).Scan(dest...))
+	return scanned(x, s.QueryRow(args...).Scan(dest...))
 }
 
-func scanned(err error) (bool, error) {
+func scanned(q queryer, err error) (bool, error) {
 	if errors.Is(err, sql.ErrNoRows) {
 		return false, nil
 	}
-	return err == nil, indexError(err)
+	return err == nil, q.explain(err)
 }
 
 // query runs a query on a connection of the pool. Its rows keep that connection until they
@@ -330,7 +333,7 @@ func (x *index) query(ctx context.Context, text string, args []any) (*sql.Rows, 
 		return nil, err
 	}
 	rows, err := s.QueryContext(ctx, args...)
-	return rows, indexError(err)
+	return rows, x.explain(err)
 }
 
 // query runs a query in the transaction. It is not interrupted when ctx ends, since that
@@ -341,7 +344,7 @@ func (t *indexTx) query(_ context.Context, text string, args []any) (*sql.Rows, 
 		return nil, err
 	}
 	rows, err := s.Query(args...)
-	return rows, indexError(err)
+	return rows, t.explain(err)
 }
 
 // scanAll reads all rows of a query whose own LIMIT is limit.
@@ -355,11 +358,11 @@ func scanAll[T any](ctx context.Context, q queryer, text string, limit int, args
 	for rows.Next() {
 		v, err := scan(rows)
 		if err != nil {
-			return nil, indexError(err)
+			return nil, q.explain(err)
 		}
 		all = append(all, v)
 	}
-	return all, indexError(rows.Err())
+	return all, q.explain(rows.Err())
 }
 
 // snapshot writes the index as it is at one moment to a new file, in one read transaction.
@@ -372,7 +375,7 @@ func (x *index) snapshot(ctx context.Context, path string) error {
 		return err
 	}
 	_, err = db.ExecContext(ctx, "VACUUM INTO ?", path)
-	return indexError(errors.Join(err, db.Close()))
+	return errors.Join(x.explain(err), indexError(db.Close()))
 }
 
 // attach gives the transactions of x another database, by the name other. It

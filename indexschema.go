@@ -106,18 +106,18 @@ func (t *indexTx) version() (version int, err error) {
 func (x *index) checkSchema(ctx context.Context) (version int, err error) {
 	conn, err := x.readers.Conn(ctx)
 	if err != nil {
-		return 0, openError(err)
+		return 0, x.openError(err)
 	}
 	defer conn.Close()
 	var app int
 	if err := conn.QueryRowContext(ctx, "PRAGMA application_id").Scan(&app); err != nil {
-		return 0, openError(err)
+		return 0, x.openError(err)
 	}
 	if app != indexAppID {
 		return 0, fmt.Errorf("%w: application id is %#x, not %#x", ErrForeignIndex, app, indexAppID)
 	}
 	if err := conn.QueryRowContext(ctx, "PRAGMA user_version").Scan(&version); err != nil {
-		return 0, openError(err)
+		return 0, x.openError(err)
 	}
 	if version > len(x.schema) {
 		return 0, &SchemaError{Found: version, Supported: len(x.schema)}
@@ -136,13 +136,13 @@ func (x *index) checkSchema(ctx context.Context) (version int, err error) {
 	}
 	rows, err := conn.QueryContext(ctx, "SELECT type, name, tbl_name, coalesce(sql, '') FROM sqlite_schema")
 	if err != nil {
-		return 0, openError(err)
+		return 0, x.openError(err)
 	}
 	defer rows.Close()
 	for rows.Next() {
 		var kind, name, table, text string
 		if err := rows.Scan(&kind, &name, &table, &text); err != nil {
-			return 0, openError(err)
+			return 0, x.openError(err)
 		}
 		switch { // SQLite's own
 		case kind == "index" && text == "" && strings.HasPrefix(name, "sqlite_autoindex_"),
@@ -164,7 +164,7 @@ func (x *index) checkSchema(ctx context.Context) (version int, err error) {
 		delete(want, text)
 	}
 	if err := rows.Err(); err != nil {
-		return 0, openError(err)
+		return 0, x.openError(err)
 	}
 	if len(want) > 0 {
 		return 0, fmt.Errorf("%w: its schema lacks %d of version %d's objects", ErrForeignIndex, len(want), version)
@@ -180,7 +180,7 @@ func (x *index) checkJournalMode(ctx context.Context, conn *sql.Conn) error {
 	}
 	var mode string
 	if err := conn.QueryRowContext(ctx, "PRAGMA journal_mode").Scan(&mode); err != nil {
-		return openError(err)
+		return x.openError(err)
 	}
 	if mode != "wal" {
 		return fmt.Errorf("%w: its journal mode is %q, not wal", ErrCorruptIndex, clip(mode))

@@ -168,36 +168,53 @@ func (x *index) badRefs(ctx context.Context, visit func(Reference, digest.Digest
 	}
 }
 
-// integrity visits what SQLite itself finds wrong.
+// integrity visits the damage that SQLite finds in the index. Like [index.explain], it does not take a page that
+// cannot be read for a damaged one: what the first check finds only counts if all pages can be
+// read, and if the check finds it again.
 func (x *index) integrity(ctx context.Context, quick bool, visit func(string)) error {
-	texts := []string{"PRAGMA integrity_check(100)", "PRAGMA foreign_key_check"}
+	found, err := x.damage(ctx, quick)
+	if err == nil && len(found) > 0 {
+		if err = x.readAll(); err == nil {
+			found, err = x.damage(ctx, quick)
+		}
+	}
+	if err != nil && !errors.Is(err, ErrCorruptIndex) {
+		return err
+	}
+	for _, text := range found {
+		visit(text)
+	}
+	return err
+}
+
+// damage returns what SQLite's own checks find.
+func (x *index) damage(ctx context.Context, quick bool) (found []string, err error) {
+	check := "PRAGMA integrity_check(100)"
 	if quick {
-		texts[0] = "PRAGMA quick_check(100)"
+		check = "PRAGMA quick_check(100)"
 	}
-	for i, text := range texts {
-		if err := ctx.Err(); err != nil {
-			return err
+	_, err = scanAll(ctx, x, check, 1, nil, func(rows *sql.Rows) (struct{}, error) {
+		var text string
+		if err := rows.Scan(&text); err != nil {
+			return struct{}{}, err
 		}
-		if _, err := scanAll(ctx, x, text, 1, nil, func(rows *sql.Rows) (struct{}, error) {
-			cols := make([]any, 1+3*i)
-			dest := make([]any, len(cols))
-			for k := range cols {
-				dest[k] = &cols[k]
-			}
-			if err := rows.Scan(dest...); err != nil {
-				return struct{}{}, err
-			}
-			if i == 1 {
-				visit(fmt.Sprintf("row %v of %v points at nothing in %v", cols[1], cols[0], cols[2]))
-			} else if cols[0] != "ok" {
-				visit(fmt.Sprint(cols[0]))
-			}
-			return struct{}{}, nil
-		}); err != nil {
-			return err
+		if text != "ok" {
+			found = append(found, text)
 		}
+		return struct{}{}, nil
+	})
+	if err != nil {
+		return found, err
 	}
-	return nil
+	_, err = scanAll(ctx, x, "PRAGMA foreign_key_check", 1, nil, func(rows *sql.Rows) (struct{}, error) {
+		var table, row, parent, key any
+		if err := rows.Scan(&table, &row, &parent, &key); err != nil {
+			return struct{}{}, err
+		}
+		found = append(found, fmt.Sprintf("row %v of %v points at nothing in %v", row, table, parent))
+		return struct{}{}, nil
+	})
+	return found, err
 }
 
 const (

@@ -1,0 +1,90 @@
+package ocilocal
+
+import (
+	"context"
+	"database/sql"
+	"errors"
+	"fmt"
+
+	"modernc.org/sqlite"
+	sqlite3 "modernc.org/sqlite/lib"
+)
+
+// explain gives an error of SQLite its sentinel, as [indexError] does, and finds out whether a damaged
+// index is one.
+//
+// When a read fails with EIO, a query ends with SQLITE_CORRUPT, and SQLite's integrity check reports the page
+// as damaged. Nothing in the error tells the two apart. So all pages are read once more, by
+// SQLite's backup, which does report a failed read as such, and the index is checked. It is damaged
+// if every page can be read and the check finds something. Otherwise the error is [ErrIndexIO]: to set an
+// index aside because a disk or a cable failed for a moment would lose its refs.
+//
+// This takes as long as reading the index, but an index that is damaged is only diagnosed once.
+func (x *index) explain(err error) error {
+	kind := indexError(err)
+	e, ok := errors.AsType[*sqlite.Error](err)
+	if !ok || e.Code()&0xff != sqlite3.SQLITE_CORRUPT || x.damaged.Load() {
+		return kind
+	}
+	if unread := x.readAll(); unread != nil {
+		return fmt.Errorf("%w (after: %w)", unread, err)
+	}
+	if sound, bad := x.sound(); sound && bad == nil {
+		return fmt.Errorf("%w: the index is sound, and reading it failed for a moment: %w", ErrIndexIO, err)
+	}
+	x.damaged.Store(true)
+	return kind
+}
+
+// readAll reads every page of the index. Its error is [ErrIndexIO], or nil also when
+// damage keeps SQLite from it.
+func (x *index) readAll() error {
+	err := x.aside(func(conn *sql.Conn) error {
+		return conn.Raw(func(c any) error {
+			source, ok := c.(interface {
+				NewBackup(to string) (*sqlite.Backup, error)
+			})
+			if !ok {
+				return errors.ErrUnsupported
+			}
+			b, err := source.NewBackup("") // a temporary file, or memory if it is small
+			if err != nil {
+				return err
+			}
+			more := true
+			for more && err == nil {
+				more, err = b.Step(1000)
+			}
+			return errors.Join(err, b.Finish())
+		})
+	})
+	if e, ok := errors.AsType[*sqlite.Error](err); ok && e.Code()&0xff == sqlite3.SQLITE_IOERR {
+		return indexError(err)
+	}
+	return nil
+}
+
+// sound reports whether SQLite finds no damage.
+func (x *index) sound() (sound bool, err error) {
+	err = x.aside(func(conn *sql.Conn) error {
+		var text string
+		err := conn.QueryRowContext(context.Background(), "PRAGMA integrity_check(1)").Scan(&text)
+		sound = text == "ok"
+		return err
+	})
+	return sound, err
+}
+
+// aside runs do with a connection that is not the pool's, all of whose connections may be busy.
+func (x *index) aside(do func(*sql.Conn) error) (err error) {
+	db, err := x.readerPool("query_only(1)")
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, db.Close()) }()
+	conn, err := db.Conn(context.Background())
+	if err != nil {
+		return err
+	}
+	return errors.Join(do(conn), conn.Close())
+}

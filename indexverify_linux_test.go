@@ -1,0 +1,89 @@
+package ocilocal_test
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"testing"
+
+	"github.com/ocilocal/ocilocal"
+)
+
+func init() { workers["readindex"] = readIndexWorker }
+
+// readIndexWorker opens a registry, verifies all of it and says what came of it: the error's kind,
+// and how many problems with the index were found.
+func readIndexWorker(_ *bufio.Scanner, args []string) error {
+	ctx := context.Background()
+	problems := 0
+	r, err := ocilocal.Open(ctx, args[0], nil)
+	if err == nil {
+		for p, bad := range r.Verify(ctx, nil) {
+			if p.Kind != "" {
+				problems++
+			}
+			err = errors.Join(err, bad)
+		}
+		err = errors.Join(err, r.Close())
+	}
+	switch {
+	case err == nil:
+		say("sound", problems)
+	case errors.Is(err, ocilocal.ErrCorruptIndex):
+		say("corrupt", problems, err)
+	case errors.Is(err, ocilocal.ErrIndexIO):
+		say("io", problems, err)
+	default:
+		say("else", problems, err)
+	}
+	return nil
+}
+
+// TestIndexReadErrors makes the kernel fail reads of the index with EIO, from the n-th on and only the n-th.
+// A read that fails says nothing about the index: it is reported as such, and as no damage.
+func TestIndexReadErrors(t *testing.T) {
+	strace, err := exec.LookPath("strace")
+	if err != nil {
+		t.Skip("strace is not installed: no read can be made to fail")
+	}
+	root := filepath.Join(t.TempDir(), "root")
+	r := mustOpen(t, root)
+	for i := range 30 {
+		ref := "example.com/read:v" + strconv.Itoa(i)
+		if _, err := publishLabelled(r, ref, ref, ocilocal.KeepExisting, []byte(ref)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	mustClose(t, r)
+	exe, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	name := filepath.Join(root, "index.sqlite3")
+	for _, only := range []string{"", "+"} {
+		step := scaled(9, 2, 1)
+		for n := 1; ; n += step {
+			trace := filepath.Join(t.TempDir(), "trace")
+			w := startCommand(t, "readindex", exec.Command(strace, "-f", "-P", name, "-e", "trace=pread64",
+				"-e", "inject=pread64:error=EIO:when="+strconv.Itoa(n)+only, "-o", trace, exe, root))
+			line := w.line()
+			w.end()
+			b, err := os.ReadFile(trace)
+			if err != nil {
+				t.Fatal(err)
+			}
+			hit := strings.Contains(string(b), "(INJECTED)")
+			if len(line) < 2 || line[1] != "0" || line[0] != "sound" && line[0] != "io" {
+				t.Errorf("reads fail from the %d. on%s: %q", n, only, line)
+			}
+			if !hit {
+				break
+			}
+		}
+	}
+}
