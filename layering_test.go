@@ -85,8 +85,8 @@ var owners = map[string][]string{
 	"compress/gzip":          {"archive", "export"},
 	"net/http":               {"remote"},
 	"net":                    {"remote"},
-	"os/exec":                {"remotecredentials"},
-	"os": {"root", "blob", "registry", "publish", "ref", "repair", "backup", "remotecredentials",
+	"os/exec":                {"remotecredential"},
+	"os": {"root", "blob", "registry", "publish", "ref", "repair", "backup", "remotecredential",
 		"import", "export", "builder", "archive"},
 	"unsafe": {},
 }

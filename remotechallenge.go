@@ -123,32 +123,3 @@ func (s *challengeScanner) value() (string, bool) {
 	}
 	return "", false // no closing quote
 }
-
-// A scope is what a token is for (distribution-spec's token protocol): for each
-// resource, such as "repository:org/model", its actions.
-type scope map[string][]string
-
-// add takes in scopes as text: "type:name:action,action", separated by spaces.
-func (s scope) add(text string) {
-	for one := range strings.FieldsSeq(text) {
-		i := strings.LastIndexByte(one, ':')
-		if i <= 0 || len(s) >= 16 {
-			continue
-		}
-		for a := range strings.SplitSeq(one[i+1:], ",") {
-			if a != "" && !slices.Contains(s[one[:i]], a) && len(s[one[:i]]) < 16 {
-				s[one[:i]] = append(s[one[:i]], a)
-			}
-		}
-	}
-}
-
-// list returns the scopes, in the one spelling that equal ones have.
-func (s scope) list() []string {
-	var all []string
-	for resource, actions := range s {
-		all = append(all, resource+":"+strings.Join(slices.Sorted(slices.Values(actions)), ","))
-	}
-	slices.Sort(all)
-	return all
-}

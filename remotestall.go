@@ -1,0 +1,169 @@
+package ocilocal
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"sync"
+	"time"
+)
+
+// A watch ends a request that stalls. It runs only while somebody waits for the
+// registry, so that a slow disk doesn't count. One goroutine uses it at a time,
+// but that the body of a request and its answer may overlap.
+type watch struct {
+	ctx    context.Context
+	cancel context.CancelCauseFunc
+	limit  time.Duration
+
+	mu     sync.Mutex // guards what follows
+	timer  *time.Timer
+	left   time.Duration // of limit, until trickle bytes have moved
+	moved  int
+	factor time.Duration
+	since  time.Time // zero while paused
+}
+
+// trickle is how many bytes must move within the stall timeout.
+const trickle = 4096
+
+var errStalled = errors.New("connection stalls")
+
+func newWatch(ctx context.Context, limit time.Duration) *watch {
+	w := &watch{limit: cmp.Or(max(limit, 0), time.Minute), factor: 1}
+	w.ctx, w.cancel = context.WithCancelCause(ctx)
+	w.left = w.limit
+	return w
+}
+
+// start lets the time run, factor times as long as usual.
+func (w *watch) start(factor time.Duration) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.since, w.factor = time.Now(), factor
+	if d := w.left * factor; w.timer == nil {
+		w.timer = time.AfterFunc(d, func() { w.cancel(errStalled) })
+	} else {
+		w.timer.Reset(d)
+	}
+}
+
+// pause stops it, and counts n bytes.
+func (w *watch) pause() { w.count(0, false) }
+
+func (w *watch) count(n int, running bool) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	now := time.Now()
+	if !w.since.IsZero() {
+		w.left -= now.Sub(w.since) / w.factor
+	}
+	if w.moved += n; w.moved >= trickle {
+		w.moved, w.left = 0, w.limit
+	}
+	w.left = max(w.left, time.Millisecond)
+	w.since = time.Time{}
+	if w.timer == nil {
+		return
+	}
+	if running {
+		w.since = now
+		w.timer.Reset(w.left * w.factor)
+	} else {
+		w.timer.Stop()
+	}
+}
+
+// stalled returns the error of a request that the watch has ended.
+func (w *watch) stalled() error {
+	if context.Cause(w.ctx) == errStalled {
+		return fmt.Errorf("%w: less than %d bytes moved in %v", errStalled, trickle, w.limit)
+	}
+	return nil
+}
+
+func (w *watch) end(cause error) {
+	w.pause()
+	w.cancel(cause)
+}
+
+// watchedBody is the body of an answer.
+type watchedBody struct {
+	src    io.ReadCloser
+	watch  *watch
+	caller context.Context
+	quiet  bool // errors must not quote the server
+}
+
+func (b *watchedBody) Read(p []byte) (int, error) {
+	b.watch.start(1)
+	n, err := b.src.Read(p)
+	b.watch.count(n, false)
+	if err != nil && err != io.EOF {
+		if b.caller.Err() != nil {
+			return n, b.caller.Err()
+		}
+		if stalled := b.watch.stalled(); stalled != nil {
+			return n, stalled
+		}
+		if b.quiet {
+			err = unquoted(err)
+		}
+	}
+	return n, err
+}
+
+func (b *watchedBody) Close() error {
+	b.watch.end(nil) // first: what is left is not worth waiting for
+	return b.src.Close()
+}
+
+// sentBody is the body of a request. What goes out keeps the watch quiet. A transport
+// may close it while it reads: what comes of that is not a failure of src.
+type sentBody struct {
+	src   io.ReadCloser
+	watch *watch
+
+	mu     sync.Mutex // held while src is used; guards what follows
+	closed bool
+	err    error // why src failed
+}
+
+func (b *sentBody) Read(p []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.closed {
+		return 0, http.ErrBodyReadAfterClose
+	}
+	n, err := b.src.Read(p)
+	b.watch.count(n, true)
+	if err != nil && err != io.EOF {
+		b.err = err
+	}
+	return n, err
+}
+
+func (b *sentBody) Close() error {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.closed = true
+	return b.src.Close()
+}
+
+func (b *sentBody) failed() error {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.err
+}
+
+// patience is how many times the stall timeout a registry has for its answer:
+// after an upload it may have much to hash and to copy.
+func patience(c *remoteCall) time.Duration {
+	if c.body != nil {
+		return 5
+	}
+	return 1
+}

@@ -1,0 +1,253 @@
+package ocilocal
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/base64"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"net/url"
+	"slices"
+	"strings"
+	"time"
+)
+
+// A scope is what a token is for (distribution-spec's token protocol): for each
+// resource, such as "repository:org/model", its actions.
+type scope map[string][]string
+
+// add takes in scopes as text: "type:name:action,action", separated by spaces.
+func (s scope) add(text string) {
+	for one := range strings.FieldsSeq(text) {
+		i := strings.LastIndexByte(one, ':')
+		if i <= 0 || len(s) >= 16 {
+			continue
+		}
+		for a := range strings.SplitSeq(one[i+1:], ",") {
+			if a != "" && !slices.Contains(s[one[:i]], a) && len(s[one[:i]]) < 16 {
+				s[one[:i]] = append(s[one[:i]], a)
+			}
+		}
+	}
+}
+
+// list returns the scopes, in the one spelling that equal ones have.
+func (s scope) list() []string {
+	var all []string
+	for resource, actions := range s {
+		all = append(all, resource+":"+strings.Join(slices.Sorted(slices.Values(actions)), ","))
+	}
+	slices.Sort(all)
+	return all
+}
+
+// tokenKey says what a token is good for. A token is never used for another.
+type tokenKey struct{ origin, realm, service, scope, user string }
+
+// identity tells credentials apart without holding one.
+func (c *Credential) identity() string {
+	h := sha256.New()
+	for _, s := range []string{c.Username, c.Password, c.IdentityToken} {
+		fmt.Fprintf(h, "%d:%s", len(s), s)
+	}
+	return string(h.Sum(nil))
+}
+
+// A tokenEntry is kept by pointer, so that printing a Remote doesn't print it.
+type tokenEntry struct {
+	lock    chan struct{} // one place: who has it, may look and fetch
+	token   string
+	expires time.Time
+}
+
+// token returns the token for key, fetching one if there is none, or if it is
+// rejected, or expires soon. Callers with the same key wait for one fetch.
+func (r *Remote) token(ctx context.Context, key tokenKey, rejected string, fetch func() (tokenAnswer, error)) (token string, fresh bool, err error) {
+	r.mu.Lock()
+	if r.cache == nil || len(r.cache) >= maxRemembered {
+		r.cache = map[tokenKey]*tokenEntry{}
+	}
+	e := r.cache[key]
+	if e == nil {
+		e = &tokenEntry{lock: make(chan struct{}, 1)}
+		r.cache[key] = e
+	}
+	r.mu.Unlock()
+	select {
+	case e.lock <- struct{}{}:
+		defer func() { <-e.lock }()
+	case <-ctx.Done():
+		return "", false, ctx.Err()
+	}
+	if e.token != "" && e.token != rejected && time.Now().Before(e.expires) {
+		return e.token, false, nil
+	}
+	e.token = ""
+	a, err := fetch()
+	if err != nil {
+		return "", false, err
+	}
+	e.token, e.expires = a.token, time.Now().Add(a.lifetime)
+	return e.token, true, nil
+}
+
+// tokenAnswer is a token server's answer.
+type tokenAnswer struct {
+	token    string
+	lifetime time.Duration
+}
+
+// parseToken reads the body of a token server's answer.
+func parseToken(body []byte) (a tokenAnswer, err error) {
+	var doc struct {
+		Token       string  `json:"token"`
+		AccessToken string  `json:"access_token"`
+		ExpiresIn   float64 `json:"expires_in"`
+	}
+	if json.Unmarshal(body, &doc) != nil { // whose error could quote the token
+		return a, errors.New("is not JSON of the right form")
+	}
+	a.token = doc.Token
+	if a.token == "" {
+		a.token = doc.AccessToken
+	}
+	if a.token == "" || len(a.token) > maxTokenLen {
+		return a, fmt.Errorf("has a token of %d bytes", len(a.token))
+	}
+	for _, c := range []byte(a.token) {
+		if c <= 0x20 || c > 0x7e {
+			return a, errors.New("has a token that can't be sent in a header")
+		}
+	}
+	// A minute is what the protocol says when the server doesn't. Some go early, since clocks and wires differ.
+	seconds := 60.0
+	if doc.ExpiresIn > 0 {
+		seconds = min(doc.ExpiresIn, 3600)
+	}
+	a.lifetime = time.Duration(seconds*0.9) * time.Second
+	return a, nil
+}
+
+// fetchToken asks the token server that a challenge names.
+func (p *remoteRepo) fetchToken(ctx context.Context, ch challenge, scopes []string, cred *Credential) (a tokenAnswer, err error) {
+	realm, err := p.checkRealm(ctx, ch.params["realm"])
+	if err != nil {
+		return a, err
+	}
+	c := &remoteCall{method: http.MethodGet, url: realm, header: http.Header{}, token: true}
+	q := url.Values{}
+	if service := ch.params["service"]; service != "" {
+		q.Set("service", service)
+	}
+	if cred.IdentityToken != "" {
+		q.Set("grant_type", "refresh_token")
+		q.Set("refresh_token", cred.IdentityToken)
+		q.Set("client_id", "ocilocal")
+		q.Set("scope", strings.Join(scopes, " "))
+		form := q.Encode()
+		c.method, c.size = http.MethodPost, int64(len(form))
+		c.header.Set("Content-Type", "application/x-www-form-urlencoded")
+		c.body = func() (io.ReadCloser, error) { return io.NopCloser(strings.NewReader(form)), nil }
+	} else {
+		q["scope"] = scopes
+		u := *realm
+		if u.RawQuery != "" {
+			u.RawQuery += "&"
+		}
+		u.RawQuery += q.Encode()
+		c.url = &u
+		if cred.Username != "" || cred.Password != "" {
+			c.header.Set("Authorization", "Basic "+basic(cred))
+		}
+	}
+	for attempt := 1; ; attempt++ {
+		a, err = p.askTokenServer(ctx, c)
+		if err == nil {
+			return a, nil
+		}
+		if e, ok := errors.AsType[*RemoteError](err); ok {
+			e.TokenServer = true
+			e.explainToken(p.host.name, cred)
+			e.clean(p.secrets())
+		}
+		if err := p.remote.again(ctx, attempt, err); err != nil {
+			return a, err
+		}
+	}
+}
+
+// explainToken says whose credentials a token server refused.
+func (e *RemoteError) explainToken(host string, cred *Credential) {
+	switch e.Status {
+	case http.StatusBadRequest, http.StatusUnauthorized, http.StatusForbidden:
+		e.final = true
+		e.Err = fmt.Errorf("%w: the token server of %s refuses the %s", ErrUnauthorized, host, cred)
+	}
+}
+
+// askTokenServer makes one request for a token, following redirects on the same origin only.
+func (p *remoteRepo) askTokenServer(ctx context.Context, c *remoteCall) (a tokenAnswer, err error) {
+	u := c.url
+	for hops := 0; ; hops++ {
+		res, err := p.exchange(ctx, c, u, p.remote.header(c.header))
+		if err != nil {
+			return a, err
+		}
+		switch {
+		case res.StatusCode == http.StatusOK:
+			body, err := readSmallBody(ctx, c.method, u, res, maxTokenBody)
+			if err != nil {
+				return a, err
+			}
+			if a, err = parseToken(body); err != nil {
+				return a, protocolError(c.method, u, res.StatusCode, "token server's answer %w", err)
+			}
+			return a, nil
+		case res.StatusCode < 300 || res.StatusCode > 399:
+			return a, p.answerError(c, res)
+		}
+		res.Body.Close()
+		next, err := redirected(u, "Location", res.Header.Get("Location"))
+		if err != nil || !sameOrigin(u, next) || c.method != http.MethodGet || hops >= maxRedirects {
+			return a, protocolError(c.method, u, res.StatusCode, "token server redirects elsewhere")
+		}
+		u = next
+	}
+}
+
+// checkRealm returns the address of the token server that a registry names, if it may name it.
+func (p *remoteRepo) checkRealm(ctx context.Context, realm string) (*url.URL, error) {
+	refuse := func(format string, args ...any) error {
+		return &RemoteError{Method: http.MethodGet, URL: publicURL(p.host.base), TokenServer: true, final: true,
+			Err: fmt.Errorf("%w: token server that %s names is refused: "+format, append([]any{ErrProtocol, p.host.name}, args...)...)}
+	}
+	u, err := url.Parse(realm)
+	if err != nil || realm == "" {
+		return nil, refuse("its realm is not an address")
+	}
+	u.Fragment, u.RawFragment = "", ""
+	switch {
+	case u.User != nil:
+		return nil, refuse("its realm has user information in it")
+	case strings.TrimSuffix(u.Hostname(), ".") == "" || u.Opaque != "":
+		return nil, refuse("its realm has no host")
+	case u.Scheme == "https":
+	case u.Scheme == "http" && p.host.base.Scheme == "http" && p.remote.plainHTTP(u.Host):
+	default:
+		return nil, refuse("%s is neither https, nor http where that is allowed", publicURL(u))
+	}
+	if sameOrigin(u, p.host.base) {
+		return u, nil // it has what goes there anyway
+	}
+	if err := p.checkHost(ctx, u); err != nil {
+		return nil, refuse("%w", err)
+	}
+	return u, nil
+}
+
+func basic(c *Credential) string {
+	return base64.StdEncoding.EncodeToString([]byte(c.Username + ":" + c.Password))
+}
