@@ -3,7 +3,9 @@ package ocilocal
 import (
 	"cmp"
 	"context"
+	"errors"
 	"fmt"
+	"sync"
 	"sync/atomic"
 
 	"github.com/opencontainers/go-digest"
@@ -92,6 +94,8 @@ type pusher struct {
 	blobs     []ocispec.Descriptor
 	seen      map[digest.Digest]bool
 
+	// unsent holds the digests of blobs that the registry says it has, or has mounted.
+	unsent                 sync.Map
 	sent, mounted, present atomic.Int64
 	bytes                  atomic.Int64
 }
@@ -114,7 +118,7 @@ func (p *pusher) run(ctx context.Context, root ocispec.Descriptor) (*PushResult,
 			}
 			reference = string(m.Digest()) // only the answer tells whether it is to be listed
 		}
-		if err := p.repo.putManifest(ctx, reference, m); err != nil {
+		if err := p.putManifest(ctx, reference, m); err != nil {
 			return nil, err
 		}
 	}
@@ -125,10 +129,39 @@ func (p *pusher) run(ctx context.Context, root ocispec.Descriptor) (*PushResult,
 	}, nil
 }
 
+// putManifest pushes a manifest. A registry, or a cache in front of it, may have said that blobs are there
+// which aren't. The answer to the manifest says so. Then those that weren't sent are sent.
+func (p *pusher) putManifest(ctx context.Context, reference string, m *Manifest) error {
+	err := p.repo.putManifest(ctx, reference, m)
+	if e, ok := errors.AsType[*RemoteError](err); !ok || !e.unknownBlob() {
+		return err
+	}
+	again := 0
+	for i, c := range m.children() {
+		has, unsent := p.unsent.LoadAndDelete(c.Digest)
+		if m.childRole(i) == roleManifest || !unsent {
+			continue
+		}
+		if has == present {
+			p.present.Add(-1)
+		} else {
+			p.mounted.Add(-1)
+		}
+		again++
+		if err := p.upload(ctx, c, nil); err != nil {
+			return err
+		}
+	}
+	if again == 0 {
+		return err
+	}
+	return p.repo.putManifest(ctx, reference, m)
+}
+
 // there reports whether a tag or digest is what it is to be already. An error only means that it has to be written.
 func (p *pusher) there(ctx context.Context, reference string, desc ocispec.Descriptor) bool {
 	got, err := p.repo.head(ctx, reference)
-	return err == nil && got.Digest == desc.Digest && got.MediaType == desc.MediaType
+	return err == nil && got.Digest == desc.Digest && got.Size == desc.Size && got.MediaType == desc.MediaType
 }
 
 // collect reads the manifests of the closure and lists its blobs.
@@ -178,7 +211,8 @@ func (p *pusher) sendBlob(ctx context.Context, desc ocispec.Descriptor) error {
 	if err != nil {
 		return err
 	}
-	if has {
+	if has == present {
+		p.unsent.Store(desc.Digest, present)
 		p.present.Add(1)
 		return nil
 	}
@@ -187,7 +221,7 @@ func (p *pusher) sendBlob(ctx context.Context, desc ocispec.Descriptor) error {
 		return err
 	}
 	var session *uploadSession
-	if name != "" {
+	if name != "" && has != doubtful {
 		other, err := ParseReference(name)
 		if err != nil {
 			return err
@@ -197,11 +231,23 @@ func (p *pusher) sendBlob(ctx context.Context, desc ocispec.Descriptor) error {
 			return err
 		}
 		if done {
+			p.unsent.Store(desc.Digest, unknown)
 			p.mounted.Add(1)
 			return nil
 		}
 		session = s
 	}
+	if err := p.upload(ctx, desc, session); err != nil {
+		return err
+	}
+	if has == doubtful {
+		return p.repo.checkSize(ctx, desc)
+	}
+	return nil
+}
+
+// upload sends a blob.
+func (p *pusher) upload(ctx context.Context, desc ocispec.Descriptor, session *uploadSession) error {
 	u := &upload{repo: p.repo, desc: desc, store: p.registry.blobs, chunk: p.opts.ChunkSize}
 	from := p.repo.remote.meter(Progress{Reference: p.as, Push: true, Descriptor: desc})
 	defer func() { from(0) }() // waits for a Progress under way; what a transport goes on reading isn't told

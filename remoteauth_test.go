@@ -386,7 +386,7 @@ func TestHostileTokenServers(t *testing.T) {
 		"refuses":                {token: answers(401), want: ocilocal.ErrUnauthorized, most: 1},
 		"forbids":                {token: answers(403), want: ocilocal.ErrUnauthorized, most: 1},
 		"a bad request":          {token: answers(400), want: ocilocal.ErrUnauthorized, most: 1},
-		"absent":                 {token: answers(404), want: ocilocal.ErrNotFound, most: 1},
+		"absent":                 {token: answers(404), want: ocilocal.ErrTransport, most: 1},
 		"fails":                  {token: answers(500), want: ocilocal.ErrTransport, most: 6},
 		"is overrun":             {token: answers(429), want: ocilocal.ErrRateLimited, most: 6},
 		"is overrun for long":    {token: answers(429, "Retry-After", "1000000000"), want: ocilocal.ErrRateLimited, most: 1},

@@ -126,11 +126,15 @@ func (p *remoteRepo) answerError(c *remoteCall, res *http.Response) *RemoteError
 		Status:     res.StatusCode,
 		RetryAfter: parseRetryAfter(res.Header.Get("Retry-After"), time.Now()),
 	}
-	if c.token || sameOrigin(res.Request.URL, p.host.base) {
+	own := sameOrigin(res.Request.URL, p.host.base)
+	if c.token || own {
 		body, _ := io.ReadAll(io.LimitReader(res.Body, maxErrorBody)) // the part that arrives is worth showing
 		e.Codes = parseErrorBody(body, p.secrets())
 	}
 	e.Err = e.kind()
+	if e.Err == ErrNotFound && (c.token || !own) { // only the registry can know that
+		e.Err = ErrTransport
+	}
 	return e
 }
 

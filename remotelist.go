@@ -9,8 +9,6 @@ import (
 	"iter"
 	"net/http"
 	"net/url"
-	"slices"
-	"strings"
 
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -54,13 +52,17 @@ func (r *Remote) Delete(ctx context.Context, ref Reference) error {
 func (p *remoteRepo) delete(ctx context.Context, reference string) error {
 	var subject *ocispec.Descriptor
 	if checkDigest(digest.Digest(reference)) == nil {
-		if m, err := p.manifest(ctx, reference, ""); err == nil { // else the answer to DELETE is what counts
+		m, err := p.manifest(ctx, reference, "")
+		if e, ok := errors.AsType[*RemoteError](err); err != nil && (!ok || e.Temporary()) {
+			return err // without it, the manifest might stay listed as a referrer
+		}
+		if err == nil { // otherwise the answer to DELETE is decisive
 			subject = m.doc.Subject
 		}
 	}
 	res, err := p.do(ctx, &remoteCall{
 		method: http.MethodDelete, url: p.url("manifests", reference), actions: []string{"delete"},
-		ok: []int{http.StatusAccepted, http.StatusOK, http.StatusNoContent},
+		ok: any2xx,
 	})
 	if e, ok := errors.AsType[*RemoteError](err); ok && e.Status == http.StatusBadRequest {
 		e.Err = fmt.Errorf("%w: %w", errors.ErrUnsupported, e.Err)
@@ -114,84 +116,6 @@ func (p *remoteRepo) pages(ctx context.Context, first *url.URL, header http.Head
 	return nil
 }
 
-// nextPage returns the address in a Link of relation "next" (RFC 8288), nil if there is none.
-// It must be on the origin that was asked.
-func nextPage(at *url.URL, h http.Header) (*url.URL, error) {
-	text, err := parseLink(h.Values("Link"))
-	if err != nil || text == "" {
-		return nil, err
-	}
-	u, err := redirected(at, "Link", text)
-	if err != nil {
-		return nil, err
-	}
-	if !sameOrigin(u, at) {
-		return nil, fmt.Errorf("%w: Link leads to another host, %s", ErrProtocol, printable(u.Host))
-	}
-	return u, nil
-}
-
-// maxLinkLen bounds the address of a page.
-const maxLinkLen = 8 << 10
-
-// parseLink returns the target of the first link with relation "next", "" if
-// there is none. A field that can't be read is an error: the list might go on.
-func parseLink(fields []string) (string, error) {
-	for _, f := range fields {
-		s := challengeScanner{text: f}
-		for s.skip(" \t,"); s.text != ""; s.skip(" \t,") {
-			target, next, ok := s.link()
-			switch {
-			case !ok:
-				return "", fmt.Errorf("%w: Link can't be read", ErrProtocol) // what it says may have a secret query
-			case next && len(target) > maxLinkLen:
-				return "", fmt.Errorf("%w: Link of %d bytes", ErrProtocol, len(target))
-			case next:
-				return target, nil
-			}
-		}
-	}
-	return "", nil
-}
-
-// link reads one link with its parameters, of which only the first "rel" counts.
-func (s *challengeScanner) link() (target string, next, ok bool) {
-	text, ok := strings.CutPrefix(s.text, "<")
-	target, text, ok2 := strings.Cut(text, ">")
-	if !ok || !ok2 {
-		return "", false, false
-	}
-	s.text = text
-	related := false
-	for s.skip(" \t;"); s.text != "" && s.text[0] != ','; s.skip(" \t;") {
-		name, value := strings.TrimSpace(s.until("=;,")), ""
-		if strings.HasPrefix(s.text, "=") {
-			s.skip("= \t")
-			if strings.HasPrefix(s.text, `"`) {
-				if value, ok = s.value(); !ok {
-					return "", false, false
-				}
-			}
-			value += s.until(";,")
-		}
-		if strings.EqualFold(name, "rel") && !related {
-			related, next = true, slices.Contains(strings.Fields(strings.ToLower(value)), "next")
-		}
-	}
-	return target, next, true
-}
-
-// until reads up to one of some characters, or all that is left.
-func (s *challengeScanner) until(chars string) string {
-	n := strings.IndexAny(s.text, chars)
-	if n < 0 {
-		n = len(s.text)
-	}
-	t := s.text[:n]
-	s.text = s.text[n:]
-	return t
-}
-
 // Tags lists the tags of ref's repository, in the registry's order; ref's own tag and
 // digest don't matter. Tags that no reference could have are left out. An error is yielded once, at the end; errors are those of [Remote.Resolve].
 func (r *Remote) Tags(ctx context.Context, ref Reference) iter.Seq2[string, error] {
@@ -222,104 +146,4 @@ func (r *Remote) Tags(ctx context.Context, ref Reference) iter.Seq2[string, erro
 			yield("", opError("list tags of", ref.Name(), "", err))
 		}
 	}
-}
-
-// Referrers lists the manifests in ref's repository whose subject is the one that ref
-// names, of one artifact type or, if that is "", of all (distribution-spec,
-// "Listing Referrers"). A tag is resolved first. A registry without that API is asked for the referrers tag.
-// An error is yielded once, at the end; errors are those of [Remote.Resolve].
-func (r *Remote) Referrers(ctx context.Context, ref Reference, artifactType string) iter.Seq2[ocispec.Descriptor, error] {
-	return func(yield func(ocispec.Descriptor, error) bool) {
-		p, err := r.repo(ref)
-		subject := ref.Digest()
-		if err == nil && subject == "" {
-			var desc ocispec.Descriptor
-			desc, err = p.head(ctx, ref.Tag())
-			subject = desc.Digest
-		}
-		if err == nil {
-			err = p.referrers(ctx, subject, artifactType, func(d ocispec.Descriptor) error {
-				if !yield(d, nil) {
-					return errStop
-				}
-				return nil
-			})
-		}
-		if err != nil && !errors.Is(err, errStop) {
-			yield(ocispec.Descriptor{}, opError("list referrers of", ref.String(), subject, err))
-		}
-	}
-}
-
-func (p *remoteRepo) referrers(ctx context.Context, subject digest.Digest, artifactType string, visit func(ocispec.Descriptor) error) error {
-	// The server's filter is a courtesy: all that comes is filtered here too.
-	each := func(ds []ocispec.Descriptor) error {
-		for _, d := range ds {
-			if artifactType != "" && d.ArtifactType != artifactType {
-				continue
-			}
-			if err := visit(d); err != nil {
-				return err
-			}
-		}
-		return nil
-	}
-	u := p.url("referrers", string(subject))
-	if artifactType != "" {
-		u.RawQuery = url.Values{"artifactType": {artifactType}}.Encode()
-	}
-	listed := 0
-	err := p.pages(ctx, u, http.Header{"Accept": {ocispec.MediaTypeImageIndex}}, func(body []byte, res *http.Response) (bool, error) {
-		m, err := parseReferrers(body, res.Header)
-		if err != nil {
-			return false, err
-		}
-		if listed += len(m.doc.Manifests); listed > maxListed {
-			return false, fmt.Errorf("%w: more than %d referrers", ErrTooLarge, maxListed)
-		}
-		return true, each(m.doc.Manifests)
-	})
-	if e, ok := errors.AsType[*RemoteError](err); !ok || listed > 0 || e.Status != http.StatusNotFound && e.Status != http.StatusMethodNotAllowed {
-		return err
-	}
-	m, _, err := p.referrersTag(ctx, subject)
-	if err != nil || m == nil {
-		return err
-	}
-	return each(m.doc.Manifests)
-}
-
-// parseReferrers reads an image index that lists referrers.
-func parseReferrers(body []byte, h http.Header) (*Manifest, error) {
-	given, err := manifestType(h, "")
-	if err == nil && given != "" && given != ocispec.MediaTypeImageIndex {
-		err = fmt.Errorf("%w: list of referrers is a %s", ErrProtocol, given)
-	}
-	if err != nil {
-		return nil, err
-	}
-	return parseManifest(ocispec.MediaTypeImageIndex, body)
-}
-
-// referrersTagName is the tag of the fallback (distribution-spec, "Referrers Tag Schema").
-func referrersTagName(subject digest.Digest) string {
-	enc := subject.Encoded()
-	return string(subject.Algorithm()) + "-" + enc[:min(len(enc), 64)]
-}
-
-// referrersTag fetches the referrers tag and its ETag; nil if there is none.
-func (p *remoteRepo) referrersTag(ctx context.Context, subject digest.Digest) (*Manifest, string, error) {
-	c := p.manifestCall(http.MethodGet, referrersTagName(subject))
-	body, res, err := p.doSmall(ctx, c, MaxManifestSize)
-	if errors.Is(err, ErrNotFound) {
-		return nil, "", nil
-	}
-	if err != nil {
-		return nil, "", err
-	}
-	m, err := parseReferrers(body, res.Header)
-	if err != nil {
-		return nil, "", answerProblem(c, res, fmt.Errorf("tag %s: %w", referrersTagName(subject), err))
-	}
-	return m, res.Header.Get("ETag"), nil
 }

@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"mime"
 	"net/http"
+	"net/url"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -49,6 +51,23 @@ func (p *remoteRepo) manifest(ctx context.Context, reference, mediaType string) 
 	return m, nil
 }
 
+// ownAnswer reports whether an error is an answer of the registry itself, and not of a token server or of
+// a host that a redirect led to.
+func (p *remoteRepo) ownAnswer(e *RemoteError) bool {
+	u, err := url.Parse(e.URL)
+	return err == nil && e.Status != 0 && !e.TokenServer && sameOrigin(u, p.host.base)
+}
+
+// saysAbsent reports whether err is the registry's answer that it doesn't have something. It is certain
+// if the answer has the specification's form; otherwise a proxy may have given it.
+func (p *remoteRepo) saysAbsent(err error) (absent, certain bool) {
+	e, ok := errors.AsType[*RemoteError](err)
+	if !ok || !errors.Is(e, ErrNotFound) || !p.ownAnswer(e) {
+		return false, false
+	}
+	return true, e.has("MANIFEST_UNKNOWN", "NAME_UNKNOWN", "BLOB_UNKNOWN", "MANIFEST_BLOB_UNKNOWN", "NOT_FOUND")
+}
+
 // manifestDigest hashes a manifest. It must be what was asked for, or what the registry says.
 func manifestDigest(reference string, h http.Header, raw []byte) (digest.Digest, error) {
 	want := digest.Digest(reference)
@@ -87,14 +106,15 @@ func headerDigest(h http.Header) (digest.Digest, error) {
 // and want is "": then the document must say what it is.
 func manifestType(h http.Header, want string) (string, error) {
 	text := h.Get("Content-Type")
-	given, _, err := mime.ParseMediaType(text)
-	if err != nil && text != "" {
+	first, _, _ := strings.Cut(text, ",")
+	given, _, err := mime.ParseMediaType(first)
+	if err != nil && text != "" && !errors.Is(err, mime.ErrInvalidMediaParameter) {
 		return "", fmt.Errorf("%w: Content-Type %q", ErrProtocol, clip(text))
 	}
-	general := given == "" || given == "application/json" || given == "application/octet-stream" || given == "text/plain"
+	general := slices.Contains(generalTypes, given)
 	switch {
 	case formOf(given) == 0 && !general:
-		return "", fmt.Errorf("%w: Content-Type %q is no manifest's", ErrUnsupportedMediaType, clip(given))
+		return "", fmt.Errorf("%w: Content-Type %q is not of a manifest", ErrUnsupportedMediaType, clip(given))
 	case general:
 		return want, nil
 	case want != "" && given != want:
@@ -103,16 +123,22 @@ func manifestType(h http.Header, want string) (string, error) {
 	return given, nil
 }
 
-// head looks where a tag or digest is. It asks for the manifest itself if the registry doesn't
-// answer HEAD with what a descriptor needs.
+// generalTypes are the media types that servers give to files of which they know nothing, or only that they are JSON.
+var generalTypes = []string{"", "application/json", "text/json", "text/plain", "application/octet-stream", "binary/octet-stream"}
+
+// head looks where a tag or digest is. HEAD is answered by registries, proxies and stores of which
+// some leave out what a descriptor needs, state a length of 0, or refuse what they answer to GET. So only a
+// complete answer of the registry itself is taken; after any other one, the manifest is asked for.
 func (p *remoteRepo) head(ctx context.Context, reference string) (ocispec.Descriptor, error) {
 	c := p.manifestCall(http.MethodHead, reference)
 	res, err := p.do(ctx, c)
-	if err != nil && !errors.Is(err, errors.ErrUnsupported) {
+	if e, ok := errors.AsType[*RemoteError](err); err != nil && (!ok || e.Status == 0 || e.TokenServer || e.Status == http.StatusTooManyRequests) {
 		return ocispec.Descriptor{}, err
 	}
 	if err == nil {
 		res.Body.Close()
+	}
+	if err == nil && sameOrigin(res.Request.URL, p.host.base) {
 		d, err := headerDigest(res.Header)
 		if err != nil {
 			return ocispec.Descriptor{}, answerProblem(c, res, err)
@@ -124,7 +150,7 @@ func (p *remoteRepo) head(ctx context.Context, reference string) (ocispec.Descri
 			d = want
 		}
 		given, err := manifestType(res.Header, "")
-		if err == nil && given != "" && d != "" && res.ContentLength >= 0 && res.ContentLength <= MaxManifestSize {
+		if err == nil && given != "" && d != "" && res.ContentLength > 0 && res.ContentLength <= MaxManifestSize {
 			return ocispec.Descriptor{MediaType: given, Digest: d, Size: res.ContentLength}, nil
 		}
 	}

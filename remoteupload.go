@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"math"
+	"mime"
 	"net/http"
 	"net/url"
 	"strings"
@@ -16,23 +17,57 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
+// A blob goes up in one request if it can, and otherwise in chunks (distribution-spec, "Pushing Blobs"):
+//
+//	POST  …/blobs/uploads/           opens a session; each answer says where the session goes on
+//	PATCH <session>                  sends a chunk                          ┐ for each chunk
+//	GET   <session>                  asks how far it is, after a failure    ┘
+//	PUT   <session>?digest=<digest>  sends the rest, or all, and ends it
+//
+// The digest that ends an upload proves every byte before it. So what happens on the way may be taken
+// leniently: a wrong guess costs requests, never bytes.
+//
+//   - Any 2xx is success. The Range in the answer to a chunk is a hint. It is followed if it says that
+//     a part of the chunk arrived. If it contradicts what was sent, as it does with
+//     several registries, the session is asked once how far it is; after that the chunk counts as arrived.
+//   - A chunk whose answer was lost, or was 416, has arrived as far as the session says when asked. The
+//     upload goes on there, be that forward or back.
+//   - A body that is refused as too large goes in smaller ones: a whole blob in chunks, a chunk in quarters.
+//     Proxies cut off a body that is too large for them, or answer 502. After the second such failure
+//     a body counts as too large. 416 means too large where the session is as far as it should be.
+//   - A session may get lost. Then the blob starts over with a new one, as often as the retry policy says.
+//
+// It ends, because chunks must advance by half their size on average, and pieces do not get smaller than leastChunk.
+
 // defaultChunk is the size of chunks when the registry wants some and doesn't say how large.
 const defaultChunk = 16 << 20
 
 // leastChunk is the size from which on a body that a registry finds too large is tried in smaller pieces.
 const leastChunk = 64 << 10
 
-// An uploadSession is where the next request of an upload goes
-// (distribution-spec, "Pushing Blobs"). The address is the server's: it is used as it is.
+// An uploadSession is where the next request of an upload goes. The address is the server's: it is used as it is.
 type uploadSession struct {
 	url *url.URL
 	// least is the size that chunks other than the last must have; 0 if the registry doesn't want chunks.
 	least int64
 }
 
-// nextSession reads where an upload goes on.
+// nextSession reads where an upload goes on. A registry behind a proxy may state an address without the
+// TLS or the port of the proxy. Nothing goes there: if the address has the path of an upload to the
+// same repository, the upload goes on at the registry's own origin.
 func nextSession(c *remoteCall, res *http.Response) (*uploadSession, error) {
-	u, err := redirected(res.Request.URL, "Location", res.Header.Get("Location"))
+	text := res.Header.Get("Location")
+	base := c.repo.host.base
+	u, err := base.Parse(text)
+	if err == nil && u.User == nil && strings.HasPrefix(u.Path, c.repo.uploads().Path) {
+		noTLS := base.Scheme == "https" && u.Scheme == "http"
+		noPort := u.Scheme == base.Scheme && u.Hostname() == base.Hostname() && u.Port() == ""
+		if noTLS || noPort {
+			u.Scheme, u.Host = base.Scheme, base.Host
+			text = u.String()
+		}
+	}
+	u, err = redirected(res.Request.URL, "Location", text)
 	if err != nil {
 		return nil, answerProblem(c, res, err)
 	}
@@ -43,17 +78,72 @@ func nextSession(c *remoteCall, res *http.Response) (*uploadSession, error) {
 	return s, nil
 }
 
-// hasBlob reports whether the repository has a blob.
-func (p *remoteRepo) hasBlob(ctx context.Context, desc ocispec.Descriptor) (bool, error) {
-	res, err := p.do(ctx, &remoteCall{
-		method: http.MethodHead, url: p.url("blobs", string(desc.Digest)), actions: []string{"pull", "push"},
-		ok: []int{http.StatusOK, http.StatusNotFound, http.StatusMethodNotAllowed},
-	})
+// goOn makes s what the answer to a request in it says. Without a Location, it stays where it is.
+func (s *uploadSession) goOn(c *remoteCall, res *http.Response) error {
+	if res.Header.Get("Location") == "" {
+		return nil
+	}
+	next, err := nextSession(c, res)
+	if err == nil {
+		next.least = cmp.Or(next.least, s.least)
+		*s = *next
+	}
+	return err
+}
+
+// presence is what a registry is known to have of a blob.
+type presence int
+
+const (
+	unknown  presence = iota // or absent
+	doubtful                 // the registry says that it has it, with another length
+	present
+)
+
+// hasBlob asks whether the repository has a blob. Only an answer with the right length says so. Any other one
+// means that the blob has to be uploaded. Stores behind a registry, for example, refuse HEAD for what they have,
+// and have blobs that broke off; a page where people log in is an answer of 200 too.
+func (p *remoteRepo) hasBlob(ctx context.Context, desc ocispec.Descriptor) (presence, error) {
+	c := &remoteCall{method: http.MethodHead, url: p.url("blobs", string(desc.Digest)), actions: []string{"pull", "push"}, ok: any2xx}
+	res, err := p.do(ctx, c)
+	if errors.Is(err, ErrDenied) || errors.Is(err, ErrUnauthorized) { // the login may be good for reading
+		c.actions = []string{"pull"}
+		res, err = p.do(ctx, c)
+	}
 	if err != nil {
-		return false, err
+		if e, ok := errors.AsType[*RemoteError](err); !ok || e.Status == 0 || e.TokenServer || e.Status == http.StatusTooManyRequests {
+			return unknown, err
+		}
+		return unknown, nil
 	}
 	res.Body.Close()
-	return res.StatusCode == http.StatusOK, nil
+	given, _, _ := mime.ParseMediaType(res.Header.Get("Content-Type"))
+	switch {
+	case res.ContentLength < 0 || given == "text/html":
+		return unknown, nil
+	case res.ContentLength != desc.Size:
+		return doubtful, nil
+	}
+	return present, nil
+}
+
+// checkSize makes sure of a blob that was uploaded although the registry seemed to have it, with another length. HEAD
+// may be answered with no length, or by a cache. Then what GET is answered with counts.
+func (p *remoteRepo) checkSize(ctx context.Context, desc ocispec.Descriptor) error {
+	has, err := p.hasBlob(ctx, desc)
+	if err != nil || has == present {
+		return err
+	}
+	c := &remoteCall{method: http.MethodGet, url: p.url("blobs", string(desc.Digest)), actions: []string{"pull"}, ok: []int{http.StatusOK}}
+	res, err := p.do(ctx, c)
+	if err != nil {
+		return err
+	}
+	res.Body.Close()
+	if res.ContentLength >= 0 && res.ContentLength != desc.Size {
+		return answerProblem(c, res, fmt.Errorf("%w: the registry took blob %s and has %d bytes of it, not %d", ErrSizeMismatch, desc.Digest, res.ContentLength, desc.Size))
+	}
+	return nil
 }
 
 // mount asks the registry to take a blob from another repository. Any answer but
@@ -61,20 +151,12 @@ func (p *remoteRepo) hasBlob(ctx context.Context, desc ocispec.Descriptor) (bool
 func (p *remoteRepo) mount(ctx context.Context, desc ocispec.Descriptor, from string) (done bool, s *uploadSession, err error) {
 	u := p.uploads()
 	u.RawQuery = url.Values{"mount": {string(desc.Digest)}, "from": {from}}.Encode()
-	c := &remoteCall{method: http.MethodPost, url: u, actions: []string{"pull", "push"}, from: from,
-		ok: []int{http.StatusCreated, http.StatusAccepted}}
+	c := &remoteCall{method: http.MethodPost, url: u, actions: []string{"pull", "push"}, from: from, ok: any2xx}
 	res, err := p.do(ctx, c)
 	if err != nil {
-		if ctx.Err() != nil {
-			return false, nil, ctx.Err()
-		}
-		return false, nil, nil
+		return false, nil, ctx.Err()
 	}
 	res.Body.Close()
-	if res.StatusCode == http.StatusAccepted {
-		s, err = nextSession(c, res)
-		return false, s, err
-	}
 	d, err := headerDigest(res.Header)
 	if err == nil && d != "" && d != desc.Digest {
 		err = fmt.Errorf("%w: the registry says it mounted %s, not %s", ErrDigestMismatch, d, desc.Digest)
@@ -82,7 +164,16 @@ func (p *remoteRepo) mount(ctx context.Context, desc ocispec.Descriptor, from st
 	if err != nil {
 		return false, nil, answerProblem(c, res, err)
 	}
-	return true, nil, nil
+	at := res.Header.Get("Location")
+	switch {
+	case res.StatusCode == http.StatusCreated && (d == desc.Digest || strings.HasSuffix(at, "/blobs/"+string(desc.Digest))):
+		return true, nil, nil
+	case at == "" && res.StatusCode != http.StatusAccepted:
+		has, err := p.hasBlob(ctx, desc)
+		return has == present, nil, err
+	}
+	s, err = nextSession(c, res)
+	return false, s, err
 }
 
 // uploads is where uploads begin. The specification's path ends with a '/'.
@@ -100,11 +191,10 @@ type upload struct {
 	chunk int64 // wanted size of chunks; 0 for one request
 	count meter
 
-	most  int64 // size of the largest body of the last attempt
-	least int64 // that the registry wants its chunks to have
+	oddRange bool // asking a session after an odd Range didn't help
 }
 
-// run uploads the blob, in a session that may be open already. Each attempt has a session of its own.
+// run uploads the blob, in a session that may be open already. Each attempt after that opens its own.
 func (u *upload) run(ctx context.Context, s *uploadSession) error {
 	for attempt := 1; ; attempt++ {
 		err := u.try(ctx, s)
@@ -112,40 +202,42 @@ func (u *upload) run(ctx context.Context, s *uploadSession) error {
 			return nil
 		}
 		s = nil
-		if e, ok := errors.AsType[*RemoteError](err); ok {
-			if e.Status == http.StatusRequestEntityTooLarge && u.shrink(e.Method) {
-				attempt = 0
-				continue
-			}
-			if e.Status < 500 && e.has("BLOB_UPLOAD_UNKNOWN", "BLOB_UPLOAD_INVALID") {
-				e.again, e.givenUp = true, false // the session is gone, not the registry
-			}
+		if e, ok := errors.AsType[*RemoteError](err); ok && e.Status < 500 && e.has("BLOB_UPLOAD_UNKNOWN", "BLOB_UPLOAD_INVALID") {
+			e.again, e.givenUp = true, false // the session is gone, not the registry
+		}
+		if u.chunk == 0 && u.desc.Size > leastChunk && tooLarge(err, attempt) {
+			u.chunk, attempt = min(defaultChunk, (u.desc.Size+1)/2), 0
+			continue
 		}
 		if err := u.repo.remote.again(ctx, attempt, err); err != nil {
 			return err
 		}
 		// All may have arrived, and only the answer was lost.
-		if has, err := u.repo.hasBlob(ctx, u.desc); has || err != nil {
+		if has, err := u.repo.hasBlob(ctx, u.desc); has == present || err != nil {
 			return err
 		}
 	}
 }
 
-// shrink makes the next attempt's bodies smaller. It reports false if that can't help.
-func (u *upload) shrink(refused string) bool {
-	n := u.most / 4
-	if u.most == u.desc.Size {
-		n = min(defaultChunk, (u.most+1)/2)
-	} else if refused != http.MethodPatch { // it was the end of the upload, which has no body
+// tooLarge reports whether a request failed since its body is too large, or may have failed for
+// that reason for the second time.
+func tooLarge(err error, attempt int) bool {
+	e, ok := errors.AsType[*RemoteError](err)
+	if !ok || e.Method != http.MethodPut && e.Method != http.MethodPatch {
 		return false
 	}
-	if u.most <= leastChunk || n < u.least {
-		return false
+	switch e.Status {
+	case http.StatusRequestEntityTooLarge, http.StatusRequestedRangeNotSatisfiable:
+		return true
+	case http.StatusBadRequest:
+		return e.has("SIZE_INVALID")
+	case 0, http.StatusInternalServerError, http.StatusBadGateway, http.StatusGatewayTimeout:
+		return attempt > 1 && !e.final
 	}
-	u.chunk = n
-	return true
+	return false
 }
 
+// try makes one attempt.
 func (u *upload) try(ctx context.Context, s *uploadSession) (err error) {
 	if s == nil {
 		if s, err = u.open(ctx); err != nil {
@@ -156,11 +248,10 @@ func (u *upload) try(ctx context.Context, s *uploadSession) (err error) {
 	if s.least > 0 {
 		chunk = max(s.least, cmp.Or(chunk, defaultChunk))
 	}
-	u.most, u.least = u.desc.Size, s.least
 	if chunk > 0 && chunk < u.desc.Size {
-		u.most = chunk
 		err = u.chunks(ctx, s, chunk)
 	} else {
+		u.chunk = 0
 		err = u.close(ctx, s, func() (io.ReadCloser, error) { return u.whole(ctx) }, u.desc.Size)
 	}
 	if err != nil {
@@ -171,7 +262,7 @@ func (u *upload) try(ctx context.Context, s *uploadSession) (err error) {
 
 // open begins a session.
 func (u *upload) open(ctx context.Context) (*uploadSession, error) {
-	c := &remoteCall{method: http.MethodPost, url: u.repo.uploads(), actions: []string{"pull", "push"}, ok: []int{http.StatusAccepted}}
+	c := &remoteCall{method: http.MethodPost, url: u.repo.uploads(), actions: []string{"pull", "push"}, ok: any2xx}
 	res, err := u.repo.do(ctx, c)
 	if err != nil {
 		return nil, err
@@ -189,14 +280,14 @@ func (u *upload) whole(ctx context.Context) (io.ReadCloser, error) {
 	return &sentCounter{v, u.count(0)}, nil
 }
 
-// close sends what is left, and says what all of it is.
+// close sends what is left, and says what all of it is. It returns after the registry has the blob.
 func (u *upload) close(ctx context.Context, s *uploadSession, body func() (io.ReadCloser, error), size int64) error {
 	to := *s.url
 	// The address may have a query, which is kept as it is.
 	to.RawQuery = strings.TrimPrefix(to.RawQuery+"&digest="+url.QueryEscape(string(u.desc.Digest)), "&")
 	c := &remoteCall{
 		method: http.MethodPut, url: &to, header: http.Header{"Content-Type": {"application/octet-stream"}},
-		body: body, size: size, actions: []string{"pull", "push"}, ok: []int{http.StatusCreated}, once: true,
+		body: body, size: size, actions: []string{"pull", "push"}, ok: any2xx, once: true,
 	}
 	res, err := u.repo.do(ctx, c)
 	if err != nil {
@@ -207,13 +298,22 @@ func (u *upload) close(ctx context.Context, s *uploadSession, body func() (io.Re
 	if err == nil && d != "" && d.Algorithm() == u.desc.Digest.Algorithm() && d != u.desc.Digest {
 		err = fmt.Errorf("%w: the registry says it took %s, not %s", ErrDigestMismatch, d, u.desc.Digest)
 	}
+	if err == nil && !created(res, u.desc.Digest) {
+		var has presence
+		if has, err = u.repo.hasBlob(ctx, u.desc); err == nil && has == unknown {
+			err = fmt.Errorf("%w: the registry answered success, and doesn't have blob %s", ErrProtocol, u.desc.Digest)
+		}
+	}
 	if err != nil {
 		return answerProblem(c, res, err)
 	}
 	return nil
 }
 
-// chunks sends the blob piece by piece, each where the answer to the one before says.
+// errSmaller is returned for a chunk that has to go in smaller ones.
+var errSmaller = errors.New("chunk is too large")
+
+// chunks sends the blob piece by piece.
 func (u *upload) chunks(ctx context.Context, s *uploadSession, size int64) error {
 	// A piece can't be verified by itself.
 	if err := u.store.verify(ctx, u.desc.Digest, u.desc.Size); err != nil {
@@ -224,28 +324,29 @@ func (u *upload) chunks(ctx context.Context, s *uploadSession, size int64) error
 		return incomplete(err)
 	}
 	defer f.Close()
-	// Less may arrive than was sent, and pieces may be lost. But who takes a byte of each piece, or goes
-	// to and fro, must not be followed for ever: pieces must advance by half their size on average.
-	left := 2*(u.desc.Size/size+1) + 2*maxRetries
-	for at := int64(0); at < u.desc.Size; left-- {
+	at := int64(0)
+	// A registry that takes a byte of each chunk, or lets an upload go to and fro, must not be followed for ever.
+	enough := func() int64 { return 2*((u.desc.Size-at)/size+1) + 2*maxRetries }
+	for left := enough(); at < u.desc.Size; left-- {
 		if left == 0 {
-			return protocolError(http.MethodPatch, s.url, http.StatusAccepted, "upload doesn't advance: it is at byte %d after twice the requests that it takes", at)
+			return protocolError(http.MethodPatch, s.url, http.StatusAccepted, "upload is at byte %d after twice the requests that it takes", at)
 		}
-		n := min(size, u.desc.Size-at)
-		next, end, err := u.sendChunk(ctx, s, f, at, n)
-		if err != nil {
+		end, err := u.sendChunk(ctx, s, f, at, min(size, u.desc.Size-at))
+		switch {
+		case err == errSmaller:
+			size = max(min(size, u.desc.Size-at)/4, leastChunk, s.least)
+			u.chunk, left = size, enough() // for another attempt too
+		case err != nil:
 			return err
+		default:
+			at = end
 		}
-		if end > at+n {
-			return protocolError(http.MethodPatch, s.url, http.StatusAccepted, "upload is at byte %d, after %d were sent", end, at+n)
-		}
-		*s, at = *next, end
 	}
 	return u.close(ctx, s, nil, 0)
 }
 
-// sendChunk sends n bytes from at on. It returns where the upload goes on, and with which byte.
-func (u *upload) sendChunk(ctx context.Context, s *uploadSession, f io.ReaderAt, at, n int64) (*uploadSession, int64, error) {
+// sendChunk sends n bytes from at on. It returns the byte with which the upload goes on.
+func (u *upload) sendChunk(ctx context.Context, s *uploadSession, f io.ReaderAt, at, n int64) (end int64, err error) {
 	c := &remoteCall{
 		method: http.MethodPatch, url: s.url,
 		header: http.Header{
@@ -255,81 +356,123 @@ func (u *upload) sendChunk(ctx context.Context, s *uploadSession, f io.ReaderAt,
 		body: func() (io.ReadCloser, error) {
 			return &sentCounter{io.NopCloser(&ctxReader{ctx, io.NewSectionReader(f, at, n)}), u.count(at)}, nil
 		},
-		size: n, actions: []string{"pull", "push"}, once: true,
-		ok: []int{http.StatusAccepted, http.StatusRequestedRangeNotSatisfiable},
+		size: n, actions: []string{"pull", "push"}, once: true, ok: any2xx,
 	}
+	smaller := n > max(leastChunk, s.least)
 	for attempt := 1; ; attempt++ {
 		res, err := u.repo.do(ctx, c)
-		if err == nil && res.StatusCode == http.StatusAccepted {
-			res.Body.Close()
-			return chunkAnswer(c, res, at+n)
-		}
 		if err == nil {
 			res.Body.Close()
-			return u.where(ctx, s)
+			return u.arrived(ctx, c, s, res, at, n)
 		}
-		if err := u.repo.remote.again(ctx, attempt, err); err != nil {
-			return nil, 0, err
+		e, ok := errors.AsType[*RemoteError](err)
+		outOfRange := ok && e.Status == http.StatusRequestedRangeNotSatisfiable
+		if !outOfRange {
+			if tooLarge(err, 1) && smaller {
+				return at, errSmaller
+			}
+			if err := u.repo.remote.again(ctx, attempt, err); err != nil {
+				return 0, err
+			}
 		}
 		// It isn't known how much arrived.
-		next, end, err := u.where(ctx, s)
-		if err == nil && end != at {
-			return next, end, nil
-		}
-		if e, ok := errors.AsType[*RemoteError](err); ok && e.Temporary() {
-			return nil, 0, err // after as many attempts as there may be
-		}
-		if err == nil { // maybe elsewhere
-			*s = *next
-			c.url = s.url
+		is, known, lost := u.where(ctx, s)
+		c.url = s.url // it may have moved
+		switch {
+		case lost == nil && known && is != at && is <= u.desc.Size:
+			return is, nil
+		case outOfRange && lost != nil:
+			return 0, lost
+		case outOfRange && !smaller:
+			return 0, err
+		case outOfRange, smaller && tooLarge(err, attempt):
+			return at, errSmaller
+		case lost != nil && temporary(lost):
+			return 0, lost // after as many attempts as there may be
 		}
 	}
 }
 
-// where asks how far an upload is.
-func (u *upload) where(ctx context.Context, s *uploadSession) (*uploadSession, int64, error) {
-	c := &remoteCall{method: http.MethodGet, url: s.url, actions: []string{"pull", "push"}, ok: []int{http.StatusNoContent, http.StatusOK}}
-	res, err := u.repo.do(ctx, c)
-	if err != nil {
-		return nil, 0, err
-	}
-	res.Body.Close()
-	if res.Header.Get("Location") == "" {
-		res.Header.Set("Location", s.url.String())
-	}
-	return chunkAnswer(c, res, 0)
+// temporary reports whether err is a [RemoteError.Temporary] one.
+func temporary(err error) bool {
+	e, ok := errors.AsType[*RemoteError](err)
+	return ok && e.Temporary()
 }
 
-// chunkAnswer reads the Location and Range of an answer. Without a Range, the upload is at sure.
-func chunkAnswer(c *remoteCall, res *http.Response, sure int64) (*uploadSession, int64, error) {
-	s, err := nextSession(c, res)
-	if err != nil {
-		return nil, 0, err
+// arrived reads the answer to a chunk of n bytes from at on. It returns the byte with which the upload goes on.
+func (u *upload) arrived(ctx context.Context, c *remoteCall, s *uploadSession, res *http.Response, at, n int64) (end int64, err error) {
+	if err := s.goOn(c, res); err != nil {
+		return 0, err
 	}
 	text := res.Header.Get("Range")
-	if text == "" {
-		return s, sure, nil
+	end, ok := rangeEnd(text, at, n)
+	if text == "" || u.oddRange {
+		return at + n, nil
 	}
-	first, last, ok := strings.Cut(strings.TrimPrefix(text, "bytes="), "-")
-	end, err := parseDecimal(last)
-	if !ok || first != "0" || err != nil || end == math.MaxInt64 {
-		return nil, 0, answerProblem(c, res, fmt.Errorf("%w: Range %q of an upload", ErrProtocol, clip(text)))
+	if ok {
+		return end, nil
 	}
-	if end == 0 && sure != 1 { // registries say "0-0" before the first byte, too
-		return s, 0, nil
+	end, known, err := u.where(ctx, s)
+	if ctx.Err() != nil {
+		return 0, ctx.Err()
 	}
-	return s, end + 1, nil
+	if err != nil || !known || end <= at || end > at+n {
+		u.oddRange = true
+		return at + n, nil
+	}
+	return end, nil
+}
+
+// where asks how far an upload is. known is false if the answer doesn't say.
+func (u *upload) where(ctx context.Context, s *uploadSession) (end int64, known bool, err error) {
+	c := &remoteCall{method: http.MethodGet, url: s.url, actions: []string{"pull", "push"}, ok: any2xx}
+	res, err := u.repo.do(ctx, c)
+	if err != nil {
+		return 0, false, err
+	}
+	res.Body.Close()
+	if err := s.goOn(c, res); err != nil {
+		return 0, false, err
+	}
+	first, last, ok := parseRange(res.Header.Get("Range"))
+	if !ok || first != 0 {
+		return 0, false, nil
+	}
+	if last == 0 { // registries say "0-0" before the first byte, too
+		return 0, true, nil
+	}
+	return last + 1, true, nil
+}
+
+// rangeEnd returns the byte after those that the Range in the answer to a chunk says are there, if that is
+// a part of the chunk's n bytes from at on, or all of them.
+func rangeEnd(text string, at, n int64) (end int64, ok bool) {
+	first, last, ok := parseRange(text)
+	end = last + 1
+	if !ok || first != 0 && first != at || end <= at || end > at+n {
+		return 0, false
+	}
+	return end, last > 0 || n == 1
+}
+
+// parseRange reads "first-last" with what registries write round it.
+func parseRange(text string) (first, last int64, ok bool) {
+	text, _, _ = strings.Cut(strings.TrimLeft(strings.TrimPrefix(text, "bytes"), "= "), "/")
+	a, b, ok := strings.Cut(text, "-")
+	first, err1 := parseDecimal(a)
+	last, err2 := parseDecimal(b)
+	return first, last, ok && err1 == nil && err2 == nil && first <= last && last < math.MaxInt64
 }
 
 // abandon tells the registry that an upload won't go on. That it can't be told doesn't matter: it finds out.
-// Who has ended the call doesn't wait long for it.
+// A caller who has ended the call doesn't wait long for it.
 func (u *upload) abandon(ctx context.Context, s *uploadSession) {
 	own, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
 	defer cancel()
 	defer context.AfterFunc(ctx, func() { time.AfterFunc(time.Second, cancel) })()
 	res, err := u.repo.do(own, &remoteCall{
 		method: http.MethodDelete, url: s.url, actions: []string{"pull", "push"}, once: true,
-		ok: []int{http.StatusNoContent, http.StatusAccepted, http.StatusOK, http.StatusNotFound, http.StatusMethodNotAllowed},
+		ok: append([]int{http.StatusNotFound, http.StatusMethodNotAllowed}, any2xx...),
 	})
 	if err == nil {
 		res.Body.Close()

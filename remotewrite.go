@@ -2,15 +2,29 @@ package ocilocal
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
+	"mime"
 	"net/http"
 	"slices"
 
 	"github.com/opencontainers/go-digest"
-	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
+
+// any2xx are the statuses of success. Registries differ in which of them they answer. So each is taken, and
+// one that isn't the specification's is looked into before it counts: see [created].
+var any2xx = []int{http.StatusOK, http.StatusCreated, http.StatusAccepted, http.StatusNonAuthoritativeInfo, http.StatusNoContent}
+
+// created reports whether an answer says that a manifest or blob was created, as only a registry says it.
+// A proxy's page, for example, is an answer of 200 in HTML. After an answer that doesn't say so,
+// the registry is asked whether it has the content.
+func created(res *http.Response, d digest.Digest) bool {
+	if digest.Digest(res.Header.Get("Docker-Content-Digest")) == d {
+		return true
+	}
+	given, _, _ := mime.ParseMediaType(res.Header.Get("Content-Type"))
+	return res.StatusCode == http.StatusCreated && given != "text/html"
+}
 
 // putManifest pushes a manifest's bytes under a tag or its digest.
 func (p *remoteRepo) putManifest(ctx context.Context, reference string, m *Manifest) error {
@@ -29,11 +43,11 @@ func (p *remoteRepo) putManifest(ctx context.Context, reference string, m *Manif
 	return nil
 }
 
+// writeManifest puts a manifest, and returns after the registry has it.
 func (p *remoteRepo) writeManifest(ctx context.Context, reference string, m *Manifest, header http.Header) (*http.Response, error) {
 	c := &remoteCall{
 		method: http.MethodPut, url: p.url("manifests", reference), header: header.Clone(),
-		body: bytesBody(m.raw), size: m.Size(), actions: []string{"pull", "push"},
-		ok: []int{http.StatusCreated, http.StatusOK, http.StatusAccepted},
+		body: bytesBody(m.raw), size: m.Size(), actions: []string{"pull", "push"}, ok: any2xx,
 	}
 	if c.header == nil {
 		c.header = http.Header{}
@@ -51,18 +65,26 @@ func (p *remoteRepo) writeManifest(ctx context.Context, reference string, m *Man
 	if err != nil {
 		return nil, answerProblem(c, res, err)
 	}
+	if !created(res, m.Digest()) {
+		switch got, err := p.head(ctx, reference); {
+		case err != nil:
+			return nil, err
+		case got.Digest != m.Digest():
+			return nil, answerProblem(c, res, fmt.Errorf("%w: the registry answered success, and has %s there, not %s", ErrProtocol, got.Digest, m.Digest()))
+		}
+	}
 	return res, nil
 }
 
 // explainManifest says of a refused artifact manifest what can be done.
 func explainManifest(m *Manifest, err error) error {
 	e, ok := errors.AsType[*RemoteError](err)
-	if !ok || m.form != formArtifact || e.has("MANIFEST_BLOB_UNKNOWN", "BLOB_UNKNOWN", "NAME_UNKNOWN", "NAME_INVALID", "TAG_INVALID", "DIGEST_INVALID") {
+	if !ok || m.form != formArtifact || e.unknownBlob() || e.has("NAME_UNKNOWN", "NAME_INVALID", "TAG_INVALID", "DIGEST_INVALID") {
 		return err
 	}
 	switch e.Status {
 	case http.StatusBadRequest, http.StatusNotFound, http.StatusNotAcceptable, http.StatusUnsupportedMediaType, http.StatusUnprocessableEntity:
-	case http.StatusInternalServerError: // some registries fail on what they don't know
+	case http.StatusInternalServerError: // some registries fail on forms that they don't know
 		if !e.has("MANIFEST_INVALID", "UNSUPPORTED") {
 			return err
 		}
@@ -73,96 +95,8 @@ func explainManifest(m *Manifest, err error) error {
 	return err
 }
 
-// addReferrer lists m in the referrers tag of its subject, unless it is there.
-func (p *remoteRepo) addReferrer(ctx context.Context, subject digest.Digest, m *Manifest) error {
-	return p.changeReferrers(ctx, subject, func(list *Manifest) (*Manifest, error) { return withReferrer(list, m) })
-}
-
-// removeReferrer takes d out of the referrers tag of its subject, unless the registry has the referrers API
-// (distribution-spec, "Deleting Manifests").
-func (p *remoteRepo) removeReferrer(ctx context.Context, subject, d digest.Digest) error {
-	res, err := p.do(ctx, &remoteCall{
-		method: http.MethodGet, url: p.url("referrers", string(subject)), header: http.Header{"Accept": {ocispec.MediaTypeImageIndex}},
-		actions: []string{"pull"}, ok: []int{http.StatusOK, http.StatusNotFound, http.StatusMethodNotAllowed},
-	})
-	if err != nil {
-		return err
-	}
-	res.Body.Close()
-	if res.StatusCode == http.StatusOK {
-		return nil
-	}
-	return p.changeReferrers(ctx, subject, func(list *Manifest) (*Manifest, error) { return withoutReferrer(list, d) })
-}
-
-// changeReferrers writes what change makes of the referrers tag, unless that is nil. One
-// goroutine of a host does so at a time; others are noticed if the registry gives ETags.
-func (p *remoteRepo) changeReferrers(ctx context.Context, subject digest.Digest, change func(*Manifest) (*Manifest, error)) error {
-	select {
-	case p.host.referrers <- struct{}{}:
-		defer func() { <-p.host.referrers }()
-	case <-ctx.Done():
-		return ctx.Err()
-	}
-	for attempt := 1; ; attempt++ {
-		old, etag, err := p.referrersTag(ctx, subject)
-		if err != nil {
-			return err
-		}
-		list, err := change(old)
-		if err != nil || list == nil {
-			return err
-		}
-		header := http.Header{}
-		if etag != "" {
-			header.Set("If-Match", etag)
-		}
-		_, err = p.writeManifest(ctx, referrersTagName(subject), list, header)
-		if e, ok := errors.AsType[*RemoteError](err); ok && e.Status == http.StatusPreconditionFailed && attempt <= maxRetries {
-			continue // somebody else has just changed it
-		}
-		return err
-	}
-}
-
-// withReferrer returns the list with m in it, nil if it is there already.
-func withReferrer(list, m *Manifest) (*Manifest, error) {
-	desc := m.Descriptor()
-	var others []ocispec.Descriptor
-	if list != nil {
-		others = list.doc.Manifests
-	}
-	if slices.ContainsFunc(others, func(d ocispec.Descriptor) bool { return d.Digest == desc.Digest }) {
-		return nil, nil
-	}
-	return referrersList(list, append(slices.Clip(others), ocispec.Descriptor{
-		MediaType: desc.MediaType, Digest: desc.Digest, Size: desc.Size,
-		ArtifactType: m.ArtifactType(), Annotations: m.doc.Annotations,
-	}))
-}
-
-// withoutReferrer returns the list without a manifest, nil if that isn't in it.
-func withoutReferrer(list *Manifest, gone digest.Digest) (*Manifest, error) {
-	if list == nil {
-		return nil, nil
-	}
-	others := slices.DeleteFunc(slices.Clone(list.doc.Manifests), func(d ocispec.Descriptor) bool { return d.Digest == gone })
-	if len(others) == len(list.doc.Manifests) {
-		return nil, nil
-	}
-	return referrersList(list, others)
-}
-
-// referrersList returns a list like old, nil for none, of other manifests.
-func referrersList(old *Manifest, manifests []ocispec.Descriptor) (*Manifest, error) {
-	doc := ocispec.Index{MediaType: ocispec.MediaTypeImageIndex, Manifests: manifests}
-	doc.SchemaVersion = 2
-	if old != nil {
-		doc.Annotations = old.doc.Annotations
-	}
-	raw, err := json.Marshal(doc)
-	if err != nil {
-		return nil, err
-	}
-	return parseManifest(ocispec.MediaTypeImageIndex, raw)
+// unknownBlob reports whether a manifest was refused because the registry lacks something that it needs.
+func (e *RemoteError) unknownBlob() bool {
+	return slices.Contains([]int{http.StatusBadRequest, http.StatusNotFound, http.StatusUnprocessableEntity}, e.Status) &&
+		e.has("MANIFEST_BLOB_UNKNOWN", "BLOB_UNKNOWN")
 }

@@ -1,0 +1,316 @@
+package ocilocal
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"iter"
+	"net/http"
+	"net/url"
+	"slices"
+
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+)
+
+// A registry tells the referrers of a manifest in one of two ways: by the referrers API, or by a
+// list that its clients keep under a tag which they make from the subject's digest (distribution-spec,
+// "Referrers Tag Schema"). [remoteRepo.referrersAPI] decides which, for listing, pushing and deleting.
+//
+// The list is shared by all clients, and a registry doesn't merge what they write. Three rules keep
+// entries of others:
+//
+//   - A list is created only where the registry itself has said that there is none. A proxy's page, a
+//     redirect's target or a token server can answer 404 too, and a list that is
+//     written after that would replace all that the real one holds.
+//   - A write names the state that it is based on: If-Match with the ETag of the list that was read,
+//     If-None-Match for a list that is new.
+//   - Not every registry honours these. So the list is read again after each write, until it is as
+//     wanted: if somebody else has overwritten it, the change is made again, to their list.
+
+// Referrers lists the manifests in ref's repository whose subject is the one that ref
+// names, of one artifact type or, if that is "", of all (distribution-spec,
+// "Listing Referrers"). A tag is resolved first. A registry without that API is asked for the referrers tag.
+// An error is yielded once, at the end; errors are those of [Remote.Resolve].
+func (r *Remote) Referrers(ctx context.Context, ref Reference, artifactType string) iter.Seq2[ocispec.Descriptor, error] {
+	return func(yield func(ocispec.Descriptor, error) bool) {
+		p, err := r.repo(ref)
+		subject := ref.Digest()
+		if err == nil && subject == "" {
+			var desc ocispec.Descriptor
+			desc, err = p.head(ctx, ref.Tag())
+			subject = desc.Digest
+		}
+		if err == nil {
+			err = p.referrers(ctx, subject, artifactType, func(d ocispec.Descriptor) error {
+				if !yield(d, nil) {
+					return errStop
+				}
+				return nil
+			})
+		}
+		if err != nil && !errors.Is(err, errStop) {
+			yield(ocispec.Descriptor{}, opError("list referrers of", ref.String(), subject, err))
+		}
+	}
+}
+
+// referrers visits the referrers of a subject, by the API or else by the tag.
+func (p *remoteRepo) referrers(ctx context.Context, subject digest.Digest, artifactType string, visit func(ocispec.Descriptor) error) error {
+	// The server's filter is a courtesy: the answer is filtered here too.
+	each := func(ds []ocispec.Descriptor) error {
+		for _, d := range ds {
+			if artifactType != "" && d.ArtifactType != artifactType {
+				continue
+			}
+			if err := visit(d); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+	for look := 1; ; look++ {
+		api, err := p.referrersAPI(ctx, subject, artifactType, each)
+		if err != nil || api.has {
+			return err
+		}
+		list, _, err := p.referrersTag(ctx, subject)
+		if err != nil {
+			return err
+		}
+		if list != nil {
+			return each(list.doc.Manifests)
+		}
+		// Neither is there. A proxy may have said so of the API, which is then asked again.
+		if api.certain || look > 1 {
+			return api.denied
+		}
+	}
+}
+
+// A referrersAnswer says how a registry answered when it was asked by the referrers API.
+type referrersAnswer struct {
+	has     bool  // it has the API, and listed everything
+	certain bool  // what it said can only be the registry's own answer
+	denied  error // why it may have the API and not have told; nil for other reasons
+}
+
+// referrersAPI lists a subject's referrers by the referrers API. It is the one place that decides
+// whether a registry has that API. A registry has it if its own first answer is an image index with a list
+// in it. Without the API, registries answer with many statuses, pages of HTML, or a redirect to a
+// page where people log in; those aren't errors, and mean that the tag has to be used. A failure of the
+// registry or of its token server is an error: it says nothing of the API.
+func (p *remoteRepo) referrersAPI(ctx context.Context, subject digest.Digest, artifactType string, each func([]ocispec.Descriptor) error) (referrersAnswer, error) {
+	u := p.url("referrers", string(subject))
+	if artifactType != "" {
+		u.RawQuery = url.Values{"artifactType": {artifactType}}.Encode()
+	}
+	pages, listed, odd := 0, 0, false
+	err := p.pages(ctx, u, http.Header{"Accept": {ocispec.MediaTypeImageIndex}}, func(body []byte, res *http.Response) (bool, error) {
+		m, err := parseReferrers(body, res.Header)
+		if pages == 0 && (err != nil || !hasList(body) || !sameOrigin(res.Request.URL, p.host.base)) {
+			odd = true
+			return false, nil
+		}
+		if err != nil {
+			return false, err
+		}
+		pages++
+		if listed += len(m.doc.Manifests); listed > maxListed {
+			return false, fmt.Errorf("%w: more than %d referrers", ErrTooLarge, maxListed)
+		}
+		return true, each(m.doc.Manifests)
+	})
+	if odd {
+		return referrersAnswer{}, nil
+	}
+	if err == nil || pages > 0 {
+		return referrersAnswer{has: true}, err
+	}
+	e, ok := errors.AsType[*RemoteError](err)
+	if !ok || e.TokenServer || e.Status == 0 && !errors.Is(e, ErrProtocol) || e.Temporary() {
+		return referrersAnswer{}, err
+	}
+	switch {
+	case !p.ownAnswer(e), e.Status < 400: // it was redirected, or said something that is not a list
+		return referrersAnswer{}, nil
+	case e.Status == http.StatusUnauthorized, e.Status == http.StatusForbidden:
+		return referrersAnswer{certain: true, denied: e}, nil
+	case e.Status == http.StatusNotFound:
+		return referrersAnswer{certain: len(e.Codes) > 0}, nil
+	}
+	return referrersAnswer{certain: true}, nil
+}
+
+// hasList reports whether an image index has a list of manifests, which may be empty.
+func hasList(index []byte) bool {
+	var doc struct {
+		Manifests json.RawMessage `json:"manifests"`
+	}
+	return json.Unmarshal(index, &doc) == nil && bytes.HasPrefix(bytes.TrimSpace(doc.Manifests), []byte("["))
+}
+
+// parseReferrers reads an image index that lists referrers.
+func parseReferrers(body []byte, h http.Header) (*Manifest, error) {
+	given, err := manifestType(h, "")
+	if err == nil && given != "" && given != ocispec.MediaTypeImageIndex {
+		err = fmt.Errorf("%w: list of referrers is a %s", ErrProtocol, given)
+	}
+	if err != nil {
+		return nil, err
+	}
+	return parseManifest(ocispec.MediaTypeImageIndex, body)
+}
+
+// referrersTagName is the tag of the fallback (distribution-spec, "Referrers Tag Schema").
+func referrersTagName(subject digest.Digest) string {
+	enc := subject.Encoded()
+	return string(subject.Algorithm()) + "-" + enc[:min(len(enc), 64)]
+}
+
+// referrersTag fetches the list under the referrers tag and its ETag. It returns nil if there is none, as
+// the registry itself says: in the specification's form, or twice.
+func (p *remoteRepo) referrersTag(ctx context.Context, subject digest.Digest) (*Manifest, string, error) {
+	c := p.manifestCall(http.MethodGet, referrersTagName(subject))
+	for look := 1; ; look++ {
+		body, res, err := p.doSmall(ctx, c, MaxManifestSize)
+		if err == nil {
+			m, err := parseReferrers(body, res.Header)
+			if err != nil {
+				return nil, "", answerProblem(c, res, fmt.Errorf("tag %s: %w", referrersTagName(subject), err))
+			}
+			return m, res.Header.Get("ETag"), nil
+		}
+		absent, certain := p.saysAbsent(err)
+		if !absent {
+			return nil, "", err
+		}
+		if certain || look > 1 {
+			return nil, "", nil
+		}
+	}
+}
+
+// addReferrer makes sure that m is listed as a referrer of its subject. It is called where the
+// answer to the push of m didn't say that the registry does so itself.
+func (p *remoteRepo) addReferrer(ctx context.Context, subject digest.Digest, m *Manifest) error {
+	listed := false
+	_, err := p.referrersAPI(ctx, subject, "", func(ds []ocispec.Descriptor) error {
+		listed = listed || slices.ContainsFunc(ds, func(d ocispec.Descriptor) bool { return d.Digest == m.Digest() })
+		return nil
+	})
+	if listed || err != nil && !p.fails(err) {
+		return err
+	}
+	return p.changeReferrers(ctx, subject, func(list *Manifest) (*Manifest, error) { return withReferrer(list, m) })
+}
+
+// removeReferrer takes d out of the referrers tag of its subject, unless the registry has the referrers API
+// (distribution-spec, "Deleting Manifests").
+func (p *remoteRepo) removeReferrer(ctx context.Context, subject, d digest.Digest) error {
+	api, err := p.referrersAPI(ctx, subject, "", func([]ocispec.Descriptor) error { return nil })
+	if api.has || err != nil && !p.fails(err) {
+		return err
+	}
+	return p.changeReferrers(ctx, subject, func(list *Manifest) (*Manifest, error) { return withoutReferrer(list, d) })
+}
+
+// fails reports whether err is a failure of the registry itself. Where the API fails, the tag is
+// written nevertheless: an entry there does no harm, and one that is missing does.
+func (p *remoteRepo) fails(err error) bool {
+	e, ok := errors.AsType[*RemoteError](err)
+	return ok && p.ownAnswer(e) && e.Status >= 500
+}
+
+// changeReferrers writes what change makes of the list under the referrers tag, until change finds nothing
+// to do and returns nil. One goroutine of a host does so at a time.
+func (p *remoteRepo) changeReferrers(ctx context.Context, subject digest.Digest, change func(*Manifest) (*Manifest, error)) error {
+	select {
+	case p.host.referrers <- struct{}{}:
+		defer func() { <-p.host.referrers }()
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	conditional := true
+	for attempt := 1; ; attempt++ {
+		old, etag, err := p.referrersTag(ctx, subject)
+		if err != nil {
+			return err
+		}
+		list, err := change(old)
+		if err != nil || list == nil {
+			return err
+		}
+		if attempt > 2*maxRetries {
+			return &RemoteError{Method: http.MethodPut, URL: publicURL(p.url("manifests", referrersTagName(subject))), givenUp: true,
+				Err: fmt.Errorf("%w: others overwrite the list of referrers again and again", ErrTransport)}
+		}
+		header := http.Header{}
+		switch {
+		case !conditional:
+		case old == nil:
+			header.Set("If-None-Match", "*")
+		case etag != "":
+			header.Set("If-Match", etag)
+		}
+		_, err = p.writeManifest(ctx, referrersTagName(subject), list, header)
+		if e, ok := errors.AsType[*RemoteError](err); ok {
+			switch e.Status {
+			case http.StatusPreconditionFailed, http.StatusConflict: // somebody else has just changed it
+				e.again, e.givenUp = true, false
+				err = p.remote.again(ctx, attempt, e)
+			case http.StatusBadRequest, http.StatusNotImplemented: // perhaps it doesn't know the condition
+				if len(header) > 0 {
+					conditional, err = false, nil
+				}
+			}
+		}
+		if err != nil {
+			return err
+		}
+	}
+}
+
+// withReferrer returns the list with m in it, nil if it is there already.
+func withReferrer(list, m *Manifest) (*Manifest, error) {
+	desc := m.Descriptor()
+	var others []ocispec.Descriptor
+	if list != nil {
+		others = list.doc.Manifests
+	}
+	if slices.ContainsFunc(others, func(d ocispec.Descriptor) bool { return d.Digest == desc.Digest }) {
+		return nil, nil
+	}
+	return referrersList(list, append(slices.Clip(others), ocispec.Descriptor{
+		MediaType: desc.MediaType, Digest: desc.Digest, Size: desc.Size,
+		ArtifactType: m.ArtifactType(), Annotations: m.doc.Annotations,
+	}))
+}
+
+// withoutReferrer returns the list without a manifest, nil if that isn't in it.
+func withoutReferrer(list *Manifest, gone digest.Digest) (*Manifest, error) {
+	if list == nil {
+		return nil, nil
+	}
+	others := slices.DeleteFunc(slices.Clone(list.doc.Manifests), func(d ocispec.Descriptor) bool { return d.Digest == gone })
+	if len(others) == len(list.doc.Manifests) {
+		return nil, nil
+	}
+	return referrersList(list, others)
+}
+
+// referrersList returns a list like old, nil for none, of other manifests.
+func referrersList(old *Manifest, manifests []ocispec.Descriptor) (*Manifest, error) {
+	doc := ocispec.Index{MediaType: ocispec.MediaTypeImageIndex, Manifests: manifests}
+	doc.SchemaVersion = 2
+	if old != nil {
+		doc.Annotations = old.doc.Annotations
+	}
+	raw, err := json.Marshal(doc)
+	if err != nil {
+		return nil, err
+	}
+	return parseManifest(ocispec.MediaTypeImageIndex, raw)
+}
