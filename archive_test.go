@@ -269,6 +269,7 @@ func TestDockerSave(t *testing.T) {
 
 // TestGzipOfZeros has a layer that shrinks as far as deflate can: it comes in as it went out.
 func TestGzipOfZeros(t *testing.T) {
+	t.Parallel()
 	ctx := t.Context()
 	from, to := openTemp(t, nil), openTemp(t, nil)
 	name := ocilocal.MustParseReference("example.com/zeros:v1")

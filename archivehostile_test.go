@@ -104,6 +104,7 @@ func nothingCame(t *testing.T, r *ocilocal.LocalRegistry) {
 
 // Headers that contradict themselves or each other, and sparse files.
 func TestImportArchiveHeaders(t *testing.T) {
+	t.Parallel()
 	manifest, config := image("layer")
 	blob := func(body string) []byte { return plainFile("blobs/sha256/"+digest.FromString(body).Encoded(), body) }
 	c, l, m := blob(config), blob("layer"), blob(manifest)

@@ -335,6 +335,7 @@ func (c *backupCase) points(t *testing.T, dir string) []point {
 
 // A backup that is killed at any file operation leaves nothing, the last one, or the new one; and the next one works.
 func TestBackupKilled(t *testing.T) {
+	t.Parallel()
 	c := newBackupCase(t)
 	for _, first := range []bool{true, false} {
 		target := func() string {
@@ -375,6 +376,7 @@ func TestBackupKilled(t *testing.T) {
 
 // A backup that fails at any file operation leaves the last one, or is done; and the next one works.
 func TestBackupFaults(t *testing.T) {
+	t.Parallel()
 	c := newBackupCase(t)
 	failed := 0
 	for _, p := range c.points(t, c.copy(t)) {

@@ -204,6 +204,7 @@ func TestVerifiedReader(t *testing.T) {
 
 // TestDamageWhileReading changes the file below a reader that is open.
 func TestDamageWhileReading(t *testing.T) {
+	t.Parallel()
 	body := noise(2, 3<<20)
 	for _, c := range damages {
 		if c.change == nil {
@@ -407,6 +408,7 @@ func sum(b [64]byte) []byte    { return b[:] }
 func sum384(b [48]byte) []byte { return b[:] }
 
 func TestOpenBlobFile(t *testing.T) {
+	t.Parallel()
 	r := openTemp(t, nil)
 	body := noise(6, 2<<20)
 	_, layer := oneLayer(t, r, "example.com/a:v1", body)

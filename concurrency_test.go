@@ -106,6 +106,7 @@ var suspend func(p *os.Process) (resume func() error, err error)
 // a while, and all are killed at moments that chance picks, again and again. Nothing acknowledged may be lost, no ref
 // may lack a blob, and after a last collection nothing else may be left.
 func TestCollectorAgainstAll(t *testing.T) {
+	t.Parallel()
 	const writers, collectors, verifiers = 3, 2, 1
 	s := remoteArtifacts(t)
 	seed := rand.Uint64()

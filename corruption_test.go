@@ -110,6 +110,7 @@ func (d *damagedRoot) use(t *testing.T) (failed bool) {
 
 // TestIndexBitFlips flips one bit in every region of the index in turn.
 func TestIndexBitFlips(t *testing.T) {
+	t.Parallel()
 	d := newDamagedRoot(t)
 	flips := scaled(60, 200, 4000)
 	seed := rand.Uint64()
@@ -141,6 +142,7 @@ func TestIndexBitFlips(t *testing.T) {
 // TestCollectWithDamagedIndex flips bits in the whole index, and one in every digest in
 // it. Whatever a collection then does, all that could be read before it can be read after it.
 func TestCollectWithDamagedIndex(t *testing.T) {
+	t.Parallel()
 	d := newDamagedRoot(t)
 	blobs := map[string][]byte{}
 	names, err := filepath.Glob(filepath.Join(d.root, "blobs", "*", "*"))
@@ -204,6 +206,7 @@ func TestCollectWithDamagedIndex(t *testing.T) {
 // TestRebuildDamagedIndex flips bits in the index. Whatever they are, Rebuild ends with
 // a sound registry that has every artifact, under its name or, where that was lost, a new one.
 func TestRebuildDamagedIndex(t *testing.T) {
+	t.Parallel()
 	d := newDamagedRoot(t)
 	r := mustOpen(t, d.root)
 	ids := map[string]digest.Digest{}
@@ -259,6 +262,7 @@ func TestRebuildDamagedIndex(t *testing.T) {
 // TestIndexOutOfOrder alters the names in the rows of refs, which are then out of
 // order, so that SQLite finds other rows than it is asked for.
 func TestIndexOutOfOrder(t *testing.T) {
+	t.Parallel()
 	d := newDamagedRoot(t)
 	for _, ref := range d.refs {
 		key := []byte(strings.Replace(ref, ":", "", 1) + "sha256:") // as the values stand in the row

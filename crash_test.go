@@ -282,6 +282,7 @@ func (m *crashModel) settled(got map[string]string) {
 // moments that chance picks, and then looks whether the registry kept its
 // promises. Every fifth round starts on a new root, so that first opens are hit.
 func TestKill(t *testing.T) {
+	t.Parallel()
 	const workers = 4
 	rounds := scaled(8, 20, 250)
 	seed := rand.Uint64()

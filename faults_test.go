@@ -505,6 +505,7 @@ func manyLayers(t *testing.T, ref ocilocal.Reference, n int) (dir string) {
 // Files are synced 64 at a time while the next are written: whichever fsync
 // fails, in whichever batch, the import fails, and a later one is whole.
 func TestFailedFsyncOfAnyBatch(t *testing.T) {
+	t.Parallel()
 	const layers = 150
 	ref := ocilocal.MustParseReference(movedRef)
 	dir := manyLayers(t, ref, layers)
@@ -531,6 +532,7 @@ func TestFailedFsyncOfAnyBatch(t *testing.T) {
 
 // However many blobs come in, few files are open and wait for their fsync.
 func TestFewUnsyncedFiles(t *testing.T) {
+	t.Parallel()
 	dir := manyLayers(t, ocilocal.MustParseReference(movedRef), 500)
 	r := openTemp(t, nil)
 	var mu sync.Mutex

@@ -443,6 +443,7 @@ func checkArtifact(t testing.TB, a *ocilocal.LocalArtifact, layer string) {
 // The referrers of an artifact that nothing needs go with it, however many there
 // are, and all stay if one of them comes into use while they are being deleted.
 func TestGCManyReferrers(t *testing.T) {
+	t.Parallel()
 	r := openTemp(t, nil)
 	dontWatch(r.Root())
 	const rows = `WITH RECURSIVE n (i) AS (SELECT 0 UNION ALL SELECT i + 1 FROM n WHERE i < 3000),
@@ -492,6 +493,7 @@ func TestGCCancel(t *testing.T) {
 // TestGCSharedBlob has many dead manifests that need one blob, as all image
 // manifests need the empty config, and one that lives.
 func TestGCSharedBlob(t *testing.T) {
+	t.Parallel()
 	ctx := t.Context()
 	r := openTemp(t, &ocilocal.Options{Format: ocilocal.FormatImageManifest})
 	for i := range 200 {

@@ -393,6 +393,7 @@ func tmpEntries(t *testing.T, root string) []string {
 // TestCheckStoreFinds breaks a good root in the ways that checkStore is for.
 // A checker that finds nothing shows nothing.
 func TestCheckStoreFinds(t *testing.T) {
+	t.Parallel()
 	const ref = "example.com/check/one:v1"
 	good := model{ref: {"first"}}
 	exec := func(text string) func(t *testing.T, root string) {

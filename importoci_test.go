@@ -84,6 +84,7 @@ func tree(t testing.TB, dir string) map[string]string {
 }
 
 func TestImportLayout(t *testing.T) {
+	t.Parallel()
 	ctx := t.Context()
 	manifest, config := image("layer")
 	nested := fmt.Sprintf(`{"schemaVersion":2,"mediaType":"application/vnd.oci.image.index.v1+json","manifests":[%s]}`, desc(imageType, manifest))
@@ -250,6 +251,7 @@ func checkNothingVisible(t *testing.T, r *ocilocal.LocalRegistry) {
 }
 
 func TestHostileLayouts(t *testing.T) {
+	t.Parallel()
 	manifest, config := image("layer")
 	m, c, l, idx := blobEntry(manifest), blobEntry(config), blobEntry("layer"), layoutIndex(manifest, "example.com/a:v1")
 	with := func(name, body string) entry { return entry{name: name, body: body} }
@@ -823,6 +825,7 @@ func TestExportIndexIsJSON(t *testing.T) {
 
 // Large blobs are copied by the kernel; they are verified like others.
 func TestLayoutLargeBlobs(t *testing.T) {
+	t.Parallel()
 	const chunk = 4 << 20
 	for _, n := range []int{chunk - 1, chunk, 2*chunk + 3} {
 		from := openTemp(t, nil)

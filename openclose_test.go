@@ -58,6 +58,7 @@ func churnWorker(in *bufio.Scanner, args []string) error {
 // TestOpenCloseChurn: eight processes open, write, read and close one root all
 // the time, so that each Close may be the last, whose checkpoint others run into.
 func TestOpenCloseChurn(t *testing.T) {
+	t.Parallel()
 	const processes = 8
 	count := scaled(9, 24, 150)
 	root := filepath.Join(t.TempDir(), "root")

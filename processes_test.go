@@ -45,6 +45,7 @@ func manyRef(name string, i int) string { return fmt.Sprintf("example.com/many/%
 
 // TestManyWriters: four processes publish refs of their own, and none is lost.
 func TestManyWriters(t *testing.T) {
+	t.Parallel()
 	const processes = 4
 	count := scaled(50, 250, 1000)
 	root := filepath.Join(t.TempDir(), "root")
@@ -133,6 +134,7 @@ func race(ws []*worker, ref string, policy ocilocal.Policy) [][]string {
 
 // TestRaceForOneRef: eight processes offer eight digests for one ref.
 func TestRaceForOneRef(t *testing.T) {
+	t.Parallel()
 	const processes = 8
 	rounds := scaled(5, 20, 200)
 	root := filepath.Join(t.TempDir(), "root")
@@ -230,6 +232,7 @@ func openWorker(in *bufio.Scanner, args []string) error {
 
 // TestFirstOpenRace: eight processes open a root that isn't there yet.
 func TestFirstOpenRace(t *testing.T) {
+	t.Parallel()
 	const processes = 8
 	rounds := scaled(15, 50, 400)
 	dir := t.TempDir()

@@ -210,6 +210,7 @@ func TestUnknownMember(t *testing.T) {
 
 // TestMaxClosure has three artifacts that together have more blobs than one may have.
 func TestMaxClosure(t *testing.T) {
+	t.Parallel()
 	const layers = ocilocal.MaxClosure/3 + 1
 	raw := map[string][]byte{}
 	var entries []ocispec.Descriptor

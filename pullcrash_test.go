@@ -78,6 +78,7 @@ func TestPullTwoProcesses(t *testing.T) {
 
 // A pull is killed in the middle of its blobs. The next one goes on where it was.
 func TestPullKilled(t *testing.T) {
+	t.Parallel()
 	const layer, layers = 6 << 20, 3
 	for range scaled(4, 10, 100) {
 		s := newServer(t)

@@ -330,6 +330,7 @@ func TestPullCutAnywhere(t *testing.T) {
 
 // A connection on which nothing moves, or next to nothing, is given up.
 func TestPullStalls(t *testing.T) {
+	t.Parallel()
 	for name, wait := range map[string]func(w http.ResponseWriter, r *http.Request){
 		"no answer": func(_ http.ResponseWriter, r *http.Request) { <-r.Context().Done() },
 		"no body": func(w http.ResponseWriter, r *http.Request) {

@@ -284,6 +284,7 @@ func TestProgressOfPieces(t *testing.T) {
 // Once the fsync of a large blob has failed, nobody knows what is on the disk, and a second one could say that all is
 // well: so nothing is kept of it, even if the pull has failed for another reason before it was looked at.
 func TestPullKeepsNothingUnsynced(t *testing.T) {
+	t.Parallel()
 	for name, c := range map[string]struct {
 		size    int
 		failing bool

@@ -44,6 +44,7 @@ func pushed(t testing.TB, r *ocilocal.LocalRegistry, ref ocilocal.Reference, o *
 }
 
 func TestPush(t *testing.T) {
+	t.Parallel()
 	for name, s := range map[string]*server{
 		"whole":                {},
 		"chunks wanted":        {minChunk: 1 << 20},

@@ -28,6 +28,7 @@ func (v *victim) onMethod(method, part string, answer http.HandlerFunc) {
 }
 
 func TestPushHostile(t *testing.T) {
+	t.Parallel()
 	const uploads = "/blobs/uploads/"
 	other := string(digest.FromString("other"))
 	for name, row := range map[string]struct {

@@ -136,6 +136,7 @@ func TestAnonymous(t *testing.T) {
 }
 
 func TestPruneAnonymous(t *testing.T) {
+	t.Parallel()
 	ctx := t.Context()
 	r := openTemp(t, nil)
 	const many = 230 // more than two pages

@@ -113,6 +113,7 @@ func alterIndex(t *testing.T, name string, statements ...string) {
 
 // TestRefusedRootUntouched opens roots whose index isn't ours: each stays as it was.
 func TestRefusedRootUntouched(t *testing.T) {
+	t.Parallel()
 	sqlOn := func(statements ...string) func(*testing.T, string, string) {
 		return func(t *testing.T, _, index string) { alterIndex(t, index, statements...) }
 	}

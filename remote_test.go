@@ -288,6 +288,7 @@ func (b *flightBody) Close() error {
 // TestMaxPerHost: no more requests at a time than that, and, of whatever a pull or a push
 // does, nothing that needs a second one to end.
 func TestMaxPerHost(t *testing.T) {
+	t.Parallel()
 	for _, most := range []int{1, 3} {
 		for _, referrersAPI := range []bool{true, false} {
 			t.Run(fmt.Sprint(most, referrersAPI), func(t *testing.T) {

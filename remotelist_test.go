@@ -146,6 +146,7 @@ func TestHostileEcho(t *testing.T) {
 
 // Coded answers, cut off or not, are refused, whether or not the client could decode them.
 func TestHostileCodings(t *testing.T) {
+	t.Parallel()
 	v := newVictim(t)
 	coded := gzipped(v.manifest.body)
 	for name, b := range map[string][]byte{
@@ -211,6 +212,7 @@ func rawAnswer(text string) http.HandlerFunc {
 
 // TestHostileWire: answers that net/http itself refuses, or lets through although they are odd.
 func TestHostileWire(t *testing.T) {
+	t.Parallel()
 	const ansi = "\x1b[31mred\x1b[0m\u202e\x9b"
 	for name, c := range map[string]struct {
 		text string

@@ -47,6 +47,7 @@ func (s *server) sendOn(to string) {
 
 // TestHostileRedirects: where a registry sends a request for a blob, and with what it arrives there.
 func TestHostileRedirects(t *testing.T) {
+	t.Parallel()
 	for name, c := range map[string]struct {
 		registry string // "https://registry.test" if empty
 		to       string

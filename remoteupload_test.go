@@ -161,6 +161,7 @@ func TestPushGivesUp(t *testing.T) {
 
 // A registry behind a proxy with a limit gets chunks that are small enough, whatever was asked for.
 func TestPushShrinks(t *testing.T) {
+	t.Parallel()
 	const size = 5 << 20
 	for name, c := range map[string]struct {
 		chunk, minChunk, maxPut int64

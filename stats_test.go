@@ -104,6 +104,7 @@ func checkStats(t *testing.T, r *ocilocal.LocalRegistry, want ocilocal.Stats) {
 // TestStatsAgreeWithGC compares the index's word with what garbage collection,
 // which goes the other way round, finds and deletes.
 func TestStatsAgreeWithGC(t *testing.T) {
+	t.Parallel()
 	ctx := t.Context()
 	for seed := range uint64(5) {
 		rng := rand.New(rand.NewPCG(seed, 0))
@@ -196,6 +197,7 @@ func TestStatsAgreeWithGC(t *testing.T) {
 }
 
 func TestRepositories(t *testing.T) {
+	t.Parallel()
 	r := openTemp(t, nil)
 	for i := range 1030 { // more than two pages
 		if i < 1027 {

@@ -51,6 +51,7 @@ func write(t testing.TB, name, content string) {
 // TestCorruption damages a registry in every way that is told apart, and looks at
 // what Verify says, what a quick one says, what Repair does, and what is left then.
 func TestCorruption(t *testing.T) {
+	t.Parallel()
 	const name = "example.com/a:v1"
 	const layer = "layer of the artifact"
 	remove := func(t *testing.T, file string) {
