@@ -63,22 +63,14 @@ func (r *LocalRegistry) importOMMX(ctx context.Context, dir string, opts *Legacy
 
 // openOMMXRoot opens the index of an OMMX v3 root.
 func openOMMXRoot(ctx context.Context, dir string, root *rootDir) (*index, error) {
-	walEmpty := true
-	for _, suffix := range []string{"", "-wal", "-shm"} {
-		fi, err := root.Lstat(indexFile + suffix)
-		if err != nil {
-			if suffix != "" && errors.Is(err, fs.ErrNotExist) {
-				continue
-			}
-			return nil, err
-		}
-		if !fi.Mode().IsRegular() {
-			return nil, fmt.Errorf("%w: %s is not a regular file (%v)", ErrForeignIndex, indexFile+suffix, fi.Mode().Type())
-		}
-		if suffix == "-wal" {
-			walEmpty = fi.Size() == 0
-		}
+	if _, err := root.Lstat(indexFile); err != nil {
+		return nil, err
 	}
+	log, err := root.Lstat(indexFile + "-wal")
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, err
+	}
+	walEmpty := err != nil || log.Size() == 0
 	abs, err := filepath.Abs(dir)
 	if err != nil {
 		return nil, err
