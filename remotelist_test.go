@@ -297,6 +297,8 @@ func TestUploadsElsewhere(t *testing.T) {
 		"another host, mid-way":   {first: "/v2/org/model/blobs/uploads/u", later: "https://uploads.test/u", at: "uploads.test:443"},
 		"without a scheme":        {first: "//uploads.test/u", at: "uploads.test:443"},
 		"its own name":            {first: "https://REGISTRY.test:443/u", at: registrySite},
+		"no TLS, by a proxy":      {first: "http://registry.test/v2/org/model/blobs/uploads/u", at: registrySite},
+		"a proxy's inside":        {first: "http://inside:5000/v2/org/model/blobs/uploads/u", at: registrySite},
 		"no TLS":                  {first: "http://registry.test/u", want: ocilocal.ErrProtocol},
 		"no TLS, mid-way":         {first: "https://uploads.test/u", later: "http://registry.test/u", want: ocilocal.ErrProtocol},
 		"user information":        {first: "https://me:you@uploads.test/u", want: ocilocal.ErrProtocol},

@@ -345,3 +345,203 @@ func TestPushProgressEnds(t *testing.T) {
 	}
 	returned.Store(true)
 }
+
+// answersAs makes the server answer requests of one kind with another status, or with changed headers.
+func (s *server) answersAs(method, part string, change func(r *http.Request, rec *httptest.ResponseRecorder)) {
+	s.override = func(w http.ResponseWriter, r *http.Request) bool {
+		if r.Method != method || !strings.Contains(r.URL.Path, part) {
+			return false
+		}
+		s.mu.Lock()
+		s.override = nil // it answers this one as it should
+		s.mu.Unlock()
+		rec := httptest.NewRecorder()
+		s.ServeHTTP(rec, r)
+		s.answersAs(method, part, change)
+		if rec.Code < 300 {
+			change(r, rec)
+		}
+		for k, v := range rec.Header() {
+			w.Header()[k] = v
+		}
+		w.WriteHeader(rec.Code)
+		w.Write(rec.Body.Bytes())
+		return true
+	}
+}
+
+// pushAndCheck pushes an artifact with one layer, and pulls it into another registry.
+func pushAndCheck(t *testing.T, s *server, layer []byte, chunk int64) {
+	t.Helper()
+	r := openRemote(t, nil)
+	ref := s.ref("org/model:v1")
+	pushed(t, r, ref, nil, nil, layer)
+	if _, err := r.Push(t.Context(), ref, &ocilocal.PushOptions{ChunkSize: chunk, Workers: 1}); err != nil {
+		t.Error(err)
+		return
+	}
+	s.behave()
+	if _, err := openRemote(t, nil).Pull(t.Context(), ref, nil); err != nil {
+		t.Errorf("pulled: %v", err)
+	}
+}
+
+// Any status of success is one, if the registry has the bytes.
+func TestPushStatuses(t *testing.T) {
+	for _, c := range []struct {
+		method string
+		chunk  int64
+	}{{"POST", 0}, {"PATCH", 1000}, {"PUT", 0}, {"PUT", 1000}} {
+		for _, status := range []int{200, 201, 202, 204} {
+			t.Run(fmt.Sprint(c.method, " ", status, " ", c.chunk), func(t *testing.T) {
+				s := newServer(t)
+				s.answersAs(c.method, "/blobs/uploads/", func(_ *http.Request, rec *httptest.ResponseRecorder) { rec.Code = status })
+				pushAndCheck(t, s, noise(1, 3500), c.chunk)
+			})
+		}
+	}
+	// A manifest too. But a page of a proxy is not a registry's success.
+	for _, status := range []int{200, 202, 204} {
+		s := newServer(t)
+		s.answersAs("PUT", "/manifests/", func(_ *http.Request, rec *httptest.ResponseRecorder) {
+			rec.Code = status
+			rec.Header().Del("Docker-Content-Digest")
+		})
+		pushAndCheck(t, s, noise(1, 100), 0)
+	}
+	for _, part := range []string{"/manifests/", "/blobs/uploads/"} {
+		s := newServer(t)
+		s.override = func(w http.ResponseWriter, r *http.Request) bool {
+			if r.Method != "PUT" || !strings.Contains(r.URL.Path, part) {
+				return false
+			}
+			w.Header().Set("Content-Type", "text/html; charset=utf-8")
+			io.WriteString(w, "<html>blocked</html>")
+			return true
+		}
+		r := openRemote(t, nil)
+		pushed(t, r, s.ref("org/model:v1"), nil, nil, noise(1, 100))
+		if _, err := r.Push(t.Context(), s.ref("org/model:v1"), nil); err == nil {
+			t.Errorf("a page was taken for the answer to PUT of %s", part)
+		}
+	}
+}
+
+// The Range in the answer to a chunk is a hint, whatever its form, and whether or not it is right.
+func TestPushOddRanges(t *testing.T) {
+	const size, chunk = 3500, 1000
+	for name, form := range map[string]func(at, end int64) string{
+		"none":            func(int64, int64) string { return "" },
+		"HTTP's":          func(_, end int64) string { return fmt.Sprintf("bytes=0-%d", end-1) },
+		"Content-Range's": func(_, end int64) string { return fmt.Sprintf("bytes 0-%d/%d", end-1, size) },
+		"with its end":    func(_, end int64) string { return fmt.Sprintf("0-%d", end) },
+		"of the chunk":    func(at, end int64) string { return fmt.Sprintf("%d-%d", at, end-1) },
+		"its length":      func(at, end int64) string { return fmt.Sprintf("0-%d", end-at-1) },
+		"always 0-0":      func(int64, int64) string { return "0-0" },
+		"half":            func(at, end int64) string { return fmt.Sprintf("0-%d", (at+end)/2) },
+		"far away":        func(int64, int64) string { return "0-99999999999" },
+		"negative":        func(int64, int64) string { return "0--1" },
+		"words":           func(int64, int64) string { return "all of it" },
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := newServer(t)
+			s.answersAs("PATCH", "/blobs/uploads/", func(r *http.Request, rec *httptest.ResponseRecorder) {
+				var at, last int64
+				if _, err := fmt.Sscanf(r.Header.Get("Content-Range"), "%d-%d", &at, &last); err != nil {
+					t.Error(err)
+				}
+				rec.Header().Set("Range", form(at, last+1))
+			})
+			pushAndCheck(t, s, noise(1, size), chunk)
+		})
+	}
+}
+
+// A limit for bodies may be told in many ways. The blob goes in smaller pieces.
+func TestPushLimits(t *testing.T) {
+	const limit = 200 << 10
+	for name, refuse := range map[string]func(s *server, w http.ResponseWriter, r *http.Request){
+		"413": func(_ *server, w http.ResponseWriter, r *http.Request) { status(413)(w, r) },
+		"416": func(_ *server, w http.ResponseWriter, r *http.Request) {
+			status(416, "Location", r.URL.String(), "Range", "0-0")(w, r)
+		},
+		"400": func(_ *server, w http.ResponseWriter, _ *http.Request) { fail(w, 400, "SIZE_INVALID") },
+		"502": func(_ *server, w http.ResponseWriter, r *http.Request) { status(502)(w, r) },
+		"cut": func(_ *server, _ http.ResponseWriter, r *http.Request) {
+			io.CopyN(io.Discard, r.Body, 64<<10)
+			panic(http.ErrAbortHandler)
+		},
+	} {
+		for _, chunk := range []int64{0, 400 << 10} {
+			t.Run(fmt.Sprint(name, " ", chunk), func(t *testing.T) {
+				s := newServer(t)
+				s.override = func(w http.ResponseWriter, r *http.Request) bool {
+					if !strings.Contains(r.URL.Path, "/blobs/uploads/") || r.ContentLength <= limit {
+						return false
+					}
+					refuse(s, w, r)
+					return true
+				}
+				pushAndCheck(t, s, noise(1, 1<<20), chunk)
+			})
+		}
+	}
+}
+
+// An answer to HEAD says that a blob is there only if its length is right. After any other one the blob is sent.
+func TestPushDoubtfulHeads(t *testing.T) {
+	layer := noise(1, 3000)
+	page := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Content-Type", "text/html")
+		w.Header().Set("Content-Length", fmt.Sprint(len(layer)))
+	}))
+	defer page.Close()
+	refusing := httptest.NewServer(http.HandlerFunc(status(403)))
+	defer refusing.Close()
+	for name, answer := range map[string]http.HandlerFunc{
+		"400": status(400), "401": status(401), "403": status(403), "404": status(404), "405": status(405), "500": status(500),
+		"length 0":          func(w http.ResponseWriter, _ *http.Request) { w.Header().Set("Content-Length", "0") },
+		"half":              func(w http.ResponseWriter, _ *http.Request) { w.Header().Set("Content-Length", "1500") },
+		"no length":         func(w http.ResponseWriter, _ *http.Request) { w.(http.Flusher).Flush() },
+		"redirect to login": status(302, "Location", page.URL+"/in"),
+		"signed for GET":    status(302, "Location", refusing.URL+"/x"),
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := newServer(t)
+			s.override = func(w http.ResponseWriter, r *http.Request) bool {
+				if r.Method != "HEAD" || !strings.HasSuffix(r.URL.Path, string(digest.FromBytes(layer))) {
+					return false
+				}
+				answer(w, r)
+				return true
+			}
+			pushAndCheck(t, s, layer, 0)
+		})
+	}
+	// A damaged blob stays as it is: then the push must fail.
+	s := newServer(t)
+	r := openRemote(t, nil)
+	pushed(t, r, s.ref("org/model:v1"), nil, nil, layer)
+	d := digest.FromBytes(layer)
+	s.blobs["org/model@"+string(d)] = layer[:1500]
+	s.override = func(w http.ResponseWriter, r *http.Request) bool {
+		if r.Method == "PUT" && strings.Contains(r.URL.RawQuery, d.Encoded()) {
+			status(201)(w, r)
+			return true
+		}
+		return false
+	}
+	if _, err := r.Push(t.Context(), s.ref("org/model:v1"), nil); !errors.Is(err, ocilocal.ErrSizeMismatch) {
+		t.Error(err)
+	}
+	// A cache says that the blob is there, and the registry, when it gets the manifest, that it isn't.
+	s = newServer(t)
+	s.override = func(w http.ResponseWriter, r *http.Request) bool {
+		if r.Method == "HEAD" && strings.HasSuffix(r.URL.Path, string(d)) {
+			w.Header().Set("Content-Length", fmt.Sprint(len(layer)))
+			return true
+		}
+		return false
+	}
+	pushAndCheck(t, s, layer, 0)
+}

@@ -1,0 +1,93 @@
+package ocilocal_test
+
+import (
+	"fmt"
+	"io"
+	"net/http"
+	"testing"
+
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/ocilocal/ocilocal"
+)
+
+// HEAD need not tell what GET would. Resolve tells what is there, and never a size of 0.
+func TestResolveHeads(t *testing.T) {
+	const image = ocispec.MediaTypeImageManifest
+	header := func(header ...string) http.HandlerFunc {
+		return func(w http.ResponseWriter, _ *http.Request) {
+			for i := 0; i < len(header); i += 2 {
+				w.Header().Set(header[i], header[i+1])
+			}
+		}
+	}
+	for name, answer := range map[string]func(v *victim) http.HandlerFunc{
+		"length 0": func(v *victim) http.HandlerFunc {
+			return header("Content-Type", image, "Docker-Content-Digest", string(v.manifest.digest), "Content-Length", "0")
+		},
+		"no length": func(v *victim) http.HandlerFunc {
+			return func(w http.ResponseWriter, r *http.Request) {
+				header("Content-Type", image, "Docker-Content-Digest", string(v.manifest.digest))(w, r)
+				w.(http.Flusher).Flush()
+			}
+		},
+		"no digest": func(v *victim) http.HandlerFunc {
+			return header("Content-Type", "application/octet-stream", "Content-Length", fmt.Sprint(len(v.manifest.body)))
+		},
+		"nothing": func(*victim) http.HandlerFunc { return header() },
+		"HTML":    func(*victim) http.HandlerFunc { return header("Content-Type", "text/html") },
+		"400":     func(*victim) http.HandlerFunc { return status(400) },
+		"403":     func(*victim) http.HandlerFunc { return status(403) },
+		"404":     func(*victim) http.HandlerFunc { return status(404) },
+		"405":     func(*victim) http.HandlerFunc { return status(405) },
+		"500":     func(*victim) http.HandlerFunc { return status(500) },
+		"501":     func(*victim) http.HandlerFunc { return status(501) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			v := newVictim(t)
+			v.onMethod("HEAD", "/manifests/", answer(v))
+			remote := &ocilocal.Remote{Retry: quick}
+			defer remote.CloseIdleConnections()
+			got, err := remote.Resolve(t.Context(), v.ref("org/model:v1"))
+			if err != nil || got.Digest != v.manifest.digest || got.Size != int64(len(v.manifest.body)) || got.MediaType != image {
+				t.Errorf("%+v, %v", got, err)
+			}
+		})
+	}
+}
+
+// Servers give manifests the media types of files. The document says itself what it is.
+func TestPullContentTypes(t *testing.T) {
+	const image = ocispec.MediaTypeImageManifest
+	for given, want := range map[string]error{
+		image: nil, image + "; charset=utf-8": nil, image + ";": nil, image + "; charset": nil, image + ", application/json": nil,
+		"Application/vnd.OCI.image.manifest.v1+JSON": nil,
+		"": nil, "application/json": nil, "text/json": nil, "text/plain; charset=utf-8": nil, "application/octet-stream": nil, "binary/octet-stream": nil,
+		"text/html": ocilocal.ErrUnsupportedMediaType, "application/x-gzip": ocilocal.ErrUnsupportedMediaType,
+		"application/vnd.docker.distribution.manifest.v1+prettyjws": ocilocal.ErrUnsupportedMediaType,
+		ocilocal.MediaTypeDockerManifest:                            ocilocal.ErrInvalidManifest,
+	} {
+		v := newVictim(t)
+		v.on("/manifests/v1", func(w http.ResponseWriter, _ *http.Request) {
+			w.Header()["Content-Type"] = []string{given}
+			if given == "" {
+				w.Header()["Content-Type"] = nil
+			}
+			w.Write(v.manifest.body)
+		})
+		_, err := openRemote(t, nil).Pull(t.Context(), v.ref("org/model:v1"), nil)
+		if want != nil {
+			mustFail(t, err, want)
+		} else if err != nil {
+			t.Errorf("%q: %v", given, err)
+		}
+	}
+	// Other JSON of such a type is not a manifest.
+	v := newVictim(t)
+	v.on("/manifests/v1", func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Content-Type", "text/json")
+		io.WriteString(w, `{"schemaVersion":2}`)
+	})
+	_, err := openRemote(t, nil).Pull(t.Context(), v.ref("org/model:v1"), nil)
+	mustFail(t, err, ocilocal.ErrInvalidManifest)
+}
