@@ -82,17 +82,20 @@ func (r *LocalRegistry) readVerified(ctx context.Context, desc ocispec.Descripto
 	return readManifest(src, desc)
 }
 
-// looksLikeManifest looks at the first byte, which saves reading most blobs.
-// What can't be read doesn't.
-func (r *LocalRegistry) looksLikeManifest(d digest.Digest) bool {
+// looksLikeManifest looks at the first byte, which saves reading most blobs. An unreadable file is not a manifest.
+// The error is a processCondition.
+func (r *LocalRegistry) looksLikeManifest(d digest.Digest) (bool, error) {
 	f, _, err := r.blobs.openFile(d, -1)
+	if processCondition(err) {
+		return false, err
+	}
 	if err != nil {
-		return false
+		return false, nil
 	}
 	defer f.Close()
 	var head [64]byte
 	n, _ := f.Read(head[:])
-	return strings.HasPrefix(strings.TrimSpace(string(head[:n])), "{")
+	return strings.HasPrefix(strings.TrimSpace(string(head[:n])), "{"), nil
 }
 
 // readManifest reads a manifest from a verifying reader, which it closes.

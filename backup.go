@@ -1,6 +1,7 @@
 package ocilocal
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"errors"
@@ -166,15 +167,19 @@ const backupBatch = 500 // blobs that are staged and synced together
 func (b *backup) copyBlobs(ctx context.Context) error {
 	var todo []ocispec.Descriptor
 	algs := map[digest.Algorithm]bool{}
+	var failed error
 	err := b.snapshot.blobRows(ctx, func(d digest.Digest, size int64, _ role, _ time.Time) {
-		if b.target.blobs.checkSize(d, size) != nil {
+		switch err := b.target.blobs.checkSize(d, size); {
+		case err == nil:
+			b.report.BlobsPresent++
+			algs[d.Algorithm()] = true
+		case processCondition(err):
+			failed = err
+		default:
 			todo = append(todo, ocispec.Descriptor{Digest: d, Size: size})
-			return
 		}
-		b.report.BlobsPresent++
-		algs[d.Algorithm()] = true
 	})
-	if err != nil {
+	if err := cmp.Or(err, failed); err != nil {
 		return err
 	}
 	b.report.BlobsPresent = max(0, b.report.BlobsPresent-b.report.BlobsCopied) // by attempts before
@@ -226,15 +231,27 @@ func (b *backup) copyBatch(ctx context.Context, batch []ocispec.Descriptor, miss
 	return missing, nil
 }
 
-// copyBlob stages one blob. bad is why the source hasn't got it.
+// copyBlob stages one blob. bad is why the source hasn't got it: a fault of that blob, never of the process.
 func (b *backup) copyBlob(ctx context.Context, st *stage, desc ocispec.Descriptor) (bad, err error) {
-	f, _, bad := b.source.blobs.openFile(desc.Digest, desc.Size)
-	if bad != nil {
-		return bad, nil
+	f, _, err := b.source.blobs.openFile(desc.Digest, desc.Size)
+	if processCondition(err) {
+		return nil, err
+	}
+	if err != nil {
+		return err, nil
 	}
 	defer f.Close()
 	err = st.putFile(ctx, f, desc.Digest, desc.Size)
-	if errors.Is(err, ErrDigestMismatch) || errors.Is(err, ErrSizeMismatch) {
+	if err == nil || processCondition(err) {
+		return nil, err
+	}
+	// Either side may have failed. Reading the source by itself tells which.
+	switch bad := b.source.blobs.verify(ctx, desc.Digest, desc.Size); {
+	case processCondition(bad):
+		return nil, bad
+	case bad != nil:
+		return bad, nil
+	case errors.Is(err, ErrDigestMismatch) || errors.Is(err, ErrSizeMismatch):
 		return fmt.Errorf("blob %s: %w", desc.Digest, err), nil
 	}
 	return nil, err
@@ -265,7 +282,10 @@ func (b *backup) leaveOut(ctx context.Context, tx *indexTx, missing []BackupFail
 		if led, err = now.led(m.Digest); err != nil {
 			return err
 		}
-		if _, err := b.source.blobs.size(m.Digest); !led || err == nil && errors.Is(m.Err, ErrNotFound) {
+		switch _, err := b.source.blobs.size(m.Digest); {
+		case processCondition(err):
+			return err
+		case !led || err == nil && errors.Is(m.Err, ErrNotFound):
 			return errCollected // by now it may have come back, too
 		}
 	}

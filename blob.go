@@ -172,7 +172,7 @@ func (s *blobStore) copy(dst io.Writer, src io.Reader) (int64, error) {
 type blobEntry struct {
 	path   string        // below the root
 	digest digest.Digest // empty when the name is not a digest in its right place
-	info   fs.FileInfo   // nil when the entry vanished while it was being looked at
+	info   fs.FileInfo
 }
 
 // walkBlobs calls visit for every entry below blobs/ of a root or layout, in no order, holding one batch
@@ -183,7 +183,10 @@ func walkBlobs(ctx context.Context, root *rootDir, visit func(blobEntry) error) 
 		dir := path.Join(blobsDir, name)
 		alg := digest.Algorithm(name)
 		fi, err := root.Lstat(dir)
-		if err != nil || !fi.IsDir() || digestHexLen(alg) == 0 {
+		if err != nil {
+			return ignoreNotExist(err)
+		}
+		if !fi.IsDir() || digestHexLen(alg) == 0 {
 			return visit(blobEntry{path: dir, info: fi})
 		}
 		return root.eachEntry(ctx, dir, func(name string) error {

@@ -209,8 +209,10 @@ func (st *stage) reuse(ctx context.Context, d digest.Digest, size int64) (bool, 
 
 // borrow links a blob of the store into tmp/, if it is whole. Nil means that it isn't there, is damaged or can't be read.
 func (st *stage) borrow(ctx context.Context, d digest.Digest, size int64) (*stagedFile, error) {
-	if err := st.store.verify(ctx, d, size); err != nil {
-		return nil, ctx.Err()
+	if err := st.store.verify(ctx, d, size); processCondition(err) {
+		return nil, err
+	} else if err != nil {
+		return nil, nil
 	}
 	dir, err := st.store.enter()
 	if err != nil {

@@ -53,7 +53,7 @@ func verifyWorker(in *bufio.Scanner, args []string) error {
 	}
 	for {
 		for p, err := range r.Verify(ctx, nil) {
-			if err == nil && p.Kind != ocilocal.ProblemUnrecorded && p.Kind != ocilocal.ProblemMissing {
+			if err == nil && p.Kind != ocilocal.ProblemUnrecorded && p.Kind != ocilocal.ProblemCollected && p.Kind != ocilocal.ProblemMissing {
 				err = fmt.Errorf("%v", p)
 			}
 			if err != nil {

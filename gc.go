@@ -164,17 +164,22 @@ func (r *LocalRegistry) unreconciled(ctx context.Context) (bool, error) {
 	found := false
 	old := time.Now().Add(-time.Hour)
 	err = r.blobs.walk(ctx, func(e blobEntry) error {
-		if e.digest == "" || e.info.Size() > MaxManifestSize || e.info.ModTime().After(old) || !r.looksLikeManifest(e.digest) {
+		if e.digest == "" || e.info.Size() > MaxManifestSize || e.info.ModTime().After(old) {
 			return nil
 		}
-		m, err := r.readVerified(ctx, ocispec.Descriptor{Digest: e.digest, Size: -1})
-		if err != nil {
-			return ctx.Err()
+		if ok, err := r.looksLikeManifest(e.digest); !ok || err != nil {
+			return err
 		}
-		for _, c := range m.children() {
-			if r.blobs.checkSize(c.Digest, c.Size) != nil {
-				return nil
-			}
+		m, err := r.readVerified(ctx, ocispec.Descriptor{Digest: e.digest, Size: -1})
+		for i := 0; err == nil && i < len(m.children()); i++ {
+			c := m.children()[i]
+			err = r.blobs.checkSize(c.Digest, c.Size)
+		}
+		if processCondition(err) {
+			return err
+		}
+		if err != nil {
+			return nil // not a manifest, or not a whole artifact
 		}
 		found = true
 		return errStop

@@ -188,7 +188,7 @@ func (c *storeCheck) verify(t *testing.T) {
 		return
 	}
 	for p, err := range r.Verify(t.Context(), nil) {
-		if err != nil || p.Kind != ocilocal.ProblemUnrecorded && p.Kind != ocilocal.ProblemMissing || c.needed[string(p.Digest)] {
+		if err != nil || p.Kind != ocilocal.ProblemUnrecorded && p.Kind != ocilocal.ProblemCollected && p.Kind != ocilocal.ProblemMissing || c.needed[string(p.Digest)] {
 			c.bad("I9: Verify: %v, %v", p, err)
 		}
 	}

@@ -179,7 +179,11 @@ func (p *repair) sort(ctx context.Context, problems []Problem) error {
 		switch b.Kind {
 		case ProblemMissing:
 			p.wanted[b.Digest] = true
-			if _, err := p.registry.root.Lstat(blobPath(b.Digest)); err == nil {
+			there, err := p.registry.blobs.present(b.Digest)
+			if err != nil {
+				return err
+			}
+			if there {
 				p.damaged = append(p.damaged, b.Digest) // something else is in its place
 			}
 		case ProblemCollected: // a subject that can be healed may be welcome, and without it nothing is lost
@@ -192,8 +196,12 @@ func (p *repair) sort(ctx context.Context, problems []Problem) error {
 				p.wanted[b.Digest] = true
 			}
 		case ProblemDigest, ProblemUnreadable:
-			if p.registry.blobs.verify(ctx, b.Digest, -1) == nil {
-				continue // by its permissions, which are mended now, or healed by another process
+			err := p.registry.blobs.verify(ctx, b.Digest, -1)
+			if processCondition(err) {
+				return err
+			}
+			if err == nil {
+				continue // readable since its permissions were repaired, or healed by another process
 			}
 			p.wanted[b.Digest] = true
 			p.damaged = append(p.damaged, b.Digest)
@@ -232,8 +240,14 @@ func impossible(b Problem) bool {
 // resize makes a blob's row say the size of its file, if that is good.
 func (p *repair) resize(ctx context.Context, d digest.Digest) error {
 	size, err := p.registry.blobs.size(d)
-	if err != nil || p.registry.blobs.verify(ctx, d, size) != nil {
-		return ctx.Err() // damaged: it has a problem of its own
+	if err == nil {
+		err = p.registry.blobs.verify(ctx, d, size)
+	}
+	if processCondition(err) {
+		return err
+	}
+	if err != nil {
+		return nil // damaged: it has a problem of its own
 	}
 	return p.registry.write(ctx, func(tx *indexTx) error {
 		return tx.putBlob(d, size, string(roleManifest), time.Now()) // the row is there, so only its size changes
@@ -357,8 +371,11 @@ func (p *repair) inspect(ctx context.Context, d digest.Digest, files bool) (fs.F
 		return fi, nil
 	}
 	f, size, err := p.registry.blobs.openFile(d, -1)
+	if processCondition(err) {
+		return nil, err
+	}
 	if err != nil {
-		return nil, ctx.Err()
+		return nil, nil
 	}
 	src := p.registry.blobs.verifier(ctx, f, d, size)
 	defer src.Close()
@@ -369,10 +386,12 @@ func (p *repair) inspect(ctx context.Context, d digest.Digest, files bool) (fs.F
 	switch {
 	case errors.Is(err, ErrDigestMismatch) || errors.Is(err, ErrSizeMismatch):
 		return fi, nil
+	case processCondition(err):
+		return nil, err
 	case err == nil:
 		delete(p.wanted, d)
 	}
-	return nil, ctx.Err()
+	return nil, nil
 }
 
 // moveAway moves a damaged file to quarantine, unless another process heals it meanwhile.
@@ -460,7 +479,7 @@ func (p *repair) load(ctx context.Context, d digest.Digest) (*Manifest, []pendin
 // tolerate passes over what is wrong with one artifact: what is left of it the last verification finds.
 func (p *repair) tolerate(ctx context.Context, err error) error {
 	for _, e := range []error{ErrIncomplete, ErrNotFound, ErrInvalidDigest, ErrInvalidManifest, ErrUnsupportedMediaType, ErrTooLarge, ErrDigestMismatch, ErrSizeMismatch, ErrArtifactType} {
-		if errors.Is(err, e) && ctx.Err() == nil {
+		if errors.Is(err, e) && !processCondition(err) && ctx.Err() == nil {
 			return nil
 		}
 	}
@@ -490,10 +509,11 @@ func (p *repair) unrecorded(ctx context.Context) (unknown []digest.Digest, err e
 		if _, ok, err := p.registry.index.resolveDigest(e.digest); ok || err != nil {
 			return err
 		}
-		if p.registry.looksLikeManifest(e.digest) {
+		ok, err := p.registry.looksLikeManifest(e.digest)
+		if ok {
 			unknown = append(unknown, e.digest)
 		}
-		return nil
+		return err
 	})
 	slices.Sort(unknown)
 	return unknown, err

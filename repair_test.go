@@ -84,9 +84,14 @@ func TestRepairUnreadable(t *testing.T) {
 		})
 	}
 	defer ocilocal.SetFault(r, nil)
+	// What the process lacks ends the repair.
+	fail(1, syscall.EMFILE)
+	if report, err := r.Repair(t.Context(), nil); !errors.Is(err, syscall.EMFILE) || len(report.Quarantined)+len(report.Left) != 0 {
+		t.Errorf("%v, %+v", err, report)
+	}
 	// Verify finds it, each of Repair's looks, and none.
 	for times := range int64(4) {
-		fail(times, syscall.EMFILE)
+		fail(times, syscall.EIO)
 		report, err := r.Repair(t.Context(), nil)
 		if err != nil || len(report.Quarantined)+len(report.Left) != 0 {
 			t.Errorf("%d failures: %v, %+v", times, err, report)

@@ -96,7 +96,8 @@ func (p Problem) String() string {
 // registry what is being collected as [ProblemMissing] or [ProblemRows]. It changes nothing. It holds
 // about 100 bytes for each blob.
 //
-// An error (ctx's, those of the index and the file system's) is yielded once, at the end.
+// An error is yielded once, at the end. Errors: those of ctx, of the index and of the file system, and any
+// condition of the process, such as too many open files. None of these is ever reported as damage.
 func (r *LocalRegistry) Verify(ctx context.Context, opts *VerifyOptions) iter.Seq2[Problem, error] {
 	v := &verification{registry: r}
 	if opts != nil {
@@ -129,7 +130,7 @@ type verifyEntry struct {
 	blobRow   // size −1 for no row
 	problems  chan []Problem
 	bytesRead int64
-	err       error // of the index; ends the verification. Read after problems
+	err       error // of the index or the process; ends the verification. Read after problems
 }
 
 func (v *verification) run(ctx context.Context, found func(Problem) error) error {
@@ -330,6 +331,10 @@ func (v *verification) blob(ctx context.Context, e *verifyEntry) (problems []Pro
 		}
 		return problems
 	}
+	if processCondition(err) {
+		e.err = err
+		return problems
+	}
 	if err != nil {
 		add(ProblemUnreadable, err)
 		return problems
@@ -359,6 +364,8 @@ func (v *verification) blob(ctx context.Context, e *verifyEntry) (problems []Pro
 	case err == nil || errors.Is(err, ErrNotFound): // collected since
 	case errors.Is(err, ErrDigestMismatch) || errors.Is(err, ErrSizeMismatch):
 		add(ProblemDigest, err)
+	case processCondition(err):
+		e.err = err
 	default:
 		add(ProblemUnreadable, err)
 	}
@@ -401,6 +408,8 @@ func (v *verification) manifest(ctx context.Context, e *verifyEntry, size int64)
 		return problem(ProblemDigest, err)
 	case errors.Is(err, ErrInvalidManifest) || errors.Is(err, ErrUnsupportedMediaType) || errors.Is(err, ErrTooLarge):
 		return problem(ProblemManifest, err)
+	case processCondition(err):
+		return failed(err)
 	case err != nil:
 		return problem(ProblemUnreadable, err)
 	}
