@@ -279,6 +279,9 @@ func (p *repair) healFrom(ctx context.Context, source string) (err error) {
 		if !p.wanted[d] {
 			return nil
 		}
+		if ok, err := p.rightSize(d, size); !ok || err != nil {
+			return err // this copy is damaged as well, and may be too large for the disk
+		}
 		_, _, err := st.put(ctx, src, "", d, size)
 		if err == nil {
 			found = append(found, d)
@@ -308,6 +311,23 @@ func (p *repair) healFrom(ctx context.Context, source string) (err error) {
 	return nil
 }
 
+// rightSize reports whether a source's copy of d may be it, by its size. Of what nothing names the size is not
+// known: then the copy may be as large as a manifest, or as what is here under that name.
+func (p *repair) rightSize(d digest.Digest, size int64) (bool, error) {
+	desc, _, err := p.describe(d)
+	if err != nil {
+		return false, err
+	}
+	if desc.Digest != "" {
+		return size == desc.Size, nil
+	}
+	here, err := p.registry.blobs.size(d)
+	if processCondition(err) {
+		return false, err
+	}
+	return size <= max(here, MaxManifestSize), nil
+}
+
 func (p *repair) fromLayout(dir string, put func(digest.Digest, io.Reader, int64) error) error {
 	root, err := openRoot(dir, p.registry.root.fault)
 	if err != nil {
@@ -323,7 +343,11 @@ func (p *repair) fromLayout(dir string, put func(digest.Digest, io.Reader, int64
 		if err != nil {
 			return err
 		}
-		if err := errors.Join(put(d, f, -1), f.Close()); err != nil {
+		fi, err := f.Stat()
+		if err == nil {
+			err = put(d, f, fi.Size())
+		}
+		if err := errors.Join(err, f.Close()); err != nil {
 			return err
 		}
 	}

@@ -236,3 +236,42 @@ func TestRebuildWithoutID(t *testing.T) {
 		})
 	}
 }
+
+// A source's file of another size is not copied: a sparse one of 1 TiB would fill the disk. Where nothing
+// says the size, a copy may be as large as a manifest.
+func TestRepairSourceSize(t *testing.T) {
+	r := openTemp(t, nil)
+	dontWatch(r.Root())
+	a := published(t, r, "example.com/a:v1", "layer", nil)
+	good, huge := t.TempDir(), t.TempDir()
+	if err := r.ExportLayout(t.Context(), good, []ocilocal.Reference{a.Reference()}, nil); err != nil {
+		t.Fatal(err)
+	}
+	layer, unknown := digest.FromString("layer"), digest.FromString("unknown")
+	write(t, blobFile(r, unknown), "damaged")
+	rewrite(t, blobFile(r, layer), flipBit)
+	writeEntries("", []entry{layoutVersion, blobEntry("layer"), blobEntry("unknown")})(t, huge)
+	for _, d := range []digest.Digest{layer, unknown} {
+		name := filepath.Join(huge, "blobs", "sha256", d.Encoded())
+		if err := errors.Join(os.Chmod(name, 0o644), os.Truncate(name, 1<<40)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	var written atomic.Int64
+	ocilocal.SetFault(r, func(op, _ string) error {
+		if op == "write" {
+			written.Add(1)
+		}
+		return nil
+	})
+	report, err := r.Repair(t.Context(), &ocilocal.RepairOptions{Sources: []string{huge}})
+	if n := written.Load(); err != nil || n > 0 || len(report.Healed) > 0 {
+		t.Errorf("%v, %d writes, %+v", err, n, report)
+	}
+	report, err = r.Repair(t.Context(), &ocilocal.RepairOptions{Sources: []string{huge, good}})
+	ocilocal.SetFault(r, nil)
+	if err != nil || !slices.Equal(report.Healed, []digest.Digest{layer}) || len(report.Left) > 0 {
+		t.Errorf("%v, %+v", err, report)
+	}
+	checkArtifact(t, a, "layer")
+}
