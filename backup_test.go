@@ -515,3 +515,46 @@ func TestBackupBesideCollection(t *testing.T) {
 	}
 	checkBackup(t, dir, listed(t, r))
 }
+
+// TestBackupTargetChanges: somebody changes the backup's refs while blobs are being copied, after the
+// backup has found them as it left them. The next backup refuses, and so does this one.
+func TestBackupTargetChanges(t *testing.T) {
+	root, dir := filepath.Join(t.TempDir(), "root"), t.TempDir()
+	var hook func(op, name string)
+	r, err := ocilocal.OpenFaulty(t.Context(), root, func(op, name string) error {
+		if hook != nil {
+			hook(op, name)
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer mustClose(t, r)
+	first := child(t, r, "example.com/a:v1", ocilocal.BuilderOptions{}, nil, nil, "one")
+	if _, err := r.Backup(t.Context(), dir, nil); err != nil {
+		t.Fatal(err)
+	}
+	second := child(t, r, "example.com/a:v2", ocilocal.BuilderOptions{}, nil, nil, "two")
+	theirs := ocilocal.MustParseReference("example.com/theirs:v1")
+	var changed map[string]string
+	hook = func(op, name string) {
+		if op != "link" || filepath.Base(name) != second.Digest().Encoded() {
+			return
+		}
+		hook = nil
+		target, err := ocilocal.Open(context.Background(), dir, nil)
+		if err == nil {
+			_, err = target.Tag(context.Background(), first.Digest(), theirs, nil)
+			changed = listed(t, target)
+			err = errors.Join(err, target.Close())
+		}
+		if err != nil {
+			t.Error(err)
+		}
+	}
+	if _, err := r.Backup(t.Context(), dir, nil); !errors.Is(err, ocilocal.ErrConflict) || changed == nil {
+		t.Errorf("%v, want %v", err, ocilocal.ErrConflict)
+	}
+	checkBackup(t, dir, changed)
+}

@@ -698,3 +698,63 @@ func TestHalfCollected(t *testing.T) {
 		}
 	}
 }
+
+// A lookCtx runs a function each time its error is looked at, which a collection does
+// before and after it takes the index's lock.
+type lookCtx struct {
+	context.Context
+	look func()
+}
+
+func (c *lookCtx) Err() error {
+	c.look()
+	return c.Context.Err()
+}
+
+// The index is marked as not reconciled at any moment of a collection: nothing is deleted from then on.
+func TestGCUnreconciledMeanwhile(t *testing.T) {
+	unsafe := 0
+	for n := 1; ; n++ {
+		r := openTemp(t, nil)
+		published(t, r, "example.com/kept:v1", "kept", nil)
+		gone := published(t, r, "example.com/gone:v1", "gone", nil)
+		if _, err := r.Remove(t.Context(), gone.Reference()); err != nil {
+			t.Fatal(err)
+		}
+		db, err := sql.Open("sqlite", filepath.Join(r.Root(), "index.sqlite3"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		looks, marked, deleted := 0, false, false
+		ctx := &lookCtx{t.Context(), func() {
+			if looks++; looks == n {
+				_, err := db.Exec("INSERT INTO meta VALUES ('unreconciled', '1')") // fails while the collector has the lock
+				marked = err == nil
+			}
+		}}
+		ocilocal.SetFault(r, func(op, name string) error {
+			deleted = deleted || marked && op == "remove" && strings.HasPrefix(name, "blobs/")
+			return nil
+		})
+		_, err = r.GC(ctx, atOnce)
+		ocilocal.SetFault(r, nil)
+		if deleted {
+			t.Errorf("marked at look %d: something was deleted after that", n)
+		}
+		switch {
+		case marked && errors.Is(err, ocilocal.ErrUnsafe):
+			unsafe++
+		case err != nil:
+			t.Error(err)
+		}
+		if err := errors.Join(db.Close(), r.Close()); err != nil {
+			t.Fatal(err)
+		}
+		if looks < n {
+			break
+		}
+	}
+	if unsafe < 5 {
+		t.Errorf("%d collections refused", unsafe)
+	}
+}

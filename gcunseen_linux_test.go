@@ -14,18 +14,6 @@ import (
 	"github.com/ocilocal/ocilocal"
 )
 
-// A lookCtx runs a function each time its error is looked at, which a collection does
-// before and after it takes the index's lock.
-type lookCtx struct {
-	context.Context
-	look func()
-}
-
-func (c *lookCtx) Err() error {
-	c.look()
-	return c.Context.Err()
-}
-
 // TestUnseenCommitOnFullDisk makes a commit that nobody has seen, at each moment of a collection that
 // deletes what the commit needs, on full disks with more and more space left. Whenever the collector is
 // killed then, the commit is gone or its artifact is whole.
@@ -146,6 +134,35 @@ func (u *unseenOnFullDisk) run(t *testing.T) {
 	}
 	mustClose(t, dying)
 	mustClose(t, r)
+}
+
+// On a full disk another program takes what a manifest's own file frees. The layers go all the same, although the
+// manifest's rows are still there, and then the rows do.
+func TestFullDiskTakenByOthers(t *testing.T) {
+	mnt := mountTmpfs(t, "size=2m")
+	root := filepath.Join(mnt, "root")
+	r := mustOpen(t, root)
+	orphan, layer := oneLayer(t, r, "example.com/orphan:v1", noise(1, 200<<10))
+	oneLayer(t, r, keptRef, []byte("kept"))
+	if _, err := r.Remove(t.Context(), orphan.Reference()); err != nil {
+		t.Fatal(err)
+	}
+	name, gone := "blobs/sha256/"+layer.Digest.Encoded(), false
+	ocilocal.SetFault(r, func(op, at string) error {
+		if !gone {
+			fillDisk(t, mnt)
+		}
+		gone = gone || op == "remove" && at == name
+		return nil
+	})
+	report, err := r.GC(t.Context(), atOnce)
+	ocilocal.SetFault(r, nil)
+	if err != nil || !gone || report.Deleted.Manifests != 1 || report.Deleted.Blobs != 1 || report.Revived > 0 {
+		t.Errorf("%v, %+v", err, report)
+	}
+	if _, err := r.LoadDigest(t.Context(), orphan.Digest()); !errors.Is(err, ocilocal.ErrNotFound) {
+		t.Errorf("the manifest's row is still there: %v", err)
+	}
 }
 
 // readAll reads an artifact's manifest and layers.

@@ -369,3 +369,38 @@ func TestScheduleKeepReferrersBesideCollector(t *testing.T) {
 	checkOutcomes(t, first, second)
 	closeAndCheck(t, root, a, b, model{"example.com/image:v1": {""}})
 }
+
+// TestScheduleWrittenAgainWithoutLinks: without hard links a publisher that has settled can't put back what a
+// collector deletes. So one that found a file dead leaves it, if it was deleted and written again since.
+func TestScheduleWrittenAgainWithoutLinks(t *testing.T) {
+	root, a, b, kept, dead := withOrphan(t)
+	publisher := mustOpen(t, root)
+	held := stopAt(a, marked(kept))
+	collect := held.start(t, collecting(a, 0, 0, 2))
+	if err := collecting(b, 1, 1, 0)(); err != nil {
+		t.Fatal(err)
+	}
+	settled := &stop{reached: make(chan struct{}), let: make(chan struct{})}
+	ocilocal.SetFault(publisher, func(op, name string) error {
+		if op+" "+name == allSettled {
+			settled.once.Do(func() {
+				close(settled.reached)
+				<-settled.let
+			})
+		}
+		return noLinks(op, name)
+	})
+	publish := settled.start(t, publishing(publisher, newRef, "dead", ocilocal.KeepExisting))
+	for _, d := range []digest.Digest{dead, digest.FromString("dead")} { // a file's time may come from a coarse clock
+		now := time.Now()
+		if err := os.Chtimes(blobFile(a, d), now, now); err != nil {
+			t.Fatal(err)
+		}
+	}
+	close(held.let)
+	checkOutcomes(t, collect)
+	close(settled.let)
+	checkOutcomes(t, publish)
+	mustClose(t, publisher)
+	closeAndCheck(t, root, a, b, model{keptRef: {"kept"}, newRef: {"dead"}})
+}
