@@ -146,7 +146,6 @@ func TestHostileEcho(t *testing.T) {
 
 // Coded answers, cut off or not, are refused, whether or not the client could decode them.
 func TestHostileCodings(t *testing.T) {
-	t.Parallel()
 	v := newVictim(t)
 	coded := gzipped(v.manifest.body)
 	for name, b := range map[string][]byte{
