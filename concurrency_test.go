@@ -38,8 +38,8 @@ func gcWorker(in *bufio.Scanner, args []string) error {
 }
 
 // verifyWorker verifies, and reads all refs, until it is killed, and says "ran" each time.
-// Blobs that are on their way in or out may be unrecorded, and what was being
-// collected when a collector was killed may lack its file; anything else is a broken promise.
+// A blob on its way in or out may be unrecorded, and a collector that was killed leaves rows
+// without files. Any other problem is a broken promise.
 func verifyWorker(in *bufio.Scanner, args []string) error {
 	go func() {
 		for in.Scan() {
@@ -53,7 +53,7 @@ func verifyWorker(in *bufio.Scanner, args []string) error {
 	}
 	for {
 		for p, err := range r.Verify(ctx, nil) {
-			if err == nil && p.Kind != ocilocal.ProblemUnrecorded && p.Kind != ocilocal.ProblemCollected && p.Kind != ocilocal.ProblemMissing {
+			if err == nil && p.Kind != ocilocal.ProblemUnrecorded && p.Kind != ocilocal.ProblemCollected {
 				err = fmt.Errorf("%v", p)
 			}
 			if err != nil {
