@@ -82,6 +82,9 @@ var (
 	ErrRateLimited = errors.New("rate limited")
 	// ErrUnsupportedManifest: the registry doesn't take manifests of this form.
 	ErrUnsupportedManifest = errors.New("registry doesn't take this form of manifest")
+	// ErrRejected: the registry refuses the request as it is, with a 4xx status that no other
+	// sentinel covers. [RemoteError.Codes] may say why.
+	ErrRejected = errors.New("registry rejects the request")
 	// ErrProtocol: a remote registry answered what HTTP or distribution-spec
 	// don't allow, or asked for what would be unsafe.
 	ErrProtocol = errors.New("registry broke the protocol")

@@ -153,7 +153,7 @@ func TestPullHostile(t *testing.T) {
 		"unauthorized without a challenge": {on("/manifests/v1", status(401)), ocilocal.ErrUnauthorized, 1},
 		"unauthorized in an unknown way":   {on("/manifests/v1", status(401, "WWW-Authenticate", `Negotiate abc`)), ocilocal.ErrUnauthorized, 1},
 		"method not allowed":               {on("/manifests/v1", status(405)), errors.ErrUnsupported, 1},
-		"teapot":                           {on("/manifests/v1", status(418)), ocilocal.ErrProtocol, 1},
+		"teapot":                           {on("/manifests/v1", status(418)), ocilocal.ErrRejected, 1},
 		"no content":                       {on("/manifests/v1", status(204)), ocilocal.ErrProtocol, 1},
 		"redirect to nowhere":              {on("/manifests/v1", status(302)), ocilocal.ErrProtocol, 1},
 		"redirect to a file":               {on("/manifests/v1", status(307, "Location", "file:///etc/passwd")), ocilocal.ErrProtocol, 1},
@@ -203,7 +203,7 @@ func TestPullHostile(t *testing.T) {
 		}), ocilocal.ErrProtocol, 2},
 		"large blob: no Content-Range":    {large(func(v *victim) http.HandlerFunc { return cutThen(v.large, status(206)) }), ocilocal.ErrProtocol, 2},
 		"large blob: content changes":     {large(func(v *victim) http.HandlerFunc { return cutThen(v.large, rest(noise(9, len(v.large)))) }), ocilocal.ErrDigestMismatch, 0},
-		"large blob: no Range there ever": {large(func(v *victim) http.HandlerFunc { return cutThen(v.large, status(416)) }), ocilocal.ErrProtocol, 0},
+		"large blob: no Range there ever": {large(func(v *victim) http.HandlerFunc { return cutThen(v.large, status(416)) }), ocilocal.ErrRejected, 0},
 	}
 	for name, row := range rows {
 		t.Run(name, func(t *testing.T) {

@@ -44,14 +44,14 @@ func TestPushHostile(t *testing.T) {
 		"upload refused":                        {"POST", uploads, status(403), ocilocal.ErrDenied, 3},
 		"upload answered with 200":              {"POST", uploads, status(200), ocilocal.ErrProtocol, 3},
 		"POST redirected":                       {"POST", uploads, status(302, "Location", "/elsewhere"), ocilocal.ErrProtocol, 3},
-		"bytes refused":                         {"PUT", uploads, status(400), ocilocal.ErrProtocol, 6},
+		"bytes refused":                         {"PUT", uploads, status(400), ocilocal.ErrRejected, 6},
 		"bytes always too many":                 {"PUT", uploads, status(413), ocilocal.ErrTooLarge, 8},
 		"bytes taken as others":                 {"PUT", uploads, status(201, "Docker-Content-Digest", other), ocilocal.ErrDigestMismatch, 6},
 		"PUT redirected to another host":        {"PUT", uploads, status(307, "Location", "http://127.0.0.1:1/x"), ocilocal.ErrProtocol, 6},
 		"upload never known":                    {"PUT", uploads, func(w http.ResponseWriter, _ *http.Request) { fail(w, 404, "BLOB_UPLOAD_UNKNOWN") }, ocilocal.ErrNotFound, 20},
 		"upload fails for ever":                 {"PUT", uploads, status(502), ocilocal.ErrTransport, 20},
 		"connection closed while bytes go":      {"PUT", uploads, func(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) }, ocilocal.ErrTransport, 20},
-		"manifest refused":                      {"PUT", "/manifests/", status(400), ocilocal.ErrProtocol, 1},
+		"manifest refused":                      {"PUT", "/manifests/", status(400), ocilocal.ErrRejected, 1},
 		"manifest too large for the registry":   {"PUT", "/manifests/", status(413), ocilocal.ErrTooLarge, 1},
 		"manifest taken as another":             {"PUT", "/manifests/", status(201, "Docker-Content-Digest", other), ocilocal.ErrDigestMismatch, 1},
 		"manifest's answer has a bad digest":    {"PUT", "/manifests/", status(201, "Docker-Content-Digest", "sha256:x"), ocilocal.ErrProtocol, 1},
@@ -92,27 +92,27 @@ func TestPushHostileChunks(t *testing.T) {
 		"Range goes backward for ever": {func(_ *victim, w http.ResponseWriter, r *http.Request, _ int64) bool {
 			status(202, "Location", location(r), "Range", "0-0")(w, r)
 			return true
-		}, ocilocal.ErrProtocol},
+		}, ocilocal.ErrRejected},
 		"Range beyond what was sent": {func(_ *victim, w http.ResponseWriter, r *http.Request, _ int64) bool {
 			status(202, "Location", location(r), "Range", "0-99999999999")(w, r)
 			return true
-		}, ocilocal.ErrProtocol},
+		}, ocilocal.ErrRejected},
 		"one byte of each chunk": {func(_ *victim, w http.ResponseWriter, r *http.Request, n int64) bool {
 			status(202, "Location", location(r), "Range", fmt.Sprintf("0-%d", n-1))(w, r)
 			return true
-		}, ocilocal.ErrProtocol},
+		}, ocilocal.ErrRejected},
 		"Range is nonsense": {func(_ *victim, w http.ResponseWriter, r *http.Request, _ int64) bool {
 			status(202, "Location", location(r), "Range", "5-")(w, r)
 			return true
-		}, ocilocal.ErrProtocol},
+		}, ocilocal.ErrRejected},
 		"no Location": {func(_ *victim, w http.ResponseWriter, r *http.Request, _ int64) bool {
 			status(202, "Range", "0-99999")(w, r)
 			return true
-		}, ocilocal.ErrProtocol},
+		}, ocilocal.ErrRejected},
 		"to and fro": {func(_ *victim, w http.ResponseWriter, r *http.Request, n int64) bool {
 			status(202, "Location", location(r), "Range", fmt.Sprintf("0-%d", 100_000*(1+n%2)-1))(w, r)
 			return true
-		}, ocilocal.ErrProtocol},
+		}, ocilocal.ErrRejected},
 		"half a chunk is lost once": {func(v *victim, w http.ResponseWriter, r *http.Request, n int64) bool {
 			if n != 2 {
 				return false

@@ -2,6 +2,7 @@ package ocilocal
 
 import (
 	"cmp"
+	"log/slog"
 	"maps"
 	"math"
 	"net"
@@ -56,6 +57,8 @@ type Remote struct {
 	AllowAddress func(registry string, addr netip.Addr) bool
 	// Retry decides on requests that may be repeated. Nil means [DefaultRetry].
 	Retry RetryFunc
+	// Logger records each repeated request at level Warn, with its error and the wait. Nil discards.
+	Logger *slog.Logger
 	// MaxPerHost is how many requests to one registry run at a time. Zero means 16.
 	MaxPerHost int
 	// StallTimeout ends a request that for this long brings or takes fewer than

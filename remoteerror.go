@@ -1,6 +1,7 @@
 package ocilocal
 
 import (
+	"context"
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/json"
@@ -11,37 +12,49 @@ import (
 	"net/http"
 	"net/url"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 )
 
-// A RemoteError says what became of a request to a registry or its token
-// server. It matches the sentinel that fits: [ErrNotFound], [ErrUnauthorized], [ErrDenied],
-// [ErrRateLimited], [ErrUnsupportedManifest], [ErrTooLarge], [ErrProtocol],
-// [ErrTransport], or [errors.ErrUnsupported] for what the registry doesn't offer.
+// A RemoteError describes a request to a registry or its token server that failed. It matches the
+// sentinel that fits: [ErrNotFound], [ErrUnauthorized], [ErrDenied], [ErrRateLimited],
+// [ErrUnsupportedManifest], [ErrTooLarge], [ErrRejected], [ErrProtocol], [ErrTransport], or
+// [errors.ErrUnsupported] for an operation that the registry does not offer.
+//
+// Only the registry itself can say that something is not there. A 404 of a token server, or of
+// another host to which the registry leads, is [ErrTransport].
 type RemoteError struct {
 	Method string
 	URL    string // without query and user information, which may be secret
 	Status int    // 0 if no answer came
-	// Codes are what the registry said in the body, at most ten.
+	// Codes are the errors in the answer's body, at most ten. Their texts are bounded and cleaned.
+	// Answers of hosts other than the registry and its token server are not quoted.
 	Codes []RemoteCode
-	// TokenServer is set if this was a request for a token, not one to the registry.
+	// TokenServer is set if the request was one for a token.
 	TokenServer bool
-	// RetryAfter is how long the registry wants to be left alone; 0 if it didn't say.
+	// RetryAfter is how long the server asks the client to wait; 0 if it does not say.
 	RetryAfter time.Duration
 	// Err is the cause. It matches a sentinel. It and the errors that it wraps are as clean as
 	// their text: of net/http's errors, only sentinels and system error numbers are kept.
 	Err error
 
-	final bool // trying again can't help
-	again bool // trying again will help, whatever the status says
-	// givenUp is set when the retry policy has refused it: it is not asked again by
-	// whoever needed the token, or is at a larger step of which this was a part.
+	// The retry state. The paragraph in remoteretry.go says who sets and reads it.
+	final   bool
+	again   bool
 	givenUp bool
 }
 
-// A RemoteCode is one error in a registry's answer (distribution-spec, "Error Codes").
+// A RemoteCode is one error in an answer. In the form of distribution-spec, "Error Codes", both
+// fields are set. Other forms may have only a code (JSON) or only a message (plain text, HTML).
 type RemoteCode struct{ Code, Message string }
+
+func (c RemoteCode) String() string {
+	if c.Code == "" || c.Message == "" {
+		return c.Code + c.Message
+	}
+	return c.Code + ": " + c.Message
+}
 
 func (e *RemoteError) Error() string {
 	var b strings.Builder
@@ -55,7 +68,7 @@ func (e *RemoteError) Error() string {
 	}
 	b.WriteString(e.Err.Error())
 	for _, c := range e.Codes {
-		fmt.Fprintf(&b, " (%s: %s)", c.Code, c.Message)
+		fmt.Fprintf(&b, " (%s)", c)
 	}
 	return b.String()
 }
@@ -63,8 +76,8 @@ func (e *RemoteError) Error() string {
 // Unwrap returns the cause.
 func (e *RemoteError) Unwrap() error { return e.Err }
 
-// Temporary reports whether the same request may succeed later: no complete
-// answer came, or its status was 408, 429 or above 499, but for 501 and 505.
+// Temporary reports whether the same request may succeed later: no complete answer came, or its
+// status was 408, 429 or above 499, except 501 and 505.
 func (e *RemoteError) Temporary() bool {
 	switch {
 	case e.again:
@@ -82,21 +95,25 @@ func (e *RemoteError) has(codes ...string) bool {
 	return slices.ContainsFunc(e.Codes, func(c RemoteCode) bool { return slices.Contains(codes, c.Code) })
 }
 
-// kind returns the sentinel for an answer.
-func (e *RemoteError) kind() error {
+// kind returns the sentinel for an answer. own says that the registry itself has answered.
+func (e *RemoteError) kind(own bool) error {
 	switch s := e.Status; {
 	case s == http.StatusUnauthorized:
 		return ErrUnauthorized
 	case s == http.StatusForbidden:
 		return ErrDenied
-	case s == http.StatusNotFound:
+	case s == http.StatusNotFound && own:
 		return ErrNotFound
+	case s == http.StatusNotFound:
+		return ErrTransport
 	case s == http.StatusRequestEntityTooLarge:
 		return ErrTooLarge
 	case s == http.StatusTooManyRequests:
 		return ErrRateLimited
 	case s == http.StatusMethodNotAllowed, s == http.StatusNotImplemented:
 		return errors.ErrUnsupported
+	case s == http.StatusProxyAuthRequired:
+		return errProxyLogin
 	case s == http.StatusRequestTimeout, s >= 500:
 		return ErrTransport
 	case s < 400:
@@ -107,13 +124,16 @@ func (e *RemoteError) kind() error {
 		return ErrDenied
 	case e.has("TOOMANYREQUESTS"):
 		return ErrRateLimited
-	case e.has("MANIFEST_UNKNOWN", "MANIFEST_BLOB_UNKNOWN", "BLOB_UNKNOWN", "NAME_UNKNOWN", "BLOB_UPLOAD_UNKNOWN"):
+	case own && e.has("MANIFEST_UNKNOWN", "MANIFEST_BLOB_UNKNOWN", "BLOB_UNKNOWN", "NAME_UNKNOWN", "BLOB_UPLOAD_UNKNOWN"):
 		return ErrNotFound
 	case e.has("UNSUPPORTED"):
 		return errors.ErrUnsupported
 	}
-	return ErrProtocol
+	return ErrRejected
 }
+
+// errProxyLogin is the cause of a 407, which comes from a proxy and not from the registry.
+var errProxyLogin = fmt.Errorf("%w: the proxy wants credentials", ErrTransport)
 
 // answerError makes an error of an answer that is none of those that were asked for, and closes its
 // body. Only the registry and its token server are quoted: another host may be one that only this
@@ -126,16 +146,24 @@ func (p *remoteRepo) answerError(c *remoteCall, res *http.Response) *RemoteError
 		Status:     res.StatusCode,
 		RetryAfter: parseRetryAfter(res.Header.Get("Retry-After"), time.Now()),
 	}
-	own := sameOrigin(res.Request.URL, p.host.base)
-	if c.token || own {
+	own := sameOrigin(res.Request.URL, p.host.base) && !c.token
+	if own || c.token {
 		body, _ := io.ReadAll(io.LimitReader(res.Body, maxErrorBody)) // the part that arrives is worth showing
 		e.Codes = parseErrorBody(body, p.secrets())
 	}
-	e.Err = e.kind()
-	if e.Err == ErrNotFound && (c.token || !own) { // only the registry can know that
-		e.Err = ErrTransport
+	e.Err = e.kind(own)
+	if own && e.Status == http.StatusBadRequest && p.host.base.Scheme == "http" && !e.hasCode() {
+		e.Err = fmt.Errorf("%w (%s)", e.Err, hintTLS)
 	}
 	return e
+}
+
+// hintTLS is for answers of a kind that servers give that expect TLS.
+const hintTLS = "it was asked without TLS: see Remote.PlainHTTP"
+
+// hasCode reports whether an answer has the form of distribution-spec's errors.
+func (e *RemoteError) hasCode() bool {
+	return slices.ContainsFunc(e.Codes, func(c RemoteCode) bool { return c.Code != "" })
 }
 
 // answerProblem adds the facts of an answer to err, which says what is wrong with its content.
@@ -147,22 +175,96 @@ func answerProblem(c *remoteCall, res *http.Response, err error) error {
 	return c.repo.conceal(e)
 }
 
-// parseErrorBody reads distribution-spec's form of errors; any other body gives none.
+// maxCodes is how many errors of one answer are kept.
+const maxCodes = 10
+
+// parseErrorBody returns the errors that the body of an answer names: in distribution-spec's form,
+// in another form of JSON, or else the text of the body.
 func parseErrorBody(body []byte, secrets []string) []RemoteCode {
-	var doc struct {
-		Errors []struct {
-			Code    string `json:"code"`
-			Message string `json:"message"`
-		} `json:"errors"`
-	}
+	var doc any
 	if json.Unmarshal(body, &doc) != nil {
+		// A long list that is cut off says nothing to a reader.
+		if text := bodyText(string(body)); text != "" && (len(body) < maxErrorBody || text[0] != '{') {
+			return []RemoteCode{{Message: serverText(text, secrets)}}
+		}
 		return nil
 	}
 	var codes []RemoteCode
-	for _, e := range doc.Errors[:min(len(doc.Errors), 10)] {
-		codes = append(codes, RemoteCode{serverText(e.Code, secrets), serverText(e.Message, secrets)})
+	for _, e := range errorsIn(doc) {
+		c := RemoteCode{serverText(jsonText(e, "code", "status"), secrets), serverText(jsonText(e, "message", "error_description", "details", "detail", "description", "title", "reason", ""), secrets)}
+		if c != (RemoteCode{}) && len(codes) < maxCodes {
+			codes = append(codes, c)
+		}
 	}
 	return codes
+}
+
+// errorsIn returns the values in a JSON document that stand for one error each.
+func errorsIn(doc any) []any {
+	fields, ok := doc.(map[string]any)
+	if !ok {
+		return nil
+	}
+	for name, v := range fields {
+		switch list, isList := v.([]any); {
+		case strings.EqualFold(name, "errors") && isList:
+			return list
+		case strings.EqualFold(name, "errors") && v != nil:
+			return []any{v}
+		}
+	}
+	if inner, ok := fields["error"].(map[string]any); ok {
+		return []any{inner}
+	}
+	if code, ok := fields["error"].(string); ok { // OAuth 2.0 (RFC 6749, section 5.2)
+		fields["code"] = code
+	}
+	return []any{fields}
+}
+
+// jsonText returns the first of the fields of v that is text or a number, in any case of letters.
+// A v that is text itself is the field "".
+func jsonText(v any, names ...string) string {
+	fields, ok := v.(map[string]any)
+	if !ok {
+		fields = map[string]any{"": v}
+	}
+	for _, name := range names {
+		for key, v := range fields {
+			if !strings.EqualFold(key, name) {
+				continue
+			}
+			switch v := v.(type) {
+			case string:
+				if v != "" {
+					return v
+				}
+			case float64:
+				return strconv.FormatFloat(v, 'f', -1, 64)
+			}
+		}
+	}
+	return ""
+}
+
+// bodyText returns the text of a body that is not JSON. Of HTML and XML, that is what stands
+// between the tags.
+func bodyText(body string) string {
+	if text := strings.TrimSpace(body); !strings.HasPrefix(text, "<") {
+		return text
+	}
+	var b strings.Builder
+	for body != "" {
+		text, tag, _ := strings.Cut(body, "<")
+		b.WriteString(text + " ")
+		for _, name := range []string{"style", "script"} {
+			if len(tag) >= len(name) && strings.EqualFold(tag[:len(name)], name) {
+				_, tag, _ = strings.Cut(tag, "</")
+			}
+		}
+		_, body, _ = strings.Cut(tag, ">")
+	}
+	return strings.Join(strings.Fields(b.String()), " ")
 }
 
 // Timeout reports whether no answer came in time.
@@ -175,9 +277,14 @@ func transportError(method string, u *url.URL, err error) *RemoteError {
 	}
 	e := &RemoteError{Method: method, URL: publicURL(u), Err: fmt.Errorf("%w: %w", ErrTransport, err)}
 	reason := connectReason(err)
-	e.final = reason != nil || errors.Is(err, http.ErrSchemeMismatch)
-	if errors.Is(err, ErrProtocol) {
+	e.final = reason != nil
+	switch {
+	case errors.Is(err, ErrProtocol):
 		e.Err, e.final = err, true
+	case errors.Is(err, http.ErrSchemeMismatch):
+		e.Err, e.final = fmt.Errorf("%w (it speaks no TLS: see Remote.PlainHTTP)", e.Err), true
+	case u.Scheme == "http" && !ofNetwork(err):
+		e.Err = fmt.Errorf("%w (%s)", e.Err, hintTLS)
 	}
 	clean := cleanedError(e.Err, nil)
 	if reason != nil {
@@ -187,18 +294,30 @@ func transportError(method string, u *url.URL, err error) *RemoteError {
 	return e
 }
 
+// ofNetwork reports whether err is about the connection. Any other error is about bytes that are
+// not HTTP, which a server sends that expects TLS.
+func ofNetwork(err error) bool {
+	_, op := errors.AsType[*net.OpError](err)
+	return op || timedOut(err) || errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, errStalled) ||
+		errors.Is(err, context.Canceled) || errors.Is(err, net.ErrClosed)
+}
+
 // The reasons for which a connection can't be made that last. Their texts quote nobody.
 var (
 	errNoHost      = errors.New("no such host")
 	errAuthority   = errors.New("certificate is signed by an unknown authority")
 	errHostName    = errors.New("certificate is for another host")
 	errCertificate = errors.New("certificate is not valid")
+	errAlert       = errors.New("server ends TLS")
 )
 
 // connectReason returns the reason that err has, nil for any other.
 func connectReason(err error) error {
 	if dns, ok := errors.AsType[*net.DNSError](err); ok && dns.IsNotFound {
 		return errNoHost
+	}
+	if op, ok := errors.AsType[*net.OpError](err); ok && op.Op == "remote error" { // crypto/tls says so of an alert
+		return errAlert
 	}
 	if _, ok := errors.AsType[*tls.CertificateVerificationError](err); !ok {
 		return nil

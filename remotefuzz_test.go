@@ -436,7 +436,7 @@ func FuzzErrorBody(f *testing.F) {
 	if err != nil {
 		f.Fatal(err)
 	}
-	sentinels := []error{ErrNotFound, ErrUnauthorized, ErrDenied, ErrRateLimited, ErrTooLarge, ErrProtocol, ErrTransport, errors.ErrUnsupported}
+	sentinels := []error{ErrNotFound, ErrUnauthorized, ErrDenied, ErrRateLimited, ErrTooLarge, ErrRejected, ErrProtocol, ErrTransport, errors.ErrUnsupported}
 	f.Fuzz(func(t *testing.T, body []byte, status int, retryAfter, secret string) {
 		if strings.ContainsAny(secret, "[]") || strings.Contains("[secret]", secret) {
 			secret = "hush-hush" // that one can't be told from its replacement

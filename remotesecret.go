@@ -141,10 +141,10 @@ func fixedCauses(err error) []error {
 
 // fixedErrors are the sentinels that requests fail with.
 var fixedErrors = []error{
-	ErrNotFound, ErrUnauthorized, ErrDenied, ErrRateLimited, ErrUnsupportedManifest, ErrTooLarge, ErrProtocol, ErrTransport,
+	ErrNotFound, ErrUnauthorized, ErrDenied, ErrRateLimited, ErrUnsupportedManifest, ErrTooLarge, ErrRejected, ErrProtocol, ErrTransport,
 	ErrDigestMismatch, ErrSizeMismatch, ErrInvalidManifest, ErrInvalidReference, ErrInvalidDigest, ErrInvalidArgument,
 	ErrUnsupportedMediaType, ErrArtifactType, ErrIncomplete, ErrConflict, ErrExists, ErrClosed, ErrReadOnly, ErrNoSpace,
-	errors.ErrUnsupported, errStalled, errRefusedAddress, errNoHost, errAuthority, errHostName, errCertificate,
+	errors.ErrUnsupported, errStalled, errRefusedAddress, errNoHost, errAuthority, errHostName, errCertificate, errAlert,
 	context.Canceled, context.DeadlineExceeded, io.EOF, io.ErrUnexpectedEOF, net.ErrClosed,
 	http.ErrSchemeMismatch,
 }
