@@ -5,8 +5,11 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
+	"os"
 	"strings"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -58,6 +61,11 @@ func reply(r *http.Request, status int, size int64, body io.ReadCloser, header .
 
 func refuse(*http.Request) (*http.Response, error) { return nil, errors.New("connection refused") }
 
+// nobody is a registry that does not run.
+func nobody(*http.Request) (*http.Response, error) {
+	return nil, &net.OpError{Op: "dial", Net: "tcp", Err: os.NewSyscallError("connect", syscall.ECONNREFUSED)}
+}
+
 // TestRetryWaits: how long who is turned away stays away.
 func TestRetryWaits(t *testing.T) {
 	good := answer(200, scriptManifest)
@@ -77,6 +85,7 @@ func TestRetryWaits(t *testing.T) {
 		"a storm of long waits":  {[]func(*http.Request) (*http.Response, error){answer(429, "", "Retry-After", "61")}, nil, ocilocal.ErrRateLimited},
 		"fails for ever":         {[]func(*http.Request) (*http.Response, error){answer(500, "")}, backoff, ocilocal.ErrTransport},
 		"no connection for ever": {[]func(*http.Request) (*http.Response, error){refuse}, backoff, ocilocal.ErrTransport},
+		"nobody listens":         {[]func(*http.Request) (*http.Response, error){nobody}, backoff[:2], ocilocal.ErrTransport},
 		"refuses":                {[]func(*http.Request) (*http.Response, error){answer(403, "", "Retry-After", "7")}, nil, ocilocal.ErrDenied},
 	} {
 		t.Run(name, func(t *testing.T) {

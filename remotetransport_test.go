@@ -250,7 +250,7 @@ func TestPrivateTargets(t *testing.T) {
 			for _, method := range methods {
 				in := newInternet(t)
 				s := in.registry("https://registry.test", c.ip)
-				blob := noise(1, 300_000)
+				blob := noise(1, 30_000)
 				s.put(t, "org/model", "v1", blob)
 				u, err := url.Parse(c.target)
 				if err != nil {
@@ -285,10 +285,10 @@ func TestPrivateTargets(t *testing.T) {
 				case "HEAD":
 					_, err = remote.Resolve(t.Context(), s.ref("org/model:v1"))
 				default:
-					pushed(t, r, s.ref("org/model:v2"), nil, nil, noise(2, 300_000))
+					pushed(t, r, s.ref("org/model:v2"), nil, nil, noise(2, 30_000))
 					o := &ocilocal.PushOptions{}
 					if method != "PUT" {
-						o.ChunkSize = 100_000
+						o.ChunkSize = 10_000
 					}
 					_, err = r.Push(t.Context(), s.ref("org/model:v2"), o)
 				}
@@ -453,7 +453,7 @@ func TestBadRangesKeepNoSlots(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			in := newInternet(t)
 			s := in.registry("https://registry.test", "203.0.113.1")
-			blob := noise(1, 3<<20)
+			blob := noise(1, 300_000)
 			s.put(t, "org/model", "v1", blob)
 			var whole atomic.Bool
 			var bads atomic.Int32
@@ -463,7 +463,7 @@ func TestBadRangesKeepNoSlots(t *testing.T) {
 				}
 				if r.Header.Get("Range") == "" && bads.Load() == 0 && strings.Contains("Content-Range no range", name) {
 					w.Header().Set("Content-Length", fmt.Sprint(len(blob)))
-					w.Write(blob[:2<<20]) // and breaks off, so that the rest is asked for
+					w.Write(blob[:200_000]) // and breaks off, so that the rest is asked for
 					return true
 				}
 				bads.Add(1)
