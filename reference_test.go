@@ -654,3 +654,72 @@ func ExampleGitHubReference() {
 	fmt.Println(ref)
 	// Output: ghcr.io/jij-inc/ommx/demo:v1
 }
+
+// FuzzReferencePair holds all text forms of two references to each other: two references are equal
+// exactly where their texts, their JSON and their keys are, and the order is that of the keys.
+func FuzzReferencePair(f *testing.F) {
+	hex := strings.Repeat("0123456789abcdef", 4)
+	f.Add("h.io/a:v1", "h.io/a:v2", "v1")
+	f.Add("h.io/a:sha256__"+hex, "h.io/a@sha256:"+hex, "sha256__"+hex)
+	f.Add("h.io/a:sha256-"+hex, "h.io/a:v1@sha256:"+hex, "sha256:"+hex)
+	f.Add("alpine", "index.docker.io/library/alpine:latest", "latest")
+	f.Add("[::1]:5000/a__b:T", "[0:0::1]:5000/a__b:t", "T")
+	f.Add("localhost/a", "LOCALHOST/a:latest", "")
+	f.Fuzz(func(t *testing.T, text1, text2, part string) {
+		// A key that came from an index is taken only as it would have been written.
+		if ref, err := ocilocal.ReferenceFromKey(text1, part); err == nil {
+			if name, reference := ocilocal.ReferenceKey(ref); name != text1 || reference != part {
+				t.Fatalf("key %q, %q is read as %s, whose key is %q, %q", text1, part, ref, name, reference)
+			}
+		}
+		a, err := ocilocal.ParseReference(text1)
+		if err != nil {
+			return
+		}
+		for _, with := range []func(string) (ocilocal.Reference, error){
+			a.WithTag, func(s string) (ocilocal.Reference, error) { return a.WithDigest(digest.Digest(s)) },
+		} {
+			r, err := with(part)
+			if err == nil && (r.Name() != a.Name() || r.Tag() != part && string(r.Digest()) != part || (r.Tag() == "") == (r.Digest() == "")) {
+				t.Fatalf("%s with %q is %s", a, part, r)
+			}
+			checkTexts(t, r)
+		}
+		checkTexts(t, a)
+		b, err := ocilocal.ParseReference(text2)
+		if err != nil {
+			return
+		}
+		checkTexts(t, b)
+		aName, aRef := ocilocal.ReferenceKey(a)
+		bName, bRef := ocilocal.ReferenceKey(b)
+		if (a == b) != (a.String() == b.String()) {
+			t.Fatalf("%#v and %#v: equal is %v, their texts are %s and %s", a, b, a == b, a, b)
+		}
+		sameKey := aName == bName && aRef == bRef
+		if sameKey != (a.Name() == b.Name() && a.Tag() == b.Tag() && (a.Tag() != "" || a.Digest() == b.Digest())) {
+			t.Fatalf("%s and %s have the keys %q, %q and %q, %q", a, b, aName, aRef, bName, bRef)
+		}
+		order := cmp.Or(strings.Compare(aName, bName), strings.Compare(aRef, bRef))
+		if c := a.Compare(b); c != -b.Compare(a) || (c == 0) != (a == b) || order != 0 && c != order {
+			t.Fatalf("%s compared with %s is %d, the reverse %d; their keys are in the order %d", a, b, c, b.Compare(a), order)
+		}
+	})
+}
+
+// checkTexts reads each text form of a reference back.
+func checkTexts(t *testing.T, r ocilocal.Reference) {
+	t.Helper()
+	text, err := r.MarshalText()
+	if err != nil || string(text) != r.String() {
+		t.Fatalf("%#v is marshalled as %q, %v, and printed as %q", r, text, err, r)
+	}
+	doc, err := json.Marshal(map[ocilocal.Reference]ocilocal.Reference{r: r})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var back map[ocilocal.Reference]ocilocal.Reference
+	if err := json.Unmarshal(doc, &back); err != nil || len(back) != 1 || back[r] != r {
+		t.Fatalf("%s: JSON %s is read as %v, %v", r, doc, back, err)
+	}
+}
