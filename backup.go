@@ -1,7 +1,6 @@
 package ocilocal
 
 import (
-	"cmp"
 	"context"
 	"crypto/rand"
 	"errors"
@@ -13,7 +12,6 @@ import (
 	"path/filepath"
 	"slices"
 	"sync"
-	"time"
 
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -167,19 +165,19 @@ const backupBatch = 500 // blobs that are staged and synced together
 func (b *backup) copyBlobs(ctx context.Context) error {
 	var todo []ocispec.Descriptor
 	algs := map[digest.Algorithm]bool{}
-	var failed error
-	err := b.snapshot.blobRows(ctx, func(d digest.Digest, size int64, _ role, _ time.Time) {
-		switch err := b.target.blobs.checkSize(d, size); {
+	err := b.snapshot.blobRows(ctx, func(row blobRow) error {
+		switch err := b.target.blobs.checkSize(row.digest, row.size); {
 		case err == nil:
 			b.report.BlobsPresent++
-			algs[d.Algorithm()] = true
+			algs[row.digest.Algorithm()] = true
 		case processCondition(err):
-			failed = err
+			return err
 		default:
-			todo = append(todo, ocispec.Descriptor{Digest: d, Size: size})
+			todo = append(todo, ocispec.Descriptor{Digest: row.digest, Size: row.size})
 		}
+		return nil
 	})
-	if err := cmp.Or(err, failed); err != nil {
+	if err != nil {
 		return err
 	}
 	b.report.BlobsPresent = max(0, b.report.BlobsPresent-b.report.BlobsCopied) // by attempts before
@@ -261,7 +259,7 @@ func (b *backup) copyBlob(ctx context.Context, st *stage, desc ocispec.Descripto
 // there or by now in the source, was collected: nobody misses it, but a snapshot
 // in which a ref does so is out of date.
 func (b *backup) leaveOut(ctx context.Context, tx *indexTx, missing []BackupFailure) error {
-	if _, err := tx.exec(sqlMakeLeftOut); err != nil {
+	if err := tx.makeLeftOut(); err != nil {
 		return err
 	}
 	lost := map[digest.Digest]bool{}
@@ -305,7 +303,7 @@ func (b *backup) leaveOut(ctx context.Context, tx *indexTx, missing []BackupFail
 }
 
 // checkMark refuses a target whose refs were changed by somebody else.
-func (b *backup) checkMark(q rowReader) error {
+func (b *backup) checkMark(q queryer) error {
 	mark, refs, err := refsMark(q)
 	if err != nil {
 		return err

@@ -64,9 +64,11 @@ func IndexWrite(ctx context.Context, r *LocalRegistry, fn func(exec func(text st
 
 // IndexQuery runs a query outside any transaction.
 func IndexQuery(ctx context.Context, r *LocalRegistry, text string) error {
-	_, err := scanAll(ctx, r.index, text, 0, nil, func(*sql.Rows) (struct{}, error) { return struct{}{}, nil })
-	return err
+	return eachRow(ctx, r.index, text, nil, func(*sql.Rows) error { return nil })
 }
+
+// IndexReaders bounds the connections that read r's index.
+func IndexReaders(r *LocalRegistry, n int) { r.index.readers.SetMaxOpenConns(n) }
 
 // IndexPragma returns what a pragma is on the writer's connection, and on one of the readers'.
 func IndexPragma(r *LocalRegistry, name string) (writer, reader string, err error) {

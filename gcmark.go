@@ -123,10 +123,11 @@ func (r *LocalRegistry) graph(ctx context.Context, opts GCOptions) (*gcGraph, er
 	}); err != nil {
 		return nil, err
 	}
-	if err := x.blobRows(ctx, func(d digest.Digest, size int64, kind role, created time.Time) {
-		n := &g.nodes[g.id(d)]
-		n.row, n.size, n.age = true, size, created
-		n.named = n.named || kind == roleManifest
+	if err := x.blobRows(ctx, func(row blobRow) error {
+		n := &g.nodes[g.id(row.digest)]
+		n.row, n.size, n.age = true, row.size, row.created
+		n.named = n.named || row.kind == roleManifest
+		return nil
 	}); err != nil {
 		return nil, err
 	}
@@ -301,7 +302,7 @@ func (g *gcGraph) lost(n *gcNode) (bool, error) {
 	if lost, err := lostManifest(x, n.digest); lost || err != nil || !n.root {
 		return lost, err
 	}
-	dangling, err := x.digests(sqlDangling)
+	dangling, err := x.dangling(context.Background())
 	return slices.Contains(dangling, n.digest), err
 }
 

@@ -3,6 +3,7 @@ package ocilocal
 import (
 	"context"
 	"database/sql"
+	"errors"
 	"fmt"
 
 	"github.com/opencontainers/go-digest"
@@ -29,10 +30,16 @@ const (
 )
 
 // refsMark returns a text that tells whether refs have changed.
-func refsMark(q rowReader) (mark string, refs int, err error) {
+func refsMark(q queryer) (mark string, refs int, err error) {
 	var sum int64
 	_, err = q.row(sqlRefsMark, nil, &refs, &sum)
 	return fmt.Sprintf("%d.%d", refs, sum), refs, err
+}
+
+// makeLeftOut makes the table in which a snapshot keeps the refs that leaveOut takes out.
+func (t *indexTx) makeLeftOut() error {
+	_, err := t.exec(sqlMakeLeftOut)
+	return err
 }
 
 // leaveOut takes a blob and all that needs it out of a snapshot, with the refs to these, which it returns.
@@ -56,18 +63,18 @@ func (t *indexTx) leaveOut(all []digest.Digest) (refs []Reference, err error) {
 
 // otherBlobs visits the blobs of the attached snapshot.
 func (t *indexTx) otherBlobs(ctx context.Context, visit func(d digest.Digest, size int64) error) error {
-	return pages(ctx, t, sqlOtherBlobs, []any{""}, func(rows *sql.Rows) ([]any, error) {
+	type row struct {
+		digest digest.Digest
+		size   int64
+	}
+	p := paging[row]{text: sqlOtherBlobs, size: 1000, scan: func(rows *sql.Rows) (r row, err error) {
 		var s string
-		var size int64
-		if err := rows.Scan(&s, &size); err != nil {
-			return nil, err
+		if err = rows.Scan(&s, &r.size); err == nil {
+			r.digest, err = rowDigest(s)
 		}
-		d, err := rowDigest(s)
-		if err == nil {
-			err = visit(d, size)
-		}
-		return []any{s}, err
-	})
+		return r, err
+	}, after: func(r row) []any { return []any{string(r.digest)} }}
+	return p.each(ctx, t, []any{""}, func(r row) error { return visit(r.digest, r.size) })
 }
 
 // merge takes all rows of the attached snapshot in, so that the refs are those of the
@@ -85,4 +92,30 @@ func (t *indexTx) merge(ctx context.Context) (set, removed int64, err error) {
 		}
 	}
 	return set, removed, nil
+}
+
+// snapshot writes the index as it is at one moment to a new file, in one read transaction.
+func (x *index) snapshot(ctx context.Context, path string) error {
+	if err := checkDatabase(path, false, x.db.anyOwner); err != nil {
+		return err
+	}
+	db, err := x.readerPool() // query_only would forbid it
+	if err != nil {
+		return err
+	}
+	_, err = db.ExecContext(ctx, "VACUUM INTO ?", path)
+	return errors.Join(x.explain(err), indexError(db.Close()))
+}
+
+// attach gives the transactions of x another database, by the name other. It
+// must be called before the first of them, since SQLite attaches none within one.
+func (x *index) attach(path string) error {
+	if err := checkDatabase(path, false, x.db.anyOwner); err != nil {
+		return err
+	}
+	if err := x.writer.connect(); err != nil {
+		return err
+	}
+	_, err := x.writer.exec("ATTACH DATABASE ? AS other", path)
+	return err
 }

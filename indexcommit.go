@@ -2,14 +2,10 @@ package ocilocal
 
 import (
 	"context"
-	"database/sql/driver"
 	"errors"
 	"fmt"
 	"slices"
 	"time"
-
-	"modernc.org/sqlite"
-	sqlite3 "modernc.org/sqlite/lib"
 )
 
 // busyPoll is how long SQLite itself waits for the write lock. It looks again after 1 ms,
@@ -113,7 +109,7 @@ func (x *index) commit(batch []*writeRequest, self *writeRequest) (rest []*write
 	if !slices.Contains(batch, self) {
 		return batch
 	}
-	tx := &indexTx{x}
+	tx := x.writer
 	err := errors.New("a call that shared the transaction ended in a panic")
 	defer func() {
 		if err != nil {
@@ -158,29 +154,6 @@ func (t *indexTx) runAll(batch []*writeRequest) error {
 	return err
 }
 
-const (
-	sqlChanges = `SELECT total_changes()`
-	sqlStamp   = `INSERT INTO meta (key, value) VALUES (?, '1') ON CONFLICT (key) DO UPDATE SET value = value + 1`
-)
-
-// stamp counts the transactions that change something, in a row on the page where the root's id is: so
-// each write-ahead log holds that page, and says whose log it is. SQLite takes any log that lies beside an
-// index for the index's own. If another registry's does, its pages hide ours, and
-// [LocalRegistry.checkID] finds the wrong id. An update that changes no byte would not write the page.
-//
-// Limit: nothing tells an old log of the same index from its present one.
-func (t *indexTx) stamp() error {
-	var changes int64
-	if _, err := t.row(sqlChanges, nil, &changes); err != nil || changes == t.changes {
-		return err
-	}
-	if _, err := t.exec(sqlStamp, metaCommits); err != nil {
-		return err
-	}
-	t.changes = changes + 1
-	return nil
-}
-
 // run runs one request in its savepoint. failed is the request's own error.
 func (t *indexTx) run(r *writeRequest) (failed, err error) {
 	if failed := r.ctx.Err(); failed != nil {
@@ -203,27 +176,6 @@ func (t *indexTx) run(r *writeRequest) (failed, err error) {
 	return failed, err
 }
 
-// rollback ends a transaction that can't be committed. Should even that fail,
-// the connection is given up, which ends the transaction for certain.
-func (t *indexTx) rollback() error {
-	_, err := t.exec("ROLLBACK")
-	if err == nil {
-		return nil
-	}
-	for _, s := range t.connStmts {
-		s.Close()
-	}
-	clear(t.connStmts)
-	t.changes = 0
-	t.conn.Raw(func(any) error { return driver.ErrBadConn })
-	t.conn.Close()
-	t.conn = nil
-	if noTransaction(err) {
-		return nil
-	}
-	return err
-}
-
 // begin waits for the write lock. It answers the requests whose context ends or
 // whose deadline passes meanwhile, and returns the others: with the lock held
 // if self is among them, which otherwise has no reason to wait on.
@@ -239,7 +191,7 @@ func (x *index) begin(batch []*writeRequest, self *writeRequest) []*writeRequest
 		if !slices.Contains(batch, self) {
 			return batch
 		}
-		err := x.tryBegin()
+		err := x.writer.begin()
 		if err == nil {
 			return batch
 		}
@@ -252,38 +204,4 @@ func (x *index) begin(batch []*writeRequest, self *writeRequest) []*writeRequest
 			return late
 		})
 	}
-}
-
-// tryBegin waits for the write lock for as long as the connection's busy_timeout says.
-func (x *index) tryBegin() error {
-	if err := x.connect(); err != nil {
-		return err
-	}
-	_, err := (&indexTx{x}).exec("BEGIN IMMEDIATE")
-	return err
-}
-
-// connect makes the writer's connection, unless there is one.
-func (x *index) connect() error {
-	if x.conn != nil {
-		return nil
-	}
-	conn, err := x.writer.Conn(context.Background())
-	if err == nil {
-		x.conn = conn
-	}
-	return indexError(err)
-}
-
-// indexTx is what a function given to write may do with the index's write
-// lock held. One goroutine uses it at a time.
-type indexTx struct {
-	*index
-}
-
-// noTransaction reports whether err says that SQLite has ended the transaction by itself, as it
-// does on a full disk.
-func noTransaction(err error) bool {
-	e, ok := errors.AsType[*sqlite.Error](err)
-	return ok && e.Code()&0xff == sqlite3.SQLITE_ERROR
 }

@@ -8,42 +8,11 @@ import (
 	"fmt"
 	"net/url"
 	"path/filepath"
-	"runtime"
 	"strings"
-	"sync"
-	"sync/atomic"
-	"time"
 
 	"modernc.org/sqlite"
 	sqlite3 "modernc.org/sqlite/lib"
 )
-
-// index is the SQLite index of one root. It knows digests and rows, no files.
-// It is safe for concurrent use.
-//
-// Every statement is short and runs to its end: a context is looked at between
-// statements, never inside one, because the driver pays for a cancelable query
-// with a goroutine and for a cancelled one with the connection.
-type index struct {
-	readers *sql.DB
-	writer  *sql.DB // one connection; nil in a read-only registry
-	busy    time.Duration
-	schema  [][]string // migrations, but for tests
-	db      database
-
-	// conn is writer's connection, with the statements prepared on it. They
-	// belong to the goroutine that leads: see write.
-	conn      *sql.Conn
-	connStmts map[string]*sql.Stmt
-	changes   int64 // rows that conn had changed when it last committed
-
-	damaged atomic.Bool // explain has found the index damaged
-
-	mu      sync.Mutex           // guards what follows
-	stmts   map[string]*sql.Stmt // on readers
-	queue   []*writeRequest
-	leading bool // some goroutine is committing, and will look at queue when done
-}
 
 // indexMode is what a handle may do with the index's files.
 type indexMode int
@@ -185,58 +154,6 @@ type lent struct{ driver.Conn }
 func (lent) Close() error          { return nil }
 func (l lent) Unwrap() driver.Conn { return l.Conn }
 
-// openUnchecked opens a database that may be damaged, or another's.
-func openUnchecked(db database, busy time.Duration, schema [][]string) (*index, error) {
-	x := &index{busy: busy, schema: schema, db: db, stmts: map[string]*sql.Stmt{}, connStmts: map[string]*sql.Stmt{}}
-	var err error
-	if x.readers, err = x.readerPool("query_only(1)"); err != nil {
-		return nil, err
-	}
-	x.readers.SetMaxOpenConns(max(2, runtime.NumCPU()))
-	x.readers.SetMaxIdleConns(max(2, runtime.NumCPU()))
-	if db.mode == indexReadWrite {
-		if x.writer, err = db.pool("rw", fmt.Sprintf("busy_timeout(%d)", busyPoll.Milliseconds()), "cache_size(-16000)"); err != nil {
-			return nil, errors.Join(err, x.close())
-		}
-		x.writer.SetMaxOpenConns(1)
-	}
-	return x, nil
-}
-
-// readerPool returns a pool of connections in the mode of the index, which wait for locks.
-func (x *index) readerPool(pragmas ...string) (*sql.DB, error) {
-	access := "rw"
-	if x.db.mode >= indexReadOnly {
-		access = "ro"
-	}
-	return x.db.pool(access, append(pragmas, "busy_timeout(5000)")...)
-}
-
-func (x *index) close() error {
-	err := x.readers.Close()
-	if x.writer != nil {
-		// Last, so that SQLite's checkpoint at the end can delete the -wal.
-		// database/sql closes neither the statements of a Conn with it, nor
-		// the connection before its statements.
-		for _, s := range x.connStmts {
-			err = errors.Join(err, s.Close())
-		}
-		if x.conn != nil {
-			err = errors.Join(err, x.conn.Close())
-		}
-		err = errors.Join(err, x.writer.Close())
-	}
-	return indexError(err)
-}
-
-// openError is explain for the first look at a file: what is no database isn't ours.
-func (x *index) openError(err error) error {
-	if e, ok := errors.AsType[*sqlite.Error](err); ok && e.Code()&0xff == sqlite3.SQLITE_NOTADB {
-		return fmt.Errorf("%w: %w", ErrForeignIndex, err)
-	}
-	return x.explain(err)
-}
-
 // indexError gives an error of SQLite its sentinel, by code.
 func indexError(err error) error {
 	e, ok := errors.AsType[*sqlite.Error](err)
@@ -259,134 +176,4 @@ func indexError(err error) error {
 		kind = ErrNoSpace
 	}
 	return fmt.Errorf("%w: %w", kind, err)
-}
-
-// stmt returns the prepared form of a constant statement for readers.
-func (x *index) stmt(ctx context.Context, text string) (*sql.Stmt, error) {
-	x.mu.Lock()
-	defer x.mu.Unlock()
-	if s := x.stmts[text]; s != nil {
-		return s, nil
-	}
-	s, err := x.readers.PrepareContext(ctx, text)
-	if err != nil {
-		return nil, x.explain(err)
-	}
-	x.stmts[text] = s
-	return s, nil
-}
-
-// stmt returns the prepared form of a constant statement inside the transaction.
-func (t *indexTx) stmt(text string) (*sql.Stmt, error) {
-	if s := t.connStmts[text]; s != nil {
-		return s, nil
-	}
-	s, err := t.conn.PrepareContext(context.Background(), text)
-	if err != nil {
-		return nil, t.explain(err)
-	}
-	t.connStmts[text] = s
-	return s, nil
-}
-
-func (t *indexTx) exec(text string, args ...any) (rows int64, err error) {
-	s, err := t.stmt(text)
-	if err != nil {
-		return 0, err
-	}
-	r, err := s.Exec(args...)
-	if err != nil {
-		return 0, t.explain(err)
-	}
-	return r.RowsAffected()
-}
-
-func (t *indexTx) row(text string, args []any, dest ...any) (bool, error) {
-	s, err := t.stmt(text)
-	if err != nil {
-		return false, err
-	}
-	return scanned(t, s.QueryRow(args...).Scan(dest...))
-}
-
-// row reads at most one row outside a transaction.
-func (x *index) row(text string, args []any, dest ...any) (bool, error) {
-	s, err := x.stmt(context.Background(), text)
-	if err != nil {
-		return false, err
-	}
-	return scanned(x, s.QueryRow(args...).Scan(dest...))
-}
-
-func scanned(q queryer, err error) (bool, error) {
-	if errors.Is(err, sql.ErrNoRows) {
-		return false, nil
-	}
-	return err == nil, q.explain(err)
-}
-
-// query runs a query on a connection of the pool. Its rows keep that connection until they
-// are closed, so nothing else may be asked of the index meanwhile. ctx ends the query while it runs.
-func (x *index) query(ctx context.Context, text string, args []any) (*sql.Rows, error) {
-	s, err := x.stmt(ctx, text)
-	if err != nil {
-		return nil, err
-	}
-	rows, err := s.QueryContext(ctx, args...)
-	return rows, x.explain(err)
-}
-
-// query runs a query in the transaction. It is not interrupted when ctx ends, since that
-// could undo the whole transaction, which others share.
-func (t *indexTx) query(_ context.Context, text string, args []any) (*sql.Rows, error) {
-	s, err := t.stmt(text)
-	if err != nil {
-		return nil, err
-	}
-	rows, err := s.Query(args...)
-	return rows, t.explain(err)
-}
-
-// scanAll reads all rows of a query whose own LIMIT is limit.
-func scanAll[T any](ctx context.Context, q queryer, text string, limit int, args []any, scan func(*sql.Rows) (T, error)) ([]T, error) {
-	rows, err := q.query(ctx, text, args)
-	if err != nil {
-		return nil, err
-	}
-	defer rows.Close()
-	all := make([]T, 0, limit)
-	for rows.Next() {
-		v, err := scan(rows)
-		if err != nil {
-			return nil, q.explain(err)
-		}
-		all = append(all, v)
-	}
-	return all, q.explain(rows.Err())
-}
-
-// snapshot writes the index as it is at one moment to a new file, in one read transaction.
-func (x *index) snapshot(ctx context.Context, path string) error {
-	if err := checkDatabase(path, false, x.db.anyOwner); err != nil {
-		return err
-	}
-	db, err := x.readerPool() // query_only would forbid it
-	if err != nil {
-		return err
-	}
-	_, err = db.ExecContext(ctx, "VACUUM INTO ?", path)
-	return errors.Join(x.explain(err), indexError(db.Close()))
-}
-
-// attach gives the transactions of x another database, by the name other. It
-// must be called before the first of them, since SQLite attaches none within one.
-func (x *index) attach(path string) error {
-	if err := checkDatabase(path, false, x.db.anyOwner); err != nil {
-		return err
-	}
-	if err := x.connect(); err != nil {
-		return err
-	}
-	_, err := (&indexTx{x}).exec("ATTACH DATABASE ? AS other", path)
-	return err
 }

@@ -26,71 +26,102 @@ const (
 	sqlDeleteBlob     = `DELETE FROM blobs WHERE digest = ?`
 )
 
-// refTargets visits what each ref points at.
+// refTargets visits the manifest of each ref.
 func (x *index) refTargets(ctx context.Context, visit func(digest.Digest)) error {
-	return pages(ctx, x, sqlRefTargets, []any{"", ""}, func(rows *sql.Rows) ([]any, error) {
-		var name, reference, s string
-		if err := rows.Scan(&name, &reference, &s); err != nil {
-			return nil, err
+	type row struct {
+		name, reference string
+		target          digest.Digest
+	}
+	p := paging[row]{text: sqlRefTargets, size: gcPage, scan: func(rows *sql.Rows) (r row, err error) {
+		var s string
+		if err = rows.Scan(&r.name, &r.reference, &s); err == nil {
+			r.target, err = rowDigest(s)
 		}
-		d, err := rowDigest(s)
-		visit(d)
-		return []any{name, reference}, err
+		return r, err
+	}, after: func(r row) []any { return []any{r.name, r.reference} }}
+	return p.each(ctx, x, []any{"", ""}, func(r row) error {
+		visit(r.target)
+		return nil
 	})
 }
+
+// gcPage is how many rows the scans of whole tables read at once.
+const gcPage = 1000
 
 // lostManifest reports whether d has no row among the manifests although its own
 // blob's row, or that of an index above it, says that it is one.
 func lostManifest(q queryer, d digest.Digest) (bool, error) {
-	var one int
-	return q.row(sqlLostManifest, []any{string(d), string(roleManifest)}, &one)
+	return exists(q, sqlLostManifest, string(d), string(roleManifest))
+}
+
+// dangling returns the manifests that refs point at and that have no row.
+func (x *index) dangling(ctx context.Context) ([]digest.Digest, error) {
+	return readRows(ctx, x, sqlDangling, 0, nil, scanDigest)
 }
 
 // manifestRows visits every manifest with its subject.
 func (x *index) manifestRows(ctx context.Context, visit func(d, subject digest.Digest)) error {
-	return pages(ctx, x, sqlManifestRows, []any{""}, func(rows *sql.Rows) ([]any, error) {
+	type row struct{ d, subject digest.Digest }
+	p := paging[row]{text: sqlManifestRows, size: gcPage, scan: func(rows *sql.Rows) (r row, err error) {
 		var s, subject string
-		if err := rows.Scan(&s, &subject); err != nil {
-			return nil, err
+		if err = rows.Scan(&s, &subject); err == nil {
+			r.d, err = rowDigest(s)
 		}
-		d, err := rowDigest(s)
 		if err == nil && subject != "" {
-			_, err = rowDigest(subject)
+			r.subject, err = rowDigest(subject)
 		}
-		visit(d, digest.Digest(subject))
-		return []any{s}, err
+		return r, err
+	}, after: func(r row) []any { return []any{string(r.d)} }}
+	return p.each(ctx, x, []any{""}, func(r row) error {
+		visit(r.d, r.subject)
+		return nil
 	})
 }
 
 // memberRows visits every pair of a manifest and what it needs, a manifest's one after the other.
 func (x *index) memberRows(ctx context.Context, visit func(manifest digest.Digest, kind role, d digest.Digest)) error {
-	return pages(ctx, x, sqlMemberRows, []any{"", -1}, func(rows *sql.Rows) ([]any, error) {
+	type row struct {
+		manifest, d digest.Digest
+		position    int
+		kind        role
+	}
+	p := paging[row]{text: sqlMemberRows, size: gcPage, scan: func(rows *sql.Rows) (r row, err error) {
 		var manifest, kind, s string
-		var position int
-		if err := rows.Scan(&manifest, &position, &kind, &s); err != nil {
-			return nil, err
+		if err = rows.Scan(&manifest, &r.position, &kind, &s); err == nil {
+			r.kind = role(kind)
+			r.d, err = rowDigest(s)
 		}
-		d, err := rowDigest(s)
 		if err == nil {
-			_, err = rowDigest(manifest)
+			r.manifest, err = rowDigest(manifest)
 		}
-		visit(digest.Digest(manifest), role(kind), d)
-		return []any{manifest, position}, err
+		return r, err
+	}, after: func(r row) []any { return []any{string(r.manifest), r.position} }}
+	return p.each(ctx, x, []any{"", -1}, func(r row) error {
+		visit(r.manifest, r.kind, r.d)
+		return nil
 	})
 }
 
+// A blobRow is what the index says of a blob.
+type blobRow struct {
+	digest  digest.Digest
+	size    int64
+	kind    role
+	created time.Time
+}
+
 // blobRows visits every blob's row, manifests' too.
-func (x *index) blobRows(ctx context.Context, visit func(d digest.Digest, size int64, kind role, created time.Time)) error {
-	return pages(ctx, x, sqlBlobRows, []any{""}, func(rows *sql.Rows) ([]any, error) {
+func (x *index) blobRows(ctx context.Context, visit func(blobRow) error) error {
+	p := paging[blobRow]{text: sqlBlobRows, size: gcPage, scan: func(rows *sql.Rows) (r blobRow, err error) {
 		var s, kind string
-		var size, micro int64
-		if err := rows.Scan(&s, &size, &kind, &micro); err != nil {
-			return nil, err
+		var micro int64
+		if err = rows.Scan(&s, &r.size, &kind, &micro); err == nil {
+			r.kind, r.created = role(kind), time.UnixMicro(micro)
+			r.digest, err = rowDigest(s)
 		}
-		d, err := rowDigest(s)
-		visit(d, size, role(kind), time.UnixMicro(micro))
-		return []any{s}, err
-	})
+		return r, err
+	}, after: func(r blobRow) []any { return []any{string(r.digest)} }}
+	return p.each(ctx, x, []any{""}, visit)
 }
 
 // delete removes the rows of a manifest with its members, or of a blob.

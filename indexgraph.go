@@ -18,9 +18,9 @@ const (
 		UNION SELECT m.subject FROM up JOIN manifests m ON m.digest = up.d WHERE ?3 AND m.subject <> '' AND up.d NOT IN (SELECT value FROM json_each(?4)))
 		SELECT d, EXISTS (SELECT 1 FROM refs WHERE manifest = d AND NOT (name = ?5 AND ?6 IN ('', reference))) FROM up`
 
-	// The manifests that need ?1, and with ?4 those whose subject it is.
-	sqlPointers = `SELECT manifest FROM members WHERE digest = ?1 AND manifest > ?2
-		UNION SELECT digest FROM manifests WHERE ?4 AND subject = ?1 AND subject <> '' AND digest > ?2 ORDER BY 1 LIMIT ?3`
+	// The manifests after ?3 that need ?1, and with ?2 those whose subject it is.
+	sqlPointers = `SELECT manifest FROM members WHERE digest = ?1 AND manifest > ?3
+		UNION SELECT digest FROM manifests WHERE ?2 AND subject = ?1 AND subject <> '' AND digest > ?3 ORDER BY 1 LIMIT ?4`
 
 	sqlHasRef  = `SELECT 1 FROM refs WHERE manifest = ? LIMIT 1`
 	sqlRefsTo  = `SELECT name, reference FROM refs WHERE manifest = ?`
@@ -43,17 +43,18 @@ func above(ctx context.Context, q queryer, d digest.Digest, w *ways, visit func(
 	if err != nil {
 		return err
 	}
-	_, err = scanAll(ctx, q, sqlAbove, 0, []any{string(d), w.subjects, w.referrers, string(missing), w.name, w.reference}, func(rows *sql.Rows) (struct{}, error) {
+	args := []any{string(d), w.subjects, w.referrers, string(missing), w.name, w.reference}
+	err = eachRow(ctx, q, sqlAbove, args, func(rows *sql.Rows) error {
 		var s string
 		var ref bool
 		if err := rows.Scan(&s, &ref); err != nil {
-			return struct{}{}, err
+			return err
 		}
 		d, err := rowDigest(s)
 		if err == nil {
 			err = visit(d, ref)
 		}
-		return struct{}{}, err
+		return err
 	})
 	if err == errStop {
 		err = nil
@@ -62,46 +63,22 @@ func above(ctx context.Context, q queryer, d digest.Digest, w *ways, visit func(
 }
 
 // pointers visits the manifests that need d, and with subjects those that have it as their subject.
-// visit may query: no rows are open meanwhile, which would keep a connection. [errStop] ends it.
+// [errStop] ends it.
 func pointers(ctx context.Context, q queryer, d digest.Digest, subjects bool, visit func(manifest digest.Digest) error) error {
-	const page = 100
-	for after := digest.Digest(""); ; {
-		if err := ctx.Err(); err != nil {
-			return err
-		}
-		batch, err := scanAll(ctx, q, sqlPointers, page, []any{string(d), string(after), page, subjects}, func(rows *sql.Rows) (d digest.Digest, err error) {
-			err = rows.Scan(&d)
-			return d, err
-		})
-		if err != nil {
-			return err
-		}
-		for _, manifest := range batch {
-			if manifest <= after {
-				return errOutOfOrder
-			}
-			after = manifest
-			if err := visit(manifest); err == errStop {
-				return nil
-			} else if err != nil {
-				return err
-			}
-		}
-		if len(batch) < page {
-			return nil
-		}
-	}
+	p := paging[digest.Digest]{text: sqlPointers, size: 100, scan: scanDigest, after: func(m digest.Digest) []any {
+		return []any{string(d), subjects, string(m)}
+	}}
+	return p.each(ctx, q, []any{string(d), subjects, ""}, visit)
 }
 
 // hasRef reports whether a ref points at d.
 func hasRef(q queryer, d digest.Digest) (bool, error) {
-	var one int
-	return q.row(sqlHasRef, []any{string(d)}, &one)
+	return exists(q, sqlHasRef, string(d))
 }
 
 // refsTo returns the refs that point at d.
 func refsTo(q queryer, d digest.Digest) ([]Reference, error) {
-	return scanAll(context.Background(), q, sqlRefsTo, 0, []any{string(d)}, func(rows *sql.Rows) (Reference, error) {
+	return readRows(context.Background(), q, sqlRefsTo, 0, []any{string(d)}, func(rows *sql.Rows) (Reference, error) {
 		var name, reference string
 		if err := rows.Scan(&name, &reference); err != nil {
 			return Reference{}, err

@@ -46,9 +46,7 @@ func openOMMXMode(ctx context.Context, path string, mode indexMode) (*index, err
 // checkOMMX refuses a database that is not an OMMX v3 registry's. Its maker is not trusted.
 func (x *index) checkOMMX(ctx context.Context) error {
 	var app, version int
-	_, err := scanAll(ctx, x, sqlOMMXVersion, 1, nil, func(rows *sql.Rows) (struct{}, error) {
-		return struct{}{}, rows.Scan(&app, &version)
-	})
+	err := eachRow(ctx, x, sqlOMMXVersion, nil, func(rows *sql.Rows) error { return rows.Scan(&app, &version) })
 	switch newest := len(ommxColumns) - 1; {
 	case err != nil:
 	case app != 0 || version < 1:
@@ -67,29 +65,16 @@ func (x *index) checkOMMX(ctx context.Context) error {
 }
 
 // ommxRef is one ref of an OMMX v3 registry, as it stands there.
-type ommxRef struct{ name, reference, manifest string }
+type ommxRef struct {
+	row                       int64
+	name, reference, manifest string
+}
 
 // ommxRefs visits the refs of an OMMX v3 registry.
 func (x *index) ommxRefs(ctx context.Context, visit func(ommxRef) error) error {
-	const page = 100
-	for last := int64(math.MinInt64); ; {
-		if err := ctx.Err(); err != nil {
-			return err
-		}
-		batch, err := scanAll(ctx, x, sqlOMMXRefs, page, []any{last, page}, func(rows *sql.Rows) (r ommxRef, err error) {
-			err = rows.Scan(&last, &r.name, &r.reference, &r.manifest)
-			return r, err
-		})
-		if err != nil {
-			return err
-		}
-		for _, r := range batch {
-			if err := visit(r); err != nil {
-				return err
-			}
-		}
-		if len(batch) < page {
-			return nil
-		}
-	}
+	p := paging[ommxRef]{text: sqlOMMXRefs, size: 100, scan: func(rows *sql.Rows) (r ommxRef, err error) {
+		err = rows.Scan(&r.row, &r.name, &r.reference, &r.manifest)
+		return r, err
+	}, after: func(r ommxRef) []any { return []any{r.row} }}
+	return p.each(ctx, x, []any{int64(math.MinInt64)}, visit)
 }

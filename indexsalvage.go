@@ -24,11 +24,9 @@ const (
 func (x *index) checkTable(ctx context.Context, name string, columns ...string) error {
 	var found []string
 	var tables, plain int
-	_, err := scanAll(ctx, x, sqlTableText, 1, []any{name}, func(rows *sql.Rows) (struct{}, error) {
-		return struct{}{}, rows.Scan(&tables, &plain)
-	})
+	err := eachRow(ctx, x, sqlTableText, []any{name}, func(rows *sql.Rows) error { return rows.Scan(&tables, &plain) })
 	if err == nil && tables == 1 && plain == 1 {
-		found, err = scanAll(ctx, x, sqlTableColumn, len(columns), []any{name}, func(rows *sql.Rows) (column string, err error) {
+		found, err = readRows(ctx, x, sqlTableColumn, len(columns), []any{name}, func(rows *sql.Rows) (column string, err error) {
 			var hidden int
 			if err = rows.Scan(&column, &hidden); hidden != 0 {
 				column += " (generated)"
@@ -53,8 +51,8 @@ func salvageRefs(ctx context.Context, path string, visit func(Reference, digest.
 	}
 	defer func() { err = errors.Join(err, x.close()) }()
 	err = x.checkTable(ctx, "refs", "name", "reference", "manifest", "media_type", "artifact_type", "size", "updated")
-	for name, reference, more := "", "", true; more && err == nil; {
-		name, reference, more, err = x.salvagePage(ctx, name, reference, visit)
+	if err == nil {
+		err = x.salvagedRefs(ctx, visit)
 	}
 	if errors.Is(err, ErrCorruptIndex) {
 		return nil
@@ -62,28 +60,19 @@ func salvageRefs(ctx context.Context, path string, visit func(Reference, digest.
 	return err
 }
 
-// salvagePage visits the refs of one page, and returns the key of its last row.
-func (x *index) salvagePage(ctx context.Context, name, reference string, visit func(Reference, digest.Digest) error) (string, string, bool, error) {
-	const page = 100
+// salvagedRefs visits the rows of refs that are refs.
+func (x *index) salvagedRefs(ctx context.Context, visit func(Reference, digest.Digest) error) error {
 	type row struct{ name, reference, manifest string }
-	batch, err := scanAll(ctx, x, sqlSalvage, page, []any{name, reference, page}, func(rows *sql.Rows) (r row, err error) {
+	p := paging[row]{text: sqlSalvage, size: 100, scan: func(rows *sql.Rows) (r row, err error) {
 		err = rows.Scan(&r.name, &r.reference, &r.manifest)
 		return r, err
+	}, after: func(r row) []any { return []any{r.name, r.reference} }}
+	return p.each(ctx, x, []any{"", ""}, func(r row) error {
+		ref, err := referenceFromKey(r.name, r.reference)
+		d, bad := rowDigest(r.manifest)
+		if err != nil || bad != nil {
+			return nil
+		}
+		return visit(ref, d)
 	})
-	if err != nil {
-		return "", "", false, err
-	}
-	for _, r := range batch {
-		if !ascends([]any{name, reference}, []any{r.name, r.reference}) {
-			return "", "", false, errOutOfOrder
-		}
-		name, reference = r.name, r.reference
-		ref, err := referenceFromKey(name, reference)
-		if d, bad := rowDigest(r.manifest); err == nil && bad == nil {
-			if err := visit(ref, d); err != nil {
-				return "", "", false, err
-			}
-		}
-	}
-	return name, reference, len(batch) == page, nil
 }

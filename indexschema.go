@@ -6,8 +6,27 @@ import (
 	"errors"
 	"fmt"
 	"strings"
-	"time"
+
+	"modernc.org/sqlite"
+	sqlite3 "modernc.org/sqlite/lib"
 )
+
+// indexAppID is PRAGMA application_id of our index files: "ocil".
+const indexAppID = 0x6f63696c
+
+// migrations take the index from one schema version to the next: PRAGMA user_version
+// is how many of them it has had. A list that was released never changes; a new version
+// appends one. The statements stand here exactly as SQLite keeps them: checkSchema compares the text.
+var migrations = [...][]string{{
+	`CREATE TABLE meta (key TEXT NOT NULL PRIMARY KEY, value TEXT NOT NULL) STRICT, WITHOUT ROWID`,
+	`CREATE TABLE blobs (digest TEXT NOT NULL PRIMARY KEY, size INTEGER NOT NULL, kind TEXT NOT NULL, created INTEGER NOT NULL) STRICT, WITHOUT ROWID`,
+	`CREATE TABLE manifests (digest TEXT NOT NULL PRIMARY KEY REFERENCES blobs (digest), media_type TEXT NOT NULL, artifact_type TEXT NOT NULL, size INTEGER NOT NULL, config TEXT NOT NULL, subject TEXT NOT NULL, annotations TEXT NOT NULL, created INTEGER NOT NULL) STRICT, WITHOUT ROWID`,
+	`CREATE INDEX manifests_by_subject ON manifests (subject) WHERE subject <> ''`,
+	`CREATE TABLE members (manifest TEXT NOT NULL REFERENCES manifests (digest) ON DELETE CASCADE, position INTEGER NOT NULL, role TEXT NOT NULL, digest TEXT NOT NULL REFERENCES blobs (digest), media_type TEXT NOT NULL, size INTEGER NOT NULL, annotations TEXT NOT NULL, PRIMARY KEY (manifest, position)) STRICT, WITHOUT ROWID`,
+	`CREATE INDEX members_by_digest ON members (digest)`,
+	`CREATE TABLE refs (name TEXT NOT NULL, reference TEXT NOT NULL, manifest TEXT NOT NULL REFERENCES manifests (digest), media_type TEXT NOT NULL, artifact_type TEXT NOT NULL, size INTEGER NOT NULL, updated INTEGER NOT NULL, PRIMARY KEY (name, reference)) STRICT, WITHOUT ROWID`,
+	`CREATE INDEX refs_by_manifest ON refs (manifest)`,
+}}
 
 // createIndex makes a complete index at path, a private place where no other
 // process looks. The caller links it to its name: so nobody ever sees half of
@@ -52,26 +71,6 @@ func createIndex(ctx context.Context, path, id string, schema [][]string, unreco
 
 func setVersion(n int) string { return fmt.Sprintf("PRAGMA user_version = %d", n) }
 
-// openIndex opens an index, which must exist, and brings an older one up to date.
-func openIndex(ctx context.Context, db database, busy time.Duration, schema [][]string) (*index, error) {
-	x, err := openUnchecked(db, busy, schema)
-	if err != nil {
-		return nil, err
-	}
-	version, err := x.checkSchema(ctx)
-	if err == nil && version < len(schema) {
-		if db.mode == indexReadWrite {
-			err = x.migrate(ctx)
-		} else {
-			err = fmt.Errorf("%w: its index has schema version %d, and this program needs %d (Open brings it up to date)", ErrReadOnly, version, len(schema))
-		}
-	}
-	if err != nil {
-		return nil, errors.Join(err, x.close())
-	}
-	return x, nil
-}
-
 // migrate gives the index what it lacks, unless another process was faster.
 func (x *index) migrate(ctx context.Context) error {
 	return x.writeAlone(ctx, func(tx *indexTx) error {
@@ -94,8 +93,8 @@ func (x *index) migrate(ctx context.Context) error {
 
 // version returns the index's schema version, and an error if this program doesn't know it.
 func (t *indexTx) version() (version int, err error) {
-	if _, err = t.row("PRAGMA user_version", nil, &version); err == nil && version > len(t.schema) {
-		err = &SchemaError{Found: version, Supported: len(t.schema)}
+	if _, err = t.row("PRAGMA user_version", nil, &version); err == nil && version > t.newest {
+		err = &SchemaError{Found: version, Supported: t.newest}
 	}
 	return version, err
 }
@@ -186,4 +185,12 @@ func (x *index) checkJournalMode(ctx context.Context, conn *sql.Conn) error {
 		return fmt.Errorf("%w: its journal mode is %q, not wal", ErrCorruptIndex, clip(mode))
 	}
 	return nil
+}
+
+// openError is explain for the first look at a file: what is no database isn't ours.
+func (x *index) openError(err error) error {
+	if e, ok := errors.AsType[*sqlite.Error](err); ok && e.Code()&0xff == sqlite3.SQLITE_NOTADB {
+		return fmt.Errorf("%w: %w", ErrForeignIndex, err)
+	}
+	return x.explain(err)
 }

@@ -67,10 +67,10 @@ func areStrangers(a, b string) bool {
 
 // exceptions are uses against these rules, each with its reason.
 var exceptions = map[string]string{
-	"index.go Ref":                     "a row of a listing is made in one place, without a copy",
-	"index.go Reference":               "as Ref",
-	"index.go Descriptor":              "as Ref",
-	"index.go Updated":                 "as Ref",
+	"indexrefs.go Ref":                 "a row of a listing is made in one place, without a copy",
+	"indexrefs.go Reference":           "as Ref",
+	"indexrefs.go Descriptor":          "as Ref",
+	"indexrefs.go Updated":             "as Ref",
 	"registry.go Remote":               "a registry keeps the client that it was given, or its own",
 	"registry.go CloseIdleConnections": "as Remote",
 }
@@ -147,6 +147,9 @@ func TestLayering(t *testing.T) {
 			t.Errorf("%s opens a database, which is for indexdb.go alone", at)
 		}
 		name, from := at.Filename, fset.Position(o.Pos()).Filename
+		if o.Pkg() == pkg && strings.HasPrefix(from, "index") && strings.HasPrefix(o.Name(), "sql") && !strings.HasPrefix(name, "index") {
+			t.Errorf("%s uses the statement %s, which is for the family index alone", at, o.Name())
+		}
 		if o.Pkg() != pkg || name == from {
 			continue
 		}

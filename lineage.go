@@ -215,29 +215,14 @@ func (r *LocalRegistry) Referrers(ctx context.Context, subject digest.Digest, op
 	if opts != nil {
 		o = *opts
 	}
-	return func(yield func(ocispec.Descriptor, error) bool) {
-		after := o.After
-		for left := o.Limit; ; {
-			n := referrersPage
-			if o.Limit > 0 {
-				n = min(n, left)
-			}
-			page, err := r.referrers(ctx, subject, o.ArtifactType, after, n)
-			if err != nil {
-				yield(ocispec.Descriptor{}, opError("list referrers of", "", subject, err))
-				return
-			}
-			for _, d := range page {
-				if !yield(d, nil) {
-					return
-				}
-			}
-			if left -= len(page); len(page) < n || o.Limit > 0 && left <= 0 {
-				return
-			}
-			after = page[len(page)-1].Digest
+	return inPages(o.Limit, referrersPage, func(last *ocispec.Descriptor, n int) ([]ocispec.Descriptor, error) {
+		from := o.After
+		if last != nil {
+			from = last.Digest
 		}
-	}
+		page, err := r.referrers(ctx, subject, o.ArtifactType, from, n)
+		return page, opError("list referrers of", "", subject, err)
+	})
 }
 
 // referrersPage is small because each row comes with all of a manifest's annotations.

@@ -240,7 +240,7 @@ func record(ctx context.Context, tx *indexTx, st *stage, p pendingManifest, chec
 		if err := st.recheck(d, size); err != nil {
 			return incomplete(err)
 		}
-		return tx.putBlob(d, size, string(kind), now)
+		return tx.putBlob(d, size, kind, now)
 	}
 	if err := blob(p.Digest, p.Size, roleManifest); err != nil {
 		return ocispec.Descriptor{}, err
@@ -365,7 +365,7 @@ func (r *LocalRegistry) checkClosure(q queryer, desc ocispec.Descriptor, seen ma
 		return incomplete(err)
 	}
 	return members(q, desc.Digest, func(m member) error {
-		if m.role == string(roleManifest) {
+		if m.role == roleManifest {
 			return r.checkClosure(q, m.desc, seen)
 		}
 		if seen[m.desc.Digest] {

@@ -98,6 +98,36 @@ func (r *LocalRegistry) LoadDigest(ctx context.Context, d digest.Digest) (*Local
 	return r.newArtifact(Reference{}, desc, nil), nil
 }
 
+// inPages returns an iterator over the items of pages. read is asked for the n items after the last one of the
+// page before, which is nil at first. Nothing of a page is held open while the caller's code runs. A
+// positive limit bounds the items. An error is yielded once, at the end.
+func inPages[T any](limit, size int, read func(last *T, n int) ([]T, error)) iter.Seq2[T, error] {
+	return func(yield func(T, error) bool) {
+		var last *T
+		for left := limit; ; {
+			n := size
+			if limit > 0 {
+				n = min(n, left)
+			}
+			page, err := read(last, n)
+			if err != nil {
+				var none T
+				yield(none, err)
+				return
+			}
+			for _, item := range page {
+				if !yield(item, nil) {
+					return
+				}
+			}
+			if left -= len(page); len(page) < n || limit > 0 && left <= 0 {
+				return
+			}
+			last = &page[len(page)-1]
+		}
+	}
+}
+
 // ListOptions choose refs. Nil and the zero value choose all.
 type ListOptions struct {
 	// Name, if not empty, is the one registry/repository to list, as [Reference.Name] returns it.
@@ -127,26 +157,13 @@ func (r *LocalRegistry) Refs(ctx context.Context, opts *ListOptions) iter.Seq2[R
 			return
 		}
 		name, reference, below := o.bounds()
-		for left := o.Limit; ; {
-			n := listPage
-			if o.Limit > 0 {
-				n = min(n, left)
+		inPages(o.Limit, listPage, func(last *Ref, n int) ([]Ref, error) {
+			if last != nil {
+				name, reference = last.Reference.key()
 			}
 			page, err := r.page(ctx, name, reference, below, n)
-			if err != nil {
-				yield(Ref{}, opError("list", "", "", err))
-				return
-			}
-			for _, ref := range page {
-				if !yield(ref, nil) {
-					return
-				}
-			}
-			if left -= len(page); len(page) < n || o.Limit > 0 && left <= 0 {
-				return
-			}
-			name, reference = page[len(page)-1].Reference.key()
-		}
+			return page, opError("list", "", "", err)
+		})(yield)
 	}
 }
 

@@ -250,7 +250,7 @@ func (p *repair) resize(ctx context.Context, d digest.Digest) error {
 		return nil // damaged: it has a problem of its own
 	}
 	return p.registry.write(ctx, func(tx *indexTx) error {
-		return tx.putBlob(d, size, string(roleManifest), time.Now()) // the row is there, so only its size changes
+		return tx.putBlob(d, size, roleManifest, time.Now()) // the row is there, so only its size changes
 	})
 }
 

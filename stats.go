@@ -59,11 +59,11 @@ func (r *LocalRegistry) stats(ctx context.Context) (s Stats, err error) {
 	var wg sync.WaitGroup
 	var errs [2]error
 	for i, steps := range [2][]func() error{{
-		func() (err error) { noPointer, err = x.digests(sqlNoPointer, string(roleManifest)); return err },
-		func() error { _, err := x.row(sqlRefTotals, nil, &s.Refs, &s.Repositories); return err },
+		func() (err error) { noPointer, err = x.withoutPointer(ctx); return err },
+		func() (err error) { s.Refs, s.Repositories, err = x.refTotals(); return err },
 	}, {
-		func() error { _, err := x.row(sqlTotals, nil, &blobs, &s.Total.Bytes, &s.Total.Manifests); return err },
-		func() (err error) { noRef, err = x.digests(sqlNoRef); return err },
+		func() (err error) { blobs, s.Total.Bytes, s.Total.Manifests, err = x.totals(); return err },
+		func() (err error) { noRef, err = x.withoutRef(ctx); return err },
 	}} {
 		wg.Go(func() {
 			for _, step := range steps {
@@ -296,29 +296,15 @@ func (r *LocalRegistry) Repositories(ctx context.Context, opts *ListOptions) ite
 		if reference != "" {
 			after = from
 		}
-		for left := o.Limit; ; {
-			n := listPage
-			if o.Limit > 0 {
-				n = min(n, left)
+		inPages(o.Limit, listPage, func(last *string, n int) (page []string, err error) {
+			if last != nil {
+				after = *last
 			}
-			var page []string
-			err := r.within(ctx, func() (err error) {
+			err = r.within(ctx, func() (err error) {
 				page, err = r.index.names(from, after, below, n)
 				return err
 			})
-			if err != nil {
-				yield("", opError("list repositories", "", "", err))
-				return
-			}
-			for _, name := range page {
-				if !yield(name, nil) {
-					return
-				}
-			}
-			if left -= len(page); len(page) < n || o.Limit > 0 && left <= 0 {
-				return
-			}
-			after = page[len(page)-1]
-		}
+			return page, opError("list repositories", "", "", err)
+		})(yield)
 	}
 }

@@ -127,10 +127,10 @@ type verification struct {
 
 // A verifyEntry is a digest that the index or blobs/ has.
 type verifyEntry struct {
-	blobRow   // size −1 for no row
-	problems  chan []Problem
-	bytesRead int64
-	err       error // of the index or the process; ends the verification. Read after problems
+	checkedBlob // size −1 for no row
+	problems    chan []Problem
+	bytesRead   int64
+	err         error // of the index or the process; ends the verification. Read after problems
 }
 
 func (v *verification) run(ctx context.Context, found func(Problem) error) error {
@@ -161,8 +161,8 @@ func (v *verification) run(ctx context.Context, found func(Problem) error) error
 	wg.Go(func() {
 		defer close(work)
 		defer close(order)
-		failed = v.entries(ctx, files, func(row blobRow) error {
-			e := &verifyEntry{blobRow: row, problems: make(chan []Problem, 1)}
+		failed = v.entries(ctx, files, func(row checkedBlob) error {
+			e := &verifyEntry{checkedBlob: row, problems: make(chan []Problem, 1)}
 			for _, to := range []chan<- *verifyEntry{order, work} {
 				select {
 				case <-ctx.Done():
@@ -241,38 +241,29 @@ func (v *verification) files(ctx context.Context, found func(Problem) error) (fi
 }
 
 // entries calls visit with what blobs/ or the index has, in the order of digests.
-func (v *verification) entries(ctx context.Context, files []digest.Digest, visit func(blobRow) error) error {
-	const page = 1000
+func (v *verification) entries(ctx context.Context, files []digest.Digest, visit func(checkedBlob) error) error {
 	unrecorded := func(below digest.Digest) error { // "" for all
 		for len(files) > 0 && (below == "" || files[0] < below) {
-			if err := visit(blobRow{digest: files[0], size: -1}); err != nil {
+			if err := visit(checkedBlob{digest: files[0], size: -1}); err != nil {
 				return err
 			}
 			files = files[1:]
 		}
 		return nil
 	}
-	for after := v.opts.After; ; {
-		rows, err := v.registry.index.blobsAfter(after, page)
-		if err != nil {
+	err := v.registry.index.blobsAfter(ctx, v.opts.After, func(row checkedBlob) error {
+		if err := unrecorded(row.digest); err != nil {
 			return err
 		}
-		for _, row := range rows {
-			if err := unrecorded(row.digest); err != nil {
-				return err
-			}
-			if len(files) > 0 && files[0] == row.digest {
-				files = files[1:]
-			}
-			if err := visit(row); err != nil {
-				return err
-			}
-			after = row.digest
+		if len(files) > 0 && files[0] == row.digest {
+			files = files[1:]
 		}
-		if len(rows) < page {
-			return unrecorded("")
-		}
+		return visit(row)
+	})
+	if err != nil {
+		return err
 	}
+	return unrecorded("")
 }
 
 // again looks, with the write lock held where that can be had, at what seems to be

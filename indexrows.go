@@ -1,0 +1,170 @@
+package ocilocal
+
+import (
+	"cmp"
+	"context"
+	"database/sql"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+)
+
+// A queryer runs queries: an index does, on any connection of its pool, and so does a transaction.
+type queryer interface {
+	// query returns rows, which keep a connection until they are closed: of the pool, or of the
+	// transaction. Only [eachRow] calls it.
+	query(ctx context.Context, text string, args []any) (*sql.Rows, error)
+	// row reads at most one row into dest, and reports whether there was one.
+	row(text string, args []any, dest ...any) (bool, error)
+	// explain gives an error of SQLite its sentinel.
+	explain(err error) error
+}
+
+// Rows are read in two steps, so that no query ever waits for another one's connection. With the rows open, a
+// scan function turns each into a value, and does nothing else. When they are closed, a visit
+// function gets the values, and may query and write. Four visitors that queried with
+// their rows open could hold all connections of the pool, and each wait for a fifth.
+
+// eachRow passes the rows of a query to scan, which must not query. ctx stops the query while it runs, except
+// in a transaction.
+func eachRow(ctx context.Context, q queryer, text string, args []any, scan func(*sql.Rows) error) error {
+	rows, err := q.query(ctx, text, args)
+	if err != nil {
+		return err
+	}
+	defer rows.Close()
+	for rows.Next() {
+		if err := scan(rows); err != nil {
+			return q.explain(err)
+		}
+	}
+	return q.explain(rows.Err())
+}
+
+// readRows returns the rows of a query. Their number is about expected.
+func readRows[T any](ctx context.Context, q queryer, text string, expected int, args []any, scan func(*sql.Rows) (T, error)) ([]T, error) {
+	all := make([]T, 0, expected)
+	err := eachRow(ctx, q, text, args, func(rows *sql.Rows) error {
+		v, err := scan(rows)
+		if err == nil {
+			all = append(all, v)
+		}
+		return err
+	})
+	if err != nil {
+		return nil, err
+	}
+	return all, nil
+}
+
+// A paging reads a query in pages, so that no lock is held and little memory used however many rows there are.
+type paging[T any] struct {
+	text string // the last argument is the limit of rows
+	size int    // of a page
+	scan func(*sql.Rows) (T, error)
+	// after returns the arguments, except the limit, for the page that follows a row. They must grow from page to page.
+	after func(T) []any
+}
+
+// each calls visit with each row, beginning with the page that args ask for. An [errStop] of visit ends
+// it without an error.
+//
+// Errors: those of visit, ctx and the index; [ErrCorruptIndex] for rows that are out of order, which could go on for ever.
+func (p *paging[T]) each(ctx context.Context, q queryer, args []any, visit func(T) error) error {
+	for {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		page, err := readRows(ctx, q, p.text, p.size, append(slices.Clone(args), p.size), p.scan)
+		if err != nil {
+			return err
+		}
+		for _, v := range page {
+			if err := visit(v); err == errStop {
+				return nil
+			} else if err != nil {
+				return err
+			}
+		}
+		if len(page) < p.size {
+			return nil
+		}
+		before := args
+		if args = p.after(page[len(page)-1]); !ascends(before, args) {
+			return errOutOfOrder
+		}
+	}
+}
+
+// errOutOfOrder ends a listing of a damaged index, which could go on for ever.
+var errOutOfOrder = fmt.Errorf("%w: its rows are out of order", ErrCorruptIndex)
+
+// ascends reports whether a page's arguments are above those of the page before.
+func ascends(before, after []any) bool {
+	for i := range before {
+		c := 0
+		switch b := before[i].(type) {
+		case string:
+			c = strings.Compare(after[i].(string), b)
+		case int:
+			c = cmp.Compare(after[i].(int), b)
+		case int64:
+			c = cmp.Compare(after[i].(int64), b)
+		}
+		if c != 0 {
+			return c > 0
+		}
+	}
+	return false
+}
+
+// exists reports whether a query finds a row.
+func exists(q queryer, text string, args ...any) (bool, error) {
+	var one int
+	return q.row(text, args, &one)
+}
+
+// rowDigest checks a digest that a row holds, before anything relies on it.
+func rowDigest(s string) (digest.Digest, error) {
+	if err := checkDigest(digest.Digest(s)); err != nil {
+		return "", fmt.Errorf("%w: %w", ErrCorruptIndex, err)
+	}
+	return digest.Digest(s), nil
+}
+
+// scanDigest reads a row that is one digest.
+func scanDigest(rows *sql.Rows) (digest.Digest, error) {
+	var s string
+	if err := rows.Scan(&s); err != nil {
+		return "", err
+	}
+	return rowDigest(s)
+}
+
+// A descriptorRow takes the five columns that make a manifest's descriptor, the
+// last a time. Its fields are what database/sql fills without reflection.
+type descriptorRow struct {
+	mediaType, digest, artifactType string
+	size, micro                     any
+}
+
+func (d *descriptorRow) dest() []any {
+	return []any{&d.mediaType, &d.digest, &d.size, &d.artifactType, &d.micro}
+}
+
+func (d *descriptorRow) value() (desc ocispec.Descriptor, at time.Time, err error) {
+	size, ok := d.size.(int64)
+	micro, ok2 := d.micro.(int64)
+	if !ok || !ok2 || size < 0 {
+		return desc, at, fmt.Errorf("%w: size %v or time %v is no number that fits", ErrCorruptIndex, d.size, d.micro)
+	}
+	if err := checkDigest(digest.Digest(d.digest)); err != nil {
+		return desc, at, fmt.Errorf("%w: %w", ErrCorruptIndex, err)
+	}
+	desc = ocispec.Descriptor{MediaType: d.mediaType, Digest: digest.Digest(d.digest), Size: size, ArtifactType: d.artifactType}
+	return desc, time.UnixMicro(micro), nil
+}

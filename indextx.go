@@ -1,0 +1,163 @@
+package ocilocal
+
+import (
+	"context"
+	"database/sql"
+	"database/sql/driver"
+	"errors"
+
+	"modernc.org/sqlite"
+	sqlite3 "modernc.org/sqlite/lib"
+)
+
+// An indexTx is the connection that writes, with the statements that are prepared on it. A function that is given
+// to write gets it while the write lock is held, and must not keep it. One goroutine uses it at a time.
+//
+// It has no way to the index's readers, which would not see what the transaction has changed.
+type indexTx struct {
+	pool      *sql.DB              // of one connection
+	conn      *sql.Conn            // nil before the first transaction, and after one that could not be ended
+	stmts     map[string]*sql.Stmt // on conn
+	changes   int64                // rows that conn had changed when it last committed
+	newest    int                  // schema version that this program knows
+	explainer func(error) error    // the index's
+}
+
+// connect makes the connection, unless there is one.
+func (t *indexTx) connect() error {
+	if t.conn != nil {
+		return nil
+	}
+	conn, err := t.pool.Conn(context.Background())
+	if err == nil {
+		t.conn = conn
+	}
+	return indexError(err)
+}
+
+// begin waits for the write lock for as long as the connection's busy_timeout says.
+func (t *indexTx) begin() error {
+	if err := t.connect(); err != nil {
+		return err
+	}
+	_, err := t.exec("BEGIN IMMEDIATE")
+	return err
+}
+
+// rollback ends a transaction that can't be committed. Should even that fail,
+// the connection is given up, which ends the transaction for certain.
+func (t *indexTx) rollback() error {
+	_, err := t.exec("ROLLBACK")
+	if err == nil {
+		return nil
+	}
+	t.closeStmts()
+	t.changes = 0
+	t.conn.Raw(func(any) error { return driver.ErrBadConn })
+	t.conn.Close()
+	t.conn = nil
+	if noTransaction(err) {
+		return nil
+	}
+	return err
+}
+
+// closeStmts closes the statements: database/sql does not when it closes their connection.
+func (t *indexTx) closeStmts() (err error) {
+	for _, s := range t.stmts {
+		err = errors.Join(err, s.Close())
+	}
+	clear(t.stmts)
+	return err
+}
+
+func (t *indexTx) close() error {
+	err := t.closeStmts()
+	if t.conn != nil {
+		err = errors.Join(err, t.conn.Close())
+	}
+	return indexError(errors.Join(err, t.pool.Close()))
+}
+
+// stmt returns the prepared form of a constant statement inside the transaction.
+func (t *indexTx) stmt(text string) (*sql.Stmt, error) {
+	if s := t.stmts[text]; s != nil {
+		return s, nil
+	}
+	s, err := t.conn.PrepareContext(context.Background(), text)
+	if err != nil {
+		return nil, t.explain(err)
+	}
+	t.stmts[text] = s
+	return s, nil
+}
+
+func (t *indexTx) exec(text string, args ...any) (rows int64, err error) {
+	s, err := t.stmt(text)
+	if err != nil {
+		return 0, err
+	}
+	r, err := s.Exec(args...)
+	if err != nil {
+		return 0, t.explain(err)
+	}
+	return r.RowsAffected()
+}
+
+func (t *indexTx) row(text string, args []any, dest ...any) (bool, error) {
+	s, err := t.stmt(text)
+	if err != nil {
+		return false, err
+	}
+	return scanned(t, s.QueryRow(args...).Scan(dest...))
+}
+
+// query runs a query in the transaction. It is not interrupted when ctx ends, since that
+// could undo the whole transaction, which others share.
+func (t *indexTx) query(_ context.Context, text string, args []any) (*sql.Rows, error) {
+	s, err := t.stmt(text)
+	if err != nil {
+		return nil, err
+	}
+	rows, err := s.Query(args...)
+	return rows, t.explain(err)
+}
+
+func (t *indexTx) explain(err error) error { return t.explainer(err) }
+
+func scanned(q queryer, err error) (bool, error) {
+	if errors.Is(err, sql.ErrNoRows) {
+		return false, nil
+	}
+	return err == nil, q.explain(err)
+}
+
+// noTransaction reports whether err says that SQLite has ended the transaction by itself, as it
+// does on a full disk.
+func noTransaction(err error) bool {
+	e, ok := errors.AsType[*sqlite.Error](err)
+	return ok && e.Code()&0xff == sqlite3.SQLITE_ERROR
+}
+
+const (
+	sqlChanges = `SELECT total_changes()`
+	sqlStamp   = `INSERT INTO meta (key, value) VALUES (?, '1') ON CONFLICT (key) DO UPDATE SET value = value + 1`
+)
+
+// stamp counts the transactions that change something, in a row on the page where the root's id is: so
+// each write-ahead log holds that page, and says whose log it is. SQLite takes any log that lies beside an
+// index for the index's own. If another registry's does, its pages hide ours, and
+// [LocalRegistry.checkID] finds the wrong id. An update that changes no byte would not write the page.
+//
+// Limit: nothing tells an old log of the same index from its present one.
+func (t *indexTx) stamp() error {
+	var changes int64
+	if _, err := t.row(sqlChanges, nil, &changes); err != nil || changes == t.changes {
+		return err
+	}
+	if _, err := t.exec(sqlStamp, metaCommits); err != nil {
+		return err
+	}
+	t.changes = changes + 1
+	return nil
+}
