@@ -453,7 +453,7 @@ func TestBadRangesKeepNoSlots(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			in := newInternet(t)
 			s := in.registry("https://registry.test", "203.0.113.1")
-			blob := noise(1, 300_000)
+			blob := noise(1, 1_200_000)
 			s.put(t, "org/model", "v1", blob)
 			var whole atomic.Bool
 			var bads atomic.Int32
@@ -463,7 +463,7 @@ func TestBadRangesKeepNoSlots(t *testing.T) {
 				}
 				if r.Header.Get("Range") == "" && bads.Load() == 0 && strings.Contains("Content-Range no range", name) {
 					w.Header().Set("Content-Length", fmt.Sprint(len(blob)))
-					w.Write(blob[:200_000]) // and breaks off, so that the rest is asked for
+					w.Write(blob[:1_100_000]) // and breaks off, so that the rest is asked for
 					return true
 				}
 				bads.Add(1)
