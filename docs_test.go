@@ -7,6 +7,7 @@ import (
 	"go/parser"
 	"go/token"
 	"os"
+	"path/filepath"
 	"regexp"
 	"strings"
 	"testing"
@@ -160,4 +161,74 @@ func TestReadme(t *testing.T) {
 			}
 		}
 	}
+}
+
+// TestMap compares CONTRIBUTING.md with the package: each source file has one room in the map, and
+// each function that the map names is in the file that it names.
+func TestMap(t *testing.T) {
+	b, err := os.ReadFile("CONTRIBUTING.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, text, _ := strings.Cut(string(b), "| family |")
+	text, _, _ = strings.Cut(text, "\n## Commands")
+	rooms, rest, _ := strings.Cut(text, "\n\n")
+	places, suites, _ := strings.Cut(rest, "| test file |")
+	names, err := filepath.Glob("*.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	found := map[string][]string{} // file → patterns of the rooms
+	for _, p := range quoted(rooms) {
+		if !strings.HasSuffix(p, ".go") {
+			continue
+		}
+		for _, name := range names {
+			ok, _ := filepath.Match(p, name)
+			if other := strings.HasPrefix(name, "reference") && p == "ref*.go"; ok && !other {
+				found[name] = append(found[name], p)
+			}
+		}
+	}
+	for _, name := range names {
+		if !strings.HasSuffix(name, "_test.go") && len(found[name]) != 1 {
+			t.Errorf("%s is in %d rooms of the map: %q", name, len(found[name]), found[name])
+		}
+	}
+	for _, p := range quoted(suites) {
+		if matches, _ := filepath.Glob(p); len(matches) == 0 {
+			t.Errorf("the map has the tests %s, which are not there", p)
+		}
+	}
+	n := 0
+	for line := range strings.Lines(places) {
+		file := ""
+		for _, word := range quoted(line) {
+			if strings.HasSuffix(word, ".go") {
+				file = word
+				continue
+			}
+			if file == "" {
+				continue
+			}
+			n++
+			src, err := os.ReadFile(file)
+			if defined := regexp.MustCompile(`(?m)^(func (\(.*\) )?|type |var |const |\t)` + word + `\b`); err != nil || !defined.Match(src) {
+				t.Errorf("the map has %s in %s: %v", word, file, err)
+			}
+		}
+	}
+	if n < 10 {
+		t.Errorf("only %d places were found in the map", n)
+	}
+}
+
+// quoted returns what text has between backticks.
+func quoted(text string) (words []string) {
+	for i, word := range strings.Split(text, "`") {
+		if i%2 == 1 {
+			words = append(words, word)
+		}
+	}
+	return words
 }
