@@ -5,9 +5,7 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
-	"io/fs"
 	"math"
-	"os"
 	"path"
 	"path/filepath"
 	"slices"
@@ -57,7 +55,7 @@ type BackupFailure struct {
 //
 // Blobs that can't be read here don't stop it: the error is then
 // [ErrIncomplete], after everything else was backed up, and says so together with the report.
-// Further errors: [ErrInvalidArgument] if dir is this registry's, [ErrBusy] if garbage was collected here or
+// Further errors: [ErrInvalidArgument] if dir is this registry's or lies in it, [ErrBusy] if garbage was collected here or
 // there, again and again, under the backup's hands, those of [Open], a full disk, ctx's, and the file system's.
 func (r *LocalRegistry) Backup(ctx context.Context, dir string, opts *BackupOptions) (*BackupReport, error) {
 	report, err := r.backup(ctx, dir, opts)
@@ -73,7 +71,7 @@ func (r *LocalRegistry) backup(ctx context.Context, dir string, opts *BackupOpti
 	if opts == nil {
 		opts = &BackupOptions{}
 	}
-	if err := r.checkElsewhere(dir); err != nil {
+	if err := r.checkTarget(dir, blobsDir, tmpDir, indexFile, idFile); err != nil {
 		return nil, err
 	}
 	report = &BackupReport{}
@@ -88,22 +86,6 @@ func (r *LocalRegistry) backup(ctx context.Context, dir string, opts *BackupOpti
 
 // maxBackupAttempts is how often a backup begins anew because something was collected meanwhile.
 const maxBackupAttempts = 10
-
-// checkElsewhere refuses this registry's own directory.
-func (r *LocalRegistry) checkElsewhere(dir string) error {
-	here, err := r.root.Stat(".")
-	if err != nil {
-		return err
-	}
-	there, err := os.Stat(dir)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil
-	}
-	if err == nil && os.SameFile(here, there) {
-		err = fmt.Errorf("%w: the registry itself lies there", ErrInvalidArgument)
-	}
-	return err
-}
 
 // A backup is one attempt: the source, and a private copy of its index.
 type backup struct {

@@ -33,6 +33,7 @@ type blobStore struct {
 	mu      sync.Mutex
 	session string       // tmp/<name>, made and locked by the first write; "" before
 	release func() error // drops the session's lock
+	perm    fs.FileMode  // the permissions that a new session has here
 	algDirs map[digest.Algorithm]bool
 }
 
@@ -44,6 +45,7 @@ func newBlobStore(root *rootDir, readOnly bool) *blobStore {
 	return &blobStore{
 		root:     root,
 		tmp:      tmpDir,
+		perm:     sessionPerm,
 		readOnly: readOnly,
 		algDirs:  map[digest.Algorithm]bool{},
 		buffers: sync.Pool{New: func() any {
@@ -51,19 +53,6 @@ func newBlobStore(root *rootDir, readOnly bool) *blobStore {
 			return &b
 		}},
 	}
-}
-
-// close removes the session's directory and gives up its lock.
-func (s *blobStore) close() error {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.session == "" {
-		return nil
-	}
-	err := s.root.RemoveAll(s.session)
-	err = errors.Join(err, s.release())
-	s.session, s.release = "", nil
-	return err
 }
 
 // blobPath is where d's bytes are. It panics unless d has passed [checkDigest].
@@ -226,89 +215,6 @@ func (s *blobStore) empty() (bool, error) {
 	return err == nil, err
 }
 
-// enter makes this handle's own directory below tmp/ on first use, and returns its path.
-// The directory is locked for as long as the handle is open: that lock, not a
-// process number or an age, tells the sweeper of any process that it is in use.
-func (s *blobStore) enter() (string, error) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.readOnly {
-		return "", ErrReadOnly
-	}
-	if s.session != "" {
-		return s.session, nil
-	}
-	if err := s.sweep(); err != nil {
-		return "", err
-	}
-	for {
-		name := path.Join(s.tmp, rand.Text())
-		if err := s.root.Mkdir(name, 0o700); err != nil {
-			return "", err
-		}
-		release, held, err := tryLockDir(s.root, name)
-		if err != nil {
-			return "", err
-		}
-		if held { // else a sweeper took it for abandoned in between
-			s.session, s.release = name, release
-			return name, nil
-		}
-	}
-}
-
-// sweep removes the directories below tmp/ that no process holds.
-func (s *blobStore) sweep() error {
-	return s.root.eachEntry(context.Background(), s.tmp, func(name string) error {
-		if name == partialDir || name == quarantineDir {
-			return nil // garbage collection's, by age
-		}
-		name = path.Join(s.tmp, name)
-		fi, err := s.root.Lstat(name)
-		if err != nil {
-			return ignoreNotExist(err)
-		}
-		return s.sweepEntry(name, fi)
-	})
-}
-
-// sweepEntry removes a file, or a directory that no process holds.
-func (s *blobStore) sweepEntry(name string, fi fs.FileInfo) error {
-	if !fi.IsDir() {
-		return ignoreNotExist(s.root.Remove(name))
-	}
-	release, held, err := tryLockDir(s.root, name)
-	if errors.Is(err, fs.ErrPermission) {
-		return nil // another user's: theirs to sweep
-	}
-	if err != nil || !held {
-		return ignoreNotExist(err)
-	}
-	return errors.Join(s.root.RemoveAll(name), release())
-}
-
-// alone runs do while no other process or handle runs it on the same root. It
-// makes up for file systems that can't name a file without replacing another.
-func (s *blobStore) alone(ctx context.Context, do func() error) error {
-	name := path.Join(tmpDir, "alone")
-	release, err := s.root.lockDir(ctx, name)
-	if err != nil {
-		return err
-	}
-	err = do()
-	return errors.Join(err, s.root.RemoveAll(name), release())
-}
-
-// partialDir, below tmp/, is where interrupted pulls keep what they have: each
-// large blob in a directory of its own, as partialData.
-const (
-	partialDir  = "partial"
-	partialData = "data"
-)
-
-// quarantineDir, below tmp/, is where repair puts damaged files.
-const quarantineDir = "quarantine"
-
 // largeFile is the size from which on it takes a file system milliseconds to free a file's space.
 const largeFile = 64 << 20
 
@@ -331,8 +237,7 @@ func (s *blobStore) makeAlgDir(alg digest.Algorithm) error {
 		return nil
 	}
 	name := path.Join(blobsDir, string(alg))
-	err := s.root.Mkdir(name, 0o755)
-	if err != nil && !errors.Is(err, fs.ErrExist) {
+	if err := s.root.makeDir(name, 0o755); err != nil {
 		return err
 	}
 	// Also when it was there: its maker may not have come to this line.

@@ -42,7 +42,7 @@ func (st *stage) openPartial(ctx context.Context, d digest.Digest, size int64) (
 		return nil, err
 	}
 	root := st.store.root
-	p := &partial{stage: st, digest: d, size: size, dir: path.Join(tmpDir, partialDir, string(d.Algorithm())+"-"+d.Encoded())}
+	p := &partial{stage: st, digest: d, size: size, dir: path.Join(tmpDir, partialDir, digestName(d))}
 	if err := makePartialDir(root, p.dir); err != nil {
 		return nil, err
 	}
@@ -98,15 +98,12 @@ func (p *partial) reopen(ctx context.Context) (whole bool, err error) {
 // it may vanish between the two steps: then both are done again.
 func makePartialDir(root *rootDir, name string) (err error) {
 	for range 10 {
-		if err = root.Mkdir(path.Dir(name), 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+		if err = root.makeDir(path.Dir(name), 0o700); err != nil {
 			return err
 		}
-		if err = root.Mkdir(name, 0o700); !errors.Is(err, fs.ErrNotExist) {
+		if err = root.makeDir(name, 0o700); !errors.Is(err, fs.ErrNotExist) {
 			break
 		}
-	}
-	if errors.Is(err, fs.ErrExist) {
-		return nil
 	}
 	return err
 }
@@ -176,8 +173,8 @@ func (p *partial) close() error {
 		errs = append(errs, p.file.Close())
 	}
 	if !p.stays && (p.file == nil || p.have == 0) {
-		errs = append(errs, p.stage.store.root.RemoveAll(p.dir))
-		p.stage.store.root.Remove(path.Dir(p.dir)) // fails while others have something there
+		errs = append(errs, p.stage.store.removeDir(p.dir, isPartialFile))
+		errs = append(errs, p.stage.store.root.removeEmpty(path.Dir(p.dir)))
 	}
 	return errors.Join(append(errs, p.release())...)
 }

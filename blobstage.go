@@ -346,12 +346,8 @@ func (st *stage) sweepPartials() error {
 		if sf.partial == "" {
 			continue
 		}
-		fi, err := st.store.root.Lstat(sf.partial)
-		if err == nil {
-			err = st.store.sweepEntry(sf.partial, fi)
-		}
-		errs = append(errs, ignoreNotExist(err))
-		st.store.root.Remove(path.Dir(sf.partial)) // fails while others have something there
+		errs = append(errs, st.store.sweepPartial(sf.partial))
+		errs = append(errs, st.store.root.removeEmpty(path.Dir(sf.partial)))
 		sf.partial = ""
 	}
 	return errors.Join(errs...)

@@ -95,6 +95,10 @@ var (
 	// ErrForeignIndex: the root's index.sqlite3 was not made by this package
 	// for this root, or its schema was altered. It is left untouched.
 	ErrForeignIndex = errors.New("index belongs to something else")
+	// ErrForeignRoot: the directory cannot be a registry, because something else in it has one of
+	// the names that a registry uses, or because it belongs to another user. It is left untouched.
+	// It also matches [ErrForeignIndex].
+	ErrForeignRoot error = &sentinel{"directory belongs to something else", ErrForeignIndex}
 	// ErrNewerSchema: the index was written by a newer version of this package.
 	// It is left untouched. [*SchemaError] carries both versions.
 	ErrNewerSchema = errors.New("index schema is newer than this program")

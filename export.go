@@ -72,6 +72,9 @@ func (r *LocalRegistry) exportArchiveFile(ctx context.Context, name string, refs
 	if err != nil {
 		return err
 	}
+	if err := r.checkTarget(name); err != nil {
+		return err
+	}
 	dir, err := openRoot(filepath.Dir(name), r.root.fault)
 	if err != nil {
 		return err

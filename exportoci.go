@@ -8,8 +8,10 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"path"
 	"slices"
 
+	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
@@ -40,6 +42,9 @@ func (r *LocalRegistry) ExportLayout(ctx context.Context, dir string, refs []Ref
 func (r *LocalRegistry) exportLayout(ctx context.Context, dir string, refs []Reference, opts *ExportOptions) (err error) {
 	x, err := r.newExport(ctx, refs, opts)
 	if err != nil {
+		return err
+	}
+	if err := r.checkTarget(dir, blobsDir, path.Join(blobsDir, string(digest.SHA256)), layoutTmp); err != nil {
 		return err
 	}
 	if err := mkdirAllSync(dir, 0o755, r.root.fault); err != nil {
@@ -76,7 +81,10 @@ func (r *LocalRegistry) exportLayout(ctx context.Context, dir string, refs []Ref
 }
 
 func writeLayoutFile(root *rootDir, name string, b []byte) error {
-	if err := root.Remove(layoutTemp); err != nil && !errors.Is(err, fs.ErrNotExist) {
+	if fi, err := root.Lstat(layoutTemp); err == nil && !fi.Mode().IsRegular() {
+		return fmt.Errorf("%w: %s is not a file that an export has left", ErrInvalidLayout, layoutTemp)
+	}
+	if err := ignoreNotExist(root.Remove(layoutTemp)); err != nil {
 		return err
 	}
 	return writeNew(root, layoutTemp, name, true, func(w io.Writer) error {
@@ -99,7 +107,17 @@ func lockLayout(ctx context.Context, root *rootDir) (release func() error, err e
 	if err != nil {
 		return nil, err
 	}
-	return func() error { return errors.Join(root.RemoveAll(layoutTmp), unlock()) }, nil
+	store := newBlobStore(root, true)
+	store.tmp = layoutTmp
+	return func() error {
+		_ = store.sweep() // what exports that were killed have left
+		_ = root.Remove(path.Join(layoutTmp, lockFile))
+		err := root.Remove(layoutTmp)
+		if errors.Is(err, fs.ErrExist) { // something in it is not ours
+			err = nil
+		}
+		return errors.Join(err, unlock())
+	}, nil
 }
 
 // prepareLayout makes sure that l is a layout or may become one: then it is fresh.

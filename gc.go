@@ -391,8 +391,11 @@ func (r *LocalRegistry) sweepTmp(ctx context.Context, opts *GCOptions) error {
 		return err
 	}
 	began := time.Now()
-	for _, dir := range []string{partialDir, quarantineDir} {
+	for dir, sweep := range map[string]func(name string) error{partialDir: r.blobs.sweepPartial, quarantineDir: r.blobs.sweepQuarantined} {
 		dir = path.Join(tmpDir, dir)
+		if fi, err := r.root.Lstat(dir); err != nil || !fi.IsDir() {
+			continue // nothing, or a link that leads to what is not ours
+		}
 		err := r.root.eachEntry(ctx, dir, func(name string) error {
 			name = path.Join(dir, name)
 			fi, err := r.root.Lstat(name)
@@ -403,14 +406,16 @@ func (r *LocalRegistry) sweepTmp(ctx context.Context, opts *GCOptions) error {
 			if data, err := r.root.Lstat(path.Join(name, partialData)); err == nil && opts.young(data.ModTime(), began) {
 				return nil
 			}
-			return r.blobs.sweepEntry(name, fi)
+			return sweep(name)
 		})
 		if err != nil {
 			return err
 		}
 	}
 	for _, dir := range []string{partialDir, quarantineDir} {
-		r.root.Remove(path.Join(tmpDir, dir)) // fails while something is there
+		if err := r.root.removeEmpty(path.Join(tmpDir, dir)); err != nil {
+			return err
+		}
 	}
 	return nil
 }

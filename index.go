@@ -96,6 +96,11 @@ func (x *index) close() error {
 
 // stmt returns the prepared form of a constant statement for readers.
 func (x *index) stmt(ctx context.Context, text string) (*sql.Stmt, error) {
+	if x.db.same != nil { // connections that are open would go on with a file that nobody else sees
+		if err := x.db.same(); err != nil {
+			return nil, err
+		}
+	}
 	x.mu.Lock()
 	defer x.mu.Unlock()
 	if s := x.stmts[text]; s != nil {

@@ -113,7 +113,7 @@ func TestFirstOpenRaceWithoutLinks(t *testing.T) {
 	<-reached
 	tries, waiting := 0, make(chan struct{})
 	second := open(keptRef, func(op, name string) error {
-		if op+" "+name == "mkdir tmp/alone" {
+		if op+" "+name == "lock ." {
 			if tries++; tries == 3 {
 				close(waiting)
 			}

@@ -3,6 +3,7 @@ package ocilocal_test
 import (
 	"bufio"
 	"context"
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"io"
@@ -381,11 +382,11 @@ func TestLiveSessionKept(t *testing.T) {
 
 	want := model{}
 	for i := range 5 {
-		dead := filepath.Join(root, "tmp", fmt.Sprint("dead", i))
+		dead := filepath.Join(root, "tmp", rand.Text())
 		if err := os.Mkdir(dead, 0o700); err != nil {
 			t.Fatal(err)
 		}
-		if err := os.WriteFile(filepath.Join(dead, "left"), []byte("half a lay"), 0o600); err != nil {
+		if err := os.WriteFile(filepath.Join(dead, rand.Text()), []byte("half a lay"), 0o600); err != nil {
 			t.Fatal(err)
 		}
 		r := mustOpen(t, root)

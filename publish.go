@@ -1,10 +1,10 @@
 package ocilocal
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
 	"os"
 	"slices"
 	"time"
@@ -278,12 +278,11 @@ func (r *LocalRegistry) writeAlone(ctx context.Context, fn func(*indexTx) error)
 
 func (r *LocalRegistry) guarded(fn func(*indexTx) error) func(*indexTx) error {
 	return func(tx *indexTx) error {
-		now, err := r.root.Lstat(indexFile)
-		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		if err := r.checkBound(); err != nil {
 			return err
 		}
-		if err != nil || !os.SameFile(r.opened, now) {
-			return fmt.Errorf("%w: %s was replaced while the registry was open", ErrForeignIndex, indexFile)
+		if index, err := r.root.Lstat(indexFile); err != nil || !os.SameFile(r.opened, index) {
+			return cmp.Or(err, fmt.Errorf("%w: %s was replaced while the registry was open", ErrForeignIndex, indexFile))
 		}
 		return fn(tx)
 	}

@@ -1,20 +1,15 @@
 package ocilocal
 
 import (
-	"cmp"
 	"context"
-	"crypto/rand"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"log/slog"
 	"os"
-	"path"
 	"path/filepath"
 	"runtime"
 	"slices"
-	"strings"
 	"sync"
 	"time"
 )
@@ -56,10 +51,15 @@ type Options struct {
 	// AllowNetworkFS opens a root on a network file system, which otherwise
 	// fails with [ErrNetworkFS]. There, only one machine at a time may use it.
 	AllowNetworkFS bool
+	// AllowOtherOwner opens a root that belongs to another user, or whose index, log, tmp/ or
+	// blobs/ does; otherwise that is an [ErrForeignRoot], unless the other user is root. The
+	// owner of a root decides what every reference in it means. It has no effect on Windows.
+	AllowOtherOwner bool
 	// Logger is told what can't be returned. Nil discards.
 	Logger *slog.Logger
 
 	fault faultFunc  // for rootDir
+	adopt bool       // take blobs/ for the registry's although the directory has no id: only Rebuild may
 	id    string     // for a root that is made new; "" for one of its own
 	more  [][]string // migrations after those that there are, for tests
 }
@@ -67,12 +67,13 @@ type Options struct {
 // A LocalRegistry is an open root directory. Any number of goroutines may use
 // one, and any number of processes on one machine may open the same root.
 type LocalRegistry struct {
-	dir    string // absolute
+	dir    string // absolute, without symbolic links
 	opts   Options
 	root   *rootDir
 	blobs  *blobStore
 	index  *index
 	id     string
+	self   fs.FileInfo // of the directory
 	opened fs.FileInfo // of the index file
 	remote *Remote     // for Pull and Push
 
@@ -112,14 +113,26 @@ func DefaultRoot() (string, error) {
 	return filepath.Join(data, "ocilocal"), nil
 }
 
-// Open opens the registry in dir for reading and writing, and creates it where
-// there is none. Several processes may do so at once.
+// Open opens the registry in dir for reading and writing. It creates the directory, and the
+// registry in it, if they are missing, and completes one whose creation was interrupted. Several
+// processes may do so at once.
 //
-// An index of an older version of this package is brought up to date. A dir whose index.sqlite3
-// isn't this package's is left untouched: [ErrForeignIndex], [ErrNewerSchema],
-// [ErrCorruptIndex]; the last also where only the log of an index is left. Further errors:
-// [ErrNetworkFS]; [ErrReadOnly] for a dir that this process may not write; [ErrInvalidArgument] for an
-// empty dir; [ErrBusy], and the file system's. ctx governs the call only.
+// A registry is created only where the names tmp, blobs and id are free. Otherwise, and where
+// index.sqlite3 is another program's, nothing in the directory is changed. An index by an older
+// version of this package is brought up to date. Symbolic links in dir are resolved once: the
+// registry stays the directory that dir led to, and if that is moved or replaced while the
+// registry is open, calls fail with [ErrForeignIndex]. ctx governs the call only.
+//
+// Errors:
+//   - [ErrForeignRoot]: tmp, blobs or id exist and are not a registry's, or a file of the
+//     registry belongs to another user
+//   - [ErrForeignIndex]: index.sqlite3 was not made by this package for this root
+//   - [ErrNewerSchema]: the index is by a newer version of this package
+//   - [ErrCorruptIndex]: the index is damaged, or only its log is left
+//   - [ErrNetworkFS]: dir is on a network file system
+//   - [ErrReadOnly]: this process may not write to dir
+//   - [ErrInvalidArgument]: dir is empty
+//   - [ErrBusy], and any error from ctx or the file system
 func Open(ctx context.Context, dir string, opts *Options) (*LocalRegistry, error) {
 	r, err := open(ctx, dir, opts, false)
 	return r, opError("open", dir, "", err)
@@ -127,9 +140,11 @@ func Open(ctx context.Context, dir string, opts *Options) (*LocalRegistry, error
 
 // OpenReadOnly opens an existing registry and never changes it: writing
 // methods fail with [ErrReadOnly]. It works on a directory that this process
-// may not write, then provided that no other process writes to it meanwhile.
-// Errors are those of [Open], [ErrNotFound] when there is no registry, and [ErrReadOnly]
-// when its index is of an older version, which only Open brings up to date.
+// may not write, provided that no other process writes to it meanwhile.
+//
+// Errors are those of [Open], and
+//   - [ErrNotFound]: dir has no registry
+//   - [ErrReadOnly]: the index is by an older version, which only Open brings up to date
 func OpenReadOnly(ctx context.Context, dir string, opts *Options) (*LocalRegistry, error) {
 	r, err := open(ctx, dir, opts, true)
 	return r, opError("open read-only", dir, "", err)
@@ -156,15 +171,17 @@ func open(ctx context.Context, dir string, opts *Options, readOnly bool) (_ *Loc
 	if dir == "" {
 		return nil, fmt.Errorf("%w: directory name is empty", ErrInvalidArgument)
 	}
-	if r.dir, err = filepath.Abs(dir); err != nil {
-		return nil, err
+	if _, err := os.Stat(dir); errors.Is(err, fs.ErrNotExist) {
+		dir = filepath.Clean(dir) // the system takes a/../b for nothing where there is no a
 	}
 	if !readOnly {
-		if err := mkdirAllSync(r.dir, 0o700, r.opts.fault); err != nil {
+		if err := mkdirAllSync(dir, 0o700, r.opts.fault); err != nil {
 			return nil, err
 		}
 	}
-	r.root, err = openRoot(r.dir, r.opts.fault)
+	if r.dir, err = resolveDir(dir); err == nil {
+		r.root, err = openRoot(r.dir, r.opts.fault)
+	}
 	if err != nil {
 		if readOnly && errors.Is(err, fs.ErrNotExist) {
 			err = fmt.Errorf("%w: %w", ErrNotFound, err)
@@ -185,9 +202,6 @@ func open(ctx context.Context, dir string, opts *Options, readOnly bool) (_ *Loc
 		if readOnly {
 			return nil, fmt.Errorf("%w: no %s in it", ErrNotFound, indexFile)
 		}
-		if err := r.checkNoLog(); err != nil {
-			return nil, err
-		}
 		if err := r.create(ctx); err != nil {
 			return nil, err
 		}
@@ -205,176 +219,30 @@ func open(ctx context.Context, dir string, opts *Options, readOnly bool) (_ *Loc
 	if err := r.checkID(); err != nil {
 		return nil, errors.Join(err, r.index.close())
 	}
+	if readOnly {
+		_, err = r.checkDirs()
+	} else {
+		err = r.makeDirs()
+	}
+	if err != nil {
+		return nil, errors.Join(err, r.index.close())
+	}
 	return r, nil
-}
-
-// checkRoot looks at where and how the root lies.
-func (r *LocalRegistry) checkRoot() error {
-	fi, err := r.root.Stat(".")
-	if err != nil {
-		return err
-	}
-	if fi.Mode().Perm()&0o002 != 0 && runtime.GOOS != "windows" {
-		r.opts.Logger.Warn("ocilocal: anybody on this machine may write to the registry", "root", r.dir, "mode", fi.Mode())
-	}
-	name, err := networkFS(r.dir)
-	if err != nil {
-		return err
-	}
-	return r.checkFS(name)
-}
-
-// checkFS refuses a network file system, by name; "" is a local one.
-func (r *LocalRegistry) checkFS(name string) error {
-	if name == "" || r.opts.AllowNetworkFS {
-		return nil
-	}
-	return fmt.Errorf("%w (%s): two machines would damage the index (Options.AllowNetworkFS opens it all the same)", ErrNetworkFS, name)
-}
-
-// create lays out a new root. Everything is made under tmp/ and linked to its
-// name without replacing, so that of several processes one wins each step.
-func (r *LocalRegistry) create(ctx context.Context) error {
-	// Whoever made the root may have been killed before its entry was synced.
-	// Where this process can't do that, it didn't make the root either.
-	if err := syncEntries(filepath.Dir(r.dir), r.opts.fault); err != nil && !errors.Is(err, fs.ErrPermission) {
-		return err
-	}
-	if err := r.makeDirs(); err != nil {
-		return err
-	}
-	session, err := r.blobs.enter()
-	if err != nil {
-		return err
-	}
-	id, err := r.readID()
-	if errors.Is(err, fs.ErrNotExist) {
-		if err := r.writeID(ctx, session); err != nil {
-			return err
-		}
-		id, err = r.readID()
-	}
-	if err != nil {
-		return err
-	}
-	fresh, err := r.blobs.empty()
-	if err != nil {
-		return err
-	}
-	private := path.Join(session, rand.Text())
-	if err := createIndex(ctx, filepath.Join(r.dir, private), id, r.schema(), !fresh); err != nil {
-		return err
-	}
-	if err := r.root.Chmod(private, 0o600); err != nil {
-		return err
-	}
-	return r.name(ctx, private, indexFile)
-}
-
-// checkNoLog refuses to make an index where the log of a lost one lies: SQLite would take
-// it for the new one's, and what it says for the truth.
-func (r *LocalRegistry) checkNoLog() error {
-	for _, suffix := range []string{"-wal", "-journal"} {
-		_, err := r.root.Lstat(indexFile + suffix)
-		if errors.Is(err, fs.ErrNotExist) {
-			continue
-		}
-		if err == nil { // unless another process has just made the index and its log
-			_, err = r.root.Lstat(indexFile)
-		}
-		if errors.Is(err, fs.ErrNotExist) {
-			err = fmt.Errorf("%w: %s is not there, but %s%s is (put it back, or Rebuild)", ErrCorruptIndex, indexFile, indexFile, suffix)
-		}
-		return err
-	}
-	return nil
-}
-
-// makeDirs makes the directories of a root that aren't there.
-func (r *LocalRegistry) makeDirs() error {
-	for _, dir := range []string{blobsDir, tmpDir} {
-		if err := r.root.Mkdir(dir, 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
-			return err
-		}
-	}
-	return r.root.syncDir(".")
-}
-
-// name gives a complete file below tmp/ its name in the root, unless that is taken.
-func (r *LocalRegistry) name(ctx context.Context, private, name string) error {
-	moved := false
-	// Alone, because a file system without hard links cannot name a file without replacing another.
-	err := r.blobs.alone(ctx, func() (err error) {
-		moved, err = r.root.linkNew(private, name)
-		return err
-	})
-	if errors.Is(err, fs.ErrExist) {
-		err = nil
-	}
-	if !moved {
-		err = errors.Join(err, r.root.Remove(private))
-	}
-	return errors.Join(err, r.root.syncDir("."))
-}
-
-func (r *LocalRegistry) writeID(ctx context.Context, session string) error {
-	private := path.Join(session, rand.Text())
-	f, err := r.root.openFile(private, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o644)
-	if err != nil {
-		return err
-	}
-	if _, err = io.WriteString(f, cmp.Or(r.opts.id, strings.ToLower(rand.Text()))+"\n"); err == nil {
-		err = f.sync()
-	}
-	if err = errors.Join(err, f.Close()); err != nil {
-		return err
-	}
-	return r.name(ctx, private, idFile)
-}
-
-func (r *LocalRegistry) readID() (string, error) {
-	f, err := r.root.OpenFile(idFile, os.O_RDONLY|openNoFollow, 0)
-	if err != nil {
-		return "", err
-	}
-	defer f.Close()
-	if _, err := checkRegular(f); err != nil {
-		return "", fmt.Errorf("%w: %w", ErrForeignIndex, err)
-	}
-	b, err := io.ReadAll(io.LimitReader(f, 100))
-	if err != nil {
-		return "", err
-	}
-	id := strings.TrimSuffix(string(b), "\n")
-	if len(id) == 0 || len(id) > 64 || strings.Trim(id, "0123456789abcdefghijklmnopqrstuvwxyz") != "" {
-		return "", fmt.Errorf("%w: file %s holds no id: %q", ErrForeignIndex, idFile, clip(id))
-	}
-	return id, nil
 }
 
 func (r *LocalRegistry) schema() [][]string { return append(migrations[:], r.opts.more...) }
 
 // openIndex opens the index, in the mode that the root allows.
 func (r *LocalRegistry) openIndex(ctx context.Context, readOnly bool) (*index, error) {
-	db := database{path: filepath.Join(r.dir, indexFile)}
+	db := database{path: filepath.Join(r.dir, indexFile), anyOwner: r.opts.AllowOtherOwner, same: r.checkBound}
 	if !readOnly {
-		// SQLite would open what it can't write, and fail at the first write only. A copy
-		// of a root may lack the directories that were empty.
-		complete := true
+		// SQLite would open what it can't write, and fail at the first write only.
 		for _, dir := range []string{r.dir, filepath.Join(r.dir, tmpDir), filepath.Join(r.dir, blobsDir)} {
-			if err := checkWritable(dir); errors.Is(err, fs.ErrNotExist) {
-				complete = false
-			} else if err != nil {
+			if err := checkWritable(dir); err != nil && !errors.Is(err, fs.ErrNotExist) {
 				return nil, fmt.Errorf("%w: %w (OpenReadOnly reads it)", ErrReadOnly, err)
 			}
 		}
-		x, err := openIndex(ctx, db, r.opts.BusyTimeout, r.schema())
-		if err == nil && !complete {
-			if err = r.makeDirs(); err != nil {
-				return nil, errors.Join(err, x.close())
-			}
-		}
-		return x, err
+		return openIndex(ctx, db, r.opts.BusyTimeout, r.schema())
 	}
 	// SQLite reads a WAL database only with a -shm beside it, shared with
 	// writers. Where it may, it makes one, and the last to close cleans up.
@@ -393,85 +261,6 @@ func (r *LocalRegistry) openIndex(ctx context.Context, readOnly bool) (*index, e
 	return openIndex(ctx, db, r.opts.BusyTimeout, r.schema())
 }
 
-// errNoID is of an index that is this package's, in a root that has lost its id.
-var errNoID = errors.New("the root has no file")
-
-// checkID makes sure that the index is this root's own.
-func (r *LocalRegistry) checkID() error {
-	var err error
-	if r.id, err = meta(r.index, metaID); err != nil {
-		return err
-	}
-	switch id, err := r.readID(); {
-	case errors.Is(err, fs.ErrNotExist):
-		return fmt.Errorf("%w: %w %s; the index's id is %s (if they belong together, write that id there)", ErrForeignIndex, errNoID, idFile, r.id)
-	case err != nil:
-		return err
-	case id != r.id:
-		return fmt.Errorf("%w: the index's id is %s, the root's is %s", ErrForeignIndex, r.id, id)
-	}
-	return nil
-}
-
-// Close waits for the calls under way and closes the registry; calls that come
-// meanwhile fail with [ErrClosed]. So it must not be called from within one, such
-// as by a reader that is being added as a layer; the bodies of loops over
-// listings may call it. Open readers stay usable. The connections of a Remote that was given by
-// Options stay open. A second Close returns [ErrClosed].
-func (r *LocalRegistry) Close() error {
-	r.mu.Lock()
-	already := r.closed
-	r.closed = true
-	r.mu.Unlock()
-	if already {
-		return opError("close", r.dir, "", ErrClosed)
-	}
-	r.calls.Wait()
-	if r.opts.Remote == nil {
-		r.remote.CloseIdleConnections()
-	}
-	return opError("close", r.dir, "", errors.Join(r.index.close(), r.blobs.close(), r.root.Close()))
-}
-
-// openOther opens a regular file that the caller names. It refuses those of the index: closing
-// any descriptor of them would drop the locks that SQLite holds in this process.
-func (r *LocalRegistry) openOther(name string) (*os.File, error) {
-	fi, err := os.Stat(name)
-	if err != nil {
-		return nil, err
-	}
-	for _, suffix := range []string{"", "-wal", "-shm"} {
-		if own, err := r.root.Stat(indexFile + suffix); err == nil && os.SameFile(own, fi) {
-			return nil, fmt.Errorf("%w: this is the registry's own index", ErrInvalidArgument)
-		}
-	}
-	return openRegular(name)
-}
-
-// begin keeps the registry open until end is called. Once Close has begun it
-// fails, also from within a call that Close waits for.
-func (r *LocalRegistry) begin(ctx context.Context) (end func(), err error) {
-	if err := ctx.Err(); err != nil {
-		return nil, err
-	}
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if r.closed {
-		return nil, ErrClosed
-	}
-	r.calls.Add(1)
-	return r.calls.Done, nil
-}
-
-// beginWrite is begin of a call that changes the registry: one that is open read-only fails with [ErrReadOnly].
-func (r *LocalRegistry) beginWrite(ctx context.Context) (end func(), err error) {
-	if end, err = r.begin(ctx); err == nil && r.blobs.readOnly {
-		end()
-		return nil, ErrReadOnly
-	}
-	return end, err
-}
-
 // Root returns the registry's directory as an absolute path.
 func (r *LocalRegistry) Root() string { return r.dir }
 
@@ -484,13 +273,3 @@ func (r *LocalRegistry) localHost() string { return r.id + localHostSuffix }
 
 // localHostSuffix ends the names of hosts that exist nowhere: refs there were made up by a registry.
 const localHostSuffix = ".ocilocal.local"
-
-// within runs fn, which is short, while the registry is kept open.
-func (r *LocalRegistry) within(ctx context.Context, fn func() error) error {
-	end, err := r.begin(ctx)
-	if err != nil {
-		return err
-	}
-	defer end()
-	return fn()
-}

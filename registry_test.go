@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
-	"log/slog"
 	"maps"
 	"os"
 	"os/exec"
@@ -623,27 +622,6 @@ func TestArtifactTypesImport(t *testing.T) {
 	}
 	if after := filesBelow(t, r, "blobs"); !slices.Equal(before, after) {
 		t.Errorf("blobs before %q, after %q", before, after)
-	}
-}
-
-func TestWorldWritableWarning(t *testing.T) {
-	if runtime.GOOS == "windows" {
-		t.Skip("no such mode there")
-	}
-	root := t.TempDir()
-	for mode, want := range map[fs.FileMode]bool{0o700: false, 0o755: false, 0o777: true} {
-		if err := os.Chmod(root, mode); err != nil {
-			t.Fatal(err)
-		}
-		var log bytes.Buffer
-		r, err := ocilocal.Open(t.Context(), root, &ocilocal.Options{Logger: slog.New(slog.NewTextHandler(&log, nil))})
-		if err != nil {
-			t.Fatal(err)
-		}
-		mustClose(t, r)
-		if got := strings.Contains(log.String(), "level=WARN"); got != want {
-			t.Errorf("mode %o logs %q", mode, log.String())
-		}
 	}
 }
 

@@ -424,10 +424,10 @@ func (p *repair) inspect(ctx context.Context, d digest.Digest, files bool) (fs.F
 func (p *repair) moveAway(ctx context.Context, d digest.Digest, bad fs.FileInfo) error {
 	root := p.registry.root
 	dir := path.Join(tmpDir, quarantineDir)
-	if err := root.Mkdir(dir, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+	if err := root.makeDir(dir, 0o700); err != nil {
 		return err
 	}
-	to := path.Join(dir, fmt.Sprintf("%s-%s", d.Algorithm(), d.Encoded()))
+	to := path.Join(dir, digestName(d))
 	moved := false
 	err := p.registry.writeAlone(ctx, func(*indexTx) error {
 		moved = false

@@ -28,11 +28,11 @@ func rebuild(ctx context.Context, dir string, opts *RepairOptions) (*RepairRepor
 	if opts == nil {
 		opts = &RepairOptions{}
 	}
-	dir, err := filepath.Abs(dir)
-	if err != nil {
-		return nil, err
+	dir, err := resolveDir(dir)
+	var root *rootDir
+	if err == nil {
+		root, err = openRoot(dir, opts.fault)
 	}
-	root, err := openRoot(dir, opts.fault)
 	if err == nil {
 		defer root.Close()
 		_, err = root.Lstat(blobsDir)
@@ -48,7 +48,7 @@ func rebuild(ctx context.Context, dir string, opts *RepairOptions) (*RepairRepor
 		return nil, err
 	}
 	before := &RepairReport{} // of an index that proved to be damaged
-	r, err := Open(ctx, dir, &Options{fault: opts.fault})
+	r, err := Open(ctx, dir, &Options{fault: opts.fault, adopt: true})
 	if err == nil {
 		damaged := false
 		err = r.index.integrity(ctx, false, func(string) { damaged = true })
@@ -68,7 +68,7 @@ func rebuild(ctx context.Context, dir string, opts *RepairOptions) (*RepairRepor
 		err = errors.Join(ErrCorruptIndex, err, r.Close())
 	}
 	// An index that cannot be read, for want of descriptors say, is not known to be damaged.
-	if !errors.Is(err, ErrCorruptIndex) && !errors.Is(err, ErrForeignIndex) || errors.Is(err, ErrNewerSchema) || processCondition(err) {
+	if !errors.Is(err, ErrCorruptIndex) && !errors.Is(err, ErrForeignIndex) || errors.Is(err, ErrNewerSchema) || errors.Is(err, ErrForeignRoot) || processCondition(err) {
 		return nil, err
 	}
 	// Damage may have made the index of a root of ours unrecognisable. Others have a directory blobs too.
@@ -84,7 +84,7 @@ func rebuild(ctx context.Context, dir string, opts *RepairOptions) (*RepairRepor
 	if err != nil {
 		return nil, err
 	}
-	if r, err = Open(ctx, dir, &Options{fault: opts.fault}); err != nil {
+	if r, err = Open(ctx, dir, &Options{fault: opts.fault, adopt: true}); err != nil {
 		return nil, err
 	}
 	p := newRepair(r, opts)

@@ -3,6 +3,7 @@ package ocilocal
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"io/fs"
 	"os"
@@ -11,6 +12,32 @@ import (
 	"syscall"
 	"time"
 )
+
+// # What this package deletes, renames and truncates
+//
+// Only what it has made itself, and only where that can be known. These are all the paths, and why
+// each is ours:
+//
+//	path                        operation            why it is ours
+//	root/.ocilocal-id           removed, renamed     our prefix; a small regular file, with the root locked
+//	root/tmp/…                  removed, truncated   the marks that blobtmp.go lists, in a root with an id
+//	root/blobs/<alg>/<hex>      removed, renamed,    a regular file under a digest, in a root with an id:
+//	                            replaced             by a collection, Repair (to tmp/quarantine/), and the stage,
+//	                                                 which replaces only bytes that do not have that digest
+//	root/index.sqlite3*         renamed              by Rebuild, to index.sqlite3.broken: an index that is
+//	                                                 damaged, in a root with an id or an index that was ours
+//	root/tmp/<session>/<name>   renamed              to index.sqlite3, while the root is locked and has none
+//	target/.ocilocal-<random>   removed, renamed     made by the same call with O_EXCL
+//	layout/.ocilocal-new        removed, renamed     our prefix; a regular file, with the layout locked
+//	layout/.ocilocal-tmp/…      removed              the same marks as in tmp/
+//	layout/blobs/<alg>/<hex>    replaced             a blob of the export whose file is damaged
+//	layout/index.json           replaced             the caller asked for it; its entries are kept
+//	target file                 replaced             the caller set ExportOptions.Overwrite
+//
+// A root has an id, or this package makes one, which it does only where tmp/ and blobs/ are free:
+// see create in registrycreate.go. No call writes to a path from the caller that is in the
+// registry itself: see checkTarget in registryforeign.go. SQLite alone writes, truncates and
+// deletes index.sqlite3, -wal and -shm.
 
 // A rootDir is an open directory: a registry's root, or one that is exported to or imported
 // from. No name leads out of it, as with [os.Root].
@@ -149,6 +176,32 @@ func (r *rootDir) RemoveAll(name string) error {
 	return r.dir.RemoveAll(name)
 }
 
+// makeDir makes a directory unless it exists. Anything else under its name, as a link is, is
+// an [ErrForeignRoot].
+func (r *rootDir) makeDir(name string, perm fs.FileMode) error {
+	err := r.Mkdir(name, perm)
+	if !errors.Is(err, fs.ErrExist) {
+		return err
+	}
+	fi, err := r.Lstat(name)
+	if err == nil && !fi.IsDir() {
+		err = fmt.Errorf("%w: %s is not a directory", ErrForeignRoot, name)
+	}
+	return ignoreNotExist(err) // removed since
+}
+
+// removeEmpty removes a directory. It stays if anything is in it, and so does anything else under its name.
+func (r *rootDir) removeEmpty(name string) error {
+	fi, err := r.Lstat(name)
+	if err == nil && fi.IsDir() {
+		err = r.Remove(name)
+	}
+	if errors.Is(err, fs.ErrExist) { // it is not empty
+		return nil
+	}
+	return ignoreNotExist(err)
+}
+
 // linkNew gives the file name the new name to, unless that is taken: [fs.ErrExist]. The file
 // keeps its old name as well, except where the file system, or this file, cannot have another
 // hard link: there it is renamed, and moved is true. Looking whether to is taken and taking it
@@ -247,6 +300,54 @@ func (r *rootDir) lockDir(ctx context.Context, name string) (release func() erro
 		case <-time.After(2 * time.Millisecond):
 		}
 	}
+}
+
+// lstatPath is Lstat of a path from outside the directory.
+func (r *rootDir) lstatPath(path string) (fs.FileInfo, error) {
+	if err := r.fault.before("stat", path); err != nil {
+		return nil, err
+	}
+	return os.Lstat(path)
+}
+
+// resolveDir returns the absolute path of a directory, without symbolic links in it.
+func resolveDir(dir string) (string, error) {
+	// Links come first: to the system, link/.. is not the directory that link lies in.
+	dir, err := filepath.EvalSymlinks(dir)
+	if err != nil || filepath.IsAbs(dir) {
+		return dir, err
+	}
+	if dir, err = filepath.Abs(dir); err != nil {
+		return "", err
+	}
+	return filepath.EvalSymlinks(dir)
+}
+
+// eachParent calls visit with the directories in which a path lies, up to the root of the file
+// system, those that exist. Where the path is or leads through a symbolic link, that is both the
+// directories of the link and those of its target. The first error ends it.
+func eachParent(path string, visit func(dir string, fi fs.FileInfo) error) error {
+	lexical, err := filepath.Abs(path)
+	if err != nil {
+		return err
+	}
+	for _, from := range []string{path, filepath.Dir(lexical)} {
+		dir, err := resolveDir(from)
+		for errors.Is(err, fs.ErrNotExist) && filepath.Dir(from) != from {
+			from = filepath.Dir(from)
+			dir, err = resolveDir(from)
+		}
+		for up := ""; err == nil && up != dir; dir, up = filepath.Dir(dir), dir {
+			var fi fs.FileInfo
+			if fi, err = os.Stat(dir); err == nil {
+				err = visit(dir, fi)
+			}
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // mkdirAllSync is [os.MkdirAll] that makes each level it makes durable.

@@ -8,6 +8,9 @@ import (
 	"syscall"
 )
 
+// lockFile is the file by which a directory is locked, where it can't be locked itself.
+const lockFile = ".ocilocal-lock"
+
 // openNoFollow makes an open fail on a symbolic link, and not block on a FIFO.
 const openNoFollow = syscall.O_NOFOLLOW | openNonblock
 
@@ -24,6 +27,9 @@ var noResources = []syscall.Errno{syscall.EMFILE, syscall.ENFILE, syscall.ENOMEM
 // every other handle in this one. held is false when somebody else has it, or
 // when it is gone. The lock ends with release, or with the process.
 func tryLockDir(root *rootDir, name string) (release func() error, held bool, err error) {
+	if err := root.fault.before("lock", name); err != nil {
+		return nil, false, err
+	}
 	d, err := root.Open(name)
 	if err != nil {
 		return nil, false, ignoreNotExist(err)

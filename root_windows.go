@@ -6,6 +6,9 @@ import (
 	"syscall"
 )
 
+// lockFile is the file by which a directory is locked.
+const lockFile = ".ocilocal-lock"
+
 const (
 	openNoFollow = 0
 	openNonblock = 0
@@ -23,7 +26,10 @@ var noResources = []syscall.Errno{4, 8, 14, 1450, 1455}
 // holding it. os.Root can't do this: it shares the files that it opens with everybody.
 func tryLockDir(root *rootDir, name string) (release func() error, held bool, err error) {
 	const errSharingViolation = syscall.Errno(32)
-	marker, err := syscall.UTF16PtrFromString(filepath.Join(root.dir.Name(), filepath.FromSlash(name), "lock"))
+	if err := root.fault.before("lock", name); err != nil {
+		return nil, false, err
+	}
+	marker, err := syscall.UTF16PtrFromString(filepath.Join(root.dir.Name(), filepath.FromSlash(name), lockFile))
 	if err != nil {
 		return nil, false, err
 	}

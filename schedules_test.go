@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"os"
@@ -351,7 +352,7 @@ func TestScheduleClockSkew(t *testing.T) {
 		t.Fatal(err)
 	}
 	live := tmpEntries(t, root)
-	dead := filepath.Join(root, "tmp", "dead")
+	dead := filepath.Join(root, "tmp", rand.Text())
 	if err := os.Mkdir(dead, 0o700); err != nil {
 		t.Fatal(err)
 	}
@@ -370,7 +371,7 @@ func TestScheduleClockSkew(t *testing.T) {
 	if err := publishing(b, keptRef, "b", ocilocal.KeepExisting)(); err != nil {
 		t.Fatal(err)
 	}
-	if now := tmpEntries(t, root); slices.Contains(now, "dead") || !slices.Contains(now, live[0]) {
+	if now := tmpEntries(t, root); slices.Contains(now, filepath.Base(dead)) || !slices.Contains(now, live[0]) {
 		t.Errorf("tmp/ has %q; %q is live", now, live)
 	}
 	if _, err := builder.Build(t.Context()); err != nil {
