@@ -1,4 +1,6 @@
-// The white-box hooks of the external tests. Nothing else may be in this file.
+// The hooks by which the external tests reach into the package, in the order of the families in
+// CONTRIBUTING.md. They show or set what is there; no hook has logic that a test should check, and
+// nothing else may be in this file.
 
 package ocilocal
 
@@ -12,12 +14,50 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// WriteEntry writes one file of an archive.
-var WriteEntry = writeEntry
+// --- errors, references, JSON, manifests ---
 
-// SetFault puts the seam of r's file operations under a test's control: fault
-// is called before each one, by any goroutine, and its error is the
-// operation's. Nil ends it. No call may be under way.
+// ProcessCondition tells a condition of the process from damage.
+var ProcessCondition = processCondition
+
+var (
+	ReferenceFromKey = referenceFromKey
+	ReferenceKey     = Reference.key
+	CheckTag         = checkTag
+	IsBareTag        = isBareTag
+)
+
+var (
+	CanonicalAnnotations = canonicalAnnotations
+	EmptyJSON            = emptyJSON
+)
+
+// ManifestSpec is manifestSpec with exported fields.
+type ManifestSpec struct {
+	ArtifactType string
+	Config       *ocispec.Descriptor
+	Layers       []ocispec.Descriptor
+	Annotations  map[string]string
+	Subject      *ocispec.Descriptor
+}
+
+// BuildManifest builds the canonical manifest of s.
+func BuildManifest(f ManifestFormat, s ManifestSpec) (*Manifest, error) {
+	return buildManifest(f, manifestSpec{s.ArtifactType, s.Config, s.Layers, s.Annotations, s.Subject})
+}
+
+// ManifestChildren returns role and digest of each child.
+func ManifestChildren(m *Manifest) []string {
+	var out []string
+	for i, d := range m.children() {
+		out = append(out, fmt.Sprintf("%s %s", m.childRole(i), d.Digest))
+	}
+	return out
+}
+
+// --- root: the seam of file operations ---
+
+// SetFault has fault called before each file operation of r, by any goroutine; if it returns an
+// error, the operation fails with that. Nil ends it. No call may be under way.
 func SetFault(r *LocalRegistry, fault func(op, name string) error) { r.root.fault = fault }
 
 // OpenFaulty is [Open] with the seam in place from the beginning.
@@ -25,34 +65,15 @@ func OpenFaulty(ctx context.Context, dir string, fault func(op, name string) err
 	return Open(ctx, dir, &Options{fault: fault})
 }
 
-// SetLegacyRoot is [Options.LegacyRoot] for an open registry. No call may be under way.
-func SetLegacyRoot(r *LocalRegistry, dir string) { r.opts.LegacyRoot = dir }
-
-// AskHelper runs a credential helper with another time limit than usual.
-func AskHelper(ctx context.Context, name, host string, limit time.Duration) (Credential, error) {
-	return askHelper(ctx, name, host, limit)
+// RefuseNetworkFS returns the error that a root on a file system with that name gets.
+func RefuseNetworkFS(name string, allow bool) error {
+	return (&LocalRegistry{opts: Options{AllowNetworkFS: allow}}).checkFS(name)
 }
 
-// CollectClosures takes the closures of entries as an import does, from a source that has every
-// manifest of raw and stages no config and no layer.
-func CollectClosures(ctx context.Context, r *LocalRegistry, entries []ocispec.Descriptor, raw map[string][]byte) error {
-	im := r.newImporter(nil)
-	im.fetch = func(ctx context.Context, desc ocispec.Descriptor, as role) error {
-		if as != roleManifest {
-			return nil
-		}
-		_, _, err := im.stage.put(ctx, bytes.NewReader(raw[string(desc.Digest)]), "", desc.Digest, desc.Size)
-		return err
-	}
-	_, _, err := im.collect(ctx, entries, entries)
-	if rm := im.stage.discard(); err == nil {
-		err = rm
-	}
-	return err
-}
+// --- index ---
 
-// IndexWrite runs fn in r's next write transaction, which it may share with
-// others. fn is given a function that runs SQL in it.
+// IndexWrite runs fn in r's next write transaction, which other calls may share. fn gets a function
+// that runs SQL in it.
 func IndexWrite(ctx context.Context, r *LocalRegistry, fn func(exec func(text string) error) error) error {
 	return r.index.write(ctx, func(tx *indexTx) error {
 		return fn(func(text string) error {
@@ -70,7 +91,7 @@ func IndexQuery(ctx context.Context, r *LocalRegistry, text string) error {
 // IndexReaders bounds the connections that read r's index.
 func IndexReaders(r *LocalRegistry, n int) { r.index.readers.SetMaxOpenConns(n) }
 
-// IndexPragma returns what a pragma is on the writer's connection, and on one of the readers'.
+// IndexPragma returns a pragma's value on the writer's connection, and on a reader's.
 func IndexPragma(r *LocalRegistry, name string) (writer, reader string, err error) {
 	err = r.index.write(context.Background(), func(tx *indexTx) error {
 		_, err := tx.row("PRAGMA "+name, nil, &writer)
@@ -82,14 +103,14 @@ func IndexPragma(r *LocalRegistry, name string) (writer, reader string, err erro
 	return writer, reader, err
 }
 
-// IndexQueue returns how many write calls wait for one that leads.
+// IndexQueue returns how many write calls wait for the committing goroutine.
 func IndexQueue(r *LocalRegistry) int {
 	r.index.mu.Lock()
 	defer r.index.mu.Unlock()
 	return len(r.index.queue)
 }
 
-// IndexLeading reports whether a write call is under way.
+// IndexLeading reports whether a goroutine is committing.
 func IndexLeading(r *LocalRegistry) bool {
 	r.index.mu.Lock()
 	defer r.index.mu.Unlock()
@@ -99,44 +120,37 @@ func IndexLeading(r *LocalRegistry) bool {
 // NewerSchema returns options for a program that knows one schema version more.
 func NewerSchema(stmts ...string) *Options { return &Options{more: [][]string{stmts}} }
 
-// RefuseNetworkFS returns the error of a root on a file system with that name.
-func RefuseNetworkFS(name string, allow bool) error {
-	return (&LocalRegistry{opts: Options{AllowNetworkFS: allow}}).checkFS(name)
-}
+// --- import ---
 
-// ProcessCondition tells a condition of the process from damage.
-var ProcessCondition = processCondition
-
-var (
-	ReferenceFromKey = referenceFromKey
-	ReferenceKey     = Reference.key
-	CheckTag         = checkTag
-	IsBareTag        = isBareTag
-)
-
-var (
-	CanonicalAnnotations = canonicalAnnotations
-	EmptyJSON            = emptyJSON
-)
-
-// ManifestSpec is manifestSpec for tests from outside.
-type ManifestSpec struct {
-	ArtifactType string
-	Config       *ocispec.Descriptor
-	Layers       []ocispec.Descriptor
-	Annotations  map[string]string
-	Subject      *ocispec.Descriptor
-}
-
-func BuildManifest(f ManifestFormat, s ManifestSpec) (*Manifest, error) {
-	return buildManifest(f, manifestSpec{s.ArtifactType, s.Config, s.Layers, s.Annotations, s.Subject})
-}
-
-// ManifestChildren returns role and digest of each child.
-func ManifestChildren(m *Manifest) []string {
-	var out []string
-	for i, d := range m.children() {
-		out = append(out, fmt.Sprintf("%s %s", m.childRole(i), d.Digest))
+// CollectClosures collects the closures of entries as an import does. Its source has the manifests in
+// raw, and no config or layer.
+func CollectClosures(ctx context.Context, r *LocalRegistry, entries []ocispec.Descriptor, raw map[string][]byte) error {
+	im := r.newImporter(nil)
+	im.fetch = func(ctx context.Context, desc ocispec.Descriptor, as role) error {
+		if as != roleManifest {
+			return nil
+		}
+		_, _, err := im.stage.put(ctx, bytes.NewReader(raw[string(desc.Digest)]), "", desc.Digest, desc.Size)
+		return err
 	}
-	return out
+	_, _, err := im.collect(ctx, entries, entries)
+	if rm := im.stage.discard(); err == nil {
+		err = rm
+	}
+	return err
+}
+
+// SetLegacyRoot is [Options.LegacyRoot] for an open registry. No call may be under way.
+func SetLegacyRoot(r *LocalRegistry, dir string) { r.opts.LegacyRoot = dir }
+
+// --- export ---
+
+// WriteEntry writes one file of an archive.
+var WriteEntry = writeEntry
+
+// --- remote ---
+
+// AskHelper runs a credential helper with another time limit than usual.
+func AskHelper(ctx context.Context, name, host string, limit time.Duration) (Credential, error) {
+	return askHelper(ctx, name, host, limit)
 }

@@ -1,3 +1,6 @@
+// Checks of a root that share no code with the library: its own SQL, its own reading and hashing of
+// files, and a model of the refs that a test has been promised.
+
 package ocilocal_test
 
 import (

@@ -1,3 +1,6 @@
+// The files beside the root of a flow: the source of an import, which must not change, or the target
+// of an export, which must be whole or untouched. The flows themselves are in faults_test.go.
+
 package ocilocal_test
 
 import (
@@ -21,9 +24,6 @@ import (
 
 	"github.com/ocilocal/ocilocal"
 )
-
-// What lies beside the root of a flow: the source of an import, which stays as it
-// is, or the target of an export.
 
 func besideOf(root string) string { return filepath.Join(filepath.Dir(root), "beside") }
 

@@ -1,3 +1,6 @@
+// An internet on loopback: invented host names and addresses, TLS, registries and token servers that
+// keep a log of requests, so that tests can check which host saw a secret.
+
 package ocilocal_test
 
 import (

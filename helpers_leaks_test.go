@@ -1,3 +1,5 @@
+// Counts of goroutines and descriptors, and of the files that only an open handle may have.
+
 package ocilocal_test
 
 import (

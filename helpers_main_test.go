@@ -1,3 +1,5 @@
+// TestMain, worker processes, the sizes of the tests, and the helpers that most tests need.
+
 package ocilocal_test
 
 import (

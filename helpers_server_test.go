@@ -1,3 +1,6 @@
+// A registry for tests of the client: it does as the distribution spec says, and tests override
+// single answers.
+
 package ocilocal_test
 
 import (

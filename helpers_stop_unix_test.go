@@ -1,5 +1,7 @@
 //go:build unix
 
+// Stopping and continuing a worker process.
+
 package ocilocal_test
 
 import (

@@ -1,3 +1,5 @@
+// The syncs of a process as strace sees them.
+
 package ocilocal_test
 
 import (
