@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"io"
 	"path"
+	"slices"
 	"strings"
 
 	"github.com/opencontainers/go-digest"
@@ -77,19 +78,31 @@ func (r *LocalRegistry) importArchive(ctx context.Context, src io.Reader, opts *
 	im.fetch = func(_ context.Context, desc ocispec.Descriptor, _ role) error {
 		return fmt.Errorf("%w: blob %s (%s) is neither in the archive nor in the registry", ErrIncomplete, desc.Digest, clip(desc.MediaType))
 	}
-	index, err := readArchive(ctx, src, func(d digest.Digest, src io.Reader, size int64) error {
-		if have, err := r.blobs.size(d); !im.stage.has(d) && (err != nil || have != size) {
-			if err := im.charge(size); err != nil {
-				return err
-			}
-		}
-		_, _, err := im.stage.put(ctx, src, "", d, size)
-		return err
-	})
+	contents, err := readArchive(ctx, src, im.putArchived)
+	if err != nil {
+		return nil, err
+	}
+	index, err := contents.index()
 	if err != nil {
 		return nil, err
 	}
 	return im.run(ctx, index)
+}
+
+// putArchived stages a blob of an archive. Whether it is needed is known later, so one whose bytes
+// are not its name's is only noted: see [importer.claim].
+func (im *importer) putArchived(ctx context.Context, d digest.Digest, src io.Reader, size int64) error {
+	if have, err := im.registry.blobs.size(d); !im.stage.has(d) && (err != nil || have != size) {
+		if err := im.charge(size); err != nil {
+			return err
+		}
+	}
+	_, _, err := im.stage.put(ctx, src, "", d, size)
+	if errors.Is(err, ErrDigestMismatch) {
+		im.damaged[d] = true
+		return nil
+	}
+	return err
 }
 
 // InspectArchive reads what an archive says of itself, without any registry.
@@ -101,7 +114,7 @@ func InspectArchive(ctx context.Context, src io.Reader) (*Inspection, error) {
 
 func inspectArchive(ctx context.Context, src io.Reader) (*Inspection, error) {
 	counted := &Inspection{}
-	entries, err := readArchive(ctx, src, func(_ digest.Digest, _ io.Reader, size int64) error {
+	contents, err := readArchive(ctx, src, func(_ context.Context, _ digest.Digest, _ io.Reader, size int64) error {
 		counted.Blobs++
 		counted.Bytes += size
 		return nil
@@ -109,22 +122,49 @@ func inspectArchive(ctx context.Context, src io.Reader) (*Inspection, error) {
 	if err != nil {
 		return nil, err
 	}
-	in := newInspection(entries)
+	index, err := contents.index()
+	if err != nil {
+		return nil, err
+	}
+	in := newInspection(index.entries)
 	in.Blobs, in.Bytes = counted.Blobs, counted.Bytes
 	return in, nil
 }
 
-// readArchive gives every blob of an archive to put and returns its index's entries.
-func readArchive(ctx context.Context, src io.Reader, put func(d digest.Digest, src io.Reader, size int64) error) ([]ocispec.Descriptor, error) {
-	plain, err := decompressed(&ctxReader{ctx, src})
-	if err != nil {
-		return nil, err
+// archiveContents is what an archive has beside its blobs.
+type archiveContents struct {
+	files    map[string][]byte // index.json and oci-layout
+	isDocker bool              // it has what `docker save` writes
+}
+
+// index returns the entries of index.json.
+func (c *archiveContents) index() (*layoutIndex, error) {
+	if raw, ok := c.files[ocispec.ImageLayoutFile]; ok {
+		if err := checkLayoutFile(raw); err != nil {
+			return nil, err
+		}
 	}
-	var entries []ocispec.Descriptor
-	var hasIndex, isDocker bool
-	tr := tar.NewReader(plain)
+	raw, ok := c.files[ocispec.ImageIndexFile]
+	switch {
+	case !ok && c.isDocker:
+		return nil, fmt.Errorf("%w: this is a `docker save` archive without an OCI index.json (save it as oci-archive)", ErrUnsupportedMediaType)
+	case !ok:
+		return nil, fmt.Errorf("%w: archive has no index.json", ErrInvalidLayout)
+	}
+	return parseLayoutIndex(raw)
+}
+
+// readArchive gives every blob of an archive to put and returns the rest. put need not read all.
+// Entries that have no meaning in a layout are passed over, whatever their form.
+func readArchive(ctx context.Context, src io.Reader, put func(ctx context.Context, d digest.Digest, src io.Reader, size int64) error) (*archiveContents, error) {
+	stream, err := openTarStream(ctx, src)
+	if err != nil {
+		return nil, archiveError(err)
+	}
+	c := &archiveContents{files: map[string][]byte{}}
+	tr := &tarReader{src: stream}
 	for n := 0; ; n++ {
-		h, err := tr.Next()
+		e, err := tr.next()
 		if err == io.EOF {
 			break
 		}
@@ -134,49 +174,42 @@ func readArchive(ctx context.Context, src io.Reader, put func(d digest.Digest, s
 		if n >= MaxArchiveEntries {
 			return nil, fmt.Errorf("%w: archive has more than %d entries", ErrTooLarge, MaxArchiveEntries)
 		}
-		name, err := entryName(h)
+		name, err := e.layoutName()
 		if err != nil {
 			return nil, err
 		}
-		switch {
-		case name == "":
-			continue
-		case name == ocispec.ImageIndexFile:
-			if hasIndex {
-				return nil, fmt.Errorf("%w: archive has index.json twice", ErrInvalidLayout)
+		switch d := blobOf(name); {
+		case name == ocispec.ImageIndexFile || name == ocispec.ImageLayoutFile:
+			err = c.add(name, tr, e.size)
+		case d != "":
+			stream.blobs += e.size
+			if err = put(ctx, d, tr, e.size); err != nil {
+				err = fmt.Errorf("archive entry %q: %w", clip(name), err)
 			}
-			hasIndex = true
-			var raw []byte
-			if raw, err = readSmall(tr, h); err == nil {
-				entries, err = parseLayoutIndex(raw)
-			}
-		case name == ocispec.ImageLayoutFile:
-			var raw []byte
-			if raw, err = readSmall(tr, h); err == nil {
-				err = checkLayoutFile(raw)
-			}
-		case strings.HasPrefix(name, "blobs/"):
-			err = readBlob(tr, h, name, func(d digest.Digest, src io.Reader, size int64) error {
-				plain.blobs += size
-				return put(d, src, size)
-			})
 		case name == "manifest.json":
-			isDocker = true
+			c.isDocker = true
 		}
 		if err != nil {
 			return nil, archiveError(err)
 		}
 	}
-	if err := plain.end(); err != nil {
+	if err := stream.end(); err != nil {
 		return nil, archiveError(err)
 	}
-	switch {
-	case !hasIndex && isDocker:
-		return nil, fmt.Errorf("%w: this is a `docker save` archive without an OCI index.json (save it as oci-archive)", ErrUnsupportedMediaType)
-	case !hasIndex:
-		return nil, fmt.Errorf("%w: archive has no index.json", ErrInvalidLayout)
+	return c, nil
+}
+
+// add keeps one of the two files that a layout has beside its blobs.
+func (c *archiveContents) add(name string, src io.Reader, size int64) error {
+	if c.files[name] != nil {
+		return fmt.Errorf("%w: archive has %s twice", ErrInvalidLayout, name)
 	}
-	return entries, nil
+	if size > MaxLayoutIndexSize {
+		return fmt.Errorf("%w: %s has %d bytes, at most %d are taken", ErrTooLarge, name, size, MaxLayoutIndexSize)
+	}
+	raw, err := io.ReadAll(src)
+	c.files[name] = append([]byte{}, raw...) // not nil
+	return err
 }
 
 // archiveError gives errors of the tar and gzip readers their sentinel.
@@ -188,69 +221,68 @@ func archiveError(err error) error {
 	return err
 }
 
-// entryName returns the clean name of an entry that may matter, "" for one to pass over.
-func entryName(h *tar.Header) (string, error) {
-	name := h.Name
-	for _, part := range strings.Split(name, "/") {
-		if part == ".." {
-			return "", fmt.Errorf("%w: archive entry %q leads out of the archive", ErrInvalidLayout, clip(name))
-		}
+// layoutName returns the name that an entry has in a layout, and "" for an entry that means
+// nothing there. Programs that unpack archives clean names in different ways. So a name that any of
+// them could turn into one with a meaning must be that name already, except for "./" and "//".
+func (e *tarEntry) layoutName() (string, error) {
+	plain := path.Clean(e.name)
+	if e.kind == tar.TypeReg && !e.sparse && plain == "manifest.json" {
+		return plain, nil
 	}
-	if strings.ContainsAny(name, "\x00\\") || strings.HasPrefix(name, "/") {
-		return "", fmt.Errorf("%w: archive entry %q has no plain relative name", ErrInvalidLayout, clip(name))
-	}
-	name = path.Clean(name)
-	ours := name == ocispec.ImageIndexFile || name == ocispec.ImageLayoutFile || name == "blobs" || strings.HasPrefix(name, "blobs/")
-	if h.Typeflag == tar.TypeDir {
-		if name == ocispec.ImageIndexFile || name == ocispec.ImageLayoutFile {
-			return "", fmt.Errorf("%w: archive entry %q is a directory", ErrInvalidLayout, clip(name))
-		}
+	if !inLayout(plain) && !inLayout(unpackedName(e.name)) && !inLayout(unpackedName(e.alias)) {
 		return "", nil
 	}
-	if ours && h.Typeflag != tar.TypeReg {
-		return "", fmt.Errorf("%w: archive entry %q is not a regular file (type %q)", ErrInvalidLayout, clip(name), h.Typeflag)
-	}
-	for key := range h.PAXRecords {
-		if strings.HasPrefix(key, "GNU.sparse.") {
-			return "", fmt.Errorf("%w: archive entry %q is sparse", ErrInvalidLayout, clip(name))
-		}
-	}
-	if h.Typeflag == tar.TypeGNUSparse {
-		return "", fmt.Errorf("%w: archive entry %q is sparse", ErrInvalidLayout, clip(name))
-	}
-	if h.Typeflag != tar.TypeReg {
+	isDir := plain == blobsDir || path.Dir(plain) == blobsDir
+	problem := ""
+	switch {
+	case isDir && e.kind == tar.TypeDir:
 		return "", nil
+	case isDir:
+		problem = "is not a directory"
+	case e.sparse:
+		problem = "is sparse"
+	case e.kind != tar.TypeReg:
+		problem = fmt.Sprintf("is not a regular file (type %q)", e.kind)
+	case e.odd || !inLayout(plain) || strings.ContainsAny(e.name, "\x00\\") || slices.Contains(strings.Split(e.name, "/"), "..") || strings.HasSuffix(e.name, "/"):
+		problem = "has a name that not all programs unpack alike"
+	default:
+		return plain, nil
 	}
-	return name, nil
+	return "", fmt.Errorf("%w: archive entry %q %s", ErrInvalidLayout, clip(e.name), problem)
 }
 
-// readSmall reads an entry that must be small.
-func readSmall(src io.Reader, h *tar.Header) ([]byte, error) {
-	if h.Size > MaxManifestSize {
-		return nil, fmt.Errorf("%w: %q has %d bytes, at most %d are taken", ErrTooLarge, clip(h.Name), h.Size, MaxManifestSize)
+// inLayout reports whether a clean name means something in a layout.
+func inLayout(name string) bool {
+	switch dir, base := path.Split(name); dir {
+	case "":
+		return name == ocispec.ImageIndexFile || name == ocispec.ImageLayoutFile || name == blobsDir
+	case blobsDir + "/":
+		return digestHexLen(digest.Algorithm(base)) != 0
 	}
-	return io.ReadAll(src)
+	return blobOf(name) != ""
 }
 
-// readBlob gives put the blob that an entry's name promises.
-func readBlob(src io.Reader, h *tar.Header, name string, put func(digest.Digest, io.Reader, int64) error) error {
-	parts := strings.Split(name, "/")
-	if len(parts) != 3 {
-		return nil // not a place for a blob, so nobody's business
-	}
-	d := digest.NewDigestFromEncoded(digest.Algorithm(parts[1]), parts[2])
-	if err := checkDigest(d); err != nil {
-		return fmt.Errorf("%w: archive entry %q: %w", ErrInvalidLayout, clip(name), err)
-	}
-	if err := put(d, src, h.Size); err != nil {
-		return fmt.Errorf("archive entry %q: %w", clip(name), err)
-	}
-	return nil
+// unpackedName is the most that a program could make of an entry's name.
+func unpackedName(name string) string {
+	name, _, _ = strings.Cut(name, "\x00")
+	return strings.TrimPrefix(path.Clean("/"+strings.ReplaceAll(name, "\\", "/")), "/")
 }
 
-// decompressed looks at the first bytes and returns the tar stream.
-func decompressed(src io.Reader) (*tarStream, error) {
-	br := bufio.NewReaderSize(src, 64<<10)
+// blobOf returns the digest that a clean name in a layout promises, "" if it promises none: then
+// no descriptor can ask for it.
+func blobOf(name string) digest.Digest {
+	rest, ok := strings.CutPrefix(name, blobsDir+"/")
+	alg, encoded, ok2 := strings.Cut(rest, "/")
+	d := digest.NewDigestFromEncoded(digest.Algorithm(alg), encoded)
+	if !ok || !ok2 || checkDigest(d) != nil {
+		return ""
+	}
+	return d
+}
+
+// openTarStream looks at the first bytes and returns the tar.
+func openTarStream(ctx context.Context, src io.Reader) (*tarStream, error) {
+	br := bufio.NewReaderSize(&ctxReader{ctx, src}, 64<<10)
 	head, err := br.Peek(6)
 	if err != nil && err != io.EOF {
 		return nil, err
@@ -263,14 +295,57 @@ func decompressed(src io.Reader) (*tarStream, error) {
 		}
 	}
 	if !bytes.HasPrefix(head, []byte("\x1f\x8b")) {
-		return &tarStream{src: br}, nil
+		seek, _ := src.(io.Seeker)
+		return &tarStream{src: br, plain: br, seek: seek}, nil
 	}
 	in := &countingReader{src: br}
-	z, err := gzip.NewReader(bufio.NewReader(in))
-	if err != nil {
-		return nil, archiveError(err)
+	z, err := newGunzip(in)
+	return &tarStream{src: z, in: in}, err
+}
+
+// A gunzip reads a gzip stream of several members, which may end in zeros: they fill up the
+// last block on a tape, and elsewhere too. gzip itself ignores them.
+type gunzip struct {
+	in *bufio.Reader
+	z  *gzip.Reader
+}
+
+func newGunzip(src io.Reader) (*gunzip, error) {
+	g := &gunzip{in: bufio.NewReader(src)}
+	var err error
+	if g.z, err = gzip.NewReader(g.in); err == nil {
+		g.z.Multistream(false)
 	}
-	return &tarStream{src: z, in: in}, nil
+	return g, err
+}
+
+func (g *gunzip) Read(p []byte) (int, error) {
+	n, err := g.z.Read(p)
+	if err == io.EOF {
+		err = g.next()
+	}
+	return n, err
+}
+
+// next goes to the next member. [io.EOF] says that there is none.
+func (g *gunzip) next() error {
+	for zeros := 0; ; zeros++ {
+		b, err := g.in.ReadByte()
+		switch {
+		case err != nil:
+			return err
+		case b == 0 && zeros < maxArchiveTail:
+			continue
+		case zeros > 0:
+			return gzip.ErrHeader
+		}
+		if err := g.in.UnreadByte(); err != nil {
+			return err
+		}
+		err = g.z.Reset(g.in)
+		g.z.Multistream(false)
+		return cutOff(err)
+	}
 }
 
 type countingReader struct {
@@ -291,6 +366,9 @@ type tarStream struct {
 	in    *countingReader // what gzip reads; nil for a plain tar
 	out   int64
 	blobs int64 // bytes of out that are, or will be, those of blobs
+	// A plain tar that comes from a file is not read where nobody needs it.
+	plain *bufio.Reader // src
+	seek  io.Seeker     // what plain reads; nil if that can't seek
 }
 
 func (s *tarStream) Read(p []byte) (int, error) {
@@ -300,6 +378,25 @@ func (s *tarStream) Read(p []byte) (int, error) {
 		return 0, fmt.Errorf("%w: gzip stream grows more than %d-fold beside its blobs", ErrTooLarge, maxGzipRatio)
 	}
 	return n, err
+}
+
+// skip passes over n bytes. All must be there.
+func (s *tarStream) skip(n int64) error {
+	if s.seek != nil && n > int64(s.plain.Size()) {
+		buffered, err := s.plain.Discard(s.plain.Buffered())
+		if err != nil {
+			return err
+		}
+		// The last byte is read, which shows that the file does not end before it.
+		if _, err := s.seek.Seek(n-int64(buffered)-1, io.SeekCurrent); err == nil {
+			n = 1
+		} else { // a pipe, perhaps
+			s.seek = nil
+			n -= int64(buffered)
+		}
+	}
+	_, err := io.CopyN(io.Discard, s, n)
+	return cutOff(err)
 }
 
 // end reads on from the end of the tar, which need not be that of the stream: whoever

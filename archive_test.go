@@ -159,43 +159,43 @@ func TestImportArchiveHostile(t *testing.T) {
 		src  []byte
 		want error
 	}{
-		"empty":                {nil, ocilocal.ErrInvalidLayout},
-		"text":                 {[]byte(strings.Repeat("not a tar ", 200)), ocilocal.ErrInvalidLayout},
-		"cut":                  {whole[:len(whole)/2-100], ocilocal.ErrInvalidLayout},
-		"no index":             {tarOf(t, c, l, m), ocilocal.ErrInvalidLayout},
-		"index twice":          {tarOf(t, idx, idx, m, c, l), ocilocal.ErrInvalidLayout},
-		"index is a link":      {tarOf(t, link("index.json", tar.TypeSymlink), m, c, l), ocilocal.ErrInvalidLayout},
-		"missing layer":        {tarOf(t, c, m, idx), ocilocal.ErrIncomplete},
-		"missing config":       {tarOf(t, l, m, idx), ocilocal.ErrIncomplete},
-		"missing manifest":     {tarOf(t, c, l, idx), ocilocal.ErrIncomplete},
-		"wrong bytes":          {tarOf(t, c, wrong, m, idx), ocilocal.ErrDigestMismatch},
-		"second copy differs":  {tarOf(t, c, l, wrong, m, idx), ocilocal.ErrDigestMismatch},
-		"symlink blob":         {bad(link("blobs/sha256/"+strings.Repeat("0", 64), tar.TypeSymlink)), ocilocal.ErrInvalidLayout},
-		"hard link blob":       {bad(link("blobs/sha256/"+strings.Repeat("0", 64), tar.TypeLink)), ocilocal.ErrInvalidLayout},
-		"device blob":          {bad(link("blobs/sha256/"+strings.Repeat("0", 64), tar.TypeChar)), ocilocal.ErrInvalidLayout},
-		"fifo blob":            {bad(link("blobs/sha256/"+strings.Repeat("0", 64), tar.TypeFifo)), ocilocal.ErrInvalidLayout},
-		"traversal":            {bad(entry{name: "blobs/../../x"}), ocilocal.ErrInvalidLayout},
-		"absolute":             {bad(entry{name: "/etc/x"}), ocilocal.ErrInvalidLayout},
-		"backslash":            {bad(entry{name: `blobs\sha256\x`}), ocilocal.ErrInvalidLayout},
-		"digest upper-case":    {bad(entry{name: "blobs/sha256/" + strings.Repeat("A", 64)}), ocilocal.ErrInvalidDigest},
-		"digest md5":           {bad(entry{name: "blobs/md5/" + strings.Repeat("a", 32)}), ocilocal.ErrInvalidDigest},
-		"digest short":         {bad(entry{name: "blobs/sha256/" + strings.Repeat("a", 63)}), ocilocal.ErrInvalidDigest},
-		"layout version":       {bad(entry{name: "oci-layout", body: `{"imageLayoutVersion":"2.0.0"}`}), ocilocal.ErrInvalidLayout},
-		"layout no JSON":       {bad(entry{name: "oci-layout", body: `nope`}), ocilocal.ErrInvalidLayout},
-		"layer size lies":      {tarOf(t, c, l, blobEntry(lying), layoutIndex(lying, "example.com/a:v1")), ocilocal.ErrSizeMismatch},
-		"layer size 2^62":      {tarOf(t, c, l, blobEntry(huge), layoutIndex(huge, "example.com/a:v1")), ocilocal.ErrInvalidManifest},
-		"ambiguous":            {tarOf(t, c, l, blobEntry(ambiguous), layoutIndex(ambiguous, "example.com/a:v1")), ocilocal.ErrInvalidManifest},
-		"giant index":          {tarOf(t, entry{name: "index.json", body: strings.Repeat(" ", ocilocal.MaxManifestSize+1)}), ocilocal.ErrTooLarge},
-		"docker save":          {tarOf(t, entry{name: "manifest.json", body: "[]"}, l), ocilocal.ErrUnsupportedMediaType},
-		"zstd":                 {[]byte("\x28\xb5\x2f\xfd......"), ocilocal.ErrUnsupportedMediaType},
-		"xz":                   {[]byte("\xfd7zXZ\x00......"), ocilocal.ErrUnsupportedMediaType},
-		"bzip2":                {[]byte("BZh91AY....."), ocilocal.ErrUnsupportedMediaType},
-		"zip":                  {[]byte("PK\x03\x04....."), ocilocal.ErrUnsupportedMediaType},
-		"gzip cut":             {z[:len(z)-20], ocilocal.ErrInvalidLayout},
-		"gzip checksum":        {crc, ocilocal.ErrInvalidLayout},
-		"gzip bomb":            {gzipBomb(t), ocilocal.ErrTooLarge},
-		"index of an index":    {tarOf(t, entry{name: "index.json", body: `{"schemaVersion":2,"manifests":[{"mediaType":"text/plain","digest":"sha256:` + strings.Repeat("0", 64) + `","size":1}]}`}), ocilocal.ErrUnsupportedMediaType},
-		"index without things": {tarOf(t, entry{name: "index.json", body: `{"schemaVersion":2,"manifests":[]}`}), ocilocal.ErrInvalidLayout},
+		"empty":               {nil, ocilocal.ErrInvalidLayout},
+		"text":                {[]byte(strings.Repeat("not a tar ", 200)), ocilocal.ErrInvalidLayout},
+		"cut":                 {whole[:len(whole)/2-100], ocilocal.ErrInvalidLayout},
+		"no index":            {tarOf(t, c, l, m), ocilocal.ErrInvalidLayout},
+		"index twice":         {tarOf(t, idx, idx, m, c, l), ocilocal.ErrInvalidLayout},
+		"index is a link":     {tarOf(t, link("index.json", tar.TypeSymlink), m, c, l), ocilocal.ErrInvalidLayout},
+		"missing layer":       {tarOf(t, c, m, idx), ocilocal.ErrIncomplete},
+		"missing config":      {tarOf(t, l, m, idx), ocilocal.ErrIncomplete},
+		"missing manifest":    {tarOf(t, c, l, idx), ocilocal.ErrIncomplete},
+		"wrong bytes":         {tarOf(t, c, wrong, m, idx), ocilocal.ErrDigestMismatch},
+		"second copy differs": {tarOf(t, c, l, wrong, m, idx), ocilocal.ErrDigestMismatch},
+		"symlink blob":        {bad(link("blobs/sha256/"+strings.Repeat("0", 64), tar.TypeSymlink)), ocilocal.ErrInvalidLayout},
+		"hard link blob":      {bad(link("blobs/sha256/"+strings.Repeat("0", 64), tar.TypeLink)), ocilocal.ErrInvalidLayout},
+		"device blob":         {bad(link("blobs/sha256/"+strings.Repeat("0", 64), tar.TypeChar)), ocilocal.ErrInvalidLayout},
+		"fifo blob":           {bad(link("blobs/sha256/"+strings.Repeat("0", 64), tar.TypeFifo)), ocilocal.ErrInvalidLayout},
+		"traversal":           {bad(entry{name: "blobs/../index.json"}), ocilocal.ErrInvalidLayout},
+		"absolute":            {bad(entry{name: "/index.json"}), ocilocal.ErrInvalidLayout},
+		"absolute blob":       {bad(entry{name: "/" + c.name}), ocilocal.ErrInvalidLayout},
+		"backslash":           {bad(entry{name: `blobs\sha256\` + strings.Repeat("0", 64)}), ocilocal.ErrInvalidLayout},
+		"file with a slash":   {bad(entry{name: "index.json/", head: tar.Header{Typeflag: tar.TypeDir}}), ocilocal.ErrInvalidLayout},
+		"blobs is a link":     {bad(link("blobs", tar.TypeSymlink)), ocilocal.ErrInvalidLayout},
+		"blobs/sha256 is one": {bad(link("blobs/sha256", tar.TypeSymlink)), ocilocal.ErrInvalidLayout},
+		"layout version":      {bad(entry{name: "oci-layout", body: `{"imageLayoutVersion":"2.0.0"}`}), ocilocal.ErrInvalidLayout},
+		"layout no JSON":      {bad(entry{name: "oci-layout", body: `nope`}), ocilocal.ErrInvalidLayout},
+		"layer size lies":     {tarOf(t, c, l, blobEntry(lying), layoutIndex(lying, "example.com/a:v1")), ocilocal.ErrSizeMismatch},
+		"layer size 2^62":     {tarOf(t, c, l, blobEntry(huge), layoutIndex(huge, "example.com/a:v1")), ocilocal.ErrInvalidManifest},
+		"ambiguous":           {tarOf(t, c, l, blobEntry(ambiguous), layoutIndex(ambiguous, "example.com/a:v1")), ocilocal.ErrInvalidManifest},
+		"giant index":         {tarOf(t, entry{name: "index.json", body: strings.Repeat(" ", ocilocal.MaxLayoutIndexSize+1)}), ocilocal.ErrTooLarge},
+		"docker save":         {tarOf(t, entry{name: "manifest.json", body: "[]"}, l), ocilocal.ErrUnsupportedMediaType},
+		"zstd":                {[]byte("\x28\xb5\x2f\xfd......"), ocilocal.ErrUnsupportedMediaType},
+		"xz":                  {[]byte("\xfd7zXZ\x00......"), ocilocal.ErrUnsupportedMediaType},
+		"bzip2":               {[]byte("BZh91AY....."), ocilocal.ErrUnsupportedMediaType},
+		"zip":                 {[]byte("PK\x03\x04....."), ocilocal.ErrUnsupportedMediaType},
+		"gzip cut":            {z[:len(z)-20], ocilocal.ErrInvalidLayout},
+		"gzip checksum":       {crc, ocilocal.ErrInvalidLayout},
+		"gzip bomb":           {gzipBomb(t), ocilocal.ErrTooLarge},
+		"index of an index":   {tarOf(t, entry{name: "index.json", body: `{"schemaVersion":2,"manifests":[{"mediaType":"text/plain","digest":"sha256:` + strings.Repeat("0", 64) + `","size":1}]}`}), ocilocal.ErrUnsupportedMediaType},
 	} {
 		t.Run(name, func(t *testing.T) {
 			ctx := context.Background()
@@ -247,13 +247,25 @@ func TestDockerSave(t *testing.T) {
 	}
 	for _, c := range []struct{ name, full, want string }{
 		{"3.20", "docker.io/library/alpine:3.20", "docker.io/library/alpine:3.20"},
+		{"3.20@sha256:" + strings.Repeat("0", 64), "docker.io/library/alpine:3.20", "docker.io/library/alpine:3.20"},
+		{"@sha256:" + strings.Repeat("0", 64), "docker.io/library/alpine:3.20", "docker.io/library/alpine:3.20"},
+		{"sha256:" + strings.Repeat("0", 64), "docker.io/library/alpine:3.20", "docker.io/library/alpine:3.20"},
+		{"9", "example.com/q/z:9@" + digest.FromString(manifest).String(), "example.com/q/z:9"},
+		{"", "example.com/q/z@" + digest.FromString(manifest).String(), "example.com/q/z@" + digest.FromString(manifest).String()},
+		{"", "example.com/q/z@sha256:" + strings.Repeat("0", 64), ""},
 		{"3.21", "docker.io/library/alpine:3.20", ""},
 		{"3.20", "alpine:3.20", ""},
 		{"example.com/a:v1", "docker.io/library/alpine:v1", "example.com/a:v1"},
-		{"", "docker.io/library/alpine:3.20", ""},
+		{"", "docker.io/library/alpine:3.20", "docker.io/library/alpine:3.20"},
+		{"", "alpine", ""},
 	} {
 		r := openTemp(t, nil)
 		got, err := r.ImportArchive(t.Context(), bytes.NewReader(save(c.name, c.full)), nil)
+		if bare := c.want == "" && !strings.Contains(c.full, "@"); bare != errors.Is(err, ocilocal.ErrBareName) {
+			t.Errorf("%+v: %v", c, err)
+		} else if bare {
+			got, err = r.ImportArchive(t.Context(), bytes.NewReader(save(c.name, c.full)), &ocilocal.ImportOptions{IgnoreNames: true})
+		}
 		if err != nil || got.Artifacts[0].Name != c.name || got.Artifacts[0].Update.Reference.String() != c.want {
 			t.Errorf("%+v: %+v, %v", c, got, err)
 		}
@@ -261,7 +273,7 @@ func TestDockerSave(t *testing.T) {
 		if err != nil || in.Entries[0].Reference.String() != c.want {
 			t.Errorf("%+v: %+v, %v", c, in, err)
 		}
-		if _, err = r.ImportArchive(t.Context(), bytes.NewReader(save(c.name, c.full)), &ocilocal.ImportOptions{Select: c.full}); err != nil {
+		if _, err = r.ImportArchive(t.Context(), bytes.NewReader(save(c.name, c.full)), &ocilocal.ImportOptions{Select: c.full, IgnoreNames: true}); err != nil {
 			t.Errorf("%+v, chosen: %v", c, err)
 		}
 	}
@@ -336,8 +348,17 @@ func TestImportArchiveOptions(t *testing.T) {
 		t.Errorf("Rename: %+v, %v", got, err)
 	}
 	got, err = r.ImportArchive(ctx, bytes.NewReader(bare), nil)
-	if err != nil || !got.Artifacts[0].Update.Reference.IsZero() || got.Artifacts[0].Name != "v1" {
+	if !errors.Is(err, ocilocal.ErrBareName) {
 		t.Errorf("bare tag: %+v, %v", got, err)
+	}
+	for _, choice := range []string{"Repository", "Reference", "Anonymous", "IgnoreNames"} {
+		if !strings.Contains(err.Error(), choice) {
+			t.Errorf("%v: does not offer %s", err, choice)
+		}
+	}
+	got, err = r.ImportArchive(ctx, bytes.NewReader(bare), &ocilocal.ImportOptions{IgnoreNames: true})
+	if err != nil || !got.Artifacts[0].Update.Reference.IsZero() || got.Artifacts[0].Name != "v1" || len(got.Unnamed()) != 1 {
+		t.Errorf("bare tag, ignored: %+v, %v", got, err)
 	}
 	if _, err := r.LoadDigest(ctx, digest.FromString(manifest)); err != nil {
 		t.Error(err)
@@ -415,7 +436,7 @@ func FuzzArchive(f *testing.F) {
 	r := openTemp(f, nil)
 	f.Fuzz(func(t *testing.T, src []byte) {
 		ctx := context.Background()
-		opts := &ocilocal.ImportOptions{}
+		opts := &ocilocal.ImportOptions{IgnoreNames: true}
 		opts.Policy = ocilocal.Replace
 		got, err := r.ImportArchive(ctx, bytes.NewReader(src), opts)
 		if err != nil {

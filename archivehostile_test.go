@@ -25,12 +25,13 @@ import (
 
 // A header is a tar header by its fields, which archive/tar would not write so.
 type header struct {
-	name  string
-	size  string // 12 bytes: octal and NUL, or base 256
-	kind  byte
-	gnu   bool
-	body  string // padded to blocks
-	holes string // GNU's list of what is no hole, and the real size
+	name   string
+	size   string // 12 bytes: octal and NUL, or base 256
+	kind   byte
+	gnu    bool
+	prefix string // before the name, in POSIX's form
+	body   string // padded to blocks
+	holes  string // GNU's list of what is no hole, and the real size
 }
 
 func octal(n int64) string { return fmt.Sprintf("%011o\x00", n) }
@@ -55,6 +56,7 @@ func (h header) bytes() []byte {
 	} else {
 		copy(b[257:], "ustar\x0000")
 	}
+	copy(b[345:], h.prefix)
 	copy(b[386:], h.holes)
 	copy(b[148:], "        ")
 	sum := 0
@@ -83,6 +85,11 @@ func paxFor(kind byte, pairs ...string) []byte {
 		fmt.Fprint(&body, n, rest)
 	}
 	return header{name: "pax", size: octal(int64(body.Len())), kind: kind, body: body.String()}.bytes()
+}
+
+// gnuName is GNU's header for a long name of the entry after it.
+func gnuName(name string) []byte {
+	return header{name: "././@LongLink", size: octal(int64(len(name) + 1)), kind: 'L', gnu: true, body: name + "\x00"}.bytes()
 }
 
 func join(parts ...[]byte) []byte { return bytes.Join(parts, nil) }
@@ -127,12 +134,30 @@ func TestImportArchiveHeaders(t *testing.T) {
 		"size 8 EiB, unknown":     {join(header{name: "other", size: base256(math.MaxInt64), kind: '0'}.bytes(), rest), ocilocal.ErrInvalidLayout},
 		"size negative":           {join(header{name: zeros, size: base256(-1), kind: '0'}.bytes(), rest), ocilocal.ErrInvalidLayout},
 		"size no number":          {join(header{name: zeros, size: "12345678z\x00", kind: '0'}.bytes(), rest), ocilocal.ErrInvalidLayout},
-		"index of 8 EiB":          {join(header{name: "index.json", size: base256(math.MaxInt64), kind: '0'}.bytes(), rest), ocilocal.ErrTooLarge},
+		"index of 8 EiB":          {join(header{name: "index.json", size: base256(math.MaxInt64), kind: '0'}.bytes(), rest), ocilocal.ErrInvalidLayout},
 		"PAX size larger":         {join(paxFor('x', "size", "1000000"), l, c, m, idx, end), ocilocal.ErrInvalidLayout},
 		"PAX size smaller":        {join(paxFor('x', "size", "1"), l, c, m, idx, end), ocilocal.ErrDigestMismatch},
 		"PAX size negative":       {join(paxFor('x', "size", "-1"), rest), ocilocal.ErrInvalidLayout},
 		"PAX size too large":      {join(paxFor('x', "size", "99999999999999999999"), rest), ocilocal.ErrInvalidLayout},
-		"PAX path traverses":      {join(paxFor('x', "path", "../../etc/passwd"), rest), ocilocal.ErrInvalidLayout},
+		"PAX path traverses":      {join(paxFor('x', "path", "../../etc/passwd"), rest), ocilocal.ErrIncomplete}, // the config is not a blob then
+		"PAX path empty":          {join(paxFor('x', "path", ""), rest), ocilocal.ErrInvalidLayout},
+		"PAX size empty":          {join(paxFor('x', "size", ""), rest), ocilocal.ErrInvalidLayout},
+		"PAX header without file": {join(c, l, m, idx, paxFor('x', "comment", "x"), end), ocilocal.ErrInvalidLayout},
+		"PAX header twice":        {join(paxFor('x', "comment", "x"), paxFor('x', "path", "other"), rest), ocilocal.ErrInvalidLayout},
+		"PAX then GNU name":       {join(paxFor('x', "path", layer), gnuName("notes"), plainFile("other", "layer"), rest), ocilocal.ErrInvalidLayout},
+		"GNU name then PAX":       {join(gnuName("notes"), paxFor('x', "path", layer), plainFile("other", "layer"), rest), ocilocal.ErrInvalidLayout},
+		"GNU name twice":          {join(gnuName("notes"), gnuName(layer), plainFile("other", "layer"), rest), ocilocal.ErrInvalidLayout},
+		"GNU name":                {join(c, gnuName(layer), plainFile("other", "layer"), m, idx, end), nil},
+		"GNU name empty":          {join(gnuName(""), rest), ocilocal.ErrInvalidLayout},
+		"PAX, global between":     {join(paxFor('x', "path", "notes"), paxFor('g', "comment", "x"), rest), ocilocal.ErrInvalidLayout},
+		"PAX global size":         {join(paxFor('g', "size", "1"), rest), ocilocal.ErrInvalidLayout},
+		"PAX global sparse name":  {join(paxFor('g', "GNU.sparse.name", "index.json"), rest), ocilocal.ErrInvalidLayout},
+		"Solaris header":          {join(paxFor('X', "path", "index.json"), rest), ocilocal.ErrInvalidLayout},
+		"directory with a size":   {join(header{name: "x/", size: octal(512), kind: '5'}.bytes(), rest), ocilocal.ErrInvalidLayout},
+		"link with a size":        {join(header{name: "x", size: octal(512), kind: '1'}.bytes(), rest), ocilocal.ErrInvalidLayout},
+		"size with NUL before":    {join(header{name: "x", size: "\x000000000010\x00"[:12], kind: '0'}.bytes(), rest), ocilocal.ErrInvalidLayout},
+		"GNU prefix":              {join(header{name: "index.json", size: octal(0), kind: '0', gnu: true, prefix: "x"}.bytes(), rest), ocilocal.ErrInvalidLayout},
+		"PAX sparse by its name":  {join(paxFor('x', "GNU.sparse.name", "index.json"), plainFile("other", "{}"), rest), ocilocal.ErrInvalidLayout},
 		"PAX path absolute":       {join(paxFor('x', "path", "/"+layer), rest), ocilocal.ErrInvalidLayout},
 		"PAX path with NUL":       {join(paxFor('x', "path", "a\x00b"), rest), ocilocal.ErrInvalidLayout},
 		"PAX path of a blob":      {join(paxFor('x', "path", layer), plainFile("harmless", "other"), rest), ocilocal.ErrDigestMismatch},
@@ -144,7 +169,11 @@ func TestImportArchiveHeaders(t *testing.T) {
 		"PAX unknown records":     {join(paxFor('x', "comment", "hello", "VENDOR.key", "x"), rest), nil},
 		"GNU name of 2 MiB":       {join(header{name: "././@LongLink", size: octal(2 << 20), kind: 'L', gnu: true, body: long}.bytes(), rest), ocilocal.ErrInvalidLayout},
 		"GNU sparse":              {join(sparse(zeros), rest), ocilocal.ErrInvalidLayout},
-		"GNU sparse, no name":     {join(sparse("other"), rest), ocilocal.ErrInvalidLayout},
+		"GNU sparse, no name":     {join(sparse("other"), rest), nil},
+		"PAX sparse, no name":     {join(paxFor('x', "GNU.sparse.major", "1", "GNU.sparse.minor", "0", "GNU.sparse.realsize", "1099511627776", "GNU.sparse.name", "other"), plainFile("map", "1\n1099511627776\n0\n"), rest), nil},
+		"blobs by other names":    {join(plainFile("blobs/sha256/._x", "x"), plainFile("blobs/.DS_Store", "x"), plainFile("blobs/md5/"+strings.Repeat("a", 32), "x"), plainFile("blobs/sha256/"+strings.Repeat("A", 64), "x"), header{name: "blobs/sha256/.lock", size: octal(0), kind: '2'}.bytes(), rest), nil},
+		"names that lead out":     {join(plainFile("/etc/x", "x"), plainFile("blobs/../../x", "x"), plainFile(`a\b`, "x"), rest), nil},
+		"a blob cut short":        {join(plainFile(zeros, "half"), rest), nil},
 		"PAX sparse 0.0":          {join(paxFor('x', "GNU.sparse.size", "1099511627776", "GNU.sparse.numblocks", "1", "GNU.sparse.offset", "1099511627776", "GNU.sparse.numbytes", "0"), l, rest), ocilocal.ErrInvalidLayout},
 		"PAX sparse 0.1":          {join(paxFor('x', "GNU.sparse.size", "1099511627776", "GNU.sparse.numblocks", "1", "GNU.sparse.map", "1099511627771,5", "GNU.sparse.name", layer), l, rest), ocilocal.ErrInvalidLayout},
 		"PAX sparse 1.0":          {join(paxFor('x', "GNU.sparse.major", "1", "GNU.sparse.minor", "0", "GNU.sparse.realsize", "1099511627776", "GNU.sparse.name", layer), plainFile("map", "1\n1099511627776\n0\n"), rest), ocilocal.ErrInvalidLayout},
@@ -158,6 +187,8 @@ func TestImportArchiveHeaders(t *testing.T) {
 		"blobs is a link":         {join(header{name: "blobs", size: octal(0), kind: '2'}.bytes(), rest), ocilocal.ErrInvalidLayout},
 		"garbage after the end":   {join(rest, bytes.Repeat([]byte("garbage"), 1000)), nil},
 		"gzip in gzip":            {gzipped(gzipped(rest)), ocilocal.ErrInvalidLayout},
+		"gzip, zeros behind":      {join(gzipped(rest), make([]byte, 5000)), nil},
+		"gzip, zeros, garbage":    {join(gzipped(rest), make([]byte, 5000), []byte("garbage")), ocilocal.ErrInvalidLayout},
 		"gzip, garbage behind":    {join(gzipped(rest), []byte("garbage")), ocilocal.ErrInvalidLayout},
 		"gzip in two members":     {join(gzipped(rest[:700]), gzipped(rest[700:])), nil},
 		"gzip, a long name":       {longGzipName(rest, 64<<20), ocilocal.ErrInvalidLayout},
@@ -418,7 +449,7 @@ func FuzzLayoutIndex(f *testing.F) {
 	}
 	f.Cleanup(func() { r.Close() })
 	sentinels := []error{ocilocal.ErrInvalidLayout, ocilocal.ErrInvalidManifest, ocilocal.ErrIncomplete, ocilocal.ErrUnsupportedMediaType, ocilocal.ErrTooLarge,
-		ocilocal.ErrInvalidDigest, ocilocal.ErrSizeMismatch, ocilocal.ErrDigestMismatch, ocilocal.ErrInvalidReference}
+		ocilocal.ErrInvalidDigest, ocilocal.ErrSizeMismatch, ocilocal.ErrDigestMismatch, ocilocal.ErrInvalidReference, ocilocal.ErrBareName, ocilocal.ErrInvalidArgument}
 	kinds := func(err error) (all string) {
 		for i, s := range sentinels {
 			if errors.Is(err, s) {
@@ -447,7 +478,7 @@ func FuzzLayoutIndex(f *testing.F) {
 		if errDir == nil && errTar == nil && fmt.Sprint(fromDir.Artifacts) != fmt.Sprint(fromTar.Artifacts) {
 			t.Errorf("from the directory %v, from the archive %v", fromDir.Artifacts, fromTar.Artifacts)
 		}
-		if in, err := ocilocal.InspectArchive(t.Context(), bytes.NewReader(tarOf(t, entries...))); err == nil && errTar == nil && len(in.Entries) != len(fromTar.Artifacts) {
+		if in, err := ocilocal.InspectArchive(t.Context(), bytes.NewReader(tarOf(t, entries...))); err == nil && errTar == nil && len(in.Entries) != len(fromTar.Artifacts)+len(fromTar.Skipped) {
 			t.Errorf("%d entries, %d artifacts", len(in.Entries), len(fromTar.Artifacts))
 		}
 	})

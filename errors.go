@@ -56,6 +56,9 @@ var (
 
 	// ErrInvalidReference: the text is not a reference.
 	ErrInvalidReference = errors.New("invalid reference")
+	// ErrBareName: content that is imported has a name that is not a full reference, such as a tag,
+	// and no option says what to call it here. See [ImportOptions].
+	ErrBareName = errors.New("the content's name is not a full reference")
 	// ErrInvalidDigest: the text is not a digest that this package takes:
 	// lower-case sha256, sha384 or sha512 of the right length.
 	ErrInvalidDigest = errors.New("invalid digest")

@@ -263,9 +263,9 @@ func (x *export) index() ([]byte, error) {
 	w.key("schemaVersion")
 	w.int(2)
 	w.raw("}")
-	if w.err == nil && len(w.buf) > MaxManifestSize {
+	if w.err == nil && len(w.buf) > MaxLayoutIndexSize {
 		w.err = fmt.Errorf("%w: index.json of %d artifacts would have %d bytes, at most %d are taken",
-			ErrTooLarge, len(x.entries), len(w.buf), MaxManifestSize)
+			ErrTooLarge, len(x.entries), len(w.buf), MaxLayoutIndexSize)
 	}
 	return w.buf, w.err
 }

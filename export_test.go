@@ -6,9 +6,11 @@ package ocilocal
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"database/sql"
 	"fmt"
+	"io"
 	"time"
 
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -133,7 +135,10 @@ func CollectClosures(ctx context.Context, r *LocalRegistry, entries []ocispec.De
 		_, _, err := im.stage.put(ctx, bytes.NewReader(raw[string(desc.Digest)]), "", desc.Digest, desc.Size)
 		return err
 	}
-	_, _, err := im.collect(ctx, entries, entries)
+	named, _, err := im.name(entries)
+	if err == nil {
+		_, _, err = im.collect(ctx, entries, named)
+	}
 	if rm := im.stage.discard(); err == nil {
 		err = rm
 	}
@@ -142,6 +147,39 @@ func CollectClosures(ctx context.Context, r *LocalRegistry, entries []ocispec.De
 
 // SetLegacyRoot is [Options.LegacyRoot] for an open registry. No call may be under way.
 func SetLegacyRoot(r *LocalRegistry, dir string) { r.opts.LegacyRoot = dir }
+
+// TarEntry is one entry as the reader of archives sees it.
+type TarEntry struct {
+	Name   string
+	Size   int64
+	Kind   byte
+	Sparse bool
+	Odd    bool // programs disagree about the name, which is refused if it means something
+	Data   string
+}
+
+// TarEntries reads all entries of a tar.
+func TarEntries(src io.Reader) (entries []TarEntry, err error) {
+	stream, err := openTarStream(context.Background(), src)
+	if err != nil {
+		return nil, err
+	}
+	tr := &tarReader{src: stream}
+	for {
+		e, err := tr.next()
+		if err == io.EOF {
+			return entries, nil
+		}
+		if err != nil {
+			return nil, err
+		}
+		data, err := io.ReadAll(io.LimitReader(tr, 1<<10)) // the rest is skipped
+		if err != nil {
+			return nil, err
+		}
+		entries = append(entries, TarEntry{cmp.Or(e.alias, e.name), e.size, e.kind, e.sparse, e.odd, string(data)})
+	}
+}
 
 // --- export ---
 

@@ -72,7 +72,11 @@ func (r *LocalRegistry) exportLayout(ctx context.Context, dir string, refs []Ref
 	if err := x.writeBlobs(ctx, root); err != nil {
 		return err
 	}
-	if fresh {
+	version, err := l.has(ocispec.ImageLayoutFile)
+	if err != nil {
+		return err
+	}
+	if fresh || !version {
 		if err := writeLayoutFile(root, ocispec.ImageLayoutFile, []byte(layoutFile)); err != nil {
 			return err
 		}
@@ -129,7 +133,7 @@ func prepareLayout(ctx context.Context, l *layout) (fresh bool, err error) {
 	if err != nil {
 		return false, err
 	}
-	if index, err := l.has(ocispec.ImageIndexFile); err != nil || index && version {
+	if index, err := l.has(ocispec.ImageIndexFile); err != nil || index {
 		return false, err
 	}
 	ours := []string{blobsDir, layoutTmp, layoutTemp, ocispec.ImageLayoutFile} // left by an export that was cut off
@@ -166,15 +170,15 @@ func (x *export) addTo(l *layout, fresh bool) ([]byte, error) {
 			return nil, fmt.Errorf("%w: index.json: %w", ErrInvalidLayout, err)
 		}
 	}
-	if entries, err = x.merge(was, entries, ours); err != nil {
+	if entries, err = x.merge(was.entries, entries, ours); err != nil {
 		return nil, err
 	}
 	if doc["manifests"], err = verbatim(entries); err != nil {
 		return nil, err
 	}
 	out, err := verbatim(doc)
-	if err == nil && len(out) > MaxManifestSize {
-		err = fmt.Errorf("%w: index.json would have %d bytes, at most %d are taken", ErrTooLarge, len(out), MaxManifestSize)
+	if err == nil && len(out) > MaxLayoutIndexSize {
+		err = fmt.Errorf("%w: index.json would have %d bytes, at most %d are taken", ErrTooLarge, len(out), MaxLayoutIndexSize)
 	}
 	return out, err
 }

@@ -4,27 +4,51 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"strings"
 	"sync/atomic"
 
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// ImportOptions choose what is imported, and under which reference. Nil is the zero value.
+// ImportOptions choose what is imported, and under which names. Nil is the zero value.
+//
+// A name in content is a claim: whoever wrote the archive or layout chose it, and nothing proves that
+// it is theirs. With the zero value, an import sets each ref that the content claims and that does not
+// exist yet, on any host, and a later [LocalRegistry.Load] serves it. For content from
+// somebody who is not trusted with all names, set Name to restrict them, Reference to choose one,
+// or IgnoreNames.
 type ImportOptions struct {
 	// Select, if not empty, chooses one entry of the layout's index by its
-	// name, by its io.containerd.image.name, or by its digest. Otherwise every entry is imported that is a manifest or
-	// image index; what else index.json lists is in ImportResult.Skipped.
+	// name, by its io.containerd.image.name, or by its digest. A digest may also be that of a manifest
+	// in an image index that is an entry. Otherwise every entry is imported that is a manifest or
+	// image index. The others are in ImportResult.Skipped.
 	Select string
-	// Reference, if not zero, is what the one imported entry shall be called.
+	// Platform, if not nil, takes only entries that are for this platform, or that name none. Of an
+	// image index, it takes the one manifest for the platform, without the index, and calls it what
+	// the index is called.
+	Platform *ocispec.Platform
+	// AsIndex imports index.json itself, as one image index of all its entries. Tools write
+	// multi-platform images so. It gets Reference, or no name.
+	AsIndex bool
+	// Reference, if not zero, is the name for the one imported entry.
 	// It must agree with the entry's own name, if it has one, unless Rename is set.
 	Reference Reference
 	// Rename lets Reference differ from the entry's own name.
 	Rename bool
-	// Anonymous gives what has no full name (host, repository, and tag or digest), and none
-	// by Reference, a new reference with each import, of the kind that [LocalRegistry.NewAnonymousBuilder] makes.
-	// Otherwise it is stored by digest only, until collected.
+	// Repository, such as "example.com/team/model", names entries whose own name is only a tag, as
+	// oras, skopeo and umoci write it: v1 becomes example.com/team/model:v1. Without it, such an entry
+	// fails the import with [ErrBareName], unless another option decides its name.
+	Repository string
+	// Name, if not nil, decides what each entry is called here. Its argument's Reference is the name
+	// that the content claims, or that Repository makes of it, and zero if there is none. It returns the
+	// reference to set, or zero for none. It can return [SkipEntry] to leave the entry
+	// out. Any other error ends the import and is returned. It must not call the registry.
+	Name func(InspectedEntry) (Reference, error)
+	// IgnoreNames treats all entries as if they had no names.
+	IgnoreNames bool
+	// Anonymous gives each entry that has no full name (host, repository, and tag or digest), and gets
+	// none by another option, a new reference of the kind that [LocalRegistry.NewAnonymousBuilder] makes.
+	// Otherwise content without a name is stored by digest only: see [ImportResult.Unnamed].
 	Anonymous bool
 	// Referrers, where Select chooses one entry, brings the entries along whose subject is
 	// a manifest that comes in, such as a signature of an artifact, then those
@@ -39,22 +63,23 @@ type ImportOptions struct {
 	// with [ErrTooLarge] before it has written more.
 	MaxBytes int64
 	// PublishOptions say what happens if a ref exists. With one entry, a conflict is an error. With
-	// several, those that don't conflict are imported, and the others are told by the outcome
+	// several, those that don't conflict are imported, and the others have the outcome
 	// [Conflicted]: see [ImportResult.Conflicts].
 	PublishOptions
 
-	one bool // the caller has use for one entry only
+	one      bool // the caller has use for one entry only
+	mustName bool // content without a name gets an anonymous one
 }
 
 // An ImportedArtifact is one entry that was imported.
 type ImportedArtifact struct {
 	// Name is the entry's org.opencontainers.image.ref.name as it stands.
 	Name string
-	// Descriptor is of the manifest or image index, with the digest it had outside.
+	// Descriptor is that of the manifest or image index, with the digest it had outside.
 	Descriptor ocispec.Descriptor
-	// Update tells what became of the ref. Its Reference is what the entry was given, or else its Name
-	// if that is a full one, or else its io.containerd.image.name, which `docker save` writes, if Name is
-	// that one's tag. It is zero if the entry has no full name and was given none: then it is stored by digest only, until collected.
+	// Update says what became of the ref. Its Reference is the name that ImportOptions gave the entry.
+	// Otherwise it is the entry's full name: its Name, or its io.containerd.image.name if Name is
+	// empty or that one's tag or digest. Update is zero if the entry has no full name and got none.
 	Update RefUpdate
 }
 
@@ -62,7 +87,7 @@ type ImportedArtifact struct {
 type ImportResult struct {
 	Artifacts    []ImportedArtifact
 	Referrers    []ocispec.Descriptor // what ImportOptions.Referrers brought along
-	Skipped      []ocispec.Descriptor // entries that are no manifests, as their media types say
+	Skipped      []ocispec.Descriptor // entries of other media types or digest algorithms, and those that ImportOptions.Name left out
 	BlobsWritten int                  // blobs that the registry did not have
 	BlobsReused  int                  // blobs that it had
 	BytesWritten int64                // size of the former
@@ -78,6 +103,18 @@ func (r *ImportResult) Conflicts() []RefUpdate {
 		}
 	}
 	return conflicts
+}
+
+// Unnamed returns the artifacts that got no ref. The registry has them by digest only: the next
+// collection deletes those that are older than its grace, unless [LocalRegistry.Tag] names them before.
+func (r *ImportResult) Unnamed() []ImportedArtifact {
+	var unnamed []ImportedArtifact
+	for _, a := range r.Artifacts {
+		if a.Update.Reference.IsZero() {
+			unnamed = append(unnamed, a)
+		}
+	}
+	return unnamed
 }
 
 // importer is the one pipeline by which content comes in: it takes the closure
@@ -102,6 +139,7 @@ type importer struct {
 	parsed    int64                   // bytes of those whose documents are in memory
 	added     atomic.Int64            // bytes that the registry did not have
 	maxBytes  int64                   // bounds added: see ImportOptions.MaxBytes
+	damaged   map[digest.Digest]bool  // blobs that the source has with other bytes
 
 	most int // len(sizes) at which the entry under way has MaxClosure blobs of its own
 }
@@ -111,7 +149,7 @@ type importer struct {
 const keepParsed = 1 << 20
 
 func (r *LocalRegistry) newImporter(opts *ImportOptions) *importer {
-	im := &importer{registry: r, stage: r.blobs.newStage(), sizes: map[digest.Digest]int64{}, most: MaxClosure}
+	im := &importer{registry: r, stage: r.blobs.newStage(), sizes: map[digest.Digest]int64{}, damaged: map[digest.Digest]bool{}, most: MaxClosure}
 	if opts != nil {
 		im.opts, im.maxBytes = *opts, opts.MaxBytes
 	}
@@ -119,12 +157,25 @@ func (r *LocalRegistry) newImporter(opts *ImportOptions) *importer {
 }
 
 // run imports the entries of a layout's index.
-func (im *importer) run(ctx context.Context, entries []ocispec.Descriptor) (*ImportResult, error) {
-	chosen, skipped, err := im.choose(entries)
+func (im *importer) run(ctx context.Context, index *layoutIndex) (*ImportResult, error) {
+	if err := im.opts.checkNames(); err != nil {
+		return nil, err
+	}
+	if im.opts.AsIndex {
+		var err error
+		if index, err = im.stageIndex(ctx, index); err != nil {
+			return nil, err
+		}
+	}
+	chosen, skipped, err := im.choose(ctx, index.entries)
 	if err != nil {
 		return nil, err
 	}
-	pubs, result, err := im.collect(ctx, entries, chosen)
+	named, left, err := im.name(chosen)
+	if err != nil {
+		return nil, err
+	}
+	pubs, result, err := im.collect(ctx, index.entries, named)
 	if err != nil {
 		return nil, err
 	}
@@ -135,7 +186,7 @@ func (im *importer) run(ctx context.Context, entries []ocispec.Descriptor) (*Imp
 	if err != nil {
 		return nil, err
 	}
-	result.Skipped = skipped
+	result.Skipped = append(skipped, left...)
 	for i, u := range updates {
 		result.Artifacts[i].Update = u
 	}
@@ -151,7 +202,7 @@ func (im *importer) run(ctx context.Context, entries []ocispec.Descriptor) (*Imp
 }
 
 // collect stages the closures of the chosen entries, and what is to come along.
-func (im *importer) collect(ctx context.Context, entries, chosen []ocispec.Descriptor) (pubs []publication, result *ImportResult, err error) {
+func (im *importer) collect(ctx context.Context, entries []ocispec.Descriptor, chosen []namedEntry) (pubs []publication, result *ImportResult, err error) {
 	if im.workers > 0 {
 		im.tasks = newTasks(ctx, im.workers)
 		ctx = im.tasks.ctx
@@ -159,17 +210,12 @@ func (im *importer) collect(ctx context.Context, entries, chosen []ocispec.Descr
 	}
 	result = &ImportResult{}
 	for _, e := range chosen {
-		name := e.Annotations[ocispec.AnnotationRefName]
-		ref, err := im.reference(e)
-		if err != nil {
-			return nil, nil, err
-		}
-		p := publication{ref: ref, PublishOptions: im.opts.PublishOptions}
+		p := publication{ref: e.ref, PublishOptions: im.opts.PublishOptions}
 		im.most = len(im.sizes) + MaxClosure
-		if p.root, err = im.manifest(ctx, e, 0, map[digest.Digest]bool{}, &p.manifests); err != nil {
+		if p.root, err = im.manifest(ctx, e.Descriptor, 0, map[digest.Digest]bool{}, &p.manifests); err != nil {
 			return nil, nil, err
 		}
-		result.Artifacts = append(result.Artifacts, ImportedArtifact{Name: name, Descriptor: p.root})
+		result.Artifacts = append(result.Artifacts, ImportedArtifact{Name: e.Annotations[ocispec.AnnotationRefName], Descriptor: p.root})
 		pubs = append(pubs, p)
 	}
 	if im.opts.Referrers && len(pubs) == 1 {
@@ -187,7 +233,7 @@ func (im *importer) referrers(ctx context.Context, entries []ocispec.Descriptor,
 	}
 	bySubject, peeked := map[digest.Digest][]ocispec.Descriptor{}, map[digest.Digest]bool{}
 	for _, e := range entries {
-		if have[e.Digest] || peeked[e.Digest] || formOf(e.MediaType) == 0 {
+		if have[e.Digest] || peeked[e.Digest] || formOf(e.MediaType) == 0 || checkDescriptor(&e) != nil {
 			continue
 		}
 		peeked[e.Digest] = true
@@ -219,6 +265,9 @@ func (im *importer) peek(ctx context.Context, desc ocispec.Descriptor) (*Manifes
 	if desc.Size > MaxManifestSize {
 		return nil, fmt.Errorf("manifest %s: %w", desc.Digest, tooLargeManifest(int(desc.Size)))
 	}
+	if im.damaged[desc.Digest] {
+		return nil, damagedSource(desc.Digest)
+	}
 	src, err := (*verifier)(nil), ErrIncomplete
 	if im.look != nil {
 		src, err = im.look(ctx, desc)
@@ -230,102 +279,6 @@ func (im *importer) peek(ctx context.Context, desc ocispec.Descriptor) (*Manifes
 		return nil, incomplete(err)
 	}
 	return readManifest(src, desc)
-}
-
-// choose applies Select, sets aside what is no manifest (image-layout.md has its own
-// example of that), and refuses options that fit no single entry.
-func (im *importer) choose(entries []ocispec.Descriptor) (chosen, skipped []ocispec.Descriptor, err error) {
-	s := im.opts.Select
-	for _, e := range entries {
-		switch {
-		case s != "" && e.Annotations[ocispec.AnnotationRefName] != s && e.Annotations[annotationImageName] != s && string(e.Digest) != s:
-		case formOf(e.MediaType) == 0:
-			skipped = append(skipped, e)
-		default:
-			chosen = append(chosen, e)
-		}
-	}
-	if len(chosen) > 1 && string(chosen[0].Digest) == s {
-		chosen = chosen[:1] // one manifest under several names, asked for by digest
-	}
-	switch {
-	case len(chosen) == 0 && len(skipped) > 0:
-		err = fmt.Errorf("%w: the entry of index.json is of type %q, which is no manifest's", ErrUnsupportedMediaType, clip(skipped[0].MediaType))
-	case len(chosen) == 0 && s != "":
-		err = fmt.Errorf("%w: no entry of index.json has the name or digest %q", ErrNotFound, clip(s))
-	case len(chosen) == 0:
-		err = fmt.Errorf("%w: index.json names no manifest", ErrInvalidLayout)
-	case len(chosen) > 1 && (im.opts.one || !im.opts.Reference.IsZero() || s != "" || im.opts.Expected != ""):
-		err = fmt.Errorf("%w: index.json has %d entries that fit, and one was asked for (ImportOptions.Select chooses by name or digest)",
-			ErrInvalidArgument, len(chosen))
-	}
-	return chosen, skipped, err
-}
-
-// reference returns the ref for an entry; zero when it has and gets no full name. The
-// name has no grammar (image-spec annotations.md): what is no reference, such as a
-// bare tag, doesn't name one here.
-func (im *importer) reference(e ocispec.Descriptor) (Reference, error) {
-	name, named := e.Annotations[ocispec.AnnotationRefName], entryReference(e)
-	want := im.opts.Reference
-	if want.IsZero() {
-		if named.IsZero() && im.opts.Anonymous {
-			return im.registry.anonymousReference(im.opts.PublishOptions)
-		}
-		return named, nil
-	}
-	agrees := name == "" || isBareTag(name) && name == want.Tag()
-	if !agrees {
-		// By ParseReference's rules: without a host too.
-		loose, err := parseLegacyName(name)
-		agrees = err == nil && agree(loose, want)
-	}
-	if !agrees && !im.opts.Rename {
-		return Reference{}, fmt.Errorf("%w: the content is named %q, not %s (ImportOptions.Rename overrides)", ErrInvalidArgument, clip(name), want)
-	}
-	return want, nil
-}
-
-// agree reports whether content that is called named may be called want: by the same
-// name, and by its tag or its digest. Whether a digest is the content's, publish sees.
-func agree(named, want Reference) bool {
-	return named.Name() == want.Name() &&
-		(want.Tag() == "" || named.Tag() == want.Tag() || named.Digest() != "" && named.Digest() == want.Digest())
-}
-
-// annotationImageName is where containerd, and so `docker save`, has the full name of an entry whose
-// org.opencontainers.image.ref.name is a bare tag.
-const annotationImageName = "io.containerd.image.name"
-
-// entryReference returns the reference that an entry of an index.json is called by, zero if that is no full name.
-func entryReference(e ocispec.Descriptor) Reference {
-	name := e.Annotations[ocispec.AnnotationRefName]
-	if ref := fullName(e.Annotations[annotationImageName]); isBareTag(name) && ref.Tag() == name {
-		return ref
-	}
-	return fullName(name)
-}
-
-// fullName returns the reference that an entry's name is, zero if it is none. It is
-// one if it has all parts, since index.json may call entries as its writer likes:
-// release/v1 is no artifact of Docker Hub's.
-func fullName(name string) Reference {
-	host, rest, ok := strings.Cut(name, "/")
-	if !ok || !isHost(host) || !strings.ContainsAny(rest, ":@") {
-		return Reference{}
-	}
-	ref, _ := parseLegacyName(name)
-	return ref
-}
-
-// parseLegacyName is ParseReference that takes a digest after ':' too, as OMMX v2 writes it.
-func parseLegacyName(name string) (Reference, error) {
-	for _, alg := range []digest.Algorithm{digest.SHA256, digest.SHA384, digest.SHA512} {
-		if before, hex, ok := strings.Cut(name, ":"+string(alg)+":"); ok {
-			name = before + "@" + string(alg) + ":" + hex
-		}
-	}
-	return ParseReference(name)
 }
 
 // manifest stages a manifest and all below it, and appends them to list, children first. It returns
@@ -443,6 +396,10 @@ func (im *importer) charge(n int64) error {
 	return nil
 }
 
+func damagedSource(d digest.Digest) error {
+	return fmt.Errorf("blob %s: %w: the source has other bytes under this name", d, ErrDigestMismatch)
+}
+
 // claim notes that a blob is needed. It reports whether it is there, or was asked for, already.
 func (im *importer) claim(desc ocispec.Descriptor) (asked bool, err error) {
 	if size, ok := im.sizes[desc.Digest]; ok {
@@ -455,21 +412,14 @@ func (im *importer) claim(desc ocispec.Descriptor) (asked bool, err error) {
 		return false, fmt.Errorf("%w: an artifact of more than %d blobs", ErrTooLarge, MaxClosure)
 	}
 	im.sizes[desc.Digest] = desc.Size
+	if im.damaged[desc.Digest] {
+		return false, damagedSource(desc.Digest)
+	}
 	size, ok := im.stage.size(desc.Digest)
 	if ok && size != desc.Size {
 		err = fmt.Errorf("blob %s: %w: has %d bytes, its descriptor says %d", desc.Digest, ErrSizeMismatch, size, desc.Size)
 	}
 	return ok, err
-}
-
-// parseLayoutIndex reads a layout's index.json (image-spec image-layout.md).
-// OMMX v2 writes {} for the annotations of an entry without a name.
-func parseLayoutIndex(raw []byte) ([]ocispec.Descriptor, error) {
-	m, err := ParseManifest(ocispec.MediaTypeImageIndex, raw)
-	if err != nil {
-		return nil, fmt.Errorf("%w: index.json: %w", ErrInvalidLayout, err)
-	}
-	return m.doc.Manifests, nil
 }
 
 // checkLayoutFile reads the file oci-layout.

@@ -43,7 +43,7 @@ type layout struct {
 }
 
 // index checks oci-layout and returns the entries of index.json.
-func (l *layout) index() ([]ocispec.Descriptor, error) {
+func (l *layout) index() (*layoutIndex, error) {
 	if err := l.check(); err != nil {
 		return nil, err
 	}
@@ -54,8 +54,11 @@ func (l *layout) index() ([]ocispec.Descriptor, error) {
 	return parseLayoutIndex(raw)
 }
 
-// check reads oci-layout.
+// check reads oci-layout. Some tools leave it out, and nothing in a layout depends on it.
 func (l *layout) check() error {
+	if found, err := l.has(ocispec.ImageLayoutFile); err != nil || !found {
+		return err
+	}
 	raw, err := l.file(ocispec.ImageLayoutFile)
 	if err == nil {
 		err = checkLayoutFile(raw)
@@ -73,9 +76,9 @@ func (l *layout) file(name string) ([]byte, error) {
 		return nil, err
 	}
 	defer f.Close()
-	b, err := io.ReadAll(io.LimitReader(f, MaxManifestSize+1))
-	if err == nil && len(b) > MaxManifestSize {
-		err = fmt.Errorf("%w: %s has more than %d bytes", ErrTooLarge, name, MaxManifestSize)
+	b, err := io.ReadAll(io.LimitReader(f, MaxLayoutIndexSize+1))
+	if err == nil && len(b) > MaxLayoutIndexSize {
+		err = fmt.Errorf("%w: %s has more than %d bytes", ErrTooLarge, name, MaxLayoutIndexSize)
 	}
 	return b, err
 }
@@ -143,7 +146,7 @@ type Inspection struct {
 // An InspectedEntry is one entry of an index.json.
 type InspectedEntry struct {
 	Name       string    // org.opencontainers.image.ref.name, as it stands
-	Reference  Reference // what ImportedArtifact.Update says of such an entry; zero if it has no full name
+	Reference  Reference // the full name that the entry claims; zero if it has none
 	Descriptor ocispec.Descriptor
 }
 
@@ -151,7 +154,7 @@ func newInspection(entries []ocispec.Descriptor) *Inspection {
 	in := &Inspection{}
 	for _, e := range entries {
 		name := e.Annotations[ocispec.AnnotationRefName]
-		in.Entries = append(in.Entries, InspectedEntry{Name: name, Reference: entryReference(e), Descriptor: e})
+		in.Entries = append(in.Entries, InspectedEntry{Name: name, Reference: entryClaim(e).ref, Descriptor: e})
 	}
 	return in
 }

@@ -173,10 +173,11 @@ func (r *LocalRegistry) importLegacyEntry(ctx context.Context, root *rootDir, en
 	}
 	defer sub.Close()
 	l := &layout{root: sub}
-	descs, err := l.index()
+	index, err := l.index()
 	if err != nil {
 		return RefUpdate{}, err
 	}
+	descs := index.entries
 	named, err := legacyName(entry, descs)
 	if err != nil {
 		return RefUpdate{}, err
@@ -201,7 +202,7 @@ func (r *LocalRegistry) importAs(ctx context.Context, l *layout, descs []ocispec
 	im := r.layoutImporter(l, &ImportOptions{Reference: ref, Rename: true, PublishOptions: PublishOptions{Policy: policy}, one: true})
 	defer func() { r.logDiscard(im.stage.discard()) }()
 	im.accept = accept
-	result, err := im.run(ctx, descs)
+	result, err := im.run(ctx, &layoutIndex{entries: descs})
 	if result == nil || len(result.Artifacts) == 0 {
 		return RefUpdate{}, err
 	}

@@ -44,7 +44,8 @@ func (r *LocalRegistry) load(ctx context.Context, ref Reference) (*LocalArtifact
 
 // LoadPath imports the one artifact of a layout directory or archive file, told
 // apart by what it is and not by its name, and returns it. With several entries,
-// opts must choose one. Its Reference is the zero value if it has no full name and is given none.
+// opts must choose one. Content without any name gets an anonymous reference, as with
+// ImportOptions.Anonymous, so that no collection deletes it.
 // Errors are those of [LocalRegistry.ImportLayout] or [LocalRegistry.ImportArchiveFile].
 func (r *LocalRegistry) LoadPath(ctx context.Context, path string, opts *ImportOptions) (*LocalArtifact, error) {
 	a, err := r.loadPath(ctx, path, opts)
@@ -56,7 +57,7 @@ func (r *LocalRegistry) loadPath(ctx context.Context, path string, opts *ImportO
 	if opts != nil {
 		o = *opts
 	}
-	o.one = true
+	o.one, o.mustName = true, true
 	result, err := r.importPath(ctx, path, &o)
 	if err != nil {
 		return nil, err

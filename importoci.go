@@ -32,13 +32,13 @@ func (r *LocalRegistry) importLayout(ctx context.Context, dir string, opts *Impo
 	}
 	defer root.Close()
 	l := &layout{root: root}
-	entries, err := l.index()
+	index, err := l.index()
 	if err != nil {
 		return nil, err
 	}
 	im := r.layoutImporter(l, opts)
 	defer func() { r.logDiscard(im.stage.discard()) }()
-	return im.run(ctx, entries)
+	return im.run(ctx, index)
 }
 
 // InspectLayout reads what a layout directory says of itself, without any registry.
@@ -54,11 +54,11 @@ func inspectLayout(ctx context.Context, dir string) (*Inspection, error) {
 		return nil, err
 	}
 	defer root.Close()
-	entries, err := (&layout{root: root}).index()
+	index, err := (&layout{root: root}).index()
 	if err != nil {
 		return nil, err
 	}
-	in := newInspection(entries)
+	in := newInspection(index.entries)
 	err = walkBlobs(ctx, root, func(e blobEntry) error {
 		if e.digest != "" {
 			in.Blobs++

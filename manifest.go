@@ -17,6 +17,9 @@ const (
 	// ("Pushing Manifests") obliges registries to take. A descriptor is over 100
 	// bytes long, so it also bounds the descriptors of one document, to some 37,000.
 	MaxManifestSize = 4 << 20
+	// MaxLayoutIndexSize bounds the index.json of a layout, in bytes: enough for 100,000 entries with
+	// long names and some annotations. It is not a manifest, and no registry has to take it.
+	MaxLayoutIndexSize = 32 << 20
 	// MaxIndexNesting bounds how deep image indexes lie in image indexes.
 	MaxIndexNesting = 8
 	// MaxClosure bounds the descriptors that one artifact refers to through all its manifests.

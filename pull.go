@@ -263,24 +263,6 @@ func (p *puller) result(u RefUpdate, err error) (*PullResult, error) {
 	return &PullResult{Artifact: p.registry.newArtifact(p.as, u.Descriptor, nil), Update: u}, nil
 }
 
-// fitsPlatform compares platforms. What the wanted one leaves empty may be anything.
-func fitsPlatform(want, got *ocispec.Platform) bool {
-	fits := func(want, got string) bool { return want == "" || want == got }
-	return fits(want.OS, got.OS) && fits(want.Architecture, got.Architecture) &&
-		fits(want.Variant, got.Variant) && fits(want.OSVersion, got.OSVersion)
-}
-
-// choosePlatform returns the first manifest of an index that is for a platform.
-func choosePlatform(m *Manifest, want *ocispec.Platform) (ocispec.Descriptor, error) {
-	for _, d := range m.doc.Manifests {
-		if d.Platform != nil && fitsPlatform(want, d.Platform) {
-			return d, nil
-		}
-	}
-	return ocispec.Descriptor{}, fmt.Errorf("%w: image index %s has no manifest for platform %s/%s", ErrNotFound, m.Digest(),
-		clip(want.OS), clip(want.Architecture))
-}
-
 // refused returns the conflict that publishing root is certain to end in, before
 // anything is fetched. The policy is applied again when it is published.
 func (p *puller) refused(root ocispec.Descriptor) (*PullResult, error) {
@@ -317,7 +299,7 @@ func (p *puller) fetchAll(ctx context.Context, m *Manifest) (*PullResult, error)
 		return nil, err
 	}
 	entry := ocispec.Descriptor{MediaType: root.MediaType, Digest: root.Digest, Size: root.Size}
-	imported, err := im.run(ctx, []ocispec.Descriptor{entry})
+	imported, err := im.run(ctx, &layoutIndex{entries: []ocispec.Descriptor{entry}})
 	if imported == nil {
 		return nil, err
 	}

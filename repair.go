@@ -275,7 +275,7 @@ func (p *repair) healFrom(ctx context.Context, source string) (err error) {
 	st := p.registry.blobs.newStage()
 	defer func() { p.registry.logDiscard(st.discard()) }()
 	var found []digest.Digest
-	put := func(d digest.Digest, src io.Reader, size int64) error {
+	put := func(ctx context.Context, d digest.Digest, src io.Reader, size int64) error {
 		if !p.wanted[d] {
 			return nil
 		}
@@ -292,7 +292,7 @@ func (p *repair) healFrom(ctx context.Context, source string) (err error) {
 		return err
 	}
 	if fi.IsDir() {
-		err = p.fromLayout(source, put)
+		err = p.fromLayout(ctx, source, put)
 	} else {
 		err = p.fromArchive(ctx, source, put)
 	}
@@ -328,7 +328,7 @@ func (p *repair) rightSize(d digest.Digest, size int64) (bool, error) {
 	return size <= max(here, MaxManifestSize), nil
 }
 
-func (p *repair) fromLayout(dir string, put func(digest.Digest, io.Reader, int64) error) error {
+func (p *repair) fromLayout(ctx context.Context, dir string, put func(context.Context, digest.Digest, io.Reader, int64) error) error {
 	root, err := openRoot(dir, p.registry.root.fault)
 	if err != nil {
 		return err
@@ -345,7 +345,7 @@ func (p *repair) fromLayout(dir string, put func(digest.Digest, io.Reader, int64
 		}
 		fi, err := f.Stat()
 		if err == nil {
-			err = put(d, f, fi.Size())
+			err = put(ctx, d, f, fi.Size())
 		}
 		if err := errors.Join(err, f.Close()); err != nil {
 			return err
@@ -354,7 +354,7 @@ func (p *repair) fromLayout(dir string, put func(digest.Digest, io.Reader, int64
 	return nil
 }
 
-func (p *repair) fromArchive(ctx context.Context, name string, put func(digest.Digest, io.Reader, int64) error) error {
+func (p *repair) fromArchive(ctx context.Context, name string, put func(context.Context, digest.Digest, io.Reader, int64) error) error {
 	f, err := p.registry.openOther(name)
 	if err != nil {
 		return err

@@ -1,0 +1,167 @@
+package ocilocal
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+)
+
+// A layoutIndex is a layout's index.json.
+type layoutIndex struct {
+	raw     []byte
+	entries []ocispec.Descriptor // as they stand: see [checkDescriptor]
+}
+
+// parseLayoutIndex reads a layout's index.json (image-spec image-layout.md).
+// OMMX v2 writes {} for the annotations of an entry without a name.
+//
+// Entries are not checked one by one here: whether a bad one matters depends on which are wanted.
+func parseLayoutIndex(raw []byte) (*layoutIndex, error) {
+	var doc struct {
+		SchemaVersion int64                `json:"schemaVersion"`
+		MediaType     string               `json:"mediaType"`
+		Manifests     []ocispec.Descriptor `json:"manifests"`
+	}
+	present, err := decodeStrict(raw, jsonManifest, &doc)
+	switch {
+	case err != nil:
+	case doc.SchemaVersion != 2:
+		err = errors.New("schemaVersion: missing or not 2")
+	case doc.MediaType != "" && doc.MediaType != ocispec.MediaTypeImageIndex:
+		err = fmt.Errorf("mediaType is %s, not an image index's", printable(doc.MediaType))
+	case present&(hasConfig|hasLayers|hasBlobs) != 0:
+		err = errors.New("ambiguous: it has parts of an image manifest")
+	case present&hasManifests == 0:
+		err = errors.New("manifests: missing")
+	}
+	if err != nil {
+		return nil, fmt.Errorf("%w: index.json: %w", ErrInvalidLayout, err)
+	}
+	return &layoutIndex{raw, doc.Manifests}, nil
+}
+
+// stageIndex makes index.json an entry: see [ImportOptions.AsIndex].
+func (im *importer) stageIndex(ctx context.Context, index *layoutIndex) (*layoutIndex, error) {
+	m, err := ParseManifest(ocispec.MediaTypeImageIndex, index.raw)
+	if err != nil {
+		return nil, fmt.Errorf("index.json: %w", err)
+	}
+	if err := im.charge(m.Size()); err != nil {
+		return nil, err
+	}
+	if _, err := im.stage.putBytes(ctx, m.raw, digest.SHA256); err != nil {
+		return nil, err
+	}
+	return &layoutIndex{entries: []ocispec.Descriptor{m.Descriptor()}}, nil
+}
+
+// choose applies Select and Platform, sets aside entries that are not manifests (image-layout.md has
+// an example of that) and digests of algorithms that are unknown here, and refuses options that fit no
+// single entry. An entry that is wrong in another way fails the import only if it is chosen.
+func (im *importer) choose(ctx context.Context, entries []ocispec.Descriptor) (chosen, skipped []ocispec.Descriptor, err error) {
+	s := im.opts.Select
+	for _, e := range entries {
+		switch {
+		case s != "" && e.Annotations[ocispec.AnnotationRefName] != s && e.Annotations[annotationImageName] != s && string(e.Digest) != s:
+		case formOf(e.MediaType) == 0 || !knownAlgorithm(e.Digest):
+			skipped = append(skipped, e)
+		default:
+			if err := checkDescriptor(&e); err != nil {
+				return nil, nil, fmt.Errorf("%w: index.json: entry %w", ErrInvalidLayout, err)
+			}
+			if chosen, err = im.onPlatform(ctx, chosen, e); err != nil {
+				return nil, nil, err
+			}
+		}
+	}
+	if len(chosen) == 0 && len(skipped) == 0 && checkDigest(digest.Digest(s)) == nil {
+		if chosen, err = im.chooseMember(ctx, entries); err != nil {
+			return nil, nil, err
+		}
+	}
+	if len(chosen) > 1 && string(chosen[0].Digest) == s {
+		chosen = chosen[:1] // one manifest under several names, asked for by digest
+	}
+	o := &im.opts
+	single := o.one || !o.Reference.IsZero() || s != "" || o.Expected != ""
+	switch {
+	case len(chosen) == 0 && len(skipped) > 0:
+		err = unusable(skipped[0])
+	case len(chosen) == 0 && s != "":
+		err = fmt.Errorf("%w: no entry of index.json has the name or digest %q", ErrNotFound, clip(s))
+	case len(chosen) == 0 && o.Platform != nil:
+		err = fmt.Errorf("%w: index.json has no entry for platform %s/%s", ErrNotFound, clip(o.Platform.OS), clip(o.Platform.Architecture))
+	case len(chosen) == 0 && single:
+		err = fmt.Errorf("%w: index.json has no entries", ErrNotFound)
+	case len(chosen) > 1 && single:
+		err = fmt.Errorf("%w: index.json has %d entries that fit, and one was asked for (ImportOptions.Select chooses by name or digest, Platform by platform)",
+			ErrInvalidArgument, len(chosen))
+	}
+	return chosen, skipped, err
+}
+
+// knownAlgorithm reports whether the algorithm of a digest is one of those that this package knows.
+func knownAlgorithm(d digest.Digest) bool {
+	alg, _, ok := strings.Cut(string(d), ":")
+	return !ok || digestHexLen(digest.Algorithm(alg)) != 0
+}
+
+// unusable says why an entry is set aside.
+func unusable(e ocispec.Descriptor) error {
+	if formOf(e.MediaType) == 0 {
+		return fmt.Errorf("%w: the entry of index.json is of type %q, which is not a manifest media type", ErrUnsupportedMediaType, clip(e.MediaType))
+	}
+	return fmt.Errorf("%w: index.json: %w", ErrInvalidLayout, checkDigest(e.Digest))
+}
+
+// onPlatform appends the part of an entry that is for the wanted platform, if it has one.
+func (im *importer) onPlatform(ctx context.Context, chosen []ocispec.Descriptor, e ocispec.Descriptor) ([]ocispec.Descriptor, error) {
+	want := im.opts.Platform
+	switch {
+	case want == nil:
+		return append(chosen, e), nil
+	case formOf(e.MediaType) != formIndex:
+		if e.Platform == nil || fitsPlatform(want, e.Platform) {
+			chosen = append(chosen, e)
+		}
+		return chosen, nil
+	}
+	m, err := im.peek(ctx, e)
+	if err != nil {
+		return nil, err
+	}
+	member, err := choosePlatform(m, want)
+	if err != nil {
+		return chosen, nil // other entries may be for it
+	}
+	member.Annotations = e.Annotations
+	return append(chosen, member), nil
+}
+
+// chooseMember looks for the digest of Select in the image indexes that are entries. An index
+// that can't be read is passed over, because nobody asked for it.
+func (im *importer) chooseMember(ctx context.Context, entries []ocispec.Descriptor) ([]ocispec.Descriptor, error) {
+	for _, e := range entries {
+		if formOf(e.MediaType) != formIndex || checkDescriptor(&e) != nil {
+			continue
+		}
+		m, err := im.peek(ctx, e)
+		if err != nil {
+			if ctx.Err() != nil {
+				return nil, ctx.Err()
+			}
+			continue
+		}
+		for _, member := range m.doc.Manifests {
+			if string(member.Digest) == im.opts.Select && formOf(member.MediaType) != 0 {
+				member.Annotations = nil // a name there would be that of the member in its index
+				return []ocispec.Descriptor{member}, nil
+			}
+		}
+	}
+	return nil, nil
+}

@@ -1,0 +1,213 @@
+package ocilocal
+
+import (
+	"errors"
+	"fmt"
+	"strings"
+
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+)
+
+// SkipEntry is what [ImportOptions.Name] returns to leave an entry out.
+var SkipEntry = errors.New("skip this entry")
+
+// annotationImageName is where containerd, and so `docker save`, has the full name of an entry whose
+// org.opencontainers.image.ref.name is a tag.
+const annotationImageName = "io.containerd.image.name"
+
+// A claim is what an entry of an index.json is called there. Nothing proves it.
+type claim struct {
+	// ref is the entry's full name: host, repository, and tag or digest. Zero if it has none.
+	ref Reference
+	// text is a name that is not a full one, such as a tag.
+	text string
+	// from is host and repository of other content, from which this was taken.
+	from string
+}
+
+// entryClaim decides what an entry is called. It is the only function that does.
+//
+// Tools write names in two annotations. org.opencontainers.image.ref.name has no grammar
+// (image-spec annotations.md): it may be a full name, a tag, or anything. containerd writes the full
+// name to io.containerd.image.name, and to ref.name the part after the repository: "1.0",
+// "1.0@sha256:…", "@sha256:…" or nothing. So:
+//
+//   - a full name in ref.name counts;
+//   - else one in image.name counts, unless ref.name is another tag;
+//   - else ref.name is a text that names nothing here.
+//
+// A name that ends in a digest other than the entry's says where the content came from: podman and
+// skopeo write the digest of the image index to the entry of one platform. It names nothing, except
+// by its tag if it has one too.
+func entryClaim(e ocispec.Descriptor) claim {
+	name, image := e.Annotations[ocispec.AnnotationRefName], e.Annotations[annotationImageName]
+	if c, full := fullName(name, e.Digest); full {
+		return c
+	}
+	if c, full := fullName(image, e.Digest); full {
+		tag, _, _ := strings.Cut(name, "@")
+		if tag == "" || tag == c.ref.Tag() || checkDigest(digest.Digest(name)) == nil {
+			return c
+		}
+	}
+	if name == "" {
+		name = image
+	}
+	return claim{text: name}
+}
+
+// fullName returns the claim of a name that is a full one. It is one if it has all parts, since
+// index.json may call entries as its writer likes: release/v1 is not an artifact of Docker Hub.
+func fullName(name string, d digest.Digest) (c claim, full bool) {
+	host, rest, ok := strings.Cut(name, "/")
+	if !ok || !isHost(host) || !strings.ContainsAny(rest, ":@") {
+		return claim{}, false
+	}
+	ref, err := parseLegacyName(name)
+	switch {
+	case err != nil:
+		return claim{}, false
+	case ref.tag != "":
+		ref.digest = ""
+	case ref.digest != d:
+		return claim{from: ref.Name()}, true
+	}
+	return claim{ref: ref}, true
+}
+
+// parseLegacyName is ParseReference that takes a digest after ':' too, as OMMX v2 writes it.
+func parseLegacyName(name string) (Reference, error) {
+	for _, alg := range []digest.Algorithm{digest.SHA256, digest.SHA384, digest.SHA512} {
+		if before, hex, ok := strings.Cut(name, ":"+string(alg)+":"); ok {
+			name = before + "@" + string(alg) + ":" + hex
+		}
+	}
+	return ParseReference(name)
+}
+
+// tag returns the tag that the claim's text is, "" if it is not one. A digest after it is ignored,
+// as in a full name.
+func (c claim) tag() string {
+	tag, _, _ := strings.Cut(c.text, "@")
+	if isBareTag(tag) {
+		return tag
+	}
+	return ""
+}
+
+// allows reports whether content with this claim may be called want without being renamed.
+func (c claim) allows(want Reference) bool {
+	switch {
+	case c.text != "":
+	case c.from != "":
+		return c.from == want.Name()
+	case c.ref.Tag() == "": // nothing, or a digest, which [LocalRegistry.publish] checks
+		return c.ref.IsZero() || c.ref.Name() == want.Name()
+	default:
+		return agree(c.ref, want)
+	}
+	if tag := c.tag(); tag != "" {
+		return tag == want.Tag()
+	}
+	loose, err := parseLegacyName(c.text) // without a host too
+	return err == nil && agree(loose, want)
+}
+
+// agree reports whether content that is called named may be called want: by the same
+// name, and by its tag or its digest. publish checks whether a digest is that of the content.
+func agree(named, want Reference) bool {
+	return named.Name() == want.Name() &&
+		(want.Tag() == "" || named.Tag() == want.Tag() || named.Digest() != "" && named.Digest() == want.Digest())
+}
+
+// A namedEntry is an entry of an index.json with what it is to be called here.
+type namedEntry struct {
+	ocispec.Descriptor
+	ref Reference // zero: nothing
+}
+
+// name gives each entry its reference. Entries that [ImportOptions.Name] leaves out are returned as skipped.
+func (im *importer) name(entries []ocispec.Descriptor) (named []namedEntry, skipped []ocispec.Descriptor, err error) {
+	at := map[Reference]digest.Digest{}
+	for _, e := range entries {
+		ref, err := im.reference(e)
+		if err == SkipEntry {
+			skipped = append(skipped, e)
+			continue
+		}
+		if err != nil {
+			return nil, nil, err
+		}
+		if d, twice := at[ref]; twice && !ref.IsZero() && d != e.Digest {
+			return nil, nil, fmt.Errorf("%w: two entries of index.json are called %s: %s and %s (ImportOptions.Platform or Select chooses one, AsIndex imports them as one image)",
+				ErrInvalidArgument, ref, d, e.Digest)
+		}
+		at[ref] = e.Digest
+		named = append(named, namedEntry{e, ref})
+	}
+	return named, skipped, nil
+}
+
+// reference returns what one entry is to be called here; zero for nothing.
+func (im *importer) reference(e ocispec.Descriptor) (ref Reference, err error) {
+	o := &im.opts
+	c := entryClaim(e)
+	if o.IgnoreNames {
+		c = claim{}
+	}
+	if want := o.Reference; !want.IsZero() {
+		if !o.Rename && !c.allows(want) {
+			return ref, fmt.Errorf("%w: the content is named %q, not %s (ImportOptions.Rename overrides)",
+				ErrInvalidArgument, clip(c.String()), want)
+		}
+		return want, nil
+	}
+	ref = c.ref
+	if tag := c.tag(); tag != "" && o.Repository != "" {
+		if ref, err = ParseReference(o.Repository + ":" + tag); err != nil {
+			return Reference{}, err
+		}
+	}
+	switch {
+	case o.Name != nil:
+		if ref, err = o.Name(InspectedEntry{Name: e.Annotations[ocispec.AnnotationRefName], Reference: ref, Descriptor: cloneDescriptor(e)}); err != nil {
+			return Reference{}, err
+		}
+	case ref.IsZero() && c.text != "" && !o.Anonymous:
+		return ref, fmt.Errorf("%w: %q (ImportOptions: Repository names all entries with a tag, Reference names one, Anonymous makes up names, IgnoreNames imports by digest)",
+			ErrBareName, clip(c.text))
+	}
+	if ref.IsZero() && (o.Anonymous || o.mustName) {
+		return im.registry.anonymousReference(o.PublishOptions)
+	}
+	return ref, nil
+}
+
+func (c claim) String() string {
+	switch {
+	case c.text != "":
+		return c.text
+	case c.from != "":
+		return c.from
+	}
+	return c.ref.String()
+}
+
+// checkNames refuses options about names that contradict each other.
+func (o *ImportOptions) checkNames() error {
+	if o.Repository != "" {
+		if _, err := canonicalName(o.Repository); err != nil {
+			return fmt.Errorf("ImportOptions.Repository: %w", err)
+		}
+	}
+	switch {
+	case !o.Reference.IsZero() && (o.Repository != "" || o.Name != nil):
+		return fmt.Errorf("%w: ImportOptions.Reference leaves nothing for Repository and Name to decide", ErrInvalidArgument)
+	case o.IgnoreNames && o.Repository != "":
+		return fmt.Errorf("%w: ImportOptions.Repository needs the tags that IgnoreNames ignores", ErrInvalidArgument)
+	case o.AsIndex && (o.Select != "" || o.Platform != nil || o.Repository != "" || o.Name != nil || o.Referrers):
+		return fmt.Errorf("%w: ImportOptions.AsIndex imports all entries as one, so no option can choose or name them", ErrInvalidArgument)
+	}
+	return nil
+}
