@@ -118,18 +118,15 @@ func writeNew(dir *rootDir, temp, name string, overwrite bool, write func(io.Wri
 
 // export is the list of what one export holds, each manifest and blob once.
 type export struct {
-	registry  *LocalRegistry
-	opts      ExportOptions
-	entries   []ocispec.Descriptor   // of index.json, sorted
-	manifests []ocispec.Descriptor   // sorted by digest
-	blobs     []ocispec.Descriptor   // sorted by digest
-	seen      map[digest.Digest]bool // manifests and blobs
-	entered   map[digest.Digest]bool // entries
+	closure // its lists are sorted by digest in the end
+	opts    ExportOptions
+	entries []ocispec.Descriptor   // of index.json, sorted
+	entered map[digest.Digest]bool // entries
 }
 
 // newExport gathers the closure of what is exported from the manifests.
 func (r *LocalRegistry) newExport(ctx context.Context, refs []Reference, opts *ExportOptions) (*export, error) {
-	x := &export{registry: r, seen: map[digest.Digest]bool{}, entered: map[digest.Digest]bool{}}
+	x := &export{closure: r.newClosure(), entered: map[digest.Digest]bool{}}
 	if opts != nil {
 		x.opts = *opts
 	}
@@ -167,8 +164,11 @@ func (r *LocalRegistry) newExport(ctx context.Context, refs []Reference, opts *E
 // root adds an entry with its closure, and with its lineage if that is asked for.
 func (x *export) root(ctx context.Context, desc ocispec.Descriptor, annotations map[string]string) error {
 	for {
-		m, err := x.add(ctx, desc, 0)
-		if err != nil {
+		var m *Manifest
+		if err := x.registry.within(ctx, func() (err error) {
+			m, err = x.add(ctx, desc)
+			return err
+		}); err != nil {
 			return err
 		}
 		walked := x.entered[desc.Digest]
@@ -224,32 +224,6 @@ func (x *export) sort() {
 		}
 		return byDigest(a, b)
 	})
-}
-
-// add adds a manifest and all below it.
-func (x *export) add(ctx context.Context, desc ocispec.Descriptor, depth int) (*Manifest, error) {
-	if depth > MaxIndexNesting {
-		return nil, fmt.Errorf("%w: image indexes nested more than %d deep", ErrTooLarge, MaxIndexNesting)
-	}
-	m, err := x.registry.newArtifact(Reference{}, desc, nil).manifest(ctx)
-	if err != nil || x.seen[desc.Digest] {
-		return m, err
-	}
-	x.seen[desc.Digest] = true
-	x.manifests = append(x.manifests, desc)
-	for i, c := range m.children() {
-		switch {
-		case x.seen[c.Digest]:
-		case m.childRole(i) == roleManifest:
-			if _, err := x.add(ctx, c, depth+1); err != nil {
-				return nil, err
-			}
-		default:
-			x.seen[c.Digest] = true
-			x.blobs = append(x.blobs, c)
-		}
-	}
-	return m, nil
 }
 
 const layoutFile = `{"imageLayoutVersion":"` + ocispec.ImageLayoutVersion + `"}`

@@ -13,6 +13,7 @@ import (
 	"io"
 	"time"
 
+	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
@@ -70,6 +71,50 @@ func OpenFaulty(ctx context.Context, dir string, fault func(op, name string) err
 // RefuseNetworkFS returns the error that a root on a file system with that name gets.
 func RefuseNetworkFS(name string, allow bool) error {
 	return (&LocalRegistry{opts: Options{AllowNetworkFS: allow}}).checkFS(name)
+}
+
+// --- graph ---
+
+// Closure lists what manifests need, by their bytes: manifests, and then configs and layers.
+func Closure(ctx context.Context, r *LocalRegistry, roots ...ocispec.Descriptor) (manifests, blobs []digest.Digest, err error) {
+	c := r.newClosure()
+	for _, root := range roots {
+		if _, err := c.add(ctx, root); err != nil {
+			return nil, nil, err
+		}
+	}
+	for _, d := range c.manifests {
+		manifests = append(manifests, d.Digest)
+	}
+	for _, d := range c.blobs {
+		blobs = append(blobs, d.Digest)
+	}
+	return manifests, blobs, nil
+}
+
+// ClimbOptions are the ways of a climb. With Files it looks whether files are there.
+type ClimbOptions struct {
+	Subjects, Referrers, Files bool
+	Name, Reference            string
+}
+
+func (o ClimbOptions) climb(ctx context.Context, r *LocalRegistry) *climb {
+	c := &climb{ctx: ctx, q: r.index, ways: ways{subjects: o.Subjects, referrers: o.Referrers, name: o.Name, reference: o.Reference}}
+	if o.Files {
+		c.present = r.blobs.present
+	}
+	return c
+}
+
+// Led reports whether a ref leads to d.
+func Led(ctx context.Context, r *LocalRegistry, d digest.Digest, o ClimbOptions) (bool, error) {
+	return o.climb(ctx, r).led(d)
+}
+
+// LeadTo returns d and all that leads to it.
+func LeadTo(ctx context.Context, r *LocalRegistry, d digest.Digest, o ClimbOptions) ([]digest.Digest, error) {
+	all, _, err := o.climb(ctx, r).all(d, 1000)
+	return all, err
 }
 
 // --- index ---

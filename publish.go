@@ -340,7 +340,7 @@ func (r *LocalRegistry) point(ctx context.Context, d digest.Digest, ref Referenc
 		if u.Outcome == Conflicted {
 			return u.conflict(o.Expected)
 		}
-		if err := r.checkClosure(tx, desc, map[digest.Digest]bool{}); err != nil {
+		if err := r.checkClosure(ctx, tx, desc); err != nil {
 			return err
 		}
 		if u.Outcome == Unchanged {
@@ -355,23 +355,9 @@ func (r *LocalRegistry) point(ctx context.Context, d digest.Digest, ref Referenc
 }
 
 // checkClosure looks, by the index's rows, that all of a manifest's blobs are there.
-func (r *LocalRegistry) checkClosure(q queryer, desc ocispec.Descriptor, seen map[digest.Digest]bool) error {
-	if seen[desc.Digest] {
-		return nil
-	}
-	seen[desc.Digest] = true
-	if err := r.blobs.checkSize(desc.Digest, desc.Size); err != nil {
-		return incomplete(err)
-	}
-	return members(q, desc.Digest, func(m member) error {
-		if m.role == roleManifest {
-			return r.checkClosure(q, m.desc, seen)
-		}
-		if seen[m.desc.Digest] {
-			return nil
-		}
-		seen[m.desc.Digest] = true
-		return incomplete(r.blobs.checkSize(m.desc.Digest, m.desc.Size))
+func (r *LocalRegistry) checkClosure(ctx context.Context, q queryer, desc ocispec.Descriptor) error {
+	return (&descent{q: q}).each(ctx, desc, func(d ocispec.Descriptor) error {
+		return incomplete(r.blobs.checkSize(d.Digest, d.Size))
 	})
 }
 

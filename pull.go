@@ -138,7 +138,7 @@ func (p *puller) run(ctx context.Context) (*PullResult, error) {
 		if err != nil {
 			return nil, err
 		}
-		if result, err := p.unchanged(desc.Digest); result != nil || err != nil {
+		if result, err := p.unchanged(ctx, desc.Digest); result != nil || err != nil {
 			return result, err
 		}
 		reference = string(desc.Digest) // should the tag move now
@@ -173,9 +173,9 @@ func (p *puller) run(ctx context.Context) (*PullResult, error) {
 }
 
 // unchanged returns the result if the ref points at d already and d is here with all it needs.
-func (p *puller) unchanged(d digest.Digest) (*PullResult, error) {
+func (p *puller) unchanged(ctx context.Context, d digest.Digest) (*PullResult, error) {
 	desc, ok, err := p.registry.index.resolve(p.as.key())
-	if err != nil || !ok || desc.Digest != d || p.opts.Expected != "" && p.opts.Expected != d || !p.whole(desc) {
+	if err != nil || !ok || desc.Digest != d || p.opts.Expected != "" && p.opts.Expected != d || !p.whole(ctx, desc) {
 		return nil, err
 	}
 	return p.result(RefUpdate{Reference: p.as, Descriptor: desc, Existing: d, Outcome: Unchanged}, nil)
@@ -228,8 +228,8 @@ func (p *puller) configFits(ctx context.Context, m *Manifest) bool {
 }
 
 // whole looks, as far as sizes go, that all is here that a manifest needs.
-func (p *puller) whole(desc ocispec.Descriptor) bool {
-	return p.registry.checkClosure(p.registry.index, desc, map[digest.Digest]bool{}) == nil
+func (p *puller) whole(ctx context.Context, desc ocispec.Descriptor) bool {
+	return p.registry.checkClosure(ctx, p.registry.index, desc) == nil
 }
 
 // point gives the ref to a manifest that is here with all it needs, and
@@ -237,10 +237,10 @@ func (p *puller) whole(desc ocispec.Descriptor) bool {
 func (p *puller) point(ctx context.Context, d digest.Digest) (*PullResult, error) {
 	r := p.registry
 	desc, ok, err := r.index.resolveDigest(d)
-	if err != nil || !ok || !p.whole(desc) {
+	if err != nil || !ok || !p.whole(ctx, desc) {
 		return nil, err
 	}
-	if result, err := p.unchanged(d); result != nil || err != nil {
+	if result, err := p.unchanged(ctx, d); result != nil || err != nil {
 		return result, err
 	}
 	if r.blobs.readOnly {

@@ -8,7 +8,6 @@ import (
 	"sync"
 	"sync/atomic"
 
-	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
@@ -64,7 +63,7 @@ func (r *LocalRegistry) push(ctx context.Context, ref Reference, opts *PushOptio
 		return nil, err
 	}
 	defer end()
-	p := &pusher{registry: r, as: ref, seen: map[digest.Digest]bool{}}
+	p := &pusher{closure: r.newClosure(), as: ref}
 	if opts != nil {
 		p.opts = *opts
 	}
@@ -86,13 +85,10 @@ func (r *LocalRegistry) push(ctx context.Context, ref Reference, opts *PushOptio
 
 // A pusher is one push.
 type pusher struct {
-	registry  *LocalRegistry
-	repo      *remoteRepo
-	as        Reference
-	opts      PushOptions
-	manifests []*Manifest // children before parents
-	blobs     []ocispec.Descriptor
-	seen      map[digest.Digest]bool
+	closure
+	repo *remoteRepo
+	as   Reference
+	opts PushOptions
 
 	// unsent holds the digests of blobs that the registry says it has, or has mounted.
 	unsent                 sync.Map
@@ -101,15 +97,19 @@ type pusher struct {
 }
 
 func (p *pusher) run(ctx context.Context, root ocispec.Descriptor) (*PushResult, error) {
-	if err := p.collect(ctx, root, 0); err != nil {
+	if err := p.collect(ctx, root); err != nil {
 		return nil, err
 	}
 	if err := p.sendBlobs(ctx); err != nil {
 		return nil, err
 	}
-	for _, m := range p.manifests {
-		reference := string(m.Digest())
-		if m.Digest() == root.Digest {
+	for _, desc := range p.manifests {
+		m, err := p.registry.readVerified(ctx, desc)
+		if err != nil {
+			return nil, incomplete(err)
+		}
+		reference := string(desc.Digest)
+		if desc.Digest == root.Digest {
 			reference = cmp.Or(p.as.Tag(), reference)
 		}
 		if p.sent.Load() == 0 && p.there(ctx, reference, m.Descriptor()) {
@@ -164,33 +164,16 @@ func (p *pusher) there(ctx context.Context, reference string, desc ocispec.Descr
 	return err == nil && got.Digest == desc.Digest && got.Size == desc.Size && got.MediaType == desc.MediaType
 }
 
-// collect reads the manifests of the closure and lists its blobs.
-func (p *pusher) collect(ctx context.Context, desc ocispec.Descriptor, depth int) error {
-	if p.seen[desc.Digest] {
-		return nil
-	}
-	p.seen[desc.Digest] = true
-	if depth > MaxIndexNesting || len(p.seen) > MaxClosure {
-		return fmt.Errorf("%w: closure of %s", ErrTooLarge, p.as)
-	}
-	m, err := p.registry.readVerified(ctx, desc)
-	if err != nil {
+// collect lists what the artifact needs, and looks that its blobs are there.
+func (p *pusher) collect(ctx context.Context, root ocispec.Descriptor) error {
+	if _, err := p.add(ctx, root); err != nil {
 		return incomplete(err)
 	}
-	for i, c := range m.children() {
-		if m.childRole(i) == roleManifest {
-			if err := p.collect(ctx, c, depth+1); err != nil {
-				return err
-			}
-		} else if !p.seen[c.Digest] {
-			p.seen[c.Digest] = true
-			if err := p.registry.blobs.checkSize(c.Digest, c.Size); err != nil {
-				return incomplete(err)
-			}
-			p.blobs = append(p.blobs, c)
+	for _, b := range p.blobs {
+		if err := p.registry.blobs.checkSize(b.Digest, b.Size); err != nil {
+			return incomplete(err)
 		}
 	}
-	p.manifests = append(p.manifests, m)
 	return nil
 }
 

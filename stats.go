@@ -8,6 +8,7 @@ import (
 	"sync"
 
 	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
 // A Count counts digests and their bytes, each digest once.
@@ -208,51 +209,22 @@ func (r *LocalRegistry) RepositoryUsage(ctx context.Context, name string) (Usage
 // usage sums up a Usage.
 type usage struct {
 	Usage
-	others  climb // leaves the refs out
-	counted map[digest.Digest]bool
+	descent
+	others climb // leaves the refs out
 }
 
 func newUsage(ctx context.Context, x *index) *usage {
-	return &usage{others: climb{ctx: ctx, q: x, ways: ways{subjects: true}}, counted: map[digest.Digest]bool{}}
+	return &usage{descent: descent{q: x, subjects: true}, others: climb{ctx: ctx, q: x, ways: ways{subjects: true}}}
 }
 
 // add counts a digest, and what it leads to.
 func (u *usage) add(d digest.Digest) error {
-	q := u.others.q
-	todo := []digest.Digest{d}
-	for len(todo) > 0 {
-		d := todo[len(todo)-1]
-		todo = todo[:len(todo)-1]
-		if u.counted[d] {
-			continue
-		}
-		u.counted[d] = true
-		if err := u.others.ctx.Err(); err != nil {
-			return err
-		}
-		if err := u.count(d); err != nil {
-			return err
-		}
-		if err := members(q, d, func(m member) error {
-			todo = append(todo, m.desc.Digest)
-			return nil
-		}); err != nil {
-			return err
-		}
-		subject, err := subjectOf(q, d)
-		if err != nil {
-			return err
-		}
-		if subject != "" {
-			todo = append(todo, subject)
-		}
-	}
-	return nil
+	return u.each(u.others.ctx, ocispec.Descriptor{Digest: d, Size: -1}, func(d ocispec.Descriptor) error { return u.count(d.Digest) })
 }
 
 // count counts one digest, unless it is a subject that isn't here.
 func (u *usage) count(d digest.Digest) error {
-	q := u.others.q
+	q := u.q
 	here, err := hasBlob(q, d)
 	if !here || err != nil {
 		return err

@@ -1,0 +1,119 @@
+package ocilocal
+
+import (
+	"context"
+	"fmt"
+
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+)
+
+// A closure gathers all that some artifacts need, by the bytes of their manifests, each manifest and each blob
+// once. It is for what leaves the registry, where rows are not enough: each manifest is read and verified.
+// It keeps descriptors only, so that its size does not grow with that of the manifests.
+type closure struct {
+	registry  *LocalRegistry
+	manifests []ocispec.Descriptor // children before parents
+	blobs     []ocispec.Descriptor // configs and layers. Nobody has looked whether they are there
+	seen      map[digest.Digest]bool
+}
+
+func (r *LocalRegistry) newClosure() closure {
+	return closure{registry: r, seen: map[digest.Digest]bool{}}
+}
+
+// add adds a manifest with all that it needs, and returns it.
+//
+// Errors:
+//   - [ErrTooLarge] for indexes nested too deep, or an artifact of more than [MaxClosure] blobs
+//   - [ErrNotFound] for a manifest that is not here
+//   - those of readVerified
+func (c *closure) add(ctx context.Context, desc ocispec.Descriptor) (*Manifest, error) {
+	return c.down(ctx, desc, 0, len(c.seen)+MaxClosure)
+}
+
+func (c *closure) down(ctx context.Context, desc ocispec.Descriptor, depth, most int) (*Manifest, error) {
+	if depth > MaxIndexNesting {
+		return nil, fmt.Errorf("%w: image indexes nested more than %d deep", ErrTooLarge, MaxIndexNesting)
+	}
+	m, err := c.registry.readVerified(ctx, desc)
+	if err != nil || c.seen[desc.Digest] {
+		return m, err
+	}
+	c.seen[desc.Digest] = true
+	for i, child := range m.children() {
+		if c.seen[child.Digest] {
+			continue
+		}
+		if len(c.seen) >= most {
+			return nil, fmt.Errorf("%w: an artifact of more than %d blobs", ErrTooLarge, MaxClosure)
+		}
+		if m.childRole(i) == roleManifest {
+			if _, err := c.down(ctx, child, depth+1, most); err != nil {
+				return nil, err
+			}
+			continue
+		}
+		c.seen[child.Digest] = true
+		c.blobs = append(c.blobs, child)
+	}
+	c.manifests = append(c.manifests, desc)
+	return m, nil
+}
+
+// A descent goes down from manifests to all that they need by the index's rows, and with subjects to their
+// subjects and what these need. It meets each digest once.
+type descent struct {
+	q        queryer
+	subjects bool
+	seen     map[digest.Digest]bool
+}
+
+// each visits what is met first by going down from a manifest. Of a subject only the digest is known: its size
+// is −1. visit may query: no rows are open meanwhile.
+func (w *descent) each(ctx context.Context, root ocispec.Descriptor, visit func(ocispec.Descriptor) error) error {
+	meet := func(d ocispec.Descriptor) (first bool, err error) {
+		if w.seen[d.Digest] {
+			return false, nil
+		}
+		if w.seen == nil {
+			w.seen = map[digest.Digest]bool{}
+		}
+		w.seen[d.Digest] = true
+		return true, visit(d)
+	}
+	for todo := []ocispec.Descriptor{root}; len(todo) > 0; { // manifests. A chain of subjects may be long
+		m := todo[len(todo)-1]
+		todo = todo[:len(todo)-1]
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		if first, err := meet(m); !first || err != nil {
+			if err != nil {
+				return err
+			}
+			continue
+		}
+		if err := members(w.q, m.Digest, func(c member) error {
+			if c.role == roleManifest {
+				todo = append(todo, c.desc)
+				return nil
+			}
+			_, err := meet(c.desc)
+			return err
+		}); err != nil {
+			return err
+		}
+		if !w.subjects {
+			continue
+		}
+		subject, err := subjectOf(w.q, m.Digest)
+		if err != nil {
+			return err
+		}
+		if subject != "" {
+			todo = append(todo, ocispec.Descriptor{Digest: subject, Size: -1})
+		}
+	}
+	return nil
+}
