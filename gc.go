@@ -18,7 +18,8 @@ type GCOptions struct {
 	// Zero means 24 hours, [NoGrace] deletes at once. Whatever it is, no
 	// work in flight is harmed: what another call is publishing meanwhile stays.
 	Grace time.Duration
-	// Protect are manifests or blobs to keep as if a ref pointed at them.
+	// Protect are manifests or blobs to keep, with what they need and their subjects. One whose file is not
+	// there is not kept.
 	Protect []digest.Digest
 	// KeepReferrers keeps every manifest whose subject is kept, such as the
 	// signatures of an artifact, whether or not a ref points at it. Without it, an
@@ -54,8 +55,8 @@ type GCReport struct {
 	Deleted   Count // the orphans that were deleted; none by a dry run
 	Revived   int   // orphans that came into use before it was their turn
 
-	// Missing are blobs and manifests that a root, or a subject that is there, needs and that are not there.
-	// If a root needs a missing manifest, nothing is deleted.
+	// Missing are blobs and manifests that are not there, and that a root or a subject needs.
+	// As long as a ref needs a missing manifest, nothing is deleted.
 	Missing []digest.Digest
 	// Invalid are manifests that are kept and can't be read, or contradict the
 	// index. Unless only [GCOptions.KeepReferrers] keeps it, nothing is deleted as long as there is one.

@@ -656,6 +656,12 @@ func TestHalfCollected(t *testing.T) {
 			published(t, r, "example.com/image:v1", "image", base)
 			return base
 		},
+		"protected": func(t *testing.T, r *ocilocal.LocalRegistry) *ocilocal.LocalArtifact {
+			published(t, r, "example.com/image:v1", "image", nil)
+			base := published(t, r, "example.com/base:v1", "base", nil)
+			halfCollected(t, r, base)
+			return base
+		},
 		"referrer of a referrer": func(t *testing.T, r *ocilocal.LocalRegistry) *ocilocal.LocalArtifact {
 			image := published(t, r, "example.com/image:v1", "image", nil)
 			signature := published(t, r, "example.com/signature:v1", "signature", image)
@@ -682,7 +688,11 @@ func TestHalfCollected(t *testing.T) {
 				if report, err := r.Backup(t.Context(), filepath.Join(t.TempDir(), "backup"), nil); err != nil {
 					t.Errorf("backup: %v, %+v", err, report)
 				}
-				report := collect(t, r, &ocilocal.GCOptions{Grace: ocilocal.NoGrace, KeepReferrers: keep})
+				opts := &ocilocal.GCOptions{Grace: ocilocal.NoGrace, KeepReferrers: keep}
+				if what == "protected" {
+					opts.Protect = []digest.Digest{dead.Digest()}
+				}
+				report := collect(t, r, opts)
 				if len(report.Missing) > 0 || report.Revived > 0 {
 					t.Errorf("%+v", report)
 				}

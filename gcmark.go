@@ -15,19 +15,20 @@ import (
 
 // A gcNode is one digest that the index or blobs/ has.
 type gcNode struct {
-	digest   digest.Digest
-	size     int64     // the file's; the row's while no file was seen
-	age      time.Time // the younger of row and file
-	manifest bool      // the index has it as a manifest
-	named    bool      // a ref, or a row that isn't the manifest's own, says that it is a manifest
-	row      bool      // the index has it
-	file     bool      // blobs/ has it
-	absent   bool      // the index has it as a manifest, and blobs/ doesn't have it
-	bad      bool      // the file has another size than the row says
-	root     bool
-	hold     hold
-	needs    []int32 // manifests: what the rows say it needs
-	subject  int32   // manifests: −1 for none, or one that isn't here
+	digest    digest.Digest
+	size      int64     // the file's; the row's while no file was seen
+	age       time.Time // the younger of row and file
+	manifest  bool      // the index has it as a manifest
+	named     bool      // a ref, or a row that isn't the manifest's own, says that it is a manifest
+	row       bool      // the index has it
+	file      bool      // blobs/ has it
+	absent    bool      // the index has it as a manifest, and blobs/ doesn't have it
+	bad       bool      // the file has another size than the row says
+	ref       bool      // a ref points at it
+	protected bool      // GCOptions.Protect names it
+	hold      hold
+	needs     []int32 // manifests: what the rows say it needs
+	subject   int32   // manifests: −1 for none, or one that isn't here
 }
 
 // A hold is what keeps a node. Each kind spreads to what the kinds above it hold and more.
@@ -37,8 +38,8 @@ const (
 	holdNone     hold = iota // dead
 	holdYoung                // something younger than the grace keeps it
 	holdReferrer             // KeepReferrers keeps it
-	holdSubject              // a subject, or what one needs
-	holdNeeded               // a root, or what one needs
+	holdSubject              // a subject or a protected digest, or what one needs
+	holdNeeded               // what a ref points at, or what that needs
 )
 
 // live reports whether a collection keeps n whatever its age.
@@ -99,11 +100,11 @@ func (r *LocalRegistry) graph(ctx context.Context, opts GCOptions) (*gcGraph, er
 		if err := checkDigest(d); err != nil {
 			return nil, err
 		}
-		g.nodes[g.id(d)].root = true
+		g.nodes[g.id(d)].protected = true
 	}
 	if err := x.refTargets(ctx, func(d digest.Digest) {
 		n := &g.nodes[g.id(d)]
-		n.root, n.named = true, true
+		n.ref, n.named = true, true
 	}); err != nil {
 		return nil, err
 	}
@@ -181,7 +182,9 @@ func (g *gcGraph) follow() {
 			switch {
 			case n.hold > h && h >= holdReferrer:
 				todo = append(todo, int32(i)) // to go from it by the ways of h
-			case h == holdNeeded && n.root, h == holdYoung && g.opts.young(n.age, g.began):
+			case h == holdNeeded && n.ref,
+				h == holdSubject && n.protected && !n.absent,
+				h == holdYoung && g.opts.young(n.age, g.began):
 				visit(int32(i))
 			}
 		}
@@ -299,7 +302,7 @@ func (g *gcGraph) stillLive(ctx context.Context, n *gcNode) (missing bool, inval
 // been collected, or published, since the other rows were read.
 func (g *gcGraph) lost(n *gcNode) (bool, error) {
 	x := g.registry.index
-	if lost, err := lostManifest(x, n.digest); lost || err != nil || !n.root {
+	if lost, err := lostManifest(x, n.digest); lost || err != nil || !n.ref {
 		return lost, err
 	}
 	dangling, err := x.dangling(context.Background())
@@ -327,7 +330,7 @@ func (g *gcGraph) sameRows(n *gcNode, m *Manifest) error {
 func (g *gcGraph) count() {
 	for i := range g.nodes {
 		n := &g.nodes[i]
-		if n.root {
+		if n.ref || n.protected {
 			g.report.Roots++
 		}
 		switch {

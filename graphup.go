@@ -18,7 +18,7 @@ type climb struct {
 	ctx context.Context
 	q   queryer
 	ways
-	// protected are digests that count as if a ref pointed at them.
+	// protected are digests that count as if a ref pointed at them, where their files are there.
 	protected []digest.Digest
 	// present reports whether a file is there. Nil means that all are.
 	present func(digest.Digest) (bool, error)
@@ -67,7 +67,7 @@ func (c *climb) up(d digest.Digest) (led bool, seen []digest.Digest, err error) 
 	}
 	err = above(c.ctx, c.q, d, &c.ways, func(d digest.Digest, ref bool) error {
 		seen = append(seen, d)
-		if led = ref || slices.Contains(c.protected, d); led {
+		if led = ref || slices.Contains(c.protected, d) && !slices.Contains(c.missing, d); led {
 			return errStop
 		}
 		return nil
