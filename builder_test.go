@@ -4,10 +4,8 @@ import (
 	"bytes"
 	"context"
 	"errors"
-	"io"
 	"io/fs"
 	"iter"
-	"os"
 	"strings"
 	"testing"
 
@@ -135,105 +133,6 @@ func TestBuildPolicies(t *testing.T) {
 	}
 }
 
-func TestRefsPages(t *testing.T) {
-	ctx := context.Background()
-	r := openTemp(t, nil)
-	a, err := build(t, r, "example.com/x/y:v0", nil, "layer")
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, s := range []string{"example.com/x/y:v1", "example.com/x/y-z:v1", "example.com/x/y/z:v1", "example.org/a:v1"} {
-		if _, err := r.Tag(ctx, a.Digest(), ocilocal.MustParseReference(s), nil); err != nil {
-			t.Fatal(err)
-		}
-	}
-	want := []string{"example.com/x/y:v0", "example.com/x/y:v1", "example.com/x/y-z:v1", "example.com/x/y/z:v1", "example.org/a:v1"}
-	for name, c := range map[string]struct {
-		opts *ocilocal.ListOptions
-		want []string
-	}{
-		"all":          {nil, want},
-		"name":         {&ocilocal.ListOptions{Name: "example.com/x/y"}, want[:2]},
-		"prefix":       {&ocilocal.ListOptions{Prefix: "example.com/x/"}, want[:4]},
-		"prefix limit": {&ocilocal.ListOptions{Prefix: "example.com/x/", Limit: 3}, want[:3]},
-		"after":        {&ocilocal.ListOptions{After: ocilocal.MustParseReference(want[1])}, want[2:]},
-		"both":         {&ocilocal.ListOptions{Name: "example.com/x/y", Prefix: "example.org"}, nil},
-		"none":         {&ocilocal.ListOptions{Name: "example.com/x"}, nil},
-
-		"prefix that is a name":      {&ocilocal.ListOptions{Prefix: "example.com/x/y"}, want[:4]},
-		"prefix with half a name":    {&ocilocal.ListOptions{Prefix: "exam"}, want},
-		"prefix beyond all":          {&ocilocal.ListOptions{Prefix: "~"}, nil},
-		"prefix in capitals":         {&ocilocal.ListOptions{Prefix: "EXAMPLE"}, nil},
-		"prefix with a tag":          {&ocilocal.ListOptions{Prefix: "example.com/x/y:v"}, nil},
-		"prefix with wild cards":     {&ocilocal.ListOptions{Prefix: "ex_mple%"}, nil},
-		"prefix NUL":                 {&ocilocal.ListOptions{Prefix: "\x00"}, nil},
-		"prefix not ASCII":           {&ocilocal.ListOptions{Prefix: "é"}, nil},
-		"prefix not UTF-8":           {&ocilocal.ListOptions{Prefix: "\xff"}, nil},
-		"prefix of a megabyte":       {&ocilocal.ListOptions{Prefix: strings.Repeat("e", 1<<20)}, nil},
-		"name in its prefix":         {&ocilocal.ListOptions{Name: "example.com/x/y", Prefix: "example.com/"}, want[:2]},
-		"after before the prefix":    {&ocilocal.ListOptions{Prefix: "example.org", After: ocilocal.MustParseReference("a.test/a:v1")}, want[4:]},
-		"after beyond the prefix":    {&ocilocal.ListOptions{Prefix: "example.com", After: ocilocal.MustParseReference("example.net/a:v1")}, nil},
-		"after within the prefix":    {&ocilocal.ListOptions{Prefix: "example.com/x/", After: ocilocal.MustParseReference(want[1])}, want[2:4]},
-		"after, not there":           {&ocilocal.ListOptions{After: ocilocal.MustParseReference("example.com/x/y:v00")}, want[1:]},
-		"after within the name":      {&ocilocal.ListOptions{Name: "example.com/x/y", After: ocilocal.MustParseReference(want[0])}, want[1:2]},
-		"after beyond the name":      {&ocilocal.ListOptions{Name: "example.com/x/y", After: ocilocal.MustParseReference("example.com/x/y:zz")}, nil},
-		"after a tag with digest":    {&ocilocal.ListOptions{After: ocilocal.MustParseReference(want[3] + "@" + a.Digest().String())}, want[4:]},
-		"after a digest":             {&ocilocal.ListOptions{After: ocilocal.MustParseReference("example.com/x/y@" + a.Digest().String())}, want},
-		"after the last":             {&ocilocal.ListOptions{After: ocilocal.MustParseReference(want[4])}, nil},
-		"negative limit":             {&ocilocal.ListOptions{Limit: -1}, want},
-		"limit beyond the end":       {&ocilocal.ListOptions{Limit: 6}, want},
-		"prefix, name, after, limit": {&ocilocal.ListOptions{Prefix: "e", Name: "example.com/x/y", After: ocilocal.MustParseReference(want[0]), Limit: 5}, want[1:2]},
-	} {
-		var got []string
-		for ref, err := range r.Refs(ctx, c.opts) {
-			if err != nil {
-				t.Fatal(err)
-			}
-			got = append(got, ref.Reference.String())
-		}
-		if strings.Join(got, " ") != strings.Join(c.want, " ") {
-			t.Errorf("%s: %q, want %q", name, got, c.want)
-		}
-	}
-}
-
-// What names nothing is refused, instead of being looked for in vain.
-func TestNamesNothing(t *testing.T) {
-	ctx := t.Context()
-	r := openTemp(t, nil)
-	var zero ocilocal.Reference
-	for name, call := range map[string]func() error{
-		"Resolve":   func() error { _, err := r.Resolve(ctx, zero); return err },
-		"Exists":    func() error { _, err := r.Exists(ctx, zero); return err },
-		"Load":      func() error { _, err := r.Load(ctx, zero); return err },
-		"Remove":    func() error { _, err := r.Remove(ctx, zero); return err },
-		"Tag":       func() error { _, err := r.Tag(ctx, digest.FromString("x"), zero, nil); return err },
-		"Push":      func() error { _, err := r.Push(ctx, zero, nil); return err },
-		"Pull":      func() error { _, err := r.Pull(ctx, zero, nil); return err },
-		"RefUsage":  func() error { _, err := r.RefUsage(ctx, zero); return err },
-		"Convert":   func() error { _, err := r.Convert(ctx, zero, ocilocal.MustParseReference(newRef), nil); return err },
-		"Export":    func() error { return r.ExportArchive(ctx, io.Discard, []ocilocal.Reference{zero}, nil) },
-		"Builder":   func() error { _, err := r.NewBuilder(zero, nil); return err },
-		"Rem. Tags": func() error { return firstError((&ocilocal.Remote{}).Tags(ctx, zero)) },
-	} {
-		if err := call(); !errors.Is(err, ocilocal.ErrInvalidReference) {
-			t.Errorf("%s of the zero reference: %v", name, err)
-		}
-	}
-	for _, name := range []string{"alpine", "library/alpine", "example.com", "EXAMPLE.com/a", "example.com/a:v1", "garbage!!", "x' OR '1'='1", "index.docker.io/library/a"} {
-		o := &ocilocal.ListOptions{Name: name}
-		_, err := r.RepositoryUsage(ctx, name)
-		for _, err := range []error{err, firstError(r.Refs(ctx, o)), firstError(r.Repositories(ctx, o))} {
-			if !errors.Is(err, ocilocal.ErrInvalidArgument) {
-				t.Errorf("repository %q: %v", name, err)
-			}
-		}
-	}
-	if _, err := r.RepositoryUsage(ctx, ""); !errors.Is(err, ocilocal.ErrInvalidArgument) {
-		t.Errorf("no repository: %v", err)
-	}
-}
-
 // firstError returns the first error of a listing.
 func firstError[T any](list iter.Seq2[T, error]) error {
 	for _, err := range list {
@@ -242,45 +141,6 @@ func firstError[T any](list iter.Seq2[T, error]) error {
 		}
 	}
 	return nil
-}
-
-// TestManifestReadOnce: copies of an artifact share the manifest once it is read, whatever becomes
-// of the file; a read that failed is tried again.
-func TestManifestReadOnce(t *testing.T) {
-	ctx := t.Context()
-	r := openTemp(t, nil)
-	made, _ := oneLayer(t, r, newRef, []byte("body"))
-	a, err := r.Load(ctx, made.Reference())
-	if err != nil {
-		t.Fatal(err)
-	}
-	early := *a // before anything is read
-	file := blobFile(r, a.Digest())
-	good, err := os.ReadFile(file)
-	if err != nil {
-		t.Fatal(err)
-	}
-	rewrite(t, file, flipBit)
-	if _, err := a.Manifest(ctx); !errors.Is(err, ocilocal.ErrDigestMismatch) {
-		t.Errorf("of a damaged file: %v", err)
-	}
-	rewrite(t, file, func([]byte) []byte { return good })
-	m, err := a.Manifest(ctx)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := os.Remove(file); err != nil {
-		t.Fatal(err)
-	}
-	late := *a
-	for _, a := range []*ocilocal.LocalArtifact{a, &early, &late} {
-		if again, err := a.Manifest(ctx); again != m || err != nil {
-			t.Errorf("another read, or none: %v", err)
-		}
-		if layers, err := a.Layers(ctx); len(layers) != 1 || err != nil {
-			t.Error(layers, err)
-		}
-	}
 }
 
 // What can't stand in a manifest is refused when it is given, not by each Build from then on.

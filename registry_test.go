@@ -19,7 +19,6 @@ import (
 	"sync"
 	"testing"
 
-	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/ocilocal/ocilocal"
@@ -50,30 +49,6 @@ func TestDefaultRoot(t *testing.T) {
 	t.Setenv("HOME", "")
 	if got, err := ocilocal.DefaultRoot(); err == nil {
 		t.Errorf("without a home: %q", got)
-	}
-}
-
-func TestDigestReferences(t *testing.T) {
-	ctx := context.Background()
-	r := openTemp(t, nil)
-	a, err := build(t, r, "example.com/a:v1", nil, "x")
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, s := range []string{"example.com/a@" + a.Digest().String(), "example.com/a:v1@" + a.Digest().String()} {
-		if d, err := r.Resolve(ctx, ocilocal.MustParseReference(s)); err != nil || d.Digest != a.Digest() {
-			t.Errorf("%s: %v, %v", s, d, err)
-		}
-	}
-	none := digest.FromString("none")
-	if _, err := r.Resolve(ctx, ocilocal.MustParseReference("example.com/a:v1@"+none.String())); !errors.Is(err, ocilocal.ErrNotFound) {
-		t.Error(err)
-	}
-	if _, err := r.Tag(ctx, a.Digest(), ocilocal.MustParseReference("example.com/a@"+none.String()), nil); !errors.Is(err, ocilocal.ErrDigestMismatch) {
-		t.Error(err)
-	}
-	if u, err := r.Tag(ctx, a.Digest(), ocilocal.MustParseReference("example.com/b@"+a.Digest().String()), nil); err != nil || u.Outcome != ocilocal.Inserted {
-		t.Error(u, err)
 	}
 }
 
