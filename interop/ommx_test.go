@@ -1,6 +1,8 @@
 package interop_test
 
 import (
+	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
 	"strings"
@@ -228,4 +230,69 @@ func TestOMMXRegistry(t *testing.T) {
 			wantEqual(t, "what is pulled", ommx(b, sdk, "load", name), instance)
 		})
 	}
+}
+
+// The SDK keeps a registry of its own form under the same file name. Pointed at a root of ours by mistake,
+// it fails, and changes nothing there. (Its alpha versions add a table, which Open then refuses.)
+func TestOMMXLeavesOurRoot(t *testing.T) {
+	b := newBox(t)
+	root := b.path("root")
+	r, err := ocilocal.Open(t.Context(), root, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	a := buildArtifact(t, r, ommxName, ocilocal.FormatImageManifest, nil)
+	if err := r.Close(); err != nil {
+		t.Fatal(err)
+	}
+	before := contents(t, root)
+	b.setenv("OMMX_LOCAL_REGISTRY_ROOT", root)
+	for _, args := range [][]string{{"load", ommxName}, {"load", "ghcr.io/example/other:v1"}, {"make", b.path("theirs.ommx")}} {
+		if out, _, err := b.try("ommx3", append([]string{script(t, "ommx3")}, args...)...); err == nil {
+			t.Errorf("the SDK takes a root of ours for its own: %q says %s", args, out)
+		}
+	}
+	if after := contents(t, root); !maps.Equal(after, before) {
+		t.Errorf("the SDK has changed our root: it was\n%v\nand is\n%v", before, after)
+	}
+	r, err = ocilocal.Open(t.Context(), root, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	if d, err := r.Resolve(t.Context(), reference(t, ommxName)); err != nil || d.Digest != a.Digest() {
+		t.Errorf("%v, %v", d, err)
+	}
+}
+
+// contents returns mode and digest of each file below a directory that no process uses.
+func contents(t *testing.T, dir string) map[string]string {
+	t.Helper()
+	found := map[string]string{}
+	err := filepath.WalkDir(dir, func(path string, e fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		fi, err := e.Info()
+		if err != nil {
+			return err
+		}
+		rel, err := filepath.Rel(dir, path)
+		if err != nil {
+			return err
+		}
+		found[rel] = fi.Mode().String()
+		if fi.Mode().IsRegular() {
+			raw, err := os.ReadFile(path)
+			if err != nil {
+				return err
+			}
+			found[rel] += " " + digest.FromBytes(raw).String()
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return found
 }
