@@ -202,14 +202,13 @@ func (s *blobStore) walk(ctx context.Context, visit func(blobEntry) error) error
 
 // empty reports whether no blob is there.
 func (s *blobStore) empty() (bool, error) {
-	found := errors.New("found")
 	err := s.walk(context.Background(), func(e blobEntry) error {
 		if e.digest != "" {
-			return found
+			return errStop
 		}
 		return nil
 	})
-	if err == found {
+	if err == errStop {
 		return false, nil
 	}
 	return err == nil, err

@@ -150,9 +150,7 @@ func (st *stage) complete(ctx context.Context, w *hashingWriter, n int64, err er
 // putBytes is put for bytes in memory; it skips writing what is there already
 // and can be read.
 func (st *stage) putBytes(ctx context.Context, b []byte, alg digest.Algorithm) (digest.Digest, error) {
-	h := newHash(alg)
-	h.Write(b)
-	d := digest.NewDigest(alg, h)
+	d := digestOf(alg, b)
 	if ok, err := st.reuse(ctx, d, int64(len(b))); ok || ctx.Err() != nil {
 		return d, err
 	}
@@ -541,16 +539,7 @@ func (st *stage) syncFiles(files []stagedFile) error {
 		sf.file.start(0, 0)
 	}
 	errs := make([]error, len(files))
-	var wg sync.WaitGroup
-	limit := make(chan struct{}, maxParallelSyncs)
-	for i, sf := range files {
-		limit <- struct{}{}
-		wg.Go(func() {
-			errs[i] = st.syncFile(sf)
-			<-limit
-		})
-	}
-	wg.Wait()
+	parallel(maxParallelSyncs, slices.All(files), func(i int, sf stagedFile) { errs[i] = st.syncFile(sf) })
 	return errors.Join(errs...)
 }
 

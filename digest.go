@@ -36,6 +36,13 @@ func newHash(alg digest.Algorithm) hash.Hash {
 	}
 }
 
+// digestOf returns the digest of bytes.
+func digestOf(alg digest.Algorithm, b []byte) digest.Digest {
+	h := newHash(alg)
+	h.Write(b)
+	return digest.NewDigest(alg, h)
+}
+
 // checkDigest returns an [ErrInvalidDigest] unless d is lower-case
 // sha256, sha384 or sha512 of the right length. Only a digest that passed
 // here may become part of a path.

@@ -2,6 +2,7 @@ package ocilocal
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -210,43 +211,30 @@ func (g *gcGraph) follow() {
 // relies on these, and notes every live blob that isn't there.
 func (g *gcGraph) check(ctx context.Context) error {
 	var mu sync.Mutex
-	var wg sync.WaitGroup
-	work := make(chan int32)
 	var failed error
-	for range runtime.GOMAXPROCS(0) {
-		wg.Go(func() {
-			for i := range work {
-				missing, invalid, err := g.checkNode(ctx, &g.nodes[i])
-				mu.Lock()
-				switch {
-				case err != nil:
-					failed = err
-				case missing && len(g.report.Missing) < maxGCList:
-					g.report.Missing = append(g.report.Missing, g.nodes[i].digest)
-				case invalid != nil && len(g.report.Invalid) < maxGCList:
-					g.report.Invalid = append(g.report.Invalid, InvalidManifest{g.nodes[i].digest, invalid})
-				}
-				mu.Unlock()
+	live := func(yield func(int, *gcNode) bool) {
+		for i := range g.nodes {
+			if n := &g.nodes[i]; n.live() && (ctx.Err() != nil || !yield(i, n)) {
+				return
 			}
-		})
-	}
-	var err error
-	for i := range g.nodes {
-		if err = ctx.Err(); err != nil {
-			break
-		}
-		if g.nodes[i].live() {
-			work <- int32(i)
 		}
 	}
-	close(work)
-	wg.Wait()
+	parallel(runtime.GOMAXPROCS(0), live, func(_ int, n *gcNode) {
+		missing, invalid, err := g.checkNode(ctx, n)
+		mu.Lock()
+		defer mu.Unlock()
+		switch {
+		case err != nil:
+			failed = err
+		case missing && len(g.report.Missing) < maxGCList:
+			g.report.Missing = append(g.report.Missing, n.digest)
+		case invalid != nil && len(g.report.Invalid) < maxGCList:
+			g.report.Invalid = append(g.report.Invalid, InvalidManifest{n.digest, invalid})
+		}
+	})
 	slices.Sort(g.report.Missing)
 	slices.SortFunc(g.report.Invalid, func(a, b InvalidManifest) int { return bytes.Compare([]byte(a.Digest), []byte(b.Digest)) })
-	if err == nil {
-		err = failed
-	}
-	return err
+	return cmp.Or(ctx.Err(), failed)
 }
 
 func (g *gcGraph) checkNode(ctx context.Context, n *gcNode) (missing bool, invalid, err error) {

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"os"
 	"path"
@@ -76,9 +75,9 @@ func (l *layout) file(name string) ([]byte, error) {
 		return nil, err
 	}
 	defer f.Close()
-	b, err := io.ReadAll(io.LimitReader(f, MaxLayoutIndexSize+1))
-	if err == nil && len(b) > MaxLayoutIndexSize {
-		err = fmt.Errorf("%w: %s has more than %d bytes", ErrTooLarge, name, MaxLayoutIndexSize)
+	b, err := readBounded(f, MaxLayoutIndexSize)
+	if err != nil {
+		err = fmt.Errorf("%s: %w", name, err)
 	}
 	return b, err
 }

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"path/filepath"
 	"strings"
@@ -97,7 +96,7 @@ func (r *LocalRegistry) importOMMXRef(ctx context.Context, l *layout, o ommxRef,
 	if err != nil {
 		return RefUpdate{}, err
 	}
-	raw, err := io.ReadAll(io.LimitReader(f, MaxManifestSize+1))
+	raw, err := readBounded(f, MaxManifestSize)
 	if err = errors.Join(err, f.Close()); err != nil {
 		return RefUpdate{}, err
 	}

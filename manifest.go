@@ -278,9 +278,7 @@ func checkDescriptor(d *ocispec.Descriptor) error {
 	if int64(len(d.Data)) != d.Size {
 		return fmt.Errorf("data: %w: %d bytes, size says %d", ErrSizeMismatch, len(d.Data), d.Size)
 	}
-	h := newHash(d.Digest.Algorithm())
-	h.Write(d.Data)
-	if got := digest.NewDigest(d.Digest.Algorithm(), h); got != d.Digest {
+	if got := digestOf(d.Digest.Algorithm(), d.Data); got != d.Digest {
 		return fmt.Errorf("data: %w: content is %s", ErrDigestMismatch, got)
 	}
 	return nil

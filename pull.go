@@ -447,24 +447,6 @@ func (p *puller) meter(desc ocispec.Descriptor) meter {
 	}
 }
 
-// A countedBody is the body of an answer that is being read.
-type countedBody struct {
-	src   io.Reader
-	count func(int)
-	n     int64
-	err   error // what src failed with
-}
-
-func (b *countedBody) Read(p []byte) (int, error) {
-	n, err := b.src.Read(p)
-	b.n += int64(n)
-	b.count(n)
-	if err != nil && err != io.EOF {
-		b.err = err
-	}
-	return n, err
-}
-
 // blobError tells a body that broke off from what went wrong here.
 func (p *remoteRepo) blobError(ctx context.Context, desc ocispec.Descriptor, body *countedBody, err error) error {
 	u := p.url("blobs", string(desc.Digest))

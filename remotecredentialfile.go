@@ -7,7 +7,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"os"
 	"os/exec"
@@ -77,12 +76,9 @@ func readCredentialFile(name string) (*credentialFile, error) {
 	if _, err := checkRegular(f); err != nil {
 		return nil, err
 	}
-	b, err := io.ReadAll(io.LimitReader(f, maxCredentialFile+1))
+	b, err := readBounded(f, maxCredentialFile)
 	if err != nil {
-		return nil, err
-	}
-	if len(b) > maxCredentialFile {
-		return nil, fmt.Errorf("%w: %s has more than %d bytes", ErrTooLarge, name, maxCredentialFile)
+		return nil, fmt.Errorf("%s: %w", name, err)
 	}
 	if err := parseCredentialFile(b, doc); err != nil {
 		return nil, fmt.Errorf("%s: %w", name, err)

@@ -80,9 +80,7 @@ func manifestDigest(reference string, h http.Header, raw []byte) (digest.Digest,
 	if want == "" {
 		return digest.FromBytes(raw), nil
 	}
-	hash := newHash(want.Algorithm())
-	hash.Write(raw)
-	if got := digest.NewDigest(want.Algorithm(), hash); got != want {
+	if got := digestOf(want.Algorithm(), raw); got != want {
 		return "", fmt.Errorf("%w: bytes hash to %s, want %s", ErrDigestMismatch, got, want)
 	}
 	return want, nil

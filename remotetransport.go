@@ -2,6 +2,7 @@ package ocilocal
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"net/http"
@@ -103,12 +104,12 @@ func readSmallBody(ctx context.Context, method string, u *url.URL, res *http.Res
 	if res.ContentLength > limit {
 		return nil, tooLarge()
 	}
-	b, err := io.ReadAll(io.LimitReader(res.Body, limit+1))
+	b, err := readBounded(res.Body, limit)
 	switch {
+	case errors.Is(err, ErrTooLarge):
+		return nil, tooLarge()
 	case err != nil:
 		return nil, bodyError(ctx, method, u, err)
-	case int64(len(b)) > limit:
-		return nil, tooLarge()
 	}
 	return b, nil
 }
@@ -272,3 +273,23 @@ func (p *remoteRepo) exchange(ctx context.Context, c *remoteCall, u *url.URL, he
 	res.Body = &watchedBody{src: res.Body, watch: w, caller: ctx, quiet: away}
 	return res, nil
 }
+
+// A countedBody is the body of a request or an answer, whose bytes are counted as they are read.
+type countedBody struct {
+	src   io.ReadCloser
+	count func(int)
+	n     int64
+	err   error // what src failed with
+}
+
+func (b *countedBody) Read(p []byte) (int, error) {
+	n, err := b.src.Read(p)
+	b.n += int64(n)
+	b.count(n)
+	if err != nil && err != io.EOF {
+		b.err = err
+	}
+	return n, err
+}
+
+func (b *countedBody) Close() error { return b.src.Close() }

@@ -277,7 +277,7 @@ func (u *upload) whole(ctx context.Context) (io.ReadCloser, error) {
 	if err != nil {
 		return nil, incomplete(err)
 	}
-	return &sentCounter{v, u.count(0)}, nil
+	return &countedBody{src: v, count: u.count(0)}, nil
 }
 
 // close sends what is left, and says what all of it is. It returns after the registry has the blob.
@@ -354,7 +354,7 @@ func (u *upload) sendChunk(ctx context.Context, s *uploadSession, f io.ReaderAt,
 			"Content-Range": {fmt.Sprintf("%d-%d", at, at+n-1)}, // without "bytes", unlike HTTP's
 		},
 		body: func() (io.ReadCloser, error) {
-			return &sentCounter{io.NopCloser(&ctxReader{ctx, io.NewSectionReader(f, at, n)}), u.count(at)}, nil
+			return &countedBody{src: io.NopCloser(&ctxReader{ctx, io.NewSectionReader(f, at, n)}), count: u.count(at)}, nil
 		},
 		size: n, actions: []string{"pull", "push"}, once: true, ok: any2xx,
 	}
@@ -477,18 +477,6 @@ func (u *upload) abandon(ctx context.Context, s *uploadSession) {
 	if err == nil {
 		res.Body.Close()
 	}
-}
-
-// A sentCounter is the body of a request.
-type sentCounter struct {
-	io.ReadCloser
-	count func(n int)
-}
-
-func (b *sentCounter) Read(p []byte) (int, error) {
-	n, err := b.ReadCloser.Read(p)
-	b.count(n)
-	return n, err
 }
 
 func bytesBody(b []byte) func() (io.ReadCloser, error) {

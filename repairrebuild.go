@@ -43,8 +43,9 @@ func rebuild(ctx context.Context, dir string, opts *RepairOptions) (*RepairRepor
 		}
 		return nil, err
 	}
-	// Files that no index of ours has beside it are not renamed with it.
-	if err := checkDatabase(filepath.Join(dir, indexFile), false, false); err != nil {
+	// Files that no index of ours has beside it are not renamed with it. A lost index may have left a journal.
+	_, lost := root.Lstat(indexFile)
+	if err := checkDatabase(filepath.Join(dir, indexFile), lost != nil, false); err != nil {
 		return nil, err
 	}
 	before := &RepairReport{} // of an index that proved to be damaged

@@ -2,6 +2,9 @@ package ocilocal
 
 import (
 	"context"
+	"fmt"
+	"io"
+	"iter"
 	"sync"
 )
 
@@ -56,4 +59,36 @@ func (t *tasks) wait(err error) error {
 		return t.caller.Err()
 	}
 	return first
+}
+
+// parallel calls do with each item, in so many goroutines at once, and returns when all calls have
+// returned. Unlike [tasks] it goes on after an error, so do keeps its own.
+func parallel[K, V any](workers int, items iter.Seq2[K, V], do func(K, V)) {
+	type item struct {
+		k K
+		v V
+	}
+	work := make(chan item)
+	var wg sync.WaitGroup
+	for range workers {
+		wg.Go(func() {
+			for i := range work {
+				do(i.k, i.v)
+			}
+		})
+	}
+	for k, v := range items {
+		work <- item{k, v}
+	}
+	close(work)
+	wg.Wait()
+}
+
+// readBounded returns all that src has, and [ErrTooLarge] if that is more than limit bytes.
+func readBounded(src io.Reader, limit int64) ([]byte, error) {
+	b, err := io.ReadAll(io.LimitReader(src, limit+1))
+	if err == nil && int64(len(b)) > limit {
+		return nil, fmt.Errorf("%w: more than %d bytes", ErrTooLarge, limit)
+	}
+	return b, err
 }
