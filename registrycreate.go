@@ -210,7 +210,10 @@ func (r *LocalRegistry) readID() (string, error) {
 	if _, err := checkRegular(f); err != nil {
 		return "", fmt.Errorf("%w: %w", errBadID, err)
 	}
-	b, err := io.ReadAll(io.LimitReader(f, maxIDFile+1))
+	b, err := readBounded(f, maxIDFile)
+	if errors.Is(err, ErrTooLarge) {
+		return "", fmt.Errorf("%w: %w", errBadID, err)
+	}
 	if err != nil {
 		return "", err
 	}
