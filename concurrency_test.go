@@ -77,7 +77,8 @@ func verifyWorker(in *bufio.Scanner, args []string) error {
 	}
 }
 
-// remoteArtifacts are what workers pull: small ones, and one that a kill interrupts.
+// remoteArtifacts serves the artifacts that workers pull: small ones, and one that is large enough
+// for a kill to interrupt its transfer.
 func remoteArtifacts(t *testing.T) *server {
 	t.Helper()
 	s := newServer(t)
@@ -98,13 +99,13 @@ func remoteArtifacts(t *testing.T) *server {
 	return s
 }
 
-// suspend stops a process until it is resumed or killed; nil where that can't be done.
+// suspend stops a process until it is resumed or killed. It is nil on systems that cannot.
 var suspend func(p *os.Process) (resume func() error, err error)
 
-// TestCollectorAgainstAll lets processes build, tag, replace, remove, export,
-// import and pull while two others collect garbage at grace 0 and one verifies. One is stopped for
-// a while, and all are killed at moments that chance picks, again and again. Nothing acknowledged may be lost, no ref
-// may lack a blob, and after a last collection nothing else may be left.
+// TestCollectorAgainstAll lets processes build, tag, replace, remove, export, import and pull, while
+// two others collect garbage at grace 0 and one verifies. In each round one process is stopped for a
+// while, and all are killed at random moments. No acknowledged change is lost, no ref lacks a blob,
+// and a last collection leaves no other file.
 func TestCollectorAgainstAll(t *testing.T) {
 	t.Parallel()
 	const writers, collectors, verifiers = 3, 2, 1
@@ -128,7 +129,7 @@ func TestCollectorAgainstAll(t *testing.T) {
 				ws[i] = startWorker(t, "gc", root)
 			}
 		}
-		// Everybody is listened to, so that nobody stops for want of a listener.
+		// The parent reads all output, so that no worker blocks on a full pipe.
 		var wg sync.WaitGroup
 		enough := make(chan struct{}, 3*len(ws))
 		lines := 50 + rng.IntN(150)

@@ -22,7 +22,7 @@ import (
 	"github.com/ocilocal/ocilocal"
 )
 
-// sharedRefs are written by every crash worker; its own refs by one only.
+// Every crash worker writes the sharedRefs. Each of the ownRefs has one writer.
 const (
 	sharedRefs = 3
 	ownRefs    = 6
@@ -31,16 +31,16 @@ const (
 func ownRef(worker, n int) string { return fmt.Sprintf("example.com/crash/own%d:r%d", worker, n) }
 func sharedRef(n int) string      { return fmt.Sprintf("example.com/crash/shared:r%d", n) }
 
-// poolLayer is a layer that many artifacts have, so that workers meet on blobs.
+// poolLayer returns a layer that many artifacts have, so that workers share blobs.
 func poolLayer(n int) []byte {
 	return bytes.Repeat([]byte(fmt.Sprintf("shared layer %d\n", n)), 100+300*(n%6))
 }
 
 // crashWorker builds, tags, replaces and removes until it is killed. It says
 //
-//	try REF LABEL   before a call that is to point REF at LABEL ("-": at nothing)
-//	ack             once that call has returned success
-//	nak             once it has returned that it did nothing
+//	try REF LABEL   before a call that points REF at LABEL ("-": removes it)
+//	ack             after that call succeeded
+//	nak             after it reported that it did nothing
 func crashWorker(in *bufio.Scanner, args []string) error {
 	root, generation := args[0], args[2]
 	number, err := strconv.Atoi(args[1])
@@ -51,12 +51,12 @@ func crashWorker(in *bufio.Scanner, args []string) error {
 	if err != nil {
 		return err
 	}
-	collected := len(args) > 4 // somebody collects garbage at grace 0
+	collected := len(args) > 4 // another process collects garbage at grace 0
 	ops := 13
 	if len(args) > 5 { // there is a remote registry
 		ops++
 	}
-	go func() { // the parent is gone when its end of the pipe is
+	go func() { // the pipe ends when the parent has ended
 		for in.Scan() {
 		}
 		os.Exit(3)
@@ -74,7 +74,7 @@ func crashWorker(in *bufio.Scanner, args []string) error {
 	pool := scaled(6, 6, 200) // layers that many artifacts share
 	var builds []built
 	remote := &ocilocal.Remote{}
-	mine := map[string]string{} // what own refs point at, as far as this process knows
+	mine := map[string]string{} // the labels of own refs, as far as this process knows
 	for seq := 0; ; seq++ {
 		label := fmt.Sprintf("w%d.g%s.s%d", number, generation, seq)
 		unique := append([]byte(label), make([]byte, rng.IntN(64<<10))...)
@@ -205,7 +205,7 @@ const remoteRefs = 4
 func remoteLabel(n int) string { return fmt.Sprintf("remote%d", n) }
 func remoteName(n int) string  { return fmt.Sprintf("crash/remote:r%d", n) }
 
-// A crashModel is what the parent knows of a root, from what workers said.
+// A crashModel is the parent's knowledge of a root, from the replies of the workers.
 type crashModel struct {
 	refs   model               // own refs: what they may point at
 	shared map[string][]string // shared refs: everything ever attempted
@@ -222,7 +222,7 @@ func newCrashModel(workers int) *crashModel {
 	return m
 }
 
-// replay takes in what one worker said up to its death.
+// replay adds the replies of one worker up to its death.
 func (m *crashModel) replay(lines []string) error {
 	for len(lines) > 0 {
 		words := strings.Fields(lines[0])
@@ -237,7 +237,7 @@ func (m *crashModel) replay(lines []string) error {
 		if !own {
 			m.shared[ref] = append(m.shared[ref], label)
 		}
-		if len(lines) == 1 { // killed in it: it has happened, or it has not
+		if len(lines) == 1 { // killed in the call, which may have happened or not
 			if own {
 				m.refs[ref] = append(m.refs[ref], label)
 			}
@@ -268,7 +268,7 @@ func (m *crashModel) model() model {
 	return want
 }
 
-// settled takes in what a check has seen: from now on only that is right.
+// settled narrows the model to the labels that a check has seen.
 func (m *crashModel) settled(got map[string]string) {
 	for ref := range m.refs {
 		m.refs[ref] = []string{got[ref]}
@@ -278,9 +278,9 @@ func (m *crashModel) settled(got map[string]string) {
 	}
 }
 
-// TestKill kills, in each round, four processes that write to one root, at
-// moments that chance picks, and then looks whether the registry kept its
-// promises. Every fifth round starts on a new root, so that first opens are hit.
+// TestKill kills four processes that write to one root, at random moments, and then checks that the
+// registry kept its promises. Every fifth round starts with a new root, so that kills also hit the
+// first open.
 func TestKill(t *testing.T) {
 	t.Parallel()
 	const workers = 4
@@ -351,8 +351,8 @@ func publishAlone(t *testing.T, root string, m *crashModel) {
 	m.refs[ref] = []string{label}
 }
 
-// TestKillDuringLayer kills a process in the middle of a layer: half a layer
-// is left in tmp/, nothing else, and the next writer sweeps it.
+// TestKillDuringLayer kills a process in the middle of a layer. Only half a layer is left, in tmp/,
+// and the next writer sweeps it.
 func TestKillDuringLayer(t *testing.T) {
 	root := filepath.Join(t.TempDir(), "root")
 	w := startWorker(t, "hold", root)
@@ -372,7 +372,7 @@ func TestKillDuringLayer(t *testing.T) {
 	checkStore(t, root, model{"example.com/hold/after:v1": {"after"}})
 }
 
-// holdWorker stops in the middle of a layer, and goes on when it is told to.
+// holdWorker stops in the middle of a layer, and continues when its parent sends a line.
 func holdWorker(in *bufio.Scanner, args []string) error {
 	ctx := context.Background()
 	r, err := ocilocal.Open(ctx, args[0], nil)

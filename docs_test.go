@@ -39,7 +39,8 @@ func documentation(t *testing.T) *doc.Package {
 	return pkg
 }
 
-// Every exported function that returns an error says which, in its own comment or by pointing to another function.
+// TestErrorsDocumented: the comment of every exported function that returns an error says which
+// errors, or refers to another function.
 func TestErrorsDocumented(t *testing.T) {
 	pkg := documentation(t)
 	funcs := pkg.Funcs
@@ -70,7 +71,7 @@ func TestErrorsDocumented(t *testing.T) {
 	}
 }
 
-// What stands in brackets in a doc comment is something that there is.
+// TestDocLinks: every name in brackets in a doc comment exists.
 func TestDocLinks(t *testing.T) {
 	pkg := documentation(t)
 	p := pkg.Parser()

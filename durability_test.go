@@ -40,15 +40,15 @@ func (r *record) last(op string, end int) int {
 	return -1
 }
 
-// checkDurable checks the operations of one publish, or of one export into a layout,
-// whose transaction is that index.json gets its name. A kill loses nothing that the
-// kernel has, so only their order shows what a power cut would lose:
+// checkDurable checks the order of the operations of one publish, or of one export into a layout. The
+// transaction of an export is the rename of index.json. A kill loses nothing that the kernel has, so
+// only this order shows what a power cut would lose:
 //
 //	mkdir blobs/<alg> → fsyncdir blobs
 //	create tmp/<session>/x → last write → fsync of it → link blobs/… → fsyncdir blobs/<alg> → transaction
-//	blob that was there: fsync of it → transaction
+//	a blob that was there: its fsync → transaction
 //
-// others are the names of blobs that have nothing to do with it.
+// others are the names of blobs that do not belong to it.
 func (r *record) checkDurable(t *testing.T, root, tmp, commitOp string, others ...string) {
 	t.Helper()
 	commit := slices.Index(r.ops, commitOp)
@@ -100,8 +100,8 @@ func (r *record) checkDurable(t *testing.T, root, tmp, commitOp string, others .
 	}
 }
 
-// dedupedLater reports whether a file in tmp/ stays unsynced because the store has
-// the same bytes: then it is removed without ever having been synced.
+// dedupedLater reports whether a file in tmp/ is removed without an fsync, because the store has the
+// same bytes.
 func dedupedLater(ops []string, name string) bool {
 	return !slices.Contains(ops, "fsync "+name) && slices.Contains(ops, "remove "+name)
 }
@@ -136,7 +136,7 @@ func TestDurableOrder(t *testing.T) {
 			if _, err := publishLabelled(r, newRef, fmt.Sprint("round", round), ocilocal.Replace, layers...); err != nil {
 				t.Fatal(err)
 			}
-			// In the second round the manifest of the first isn't needed.
+			// The second round does not need the manifest of the first.
 			if round == 0 {
 				rec.checkDurable(t, root, "tmp/", inTransaction)
 			} else {
@@ -159,14 +159,14 @@ func TestDurableOrder(t *testing.T) {
 	}
 }
 
-// TestExportOrder records what exports do: blobs as in a publish, and a file gets its
-// name when its bytes are on disk, index.json the last. Before any of
-// that, the directories that were made are durable.
+// TestExportOrder records exports. Their blobs follow the order of a publish. A file gets its name
+// after its bytes are on disk, index.json as the last, and new directories are durable before that.
 func TestExportOrder(t *testing.T) {
 	if runtime.GOOS == "windows" {
 		t.Skip("a directory isn't synced there")
 	}
-	// named checks that a file gets its name once its bytes are durable, and durably, and returns when.
+	// named checks that a file gets its name after its bytes are durable, and that the name is made
+	// durable. It returns the position of the operation that names it.
 	named := func(t *testing.T, ops []string, name string) (at int) {
 		t.Helper()
 		at = max(slices.Index(ops, "link "+name), slices.Index(ops, "rename "+name)) // a link that fails comes first
@@ -234,8 +234,8 @@ func TestExportOrder(t *testing.T) {
 	}
 }
 
-// TestPutBackDurably: a blob that was there is collected right before the commit,
-// and comes back from what was staged. That file was never synced, as it wasn't needed.
+// TestPutBackDurably: a collector deletes a blob right before the commit, and the publish restores it
+// from its staged file. That file had not been synced, because the blob had been there.
 func TestPutBackDurably(t *testing.T) {
 	if runtime.GOOS == "windows" {
 		t.Skip("a directory isn't synced there")
@@ -275,9 +275,8 @@ func TestPutBackDurably(t *testing.T) {
 	checkStore(t, root, model{newRef: {"held"}})
 }
 
-// TestFailedDirectorySync: the first publish names its blobs and then can't make
-// the names durable. It fails; the next, which finds the blobs under their
-// names, syncs files and directory again before it relies on them.
+// TestFailedDirectorySync: a publish names its blobs, fails to make the names durable, and returns an
+// error. The next publish finds the blobs, and syncs files and directory again before it relies on them.
 func TestFailedDirectorySync(t *testing.T) {
 	if runtime.GOOS == "windows" {
 		t.Skip("a directory isn't synced there")
@@ -314,9 +313,9 @@ func TestFailedDirectorySync(t *testing.T) {
 	checkStore(t, root, model{newRef: {"label"}})
 }
 
-// TestDurableRoot: before a new root's index gets its name, the entries of the root, and of
-// each directory that was made on the way there, are synced. One that was there already
-// may have been made by a process that was killed before it came to that.
+// TestDurableRoot: before the index of a new root gets its name, the entries of the root and of each
+// new parent directory are synced. So is the entry of a root that existed, because its maker may have
+// been killed before it synced it.
 func TestDurableRoot(t *testing.T) {
 	if runtime.GOOS == "windows" {
 		t.Skip("a directory isn't synced there")
@@ -353,8 +352,8 @@ func TestDurableRoot(t *testing.T) {
 	}
 }
 
-// TestDurableNameOfAnother: between a publisher's look and its link, another one links the same
-// bytes. That they are on the disk, with their name, only a sync of its own says.
+// TestDurableNameOfAnother: after a publisher has looked for a blob, and before its link, another one
+// links the same bytes. Only its own sync tells the publisher that bytes and name are on the disk.
 func TestDurableNameOfAnother(t *testing.T) {
 	if runtime.GOOS == "windows" {
 		t.Skip("a directory isn't synced there")

@@ -38,7 +38,7 @@ func ExampleLocalRegistry_NewAnonymousBuilder() {
 	artifact := draft(registry, "an intermediate result")
 
 	fmt.Println(strings.HasPrefix(artifact.Reference().String(), registry.ID()+".ocilocal.local/anonymous:"))
-	// What turns out to be worth a name gets one.
+	// An artifact that is worth a name gets one.
 	update, err := registry.Tag(ctx, artifact.Digest(), ocilocal.MustParseReference("example.com/note:v1"), nil)
 	if err != nil {
 		log.Fatal(err)
@@ -60,7 +60,7 @@ func ExampleLocalRegistry_PruneAnonymous() {
 	fmt.Println(len(old), "older than an hour", err)
 	all, err := registry.PruneAnonymous(ctx, &ocilocal.PruneOptions{OlderThan: ocilocal.NoGrace})
 	fmt.Println(len(all), "in all", err)
-	// Their bytes go with the next collection.
+	// The next collection deletes their bytes.
 	// Output:
 	// 0 older than an hour <nil>
 	// 2 in all <nil>
@@ -89,7 +89,7 @@ func ExampleLocalRegistry_AnonymousRefs() {
 	// Output: 2
 }
 
-// Content without a name can be imported under one that is made up.
+// An import can give content without a name a generated one.
 func ExampleImportOptions_anonymous() {
 	ctx := context.Background()
 	from, done := scratch()

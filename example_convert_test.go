@@ -9,8 +9,7 @@ import (
 	"github.com/ocilocal/ocilocal"
 )
 
-// Most registries take image manifests only, so an artifact manifest is
-// converted before it is pushed.
+// Most registries accept image manifests only. Convert an artifact manifest before you push it.
 func ExampleLocalRegistry_Convert() {
 	ctx := context.Background()
 	registry, done := scratch()
@@ -38,7 +37,7 @@ func ExampleLocalRegistry_Convert() {
 	// inserted: hello
 }
 
-// The new artifact can refer to what it was made from.
+// The new artifact can name its source as its subject.
 func ExampleConvertOptions() {
 	ctx := context.Background()
 	registry, done := scratch()

@@ -53,7 +53,7 @@ func ExampleLocalRegistry_Verify() {
 	// Output: 0 problems
 }
 
-// A damaged blob is found, and healed from an archive that has it.
+// Verify finds a damaged blob, and Repair heals it from an archive.
 func ExampleLocalRegistry_Repair() {
 	ctx := context.Background()
 	registry, done := scratch()
@@ -91,7 +91,7 @@ func ExampleLocalRegistry_Repair() {
 	// one <nil>
 }
 
-// A backup is a registry as it was at one moment, while others go on writing.
+// A backup is the state of a registry at one moment. Others may write meanwhile.
 func ExampleLocalRegistry_Backup() {
 	ctx := context.Background()
 	registry, done := scratch()
@@ -125,7 +125,7 @@ func ExampleLocalRegistry_Backup() {
 	// true
 }
 
-// The index was lost, and with it the names. The blobs are all there.
+// The index is lost, and the names with it. Rebuild makes a new index from the blobs.
 func ExampleRebuild() {
 	ctx := context.Background()
 	registry, done := scratch()

@@ -117,7 +117,7 @@ func ExampleInspectLayout() {
 	// 2 blobs
 }
 
-// An archive is inspected as a stream, here from a file.
+// An archive can be inspected as a stream, here from a file.
 func ExampleInspectArchive() {
 	ctx := context.Background()
 	from, done := scratch()
@@ -145,7 +145,7 @@ func ExampleInspectArchive() {
 	// 2 blobs
 }
 
-// Of several entries, each that conflicts with what is here is told, and the others are imported.
+// An import of several entries reports each conflict, and imports the others.
 func ExampleLocalRegistry_ImportPath() {
 	ctx := context.Background()
 	from, done := scratch()
@@ -224,7 +224,7 @@ func ExampleLocalRegistry_ImportLegacy() {
 	// 0 imported, 1 were here
 }
 
-// The registry of an OMMX v3 SDK is read where the SDK has it, and left as it is.
+// An import reads the registry of an OMMX v3 SDK in its place, and does not change it.
 func ExampleLocalRegistry_ImportOMMX() {
 	ctx := context.Background()
 	registry, done := scratch()
@@ -242,7 +242,7 @@ func ExampleLocalRegistry_ImportOMMX() {
 	}
 }
 
-// What isn't here yet is looked for in the tree of an OMMX v2 SDK, and imported from there once.
+// Load imports an artifact that is not here yet from the tree of an OMMX v2 SDK, once.
 func ExampleOptions_legacyRoot() {
 	ctx := context.Background()
 	from, done := scratch()

@@ -116,7 +116,7 @@ func ExampleLocalRegistry_Referrers() {
 	// Output: application/vnd.example.note looks good
 }
 
-// A review travels with what it reviews.
+// A review travels with its subject.
 func ExampleImportOptions_referrers() {
 	ctx := context.Background()
 	from, done := scratch()

@@ -27,7 +27,7 @@ func ExampleLocalRegistry_Resolve() {
 	// Output: true application/vnd.example.note
 }
 
-// All blobs, whoever needs them, and the bytes of one.
+// All blobs, whether a ref needs them or not, and the bytes of one.
 func ExampleLocalRegistry_Blobs() {
 	ctx := context.Background()
 	registry, done := scratch()
@@ -104,7 +104,7 @@ func ExampleListOptions_name() {
 	// v2
 }
 
-// A digest finds what no ref names any more, until it is collected.
+// A digest finds an artifact that no ref names any more, until a collection deletes it.
 func ExampleLocalRegistry_LoadDigest() {
 	ctx := context.Background()
 	registry, done := scratch()

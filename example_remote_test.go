@@ -72,7 +72,7 @@ func ExampleLocalRegistry_Pull() {
 	// unchanged 0 bytes received
 }
 
-// Load answers from the registry, and pulls what isn't there if it has a Remote.
+// Load answers from the local registry. With a Remote, it pulls an artifact that is not there.
 func ExampleOptions_remote() {
 	ctx := context.Background()
 	server := serve()
@@ -137,7 +137,7 @@ func ExampleRemote() {
 	// HEAD answered 404
 }
 
-// One registry's credential comes from the program, all others' from where docker and podman keep them.
+// The program has the credential of one registry. All others come from the files of docker and podman.
 func ExampleFirstCredential() {
 	credentials := ocilocal.FirstCredential(
 		ocilocal.StaticCredential("registry.example.com", ocilocal.Credential{Username: "me", Password: "secret"}),
@@ -189,7 +189,7 @@ func ExampleRemote_Referrers() {
 	// Output: application/vnd.example.signature true
 }
 
-// A manifest is looked at, and deleted, where it is; nothing of it is stored here.
+// A manifest can be read and deleted on the remote registry. Nothing is stored here.
 func ExampleRemote_Manifest() {
 	ctx := context.Background()
 	server := serve()
@@ -218,7 +218,7 @@ func ExampleRemote_Manifest() {
 	// true
 }
 
-// A file of docker's form, from a place of one's own. An entry for a path comes before its registry's.
+// A file in docker's format, at another path. An entry for a repository precedes that of its registry.
 func ExampleFileCredentials() {
 	dir, err := os.MkdirTemp("", "ocilocal-example-")
 	if err != nil {

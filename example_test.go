@@ -280,7 +280,7 @@ func ExampleLocalRegistry_ExportArchive() {
 	// Output: example.com/note:v1 inserted true
 }
 
-// What has no full name of its own is given one.
+// An artifact without a full name gets one.
 func ExampleLocalRegistry_ImportArchive() {
 	ctx := context.Background()
 	from, done := scratch()
@@ -340,7 +340,7 @@ func ExampleDefaultRoot() {
 	// Output: /srv/artifacts <nil>
 }
 
-// By default a ref is kept; Replace moves it.
+// By default a publish keeps an existing ref. Replace moves it.
 func ExampleConflictError() {
 	ctx := context.Background()
 	registry, done := scratch()
@@ -396,7 +396,7 @@ func ExampleLocalArtifact_OpenLayer() {
 	// Output: one <nil>
 }
 
-// The next version of an artifact has the layers of the one before, and one more. Nothing is copied.
+// The next version of an artifact has the layers of the previous one, and one more. Nothing is copied.
 func ExampleBuilder_AddExistingLayer() {
 	ctx := context.Background()
 	registry, done := scratch()

@@ -40,9 +40,9 @@ func mountTmpfs(t *testing.T, options string) string {
 	return dir
 }
 
-// TestFullDisk publishes until a real disk is full. What was published stays,
-// and publishing goes on once there is space again. Large layers fill the disk
-// while they are written, small ones mostly in the index.
+// TestFullDisk publishes until a real disk is full. Published artifacts stay, and publishing
+// continues once there is space again. Large layers fill the disk with their bytes, small ones with
+// rows of the index.
 func TestFullDisk(t *testing.T) {
 	for _, c := range []struct {
 		name, options string
@@ -55,7 +55,7 @@ func TestFullDisk(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			mnt := mountTmpfs(t, c.options)
-			// Space and inodes for later.
+			// These files give back space and inodes later.
 			for i := range 40 {
 				if err := os.WriteFile(filepath.Join(mnt, fmt.Sprint("filler", i)), make([]byte, 16<<10), 0o600); err != nil {
 					t.Fatal(err)
@@ -92,7 +92,7 @@ func TestFullDisk(t *testing.T) {
 			if len(want) == 0 {
 				t.Fatal("nothing could be published at all")
 			}
-			// Full it stays, however often one tries, and what is there can be read.
+			// Each further try fails in the same way, and the published artifacts can be read.
 			for range 5 {
 				if err := publish(i); err == nil {
 					t.Log("a second attempt found space")
@@ -124,8 +124,8 @@ func TestFullDisk(t *testing.T) {
 	}
 }
 
-// TestFullDiskCollected: on disks of many sizes, with large and small layers, a collection frees
-// what nothing needs while there is no space nor a file to be had, and publishing goes on.
+// TestFullDiskCollected: on full disks of many sizes, with large and small layers, a collection
+// frees the garbage although it cannot get any space or file, and then publishing continues.
 func TestFullDiskCollected(t *testing.T) {
 	kib := []int{48, 700, 8 << 10}
 	if deepLevel() > 1 {
@@ -249,7 +249,7 @@ func roRoot(t *testing.T, parent string) (root string, want map[string]string) {
 		}
 	}
 	mustClose(t, r)
-	// A connection that stays open behind a closed handle would keep these.
+	// If Close left a connection open, these files would stay.
 	for _, name := range []string{"index.sqlite3-wal", "index.sqlite3-shm"} {
 		if _, err := os.Lstat(filepath.Join(root, name)); err == nil {
 			t.Errorf("%s is still there after the last Close", name)
@@ -258,7 +258,7 @@ func roRoot(t *testing.T, parent string) (root string, want map[string]string) {
 	return root, want
 }
 
-// lockTree takes all write permission away, and lets everybody read.
+// lockTree makes a tree read-only for its owner, and readable for everybody.
 func lockTree(t *testing.T, root string) {
 	t.Helper()
 	var dirs []string
@@ -285,7 +285,7 @@ func lockTree(t *testing.T, root string) {
 	})
 }
 
-// snapshot says what lies below root: names, modes, sizes and times.
+// snapshot lists the files below root with their modes, sizes and times.
 func snapshot(t *testing.T, root string) string {
 	t.Helper()
 	var b strings.Builder
@@ -305,8 +305,8 @@ func snapshot(t *testing.T, root string) string {
 	return b.String()
 }
 
-// readOnlyWorker says what a user who may write nothing finds in a root:
-// "ref REF LABEL" for each ref, and then "writes TYPED" with what writing calls return.
+// readOnlyWorker reads a root as a user who may not write to it. It says "ref REF LABEL" for each
+// ref, and then "writes CALL" with the call for writing that failed.
 func readOnlyWorker(_ *bufio.Scanner, args []string) error {
 	ctx := context.Background()
 	root := args[0]
@@ -334,7 +334,7 @@ func readOnlyWorker(_ *bufio.Scanner, args []string) error {
 		return err
 	}
 
-	// Open for writing may fail at once, or at the first write: typed either way.
+	// Open for writing may fail at once, or at the first write. Both errors are typed.
 	r, err = ocilocal.Open(ctx, root, nil)
 	at := "open"
 	if err == nil {
@@ -350,7 +350,7 @@ func readOnlyWorker(_ *bufio.Scanner, args []string) error {
 	return nil
 }
 
-// checkReadOnly compares what a readonly worker says with want.
+// checkReadOnly compares the refs that a readonly worker reports with want.
 func checkReadOnly(t *testing.T, w *worker, want map[string]string) {
 	t.Helper()
 	got := map[string]string{}
@@ -387,7 +387,7 @@ func TestReadOnlyUser(t *testing.T) {
 	root, want := roRoot(t, parent)
 	lockTree(t, root)
 	before := snapshot(t, root)
-	// The binary lies where that user can't come; this name needs no path to it.
+	// That user cannot reach the binary by its path. This name needs no path.
 	cmd := exec.Command("/proc/self/exe", root)
 	cmd.Dir = parent
 	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
@@ -431,8 +431,8 @@ func TestReadOnlyFileSystem(t *testing.T) {
 	}
 }
 
-// TestReadOnlyLog: on a read-only file system lies a root whose process was killed before its log got into
-// the index. What the log has is seen, or the root isn't opened: never is it left out.
+// TestReadOnlyLog: a root on a read-only file system has a log that its killed process never copied
+// into the index. OpenReadOnly shows the changes of the log or fails. It never leaves them out.
 func TestReadOnlyLog(t *testing.T) {
 	mnt := mountTmpfs(t, "size=8m")
 	live := openTemp(t, nil)
@@ -467,7 +467,7 @@ func TestReadOnlyLog(t *testing.T) {
 	}
 }
 
-// TestFIFOs puts named pipes where files should be: nothing waits for a writer.
+// TestFIFOs puts named pipes in the place of files. No call waits for a writer.
 func TestFIFOs(t *testing.T) {
 	r := openTemp(t, nil)
 	a, layer := oneLayer(t, r, keptRef, []byte("body"))
@@ -518,8 +518,8 @@ func TestFIFOs(t *testing.T) {
 	}
 }
 
-// TestImportOMMXReadOnlyFileSystem: an OMMX root on a medium that can't be written comes in,
-// unless its log holds what can't be read without writing.
+// TestImportOMMXReadOnlyFileSystem: an OMMX root on a read-only medium can be imported, unless its
+// log holds changes that SQLite cannot read without writing.
 func TestImportOMMXReadOnlyFileSystem(t *testing.T) {
 	live := newOMMXRoot(t, 2)
 	live.add("ghcr.io/example/demo", "v1", "one")
@@ -549,7 +549,7 @@ func TestImportOMMXReadOnlyFileSystem(t *testing.T) {
 	}
 }
 
-// TestBackupNoSpace: a backup to a full disk fails, is what it was, and goes on when there is space.
+// TestBackupNoSpace: a backup to a full disk fails and keeps its state. Once there is space, it succeeds.
 func TestBackupNoSpace(t *testing.T) {
 	mnt := mountTmpfs(t, "size=1m")
 	r := openTemp(t, nil)

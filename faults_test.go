@@ -28,11 +28,11 @@ const (
 	newRef   = "example.com/fault/new:v1"
 )
 
-// keptLayers are those of the artifacts that a flow finds.
+// keptLayers are the layers of the artifacts that a flow finds.
 var keptLayers = [][]byte{[]byte("shared"), noise(30, 3000)}
 
-// A flow is something that is done to a root and that faults and kills shall
-// hit at every file operation. It can be done again after it was broken off.
+// A flow is a call on a root that faults and kills interrupt at every file operation. After an
+// interruption it can run again.
 type flow struct {
 	name   string
 	seeded bool                        // the root has keptRef and movedRef, both at the label "before"
@@ -41,8 +41,8 @@ type flow struct {
 	keeps  bool                        // what it keeps of a transfer that failed goes with a collection only
 	always func(op, name string) error // fails these operations in every run
 	run    func(r *ocilocal.LocalRegistry) error
-	effect map[string]string // refs that it points elsewhere, with their labels; "" removes one
-	lacks  string            // operations that it doesn't do
+	effect map[string]string // the refs that it moves, with their labels after it; "" removes one
+	lacks  string            // operations that it does not use
 	varies point             // is reached nth times at least, and more often on a slow machine
 
 	beside  func(t *testing.T, dir string) // makes what lies beside the root, in besideOf(root): the source or the target
@@ -56,7 +56,7 @@ func publishFlow(ref string, policy ocilocal.Policy, layers ...[]byte) func(*oci
 	}
 }
 
-// noLinks is a file system without hard links.
+// noLinks fails as a file system without hard links does.
 func noLinks(op, _ string) error {
 	if op == "link" {
 		return syscall.EPERM
@@ -64,7 +64,7 @@ func noLinks(op, _ string) error {
 	return nil
 }
 
-// writing are the operations of what brings blobs in.
+// writing are the operations that bring blobs in.
 const writing = "create mkdir write chmod fsync link fsyncdir"
 
 var flows = []flow{
@@ -135,8 +135,8 @@ var flows = []flow{
 	{name: "export archive over another", seeded: true, exports: true, lacks: "mkdir chmod readdir link", beside: othersArchive, run: exportArchiveFlow},
 }
 
-// faultEntries are those of a layout with a blob that the root has, one that it
-// doesn't, and one that nothing needs.
+// faultEntries are the files of a layout. The root has one of its blobs, lacks another, and nothing
+// needs the third.
 func faultEntries(artifactType string) []entry {
 	config, layer, shared := "{}", string(noise(34, 5000)), string(keptLayers[0])
 	manifest := fmt.Sprintf(`{"schemaVersion":2,"artifactType":%q,"config":%s,"layers":[%s,%s],"annotations":{%q:"imported"}}`,
@@ -155,7 +155,8 @@ func faultArchive() []byte {
 	return b.Bytes()
 }
 
-// pullFlow pulls blobs that the root has and that it doesn't. A large one breaks off, and is gone on with.
+// pullFlow pulls an artifact of which the root has a layer. The transfer of the large layer breaks
+// off, and a second request continues it.
 func pullFlow(r *ocilocal.LocalRegistry) error {
 	config, large, shared := "{}", string(noise(35, 1<<20)), string(keptLayers[0])
 	s := &server{host: "registry.test", blobs: map[string][]byte{}, manifests: map[string]map[string]stored{}}
@@ -182,7 +183,7 @@ func pullFlow(r *ocilocal.LocalRegistry) error {
 	return err
 }
 
-// before returns what a root of the flow holds at its beginning.
+// before returns the labels of the refs before the flow.
 func (f *flow) before() map[string]string {
 	if !f.seeded {
 		return map[string]string{}
@@ -190,7 +191,7 @@ func (f *flow) before() map[string]string {
 	return map[string]string{keptRef: "before", movedRef: "before"}
 }
 
-// after returns what it holds at its end.
+// after returns the labels of the refs after the flow.
 func (f *flow) after() map[string]string {
 	labels := f.before()
 	maps.Copy(labels, f.effect)
@@ -232,7 +233,7 @@ func (f *flow) prepare(t *testing.T) (root string) {
 	return root
 }
 
-// labels reads which of the flows' refs are there. A damaged layer is the flow's own.
+// labels reads the refs of all flows. The flow itself may have damaged a layer.
 func (f *flow) labels(t *testing.T, r *ocilocal.LocalRegistry) map[string]string {
 	t.Helper()
 	got := map[string]string{}
@@ -287,9 +288,9 @@ var faultErrors = []error{
 }
 
 // TestFaultAtEveryOperation fails each file operation of each flow in turn, from opening to
-// closing. A flow that reports success has done all; any other error is typed and has changed
-// nothing; and once the cause is over the same handle does it. The quick run fails every sixth
-// operation. The long run fails each with every errno, the others with one.
+// closing. A flow that reports success has done all. Any error is typed, and the flow has changed
+// nothing. Once the cause is over, the same handle does the flow. The quick run fails every sixth
+// operation. The full run fails each with every errno, the others with one.
 func TestFaultAtEveryOperation(t *testing.T) {
 	for i := range flows {
 		f := &flows[i]
@@ -322,7 +323,8 @@ func TestFaultAtEveryOperation(t *testing.T) {
 	}
 }
 
-// withFault runs the flow on a new root and fails one operation. It reports whether that was reached.
+// withFault runs the flow on a new root, and fails one operation. It reports whether the flow
+// reached that operation.
 func (f *flow) withFault(t *testing.T, at point, errno error) (hit bool) {
 	t.Helper()
 	root := f.prepare(t)
@@ -360,7 +362,7 @@ func (f *flow) withFault(t *testing.T, at point, errno error) (hit bool) {
 	}
 	f.checkBeside(t, root, true, op)
 	mustClose(t, r)
-	if hit { // what could not be removed is swept by the next that writes
+	if hit { // the next writer sweeps files that could not be removed
 		r = mustOpen(t, root)
 		if err := f.run(r); err != nil {
 			t.Error(err)
@@ -372,7 +374,7 @@ func (f *flow) withFault(t *testing.T, at point, errno error) (hit bool) {
 	return hit
 }
 
-// check looks at a root in which the flow was done.
+// check checks a root after the flow.
 func (f *flow) check(t *testing.T, root string) {
 	t.Helper()
 	if f.orphan || f.keeps {
@@ -382,7 +384,7 @@ func (f *flow) check(t *testing.T, root string) {
 	}
 }
 
-// sweep stages a blob and drops it, since not every flow writes.
+// sweep stages a blob and drops it, because not every flow writes.
 func (f *flow) sweep(t *testing.T, r *ocilocal.LocalRegistry) {
 	t.Helper()
 	if f.keeps {

@@ -25,14 +25,13 @@ import (
 	"github.com/ocilocal/ocilocal"
 )
 
-// A model says what a root may hold: for each reference the labels of the
-// artifacts that it may point at. "" among them: the reference may be absent.
+// A model lists for each reference the labels of the artifacts that it may point at. With "" among
+// them, the reference may be absent.
 type model map[string][]string
 
-// checkStore judges a root that no process has open, and whose last writer was
-// not killed. It shares no code with the library: SQL and file reads of its
-// own, so that a bug there can't hide here. It reports every problem, and
-// returns the references that are there with their labels.
+// checkStore judges a root that no process has open, and whose last writer was not killed. It shares
+// no code with the library, so that a bug there cannot hide here. It reports every problem, and
+// returns the references with their labels.
 func checkStore(t *testing.T, root string, want model) map[string]string {
 	t.Helper()
 	return checkWith(t, &storeCheck{root: root, blobs: map[string]int64{}}, want)
@@ -172,7 +171,7 @@ func (c *storeCheck) blob(path, algorithm, encoded string, fi fs.FileInfo) error
 	return nil
 }
 
-// links returns how many names a file has, 1 where the system doesn't say.
+// links returns how many names a file has, and 1 where the system does not say.
 func links(fi fs.FileInfo) uint64 {
 	n := reflect.Indirect(reflect.ValueOf(fi.Sys())).FieldByName("Nlink")
 	if !n.IsValid() || !n.CanUint() {
@@ -393,8 +392,7 @@ func tmpEntries(t *testing.T, root string) []string {
 	return names
 }
 
-// TestCheckStoreFinds breaks a good root in the ways that checkStore is for.
-// A checker that finds nothing shows nothing.
+// TestCheckStoreFinds breaks a good root in each way that checkStore must find.
 func TestCheckStoreFinds(t *testing.T) {
 	t.Parallel()
 	const ref = "example.com/check/one:v1"

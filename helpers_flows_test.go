@@ -68,14 +68,14 @@ func writeEntries(below string, entries []entry) func(t *testing.T, dir string) 
 	}
 }
 
-// othersEntries are those of a layout that another tool has made, with a blob that is exported too.
+// othersEntries are the files of another tool's layout. One of its blobs is exported too.
 func othersEntries() []entry {
 	manifest := fmt.Sprintf(`{"schemaVersion":2,"artifactType":%q,"config":%s,"layers":[%s],"annotations":{%q:"theirs"}}`,
 		testType, desc("application/vnd.oci.empty.v1+json", "{}"), desc("a/b", string(keptLayers[0])), labelKey)
 	return []entry{layoutVersion, layoutIndex(manifest, othersRef), blobEntry(manifest), blobEntry("{}"), blobEntry(string(keptLayers[0]))}
 }
 
-// othersLayout also has a file that is no layout's, and a damaged blob that is exported too.
+// othersLayout has these files, another tool's file, and a damaged copy of a blob that is exported.
 func othersLayout(t *testing.T, dir string) {
 	t.Helper()
 	damaged := blobEntry(string(keptLayers[1]))
@@ -88,8 +88,8 @@ func othersArchive(t *testing.T, dir string) {
 	writeEntries("", []entry{{name: archiveName, body: string(tarOf(t, othersEntries()...))}})(t, dir)
 }
 
-// checkBeside checks what lies beside the root after a flow that has come through, or
-// not: then what happened to it is the operation that failed, or "kill".
+// checkBeside checks the files beside the root after a flow. done says whether the flow succeeded. If
+// not, what is the operation that failed, or "kill".
 func (f *flow) checkBeside(t *testing.T, root string, done bool, what string) {
 	t.Helper()
 	dir, fresh := besideOf(root), filepath.Join(t.TempDir(), "fresh")
@@ -108,12 +108,12 @@ func (f *flow) checkBeside(t *testing.T, root string, done bool, what string) {
 		maps.Copy(after, before)
 	}
 	got := readTarget(t, dir)
-	// Once the file has its name, only what makes that durable, or tidies up, can fail.
+	// Once the file has its name, only its sync and the removal of temporary files can fail.
 	late := what == "kill" || what == "fsyncdir ." || what == "open ." || strings.HasPrefix(what, "remove ")
 	if isAfter := maps.Equal(got, after); !isAfter && (done || !maps.Equal(got, before)) || isAfter && !done && !late && !maps.Equal(after, before) {
 		t.Errorf("the target holds %v (done: %v, %s), was to hold %v, then %v", got, done, what, before, after)
 	}
-	// What a kill leaves, the next export into a layout removes; beside an archive it stays.
+	// The next export into a layout removes the files of a killed one. Beside an archive they stay.
 	var left []string
 	entries, err := os.ReadDir(dir)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
@@ -121,7 +121,7 @@ func (f *flow) checkBeside(t *testing.T, root string, done bool, what string) {
 	}
 	for _, e := range entries {
 		mayStay := (!done || archive) && (what == "kill" || strings.HasPrefix(what, "remove ")) && strings.HasPrefix(e.Name(), ".ocilocal-")
-		// Only who holds the lock may remove its directory, and this export could not take it.
+		// Only the holder of the lock may remove its directory, and this export did not get the lock.
 		mayStay = mayStay || !done && strings.HasSuffix(what, " "+e.Name()) && e.Name() == ".ocilocal-tmp"
 		if !mayStay && !slices.Contains([]string{"NOTES", "oci-layout", "index.json", "blobs", archiveName}, e.Name()) {
 			left = append(left, e.Name())
@@ -135,9 +135,8 @@ func (f *flow) checkBeside(t *testing.T, root string, done bool, what string) {
 	}
 }
 
-// readTarget returns the refs of a layout directory, or of the archive in dir,
-// with the labels of their artifacts. All of these must be whole. It
-// shares no code with the library.
+// readTarget returns the refs of a layout directory, or of the archive in dir, with the labels of
+// their artifacts. It fails if one is incomplete. It shares no code with the library.
 func readTarget(t *testing.T, dir string) map[string]string {
 	t.Helper()
 	if raw, err := os.ReadFile(filepath.Join(dir, archiveName)); err == nil {

@@ -33,7 +33,7 @@ import (
 	"github.com/ocilocal/ocilocal"
 )
 
-// What these tests keep secret has "hush" in it. Nothing else has.
+// Every secret of these tests contains "hush". Nothing else does.
 const (
 	secretPassword = "hush/pass+word"
 	secretRefresh  = "hush-refresh+token"
@@ -53,16 +53,16 @@ func secretIn(text string) string {
 	return ""
 }
 
-// An internet has hosts with invented names and addresses, each a server on
-// loopback. Each notes all that it is asked.
+// An internet has hosts with invented names and addresses, each a server on loopback that records
+// its requests.
 type internet struct {
 	t        testing.TB
 	cert     tls.Certificate
 	roots    *x509.CertPool
 	sites    map[string]*site // by host:port
-	plain    []string         // hosts that are spoken to without TLS
+	plain    []string         // hosts that are reached without TLS
 	warnings []string
-	failures []error // that the retry policy was asked about
+	failures []error // the errors that the retry policy saw
 	mu       sync.Mutex
 }
 
@@ -137,7 +137,7 @@ func hostPort(u *url.URL) string {
 	return net.JoinHostPort(strings.ToLower(u.Hostname()), port)
 }
 
-// note writes down a request. Its body is read as far as it is small, and put back.
+// note records a request. It reads a small body and puts it back.
 func (s *site) note(r *http.Request) {
 	head, _ := io.ReadAll(io.LimitReader(r.Body, 64<<10))
 	r.Body = struct {
@@ -231,7 +231,7 @@ func (in *internet) remote(host string, cred ocilocal.Credential) *ocilocal.Remo
 	return r
 }
 
-// noSecretSeen fails if a site other than those was shown a secret.
+// noSecretSeen fails if any other site saw a secret.
 func (in *internet) noSecretSeen(but ...string) {
 	in.t.Helper()
 	for name, s := range in.sites {
@@ -246,8 +246,8 @@ func (in *internet) noSecretSeen(but ...string) {
 	}
 }
 
-// quiet fails if a secret, or what could steer a terminal, is in an
-// error, in one that the retry policy saw, or in a warning.
+// quiet fails if an error, one that the retry policy saw, or a warning contains a secret or a
+// character that controls a terminal.
 func (in *internet) quiet(err error) {
 	in.t.Helper()
 	in.mu.Lock()
@@ -274,7 +274,7 @@ func checkText(t testing.TB, text string) {
 	}
 }
 
-// errorTexts are the forms in which an error gets into logs.
+// errorTexts returns the forms in which an error gets into logs.
 func errorTexts(err error) (texts []string) {
 	if err == nil {
 		return nil
@@ -286,7 +286,7 @@ func errorTexts(err error) (texts []string) {
 	return append(texts, chainTexts(err)...)
 }
 
-// chainTexts are the texts of all errors that an error wraps.
+// chainTexts returns the texts of all errors that an error wraps.
 func chainTexts(err error) (texts []string) {
 	var next []error
 	switch e := err.(type) {
@@ -304,7 +304,7 @@ func chainTexts(err error) (texts []string) {
 	return texts
 }
 
-// mustFail looks at an error that a hostile server has caused: it must match want.
+// mustFail checks an error that a hostile server has caused. It must match want.
 func mustFail(t testing.TB, err, want error) {
 	t.Helper()
 	if !errors.Is(err, want) {
@@ -315,7 +315,7 @@ func mustFail(t testing.TB, err, want error) {
 	}
 }
 
-// nothingIn fails unless a registry is whole and nothing was published in it. It closes r.
+// nothingIn fails unless a registry is sound and empty. It closes r.
 func nothingIn(t testing.TB, r *ocilocal.LocalRegistry) {
 	t.Helper()
 	for ref, err := range r.Refs(t.Context(), nil) {
@@ -335,7 +335,8 @@ func nothingIn(t testing.TB, r *ocilocal.LocalRegistry) {
 	}
 }
 
-// allocated returns how many bytes fn allocates, those of its servers included.
+// allocated returns how many bytes the process allocates while fn runs. So a test that uses it must
+// not be parallel.
 func allocated(fn func()) uint64 {
 	var before, after runtime.MemStats
 	runtime.ReadMemStats(&before)
@@ -354,7 +355,7 @@ func (s *server) base(t testing.TB) *url.URL {
 	return u
 }
 
-// gzipAnswer answers with a body that is coded though nobody accepts that.
+// gzipAnswer answers with a coded body, which the client did not ask for.
 func gzipAnswer(body string) http.HandlerFunc {
 	return func(w http.ResponseWriter, _ *http.Request) {
 		w.Header().Set("Content-Encoding", "gzip")

@@ -34,7 +34,7 @@ func takeCensus() census {
 	return census{runtime.NumGoroutine(), files}
 }
 
-// leftBehind says what is there beyond before, once everything has had time to end.
+// leftBehind describes what exists beyond before, after a time for everything to end.
 func (before census) leftBehind() string {
 	now := takeCensus()
 	for deadline := time.Now().Add(5 * time.Second); ; now = takeCensus() {
@@ -71,8 +71,8 @@ var openRoots struct {
 	handles map[string]int
 }
 
-// watchRoot makes the last handle's end on a root, and so of the test, a check
-// that nothing is left there of what only live handles have.
+// watchRoot has the last Close of a root check that no file is left which only an open handle may
+// have.
 func watchRoot(t testing.TB, root string) (closed func()) {
 	openRoots.Lock()
 	defer openRoots.Unlock()
@@ -95,7 +95,7 @@ func watchRoot(t testing.TB, root string) (closed func()) {
 	}
 }
 
-// dontWatch is for a test that leaves things on purpose.
+// dontWatch is for a test that leaves such files on purpose.
 func dontWatch(root string) {
 	openRoots.Lock()
 	defer openRoots.Unlock()

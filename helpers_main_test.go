@@ -16,12 +16,12 @@ import (
 	"github.com/ocilocal/ocilocal"
 )
 
-// workerEnv names the worker that a process started by these tests is to be.
+// workerEnv is the environment variable with the name of the worker that a process runs.
 const workerEnv = "OCILOCAL_TEST_WORKER"
 
-// workers are the programs that tests run as processes of their own: the test
-// binary, run again. in gives the lines that the parent sends; each reply is
-// one write to standard output, so a kill never leaves half a line.
+// workers are the programs that tests start as processes, by running the test binary again. in has
+// the lines that the parent sends. Each reply is one write to standard output, so a kill never leaves
+// half a line.
 var workers = map[string]func(in *bufio.Scanner, args []string) error{
 	"crash":     crashWorker,
 	"publish":   publishWorker,
@@ -121,7 +121,7 @@ func (w *worker) kill() {
 	}
 }
 
-// end waits for the worker and returns what it said of its end.
+// end waits for the worker, and returns its standard error and its exit status.
 func (w *worker) end() string {
 	w.ended = true
 	w.in.Close()
@@ -129,7 +129,7 @@ func (w *worker) end() string {
 	return fmt.Sprintf("%s%v", w.stderr.String(), err)
 }
 
-// finish lets the worker end by itself, which must be without an error.
+// finish lets the worker end by itself, and fails the test if it ends with an error.
 func (w *worker) finish() {
 	w.t.Helper()
 	w.ended = true
@@ -142,7 +142,7 @@ func (w *worker) finish() {
 // say prints a worker's reply in one write.
 func say(words ...any) { os.Stdout.WriteString(fmt.Sprintln(words...)) }
 
-// labelKey is the annotation by which tests know an artifact again.
+// labelKey is the annotation with which tests recognize an artifact.
 const labelKey = "com.example.label"
 
 const testType = "application/vnd.example.test"

@@ -32,7 +32,7 @@ type server struct {
 
 	// override may answer a request itself, and then returns true.
 	override func(w http.ResponseWriter, r *http.Request) bool
-	// user and password are what is wanted, by basic authentication or, with token, by the token server at /token.
+	// user and password are required, by basic authentication or, with token, by the token server at /token.
 	user, password string
 	token          bool
 	noReferrers    bool
@@ -390,7 +390,7 @@ func (s *server) tags(w http.ResponseWriter, r *http.Request, repo string) {
 	json.NewEncoder(w).Encode(map[string]any{"name": repo, "tags": tags})
 }
 
-// put stores an artifact with layers on the server and returns its manifest's digest.
+// put stores an artifact with layers on the server, and returns the digest of its manifest.
 func (s *server) put(t testing.TB, repo, tag string, layers ...[]byte) digest.Digest {
 	t.Helper()
 	doc := ocispec.Manifest{MediaType: ocispec.MediaTypeImageManifest, ArtifactType: testType, Config: ocispec.DescriptorEmptyJSON}

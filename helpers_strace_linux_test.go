@@ -15,9 +15,8 @@ import (
 // syncCall is a line of strace: a sync of a file, with the path that its descriptor has.
 var syncCall = regexp.MustCompile(`f(?:data)?sync\(\d+<([^>]*)>`)
 
-// TestRealSyncs looks from outside, with strace, at what a process really
-// syncs; the seam of the other tests sees what it means to sync. The files
-// come first, then the directory that names them, then SQLite's journal.
+// TestRealSyncs sees with strace which files a process syncs. The seam of other tests sees only that
+// a sync was asked for. Files come first, then the directory that names them, then SQLite's journal.
 func TestRealSyncs(t *testing.T) {
 	strace, err := exec.LookPath("strace")
 	if err != nil {

@@ -55,8 +55,8 @@ func churnWorker(in *bufio.Scanner, args []string) error {
 	return nil
 }
 
-// TestOpenCloseChurn: eight processes open, write, read and close one root all
-// the time, so that each Close may be the last, whose checkpoint others run into.
+// TestOpenCloseChurn: eight processes open, write, read and close one root again and again. Each
+// Close may be the last one, and its checkpoint meets the opens of others.
 func TestOpenCloseChurn(t *testing.T) {
 	t.Parallel()
 	const processes = 8
@@ -86,9 +86,9 @@ func TestOpenCloseChurn(t *testing.T) {
 	checkStore(t, root, want)
 }
 
-// TestFirstOpenRaceWithoutLinks is the race for a new root where no hard links
-// can be made. One opener is held right before it renames its index to the free
-// name; nobody else may take that name and lose it, with what was acknowledged, again.
+// TestFirstOpenRaceWithoutLinks is the race for a new root on a file system without hard links. One
+// opener is held right before it renames its index to the free name. If another opener took the name
+// then, the rename would replace its index, and its acknowledged refs would be lost.
 func TestFirstOpenRaceWithoutLinks(t *testing.T) {
 	root := filepath.Join(t.TempDir(), "root")
 	open := func(ref string, fault func(op, name string) error) (done chan error) {

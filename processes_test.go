@@ -19,7 +19,7 @@ import (
 	"github.com/ocilocal/ocilocal"
 )
 
-// publishWorker publishes a number of refs when it is told to.
+// publishWorker publishes a number of refs when its parent sends a line.
 func publishWorker(in *bufio.Scanner, args []string) error {
 	root, name := args[0], args[1]
 	count, err := strconv.Atoi(args[2])
@@ -44,7 +44,7 @@ func publishWorker(in *bufio.Scanner, args []string) error {
 
 func manyRef(name string, i int) string { return fmt.Sprintf("example.com/many/%s:r%d", name, i) }
 
-// TestManyWriters: four processes publish refs of their own, and none is lost.
+// TestManyWriters: four processes publish refs, each under its own names, and no ref is lost.
 func TestManyWriters(t *testing.T) {
 	t.Parallel()
 	const processes = 4
@@ -90,7 +90,7 @@ func TestManyWriters(t *testing.T) {
 	}
 }
 
-// raceWorker publishes an artifact of its own under each ref that it is sent:
+// raceWorker publishes its own artifact under each ref that its parent sends:
 // "REF POLICY" → "OUTCOME INCOMING EXISTING".
 func raceWorker(in *bufio.Scanner, args []string) error {
 	root, name := args[0], args[1]
@@ -150,7 +150,7 @@ func TestRaceForOneRef(t *testing.T) {
 	}
 	want := model{}
 	for round := range rounds {
-		// KeepExisting: one wins, and all the others name it.
+		// KeepExisting: one process wins, and all others report its digest.
 		ref := fmt.Sprintf("example.com/race/keep:r%d", round)
 		var winner string
 		var losers []string
@@ -177,7 +177,7 @@ func TestRaceForOneRef(t *testing.T) {
 			}
 		}
 
-		// Replace: all succeed, one after another: what each replaced forms one chain.
+		// Replace: all succeed, one after the other. The replaced digests form one chain.
 		ref = fmt.Sprintf("example.com/race/replace:r%d", round)
 		want[ref] = names
 		next := map[string]string{}
@@ -211,7 +211,7 @@ func TestRaceForOneRef(t *testing.T) {
 	checkStore(t, root, want)
 }
 
-// openWorker opens, writes to and closes each root that it is sent: "ROOT" → "opened ID".
+// openWorker opens, writes to and closes each root that its parent sends: "ROOT" → "opened ID".
 func openWorker(in *bufio.Scanner, args []string) error {
 	say("ready")
 	for in.Scan() {
@@ -231,7 +231,7 @@ func openWorker(in *bufio.Scanner, args []string) error {
 	return nil
 }
 
-// TestFirstOpenRace: eight processes open a root that isn't there yet.
+// TestFirstOpenRace: eight processes open a root that does not exist yet.
 func TestFirstOpenRace(t *testing.T) {
 	t.Parallel()
 	const processes = 8
@@ -291,7 +291,7 @@ func TestFirstOpenRaceInProcess(t *testing.T) {
 				t.Fatal(err)
 			}
 			want[ref] = []string{"g"}
-			// The handles that are still open see it, and a closed one took nothing of theirs.
+			// The open handles see it. The Close of another handle took nothing from them.
 			for _, later := range rs[i:] {
 				if label, err := readLabelled(later, ref); err != nil || label != "g" {
 					t.Fatalf("%s reads %q, %v", ref, label, err)
@@ -303,8 +303,8 @@ func TestFirstOpenRaceInProcess(t *testing.T) {
 	}
 }
 
-// TestKeepExistingGoroutines: goroutines of one handle race for a ref. Their
-// writes share commits, and still exactly one wins.
+// TestKeepExistingGoroutines: goroutines of one handle race for a ref. Their writes share commits,
+// and exactly one wins.
 func TestKeepExistingGoroutines(t *testing.T) {
 	const goroutines = 16
 	root := filepath.Join(t.TempDir(), "root")
@@ -348,8 +348,8 @@ func TestKeepExistingGoroutines(t *testing.T) {
 	checkStore(t, root, want)
 }
 
-// TestLiveSessionKept: other processes' and handles' opens and publishes leave
-// alone what a live one has in tmp/, and sweep what a dead one left.
+// TestLiveSessionKept: an open or a publish keeps the session of a live process or handle in tmp/,
+// and sweeps the session of a dead one.
 func TestLiveSessionKept(t *testing.T) {
 	root := filepath.Join(t.TempDir(), "root")
 	w := startWorker(t, "hold", root)
@@ -359,7 +359,7 @@ func TestLiveSessionKept(t *testing.T) {
 		t.Fatalf("the worker has %q in tmp/, want two layers", live)
 	}
 
-	// The same in this process, by a handle of its own.
+	// The same in this process, with a second handle.
 	mine := mustOpen(t, root)
 	b, err := mine.NewBuilder(ocilocal.MustParseReference("example.com/hold/mine:v1"), &ocilocal.BuilderOptions{ArtifactType: testType})
 	if err != nil {

@@ -25,13 +25,13 @@ import (
 
 func init() { workers["locked"] = lockedWorker }
 
-// inTransaction is the one file operation that a publish does right after it got the write lock.
+// inTransaction is the first file operation of a publish after it got the write lock.
 const inTransaction = "stat index.sqlite3"
 
-// allSettled is the last that it does before it asks for the lock.
+// allSettled is its last file operation before it asks for that lock.
 const allSettled = "fsyncdir blobs/sha256"
 
-// A stop holds a handle at its first operation of that name until it is let go.
+// A stop holds a handle at its first operation of a name until the test releases it.
 type stop struct {
 	reached, let chan struct{}
 	once         sync.Once
@@ -80,8 +80,8 @@ func publishing(r *ocilocal.LocalRegistry, ref, label string, policy ocilocal.Po
 	}
 }
 
-// TestScheduleKeepExisting: two publishers offer different digests for a ref
-// that neither has seen, with all blobs in place. The first to commit wins.
+// TestScheduleKeepExisting: two publishers offer different digests for a new ref, with all blobs in
+// place. The first to commit wins.
 func TestScheduleKeepExisting(t *testing.T) {
 	root, a, b := twoHandles(t)
 	held := stopAt(a, allSettled)
@@ -99,8 +99,7 @@ func TestScheduleKeepExisting(t *testing.T) {
 	checkStore(t, root, model{newRef: {"b"}})
 }
 
-// TestScheduleStaleExpected: what a compare-and-swap expects is looked at in
-// the transaction, not before.
+// TestScheduleStaleExpected: a compare-and-swap compares in the transaction, not before.
 func TestScheduleStaleExpected(t *testing.T) {
 	root, a, b := twoHandles(t)
 	first, err := publishLabelled(a, newRef, "first", ocilocal.KeepExisting, []byte("x"))
@@ -127,8 +126,8 @@ func TestScheduleStaleExpected(t *testing.T) {
 	checkStore(t, root, model{newRef: {"moved"}})
 }
 
-// TestScheduleCloseDuringPut: Close waits for a layer that comes in, and
-// whatever else is called meanwhile, from that layer's reader too, fails at once.
+// TestScheduleCloseDuringPut: Close waits for a layer that is coming in. Any other call meanwhile
+// fails at once, also one from that layer's reader.
 func TestScheduleCloseDuringPut(t *testing.T) {
 	root := filepath.Join(t.TempDir(), "root")
 	r := mustOpen(t, root)
@@ -173,7 +172,7 @@ func TestScheduleCloseDuringPut(t *testing.T) {
 	checkStore(t, root, model{keptRef: {"kept"}})
 }
 
-// TestScheduleCloseDuringPublish: Close waits for a publish, which comes through.
+// TestScheduleCloseDuringPublish: Close waits for a publish, which succeeds.
 func TestScheduleCloseDuringPublish(t *testing.T) {
 	for range 20 {
 		root := filepath.Join(t.TempDir(), "root")
@@ -240,7 +239,7 @@ func TestCloseWhileWalking(t *testing.T) {
 	}
 }
 
-// TestScheduleOpenDuringLastClose opens a root while its last handle removes what it had in tmp/.
+// TestScheduleOpenDuringLastClose opens a root while its last handle removes its session in tmp/.
 func TestScheduleOpenDuringLastClose(t *testing.T) {
 	root := filepath.Join(t.TempDir(), "root")
 	a := mustOpen(t, root)
@@ -264,8 +263,8 @@ func TestScheduleOpenDuringLastClose(t *testing.T) {
 	checkStore(t, root, model{keptRef: {"a"}, newRef: {"b"}, movedRef: {"b"}})
 }
 
-// TestScheduleImportsShareBlobs: of two imports of the same archive one is
-// cancelled when its blobs have their names. The other has all it needs.
+// TestScheduleImportsShareBlobs: two imports read the same archive. One is cancelled after its blobs
+// have their names, and the other succeeds.
 func TestScheduleImportsShareBlobs(t *testing.T) {
 	root, a, b := twoHandles(t)
 	held := stopAt(a, allSettled)
@@ -288,7 +287,7 @@ func TestScheduleImportsShareBlobs(t *testing.T) {
 	checkStore(t, root, model{newRef: {"imported"}})
 }
 
-// lockedWorker publishes, says "locked" when it has the index's write lock, and keeps it.
+// lockedWorker publishes, says "locked" once it has the index's write lock, and keeps the lock.
 func lockedWorker(in *bufio.Scanner, args []string) error {
 	var armed atomic.Bool
 	r, err := ocilocal.OpenFaulty(context.Background(), args[0], func(op, name string) error {
@@ -305,8 +304,8 @@ func lockedWorker(in *bufio.Scanner, args []string) error {
 	return publishing(r, newRef, "held", ocilocal.KeepExisting)()
 }
 
-// TestScheduleHolderKilled: while a process has the write lock, another
-// waits; once the first is killed, the other goes on, and what the first had begun is not there.
+// TestScheduleHolderKilled: a process waits for the write lock that another one holds. Once the
+// holder is killed, the waiter continues, and the holder's change is not visible.
 func TestScheduleHolderKilled(t *testing.T) {
 	root := filepath.Join(t.TempDir(), "root")
 	r := mustOpen(t, root)
@@ -337,7 +336,7 @@ func TestScheduleHolderKilled(t *testing.T) {
 	checkStore(t, root, model{keptRef: {"next"}})
 }
 
-// TestScheduleClockSkew: what is in use is told by locks, whatever the clock says.
+// TestScheduleClockSkew: locks show which files are in use, whatever the clock says.
 func TestScheduleClockSkew(t *testing.T) {
 	root, a, b := twoHandles(t)
 	builder, err := a.NewBuilder(ocilocal.MustParseReference(newRef), &ocilocal.BuilderOptions{ArtifactType: testType})
@@ -407,7 +406,7 @@ func TestFirstWritesAtOnce(t *testing.T) {
 	}
 }
 
-// The stage: what happens between the blobs' names and the rows.
+// The stage, between the names of blobs and their rows.
 
 // heldBuilder is a builder whose one layer is body.
 func heldBuilder(t *testing.T, r *ocilocal.LocalRegistry, body string) *ocilocal.Builder {
@@ -426,8 +425,8 @@ func heldBuilder(t *testing.T, r *ocilocal.LocalRegistry, body string) *ocilocal
 	return b
 }
 
-// TestHealThenRetry: a publish that has replaced a damaged blob, and so has no
-// file left in tmp/ for it, fails in the transaction. The same builder can try again.
+// TestHealThenRetry: a publish has replaced a damaged blob, so it has no file in tmp/ for it any
+// more, and then its transaction fails. The same builder can try again.
 func TestHealThenRetry(t *testing.T) {
 	root := filepath.Join(t.TempDir(), "root")
 	r := mustOpen(t, root)
@@ -456,9 +455,8 @@ func TestHealThenRetry(t *testing.T) {
 	checkStore(t, root, model{keptRef: {"kept"}, newRef: {"held"}})
 }
 
-// TestCollectedWithoutLinks: on a file system without hard links a blob that is
-// collected before the commit can't be put back. The publish fails, nothing is
-// visible, and a new builder does it.
+// TestCollectedWithoutLinks: without hard links, a publisher cannot restore a blob that a collector
+// deletes before the commit. The publish fails, nothing is visible, and a new builder succeeds.
 func TestCollectedWithoutLinks(t *testing.T) {
 	root := filepath.Join(t.TempDir(), "root")
 	r := mustOpen(t, root)
@@ -489,7 +487,7 @@ func TestCollectedWithoutLinks(t *testing.T) {
 	checkStore(t, root, model{newRef: {"held"}})
 }
 
-// TestLinkedAgainByAnother: a collected blob is put back while another publisher does the same.
+// TestLinkedAgainByAnother: two publishers restore the same collected blob at once.
 func TestLinkedAgainByAnother(t *testing.T) {
 	root := filepath.Join(t.TempDir(), "root")
 	r := mustOpen(t, root)
@@ -514,8 +512,8 @@ func TestLinkedAgainByAnother(t *testing.T) {
 	checkStore(t, root, model{newRef: {"held"}})
 }
 
-// TestUnreadableBlobReplaced: a blob in whose place is something that can't be read
-// as one doesn't keep its bytes from being put.
+// TestUnreadableBlobReplaced: something unreadable has the name of a blob. A publish of that blob
+// replaces it.
 func TestUnreadableBlobReplaced(t *testing.T) {
 	r := openTemp(t, nil)
 	a, layer := oneLayer(t, r, keptRef, []byte("body"))

@@ -18,14 +18,14 @@ import (
 	"github.com/ocilocal/ocilocal"
 )
 
-// The collector, at grace 0, against one other call: each test stops one of the
-// two somewhere, lets the other do what it can, and looks at what is left.
+// A collection at grace 0 against one other call. Each test stops one of the two at some operation,
+// runs the other as far as it gets, and checks the root.
 
-// inBoth is the layer that everything made by publishing has.
+// inBoth is the layer of every artifact that publishing makes.
 var inBoth = digest.FromString("in both")
 
-// withOrphan opens a root twice that has keptRef, labelled "kept", and what nothing
-// needs any more: the manifest and the layer of an artifact labelled "dead".
+// withOrphan opens a root twice. It has keptRef, labelled "kept", and garbage: the manifest and the
+// layer of an artifact labelled "dead".
 func withOrphan(t *testing.T) (root string, a, b *ocilocal.LocalRegistry, kept, dead digest.Digest) {
 	t.Helper()
 	root, a, b = twoHandles(t)
@@ -43,8 +43,8 @@ func withOrphan(t *testing.T) (root string, a, b *ocilocal.LocalRegistry, kept, 
 	return root, a, b, kept, dead
 }
 
-// collecting is a collection that is to find so many manifests and blobs to delete,
-// of which so many come into use before it is their turn.
+// collecting is a collection that finds a number of manifests and blobs to delete, some of which
+// come into use before it deletes them.
 func collecting(r *ocilocal.LocalRegistry, manifests, blobs, revived int) func() error {
 	return func() error {
 		report, err := r.GC(context.Background(), atOnce)
@@ -55,11 +55,11 @@ func collecting(r *ocilocal.LocalRegistry, manifests, blobs, revived int) func()
 	}
 }
 
-// marked is where a collector has read the index and blobs/, and looks at the bytes
-// of what is to stay. It has not asked for the lock.
+// marked is the operation at which a collector has read the index and blobs/, and reads the
+// manifests that stay. It has not asked for the lock.
 func marked(kept digest.Digest) string { return "open blobs/sha256/" + kept.Encoded() }
 
-// locked starts a call that has to wait for the write lock, which another handle holds.
+// locked starts a call that waits for the write lock of another handle.
 func locked(t *testing.T, r *ocilocal.LocalRegistry, call func() error) (done chan error) {
 	t.Helper()
 	done = make(chan error, 1)
@@ -95,7 +95,8 @@ func closeAndCheck(t *testing.T, root string, a, b *ocilocal.LocalRegistry, want
 	checkCollected(t, root, want)
 }
 
-// TestScheduleCollectDuringCommit: what is being committed was garbage when the collector read the index.
+// TestScheduleCollectDuringCommit: a publish commits blobs that were garbage when the collector read
+// the index.
 func TestScheduleCollectDuringCommit(t *testing.T) {
 	root, a, b, _, _ := withOrphan(t)
 	held := stopAt(a, inTransaction)
@@ -106,8 +107,8 @@ func TestScheduleCollectDuringCommit(t *testing.T) {
 	closeAndCheck(t, root, a, b, model{keptRef: {"kept"}, newRef: {"dead"}})
 }
 
-// TestSchedulePublishMarked: what the collector has found dead is published, whole,
-// before it deletes anything.
+// TestSchedulePublishMarked: an artifact that the collector has found dead is published before the
+// collector deletes anything.
 func TestSchedulePublishMarked(t *testing.T) {
 	root, a, b, kept, _ := withOrphan(t)
 	held := stopAt(a, marked(kept))
@@ -120,8 +121,8 @@ func TestSchedulePublishMarked(t *testing.T) {
 	closeAndCheck(t, root, a, b, model{keptRef: {"kept"}, newRef: {"dead"}})
 }
 
-// TestScheduleReuseBetweenUnlinks: the collector has deleted a manifest and is about to
-// delete its layer; a publisher finds that layer in the store and relies on it.
+// TestScheduleReuseBetweenUnlinks: the collector has deleted a manifest and is about to delete its
+// layer. A publisher finds that layer in the store and relies on it.
 func TestScheduleReuseBetweenUnlinks(t *testing.T) {
 	for name, add := range map[string]func(b *ocilocal.Builder) error{
 		"streamed": func(b *ocilocal.Builder) error {
@@ -153,8 +154,8 @@ func TestScheduleReuseBetweenUnlinks(t *testing.T) {
 	}
 }
 
-// TestScheduleTwoCollectors: one is stopped, before it asks for the lock and
-// between two files, while another collects the same.
+// TestScheduleTwoCollectors: one collector is stopped, before it asks for the lock or between two
+// files, while another collects the same files.
 func TestScheduleTwoCollectors(t *testing.T) {
 	t.Run("marked", func(t *testing.T) {
 		root, a, b, kept, _ := withOrphan(t)
@@ -184,8 +185,8 @@ func TestScheduleTwoCollectors(t *testing.T) {
 	})
 }
 
-// TestScheduleCollectAndReplace: between the collector's look and its deleting, a ref moves from
-// what it found alive to what it found dead. The latter stays; the former goes by the next collection.
+// TestScheduleCollectAndReplace: after the mark and before the deletion, a ref moves from a live
+// artifact to a dead one. The second stays. The next collection removes the first.
 func TestScheduleCollectAndReplace(t *testing.T) {
 	root, a, b, kept, dead := withOrphan(t)
 	held := stopAt(a, marked(kept))
@@ -202,8 +203,8 @@ func TestScheduleCollectAndReplace(t *testing.T) {
 	closeAndCheck(t, root, a, b, model{keptRef: {"dead"}})
 }
 
-// TestScheduleReadCollected: a reader that is open when its blob is collected has all
-// the bytes; one that is opened later says that they are not there, and not that they are damaged.
+// TestScheduleReadCollected: a reader that is open when its blob is collected returns all bytes. A
+// later one reports that the blob is not found, not that it is damaged.
 func TestScheduleReadCollected(t *testing.T) {
 	if runtime.GOOS == "windows" {
 		t.Skip("an open file can't be deleted there")
@@ -246,8 +247,8 @@ func TestScheduleReadCollected(t *testing.T) {
 	closeAndCheck(t, root, a, b, model{})
 }
 
-// withdrawing has one handle stop at the layer that only the artifact under newRef has, while
-// another removes and collects that artifact.
+// withdrawing stops one handle at the layer that only the artifact under newRef has, while another
+// handle removes and collects that artifact.
 func withdrawing(t *testing.T, call func(r *ocilocal.LocalRegistry, ref ocilocal.Reference) error) error {
 	t.Helper()
 	root, a, b := twoHandles(t)
@@ -272,8 +273,8 @@ func withdrawing(t *testing.T, call func(r *ocilocal.LocalRegistry, ref ocilocal
 	return err
 }
 
-// TestScheduleExportCollected: an export whose artifact is collected meanwhile fails, and
-// leaves nothing at its target that looks complete.
+// TestScheduleExportCollected: if its artifact is collected meanwhile, an export fails, and its
+// target holds nothing that looks complete.
 func TestScheduleExportCollected(t *testing.T) {
 	target := filepath.Join(t.TempDir(), "target")
 	withdrawing(t, func(r *ocilocal.LocalRegistry, ref ocilocal.Reference) error {
@@ -292,8 +293,8 @@ func TestScheduleExportCollected(t *testing.T) {
 	}
 }
 
-// TestSchedulePushCollected: a push whose artifact is collected meanwhile fails, and the
-// registry has no manifest. One whose artifact stays doesn't notice a collection.
+// TestSchedulePushCollected: if its artifact is collected meanwhile, a push fails, and the registry
+// has no manifest. If its artifact stays, a push does not notice the collection.
 func TestSchedulePushCollected(t *testing.T) {
 	s := newServer(t)
 	push := func(r *ocilocal.LocalRegistry, ref ocilocal.Reference, to string) error {
@@ -318,8 +319,8 @@ func TestSchedulePushCollected(t *testing.T) {
 	closeAndCheck(t, root, a, b, model{keptRef: {"kept"}})
 }
 
-// TestCollectClockSkew: the clock was a year ahead, or behind, when things were written. With
-// a grace, what seems to come from the future is kept; without, its age doesn't matter.
+// TestCollectClockSkew: the clock was a year ahead, or behind, when content was written. A collection
+// with a grace keeps content that seems to come from the future. Without a grace, age does not matter.
 func TestCollectClockSkew(t *testing.T) {
 	for _, years := range []int{-1, 1} {
 		t.Run(fmt.Sprint(years), func(t *testing.T) {
@@ -347,8 +348,8 @@ func TestCollectClockSkew(t *testing.T) {
 	}
 }
 
-// TestScheduleKeepReferrersBesideCollector: a collector that keeps no referrers has deleted the file of one, and
-// not yet its row, when one that keeps them looks.
+// TestScheduleKeepReferrersBesideCollector: a collector that keeps no referrers has deleted the file of
+// one, and not yet its row, when another collector that keeps referrers reads the index.
 func TestScheduleKeepReferrersBesideCollector(t *testing.T) {
 	root, a, b := twoHandles(t)
 	image := published(t, a, "example.com/image:v1", "image", nil)
@@ -370,8 +371,8 @@ func TestScheduleKeepReferrersBesideCollector(t *testing.T) {
 	closeAndCheck(t, root, a, b, model{"example.com/image:v1": {""}})
 }
 
-// TestScheduleWrittenAgainWithoutLinks: without hard links a publisher that has settled can't put back what a
-// collector deletes. So one that found a file dead leaves it, if it was deleted and written again since.
+// TestScheduleWrittenAgainWithoutLinks: without hard links, a publisher that has settled cannot restore
+// a file that a collector deletes. So a collector keeps a dead file that was written again since.
 func TestScheduleWrittenAgainWithoutLinks(t *testing.T) {
 	root, a, b, kept, dead := withOrphan(t)
 	publisher := mustOpen(t, root)
