@@ -45,7 +45,7 @@ func (a *LocalArtifact) FS(ctx context.Context) (fs.FS, error) {
 // [Reference.String] is the path of its artifact: ghcr.io/org/app:v1/config.json. What is
 // seen is what the index has at each call. ctx governs all use of the tree, which is safe for concurrent use.
 func (r *LocalRegistry) FS(ctx context.Context) fs.FS {
-	return &view{ctx: ctx, registry: r, tree: &refTree{ctx, r}}
+	return &view{ctx: ctx, registry: r, tree: &refTree{ctx: ctx, registry: r}}
 }
 
 // A view makes an [fs.FS] of what a tree knows.
@@ -399,6 +399,40 @@ func sortEntries(all []fs.DirEntry) {
 type refTree struct {
 	ctx      context.Context
 	registry *LocalRegistry
+
+	mu     sync.Mutex
+	recent []recentTree // guarded by mu; the latest first, at most maxRecentTrees
+}
+
+// A recentTree is the layers of a manifest. A manifest never changes, so they do not either.
+type recentTree struct {
+	manifest digest.Digest
+	layers   layerTree
+}
+
+// maxRecentTrees is how many artifacts can be read side by side without reading the manifest
+// again for each of their layers.
+const maxRecentTrees = 8
+
+// layers returns the tree of an artifact's layers. A walk asks for it at each of its layers: so
+// the latest trees are kept, or the cost would grow with the square of their number.
+func (t *refTree) layers(ref Reference, desc ocispec.Descriptor) (layerTree, error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	i := slices.IndexFunc(t.recent, func(r recentTree) bool { return r.manifest == desc.Digest })
+	if i >= 0 {
+		tree := t.recent[i]
+		t.recent = slices.Insert(slices.Delete(t.recent, i, i+1), 0, tree)
+		return tree.layers, nil
+	}
+	layers, err := t.registry.newArtifact(ref, desc, nil).Layers(t.ctx)
+	if err != nil {
+		return nil, err
+	}
+	tree := newLayerTree(layers)
+	t.recent = slices.Insert(t.recent, 0, recentTree{desc.Digest, tree})
+	t.recent = t.recent[:min(len(t.recent), maxRecentTrees)]
+	return tree, nil
 }
 
 // artifact returns the layers of the artifact in whose tree name is, and the path
@@ -422,9 +456,9 @@ func (t *refTree) artifact(name string) (layerTree, string, error) {
 	}); err != nil {
 		return nil, "", err
 	}
-	layers, err := t.registry.newArtifact(ref, desc, nil).Layers(t.ctx)
+	layers, err := t.layers(ref, desc)
 	rest := path.Join(parts[i+2:]...)
-	return newLayerTree(layers), cmp.Or(rest, "."), err
+	return layers, cmp.Or(rest, "."), err
 }
 
 func (t *refTree) look(name string) (viewInfo, error) {

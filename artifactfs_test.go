@@ -11,6 +11,7 @@ import (
 	"net/http/httptest"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"testing/fstest"
 
@@ -271,6 +272,63 @@ func TestRegistryFS(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
 	if _, err := fs.ReadDir(r.FS(ctx), "."); !errors.Is(err, context.Canceled) {
+		t.Error(err)
+	}
+}
+
+// TestRegistryFSCost: reading all layers of an artifact reads its manifest once, and not once
+// for each layer, which would take a time that grows with the square of their number.
+func TestRegistryFSCost(t *testing.T) {
+	r := openTemp(t, nil)
+	var refs []string
+	var manifests []digest.Digest
+	for i := range 3 { // walked in turns, too
+		var pairs []string
+		for j := range 40 {
+			pairs = append(pairs, fmt.Sprintf("dir%d/file%d", j%5, j), fmt.Sprint("layer ", i, j))
+		}
+		a := titled(t, r, fmt.Sprintf("example.com/fs/cost:v%d", i), pairs...)
+		refs = append(refs, a.Reference().String())
+		manifests = append(manifests, a.Digest())
+	}
+	var mu sync.Mutex
+	opened := map[string]int{}
+	ocilocal.SetFault(r, func(op, name string) error {
+		mu.Lock()
+		defer mu.Unlock()
+		if op == "open" {
+			opened[name]++
+		}
+		return nil
+	})
+	defer ocilocal.SetFault(r, nil)
+	fsys := r.FS(t.Context())
+	for j := range 40 {
+		for i, ref := range refs {
+			b, err := fs.ReadFile(fsys, fmt.Sprintf("%s/dir%d/file%d", ref, j%5, j))
+			if err != nil || string(b) != fmt.Sprint("layer ", i, j) {
+				t.Fatalf("%q, %v", b, err)
+			}
+		}
+	}
+	if err := fstest.TestFS(fsys, refs[0]+"/dir0/file0", refs[2]+"/dir4/file39"); err != nil {
+		t.Error(err)
+	}
+	for _, d := range manifests {
+		if n := opened["blobs/sha256/"+d.Encoded()]; n != 1 {
+			t.Errorf("manifest %s was opened %d times", d, n)
+		}
+	}
+
+	// A ref that is moved shows its new artifact at once.
+	moved := titled(t, r, "example.com/fs/other:v1", "new", "new")
+	if _, err := r.Tag(t.Context(), moved.Digest(), ref(refs[0]), &ocilocal.PublishOptions{Policy: ocilocal.Replace}); err != nil {
+		t.Fatal(err)
+	}
+	if b, err := fs.ReadFile(fsys, refs[0]+"/new"); err != nil || string(b) != "new" {
+		t.Errorf("%q, %v", b, err)
+	}
+	if _, err := fs.Stat(fsys, refs[0]+"/dir0"); !errors.Is(err, fs.ErrNotExist) {
 		t.Error(err)
 	}
 }
