@@ -52,7 +52,7 @@ func unpackGolden(t *testing.T, name string) string {
 	}
 }
 
-// demoRef is what the tools call the content of most golden files.
+// demoRef is the name that the content of most golden files has.
 const demoRef = "ghcr.io/example/demo:v1"
 
 // goldenEntries are the entries of the archives and layouts: what each is called there, the reference
@@ -89,8 +89,8 @@ const (
 	ommx3Digest = "e19716526b9b366352072bd1eecd55c0ae9caf0d7a2fda2822df937c1aff36f7"
 )
 
-// TestGolden imports what real tools have written, by each door that takes it, and exports and imports it
-// again: names and digests stay what the tools say.
+// TestGolden imports files of real tools through each door that takes them, and then exports and
+// imports the content again. Names and digests are those that the tools report.
 func TestGolden(t *testing.T) {
 	for name, want := range goldenEntries {
 		t.Run(name, func(t *testing.T) {
@@ -165,8 +165,8 @@ func TestGoldenRefused(t *testing.T) {
 	}
 }
 
-// TestGoldenOMMX imports the registries of versions 2 and 3 of the OMMX SDK. Those of version 3 are as
-// their process has left them: most rows are in SQLite's log.
+// TestGoldenOMMX imports the registries of versions 2 and 3 of the OMMX SDK. The processes of version
+// 3 ended without a checkpoint, so that most rows are in SQLite's log.
 func TestGoldenOMMX(t *testing.T) {
 	r := openTemp(t, nil)
 	report, err := r.ImportLegacy(t.Context(), unpackGolden(t, "ommx-2.9.3-tree.tar.gz"), nil)

@@ -79,6 +79,7 @@ func (h *harnessRound) fullDisk(t *testing.T, mnt string) {
 	h.each = func(c *harnessConfig, _ *rand.Rand) { c.Allow = []string{"space"} }
 }
 
+// mixes are the conditions of TestHarness. The first one is that of the quick size.
 var mixes = []mix{
 	{"plain", func(*testing.T, *harnessRound) {}},
 	{"stopped", func(_ *testing.T, h *harnessRound) { // longer than the others wait for the lock
@@ -92,7 +93,7 @@ var mixes = []mix{
 	{"full tmpfs", func(t *testing.T, h *harnessRound) { h.fullDisk(t, mountTmpfs(t, "size=20m")) }},
 	{"full ext4", func(t *testing.T, h *harnessRound) { h.fullDisk(t, mountExt4(t, 20<<20)) }},
 	{"clocks", func(t *testing.T, h *harnessRound) {
-		binary := buildClockBinary(t)
+		binary := clockBinary(t)
 		h.start = func(t *testing.T, rng *rand.Rand, args string) *worker {
 			off := clockEnv + "=" + strconv.FormatInt(daysOff(rng, 700), 10)
 			return startCommand(t, "harness", exec.Command("env", off, binary, args))
@@ -179,23 +180,21 @@ var mixes = []mix{
 	}},
 }
 
-// TestHarness lets processes do everything that the public API offers with one root, under conditions
-// that differ from mix to mix, and kills each in the middle of a call. It knows what they did from
-// their own logs, and the state of the root from its own SQL and hashing. After each round: no
-// change that was acknowledged is lost, no read saw what could not be, no ref dangles or has a name
-// that nobody gave, every blob hashes to its name, and a collection leaves what refs need and no more.
+// TestHarness lets processes make every kind of call of the public API on one root, and kills each
+// process in the middle of a call. The conditions differ from mix to mix. The judge knows the calls
+// from the processes' logs, and the root from its own SQL and hashing. After each round it checks that
+//   - no acknowledged change is lost, and no read returned a value that the ref cannot have had;
+//   - no ref dangles, and no ref has a name that no call gave;
+//   - every blob file hashes to its name;
+//   - a collection leaves exactly the closure of the refs;
+//   - every error had a type and an explanation in the mix, and none reported damage.
 func TestHarness(t *testing.T) {
-	const processes, lives = 8, 2
-	run, kills := mixes, 0
-	switch deepLevel() {
-	case 0:
-		t.Skip("OCILOCAL_DEEP is not set")
-	case 1:
-		kills = 200
-	default:
-		kills = 10_000
+	processes, lives, run := scaled(4, 8, 8), scaled(1, 2, 2), mixes
+	if deepLevel() == 0 {
+		run = mixes[:1]
 	}
-	rounds := max(1, (kills+len(run)*processes*lives-1)/(len(run)*processes*lives))
+	each := len(run) * processes * lives
+	rounds := (scaled(each, 200, 10_000) + each - 1) / each
 	all, calls, restored := 0, 0, 0
 	for _, m := range run {
 		t.Run(m.name, func(t *testing.T) {

@@ -1,5 +1,5 @@
-// What TestHarness needs besides its worker: a clock that all processes share, the history of
-// each ref, and the conditions under which its processes run.
+// Helpers of TestHarness: a clock that all processes share, the history of each ref, and the
+// conditions under which the processes run. helpers_harnessworker_linux_test.go has the processes.
 
 package ocilocal_test
 
@@ -184,7 +184,7 @@ func TestHarnessHistory(t *testing.T) {
 	}
 }
 
-// mountExt4 mounts an ext4 file system of its own in a file of that size for the length of the test.
+// mountExt4 mounts a new ext4 file system of that size, in a file, until the test ends.
 func mountExt4(t *testing.T, size int64) string {
 	t.Helper()
 	dir := t.TempDir()
@@ -277,14 +277,20 @@ func setImmutable(on bool, names ...string) error {
 	return nil
 }
 
-// clockEnv holds how many seconds a process of clockBinary is ahead, or behind if negative.
+// clockEnv holds the offset in seconds of the clock of a process that clockBinary has built.
 const clockEnv = "OCILOCAL_TEST_CLOCK"
 
-// buildClockBinary builds these tests once more, with a standard library whose time.Now adds an
-// offset. Nothing else can shift the clock of one Go program: it asks the kernel itself, so a
-// preloaded library that replaces libc's functions has no effect.
-func buildClockBinary(t *testing.T) string {
+// lastClockBinary is the result of the last clockBinary, which may be deleted by now.
+var lastClockBinary string
+
+// clockBinary builds these tests with a standard library whose time.Now adds an offset, unless the
+// running test has built them before. A Go program asks the kernel itself for the time, so a
+// preloaded library that replaces functions of libc has no effect on it.
+func clockBinary(t *testing.T) string {
 	t.Helper()
+	if _, err := os.Stat(lastClockBinary); err == nil {
+		return lastClockBinary
+	}
 	goTool, err := exec.LookPath("go")
 	if err != nil {
 		t.Skip("there is no go command to build a process with another clock")
@@ -334,8 +340,11 @@ var ocilocalOffset = func() (sec int64) {
 	if out, err := exec.Command(goTool, "test", "-c", "-vet=off", "-overlay", overlay, "-o", binary, ".").CombinedOutput(); err != nil {
 		t.Fatalf("%v: %s", err, out)
 	}
+	lastClockBinary = binary
 	return binary
 }
 
 // daysOff returns a random offset of a clock, in seconds.
-func daysOff(rng *rand.Rand, most int64) int64 { return rng.Int64N(2*most*86400) - most*86400 }
+func daysOff(rng *rand.Rand, maxDays int64) int64 {
+	return rng.Int64N(2*maxDays*86400) - maxDays*86400
+}

@@ -54,8 +54,8 @@ type harnessConfig struct {
 	Allow     []string // names in harnessAllowed
 }
 
-// harnessAllowed are the errors that the conditions of a mix explain. Any other error is a fault:
-// above all one that reports such a condition as damage.
+// harnessAllowed are the errors that the conditions of a mix explain. Any other error is a fault,
+// above all an error that reports such a condition as damage.
 var harnessAllowed = map[string][]error{
 	"busy":     {ocilocal.ErrBusy},
 	"space":    {ocilocal.ErrNoSpace},
@@ -255,7 +255,7 @@ func (w *harnessWorker) change(rng *rand.Rand, name string, ref ocilocal.Referen
 	return outcome == "ok"
 }
 
-// open opens the root, and closes what was open: under the calls of other goroutines, if there are any.
+// open opens the root and closes the handle before it, possibly under calls of other goroutines.
 func (w *harnessWorker) open() error {
 	r, err := ocilocal.Open(context.Background(), w.Root, &ocilocal.Options{BusyTimeout: w.Busy, Remote: w.remote})
 	w.counted("open", w.judge("open", err))
@@ -483,8 +483,8 @@ func (w *harnessWorker) read(rng *rand.Rand) {
 	})
 }
 
-// movedSince is for a ref that points at an artifact, whose blob was missing a moment ago. It may have been
-// moved away, collected, and moved back in between; then the artifact is whole now.
+// movedSince reports whether a ref has moved since a blob of its artifact was missing. It may also
+// have moved away and back, with a collection in between; then the artifact is whole now.
 func (w *harnessWorker) movedSince(ctx context.Context, r *ocilocal.LocalRegistry, ref ocilocal.Reference, desc ocispec.Descriptor) bool {
 	for range 3 {
 		if _, err := w.contents(ctx, r, desc, false); err == nil {
@@ -547,7 +547,7 @@ func (w *harnessWorker) contents(ctx context.Context, r *ocilocal.LocalRegistry,
 	return label, nil
 }
 
-// list lists all refs. None may have a name that nobody ever gave.
+// list lists all refs. Each must have a name that a call gave.
 func (w *harnessWorker) list(rng *rand.Rand) {
 	w.call(rng, "list", func(ctx context.Context, r *ocilocal.LocalRegistry) error {
 		for ref, err := range r.Refs(ctx, nil) {
@@ -559,7 +559,7 @@ func (w *harnessWorker) list(rng *rand.Rand) {
 				known = known || ref.Reference == harnessRef(n)
 			}
 			if !known {
-				w.fault("%s is listed, and nobody made it", ref.Reference)
+				w.fault("%s is listed, and no call made it", ref.Reference)
 			}
 		}
 		return nil
@@ -705,7 +705,7 @@ func (w *harnessWorker) verify(rng *rand.Rand) {
 	})
 }
 
-// repair finds nothing that is damaged. What other processes are about may be recorded, or written again.
+// repair finds no damage. It may record or rewrite what other processes are working on.
 func (w *harnessWorker) repair(rng *rand.Rand) {
 	w.call(rng, "repair", func(ctx context.Context, r *ocilocal.LocalRegistry) error {
 		report, err := r.Repair(ctx, nil)

@@ -72,7 +72,7 @@ func FuzzCanonical(f *testing.F) {
 		spec := ocilocal.ManifestSpec{ArtifactType: artifactType, Layers: []ocispec.Descriptor{layer}, Annotations: annotations, Subject: &subject}
 		m, err := ocilocal.BuildManifest(format, spec)
 		if err != nil {
-			return // the manifest's own rules have tests of their own
+			return // TestBuildManifestRefuses has the rules
 		}
 		checkSpelling(t, m.Bytes())
 		spec.Annotations = map[string]string{key2: value2}
@@ -97,7 +97,7 @@ func FuzzCanonical(f *testing.F) {
 	})
 }
 
-// withoutEmpty leaves out list elements and a platform that say nothing, which JSON does not keep apart.
+// withoutEmpty drops a platform without content, which is not written as such.
 func withoutEmpty(d ocispec.Descriptor) ocispec.Descriptor {
 	if d.Platform != nil && reflect.DeepEqual(*d.Platform, ocispec.Platform{}) {
 		d.Platform = nil

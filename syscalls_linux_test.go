@@ -85,7 +85,7 @@ func (p syscallPoint) String() string {
 	return fmt.Sprintf("%s, %s number %d: %s", flows[p.flow].name, p.call, p.n, p.fault)
 }
 
-// faultedCalls are those by which this package and SQLite reach files.
+// faultedCalls are the system calls with which this package and SQLite reach files.
 var faultedCalls = strings.Split("openat read write pread64 pwrite64 fsync fdatasync ftruncate mkdirat linkat renameat unlinkat "+
 	"fchmod fchmodat fcntl flock mmap newfstatat getdents64", " ")
 
@@ -159,14 +159,12 @@ func (tr trace) last() string {
 	return tr.said[len(tr.said)-1]
 }
 
-// TestSyscallFaults lets the system calls of each flow fail, or kill the process, one at a time, from
-// outside: those of this package and those of SQLite. The call that meets the fault
-// has done everything or nothing, its error is typed and doesn't speak of damage, and
-// the next process goes on at once. Every fault is proved to have hit, by strace's log.
+// TestSyscallFaults makes one system call of a flow fail, or kills the process in it, from outside: a
+// call of this package or of SQLite. The flow has done everything or nothing. Its error has a type
+// and does not report damage. The next process goes on at once. strace's log proves that each fault
+// has hit. The gate takes some points of each system call; the full form takes all.
 func TestSyscallFaults(t *testing.T) {
-	if deepLevel() == 0 {
-		t.Skip("OCILOCAL_DEEP is not set")
-	}
+	needsDeep(t, "strace slows each run down")
 	strace, err := exec.LookPath("strace")
 	if err != nil {
 		t.Skip("strace is not installed: nothing makes system calls fail")
@@ -239,7 +237,7 @@ func TestSyscallFaults(t *testing.T) {
 	t.Logf("seed %d: %d of %d points, %d of them not there, hit by system call: %v", seed, len(points), all, absent, hits)
 }
 
-// unsynced matches the sync of what is or becomes a blob, or of their directory, but not of SQLite's files.
+// unsynced matches the path of a blob, of a file that becomes one, or of their directory.
 var unsynced = regexp.MustCompile(`<[^>]*/root/(?:tmp/[^/>]+/[^/>.]+|blobs/[^>]*)>`)
 
 // hit does the flow with its fault, judges the outcome, and reports whether the fault came at all.
@@ -265,7 +263,7 @@ func (p syscallPoint) hit(t *testing.T, strace string, before int) (bool, trace)
 	case tr.last() != "closed" && !strings.HasPrefix(wrong, "nothing: "):
 		t.Errorf("the call says %q after %s", tr.last(), tr.injected)
 	}
-	// What can't be synced is not on disk.
+	// A blob whose sync failed is not on disk.
 	if done && p.fault != "kill" && (p.call == "fsync" || p.call == "fdatasync") {
 		for _, line := range tr.injected {
 			if unsynced.MatchString(line) {
