@@ -6,7 +6,6 @@ package ocilocal
 
 import (
 	"bytes"
-	"cmp"
 	"context"
 	"database/sql"
 	"fmt"
@@ -193,9 +192,16 @@ func CollectClosures(ctx context.Context, r *LocalRegistry, entries []ocispec.De
 // SetLegacyRoot is [Options.LegacyRoot] for an open registry. No call may be under way.
 func SetLegacyRoot(r *LocalRegistry, dir string) { r.opts.LegacyRoot = dir }
 
+// LegacyName decides what an entry of an OMMX v2 registry is called.
+var LegacyName = legacyName
+
+// LegacyPaths returns where an OMMX v2 registry may keep a reference.
+var LegacyPaths = legacyPaths
+
 // TarEntry is one entry as the reader of archives sees it.
 type TarEntry struct {
 	Name   string
+	Alias  string // of a sparse file, in some programs
 	Size   int64
 	Kind   byte
 	Sparse bool
@@ -222,7 +228,7 @@ func TarEntries(src io.Reader) (entries []TarEntry, err error) {
 		if err != nil {
 			return nil, err
 		}
-		entries = append(entries, TarEntry{cmp.Or(e.alias, e.name), e.size, e.kind, e.sparse, e.odd, string(data)})
+		entries = append(entries, TarEntry{e.name, e.alias, e.size, e.kind, e.sparse, e.odd, string(data)})
 	}
 }
 

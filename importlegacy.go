@@ -228,8 +228,11 @@ func legacyName(entry string, descs []ocispec.Descriptor) (Reference, error) {
 		return Reference{}, fmt.Errorf("%w: path has not the form host/repository/__tag", ErrInvalidLayout)
 	}
 	tag := rest[i+len("/__"):]
-	if alg, hex, ok := strings.Cut(tag, "__"); ok && digestHexLen(digest.Algorithm(alg)) == len(hex) {
-		tag = alg + ":" + hex
+	// The tag sha256__<64 digits> has the path of that digest. Only the content tells them apart.
+	if alg, hex, ok := strings.Cut(tag, "__"); ok {
+		if d := digest.NewDigestFromEncoded(digest.Algorithm(alg), hex); checkDigest(d) == nil && len(descs) == 1 && descs[0].Digest == d {
+			tag = string(d)
+		}
 	}
 	return parseLegacyName(strings.Replace(host, "__", ":", 1) + "/" + rest[:i] + ":" + tag)
 }
