@@ -10,6 +10,7 @@ import (
 	"database/sql"
 	"fmt"
 	"io"
+	"slices"
 	"time"
 
 	"github.com/opencontainers/go-digest"
@@ -243,3 +244,22 @@ var WriteEntry = writeEntry
 func AskHelper(ctx context.Context, name, host string, limit time.Duration) (Credential, error) {
 	return askHelper(ctx, name, host, limit)
 }
+
+// Parallel runs do with each number below n.
+func Parallel(workers, n int, do func(i int)) {
+	parallel(workers, slices.All(make([]struct{}, n)), func(i int, _ struct{}) { do(i) })
+}
+
+// RunTasks starts functions as tasks, most of them at once, and waits for them.
+func RunTasks(ctx context.Context, most int, fns ...func(context.Context) error) (err error) {
+	t := newTasks(ctx, most)
+	for _, fn := range fns {
+		if err = t.start(func() error { return fn(t.ctx) }); err != nil {
+			break
+		}
+	}
+	return t.wait(err)
+}
+
+// ReadBounded reads all of src.
+var ReadBounded = readBounded

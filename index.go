@@ -57,7 +57,7 @@ func openIndex(ctx context.Context, db database, busy time.Duration, schema [][]
 	return x, nil
 }
 
-// openUnchecked opens a database that may be damaged, or another's.
+// openUnchecked opens a database that may be damaged, or another program's.
 func openUnchecked(db database, busy time.Duration, schema [][]string) (*index, error) {
 	x := &index{busy: busy, schema: schema, db: db, stmts: map[string]*sql.Stmt{}}
 	var err error
@@ -137,12 +137,12 @@ func (x *index) query(ctx context.Context, text string, args []any) (*sql.Rows, 
 // Keys of the table meta.
 const (
 	metaID = "id" // the id of the root that this index belongs to
-	// metaUnreconciled is set while the index is not known to name all that
-	// blobs/ holds: it was made new beside blobs. Nothing may be collected then.
+	// metaUnreconciled is set while the index may not name all blobs, since it was created
+	// beside them. Nothing may be collected then.
 	metaUnreconciled = "unreconciled"
 	// metaCommits counts the transactions that changed the index, for [indexTx.stamp].
 	metaCommits = "commits"
-	// metaBackup is refsMark as the last backup to this root left it.
+	// metaBackup is refsMark after the last backup to this root.
 	metaBackup = "backup"
 )
 const (
@@ -151,7 +151,7 @@ const (
 	sqlDeleteMeta = `DELETE FROM meta WHERE key = ?`
 )
 
-// meta returns a value of the table meta, "" when there is none.
+// meta returns a value of the table meta, "" if there is none.
 func meta(q queryer, key string) (value string, err error) {
 	_, err = q.row(sqlGetMeta, []any{key}, &value)
 	return value, err

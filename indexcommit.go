@@ -8,8 +8,33 @@ import (
 	"time"
 )
 
-// busyPoll is how long SQLite itself waits for the write lock. It looks again after 1 ms,
-// then after twice as long, and so on; being short, it looks often, and begin can look at contexts in between.
+// Group commit. A durable commit costs an fsync, so callers share them: while one goroutine commits, the
+// requests of others queue up, and the next commit takes all of them. There is no goroutine for
+// this. One of the callers leads: it commits a batch, and then hands the lead to the first in the queue.
+//
+//	             request                    lead                      commit
+//	caller ───▶ in x.queue ──────────▶ in the leader's batch ──────▶ answered by done
+//	             │        ▲                  │
+//	             │        └── rest: the leader had its answer, and the batch has not begun
+//	             └─ withdraw: its context ended
+//
+// Who owns a request:
+//
+//   - In x.queue, its caller does. It may withdraw, unless it was told to lead: whoever leads must hand
+//     the lead on, or all later calls would wait for ever. Both are decided under x.mu.
+//   - In a batch, the leader does. The caller waits for the answer even if its context ends, because its part
+//     may be committed. The leader looks at the contexts of its batch until the write lock is held.
+//   - Each request is answered once. done and lead have room for their one message, so that
+//     nobody blocks on a caller that has not come to reading it.
+//
+// x.leading is set as long as somebody leads or has been told to. Only the leader uses x.writer.
+//
+// A request that fails undoes its own savepoint and nothing else. A request that panics, or
+// a transaction that SQLite has ended, fails the whole batch: nothing of it is committed. A request
+// that acts outside the index is alone in its transaction, so that no other one can undo what it relies on.
+
+// busyPoll is how long SQLite itself waits for the write lock. It looks again after 1 ms, then after twice
+// as long, and so on. A short wait looks often, and begin looks at contexts in between.
 const busyPoll = 5 * time.Millisecond
 
 // A writeRequest is one caller's part of a write transaction.
@@ -19,7 +44,7 @@ type writeRequest struct {
 	alone    bool          // shares its transaction with nobody
 	deadline time.Time     // when it has waited long enough for other processes
 	done     chan error    // buffered; the outcome
-	lead     chan struct{} // buffered; the caller shall commit the queue itself
+	lead     chan struct{} // buffered; tells the caller to commit the queue
 }
 
 // write runs fn in a write transaction and returns once that is durable.
@@ -30,7 +55,7 @@ func (x *index) write(ctx context.Context, fn func(*indexTx) error) error {
 }
 
 // writeAlone is write in a transaction that nobody shares: all that fn reads is
-// committed. What fn does outside the index can't be undone by another's failure.
+// committed. No other call's failure undoes it after fn has acted outside the index.
 func (x *index) writeAlone(ctx context.Context, fn func(*indexTx) error) error {
 	return x.request(&writeRequest{ctx: ctx, fn: fn, alone: true})
 }
@@ -57,7 +82,7 @@ func (x *index) request(req *writeRequest) error {
 			return ctx.Err()
 		}
 		select {
-		case err := <-req.done: // a leader has it, so its word counts
+		case err := <-req.done: // it may be committed, so the answer counts
 			return err
 		case <-req.lead:
 		}
@@ -66,7 +91,7 @@ func (x *index) request(req *writeRequest) error {
 	return <-req.done
 }
 
-// lead commits what is queued, and then lets somebody else lead.
+// lead commits the first requests of the queue, and hands the lead to the first of those that are left.
 func (x *index) lead(self *writeRequest) {
 	x.mu.Lock()
 	n := 1
@@ -77,7 +102,7 @@ func (x *index) lead(self *writeRequest) {
 	x.queue = slices.Delete(x.queue, 0, n)
 	x.mu.Unlock()
 	var rest []*writeRequest
-	defer func() { // after a panic as well: the others must not wait for ever
+	defer func() { // after a panic as well, or the others would wait for ever
 		x.mu.Lock()
 		defer x.mu.Unlock()
 		x.queue = append(rest, x.queue...)
@@ -102,8 +127,8 @@ func (x *index) withdraw(req *writeRequest) bool {
 	return true
 }
 
-// commit runs a batch in one transaction and answers each of its requests. It
-// returns those that are left to do because self, which leads, has its answer.
+// commit runs a batch in one transaction and answers each of its requests. If self, which leads,
+// has its answer before the transaction begins, commit returns the requests that are left.
 func (x *index) commit(batch []*writeRequest, self *writeRequest) (rest []*writeRequest) {
 	batch = x.begin(batch, self)
 	if !slices.Contains(batch, self) {
@@ -131,8 +156,8 @@ func (r *writeRequest) answer(err error) {
 	}
 }
 
-// runAll runs the requests, each in its savepoint, and commits. Those that fail
-// by themselves are answered.
+// runAll runs the requests, each in its savepoint, and commits. It answers those that fail
+// alone. Its error is that of the transaction, which then must be rolled back.
 func (t *indexTx) runAll(batch []*writeRequest) error {
 	// A newer program may have migrated the index since it was opened.
 	if _, err := t.version(); err != nil {
@@ -141,7 +166,7 @@ func (t *indexTx) runAll(batch []*writeRequest) error {
 	for _, r := range batch {
 		failed, err := t.run(r)
 		if err != nil {
-			return err // the transaction itself is in doubt
+			return err
 		}
 		if failed != nil {
 			r.answer(failed)
@@ -154,7 +179,7 @@ func (t *indexTx) runAll(batch []*writeRequest) error {
 	return err
 }
 
-// run runs one request in its savepoint. failed is the request's own error.
+// run runs one request in its savepoint. failed is the request's error, err the transaction's.
 func (t *indexTx) run(r *writeRequest) (failed, err error) {
 	if failed := r.ctx.Err(); failed != nil {
 		return failed, nil

@@ -46,8 +46,8 @@ func (t *indexTx) putBlob(d digest.Digest, size int64, kind role, now time.Time)
 	return err
 }
 
-// putManifest records a manifest and its members, unless it is there, and returns its
-// recorded descriptor. Blobs must be recorded before.
+// putManifest records a manifest and its members, unless it is recorded already, and returns the
+// recorded descriptor. Its own blob and its members' must be recorded before.
 func (t *indexTx) putManifest(m *Manifest, now time.Time) (desc ocispec.Descriptor, err error) {
 	row, err := manifestColumns(m)
 	if err != nil {
@@ -64,6 +64,7 @@ func (t *indexTx) putManifest(m *Manifest, now time.Time) (desc ocispec.Descript
 	return m.Descriptor(), t.putMembers(m)
 }
 
+// putMembers records the members of a manifest that has none.
 func (t *indexTx) putMembers(m *Manifest) error {
 	for i := range m.children() {
 		row, err := memberColumns(m, i)
@@ -77,7 +78,7 @@ func (t *indexTx) putMembers(m *Manifest) error {
 	return nil
 }
 
-// manifestColumns are the columns of a manifest's row but for its time.
+// manifestColumns returns the columns of a manifest's row, except its time.
 func manifestColumns(m *Manifest) ([]any, error) {
 	annotations, err := canonicalAnnotations(m.doc.Annotations)
 	config, _ := m.Config()
@@ -85,21 +86,21 @@ func manifestColumns(m *Manifest) ([]any, error) {
 	return []any{string(m.Digest()), m.MediaType(), m.ArtifactType(), m.Size(), string(config.Digest), string(subject.Digest), annotations}, err
 }
 
-// memberColumns are the columns of the row for a manifest's i-th child.
+// memberColumns returns the columns of the row for a manifest's i-th child.
 func memberColumns(m *Manifest, i int) ([]any, error) {
 	c := m.children()[i]
 	annotations, err := canonicalAnnotations(c.Annotations)
 	return []any{string(m.Digest()), i, string(m.childRole(i)), string(c.Digest), c.MediaType, c.Size, annotations}, err
 }
 
-// A member is one row of what a manifest needs.
+// A member is a descriptor that a manifest needs, as the index has it.
 type member struct {
 	position int
 	role     role
 	desc     ocispec.Descriptor
 }
 
-// members calls visit with what a manifest directly needs.
+// members visits what a manifest directly needs, in the manifest's order.
 func members(q queryer, d digest.Digest, visit func(member) error) error {
 	p := paging[member]{text: sqlMembers, size: 100, scan: func(rows *sql.Rows) (m member, err error) {
 		var kind string
@@ -116,7 +117,7 @@ func (x *index) resolveDigest(d digest.Digest) (desc ocispec.Descriptor, ok bool
 	return desc, ok, err
 }
 
-// checkFound is an [ErrCorruptIndex] unless a manifest's row is that of the digest that was asked for.
+// checkFound returns an [ErrCorruptIndex] unless a manifest's row has the digest that was asked for.
 func checkFound(asked, found digest.Digest) error {
 	if asked == found {
 		return nil
@@ -135,8 +136,8 @@ func manifestRow(q queryer, d digest.Digest) (desc ocispec.Descriptor, ok bool, 
 	return desc, ok && err == nil, err
 }
 
-// replaceManifest makes the rows of a manifest that is recorded what they should be,
-// and those of the refs that point at it. Blobs must be recorded before.
+// replaceManifest corrects the rows of a recorded manifest, and those of the refs that
+// point at it. Its members' blobs must be recorded before.
 func (t *indexTx) replaceManifest(m *Manifest) error {
 	row, err := manifestColumns(m)
 	if err != nil {
@@ -155,6 +156,7 @@ func (t *indexTx) replaceManifest(m *Manifest) error {
 	return err
 }
 
+// deleteMembers removes the members of a manifest.
 func (t *indexTx) deleteMembers(d digest.Digest) error {
 	_, err := t.exec(sqlDeleteMembers, string(d))
 	return err

@@ -14,14 +14,14 @@ import (
 )
 
 const (
-	// In a damaged index, whose rows are out of order, SQLite finds other rows
-	// than those that were asked for: so the keys are read back and compared.
+	// In a damaged index, whose rows are out of order, SQLite finds other rows than it is asked
+	// for. So the keys are read back and compared.
 	sqlGetRef    = `SELECT name, reference, manifest FROM refs WHERE name = ? AND reference = ?`
 	sqlPutRef    = `INSERT OR REPLACE INTO refs (name, reference, manifest, media_type, artifact_type, size, updated) VALUES (?, ?, ?, ?, ?, ?, ?)`
 	sqlDeleteRef = `DELETE FROM refs WHERE name = ? AND reference = ?`
 
-	// A ref's row repeats its manifest's descriptor, which can't change: a
-	// listing of 100,000 is then one scan, not as many look-ups by random digests.
+	// A ref's row repeats the descriptor of its manifest, which cannot change. So a listing of
+	// 100,000 refs is one scan, and not 100,000 look-ups by random digests.
 	sqlResolve = `SELECT name, reference, media_type, manifest, size, artifact_type, updated FROM refs WHERE name = ? AND reference = ?`
 	// A page starts after (?1, ?2) and stays below the upper bound ?3 of the names.
 	sqlList = `SELECT name, reference, media_type, manifest, size, artifact_type, updated FROM refs
@@ -30,12 +30,12 @@ const (
 
 	// A ref that is not (?2, ?3), or not of the name ?2 if ?3 is ''.
 	sqlOtherRef = `SELECT 1 FROM refs WHERE manifest = ?1 AND NOT (name = ?2 AND ?3 IN ('', reference)) LIMIT 1`
-	// At most 1,000 manifests are looked at: there are blobs that all have.
+	// At most 1,000 manifests are looked at, since every manifest may need the same blob.
 	sqlOtherName = `SELECT r.name FROM (SELECT manifest FROM members WHERE digest = ?1 LIMIT 1000) m JOIN refs r ON r.manifest = m.manifest
 		WHERE r.name >= ?2 AND r.name < ?3 AND r.name <> ?4 LIMIT 1`
 )
 
-// ref returns what a ref points at, "" when there is none.
+// ref returns the digest that a ref points at, "" if there is no such ref.
 func (t *indexTx) ref(name, reference string) (d digest.Digest, err error) {
 	var key refKey
 	if _, err = t.row(sqlGetRef, []any{name, reference}, &key.name, &key.reference, &d); err == nil && d != "" {
@@ -47,7 +47,7 @@ func (t *indexTx) ref(name, reference string) (d digest.Digest, err error) {
 // refKey is the key of a row of refs, as it was read.
 type refKey struct{ name, reference string }
 
-// check is an [ErrCorruptIndex] unless the row has the key that was asked for.
+// check returns an [ErrCorruptIndex] unless the row has the key that was asked for.
 func (k refKey) check(name, reference string) error {
 	if k.name == name && k.reference == reference {
 		return nil
@@ -55,28 +55,30 @@ func (k refKey) check(name, reference string) error {
 	return fmt.Errorf("%w: looking for ref %q finds %q", ErrCorruptIndex, clip(name+":"+reference), clip(k.name+":"+k.reference))
 }
 
+// putRef points a ref at a manifest, whose rows must exist.
 func (t *indexTx) putRef(name, reference string, d ocispec.Descriptor, now time.Time) error {
 	_, err := t.exec(sqlPutRef, name, reference, string(d.Digest), d.MediaType, d.ArtifactType, d.Size, now.UnixMicro())
 	return err
 }
 
+// deleteRef removes a ref, if there is one.
 func (t *indexTx) deleteRef(name, reference string) error {
 	_, err := t.exec(sqlDeleteRef, name, reference)
 	return err
 }
 
-// resolved returns a ref's row with its manifest's.
+// resolved returns the descriptor that a ref points at, and when the ref was last moved.
 func (t *indexTx) resolved(name, reference string) (desc ocispec.Descriptor, updated time.Time, ok bool, err error) {
 	return refRow(t, name, reference)
 }
 
-// resolve returns a ref's manifest descriptor.
+// resolve returns the descriptor that a ref points at.
 func (x *index) resolve(name, reference string) (desc ocispec.Descriptor, ok bool, err error) {
 	desc, _, ok, err = refRow(x, name, reference)
 	return desc, ok, err
 }
 
-// list returns one page of refs: after (name, reference), names below limit.
+// list returns one page of n refs: after (name, reference), and with names below the last argument.
 func (x *index) list(name, reference, below string, n int) ([]Ref, error) {
 	var row descriptorRow
 	var refName, refReference string
@@ -111,7 +113,7 @@ func refRow(q queryer, name, reference string) (desc ocispec.Descriptor, updated
 	return desc, updated, ok && err == nil, err
 }
 
-// names returns one page of the names that have refs: at least from, after a name and below another.
+// names returns one page of n names that have refs: from the first argument on, after the second, below the third.
 func (x *index) names(from, after, below string, n int) ([]string, error) {
 	return readRows(context.Background(), x, sqlNames, n, []any{from, after, below, n}, func(rows *sql.Rows) (name string, err error) {
 		if err = rows.Scan(&name); err == nil {
@@ -128,15 +130,15 @@ func (x *index) names(from, after, below string, n int) ([]string, error) {
 	})
 }
 
-// otherName returns the name, other than not and beginning with prefix, of a ref whose
-// manifest has d; "" if none is found. The prefix ends with a '/'.
+// otherName returns the name of a ref whose manifest needs d, "" if it finds none. The name begins
+// with prefix, which ends with a '/', and is not the one in not.
 func (x *index) otherName(d digest.Digest, prefix, not string) (name string, err error) {
 	above := prefix[:len(prefix)-1] + "0" // the character after '/'
 	_, err = x.row(sqlOtherName, []any{string(d), prefix, above, not}, &name)
 	return name, err
 }
 
-// hasOtherRef reports whether a ref points at d, other than the one, or than all of a name if reference is "".
+// hasOtherRef reports whether a ref points at d, apart from one ref, or from all of a name if reference is "".
 func hasOtherRef(q queryer, d digest.Digest, name, reference string) (bool, error) {
 	return exists(q, sqlOtherRef, string(d), name, reference)
 }

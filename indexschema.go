@@ -14,9 +14,15 @@ import (
 // indexAppID is PRAGMA application_id of our index files: "ocil".
 const indexAppID = 0x6f63696c
 
-// migrations take the index from one schema version to the next: PRAGMA user_version
-// is how many of them it has had. A list that was released never changes; a new version
-// appends one. The statements stand here exactly as SQLite keeps them: checkSchema compares the text.
+// migrations take the index from one schema version to the next. PRAGMA user_version
+// is how many of them it has had. A list that was released never changes, and a new version
+// appends one. The statements have the exact text that SQLite keeps, because checkSchema compares it.
+//
+//	meta       facts about the index: see the constants metaID, …
+//	blobs      a row for each blob and each manifest. kind is the role in which it was first seen, created when
+//	manifests  a row for each manifest, which repeats what queries need of the document
+//	members    the descriptors that a manifest needs, in its order: config, layers, or other manifests
+//	refs       the refs, each with the descriptor that it points at
 var migrations = [...][]string{{
 	`CREATE TABLE meta (key TEXT NOT NULL PRIMARY KEY, value TEXT NOT NULL) STRICT, WITHOUT ROWID`,
 	`CREATE TABLE blobs (digest TEXT NOT NULL PRIMARY KEY, size INTEGER NOT NULL, kind TEXT NOT NULL, created INTEGER NOT NULL) STRICT, WITHOUT ROWID`,
@@ -28,9 +34,9 @@ var migrations = [...][]string{{
 	`CREATE INDEX refs_by_manifest ON refs (manifest)`,
 }}
 
-// createIndex makes a complete index at path, a private place where no other
-// process looks. The caller links it to its name: so nobody ever sees half of
-// one, nor takes part in the switch to WAL, which busy_timeout doesn't cover.
+// createIndex makes a complete index at path, a private place that no other process looks at. The caller
+// gives it its name. So nobody ever sees half of an index, and nobody else takes part in
+// the switch to a write-ahead log, for which SQLite does not wait as busy_timeout says.
 func createIndex(ctx context.Context, path, id string, schema [][]string, unreconciled bool) (err error) {
 	db, err := (&database{path: path, private: true}).pool("rwc")
 	if err != nil {
@@ -71,7 +77,7 @@ func createIndex(ctx context.Context, path, id string, schema [][]string, unreco
 
 func setVersion(n int) string { return fmt.Sprintf("PRAGMA user_version = %d", n) }
 
-// migrate gives the index what it lacks, unless another process was faster.
+// migrate brings the index to this program's schema version, unless another process was faster.
 func (x *index) migrate(ctx context.Context) error {
 	return x.writeAlone(ctx, func(tx *indexTx) error {
 		version, err := tx.version()
@@ -91,7 +97,7 @@ func (x *index) migrate(ctx context.Context) error {
 	})
 }
 
-// version returns the index's schema version, and an error if this program doesn't know it.
+// version returns the index's schema version, and a [*SchemaError] if this program does not know it.
 func (t *indexTx) version() (version int, err error) {
 	if _, err = t.row("PRAGMA user_version", nil, &version); err == nil && version > t.newest {
 		err = &SchemaError{Found: version, Supported: t.newest}
@@ -99,9 +105,11 @@ func (t *indexTx) version() (version int, err error) {
 	return version, err
 }
 
-// checkSchema refuses a database that isn't ours, is newer, or holds any
-// object that the migrations didn't make (a planted trigger could change what
-// our statements do). It returns the schema's version.
+// checkSchema refuses a database that is not ours, that is newer, or that holds an object which the
+// migrations did not make: a planted trigger could change what our statements do. It
+// returns the schema's version.
+//
+// Errors: [ErrForeignIndex], [*SchemaError], [ErrCorruptIndex], [ErrIndexIO].
 func (x *index) checkSchema(ctx context.Context) (version int, err error) {
 	conn, err := x.readers.Conn(ctx)
 	if err != nil {
@@ -187,7 +195,7 @@ func (x *index) checkJournalMode(ctx context.Context, conn *sql.Conn) error {
 	return nil
 }
 
-// openError is explain for the first look at a file: what is no database isn't ours.
+// openError is explain for the first look at a file. A file that is not a database is not ours.
 func (x *index) openError(err error) error {
 	if e, ok := errors.AsType[*sqlite.Error](err); ok && e.Code()&0xff == sqlite3.SQLITE_NOTADB {
 		return fmt.Errorf("%w: %w", ErrForeignIndex, err)

@@ -11,8 +11,8 @@ import (
 // diskWorkers is how many files are copied side by side.
 const diskWorkers = 4
 
-// tasks are functions that run side by side, a few at a time. The first error
-// ends the others by their context.
+// tasks run functions side by side, a few at a time. The first error ends the others by their
+// context. One goroutine starts them, and waits.
 type tasks struct {
 	ctx    context.Context
 	cancel context.CancelCauseFunc
@@ -21,14 +21,14 @@ type tasks struct {
 	wg     sync.WaitGroup
 }
 
-func newTasks(ctx context.Context, most int) *tasks {
-	t := &tasks{caller: ctx, limit: make(chan struct{}, most)}
+func newTasks(ctx context.Context, limit int) *tasks {
+	t := &tasks{caller: ctx, limit: make(chan struct{}, limit)}
 	t.ctx, t.cancel = context.WithCancelCause(ctx)
 	return t
 }
 
-// start runs fn, after waiting until fewer than the most are running. It
-// returns an error when nothing more is to be started.
+// start runs fn as soon as fewer than the limit are running. It returns an error, and runs
+// nothing, once a task has failed or the context has ended.
 func (t *tasks) start(fn func() error) error {
 	select {
 	case t.limit <- struct{}{}:
@@ -47,7 +47,8 @@ func (t *tasks) start(fn func() error) error {
 	return nil
 }
 
-// wait returns when none is running any more. Its error is the first: that of a task, or else err.
+// wait returns when no task is running. Its error is the caller's context's, or else the
+// first: that of a task, or err, which says why the caller started no more.
 func (t *tasks) wait(err error) error {
 	if err != nil {
 		t.cancel(err)

@@ -1,0 +1,93 @@
+package ocilocal_test
+
+import (
+	"errors"
+	"path/filepath"
+	"sync"
+	"testing"
+
+	"github.com/ocilocal/ocilocal"
+)
+
+// TestMigratedWhileOpen: an older program doesn't write to an index that a newer one has migrated meanwhile.
+func TestMigratedWhileOpen(t *testing.T) {
+	r := openTemp(t, nil)
+	if _, err := build(t, r, "example.com/a:v1", nil, "x"); err != nil {
+		t.Fatal(err)
+	}
+	alterIndex(t, filepath.Join(r.Root(), "index.sqlite3"), "PRAGMA user_version = 99")
+	for range 2 {
+		if _, err := build(t, r, "example.com/a:v2", nil, "y"); !errors.Is(err, ocilocal.ErrNewerSchema) {
+			t.Errorf("build: %v", err)
+		}
+	}
+	alterIndex(t, filepath.Join(r.Root(), "index.sqlite3"), "PRAGMA user_version = 1")
+	if _, err := build(t, r, "example.com/a:v2", nil, "y"); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestMigration: a program that knows more brings an index up to date, whole or not at all,
+// while older ones keep off.
+func TestMigration(t *testing.T) {
+	ctx := t.Context()
+	const table = "CREATE TABLE extra (a TEXT NOT NULL) STRICT"
+	root := t.TempDir()
+	old := mustOpen(t, root)
+	a := published(t, old, "example.com/a:v1", "layer", nil)
+	version := func(want int) {
+		t.Helper()
+		if writer, _, err := ocilocal.IndexPragma(old, "user_version"); want > 1 {
+			if e, ok := errors.AsType[*ocilocal.SchemaError](err); !ok || e.Found != want || e.Supported != 1 {
+				t.Errorf("an older program writes to version %d: %v", want, err)
+			}
+		} else if err != nil || writer != "1" {
+			t.Errorf("version is %s, %v", writer, err)
+		}
+	}
+	if _, err := ocilocal.OpenReadOnly(ctx, root, ocilocal.NewerSchema(table)); !errors.Is(err, ocilocal.ErrReadOnly) {
+		t.Errorf("read-only: %v", err)
+	}
+	if _, err := ocilocal.Open(ctx, root, ocilocal.NewerSchema(table, "CREATE TABLE refs (a)")); !errors.Is(err, ocilocal.ErrCorruptIndex) {
+		t.Errorf("a migration that fails: %v", err)
+	}
+	version(1)
+	if _, err := ocilocal.Open(ctx, root, ocilocal.NewerSchema(table, "CREATE TABLE extra (a)")); err == nil {
+		t.Error("a migration that fails in its second statement succeeds")
+	}
+	version(1)
+	var wg sync.WaitGroup
+	for range 8 {
+		wg.Go(func() {
+			r, err := ocilocal.Open(ctx, root, ocilocal.NewerSchema(table))
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			defer mustClose(t, r)
+			if got, err := r.Load(ctx, a.Reference()); err != nil || got.Digest() != a.Digest() {
+				t.Error(err)
+			}
+		})
+	}
+	wg.Wait()
+	version(2)
+	mustClose(t, old)
+	if _, err := ocilocal.Open(ctx, root, nil); !errors.Is(err, ocilocal.ErrNewerSchema) {
+		t.Errorf("an older program opens it: %v", err)
+	}
+	r, err := ocilocal.Open(ctx, root, ocilocal.NewerSchema(table))
+	if err != nil {
+		t.Fatal(err)
+	}
+	published(t, r, "example.com/a:v2", "more", nil)
+	mustClose(t, r)
+	fresh := filepath.Join(t.TempDir(), "fresh")
+	for range 2 {
+		r, err := ocilocal.Open(ctx, fresh, ocilocal.NewerSchema(table))
+		if err != nil {
+			t.Fatal(err)
+		}
+		mustClose(t, r)
+	}
+}
