@@ -1,52 +1,62 @@
 package ocilocal
 
 import (
-	"bytes"
 	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"runtime"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
 	"github.com/opencontainers/go-digest"
 )
 
+// The mark decides what a collection keeps. It reads the whole index and the names in blobs/, in
+// pages, without a lock and while others write. Then it spreads holds from the roots, and reads
+// every held manifest to see that its rows are true, because deletion relies on rows.
+//
+// The mark may be out of date when it is done. What it holds may be unneeded by then, and the next
+// collection deletes that. What it calls dead may be in use again: so nothing is deleted on its
+// word alone, and each step asks again with the lock held (see gcstep.go). Refs are read first:
+// what a ref pointed at then had all its rows by then.
+
 // A gcNode is one digest that the index or blobs/ has.
 type gcNode struct {
 	digest    digest.Digest
-	size      int64     // the file's; the row's while no file was seen
+	size      int64     // of the file; of the row until a file is seen
 	age       time.Time // the younger of row and file
 	manifest  bool      // the index has it as a manifest
-	named     bool      // a ref, or a row that isn't the manifest's own, says that it is a manifest
+	named     bool      // a ref, or a row of something else, says that it is a manifest
 	row       bool      // the index has it
 	file      bool      // blobs/ has it
-	absent    bool      // the index has it as a manifest, and blobs/ doesn't have it
-	bad       bool      // the file has another size than the row says
+	absent    bool      // the index has it as a manifest, and blobs/ does not
+	bad       bool      // the file's size is not the row's
 	ref       bool      // a ref points at it
-	protected bool      // GCOptions.Protect names it
+	protected bool      // GCOptions.Protect lists it
 	hold      hold
-	needs     []int32 // manifests: what the rows say it needs
-	subject   int32   // manifests: −1 for none, or one that isn't here
+	needs     []int32 // of a manifest, by its rows
+	subject   int32   // of a manifest; −1 for none
 }
 
-// A hold is what keeps a node. Each kind spreads to what the kinds above it hold and more.
+// A hold is why a node is kept. Only holdNeeded promises that the node is there. The others keep
+// what is there: see climb.
 type hold uint8
 
 const (
 	holdNone     hold = iota // dead
-	holdYoung                // something younger than the grace keeps it
-	holdReferrer             // KeepReferrers keeps it
-	holdSubject              // a subject or a protected digest, or what one needs
-	holdNeeded               // what a ref points at, or what that needs
+	holdYoung                // it is younger than the grace, or something that leads to it is
+	holdReferrer             // KeepReferrers keeps it, or something that leads to it
+	holdSubject              // it is the subject of a kept manifest or protected, or needed by one that is
+	holdNeeded               // a ref points at it, or at something that needs it
 )
 
 // live reports whether a collection keeps n whatever its age.
 func (n *gcNode) live() bool { return n.hold >= holdReferrer }
 
-// count returns what a Count adds for n.
+// count returns the arguments of Count.add for n.
 func (n *gcNode) count() (manifest bool, size int64) {
 	if n.file {
 		size = n.size
@@ -54,16 +64,15 @@ func (n *gcNode) count() (manifest bool, size int64) {
 	return n.manifest, size
 }
 
-// gcGraph is what the index and blobs/ held, read in pages while others went
-// on writing. What it calls live was live; what it doesn't may have become so:
-// that is looked at again, with the write lock held, before anything is deleted.
+// A gcGraph is a mark: the nodes, by number, and the report.
 type gcGraph struct {
-	registry *LocalRegistry
-	opts     GCOptions
-	began    time.Time
-	nodes    []gcNode
-	ids      map[digest.Digest]int32
-	report   GCReport
+	registry   *LocalRegistry
+	opts       GCOptions
+	began      time.Time
+	nodes      []gcNode
+	ids        map[digest.Digest]int32
+	report     GCReport
+	unreliable []InvalidManifest // manifests that stop the collection, at most maxGCList
 }
 
 func (g *gcGraph) id(d digest.Digest) int32 {
@@ -76,7 +85,7 @@ func (g *gcGraph) id(d digest.Digest) int32 {
 	return i
 }
 
-// mark reads everything, follows the roots, and looks at every live manifest's bytes.
+// mark decides what is kept. It fills all of the report that does not need deletion.
 func (r *LocalRegistry) mark(ctx context.Context, opts GCOptions) (*gcGraph, error) {
 	g, err := r.graph(ctx, opts)
 	if err != nil {
@@ -93,7 +102,7 @@ func (r *LocalRegistry) mark(ctx context.Context, opts GCOptions) (*gcGraph, err
 	return g, nil
 }
 
-// graph reads the index, refs first: what a ref pointed at then had its rows by then.
+// graph reads the index into a gcGraph.
 func (r *LocalRegistry) graph(ctx context.Context, opts GCOptions) (*gcGraph, error) {
 	g := &gcGraph{registry: r, opts: opts, began: time.Now(), ids: map[digest.Digest]int32{}}
 	x := r.index
@@ -136,7 +145,7 @@ func (r *LocalRegistry) graph(ctx context.Context, opts GCOptions) (*gcGraph, er
 	return g, nil
 }
 
-// walk adds what blobs/ holds.
+// walk adds the files in blobs/.
 func (g *gcGraph) walk(ctx context.Context) error {
 	err := g.registry.blobs.walk(ctx, func(e blobEntry) error {
 		if e.digest == "" {
@@ -159,8 +168,8 @@ func (g *gcGraph) walk(ctx context.Context) error {
 	return err
 }
 
-// follow finds what holds each node, the strongest hold first. What a manifest needs is held as it is
-// itself. Its subject is kept, and with KeepReferrers what refers to it, unless their files are not there: see climb.
+// follow gives each node its hold, the strongest first. What a manifest needs gets the manifest's
+// own hold. Subjects and, with KeepReferrers, referrers get theirs if they have files.
 func (g *gcGraph) follow() {
 	referrers := map[int32][]int32{}
 	if g.opts.KeepReferrers {
@@ -207,8 +216,8 @@ func (g *gcGraph) follow() {
 	}
 }
 
-// check compares every live manifest's bytes with its rows, since deletion
-// relies on these, and notes every live blob that isn't there.
+// check reads every live manifest and compares it with its rows. It notes what is missing, what is
+// invalid, and which of these stop the collection.
 func (g *gcGraph) check(ctx context.Context) error {
 	var mu sync.Mutex
 	var failed error
@@ -223,20 +232,38 @@ func (g *gcGraph) check(ctx context.Context) error {
 		missing, invalid, err := g.checkNode(ctx, n)
 		mu.Lock()
 		defer mu.Unlock()
-		switch {
-		case err != nil:
+		if err != nil {
 			failed = err
-		case missing && len(g.report.Missing) < maxGCList:
-			g.report.Missing = append(g.report.Missing, n.digest)
-		case invalid != nil && len(g.report.Invalid) < maxGCList:
-			g.report.Invalid = append(g.report.Invalid, InvalidManifest{n.digest, invalid})
+			return
 		}
+		g.note(n, missing, invalid)
 	})
+	byDigest := func(a, b InvalidManifest) int { return strings.Compare(string(a.Digest), string(b.Digest)) }
 	slices.Sort(g.report.Missing)
-	slices.SortFunc(g.report.Invalid, func(a, b InvalidManifest) int { return bytes.Compare([]byte(a.Digest), []byte(b.Digest)) })
+	slices.SortFunc(g.report.Invalid, byDigest)
+	slices.SortFunc(g.unreliable, byDigest)
 	return cmp.Or(ctx.Err(), failed)
 }
 
+// note adds what checkNode has found to the report. Its lists are bounded, so it can't tell alone
+// whether deletion is safe.
+func (g *gcGraph) note(n *gcNode, missing bool, invalid error) {
+	if missing && len(g.report.Missing) < maxGCList {
+		g.report.Missing = append(g.report.Missing, n.digest)
+	}
+	if invalid != nil && len(g.report.Invalid) < maxGCList {
+		g.report.Invalid = append(g.report.Invalid, InvalidManifest{n.digest, invalid})
+	}
+	if missing && n.manifest && n.hold == holdNeeded {
+		invalid = ErrNotFound
+	}
+	if invalid != nil && n.hold > holdReferrer && len(g.unreliable) < maxGCList {
+		g.unreliable = append(g.unreliable, InvalidManifest{n.digest, invalid})
+	}
+}
+
+// checkNode reports whether a live node is missing, and what is wrong with a manifest. err is of
+// the index or the process.
 func (g *gcGraph) checkNode(ctx context.Context, n *gcNode) (missing bool, invalid, err error) {
 	if !n.manifest && n.named {
 		// What it needs is in no row, so it would be deleted.
@@ -249,7 +276,7 @@ func (g *gcGraph) checkNode(ctx context.Context, n *gcNode) (missing bool, inval
 			return n.hold > holdReferrer, nil, nil
 		}
 		if n.file || !n.row {
-			return false, nil, nil // a subject that was never here is nobody's loss
+			return false, nil, nil // without a row it is a subject that was never here
 		}
 		_, err := g.registry.blobs.size(n.digest) // it may have come after the walk
 		if errors.Is(err, ErrNotFound) {
@@ -274,8 +301,8 @@ func (g *gcGraph) checkNode(ctx context.Context, n *gcNode) (missing bool, inval
 	return false, err, nil
 }
 
-// stillLive decides whether a file that is missing is missed: another process
-// may have removed the ref and collected the file since the rows were read.
+// stillLive reports whether a node without a file is still needed. Since its rows were read, another
+// process may have removed the ref and collected the file.
 func (g *gcGraph) stillLive(ctx context.Context, n *gcNode) (missing bool, invalid, err error) {
 	if n.hold == holdReferrer {
 		return false, nil, nil
@@ -286,8 +313,8 @@ func (g *gcGraph) stillLive(ctx context.Context, n *gcNode) (missing bool, inval
 	return missing, nil, err
 }
 
-// lost decides whether a manifest has no row although there must be one. It may have
-// been collected, or published, since the other rows were read.
+// lost reports whether a manifest that must have a row has none. It asks the index again, because the
+// manifest may have been collected or published since the other rows were read.
 func (g *gcGraph) lost(n *gcNode) (bool, error) {
 	x := g.registry.index
 	if lost, err := lostManifest(x, n.digest); lost || err != nil || !n.ref {
@@ -297,7 +324,7 @@ func (g *gcGraph) lost(n *gcNode) (bool, error) {
 	return slices.Contains(dangling, n.digest), err
 }
 
-// sameRows makes sure that the index names all that a manifest needs.
+// sameRows checks that the rows name all that a manifest needs, and its subject.
 func (g *gcGraph) sameRows(n *gcNode, m *Manifest) error {
 	rows := map[digest.Digest]bool{}
 	for _, c := range n.needs {
@@ -333,8 +360,8 @@ func (g *gcGraph) count() {
 	}
 }
 
-// orphans returns what is old enough and not live, each manifest before what it
-// needs or refers to, so that by the time something's turn comes nothing dead points at it.
+// orphans returns the dead nodes that have a row or a file, each manifest before its needs and its
+// subject. So nothing dead points at a node by its turn.
 func (g *gcGraph) orphans() []int32 {
 	dead := func(i int32) bool { return g.nodes[i].hold == holdNone }
 	pointers := make([]int32, len(g.nodes))

@@ -200,7 +200,17 @@ func killed(t *testing.T, root string) string {
 	if err := os.CopyFS(to, os.DirFS(root)); err != nil {
 		t.Fatal(err)
 	}
-	if err := os.Remove(filepath.Join(to, "index.sqlite3-shm")); err != nil {
+	err := filepath.WalkDir(root, func(name string, e fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		fi, err := e.Info()
+		if err == nil { // CopyFS keeps no modes, and a sweep goes by them
+			err = os.Chmod(filepath.Join(to, strings.TrimPrefix(name, root)), fi.Mode())
+		}
+		return err
+	})
+	if err := errors.Join(err, os.Remove(filepath.Join(to, "index.sqlite3-shm"))); err != nil {
 		t.Fatal(err)
 	}
 	return to

@@ -1,0 +1,230 @@
+package ocilocal
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+)
+
+// A collection deletes in steps. Each step is one short write transaction, alone in its commit, with
+// pauses in between in which other processes write:
+//
+//	lock the index → is this node still dead? → displace → unlink files → delete rows → commit
+//
+// Whether a node is dead was decided without the lock, by the mark. Others have written since. So
+// the step asks again, and the lock keeps the answer true: every publish checks its blobs and
+// writes its rows under the same lock. A publisher that finds its blob deleted puts it back from
+// tmp/ (see stage) or fails.
+//
+// Files go before rows. A collector that is killed in between leaves rows without files, which no
+// publish and no Tag relies on, and which the next collection deletes. The reverse order would leave
+// files that no collection knows to be dead. No directory is synced: a file that comes back after
+// a power cut is an orphan again.
+//
+// One commit can be hidden from the step: its process died after the bytes reached SQLite's log and
+// before others could see them. It would come back when the log is read again, and could need what
+// the step deletes. Displacing puts a frame of ours in its place: see indexTx.displace. That
+// happens before the first file goes.
+//
+// On a full disk a step fails with [ErrNoSpace], when it displaces or when it commits. If some files
+// are gone by then, the next attempt has more space. If not, the sweep looks for space in tmp/, and
+// then takes a step without rows: it writes nothing to the index, deletes files until gcRoom is
+// free, and leaves their rows to the steps after it. Such a step can't displace. It needs not,
+// where the log's file ends before the frame that would be written next: no commit is hidden
+// there. Everywhere else displacing overwrites that frame, needs no space, and does not fail on file
+// systems that overwrite in place. On others the collection ends with [ErrNoSpace].
+
+// gcStep is how long a step keeps the index locked, its commit not counted. gcPause is how long
+// the index is free then: longer than other processes sleep before they try again.
+const (
+	gcStep  = 20 * time.Millisecond
+	gcPause = 2 * busyPoll
+)
+
+// gcRoom is how much a step without rows frees: enough to displace a commit and to delete some rows.
+const gcRoom = 64 << 10
+
+// A gcSweep deletes what a mark has found dead.
+type gcSweep struct {
+	*gcGraph
+	todo    []int32                // what is left, each manifest before its needs and its subject
+	freed   int                    // how many of todo the steps without rows have gone through
+	gone    map[digest.Digest]bool // files that this collection has deleted
+	revived map[digest.Digest]bool // nodes that were in use again at their turn
+}
+
+// sweep deletes the orphans, step by step.
+func (g *gcGraph) sweep(ctx context.Context) error {
+	s := &gcSweep{gcGraph: g, todo: g.orphans(), gone: map[digest.Digest]bool{}, revived: map[digest.Digest]bool{}}
+	sweptTmp := false
+	for len(s.todo) > 0 {
+		before := len(s.gone)
+		n, err := s.step(ctx, s.todo, true)
+		full := errors.Is(err, ErrNoSpace)
+		switch {
+		case full && len(s.gone) > before:
+			err = nil // there is more space now
+		case full && !sweptTmp:
+			sweptTmp = true
+			err = g.registry.sweepTmp(ctx, &g.opts)
+		case full && s.freed < len(s.todo):
+			var looked int
+			looked, err = s.step(ctx, s.todo[s.freed:], false)
+			s.freed += looked
+		case full:
+			return nil // only rows are left, for the next collection
+		}
+		if err != nil {
+			return err
+		}
+		s.todo, s.freed = s.todo[n:], max(0, s.freed-n)
+		if len(s.todo) == 0 {
+			break
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(gcPause):
+		}
+	}
+	return nil
+}
+
+// step deletes as many of todo, in order, as fit into one short transaction, and returns their
+// number. Without rows it deletes files only. Files that went before an error stay in s.gone.
+func (s *gcSweep) step(ctx context.Context, todo []int32, rows bool) (n int, err error) {
+	var done Count
+	var large []string // moved files whose space is freed once the index is unlocked
+	err = s.registry.writeAlone(ctx, func(tx *indexTx) error {
+		if v, err := meta(tx, metaUnreconciled); err != nil || v != "" {
+			return errors.Join(err, ErrUnsafe)
+		}
+		up := s.climb(context.Background(), tx)
+		prepared := false
+		room := int64(0)
+		for start := time.Now(); n < len(todo) && (n == 0 || time.Since(start) < gcStep && (rows || room < gcRoom)); n++ {
+			node := &s.nodes[todo[n]]
+			dead, err := s.stillDead(tx, node, up, rows)
+			if err != nil {
+				return err
+			}
+			if n == 0 {
+				start = time.Now() // or a large lineage would be climbed again for each of its manifests
+			}
+			if !dead {
+				s.revived[node.digest] = true
+				continue
+			}
+			delete(s.revived, node.digest)
+			if !prepared {
+				if err := s.prepare(tx, rows); err != nil {
+					return err
+				}
+				prepared = true
+			}
+			if !s.gone[node.digest] {
+				moved, err := s.unlink(node, &done)
+				if err != nil {
+					return err
+				}
+				if moved != "" {
+					large = append(large, moved)
+				}
+				room += max(node.size, 1<<12)
+			}
+			if rows && node.row {
+				if err := tx.delete(node.digest); err != nil {
+					return err
+				}
+			}
+		}
+		return nil
+	})
+	for _, name := range large {
+		err = errors.Join(err, ignoreNotExist(s.registry.root.Remove(name)))
+	}
+	s.report.Deleted.Manifests += done.Manifests
+	s.report.Deleted.Blobs += done.Blobs
+	s.report.Deleted.Bytes += done.Bytes
+	s.report.Revived = len(s.revived)
+	if err != nil {
+		n = 0
+	}
+	return n, err
+}
+
+// prepare makes sure, before the first file goes, that no hidden commit can come back that needs it.
+func (s *gcSweep) prepare(tx *indexTx, rows bool) error {
+	if rows {
+		return tx.displace()
+	}
+	end, err := s.registry.index.nextFrame(tx)
+	if err != nil {
+		return err
+	}
+	fi, err := s.registry.root.Lstat(indexFile + "-wal")
+	if err == nil && fi.Size() >= end {
+		err = fmt.Errorf("%w: a commit that nobody has seen may need what would be deleted, and cannot be displaced", ErrNoSpace)
+	}
+	return ignoreNotExist(err)
+}
+
+// unlink removes a node's file and counts it. A large file is only moved, to the returned name.
+func (s *gcSweep) unlink(n *gcNode, done *Count) (moved string, err error) {
+	moved, err = s.registry.blobs.unname(n.digest, n.size)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return "", err
+	}
+	if s.gone[n.digest] = true; err == nil || !n.file {
+		done.add(n.count())
+	}
+	return moved, nil
+}
+
+// stillDead asks again, in the transaction, whether a dead node is still dead. All dead manifests
+// that pointed at it are gone by its turn, so any manifest that points at it counts, one that came
+// back too. After a step without rows, the rows of gone manifests are still there and do not count.
+// A node without a file is needed or dead, never only kept: see climb.
+func (s *gcSweep) stillDead(tx *indexTx, n *gcNode, up *climb, rows bool) (bool, error) {
+	fi, err := s.registry.root.Lstat(blobPath(n.digest))
+	there := err == nil
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+	case err != nil:
+		return false, err
+	case s.gone[n.digest] || s.opts.young(fi.ModTime(), s.began):
+		return false, nil // written again since
+	}
+	if used, err := hasRef(tx, n.digest); used || err != nil {
+		return false, err
+	}
+	used := false
+	err = pointers(up.ctx, tx, n.digest, there, func(manifest digest.Digest) error {
+		if s.gone[manifest] && !rows {
+			if there, err := s.registry.blobs.present(manifest); !there || err != nil {
+				return err
+			}
+		}
+		used = true
+		return errStop
+	})
+	if err != nil || used || !s.opts.KeepReferrers || !there {
+		return !used && err == nil, err
+	}
+	subject, err := subjectOf(tx, n.digest)
+	if err != nil || subject == "" {
+		return err == nil, err
+	}
+	used, err = up.led(subject)
+	return !used, err
+}
+
+// climb goes up by all the ways by which this collection keeps things.
+func (g *gcGraph) climb(ctx context.Context, q queryer) *climb {
+	return &climb{ctx: ctx, q: q, ways: ways{subjects: true, referrers: g.opts.KeepReferrers},
+		protected: g.opts.Protect, present: g.registry.blobs.present}
+}
