@@ -1,0 +1,245 @@
+package ocilocal_test
+
+import (
+	"context"
+	"database/sql"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+
+	"github.com/opencontainers/go-digest"
+
+	"github.com/ocilocal/ocilocal"
+)
+
+// A lookCtx runs a function each time its error is looked at, which a collection does
+// before and after it takes the index's lock.
+type lookCtx struct {
+	context.Context
+	look func()
+}
+
+func (c *lookCtx) Err() error {
+	c.look()
+	return c.Context.Err()
+}
+
+// The index is marked as not reconciled at any moment of a collection: nothing is deleted from then on.
+func TestGCUnreconciledMeanwhile(t *testing.T) {
+	unsafe := 0
+	for n := 1; ; n++ {
+		r := openTemp(t, nil)
+		published(t, r, "example.com/kept:v1", "kept", nil)
+		gone := published(t, r, "example.com/gone:v1", "gone", nil)
+		if _, err := r.Remove(t.Context(), gone.Reference()); err != nil {
+			t.Fatal(err)
+		}
+		db, err := sql.Open("sqlite", filepath.Join(r.Root(), "index.sqlite3"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		looks, marked, deleted := 0, false, false
+		ctx := &lookCtx{t.Context(), func() {
+			if looks++; looks == n {
+				_, err := db.Exec("INSERT INTO meta VALUES ('unreconciled', '1')") // fails while the collector has the lock
+				marked = err == nil
+			}
+		}}
+		ocilocal.SetFault(r, func(op, name string) error {
+			deleted = deleted || marked && op == "remove" && strings.HasPrefix(name, "blobs/")
+			return nil
+		})
+		_, err = r.GC(ctx, atOnce)
+		ocilocal.SetFault(r, nil)
+		if deleted {
+			t.Errorf("marked at look %d: something was deleted after that", n)
+		}
+		switch {
+		case marked && errors.Is(err, ocilocal.ErrUnsafe):
+			unsafe++
+		case err != nil:
+			t.Error(err)
+		}
+		if err := errors.Join(db.Close(), r.Close()); err != nil {
+			t.Fatal(err)
+		}
+		if looks < n {
+			break
+		}
+	}
+	if unsafe < 5 {
+		t.Errorf("%d collections refused", unsafe)
+	}
+}
+
+// TestGCRaces runs a step of another call at the moment when the collector is
+// about to delete a file, without the lock and then with it.
+func TestGCRaces(t *testing.T) {
+	// Marked dead, then tagged again before anything is deleted.
+	ctx := t.Context()
+	r := openTemp(t, nil)
+	a := published(t, r, "example.com/a:1", "one", nil)
+	if _, err := r.Remove(ctx, a.Reference()); err != nil {
+		t.Fatal(err)
+	}
+	once := false
+	ocilocal.SetFault(r, func(op, name string) error {
+		// The collector reads blobs/ before it takes the lock for the first time.
+		if op == "readdir" && name == "blobs/sha256" && !once {
+			once = true
+			if _, err := r.Tag(ctx, a.Digest(), a.Reference(), nil); err != nil {
+				t.Error(err)
+			}
+		}
+		return nil
+	})
+	report := collect(t, r, atOnce)
+	ocilocal.SetFault(r, nil)
+	if !once || report.Revived != 2 || report.Deleted != (ocilocal.Count{}) {
+		t.Errorf("%v %+v", once, report)
+	}
+	if _, err := r.Load(ctx, a.Reference()); err != nil {
+		t.Fatal(err)
+	}
+	// A publish that has found its blobs in the store, and then loses them to a
+	// collector before its transaction.
+	if _, err := r.Remove(ctx, a.Reference()); err != nil {
+		t.Fatal(err)
+	}
+	other := openAgain(t, r)
+	once = false
+	ocilocal.SetFault(r, func(op, name string) error {
+		if op == "fsyncdir" && name == "blobs/sha256" && !once {
+			once = true
+			if report := collect(t, other, atOnce); report.Deleted.Manifests != 1 || report.Deleted.Blobs != 1 {
+				t.Errorf("%+v", report)
+			}
+		}
+		return nil
+	})
+	again := published(t, r, "example.com/a:2", "one", nil)
+	ocilocal.SetFault(r, nil)
+	if !once || again.Digest() != a.Digest() {
+		t.Fatal("the collector did not run in between")
+	}
+	mustClose(t, other)
+	checkArtifact(t, again, "one")
+	mustClose(t, r)
+	checkStore(t, r.Root(), model{"example.com/a:2": {""}})
+}
+
+// A ref to what refers to an orphan comes between the collector's look and its deletion.
+func TestGCSubjectRevived(t *testing.T) {
+	r := openTemp(t, nil)
+	subject := published(t, r, "example.com/subject:v1", "subject", nil)
+	if _, err := r.Remove(t.Context(), subject.Reference()); err != nil {
+		t.Fatal(err)
+	}
+	once := false
+	ocilocal.SetFault(r, func(op, name string) error {
+		if op == "readdir" && name == "blobs" && !once { // between the reading of the index and the deletion
+			once = true
+			published(t, r, "example.com/signature:v1", "signature", subject)
+		}
+		return nil
+	})
+	if report := collect(t, r, atOnce); report.Revived < 2 || report.Deleted != (ocilocal.Count{}) {
+		t.Errorf("%+v", report)
+	}
+	ocilocal.SetFault(r, nil)
+	again, err := r.LoadDigest(t.Context(), subject.Digest())
+	if err != nil {
+		t.Fatal(err)
+	}
+	checkArtifact(t, again, "subject")
+}
+
+// TestCollectorLetsWritersIn: another process that writes gets its turn between the steps of a collection.
+func TestCollectorLetsWritersIn(t *testing.T) {
+	ctx := t.Context()
+	r := openTemp(t, nil)
+	a := published(t, r, "example.com/x:v1", "x", nil)
+	orphans := scaled(2000, 6000, 20_000)
+	if err := ocilocal.IndexWrite(ctx, r, func(exec func(string) error) error {
+		var errs []error
+		for i := range orphans {
+			text := fmt.Sprint("orphan ", i)
+			d := digest.FromString(text)
+			errs = append(errs, os.WriteFile(blobFile(r, d), []byte(text), 0o444),
+				exec(fmt.Sprintf("INSERT INTO blobs VALUES ('%s', %d, 'layer', 0)", d, len(text))))
+		}
+		return errors.Join(errs...)
+	}); err != nil {
+		t.Fatal(err)
+	}
+	other := openAgain(t, r)
+	defer mustClose(t, other)
+	var deleted, longest atomic.Int64 // longest: most that was deleted while one write waited
+	begun, done := make(chan struct{}), make(chan struct{})
+	var once sync.Once
+	ocilocal.SetFault(r, func(op, _ string) error {
+		if op == "remove" {
+			deleted.Add(1)
+			once.Do(func() { close(begun) })
+		}
+		return nil
+	})
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		<-begun
+		for i := 0; ; i++ {
+			select {
+			case <-done:
+				return
+			default:
+			}
+			before := deleted.Load()
+			if _, err := other.Tag(context.Background(), a.Digest(), ocilocal.MustParseReference(fmt.Sprintf("example.com/x:t%d", i)), nil); err != nil {
+				t.Error(err)
+				return
+			}
+			longest.Store(max(longest.Load(), deleted.Load()-before))
+		}
+	})
+	report := collect(t, r, atOnce)
+	close(done)
+	wg.Wait()
+	if report.Deleted.Blobs != orphans {
+		t.Errorf("%+v", report)
+	}
+	if n := longest.Load(); n == 0 || n > int64(orphans)/3 {
+		t.Errorf("one write waited for %d of %d deletions", n, orphans)
+	}
+}
+
+// TestCollectLarge: of a large file only the name goes while the index is locked, and the rest after that.
+func TestCollectLarge(t *testing.T) {
+	r := openTemp(t, nil)
+	published(t, r, "example.com/a:v1", "layer", nil)
+	name := blobFile(r, digest.FromString("large"))
+	write(t, name, "")
+	if err := errors.Join(os.Chmod(name, 0o644), os.Truncate(name, 64<<20)); err != nil {
+		t.Fatal(err)
+	}
+	var ops []string
+	ocilocal.SetFault(r, func(op, name string) error {
+		if op == "rename" || op == "remove" {
+			ops = append(ops, op)
+		}
+		return nil
+	})
+	report := collect(t, r, atOnce)
+	if report.Deleted != (ocilocal.Count{Blobs: 1, Bytes: 64 << 20}) || len(ops) < 2 || ops[0] != "rename" || ops[1] != "remove" {
+		t.Errorf("%+v, %q", report.Deleted, ops)
+	}
+	if _, err := os.Lstat(name); !errors.Is(err, os.ErrNotExist) {
+		t.Error(err)
+	}
+	ocilocal.SetFault(r, nil)
+	checkNoTmp(t, r)
+}
