@@ -24,7 +24,7 @@ func TestOrasWrites(t *testing.T) {
 	wantImported(t, r, result, name, want)
 
 	// Everything in the layout: what is attached has a digest only.
-	r, result = importLayout(t, b.path("theirs"), nil)
+	r, result = importLayout(t, b.path("theirs"), byDigest)
 	var referrers struct {
 		Referrers []struct{ Digest string }
 	}
@@ -83,8 +83,8 @@ func TestRegctlWrites(t *testing.T) {
 	r, result := importLayout(t, b.path("theirs"), as(t, name))
 	wantImported(t, r, result, name, want)
 
-	b.run("regctl", "image", "export", "ocidir://theirs@"+want, "by-digest.tar") // its entry is named ""
-	r, result = importArchive(t, b.path("by-digest.tar"), nil)
+	b.run("regctl", "image", "export", "ocidir://theirs@"+want, "by-digest.tar") // its entry's name is not a reference
+	r, result = importArchive(t, b.path("by-digest.tar"), byDigest)
 	wantImported(t, r, result, "", want)
 	b.run("regctl", "image", "export", "--compress", "ocidir://theirs:v1", "by-tag.tar.gz")
 	r, result = importArchive(t, b.path("by-tag.tar.gz"), as(t, name))

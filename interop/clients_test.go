@@ -107,7 +107,7 @@ func TestToolsAndRegistries(t *testing.T) {
 			for _, other := range clients {
 				layout := b.path(c.tool + "-" + other.tool)
 				other.pull(b, s, layout, repository, "v1")
-				back, result := importLayout(t, layout, nil)
+				back, result := importLayout(t, layout, byDigest)
 				wantImported(t, back, result, "", want)
 			}
 		}

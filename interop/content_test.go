@@ -186,6 +186,9 @@ func as(t *testing.T, name string) *ocilocal.ImportOptions {
 	return &ocilocal.ImportOptions{Reference: reference(t, name)}
 }
 
+// byDigest imports content without the names that it has.
+var byDigest = &ocilocal.ImportOptions{IgnoreNames: true}
+
 // hasWhole checks that a digest is there and that all below it reads back
 // right. It returns how many manifests and blobs that were, each counted once.
 func hasWhole(t *testing.T, r *ocilocal.LocalRegistry, d digest.Digest) int {

@@ -23,6 +23,8 @@ const toolTimeout = 2 * time.Minute
 var programs = map[string]string{
 	"skopeo":          "skopeo",
 	"umoci":           "umoci",
+	"podman":          "podman",
+	"buildah":         "buildah",
 	"docker-registry": "docker-registry",
 	"oras":            "bin/oras",
 	"crane":           "bin/crane",

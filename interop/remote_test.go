@@ -56,7 +56,7 @@ func TestPushAndPull(t *testing.T) {
 			wantEqual(t, c.tool+"'s digest of ours", c.digest(b, s, "ours/image", "v1"), want.String())
 			layout := b.path("by-" + c.tool)
 			c.pull(b, s, layout, "ours/image", "v1")
-			back, result := importLayout(t, layout, nil)
+			back, result := importLayout(t, layout, byDigest)
 			wantImported(t, back, result, "", want.String())
 
 			c.push(b, s, b.path("ours"), "theirs/"+c.tool, "v1")
