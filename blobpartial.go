@@ -42,7 +42,7 @@ func (st *stage) openPartial(ctx context.Context, d digest.Digest, size int64) (
 		return nil, err
 	}
 	root := st.store.root
-	p := &partial{stage: st, digest: d, size: size, dir: path.Join(tmpDir, partialDir, digestName(d))}
+	p := &partial{stage: st, digest: d, size: size, dir: partialPath(d)}
 	if err := makePartialDir(root, p.dir); err != nil {
 		return nil, err
 	}
@@ -73,6 +73,20 @@ func (st *stage) openPartial(ctx context.Context, d digest.Digest, size int64) (
 		err = p.rehash(ctx)
 	}
 	return p, err
+}
+
+// partialSize returns how much of a blob a transfer under way has written, −1 if that is not known.
+func (st *stage) partialSize(d digest.Digest) int64 {
+	fi, err := st.store.root.Lstat(path.Join(partialPath(d), partialData))
+	if err != nil {
+		return -1
+	}
+	return fi.Size()
+}
+
+// partialPath is the directory of a blob on its way in.
+func partialPath(d digest.Digest) string {
+	return path.Join(tmpDir, partialDir, digestName(d))
 }
 
 // reopen opens a file that finish has made read-only. If it isn't the blob, it goes.

@@ -189,7 +189,7 @@ func crashWorker(in *bufio.Scanner, args []string) error {
 			n := rng.IntN(remoteRefs)
 			say("try", ref, remoteLabel(n))
 			if _, err := r.Pull(ctx, ocilocal.MustParseReference(args[5]+"/"+remoteName(n)), &ocilocal.PullOptions{
-				Remote: remote, As: ocilocal.MustParseReference(ref), Check: true, PublishOptions: ocilocal.PublishOptions{Policy: ocilocal.Replace},
+				Remote: remote, As: ocilocal.MustParseReference(ref), PublishOptions: ocilocal.PublishOptions{Policy: ocilocal.Replace},
 			}); err != nil {
 				return err
 			}

@@ -61,8 +61,8 @@ func ExampleLocalRegistry_Pull() {
 	}
 	fmt.Println(pulled.Update.Outcome, pulled.Artifact.Digest() == a.Digest())
 
-	// It is here now. Check asks the registry whether the tag has moved.
-	pulled, err = r.Pull(ctx, ref, &ocilocal.PullOptions{Check: true})
+	// It is here now. One request tells that the tag has not moved.
+	pulled, err = r.Pull(ctx, ref, nil)
 	if err != nil {
 		log.Fatal(err)
 	}
@@ -134,7 +134,7 @@ func ExampleRemote() {
 	}
 	// Output:
 	// tag v1
-	// HEAD answered 404
+	// GET answered 404
 }
 
 // The program has the credential of one registry. All others come from the files of docker and podman.

@@ -8,38 +8,88 @@ import (
 	"path/filepath"
 )
 
-// Load returns the artifact that ref names. If the registry has it, only the
-// index is read; the artifact reads its manifest when asked for it. If not,
-// and [Options.LegacyRoot] is set, its one entry there is imported first; if
-// it isn't there either, and [Options.Remote] is set, it is pulled. From then on
-// it is found in the index.
+// Load returns the artifact that ref names, from here if it can. If the ref is here, only the
+// index is read; the artifact reads its manifest when asked for it. Whether the ref has moved in its
+// remote registry isn't asked: [LocalRegistry.Pull] does that. If the ref isn't here:
 //
-// Errors are those of [LocalRegistry.Resolve], and for what had to be fetched
-// those of [LocalRegistry.ImportLayout] or [LocalRegistry.Pull]. ctx governs the call only.
+//   - if [Options.LegacyRoot] is set, its one entry there is imported;
+//   - if that has none, and [Options.Remote] is set, it is pulled.
+//
+// From then on it is here. ctx governs the call only. Errors are those of [LocalRegistry.Resolve], and for
+// content that had to be fetched those of [LocalRegistry.ImportLayout] or [LocalRegistry.Pull].
 func (r *LocalRegistry) Load(ctx context.Context, ref Reference) (*LocalArtifact, error) {
-	a, err := r.load(ctx, ref)
-	return a, opError("load", ref.String(), "", err)
+	result, err := r.load(ctx, ref, nil)
+	if err != nil {
+		return nil, opError("load", ref.String(), "", err)
+	}
+	return result.Artifact, nil
 }
 
-func (r *LocalRegistry) load(ctx context.Context, ref Reference) (*LocalArtifact, error) {
-	for _, fetch := range []func(context.Context, Reference) (bool, error){nil, r.fetchLegacy, r.fetchRemote} {
-		if fetch != nil {
-			// A conflict means that somebody else has just put it here.
-			if found, err := fetch(ctx, ref); err != nil && !errors.Is(err, ErrConflict) {
-				return nil, err
-			} else if !found {
-				continue
-			}
-		}
-		desc, err := r.resolve(ctx, ref)
-		if err == nil {
-			return r.newArtifact(ref, desc, nil), nil
-		}
-		if !errors.Is(err, ErrNotFound) {
-			return nil, err
+// A LoadResult tells where a load found the artifact.
+type LoadResult struct {
+	Artifact *LocalArtifact
+	// Hit is set if the artifact was here, and nothing was fetched or imported.
+	Hit bool
+	// Pull tells what was pulled; nil if nothing was.
+	Pull *PullResult
+}
+
+// LoadWith is [LocalRegistry.Load] with options for the pull, which it makes even if [Options.Remote] isn't set. It
+// looks that everything that the artifact needs is here, by sizes, and fetches what is missing. With
+// [PullOptions.Platform], an image index that is here chooses the manifest. With [PullOptions.Verify], the bytes that
+// are here are hashed, and nothing is fetched if they are good. The result tells whether it was a hit.
+//
+// Errors are those of Load.
+func (r *LocalRegistry) LoadWith(ctx context.Context, ref Reference, opts *PullOptions) (*LoadResult, error) {
+	if opts == nil {
+		opts = &PullOptions{}
+	}
+	result, err := r.load(ctx, ref, opts)
+	return result, opError("load", ref.String(), "", err)
+}
+
+// load is Load if opts is nil, and otherwise LoadWith.
+func (r *LocalRegistry) load(ctx context.Context, ref Reference, opts *PullOptions) (*LoadResult, error) {
+	a, err := r.loadHere(ctx, ref, opts)
+	if a != nil || err != nil {
+		return &LoadResult{Artifact: a, Hit: true}, err
+	}
+	// A conflict means that somebody else has just put it here.
+	if found, err := r.fetchLegacy(ctx, ref); err != nil && !errors.Is(err, ErrConflict) {
+		return nil, err
+	} else if found {
+		if a, err := r.loadHere(ctx, ref, opts); a != nil || err != nil {
+			return &LoadResult{Artifact: a}, err
 		}
 	}
-	return nil, ErrNotFound
+	if opts == nil && r.opts.Remote == nil || r.blobs.readOnly {
+		return nil, ErrNotFound
+	}
+	pulled, err := r.pull(ctx, ref, opts)
+	if errors.Is(err, ErrConflict) && opts == nil {
+		if a, err := r.loadHere(ctx, ref, nil); a != nil || err != nil {
+			return &LoadResult{Artifact: a}, err
+		}
+	}
+	if err != nil {
+		return nil, err
+	}
+	return &LoadResult{Artifact: pulled.Artifact, Pull: pulled}, nil
+}
+
+// loadHere returns the artifact if it is here, and nil if it isn't.
+func (r *LocalRegistry) loadHere(ctx context.Context, ref Reference, opts *PullOptions) (*LocalArtifact, error) {
+	if opts != nil {
+		return r.pullHere(ctx, ref, opts)
+	}
+	desc, err := r.resolve(ctx, ref)
+	if errors.Is(err, ErrNotFound) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	return r.newArtifact(ref, desc, nil), nil
 }
 
 // LoadPath imports the one artifact of a layout directory or archive file, told

@@ -1,78 +1,82 @@
 package ocilocal
 
 import (
-	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
-	"sync/atomic"
 
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// PullOptions say what is pulled, and what happens to the ref. Nil is the zero value.
+// PullOptions say how an artifact is pulled, and what happens to the ref. Nil is the zero value.
 type PullOptions struct {
 	// Remote is the client to pull with. Nil means [Options.Remote].
 	Remote *Remote
-	// As, if not zero, is what the artifact is called here. Otherwise it keeps its reference. What As
-	// points at is not taken for what the registry has: unless the reference is here itself, or has a
-	// digest, the registry is asked, as with Check.
+	// As, if not zero, is the artifact's name here. Otherwise it keeps its reference.
 	As Reference
 	// Platform, if not nil, chooses one manifest of an image index, which is
-	// then pulled without the index. What is no index is pulled as it is. A reference with a digest
-	// names the index: then As must say what to call the manifest. What is here under the reference is
-	// served without the network if it is that index, or a manifest whose config is for that platform.
+	// then pulled without the index. Empty fields fit anything, and a variant that image-spec
+	// takes for granted may be left out: linux/arm64/v8 is linux/arm64. Content that is not an index is
+	// pulled as it is. A reference with a digest names the index: then As must name the manifest.
 	Platform *ocispec.Platform
-	// Check asks the registry whether a ref that is here has moved. Otherwise
-	// what is here is served without the network.
-	Check bool
+	// Verify hashes everything that the artifact needs and that is here, and fetches damaged
+	// blobs again. Otherwise blobs that are here count by their sizes, unless others have to be fetched.
+	Verify bool
 	// Workers is how many blobs are fetched at a time. Zero means 4.
 	Workers int
 	// MaxBytes, if positive, is how many bytes of manifests and blobs the pull may add to the registry,
 	// by the sizes that manifests state. A pull that needs more fails with [ErrTooLarge]
 	// before it fetches the blob that is too much, and publishes nothing.
 	MaxBytes int64
-	// PublishOptions say what happens if the ref is here and points at something else than what is
-	// pulled. Without Check, a ref that is here is what is pulled, so that Replace doesn't move it;
-	// Expected is compared in any case.
+	// PublishOptions say what happens if the ref is here and points elsewhere, because it has moved in the remote
+	// registry for example. By default that is a conflict, and the ref stays. With the policy Replace it moves.
 	PublishOptions
 }
 
 // A PullResult tells what a pull did.
 type PullResult struct {
-	// Artifact is what was pulled, or was here; nil after a conflict.
+	// Artifact is the artifact that the ref names now; nil after a conflict.
 	Artifact *LocalArtifact
 	// Update tells what became of the ref.
-	Update       RefUpdate
+	Update RefUpdate
+	// Shared is set if another call of this process fetched the content, and this one
+	// waited for it. Then the counts are zero.
+	Shared       bool
 	BlobsWritten int   // blobs that the registry did not have
 	BlobsReused  int   // blobs that it had
 	BytesWritten int64 // size of the former
 	// BytesReceived counts bytes of blobs that came over the network. It is less than
-	// BytesWritten when an interrupted pull was resumed.
+	// BytesWritten where an interrupted pull was resumed, or another process fetched a blob.
 	BytesReceived int64
 }
 
-// Pull makes sure that the registry has what ref names, and fetches from ref's
-// remote registry what of it is missing: manifests first, then several blobs
-// at a time, each verified while it is written. Manifests keep their bytes; image
-// indexes come in whole.
+// Pull makes the registry hold the artifact that ref names in its remote registry, and points the ref at it.
+// It asks the remote registry where a tag points now; [LocalRegistry.Load] doesn't if the
+// ref is here. It fetches manifests first, then the blobs that are missing, several at a time, each verified
+// while it is written. Manifests keep their bytes; image indexes come in whole.
 //
-// An interrupted blob is resumed where it stopped. Of blobs of 1 MiB or more, what a pull
-// had that has failed, or was killed, is not fetched again by the next one, even by another process;
-// its bytes are hashed anew before they count. Nothing is visible
-// before all is here; then the ref is set in one step, as by any other import. What
-// the policy or [Options.ArtifactTypes] is certain to refuse is not fetched.
+// If nothing has changed, a pull costs one request, and none for a reference with a digest. If the tag has moved,
+// the policy decides: see [PullOptions.PublishOptions]. A conflict fetches nothing.
 //
-// A ref that is here with all it needs is served without the network, whatever
-// the policy, unless [PullOptions.Check] is set. ctx governs the call only.
+// An interrupted blob is resumed where it stopped. The bytes that a failed or killed pull received of
+// blobs of 1 MiB or more are not fetched again by the next one, even of another process;
+// they are hashed again before they count. Nothing is visible before everything is here. Then the ref is set in
+// one step, as by any other import. Content that the policy or [Options.ArtifactTypes] is certain
+// to refuse is not fetched.
 //
-// Errors: [*RemoteError] for what the registry or the network did, with one of the
-// sentinels that it lists; [ErrDigestMismatch], [ErrSizeMismatch], [ErrInvalidManifest],
-// [ErrUnsupportedMediaType], [ErrTooLarge], [ErrIncomplete]; [*ConflictError] together with the
-// result; [ErrReadOnly], ctx's, and the file system's.
+// Calls at the same time share transfers. Within a process, pulls of the same manifest from the same
+// repository with the same Remote and options fetch it once. Different pulls and processes fetch a
+// blob of 1 MiB or more once. A call whose ctx ends doesn't stop the others.
+//
+// ctx governs the call only. Errors:
+//   - [*RemoteError] for failures of the remote registry or the network, with one of the sentinels that it lists
+//   - [*ConflictError] together with the result
+//   - [ErrDigestMismatch], [ErrSizeMismatch], [ErrInvalidManifest], [ErrUnsupportedMediaType], [ErrTooLarge],
+//     [ErrArtifactType] for content that is refused
+//   - [ErrNotFound] if an image index has no manifest for the platform
+//   - [ErrReadOnly], [ErrNoSpace], [ErrBusy], and any error from ctx or the file system
 func (r *LocalRegistry) Pull(ctx context.Context, ref Reference, opts *PullOptions) (*PullResult, error) {
 	result, err := r.pull(ctx, ref, opts)
 	return result, opError("pull", ref.String(), "", err)
@@ -84,6 +88,23 @@ func (r *LocalRegistry) pull(ctx context.Context, ref Reference, opts *PullOptio
 		return nil, err
 	}
 	defer end()
+	p, err := r.newPuller(ref, opts)
+	if err != nil {
+		return nil, err
+	}
+	return p.run(ctx)
+}
+
+// A puller is one call of Pull.
+type puller struct {
+	registry *LocalRegistry
+	repo     *remoteRepo
+	ref, as  Reference
+	opts     PullOptions
+	update   *RefUpdate // set by the transfer that published for this call
+}
+
+func (r *LocalRegistry) newPuller(ref Reference, opts *PullOptions) (*puller, error) {
 	p := &puller{registry: r, ref: ref}
 	if opts != nil {
 		p.opts = *opts
@@ -98,47 +119,65 @@ func (r *LocalRegistry) pull(ctx context.Context, ref Reference, opts *PullOptio
 	if remote == nil {
 		remote = r.remote
 	}
-	if p.repo, err = remote.repo(ref); err != nil {
+	var err error
+	p.repo, err = remote.repo(ref)
+	return p, err
+}
+
+// pullHere is a pull that doesn't ask the remote registry. It returns nil if what is here isn't enough.
+func (r *LocalRegistry) pullHere(ctx context.Context, ref Reference, opts *PullOptions) (*LocalArtifact, error) {
+	end, err := r.begin(ctx)
+	if err != nil {
 		return nil, err
 	}
-	return p.run(ctx)
-}
-
-// fetchRemote pulls what Load doesn't have.
-func (r *LocalRegistry) fetchRemote(ctx context.Context, ref Reference) (found bool, err error) {
-	if r.opts.Remote == nil || r.blobs.readOnly {
-		return false, nil
+	defer end()
+	p, err := r.newPuller(ref, opts)
+	if err != nil {
+		return nil, err
 	}
-	_, err = r.pull(ctx, ref, nil)
-	return err == nil, err
+	verify := p.opts.Verify
+	p.opts.Verify = false
+	result, err := p.present(ctx)
+	if result == nil || err != nil {
+		return nil, err
+	}
+	if verify {
+		if ok, err := p.intact(ctx, result.Update.Descriptor); !ok || err != nil {
+			return nil, err
+		}
+	}
+	return result.Artifact, nil
 }
 
-// A puller is one pull.
-type puller struct {
-	registry *LocalRegistry
-	repo     *remoteRepo
-	ref, as  Reference
-	opts     PullOptions
-	stage    *stage
-	received atomic.Int64
+// intact reports whether the bytes of everything that a manifest needs are good.
+func (p *puller) intact(ctx context.Context, root ocispec.Descriptor) (bool, error) {
+	needs := p.registry.newClosure()
+	_, err := needs.add(ctx, root)
+	for _, d := range needs.blobs {
+		if err == nil {
+			err = p.registry.blobs.verify(ctx, d.Digest, d.Size)
+		}
+	}
+	if ctx.Err() != nil || processCondition(err) {
+		return false, err
+	}
+	return err == nil, nil
 }
 
 func (p *puller) run(ctx context.Context) (*PullResult, error) {
-	if !p.opts.Check {
+	reference := p.repo.reference()
+	switch {
+	case p.opts.Platform != nil: // the index has to be read anyway
+	case p.ref.Digest() != "":
 		if result, err := p.present(ctx); result != nil || err != nil {
 			return result, err
 		}
-	}
-	if p.registry.blobs.readOnly {
-		return nil, ErrReadOnly
-	}
-	reference := cmp.Or(string(p.ref.Digest()), p.ref.Tag())
-	if (p.opts.Check || p.as != p.ref && p.ref.Digest() == "") && p.opts.Platform == nil {
+	default:
 		desc, err := p.repo.head(ctx, reference)
 		if err != nil {
 			return nil, err
 		}
-		if result, err := p.unchanged(ctx, desc.Digest); result != nil || err != nil {
+		if result, err := p.settled(ctx, desc); result != nil || err != nil {
 			return result, err
 		}
 		reference = string(desc.Digest) // should the tag move now
@@ -152,38 +191,66 @@ func (p *puller) run(ctx context.Context) (*PullResult, error) {
 		if err != nil {
 			return nil, err
 		}
-		if result, err := p.refused(chosen); err != nil {
+		if result, err := p.settled(ctx, chosen); result != nil || err != nil {
 			return result, err
 		}
 		if m, err = p.repo.manifest(ctx, string(chosen.Digest), chosen.MediaType); err != nil {
 			return nil, err
 		}
 	}
-	if result, err := p.refused(m.Descriptor()); err != nil {
+	return p.bring(ctx, m)
+}
+
+// bring points the ref at a manifest that the remote registry has sent, after everything that it needs is here.
+func (p *puller) bring(ctx context.Context, m *Manifest) (*PullResult, error) {
+	if result, err := p.settled(ctx, m.Descriptor()); result != nil || err != nil {
 		return result, err
 	}
-	// A ref points at what is here only after the registry has sent the manifest itself. A digest
+	if p.registry.blobs.readOnly {
+		return nil, ErrReadOnly
+	}
+	if d := p.as.Digest(); d != "" && d != m.Digest() {
+		return nil, fmt.Errorf("%w: %s names another digest than the manifest's, %s", ErrDigestMismatch, p.as, m.Digest())
+	}
+	if err := p.registry.acceptType(m.Descriptor()); err != nil {
+		return nil, err
+	}
+	// A ref points at content that is here only after the registry has sent the manifest itself. A digest
 	// in a header proves nothing: it would let a registry name whatever is here.
-	if !p.registry.opts.SeparateRegistries {
+	if !p.registry.opts.SeparateRegistries && !p.opts.Verify {
 		if result, err := p.point(ctx, m.Digest()); result != nil || err != nil {
 			return result, err
 		}
 	}
-	return p.fetchAll(ctx, m)
+	return p.transfer(ctx, m)
 }
 
-// unchanged returns the result if the ref points at d already and d is here with all it needs.
-func (p *puller) unchanged(ctx context.Context, d digest.Digest) (*PullResult, error) {
+// settled returns the result if nothing has to be fetched for a manifest: the ref points at it already and
+// it is here with all it needs, or publishing it is certain to be a conflict. The policy is applied
+// again when it is published.
+func (p *puller) settled(ctx context.Context, root ocispec.Descriptor) (*PullResult, error) {
 	desc, ok, err := p.registry.index.resolve(p.as.key())
-	if err != nil || !ok || desc.Digest != d || p.opts.Expected != "" && p.opts.Expected != d || !p.whole(ctx, desc) {
+	if err != nil {
 		return nil, err
 	}
-	return p.result(RefUpdate{Reference: p.as, Descriptor: desc, Existing: d, Outcome: Unchanged}, nil)
+	u := RefUpdate{Reference: p.as, Descriptor: root, Existing: desc.Digest, Outcome: p.opts.outcome(desc.Digest, root.Digest)}
+	if u.Outcome == Conflicted {
+		return p.result(u, u.conflict(p.opts.Expected))
+	}
+	if !ok || u.Outcome != Unchanged || p.opts.Verify || !p.whole(ctx, desc) {
+		return nil, nil
+	}
+	u.Descriptor = desc
+	return p.result(u, nil)
 }
 
-// present returns what is here of what is asked for, or nil if that is nothing whole. What the
-// ref is to point at is told by its digest, or else by what the reference of the remote registry points at here.
+// present returns the artifact if it is here under the reference itself or, unless registries are kept
+// apart, under another one, and nil if it isn't. Then the digest of the reference, or else its ref here, tells
+// what it is; the remote registry isn't asked.
 func (p *puller) present(ctx context.Context) (*PullResult, error) {
+	if p.opts.Verify {
+		return nil, nil
+	}
 	desc, err := p.registry.lookUp(p.ref)
 	if err != nil {
 		if errors.Is(err, ErrNotFound) {
@@ -227,7 +294,7 @@ func (p *puller) configFits(ctx context.Context, m *Manifest) bool {
 	return json.NewDecoder(src).Decode(&got) == nil && fitsPlatform(p.opts.Platform, &got)
 }
 
-// whole looks, as far as sizes go, that all is here that a manifest needs.
+// whole reports whether everything that a manifest needs is here, as far as sizes tell.
 func (p *puller) whole(ctx context.Context, desc ocispec.Descriptor) bool {
 	return p.registry.checkClosure(ctx, p.registry.index, desc) == nil
 }
@@ -240,8 +307,8 @@ func (p *puller) point(ctx context.Context, d digest.Digest) (*PullResult, error
 	if err != nil || !ok || !p.whole(ctx, desc) {
 		return nil, err
 	}
-	if result, err := p.unchanged(ctx, d); result != nil || err != nil {
-		return result, err
+	if at, ok, err := r.index.resolve(p.as.key()); err != nil || ok && at.Digest == d && p.opts.Expected == "" {
+		return p.result(RefUpdate{Reference: p.as, Descriptor: desc, Existing: d, Outcome: Unchanged}, err)
 	}
 	if r.blobs.readOnly {
 		return nil, nil
@@ -253,6 +320,7 @@ func (p *puller) point(ctx context.Context, d digest.Digest) (*PullResult, error
 	return result, err
 }
 
+// result makes a result of a ref's update.
 func (p *puller) result(u RefUpdate, err error) (*PullResult, error) {
 	switch {
 	case u.Outcome == Conflicted:
@@ -261,210 +329,4 @@ func (p *puller) result(u RefUpdate, err error) (*PullResult, error) {
 		return nil, err
 	}
 	return &PullResult{Artifact: p.registry.newArtifact(p.as, u.Descriptor, nil), Update: u}, nil
-}
-
-// refused returns the conflict that publishing root is certain to end in, before
-// anything is fetched. The policy is applied again when it is published.
-func (p *puller) refused(root ocispec.Descriptor) (*PullResult, error) {
-	existing, _, err := p.registry.index.resolve(p.as.key())
-	if err != nil {
-		return nil, err
-	}
-	u := RefUpdate{Reference: p.as, Descriptor: root, Existing: existing.Digest, Outcome: p.opts.outcome(existing.Digest, root.Digest)}
-	if u.Outcome != Conflicted {
-		return nil, nil
-	}
-	return p.result(u, u.conflict(p.opts.Expected))
-}
-
-// fetchAll brings the closure of a manifest in and publishes it.
-func (p *puller) fetchAll(ctx context.Context, m *Manifest) (*PullResult, error) {
-	root := m.Descriptor()
-	im := p.registry.newImporter(&ImportOptions{Reference: p.as, PublishOptions: p.opts.PublishOptions, one: true})
-	defer func() { p.registry.logDiscard(im.stage.discard()) }()
-	p.stage = im.stage
-	im.fetch = p.fetch
-	im.workers = cmp.Or(max(p.opts.Workers, 0), 4)
-	im.maxBytes = p.opts.MaxBytes
-	if p.registry.opts.SeparateRegistries {
-		im.reusable = func(ctx context.Context, desc ocispec.Descriptor) (bool, error) {
-			return p.registry.ownedBy(ctx, p.ref.Registry(), desc.Digest)
-		}
-	}
-	if _, err := im.stage.putBytes(ctx, m.raw, m.Digest().Algorithm()); err != nil {
-		return nil, err
-	}
-	_, _, added := im.stage.counts()
-	if err := im.charge(added); err != nil {
-		return nil, err
-	}
-	entry := ocispec.Descriptor{MediaType: root.MediaType, Digest: root.Digest, Size: root.Size}
-	imported, err := im.run(ctx, &layoutIndex{entries: []ocispec.Descriptor{entry}})
-	if imported == nil {
-		return nil, err
-	}
-	result, err := p.result(imported.Artifacts[0].Update, err)
-	if result != nil {
-		result.BlobsWritten, result.BlobsReused, result.BytesWritten = imported.BlobsWritten, imported.BlobsReused, imported.BytesWritten
-		result.BytesReceived = p.received.Load()
-	}
-	return result, err
-}
-
-// fetch stages one blob or manifest.
-func (p *puller) fetch(ctx context.Context, desc ocispec.Descriptor, as role) error {
-	if err := checkDigest(desc.Digest); err != nil {
-		return err
-	}
-	if as == roleManifest {
-		m, err := p.repo.manifest(ctx, string(desc.Digest), desc.MediaType)
-		if err != nil {
-			return err
-		}
-		_, err = p.stage.putBytes(ctx, m.raw, desc.Digest.Algorithm())
-		return err
-	}
-	if desc.Size >= keepPartial {
-		part, err := p.stage.openPartial(ctx, desc.Digest, desc.Size)
-		if err != nil {
-			return err
-		}
-		if part != nil && part.kept > 0 && p.registry.opts.SeparateRegistries {
-			// It is not known which registry sent these bytes, and this one must send all of them.
-			err := p.fetchWhole(ctx, desc, p.meter(desc))
-			if err == nil {
-				part.have = 0 // close removes it
-			}
-			return errors.Join(err, part.close())
-		}
-		if part != nil {
-			return errors.Join(p.resume(ctx, desc, part, p.meter(desc)), part.close())
-		}
-	}
-	return p.fetchWhole(ctx, desc, p.meter(desc))
-}
-
-// keepPartial is from which size on a blob's bytes outlive an interrupted pull.
-const keepPartial = 1 << 20
-
-// fetchWhole fetches a blob, from its beginning with each attempt.
-func (p *puller) fetchWhole(ctx context.Context, desc ocispec.Descriptor, from meter) error {
-	for attempt := 1; ; attempt++ {
-		err := p.fetchOnce(ctx, desc, from)
-		if err == nil {
-			return nil
-		}
-		if err := p.repo.remote.again(ctx, attempt, err); err != nil {
-			return err
-		}
-	}
-}
-
-func (p *puller) fetchOnce(ctx context.Context, desc ocispec.Descriptor, from meter) error {
-	res, _, err := p.repo.blob(ctx, desc, 0)
-	if err != nil {
-		return err
-	}
-	defer res.Body.Close()
-	body := &countedBody{src: res.Body, count: from(0)}
-	_, _, err = p.stage.put(ctx, body, "", desc.Digest, desc.Size)
-	return p.repo.blobError(ctx, desc, body, err)
-}
-
-// resume fetches a blob from where part is. Attempts count anew whenever
-// the pull is a MiB further than it has ever been.
-func (p *puller) resume(ctx context.Context, desc ocispec.Descriptor, part *partial, from meter) error {
-	from(part.have)(0)
-	furthest := part.have
-	for attempt := 1; ; attempt++ {
-		err := p.resumeOnce(ctx, desc, part, from)
-		if err == nil {
-			return nil
-		}
-		if part.have >= furthest+keepPartial {
-			furthest, attempt = part.have, 1
-		}
-		if err := p.repo.remote.again(ctx, attempt, err); err != nil {
-			return err
-		}
-	}
-}
-
-// resumeOnce makes one request for what is missing.
-func (p *puller) resumeOnce(ctx context.Context, desc ocispec.Descriptor, part *partial, from meter) error {
-	if part.have < part.size {
-		if err := p.appendOnce(ctx, desc, part, from); err != nil {
-			return err
-		}
-	}
-	old := part.kept > 0
-	err := part.finish(ctx)
-	if old && errors.Is(err, ErrDigestMismatch) { // what an earlier pull left was no good
-		return p.resumeOnce(ctx, desc, part, from)
-	}
-	if errors.Is(err, ErrDigestMismatch) {
-		return p.repo.blobProblem(desc, err)
-	}
-	return err
-}
-
-func (p *puller) appendOnce(ctx context.Context, desc ocispec.Descriptor, part *partial, from meter) error {
-	res, at, err := p.repo.blob(ctx, desc, part.have)
-	if err != nil {
-		return unsatisfied(part, err)
-	}
-	defer res.Body.Close()
-	if at != part.have {
-		if err := part.reset(); err != nil {
-			return err
-		}
-	}
-	body := &countedBody{src: res.Body, count: from(part.have)}
-	err = part.append(ctx, body)
-	if err == nil && part.have < part.size {
-		err = io.ErrUnexpectedEOF
-	}
-	return p.repo.blobError(ctx, desc, body, err)
-}
-
-// unsatisfied starts over if a registry says that what is missing doesn't exist (RFC 9110, section 15.5.17).
-func unsatisfied(part *partial, err error) error {
-	if e, ok := errors.AsType[*RemoteError](err); ok && e.Status == 416 && part.have > 0 {
-		return errors.Join(part.reset(), &RemoteError{Method: e.Method, URL: e.URL, Status: e.Status, again: true, Err: e.Err})
-	}
-	return err
-}
-
-// meter counts what comes of a blob.
-func (p *puller) meter(desc ocispec.Descriptor) meter {
-	from := p.repo.remote.meter(Progress{Reference: p.ref, Descriptor: desc})
-	return func(done int64) func(int) {
-		report := from(done)
-		return func(n int) {
-			p.received.Add(int64(n))
-			report(n)
-		}
-	}
-}
-
-// blobError tells a body that broke off from what went wrong here.
-func (p *remoteRepo) blobError(ctx context.Context, desc ocispec.Descriptor, body *countedBody, err error) error {
-	u := p.url("blobs", string(desc.Digest))
-	switch {
-	case err == nil:
-		return nil
-	case body.err != nil:
-		return p.conceal(bodyError(ctx, "GET", u, body.err))
-	case errors.Is(err, io.ErrUnexpectedEOF), errors.Is(err, ErrSizeMismatch) && body.n < desc.Size:
-		return transportError("GET", u, io.ErrUnexpectedEOF) // a proxy may have cut it off
-	case errors.Is(err, ErrSizeMismatch), errors.Is(err, ErrDigestMismatch):
-		return p.blobProblem(desc, err)
-	}
-	return err
-}
-
-// blobProblem says that a blob's bytes are not what they should be.
-func (p *remoteRepo) blobProblem(desc ocispec.Descriptor, err error) error {
-	u := p.url("blobs", string(desc.Digest))
-	return &RemoteError{Method: "GET", URL: publicURL(u), Status: 200, final: true, Err: fmt.Errorf("blob %s: %w", desc.Digest, err)}
 }

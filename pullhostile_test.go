@@ -38,9 +38,14 @@ func newVictim(t *testing.T) *victim {
 	return v
 }
 
-// on makes requests whose path ends with end have their own answer.
+// on makes requests whose path ends with end have their own answer. HEAD is refused, so that
+// the client asks by GET.
 func (v *victim) on(end string, answer http.HandlerFunc) {
 	v.override = func(w http.ResponseWriter, r *http.Request) bool {
+		if r.Method == http.MethodHead {
+			status(405, "Connection", "close")(w, r)
+			return true
+		}
 		v.allRequests.Add(1)
 		if !strings.HasSuffix(r.URL.Path, end) {
 			return false

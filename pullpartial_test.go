@@ -176,7 +176,7 @@ func TestPullRefusedEarly(t *testing.T) {
 	second := s.put(t, "org/model", "v1", noise(2, 2<<20))
 	s.forget()
 	for _, o := range []ocilocal.PublishOptions{{}, {Expected: digest.FromString("other")}} {
-		got, err := r.Pull(t.Context(), s.ref("org/model:v1"), &ocilocal.PullOptions{Check: true, PublishOptions: o})
+		got, err := r.Pull(t.Context(), s.ref("org/model:v1"), &ocilocal.PullOptions{PublishOptions: o})
 		e, ok := errors.AsType[*ocilocal.ConflictError](err)
 		if !ok || e.Existing != first || e.Incoming != second || e.Expected != o.Expected || got.Update.Outcome != ocilocal.Conflicted {
 			t.Errorf("%+v, %v", got, err)
@@ -201,11 +201,11 @@ func TestPullPlatformHere(t *testing.T) {
 		outcome  ocilocal.Outcome
 		requests int // of the second pull; −1 for any
 	}{
-		"the index":            {nil, ocilocal.Replace, ocilocal.Replaced, 0},
-		"the index is kept":    {nil, ocilocal.KeepExisting, ocilocal.Conflicted, 0},
+		"the index":            {nil, ocilocal.Replace, ocilocal.Replaced, 2},
+		"the index is kept":    {nil, ocilocal.KeepExisting, ocilocal.Conflicted, 1},
 		"another":              {&ocispec.Platform{Architecture: "amd64"}, ocilocal.Replace, ocilocal.Replaced, -1},
 		"another one is kept":  {&ocispec.Platform{Architecture: "amd64"}, ocilocal.KeepExisting, ocilocal.Conflicted, 1},
-		"this one":             {want, ocilocal.KeepExisting, ocilocal.Unchanged, 0},
+		"this one":             {want, ocilocal.KeepExisting, ocilocal.Unchanged, 1},
 		"nothing":              {&ocispec.Platform{Architecture: "none"}, ocilocal.KeepExisting, ocilocal.Inserted, -1},
 		"it doesn't say which": {&ocispec.Platform{Architecture: "s390x"}, ocilocal.KeepExisting, ocilocal.Conflicted, 1},
 	} {

@@ -35,7 +35,7 @@ func TestPullHeaderNamesSecret(t *testing.T) {
 		return true
 	}
 	for _, o := range []ocilocal.PullOptions{
-		{Check: true},
+		{},
 		{As: ocilocal.MustParseReference("other.example/a:v1")},
 	} {
 		_, err := r.Pull(t.Context(), s.ref("org/model:v1"), &o)

@@ -77,6 +77,8 @@ type LocalRegistry struct {
 	opened fs.FileInfo // of the index file
 	remote *Remote     // for Pull and Push
 
+	pulls sync.Map // transfers under way that other calls may join, by key: see sharedPull
+
 	mu     sync.Mutex
 	closed bool           // guarded by mu
 	calls  sync.WaitGroup // those under way; none is added once closed is set

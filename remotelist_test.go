@@ -431,7 +431,7 @@ func TestHeadLies(t *testing.T) {
 				}
 			})
 			r := openRemote(t, nil)
-			got, err := r.Pull(t.Context(), v.ref("org/model:v1"), &ocilocal.PullOptions{Check: true})
+			got, err := r.Pull(t.Context(), v.ref("org/model:v1"), &ocilocal.PullOptions{})
 			if c.want != nil {
 				mustFail(t, err, c.want)
 				nothingIn(t, r)

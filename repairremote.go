@@ -104,7 +104,7 @@ func (p *repair) healFromRepository(ctx context.Context, ref Reference, desc oci
 	}
 	st := p.registry.blobs.newStage()
 	defer func() { p.registry.logDiscard(st.discard()) }()
-	from := &puller{registry: p.registry, repo: repo, ref: ref, stage: st}
+	from := &fetcher{registry: p.registry, repo: repo, ref: ref, stage: st}
 	if err := from.fetch(ctx, desc, as); err != nil {
 		return err
 	}

@@ -56,7 +56,7 @@ var Transfers = []Transfer{
 		ImportDir: ours(importDir), ImportTar: ours(importTar),
 		ExportDir: ourExport((*ocilocal.LocalRegistry).ExportLayout),
 		ExportTar: ourExport((*ocilocal.LocalRegistry).ExportArchiveFile),
-		Pull:      pull(nil), PullAgain: pull(&ocilocal.PullOptions{Check: true}), Push: push,
+		Pull:      pull(nil), PullAgain: pull(nil), Push: push,
 	},
 	{
 		Name:      "oras-go",

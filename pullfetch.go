@@ -1,0 +1,230 @@
+package ocilocal
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"sync/atomic"
+	"time"
+
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+)
+
+// A fetcher brings manifests and blobs from one repository into a stage.
+type fetcher struct {
+	registry *LocalRegistry
+	repo     *remoteRepo
+	ref      Reference // for messages
+	stage    *stage
+	received atomic.Int64 // bytes of blobs
+}
+
+// fetch stages one blob or manifest.
+func (p *fetcher) fetch(ctx context.Context, desc ocispec.Descriptor, as role) error {
+	if err := checkDigest(desc.Digest); err != nil {
+		return err
+	}
+	if as == roleManifest {
+		m, err := p.repo.manifest(ctx, string(desc.Digest), desc.MediaType)
+		if err != nil {
+			return err
+		}
+		_, err = p.stage.putBytes(ctx, m.raw, desc.Digest.Algorithm())
+		return err
+	}
+	if desc.Size < keepPartial {
+		return p.fetchWhole(ctx, desc, p.meter(desc))
+	}
+	part, err := p.partial(ctx, desc)
+	if err != nil || p.stage.has(desc.Digest) {
+		return err
+	}
+	if part == nil {
+		return p.fetchWhole(ctx, desc, p.meter(desc))
+	}
+	if part.kept > 0 && p.registry.opts.SeparateRegistries {
+		// It is not known which registry sent these bytes, and this one must send all of them.
+		err := p.fetchWhole(ctx, desc, p.meter(desc))
+		if err == nil {
+			part.have = 0 // close removes it
+		}
+		return errors.Join(err, part.close())
+	}
+	return errors.Join(p.resume(ctx, desc, part, p.meter(desc)), part.close())
+}
+
+// partial opens what an earlier transfer of a large blob left, and locks it. While another transfer of
+// the blob is under way, by this process or another one, it waits for the lock: what the other one
+// received then counts here too. The other one may end in three ways:
+//
+//   - it has published the blob: the blob is staged from the store, and partial returns nil;
+//   - it has the whole blob and is still busy with others: the file is hashed and used as it is;
+//   - it has failed, or was killed, which frees the lock: the transfer goes on where it stopped.
+//
+// One that receives nothing for the stall timeout is not waited for. Then partial returns nil too, and the
+// blob must be fetched without keeping it. No transfer waits while it holds a lock, so none waits for ever.
+func (p *fetcher) partial(ctx context.Context, desc ocispec.Descriptor) (*partial, error) {
+	limit := cmp.Or(max(p.repo.remote.StallTimeout, 0), time.Minute)
+	deadline, size := time.Now().Add(limit), int64(-1)
+	waited, looked := false, false
+	for wait := time.Millisecond; ; wait = min(2*wait, 50*time.Millisecond) {
+		part, err := p.stage.openPartial(ctx, desc.Digest, desc.Size)
+		if err != nil || part != nil && part.have > 0 || p.registry.opts.SeparateRegistries {
+			return part, err
+		}
+		// A file that turns out to be damaged is not hashed again with each turn.
+		if waited && (part != nil || !looked) && p.registry.blobs.checkSize(desc.Digest, desc.Size) == nil {
+			looked = true
+			if ok, err := p.stage.reuse(ctx, desc.Digest, desc.Size); ok || err != nil {
+				if part != nil {
+					err = errors.Join(err, part.close())
+				}
+				return nil, err
+			}
+		}
+		if part != nil {
+			return part, nil
+		}
+		waited = true
+		if now := p.stage.partialSize(desc.Digest); now != size {
+			deadline, size = time.Now().Add(limit), now
+		}
+		if time.Now().After(deadline) {
+			return nil, nil
+		}
+		t := time.NewTimer(wait)
+		select {
+		case <-ctx.Done():
+			t.Stop()
+			return nil, ctx.Err()
+		case <-t.C:
+		}
+	}
+}
+
+// keepPartial is from which size on a blob's bytes outlive an interrupted pull.
+const keepPartial = 1 << 20
+
+// fetchWhole fetches a blob, from its beginning with each attempt.
+func (p *fetcher) fetchWhole(ctx context.Context, desc ocispec.Descriptor, from meter) error {
+	for attempt := 1; ; attempt++ {
+		err := p.fetchOnce(ctx, desc, from)
+		if err == nil {
+			return nil
+		}
+		if err := p.repo.remote.again(ctx, attempt, err); err != nil {
+			return err
+		}
+	}
+}
+
+func (p *fetcher) fetchOnce(ctx context.Context, desc ocispec.Descriptor, from meter) error {
+	res, _, err := p.repo.blob(ctx, desc, 0)
+	if err != nil {
+		return err
+	}
+	defer res.Body.Close()
+	body := &countedBody{src: res.Body, count: from(0)}
+	_, _, err = p.stage.put(ctx, body, "", desc.Digest, desc.Size)
+	return p.repo.blobError(ctx, desc, body, err)
+}
+
+// resume fetches a blob from where part is. Attempts count anew whenever
+// the pull is a MiB further than it has ever been.
+func (p *fetcher) resume(ctx context.Context, desc ocispec.Descriptor, part *partial, from meter) error {
+	from(part.have)(0)
+	furthest := part.have
+	for attempt := 1; ; attempt++ {
+		err := p.resumeOnce(ctx, desc, part, from)
+		if err == nil {
+			return nil
+		}
+		if part.have >= furthest+keepPartial {
+			furthest, attempt = part.have, 1
+		}
+		if err := p.repo.remote.again(ctx, attempt, err); err != nil {
+			return err
+		}
+	}
+}
+
+// resumeOnce makes one request for what is missing.
+func (p *fetcher) resumeOnce(ctx context.Context, desc ocispec.Descriptor, part *partial, from meter) error {
+	if part.have < part.size {
+		if err := p.appendOnce(ctx, desc, part, from); err != nil {
+			return err
+		}
+	}
+	old := part.kept > 0
+	err := part.finish(ctx)
+	if old && errors.Is(err, ErrDigestMismatch) { // what an earlier pull left was no good
+		return p.resumeOnce(ctx, desc, part, from)
+	}
+	if errors.Is(err, ErrDigestMismatch) {
+		return p.repo.blobProblem(desc, err)
+	}
+	return err
+}
+
+func (p *fetcher) appendOnce(ctx context.Context, desc ocispec.Descriptor, part *partial, from meter) error {
+	res, at, err := p.repo.blob(ctx, desc, part.have)
+	if err != nil {
+		return unsatisfied(part, err)
+	}
+	defer res.Body.Close()
+	if at != part.have {
+		if err := part.reset(); err != nil {
+			return err
+		}
+	}
+	body := &countedBody{src: res.Body, count: from(part.have)}
+	err = part.append(ctx, body)
+	if err == nil && part.have < part.size {
+		err = io.ErrUnexpectedEOF
+	}
+	return p.repo.blobError(ctx, desc, body, err)
+}
+
+// unsatisfied starts over if a registry says that what is missing doesn't exist (RFC 9110, section 15.5.17).
+func unsatisfied(part *partial, err error) error {
+	if e, ok := errors.AsType[*RemoteError](err); ok && e.Status == 416 && part.have > 0 {
+		return errors.Join(part.reset(), &RemoteError{Method: e.Method, URL: e.URL, Status: e.Status, again: true, Err: e.Err})
+	}
+	return err
+}
+
+// meter counts what comes of a blob.
+func (p *fetcher) meter(desc ocispec.Descriptor) meter {
+	from := p.repo.remote.meter(Progress{Reference: p.ref, Descriptor: desc})
+	return func(done int64) func(int) {
+		report := from(done)
+		return func(n int) {
+			p.received.Add(int64(n))
+			report(n)
+		}
+	}
+}
+
+// blobError tells a body that broke off from what went wrong here.
+func (p *remoteRepo) blobError(ctx context.Context, desc ocispec.Descriptor, body *countedBody, err error) error {
+	u := p.url("blobs", string(desc.Digest))
+	switch {
+	case err == nil:
+		return nil
+	case body.err != nil:
+		return p.conceal(bodyError(ctx, "GET", u, body.err))
+	case errors.Is(err, io.ErrUnexpectedEOF), errors.Is(err, ErrSizeMismatch) && body.n < desc.Size:
+		return transportError("GET", u, io.ErrUnexpectedEOF) // a proxy may have cut it off
+	case errors.Is(err, ErrSizeMismatch), errors.Is(err, ErrDigestMismatch):
+		return p.blobProblem(desc, err)
+	}
+	return err
+}
+
+// blobProblem says that a blob's bytes are not what they should be.
+func (p *remoteRepo) blobProblem(desc ocispec.Descriptor, err error) error {
+	u := p.url("blobs", string(desc.Digest))
+	return &RemoteError{Method: "GET", URL: publicURL(u), Status: 200, final: true, Err: fmt.Errorf("blob %s: %w", desc.Digest, err)}
+}

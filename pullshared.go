@@ -1,0 +1,211 @@
+package ocilocal
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"sync"
+
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+)
+
+// A sharedPull is one transfer of a manifest's closure, for which any number of calls may wait.
+//
+//	transfer ──join──▶ sharedPull ──▶ goroutine: fetch, then publish for the first call that still waits
+//	   │                                   │
+//	   └──◀── done, or the call's ctx ◀────┘        calls for which it didn't publish set their refs themselves
+//
+// The transfer belongs to none of the calls: it runs until it is done, or the last one that waits has left.
+// So a call whose context ends doesn't stop the others, and a call that is alone ends its transfer. To set a ref
+// in the same step as the content is published, the transfer does it for one call that waits; whose ref that
+// is depends on chance, but each call's own policy decides about its own ref. If that is a
+// conflict, the next call's ref is tried, since nothing of a conflict becomes visible.
+//
+// Calls share only what they could have fetched themselves: the key holds the client, and so the
+// credentials, the repository, and the options that say what is fetched.
+type sharedPull struct {
+	registry *LocalRegistry
+	key      string
+	cancel   context.CancelFunc
+	done     chan struct{}
+	err      error         // set before done is closed
+	stats    *ImportResult // likewise
+	received int64         // likewise
+
+	mu      sync.Mutex // guards what follows
+	waiting []*puller
+	ended   bool // nobody may join any more
+}
+
+// transfer brings the closure of a manifest in, together with other calls that want the same, and sets the ref.
+func (p *puller) transfer(ctx context.Context, m *Manifest) (*PullResult, error) {
+	for range 3 {
+		f, err := p.join(ctx, m)
+		if err != nil {
+			return nil, err
+		}
+		select {
+		case <-f.done:
+			f.leave(p)
+		case <-ctx.Done():
+			f.leave(p)
+			return nil, ctx.Err()
+		}
+		switch {
+		case p.update != nil:
+			result, err := p.result(*p.update, p.update.conflict(p.opts.Expected))
+			if err == nil {
+				result.BlobsWritten, result.BlobsReused, result.BytesWritten = f.stats.BlobsWritten, f.stats.BlobsReused, f.stats.BytesWritten
+				result.BytesReceived = f.received
+			}
+			return result, err
+		case f.err != nil:
+			return nil, f.err
+		}
+		result, err := p.point(ctx, m.Digest())
+		if result != nil {
+			result.Shared = true
+		}
+		if result != nil || err != nil {
+			return result, err
+		}
+		// It was collected in between.
+	}
+	return nil, fmt.Errorf("%w: %s is collected again and again while it is pulled", ErrIncomplete, p.ref)
+}
+
+// join returns the transfer of a manifest that is under way, or starts one.
+func (p *puller) join(ctx context.Context, m *Manifest) (*sharedPull, error) {
+	r := p.registry
+	key := fmt.Sprintf("%p %s %s %d %t", p.repo.remote, p.ref.Name(), m.Digest(), p.opts.MaxBytes, p.opts.Verify)
+	for {
+		f := &sharedPull{registry: r, key: key, done: make(chan struct{}), waiting: []*puller{p}}
+		own, cancel := context.WithCancel(context.WithoutCancel(ctx))
+		f.cancel = cancel
+		if other, there := r.pulls.LoadOrStore(key, f); there {
+			cancel()
+			if f = other.(*sharedPull); f.enter(p) {
+				return f, nil
+			}
+			select { // it is about to end
+			case <-f.done:
+			case <-ctx.Done():
+				return nil, ctx.Err()
+			}
+			continue
+		}
+		end, err := r.begin(ctx)
+		if err != nil {
+			f.end(err)
+			return nil, err
+		}
+		go func() {
+			defer end()
+			f.end(f.run(own, p, m))
+		}()
+		return f, nil
+	}
+}
+
+// enter makes a call wait for f. It returns false if that is too late.
+func (f *sharedPull) enter(p *puller) bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.ended {
+		return false
+	}
+	f.waiting = append(f.waiting, p)
+	return true
+}
+
+// leave ends the waiting of a call. The last one to leave ends the transfer, and waits until it has
+// cleaned up.
+func (f *sharedPull) leave(p *puller) {
+	f.mu.Lock()
+	f.waiting = slices.DeleteFunc(f.waiting, func(other *puller) bool { return other == p })
+	last := len(f.waiting) == 0
+	f.ended = f.ended || last
+	f.mu.Unlock()
+	if last {
+		f.cancel()
+		<-f.done
+	}
+}
+
+// end wakes the calls that wait.
+func (f *sharedPull) end(err error) {
+	f.mu.Lock()
+	f.ended = true
+	f.mu.Unlock()
+	f.err = err
+	f.registry.pulls.CompareAndDelete(f.key, f)
+	f.cancel()
+	close(f.done)
+}
+
+// next returns the first call that still waits and isn't among those that were tried. If there
+// is none, nobody may join any more.
+func (f *sharedPull) next(tried []*puller) *puller {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for _, p := range f.waiting {
+		if !slices.Contains(tried, p) {
+			return p
+		}
+	}
+	f.ended = true
+	return nil
+}
+
+// run brings the closure in, with the repository and the number of workers of the call that came first.
+func (f *sharedPull) run(ctx context.Context, first *puller, m *Manifest) error {
+	r := f.registry
+	im := r.newImporter(&ImportOptions{MaxBytes: first.opts.MaxBytes, one: true})
+	defer func() { r.logDiscard(im.stage.discard()) }()
+	from := &fetcher{registry: r, repo: first.repo, ref: first.ref, stage: im.stage}
+	im.fetch, im.workers = from.fetch, cmp.Or(max(first.opts.Workers, 0), 4)
+	if r.opts.SeparateRegistries {
+		im.reusable = func(ctx context.Context, desc ocispec.Descriptor) (bool, error) {
+			return r.ownedBy(ctx, first.ref.Registry(), desc.Digest)
+		}
+	}
+	if _, err := im.stage.putBytes(ctx, m.raw, m.Digest().Algorithm()); err != nil {
+		return err
+	}
+	_, _, added := im.stage.counts()
+	if err := im.charge(added); err != nil {
+		return err
+	}
+	desc := m.Descriptor()
+	entries := []ocispec.Descriptor{{MediaType: desc.MediaType, Digest: desc.Digest, Size: desc.Size}}
+	pubs, stats, err := im.collect(ctx, entries, []namedEntry{{Descriptor: entries[0]}})
+	if err == nil {
+		err = im.stage.keepOnly(im.sizes)
+	}
+	if err != nil {
+		return err
+	}
+	f.stats, f.received = stats, from.received.Load()
+	for tried := []*puller(nil); ; {
+		p := f.next(tried)
+		if p == nil { // everybody has left, or has a conflict
+			return cmp.Or(ctx.Err(), errNobodyWaits)
+		}
+		tried = append(tried, p)
+		pubs[0].ref, pubs[0].PublishOptions = p.as, p.opts.PublishOptions
+		updates, err := r.publish(ctx, im.stage, pubs)
+		if err != nil {
+			return err
+		}
+		p.update = &updates[0]
+		if updates[0].Outcome != Conflicted {
+			stats.BlobsWritten, stats.BlobsReused, stats.BytesWritten = im.stage.counts()
+			return nil
+		}
+	}
+}
+
+// errNobodyWaits ends a transfer that is of use to no call any more.
+var errNobodyWaits = errors.New("nobody waits for the transfer")

@@ -1,0 +1,244 @@
+package ocilocal_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"strings"
+	"sync"
+	"testing"
+
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/ocilocal/ocilocal"
+)
+
+// A gate holds back the answers for one blob until it is opened. asked gets one for each manifest that was asked for.
+type gate struct {
+	open  chan struct{}
+	asked chan struct{}
+}
+
+// holdBack makes a gate before the blob whose bytes these are.
+func (s *server) holdBack(blob []byte) *gate {
+	g := &gate{open: make(chan struct{}), asked: make(chan struct{}, 1000)}
+	s.override = func(_ http.ResponseWriter, r *http.Request) bool {
+		switch {
+		case strings.HasSuffix(r.URL.Path, string(digest.FromBytes(blob))):
+			<-g.open
+		case r.Method == "GET" && strings.Contains(r.URL.Path, "/manifests/"):
+			g.asked <- struct{}{}
+		}
+		return false
+	}
+	return g
+}
+
+// Many calls for the same artifact, under one name or under many, receive its blobs once.
+func TestPullShared(t *testing.T) {
+	const calls = 16
+	for _, handles := range []int{1, 2} {
+		t.Run(fmt.Sprint(handles, " handles"), func(t *testing.T) {
+			s := newServer(t)
+			large := noise(1, 4<<20)
+			want := s.put(t, "org/model", "v1", large, noise(2, 100))
+			g := s.holdBack(large)
+			root := t.TempDir()
+			remote := &ocilocal.Remote{Retry: quick}
+			defer remote.CloseIdleConnections()
+			var rs []*ocilocal.LocalRegistry
+			for range handles {
+				r, err := ocilocal.Open(t.Context(), root, &ocilocal.Options{Remote: remote})
+				if err != nil {
+					t.Fatal(err)
+				}
+				rs = append(rs, r)
+			}
+			var wg sync.WaitGroup
+			results := make([]*ocilocal.PullResult, calls)
+			for i := range calls {
+				wg.Go(func() {
+					o := &ocilocal.PullOptions{}
+					if i%2 == 1 {
+						o.As = ocilocal.MustParseReference(fmt.Sprint("example.com/own:v", i))
+					}
+					var err error
+					if results[i], err = rs[i%handles].Pull(t.Context(), s.ref("org/model:v1"), o); err != nil || results[i].Artifact.Digest() != want {
+						t.Errorf("%d: %+v, %v", i, results[i], err)
+					}
+				})
+			}
+			for range calls {
+				<-g.asked
+			}
+			close(g.open)
+			wg.Wait()
+			received, shared := int64(0), 0
+			for _, got := range results {
+				if got != nil {
+					received += got.BytesReceived
+					if got.Shared {
+						shared++
+					}
+				}
+			}
+			if most := int64(len(large)) + int64(handles)*102; s.served() > most || received != s.served() || shared < calls-2*handles {
+				t.Errorf("%d bytes were served and %d received, at most %d are wanted; %d calls shared", s.served(), received, most, shared)
+			}
+			if found := problems(t, rs[0], nil, nil); len(found) > 0 {
+				t.Errorf("%q", found)
+			}
+			for _, r := range rs {
+				mustClose(t, r)
+			}
+		})
+	}
+}
+
+// A call whose context ends leaves, and the others get what they wait for. The last one to leave ends the transfer.
+func TestPullSharedCancelled(t *testing.T) {
+	s := newServer(t)
+	large := noise(1, 2<<20)
+	s.put(t, "org/model", "v1", large)
+	g := s.holdBack(large)
+	r := openRemote(t, nil)
+	first, cancel := context.WithCancel(t.Context())
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		_, err := r.Pull(first, s.ref("org/model:v1"), &ocilocal.PullOptions{As: ocilocal.MustParseReference("example.com/first:v1")})
+		if !errors.Is(err, context.Canceled) {
+			t.Error(err)
+		}
+	})
+	<-g.asked
+	wg.Go(func() {
+		if got, err := r.Pull(t.Context(), s.ref("org/model:v1"), nil); err != nil || got.Update.Outcome != ocilocal.Inserted {
+			t.Errorf("%+v, %v", got, err)
+		}
+	})
+	<-g.asked
+	cancel()
+	close(g.open)
+	wg.Wait()
+	if ok, err := r.Exists(t.Context(), ocilocal.MustParseReference("example.com/first:v1")); ok || err != nil {
+		t.Errorf("the call that left has its ref: %v", err)
+	}
+
+	s.put(t, "org/model", "v2", noise(2, 2<<20))
+	g = s.holdBack(noise(2, 2<<20))
+	alone, cancel := context.WithCancel(t.Context())
+	wg.Go(func() {
+		if _, err := r.Pull(alone, s.ref("org/model:v2"), nil); !errors.Is(err, context.Canceled) {
+			t.Error(err)
+		}
+	})
+	<-g.asked
+	cancel()
+	wg.Wait()
+	close(g.open)
+	mustClose(t, r)
+}
+
+// Of calls that share a transfer, each one's policy decides about its own ref.
+func TestPullSharedConflict(t *testing.T) {
+	s := newServer(t)
+	large := noise(1, 2<<20)
+	want := s.put(t, "org/model", "v1", large)
+	g := s.holdBack(large)
+	r := openRemote(t, nil)
+	taken := ocilocal.MustParseReference("example.com/taken:v1")
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		_, err := r.Pull(t.Context(), s.ref("org/model:v1"), &ocilocal.PullOptions{As: taken})
+		if !errors.Is(err, ocilocal.ErrConflict) {
+			t.Error(err)
+		}
+	})
+	<-g.asked
+	wg.Go(func() {
+		if got, err := r.Pull(t.Context(), s.ref("org/model:v1"), nil); err != nil || got.Artifact.Digest() != want {
+			t.Errorf("%+v, %v", got, err)
+		}
+	})
+	<-g.asked
+	if _, err := build(t, r, taken.String(), nil, "somebody was faster"); err != nil {
+		t.Fatal(err)
+	}
+	close(g.open)
+	wg.Wait()
+	mustClose(t, r)
+}
+
+// Verify finds bytes that are damaged here, and fetches them again.
+func TestPullVerify(t *testing.T) {
+	s := newServer(t)
+	large := noise(1, 2<<20)
+	s.put(t, "org/model", "v1", large, noise(2, 100))
+	r := openRemote(t, nil)
+	ref := s.ref("org/model:v1")
+	if _, err := r.Pull(t.Context(), ref, nil); err != nil {
+		t.Fatal(err)
+	}
+	pinned, err := ref.WithDigest(mustResolve(t, r, ref).Digest)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, again := range map[string]func() error{
+		"pull":           func() error { _, err := r.Pull(t.Context(), ref, &ocilocal.PullOptions{Verify: true}); return err },
+		"pull by digest": func() error { _, err := r.Pull(t.Context(), pinned, &ocilocal.PullOptions{Verify: true}); return err },
+		"load": func() error {
+			_, err := r.LoadWith(t.Context(), ref, &ocilocal.PullOptions{Verify: true})
+			return err
+		},
+	} {
+		rewriteReadOnly(t, blobFile(r, digest.FromBytes(large)), flipBit)
+		s.forget()
+		if err := again(); err != nil || s.served() != int64(len(large)) {
+			t.Errorf("%s: %v, %d bytes were served", name, err, s.served())
+		}
+		if found := problems(t, r, nil, nil); len(found) > 0 {
+			t.Errorf("%s: %q", name, found)
+		}
+		// If nothing is damaged, nothing is received.
+		s.forget()
+		if err := again(); err != nil || s.served() != 0 {
+			t.Errorf("%s: %v, %d bytes were served", name, err, s.served())
+		}
+	}
+	mustClose(t, r)
+}
+
+func mustResolve(t testing.TB, r *ocilocal.LocalRegistry, ref ocilocal.Reference) ocispec.Descriptor {
+	t.Helper()
+	d, err := r.Resolve(t.Context(), ref)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return d
+}
+
+// LoadWith tells whether it was a hit, and takes options for the pull.
+func TestLoadWith(t *testing.T) {
+	s := newServer(t)
+	want := s.put(t, "org/model", "v1", noise(1, 1000))
+	r := openTemp(t, nil) // without a Remote, so that Load doesn't pull
+	remote := &ocilocal.Remote{Retry: quick}
+	defer remote.CloseIdleConnections()
+	ref := s.ref("org/model:v1")
+	if _, err := r.Load(t.Context(), ref); !errors.Is(err, ocilocal.ErrNotFound) {
+		t.Error(err)
+	}
+	_, err := r.LoadWith(t.Context(), ref, &ocilocal.PullOptions{Remote: remote, MaxBytes: 10})
+	mustFail(t, err, ocilocal.ErrTooLarge)
+	got, err := r.LoadWith(t.Context(), ref, &ocilocal.PullOptions{Remote: remote})
+	if err != nil || got.Hit || got.Pull == nil || got.Artifact.Digest() != want {
+		t.Fatalf("%+v, %v", got, err)
+	}
+	s.forget()
+	s.put(t, "org/model", "v1", noise(2, 1000)) // it moves, which a load doesn't ask
+	if got, err = r.LoadWith(t.Context(), ref, nil); err != nil || !got.Hit || got.Pull != nil || got.Artifact.Digest() != want || len(s.requests("")) != 0 {
+		t.Errorf("%+v, %v, %q", got, err, s.requests(""))
+	}
+}
