@@ -98,7 +98,7 @@ func TestPushRangeOverflows(t *testing.T) {
 		ref := v.ref("org/model:v1")
 		pushed(t, r, ref, nil, nil, noise(2, 300_000))
 		_, err := r.Push(t.Context(), ref, &ocilocal.PushOptions{ChunkSize: 100_000})
-		mustFail(t, err, ocilocal.ErrProtocol)
+		mustFail(t, err, ocilocal.ErrRejected)
 		if n := v.tries.Load(); n > 3 {
 			t.Errorf("%s: %d chunks of 3", says, n)
 		}
