@@ -58,7 +58,7 @@ type PullResult struct {
 // while it is written. Manifests keep their bytes; image indexes come in whole.
 //
 // If nothing has changed, a pull costs one request, and none for a reference with a digest. If the tag has moved,
-// the policy decides: see [PullOptions.PublishOptions]. A conflict fetches nothing.
+// the policy decides: see [PublishOptions]. A conflict fetches nothing.
 //
 // An interrupted blob is resumed where it stopped. The bytes that a failed or killed pull received of
 // blobs of 1 MiB or more are not fetched again by the next one, even of another process;
