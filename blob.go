@@ -5,7 +5,6 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
-	"hash"
 	"io"
 	"io/fs"
 	"os"
@@ -21,9 +20,8 @@ const (
 	tmpDir   = "tmp"   // tmp/<session>/: what one open handle is writing
 )
 
-// blobStore keeps content-addressed files below a root. It knows digests; it
-// knows nothing of manifests or of the index. It is safe for concurrent use,
-// by other processes on the same root too.
+// blobStore keeps content-addressed files below a root. It knows digests, and neither manifests
+// nor the index. Any number of goroutines and processes may use the same root at once.
 type blobStore struct {
 	root     *rootDir
 	tmp      string // the directory for what is being written, tmpDir in a registry
@@ -37,8 +35,8 @@ type blobStore struct {
 	algDirs map[digest.Algorithm]bool
 }
 
-// copyBufferSize makes a large blob cost few system calls, and still lets
-// what was read be hashed and written while it is in the processor's cache.
+// copyBufferSize makes a large blob cost few system calls, and is small enough that bytes are still
+// in the processor's cache when they are hashed and written.
 const copyBufferSize = 1 << 20
 
 func newBlobStore(root *rootDir, readOnly bool) *blobStore {
@@ -60,8 +58,8 @@ func blobPath(d digest.Digest) string {
 	return path.Join(blobsDir, string(d.Algorithm()), d.Encoded())
 }
 
-// size returns the size of d's file, and [ErrNotFound] when there is none.
-// It is a look at the directory: it doesn't say that the bytes are good.
+// size returns the size of d's file, and [ErrNotFound] if there is none. It looks at the directory
+// only, so the bytes may be damaged.
 func (s *blobStore) size(d digest.Digest) (int64, error) {
 	if err := checkDigest(d); err != nil {
 		return 0, err
@@ -88,7 +86,7 @@ func (s *blobStore) present(d digest.Digest) (bool, error) {
 	return err == nil, err
 }
 
-// checkSize is nil if d's file is there with that size.
+// checkSize returns an error unless d has a file of that size: [ErrNotFound] or [ErrSizeMismatch].
 func (s *blobStore) checkSize(d digest.Digest, size int64) error {
 	got, err := s.size(d)
 	if err == nil && got != size {
@@ -97,7 +95,7 @@ func (s *blobStore) checkSize(d digest.Digest, size int64) error {
 	return err
 }
 
-// openFile opens d's file. A size of −1 takes the file's own.
+// openFile opens d's file and returns its size, which must be the one given, unless that is −1.
 func (s *blobStore) openFile(d digest.Digest, size int64) (*os.File, int64, error) {
 	if err := checkDigest(d); err != nil {
 		return nil, 0, err
@@ -107,7 +105,7 @@ func (s *blobStore) openFile(d digest.Digest, size int64) (*os.File, int64, erro
 		return nil, 0, fmt.Errorf("blob %s: %w", d, ErrNotFound)
 	}
 	if err != nil {
-		// A link is not followed. As damage, it is healed like any other.
+		// A link is not followed. It is damage, and healed like any other.
 		if _, bad := s.size(d); errors.Is(bad, ErrDigestMismatch) {
 			err = bad
 		}
@@ -124,7 +122,7 @@ func (s *blobStore) openFile(d digest.Digest, size int64) (*os.File, int64, erro
 	return f, got, nil
 }
 
-// open returns a reader of d that verifies as it goes. ctx governs the reads as well.
+// open returns a reader of d that verifies what it reads. ctx governs the reads too.
 func (s *blobStore) open(ctx context.Context, d digest.Digest, size int64) (*verifier, error) {
 	f, size, err := s.openFile(d, size)
 	if err != nil {
@@ -137,8 +135,9 @@ func (s *blobStore) verifier(ctx context.Context, src io.ReadCloser, d digest.Di
 	return &verifier{ctx: ctx, src: src, digest: d, size: size, hash: newHash(d.Algorithm()), buffers: &s.buffers}
 }
 
-// verify reads all of d and says whether it is what its name says:
-// nil, [ErrNotFound], [ErrSizeMismatch] or [ErrDigestMismatch].
+// verify reads all of d and compares it with its name.
+//
+// Errors: [ErrNotFound], [ErrSizeMismatch], [ErrDigestMismatch], and any error from ctx or the file system.
 func (s *blobStore) verify(ctx context.Context, d digest.Digest, size int64) error {
 	r, err := s.open(ctx, d, size)
 	if err != nil {
@@ -165,8 +164,8 @@ type blobEntry struct {
 }
 
 // walkBlobs calls visit for every entry below blobs/ of a root or layout, in no order, holding one batch
-// of names at a time. What is no blob (another name, a directory, a link) comes
-// with an empty digest. visit's error ends the walk and is returned.
+// of names at a time. An entry that is not a blob (another name, a directory, a link) comes
+// with an empty digest. An error of visit ends the walk and is returned.
 func walkBlobs(ctx context.Context, root *rootDir, visit func(blobEntry) error) error {
 	return root.eachEntry(ctx, blobsDir, func(name string) error {
 		dir := path.Join(blobsDir, name)
@@ -200,7 +199,7 @@ func (s *blobStore) walk(ctx context.Context, visit func(blobEntry) error) error
 	return walkBlobs(ctx, s.root, visit)
 }
 
-// empty reports whether no blob is there.
+// empty reports whether the store has no blob.
 func (s *blobStore) empty() (bool, error) {
 	err := s.walk(context.Background(), func(e blobEntry) error {
 		if e.digest != "" {
@@ -214,10 +213,11 @@ func (s *blobStore) empty() (bool, error) {
 	return err == nil, err
 }
 
-// largeFile is the size from which on it takes a file system milliseconds to free a file's space.
+// largeFile is the size of a file that takes a file system milliseconds to free.
 const largeFile = 64 << 20
 
-// unname takes the name of d's file away. A large file is only moved, to the name below tmp/ that is returned.
+// unname removes the name of d's file. A large file is moved instead, to the name below tmp/ that is
+// returned, so that its space can be freed later.
 func (s *blobStore) unname(d digest.Digest, size int64) (moved string, err error) {
 	if size >= largeFile {
 		if dir, err := s.enter(); err == nil { // else the disk is too full for that
@@ -239,126 +239,10 @@ func (s *blobStore) makeAlgDir(alg digest.Algorithm) error {
 	if err := s.root.makeDir(name, 0o755); err != nil {
 		return err
 	}
-	// Also when it was there: its maker may not have come to this line.
+	// Also if it exists: its maker may have been killed before this line.
 	if err := s.root.syncDir(blobsDir); err != nil {
 		return err
 	}
 	s.algDirs[alg] = true
 	return nil
-}
-
-// verifier reads a blob and hashes it on the way. The Read that would hand out
-// the last byte hands out an error instead if the bytes are not the digest's,
-// so that even a consumer that stops after size bytes never has a whole bad blob.
-type verifier struct {
-	ctx    context.Context
-	src    io.ReadCloser
-	digest digest.Digest
-	size   int64
-	off    int64
-	hash   hash.Hash
-	err    error // sticky
-
-	buffers *sync.Pool // the store's
-}
-
-func (v *verifier) Read(p []byte) (int, error) {
-	if v.err != nil {
-		return 0, v.err
-	}
-	if err := v.ctx.Err(); err != nil {
-		return 0, err
-	}
-	if v.size == 0 { // its end comes before its first byte
-		v.err = v.finish()
-		return 0, v.err
-	}
-	if int64(len(p)) > v.size-v.off {
-		p = p[:v.size-v.off]
-	}
-	if len(p) == 0 {
-		return 0, nil
-	}
-	n, err := v.src.Read(p)
-	v.hash.Write(p[:n])
-	v.off += int64(n)
-	if v.off == v.size {
-		if v.err = v.finish(); v.err != io.EOF {
-			clear(p[:n])
-			return 0, v.err
-		}
-		return n, nil
-	}
-	v.err = v.cutOff(err)
-	return n, v.err
-}
-
-// WriteTo implements [io.WriterTo], for io.Copy: a chunk is hashed while it is
-// being written and the next one read, and the last is hashed before it is written.
-func (v *verifier) WriteTo(dst io.Writer) (written int64, err error) {
-	if v.size-v.off <= copyBufferSize || v.err != nil {
-		return io.Copy(dst, struct{ io.Reader }{v})
-	}
-	bufs := [2]*[]byte{v.buffers.Get().(*[]byte), v.buffers.Get().(*[]byte)}
-	defer v.buffers.Put(bufs[0])
-	defer v.buffers.Put(bufs[1])
-	hashing := make(chan struct{}, 1)
-	hashing <- struct{}{}
-	defer func() { <-hashing }() // before the buffers go back
-	for i := 0; v.size-v.off > copyBufferSize; i++ {
-		if err := v.ctx.Err(); err != nil {
-			return written, err
-		}
-		chunk := *bufs[i%2]
-		if _, err := io.ReadFull(v.src, chunk); err != nil {
-			v.err = v.cutOff(err)
-			return written, v.err
-		}
-		v.off += int64(len(chunk))
-		<-hashing
-		go func() {
-			v.hash.Write(chunk)
-			hashing <- struct{}{}
-		}()
-		n, err := dst.Write(chunk)
-		written += int64(n)
-		if err != nil {
-			return written, err
-		}
-	}
-	<-hashing
-	hashing <- struct{}{}
-	n, err := io.Copy(dst, struct{ io.Reader }{v})
-	return written + n, err
-}
-
-// cutOff says of the end of a file that came too early what it is.
-func (v *verifier) cutOff(err error) error {
-	if err == io.EOF || err == io.ErrUnexpectedEOF {
-		return fmt.Errorf("blob %s: %w: ended after %d bytes, want %d", v.digest, ErrSizeMismatch, v.off, v.size)
-	}
-	return err
-}
-
-// finish is called when size bytes were read: io.EOF if they are the blob.
-func (v *verifier) finish() error {
-	var one [1]byte
-	switch n, err := io.ReadFull(v.src, one[:]); {
-	case n > 0:
-		return fmt.Errorf("blob %s: %w: goes on after %d bytes", v.digest, ErrSizeMismatch, v.size)
-	case err != io.EOF:
-		return err
-	}
-	if got := digest.NewDigest(v.digest.Algorithm(), v.hash); got != v.digest {
-		return fmt.Errorf("blob %s: %w: its bytes hash to %s (the file is damaged: importing or pulling the artifact again heals it)",
-			v.digest, ErrDigestMismatch, got)
-	}
-	return io.EOF
-}
-
-func (v *verifier) Close() error {
-	if v.err == nil || v.err == io.EOF {
-		v.err = ErrClosed
-	}
-	return v.src.Close()
 }

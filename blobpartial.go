@@ -13,15 +13,14 @@ import (
 	"github.com/opencontainers/go-digest"
 )
 
-// A partial is a large blob on its way in whose bytes outlive a failed or
-// killed transfer: tmp/partial/<algorithm>-<encoded>/data. The directory is locked while
-// somebody writes there. What an earlier transfer left counts for nothing
-// until its bytes are hashed again, by openPartial.
+// A partial is a large blob on its way in whose bytes outlive a failed or killed transfer:
+// tmp/partial/<algorithm>-<encoded>/data. A transfer locks the directory while it writes there. The
+// bytes that an earlier transfer has left count only after openPartial has hashed them again.
 //
-// A complete blob stays there too, read-only, until it has its name below blobs/, since what
-// comes with it may still fail. It is the same file then: nothing writes to it any more.
+// A complete blob stays there too, read-only, until it has its name below blobs/, because the rest of
+// the transfer may still fail. The stage's file is then the same file, and nothing writes to it again.
 //
-// Garbage collection removes what is old and not locked.
+// A collection removes directories that are old and not locked.
 type partial struct {
 	stage   *stage
 	dir     string
@@ -35,8 +34,8 @@ type partial struct {
 	stays   bool  // the blob is staged, and the directory is the stage's to remove
 }
 
-// openPartial goes on where an earlier transfer of the blob stopped, if one
-// did. It returns nil if another one is under way.
+// openPartial continues where an earlier transfer of the blob stopped, or begins one. It returns nil if
+// another transfer of the blob is under way.
 func (st *stage) openPartial(ctx context.Context, d digest.Digest, size int64) (_ *partial, err error) {
 	if _, err := st.store.enter(); err != nil { // a stage that may not write
 		return nil, err
@@ -89,7 +88,7 @@ func partialPath(d digest.Digest) string {
 	return path.Join(tmpDir, partialDir, digestName(d))
 }
 
-// reopen opens a file that finish has made read-only. If it isn't the blob, it goes.
+// reopen opens a file that finish has made read-only, and removes it if it is not the blob.
 func (p *partial) reopen(ctx context.Context) (whole bool, err error) {
 	root := p.stage.store.root
 	if p.file, err = root.openFile(p.name(), os.O_RDONLY, 0); err != nil {
@@ -108,8 +107,8 @@ func (p *partial) reopen(ctx context.Context) (whole bool, err error) {
 	return false, err
 }
 
-// makePartialDir makes a directory and its parent. Whoever empties the parent removes it, so
-// it may vanish between the two steps: then both are done again.
+// makePartialDir makes a directory and its parent. The parent is removed whenever it is empty, so it may
+// vanish between the two steps: then both are repeated.
 func makePartialDir(root *rootDir, name string) (err error) {
 	for range 10 {
 		if err = root.makeDir(path.Dir(name), 0o700); err != nil {
@@ -124,7 +123,7 @@ func makePartialDir(root *rootDir, name string) (err error) {
 
 func (p *partial) name() string { return path.Join(p.dir, partialData) }
 
-// rehash starts the hash anew with what the file holds.
+// rehash hashes the bytes that the file holds.
 func (p *partial) rehash(ctx context.Context) error {
 	store := p.stage.store
 	p.w = &hashingWriter{file: p.file, hash: newHash(p.digest.Algorithm()), store: store}
@@ -137,14 +136,14 @@ func (p *partial) rehash(ctx context.Context) error {
 	return err
 }
 
-// reset throws away what there is.
+// reset empties the file.
 func (p *partial) reset() error {
 	p.have, p.kept = 0, 0
 	p.w = &hashingWriter{file: p.file, hash: newHash(p.digest.Algorithm()), store: p.stage.store}
 	return p.file.truncate()
 }
 
-// append adds what src has, which must not be more than is missing.
+// append adds the bytes of src. More than are missing are an [ErrSizeMismatch].
 func (p *partial) append(ctx context.Context, src io.Reader) error {
 	n, err := p.stage.store.copy(p.w, io.LimitReader(&ctxReader{ctx, src}, p.size-p.have+1))
 	p.have += n
@@ -154,8 +153,7 @@ func (p *partial) append(ctx context.Context, src io.Reader) error {
 	return err
 }
 
-// finish takes the complete blob into the stage. After [ErrDigestMismatch],
-// nothing is left of what was there.
+// finish takes the complete blob into the stage. After an [ErrDigestMismatch] the file is empty.
 func (p *partial) finish(ctx context.Context) error {
 	if got := digest.NewDigest(p.digest.Algorithm(), p.w.hash); got != p.digest {
 		return errors.Join(fmt.Errorf("%w: bytes hash to %s, want %s", ErrDigestMismatch, got, p.digest), p.reset())
@@ -180,7 +178,7 @@ func (p *partial) finish(ctx context.Context) error {
 	return p.stage.add(ctx, sf)
 }
 
-// close leaves what there is to a later transfer, if it is worth it.
+// close leaves the bytes to a later transfer, if there are any.
 func (p *partial) close() error {
 	var errs []error
 	if p.file != nil {

@@ -1,0 +1,253 @@
+package ocilocal
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"maps"
+	"os"
+	"path"
+	"slices"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+)
+
+// The second half of a stage's life: its files become durable, get their names below blobs/, and are still
+// there when the index refers to them. Three things work against that.
+//
+//   - A power cut loses a name before its directory is synced, and bytes before the file is. So the order is:
+//     fsync of the file, link, fsync of the directory. A blob that the store has is synced as
+//     well, and its directory too, because the process that linked it may not have come to that yet.
+//   - A collector deletes files that no row refers to. It does so with the index's write lock held, and recheck looks
+//     under the same lock, in the transaction that writes the rows. A file that went before is linked
+//     again, from the name that the stage keeps below tmp/. One that is there stays until the commit.
+//   - Another publisher stages the same bytes. The first link wins, and the others find a good file. Only a
+//     file that does not hash to its name is replaced.
+
+// settle gives every staged blob its name below blobs/, durably.
+func (st *stage) settle(ctx context.Context) error {
+	st.mu.Lock()
+	defer st.mu.Unlock()
+	if st.failed != nil {
+		return st.failed
+	}
+	if err := errors.Join(st.sync(ctx), st.wait()); err != nil {
+		return err
+	}
+	dirs := map[digest.Algorithm]bool{}
+	for _, d := range slices.Sorted(maps.Keys(st.files)) { // the same order in every run, for the tests
+		sf := st.files[d]
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		alg := sf.digest.Algorithm()
+		if !dirs[alg] {
+			if err := st.store.makeAlgDir(alg); err != nil {
+				return err
+			}
+			dirs[alg] = true
+		}
+		if sf.reused {
+			// The process that linked it may not have synced it yet, and our commit relies on it.
+			if err := st.syncReused(blobPath(sf.digest)); err != nil {
+				return err
+			}
+			continue
+		}
+		if err := st.link(ctx, sf); err != nil {
+			return err
+		}
+	}
+	if err := st.syncAlgDirs(dirs); err != nil {
+		return err
+	}
+	return st.sweepPartials()
+}
+
+// sweepPartials removes the files that are kept of transfers. Their blobs have their names now, or
+// cannot be trusted. A directory that another transfer uses is left to it.
+func (st *stage) sweepPartials() error {
+	var errs []error
+	for _, sf := range st.files {
+		if sf.partial == "" {
+			continue
+		}
+		errs = append(errs, st.store.sweepPartial(sf.partial))
+		errs = append(errs, st.store.root.removeEmpty(path.Dir(sf.partial)))
+		sf.partial = ""
+	}
+	return errors.Join(errs...)
+}
+
+// link names sf's file below blobs/. A file that has that name stays if it is good, and is
+// replaced if it is damaged. A file that cannot be read, for want of descriptors say, is neither.
+func (st *stage) link(ctx context.Context, sf *stagedFile) error {
+	name := blobPath(sf.digest)
+	if sf.name == "" { // renamed by an earlier attempt to publish
+		return st.syncReused(name)
+	}
+	moved, err := st.store.root.linkNew(sf.name, name)
+	if moved {
+		sf.name = ""
+	}
+	if !errors.Is(err, fs.ErrExist) {
+		return err
+	}
+	err = st.store.verify(ctx, sf.digest, sf.size)
+	if err == nil {
+		sf.reused = true // another publisher was faster
+		return st.syncReused(name)
+	}
+	if processCondition(err) {
+		return err
+	}
+	// Replacing is right here: the name promises these bytes, and the file that has it
+	// is damaged. An open reader keeps the old file.
+	if err := st.store.root.Rename(sf.name, name); err != nil {
+		return err
+	}
+	sf.name = ""
+	return nil
+}
+
+// recheck makes sure that d has a file of the right size, and links the staged one again if a collector
+// has deleted it since settle. It is called inside the index's write transaction, which
+// keeps every collector out. It returns [ErrNotFound] for a blob that cannot be linked again.
+func (st *stage) recheck(d digest.Digest, size int64) error {
+	err := st.store.checkSize(d, size)
+	if !errors.Is(err, ErrNotFound) {
+		return err
+	}
+	st.mu.Lock()
+	defer st.mu.Unlock()
+	sf := st.files[d]
+	if sf == nil || sf.name == "" || sf.size != size {
+		return err
+	}
+	if sf.reused { // settle may have found it gone, and not synced it
+		if err := st.syncReused(sf.name); err != nil {
+			return err
+		}
+	}
+	if err := st.relink(sf); err != nil {
+		return err
+	}
+	return st.fail(st.store.root.syncDir(path.Dir(blobPath(d))))
+}
+
+// relink gives sf's file the name that a collector has freed, unless another publisher is faster.
+func (st *stage) relink(sf *stagedFile) error {
+	moved, err := st.store.root.linkNew(sf.name, blobPath(sf.digest))
+	if moved {
+		sf.name = ""
+	}
+	if errors.Is(err, fs.ErrExist) {
+		return st.store.checkSize(sf.digest, sf.size) // it was synced before it got the name
+	}
+	return err
+}
+
+// syncReused syncs a file that another publisher made: below blobs/, or a link to it below tmp/.
+func (st *stage) syncReused(name string) error {
+	f, err := st.store.root.openFile(name, os.O_RDONLY, 0)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil // collected: recheck brings it back
+	}
+	if err != nil {
+		return err
+	}
+	// The new time makes a collection's grace hold for it. That is a courtesy, and fails on
+	// another user's file.
+	if fi, err := f.Stat(); err == nil && time.Since(fi.ModTime()) > time.Hour {
+		st.store.root.Chtimes(name, time.Now())
+	}
+	return st.fail(errors.Join(f.sync(), f.Close()))
+}
+
+// dedup turns sf into a reused blob if the store has the same bytes.
+func (st *stage) dedup(ctx context.Context, sf *stagedFile) error {
+	have, _ := st.borrow(ctx, sf.digest, sf.size) // a failure costs only an fsync
+	if have == nil {
+		return ctx.Err()
+	}
+	err := st.drop(sf)
+	have.partial = sf.partial
+	*sf = *have
+	return err
+}
+
+// sync starts to make all unsynced files durable, as soon as the batch before is. More files can
+// come in meanwhile.
+func (st *stage) sync(ctx context.Context) error {
+	// A blob whose digest was not known before it came in may be in the store: then it needs no fsync.
+	for _, sf := range st.unsynced {
+		if err := st.dedup(ctx, sf); err != nil {
+			return err
+		}
+	}
+	if err := st.wait(); err != nil {
+		return err
+	}
+	var batch []stagedFile
+	for _, sf := range st.unsynced {
+		if !sf.reused {
+			batch = append(batch, *sf)
+			sf.file = nil
+		}
+	}
+	st.unsynced, st.unsyncedBytes = nil, 0
+	done := make(chan error, 1)
+	st.syncing = done
+	go func() { done <- st.syncFiles(batch) }()
+	return nil
+}
+
+// wait returns when no file is being synced, with the error of the last batch.
+func (st *stage) wait() error {
+	if st.syncing == nil {
+		return nil
+	}
+	err := <-st.syncing
+	st.syncing = nil
+	return st.fail(err)
+}
+
+// syncFiles makes files durable and closes them. All are on their way to the disk before the first fsync, and
+// they are synced side by side: a journalling file system then writes one record for several.
+func (st *stage) syncFiles(files []stagedFile) error {
+	for _, sf := range files {
+		sf.file.start(0, 0)
+	}
+	errs := make([]error, len(files))
+	parallel(maxParallelSyncs, slices.All(files), func(i int, sf stagedFile) { errs[i] = st.syncFile(sf) })
+	return errors.Join(errs...)
+}
+
+func (st *stage) syncFile(sf stagedFile) error {
+	err := sf.file.sync()
+	if err != nil && sf.partial != "" { // it is the same file
+		err = errors.Join(err, ignoreNotExist(st.store.root.Remove(path.Join(sf.partial, partialData))))
+	}
+	return errors.Join(err, sf.file.Close())
+}
+
+// fail makes the stage fail for good if err is not nil: a failed fsync cannot be repeated.
+func (st *stage) fail(err error) error {
+	if err != nil && st.failed == nil {
+		st.failed = fmt.Errorf("%w (what was added can't be trusted to reach the disk: start over)", err)
+	}
+	return err
+}
+
+func (st *stage) syncAlgDirs(dirs map[digest.Algorithm]bool) error {
+	for alg := range dirs {
+		if err := st.store.root.syncDir(path.Join(blobsDir, string(alg))); err != nil {
+			return st.fail(err)
+		}
+	}
+	return nil
+}
+
+const maxParallelSyncs = 16

@@ -1,0 +1,127 @@
+package ocilocal
+
+import (
+	"context"
+	"fmt"
+	"hash"
+	"io"
+	"sync"
+
+	"github.com/opencontainers/go-digest"
+)
+
+// A verifier reads a blob and hashes it on the way. If the bytes are wrong, the Read that would return the
+// last byte returns the error instead. So even a consumer that stops after size bytes never has a
+// whole bad blob.
+type verifier struct {
+	ctx    context.Context
+	src    io.ReadCloser
+	digest digest.Digest
+	size   int64
+	off    int64
+	hash   hash.Hash
+	err    error // sticky
+
+	buffers *sync.Pool // the store's
+}
+
+func (v *verifier) Read(p []byte) (int, error) {
+	if v.err != nil {
+		return 0, v.err
+	}
+	if err := v.ctx.Err(); err != nil {
+		return 0, err
+	}
+	if v.size == 0 {
+		v.err = v.finish()
+		return 0, v.err
+	}
+	if int64(len(p)) > v.size-v.off {
+		p = p[:v.size-v.off]
+	}
+	if len(p) == 0 {
+		return 0, nil
+	}
+	n, err := v.src.Read(p)
+	v.hash.Write(p[:n])
+	v.off += int64(n)
+	if v.off == v.size {
+		if v.err = v.finish(); v.err != io.EOF {
+			clear(p[:n])
+			return 0, v.err
+		}
+		return n, nil
+	}
+	v.err = v.cutOff(err)
+	return n, v.err
+}
+
+// WriteTo implements [io.WriterTo] for io.Copy. A chunk is hashed while it is being written and the
+// next one is read. The last chunk is hashed before it is written.
+func (v *verifier) WriteTo(dst io.Writer) (written int64, err error) {
+	if v.size-v.off <= copyBufferSize || v.err != nil {
+		return io.Copy(dst, struct{ io.Reader }{v})
+	}
+	bufs := [2]*[]byte{v.buffers.Get().(*[]byte), v.buffers.Get().(*[]byte)}
+	defer v.buffers.Put(bufs[0])
+	defer v.buffers.Put(bufs[1])
+	hashing := make(chan struct{}, 1)
+	hashing <- struct{}{}
+	defer func() { <-hashing }() // before the buffers go back
+	for i := 0; v.size-v.off > copyBufferSize; i++ {
+		if err := v.ctx.Err(); err != nil {
+			return written, err
+		}
+		chunk := *bufs[i%2]
+		if _, err := io.ReadFull(v.src, chunk); err != nil {
+			v.err = v.cutOff(err)
+			return written, v.err
+		}
+		v.off += int64(len(chunk))
+		<-hashing
+		go func() {
+			v.hash.Write(chunk)
+			hashing <- struct{}{}
+		}()
+		n, err := dst.Write(chunk)
+		written += int64(n)
+		if err != nil {
+			return written, err
+		}
+	}
+	<-hashing
+	hashing <- struct{}{}
+	n, err := io.Copy(dst, struct{ io.Reader }{v})
+	return written + n, err
+}
+
+// cutOff turns the end of a file that is too short into an [ErrSizeMismatch].
+func (v *verifier) cutOff(err error) error {
+	if err == io.EOF || err == io.ErrUnexpectedEOF {
+		return fmt.Errorf("blob %s: %w: ended after %d bytes, want %d", v.digest, ErrSizeMismatch, v.off, v.size)
+	}
+	return err
+}
+
+// finish is called when size bytes have been read. It returns io.EOF if they are the blob.
+func (v *verifier) finish() error {
+	var one [1]byte
+	switch n, err := io.ReadFull(v.src, one[:]); {
+	case n > 0:
+		return fmt.Errorf("blob %s: %w: goes on after %d bytes", v.digest, ErrSizeMismatch, v.size)
+	case err != io.EOF:
+		return err
+	}
+	if got := digest.NewDigest(v.digest.Algorithm(), v.hash); got != v.digest {
+		return fmt.Errorf("blob %s: %w: its bytes hash to %s (the file is damaged: importing or pulling the artifact again heals it)",
+			v.digest, ErrDigestMismatch, got)
+	}
+	return io.EOF
+}
+
+func (v *verifier) Close() error {
+	if v.err == nil || v.err == io.EOF {
+		v.err = ErrClosed
+	}
+	return v.src.Close()
+}
