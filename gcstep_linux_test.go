@@ -87,7 +87,7 @@ func (u *unseenOnFullDisk) run(t *testing.T) {
 	unseen := ocilocal.MustParseReference("example.com/unseen:v1")
 	var deaths []string
 	marked := false
-	ctx := &lookCtx{t.Context(), func() {
+	ctx := &lookCtx{Context: t.Context(), look: func() {
 		if !marked {
 			return // what is committed here is seen, or displaced like any other
 		}

@@ -22,9 +22,12 @@ import (
 type lookCtx struct {
 	context.Context
 	look func()
+	mu   sync.Mutex // manifests are read by several goroutines
 }
 
 func (c *lookCtx) Err() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
 	c.look()
 	return c.Context.Err()
 }
@@ -44,7 +47,7 @@ func TestGCUnreconciledMeanwhile(t *testing.T) {
 			t.Fatal(err)
 		}
 		looks, marked, deleted := 0, false, false
-		ctx := &lookCtx{t.Context(), func() {
+		ctx := &lookCtx{Context: t.Context(), look: func() {
 			if looks++; looks == n {
 				_, err := db.Exec("INSERT INTO meta VALUES ('unreconciled', '1')") // fails while the collector has the lock
 				marked = err == nil
