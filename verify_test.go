@@ -1,11 +1,9 @@
 package ocilocal_test
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
-	"maps"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -16,7 +14,6 @@ import (
 	"time"
 
 	"github.com/opencontainers/go-digest"
-	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/ocilocal/ocilocal"
 )
@@ -173,95 +170,6 @@ func TestCorruption(t *testing.T) {
 	}
 }
 
-// A manifest whose row was lost, below an index or as a subject, is found by Verify,
-// keeps a collection from deleting what it needs, and is recorded again by Repair.
-func TestLostManifestRow(t *testing.T) {
-	ctx := t.Context()
-	r := openTemp(t, nil)
-	manifest, config := image("layer")
-	index := imageIndex(imageType, manifest)
-	if _, err := r.ImportArchive(ctx, bytes.NewReader(archiveOf(t, ocispec.MediaTypeImageIndex, index, manifest, config, "layer")), nil); err != nil {
-		t.Fatal(err)
-	}
-	first := published(t, r, "example.com/a:0", "zero", nil)
-	published(t, r, "example.com/a:1", "one", first)
-	if _, err := r.Remove(ctx, first.Reference()); err != nil {
-		t.Fatal(err)
-	}
-	before := blobNames(t, r)
-	names := map[digest.Digest]string{digest.FromString(manifest): "child", digest.FromString(index): "index", first.Digest(): "subject"}
-	for _, c := range []struct {
-		victim digest.Digest
-		alter  string // of the row that says by itself what it is
-		found  []string
-	}{
-		{first.Digest(), "manifest", []string{"index contradicts manifest subject"}},
-		{digest.FromString(manifest), "manifest", []string{"index contradicts manifest child", "index contradicts manifest index"}},
-		{digest.FromString(manifest), "layer", []string{"index contradicts manifest index"}},
-	} {
-		execIndex(t, r.Root(), "DELETE FROM members WHERE manifest = ?", string(c.victim))
-		execIndex(t, r.Root(), "DELETE FROM manifests WHERE digest = ?", string(c.victim))
-		execIndex(t, r.Root(), "UPDATE blobs SET kind = ? WHERE digest = ?", c.alter, string(c.victim))
-		got := problems(t, r, nil, names)
-		slices.Sort(got)
-		if !slices.Equal(got, c.found) {
-			t.Errorf("found %q, want %q", got, c.found)
-		}
-		report, err := r.GC(ctx, atOnce)
-		if !errors.Is(err, ocilocal.ErrUnsafe) || len(report.Invalid) != 1 || report.Invalid[0].Digest != c.victim {
-			t.Errorf("%v, %+v", err, report)
-		}
-		if report, err := r.Repair(ctx, nil); err != nil || len(report.Left) != 0 {
-			t.Errorf("%v, %+v", err, report)
-		}
-		collect(t, r, atOnce)
-		if !slices.Equal(before, blobNames(t, r)) {
-			t.Error("something was deleted")
-		}
-	}
-}
-
-// Rows that no program of ours has written are found, don't keep Repair from its
-// work, and are gone after Rebuild, with the artifact there under its name or a new one.
-func TestImpossibleRows(t *testing.T) {
-	for what, text := range map[string]string{
-		"a blob's digest": "INSERT INTO blobs VALUES ('sha256:zz', 1, 'layer', 0)",
-		"a ref's digest":  "UPDATE refs SET manifest = 'nonsense'",
-		"a ref's name":    "UPDATE refs SET name = 'EXAMPLE com/a'",
-		"a ref's tag":     "UPDATE refs SET reference = 'a b'",
-	} {
-		t.Run(what, func(t *testing.T) {
-			ctx := t.Context()
-			r := openTemp(t, nil)
-			dontWatch(r.Root())
-			a := published(t, r, "example.com/a:v1", "layer", nil)
-			os.Chmod(blobFile(r, a.Digest()), 0o600)
-			execIndex(t, r.Root(), text)
-			if got := problems(t, r, nil, nil); len(got) < 2 {
-				t.Errorf("found %q", got)
-			}
-			if report, err := r.Repair(ctx, nil); err != nil || len(report.Left) == 0 {
-				t.Errorf("%v, %+v", err, report)
-			}
-			mustClose(t, r)
-			if report, err := ocilocal.Rebuild(ctx, r.Root(), nil); err != nil || len(report.Left) != 0 || len(report.Recovered) != 1 {
-				t.Errorf("%v, %+v", err, report)
-			}
-			r = mustOpen(t, r.Root())
-			defer mustClose(t, r)
-			if got := problems(t, r, nil, nil); len(got) != 0 {
-				t.Errorf("found %q", got)
-			}
-			if err := last(r.Refs(ctx, nil)); err != nil {
-				t.Error(err)
-			}
-			if _, err := r.LoadDigest(ctx, a.Digest()); err != nil {
-				t.Error(err)
-			}
-		})
-	}
-}
-
 // The bodies of loops over problems may use the registry, as many of them at once as there are connections.
 func TestVerifyHoldsNoConnection(t *testing.T) {
 	r := openTemp(t, nil)
@@ -359,100 +267,5 @@ func TestVerifyResumes(t *testing.T) {
 	}
 	if !errors.Is(err, context.Canceled) {
 		t.Error(err)
-	}
-}
-
-// TestRebuild loses or damages the whole index, and makes it anew from the blobs.
-func TestRebuild(t *testing.T) {
-	index := func(r *ocilocal.LocalRegistry) string { return filepath.Join(r.Root(), "index.sqlite3") }
-	for what, c := range map[string]struct {
-		damage func(t *testing.T, r *ocilocal.LocalRegistry)
-		named  bool // refs are salvaged
-	}{
-		"lost":        {func(t *testing.T, r *ocilocal.LocalRegistry) { os.Remove(index(r)) }, false},
-		"header gone": {func(t *testing.T, r *ocilocal.LocalRegistry) { write(t, index(r), "no database") }, false},
-		"empty":       {func(t *testing.T, r *ocilocal.LocalRegistry) { write(t, index(r), "") }, false},
-		"trigger": {func(t *testing.T, r *ocilocal.LocalRegistry) {
-			execIndex(t, r.Root(), "CREATE TRIGGER x AFTER INSERT ON refs BEGIN DELETE FROM refs; END")
-		}, true},
-		"table lost": {func(t *testing.T, r *ocilocal.LocalRegistry) { execIndex(t, r.Root(), "DROP TABLE members") }, true},
-		"killed in a rebuild, with a new index": {func(t *testing.T, r *ocilocal.LocalRegistry) {
-			name := index(r)
-			if err := os.Rename(name, name+".broken"); err != nil {
-				t.Fatal(err)
-			}
-			mustClose(t, mustOpen(t, r.Root()))
-		}, true},
-		"killed in a rebuild": {func(t *testing.T, r *ocilocal.LocalRegistry) {
-			name := index(r)
-			if err := errors.Join(os.Rename(name, name+".broken"), os.WriteFile(name+"-wal", nil, 0o600)); err != nil {
-				t.Fatal(err)
-			}
-		}, true},
-		"all but the blobs": {func(t *testing.T, r *ocilocal.LocalRegistry) {
-			for _, name := range []string{"index.sqlite3", "id", "tmp"} {
-				if err := os.RemoveAll(filepath.Join(r.Root(), name)); err != nil {
-					t.Fatal(err)
-				}
-			}
-		}, false},
-		"half the WAL": {func(t *testing.T, r *ocilocal.LocalRegistry) { write(t, index(r)+"-wal", strings.Repeat("torn", 1000)) }, true},
-	} {
-		t.Run(what, func(t *testing.T) {
-			ctx := t.Context()
-			r := openTemp(t, nil)
-			a := published(t, r, "example.com/a:1", "one", nil)
-			b := published(t, r, "example.com/b:1", "two", a)
-			c2 := published(t, r, "example.com/c:1", "three", nil)
-			before := blobNames(t, r)
-			mustClose(t, r)
-			dontWatch(r.Root())
-			c.damage(t, r)
-			report, err := ocilocal.Rebuild(ctx, r.Root(), nil)
-			if err != nil {
-				t.Fatal(err)
-			}
-			if len(report.Left) != 0 {
-				t.Errorf("left: %v", report.Left)
-			}
-			if r, err = ocilocal.Open(ctx, r.Root(), nil); err != nil {
-				t.Fatal(err)
-			}
-			defer mustClose(t, r)
-			for _, x := range []*ocilocal.LocalArtifact{a, b, c2} {
-				if _, err := r.LoadDigest(ctx, x.Digest()); err != nil {
-					t.Error(err)
-				}
-				if desc, err := r.Resolve(ctx, x.Reference()); c.named && (err != nil || desc.Digest != x.Digest()) {
-					t.Errorf("%s was not salvaged: %v", x.Reference(), err)
-				}
-			}
-			if !c.named && (len(report.Recovered) != 2 || !strings.Contains(report.Recovered[0].Reference.String(), r.ID()+".ocilocal.local/recovered:sha256-")) {
-				t.Errorf("recovered: %v", report.Recovered)
-			}
-			// Nothing is lost to a collection, by a ref or in the lineage of one.
-			collect(t, r, atOnce)
-			if !slices.Equal(before, blobNames(t, r)) {
-				t.Error("a collection after the rebuild deleted something")
-			}
-			if got := problems(t, r, nil, nil); len(got) != 0 {
-				t.Errorf("%q", got)
-			}
-		})
-	}
-	if _, err := ocilocal.Rebuild(t.Context(), t.TempDir(), nil); !errors.Is(err, ocilocal.ErrNotFound) {
-		t.Error(err)
-	}
-	// A sound registry stays as it is.
-	r := openTemp(t, nil)
-	published(t, r, "example.com/a:1", "one", nil)
-	mustClose(t, r)
-	before := tree(t, filepath.Join(r.Root(), "blobs"))
-	report, err := ocilocal.Rebuild(t.Context(), r.Root(), nil)
-	if err != nil || len(report.Recovered)+len(report.Recorded)+len(report.Rewritten)+len(report.Quarantined) != 0 {
-		t.Errorf("%v %+v", err, report)
-	}
-	if !maps.Equal(before, tree(t, filepath.Join(r.Root(), "blobs"))) {
-		t.Error("blobs were changed")
 	}
 }

@@ -1,0 +1,175 @@
+package ocilocal
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+)
+
+// heal takes wanted blobs from the sources, in order. A source that fails does not keep the others
+// from being asked: it goes into the report, with the first such error in p.sourceErr.
+func (p *repair) heal(ctx context.Context) error {
+	for _, source := range p.opts.Sources {
+		if len(p.wanted) == 0 {
+			return nil
+		}
+		bad, err := p.healFrom(ctx, source)
+		if err != nil {
+			return err
+		}
+		if bad != nil {
+			p.sourceFailed(source, bad)
+		}
+	}
+	return nil
+}
+
+// sourceFailed reports a source, once.
+func (p *repair) sourceFailed(source string, err error) {
+	for _, f := range p.report.FailedSources {
+		if f.Source == source {
+			return
+		}
+	}
+	p.report.FailedSources = append(p.report.FailedSources, SourceFailure{Source: source, Err: err})
+	if p.sourceErr == nil {
+		p.sourceErr = fmt.Errorf("source %s: %w", source, err)
+	}
+}
+
+// A healing takes blobs from one source into a stage.
+type healing struct {
+	*repair
+	stage *stage
+	found []digest.Digest
+	own   error // of the registry or the process, not of the source
+}
+
+// healFrom takes wanted blobs from one source. bad is an error of the source; the blobs that came
+// before it count all the same. err is an error of the registry or the process.
+func (p *repair) healFrom(ctx context.Context, source string) (bad, err error) {
+	h := &healing{repair: p, stage: p.registry.blobs.newStage()}
+	defer func() { p.registry.logDiscard(h.stage.discard()) }()
+	fi, bad := os.Stat(source)
+	switch {
+	case bad != nil:
+	case fi.IsDir():
+		bad = h.fromLayout(ctx, source)
+	default:
+		bad = h.fromArchive(ctx, source)
+	}
+	if h.own != nil || processCondition(bad) {
+		return nil, errors.Join(h.own, bad)
+	}
+	if err := h.stage.settle(ctx); err != nil {
+		return bad, err
+	}
+	for _, d := range h.found {
+		if p.wanted[d] {
+			delete(p.wanted, d)
+			p.report.Healed = append(p.report.Healed, d)
+		}
+	}
+	return bad, nil
+}
+
+// put stages a source's copy of d if d is wanted. A damaged copy is passed over.
+func (h *healing) put(ctx context.Context, d digest.Digest, src io.Reader, size int64) error {
+	if !h.wanted[d] {
+		return nil
+	}
+	var ok bool
+	if ok, h.own = h.rightSize(d, size); !ok || h.own != nil {
+		return h.own
+	}
+	in := &sourceReader{src: src}
+	_, _, err := h.stage.put(ctx, in, "", d, size)
+	switch {
+	case err == nil:
+		h.found = append(h.found, d)
+	case errors.Is(err, ErrDigestMismatch) || errors.Is(err, ErrSizeMismatch):
+		return nil
+	case in.err == nil:
+		h.own = err
+	}
+	return err
+}
+
+// A sourceReader remembers its error, which tells on which side a copy has failed.
+type sourceReader struct {
+	src io.Reader
+	err error
+}
+
+func (r *sourceReader) Read(p []byte) (int, error) {
+	n, err := r.src.Read(p)
+	if err != nil && err != io.EOF {
+		r.err = err
+	}
+	return n, err
+}
+
+// rightSize reports whether a source's copy of d may be good, by its size. It is asked before the
+// copy is read, because a sparse file can be larger than the disk. If nothing says how large d is, the
+// copy may be as large as a manifest, or as the damaged file.
+func (p *repair) rightSize(d digest.Digest, size int64) (bool, error) {
+	desc, _, err := p.describe(d)
+	if err != nil {
+		return false, err
+	}
+	if desc.Digest != "" {
+		return size == desc.Size, nil
+	}
+	here, err := p.registry.blobs.size(d)
+	if processCondition(err) {
+		return false, err
+	}
+	return size <= max(here, MaxManifestSize), nil
+}
+
+// fromLayout takes blobs from a directory. Only blobs/ counts, and an entry there that is not a
+// regular file is passed over. The error is that of the last blob that could not be read.
+func (h *healing) fromLayout(ctx context.Context, dir string) (bad error) {
+	root, err := openRoot(dir, h.registry.root.fault)
+	if err != nil {
+		return err
+	}
+	defer root.Close()
+	l := &layout{root: root}
+	for d := range h.wanted {
+		f, err := l.open(ocispec.Descriptor{Digest: d})
+		if errors.Is(err, ErrIncomplete) {
+			continue
+		}
+		if err == nil {
+			fi, statErr := f.Stat()
+			if err = statErr; err == nil {
+				err = h.put(ctx, d, f, fi.Size())
+			}
+			err = errors.Join(err, f.Close())
+		}
+		if h.own != nil || processCondition(err) {
+			return err
+		}
+		if err != nil {
+			bad = err
+		}
+	}
+	return bad
+}
+
+// fromArchive takes blobs from an archive. Its index need not be there, or valid.
+func (h *healing) fromArchive(ctx context.Context, name string) error {
+	f, err := h.registry.openOther(name)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	_, err = readArchive(ctx, f, h.put)
+	return err
+}

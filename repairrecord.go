@@ -1,0 +1,220 @@
+package ocilocal
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+)
+
+// rewrite makes the rows of a recorded manifest agree with its bytes.
+func (p *repair) rewrite(ctx context.Context, d digest.Digest) error {
+	m, list, st, err := p.load(ctx, d)
+	if st != nil {
+		defer func() { p.registry.logDiscard(st.discard()) }()
+	}
+	if err != nil {
+		return p.tolerate(ctx, err)
+	}
+	err = p.registry.write(ctx, func(tx *indexTx) error {
+		if err := tx.deleteMembers(d); err != nil { // they may be there without their manifest's row
+			return err
+		}
+		checked := map[digest.Digest]bool{}
+		for _, pending := range list {
+			if _, err := record(ctx, tx, st, pending, checked, time.Now()); err != nil {
+				return err
+			}
+		}
+		return tx.replaceManifest(m)
+	})
+	if err == nil {
+		p.report.Rewritten = append(p.report.Rewritten, d)
+	}
+	return p.tolerate(ctx, err)
+}
+
+// load stages a manifest that is in blobs/, with all that it needs.
+func (p *repair) load(ctx context.Context, d digest.Digest) (*Manifest, []pendingManifest, *stage, error) {
+	m, err := p.registry.readVerified(ctx, ocispec.Descriptor{Digest: d, Size: -1})
+	if err != nil {
+		return nil, nil, nil, err
+	}
+	im := p.registry.newImporter(nil)
+	im.fetch = func(_ context.Context, desc ocispec.Descriptor, _ role) error {
+		return fmt.Errorf("%w: blob %s", ErrIncomplete, desc.Digest)
+	}
+	var list []pendingManifest
+	_, err = im.manifest(ctx, m.Descriptor(), 0, map[digest.Digest]bool{}, &list)
+	if err == nil {
+		err = im.stage.settle(ctx)
+	}
+	return m, list, im.stage, err
+}
+
+// tolerate returns nil for an error that concerns one artifact. The last verification reports what is
+// left of it.
+func (p *repair) tolerate(ctx context.Context, err error) error {
+	for _, e := range []error{
+		ErrIncomplete, ErrNotFound, ErrInvalidDigest, ErrInvalidManifest, ErrUnsupportedMediaType,
+		ErrTooLarge, ErrDigestMismatch, ErrSizeMismatch, ErrArtifactType,
+	} {
+		if errors.Is(err, e) && !processCondition(err) && ctx.Err() == nil {
+			return nil
+		}
+	}
+	return err
+}
+
+// record records the manifests in blobs/ that have no row, if all their needs are there.
+func (p *repair) record(ctx context.Context) error {
+	unknown, err := p.unrecorded(ctx)
+	if err != nil {
+		return err
+	}
+	for _, d := range unknown {
+		if err := p.recordOne(ctx, d); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// unrecorded returns the files in blobs/ that may be manifests and have no row.
+func (p *repair) unrecorded(ctx context.Context) (unknown []digest.Digest, err error) {
+	err = p.registry.blobs.walk(ctx, func(e blobEntry) error {
+		if e.digest == "" || e.info.Size() > MaxManifestSize {
+			return nil
+		}
+		if _, ok, err := p.registry.index.resolveDigest(e.digest); ok || err != nil {
+			return err
+		}
+		ok, err := p.registry.looksLikeManifest(e.digest)
+		if ok {
+			unknown = append(unknown, e.digest)
+		}
+		return err
+	})
+	slices.Sort(unknown)
+	return unknown, err
+}
+
+// A lack is a missing blob and the manifest that needs it.
+type lack struct {
+	by   digest.Digest
+	desc ocispec.Descriptor
+	role role
+}
+
+// findLacks finds the blobs that unrecorded manifests need and that are missing, and wants them.
+func (p *repair) findLacks(ctx context.Context) error {
+	p.lacks = map[digest.Digest]lack{}
+	unknown, err := p.unrecorded(ctx)
+	if err != nil {
+		return err
+	}
+	for _, d := range unknown {
+		m, err := p.registry.readVerified(ctx, ocispec.Descriptor{Digest: d, Size: -1})
+		if err != nil {
+			if err := p.tolerate(ctx, err); err != nil {
+				return err
+			}
+			continue
+		}
+		for i, c := range m.children() {
+			_, err := p.registry.blobs.size(c.Digest)
+			if errors.Is(err, ErrNotFound) {
+				p.lacks[c.Digest] = lack{d, c, m.childRole(i)}
+				p.wanted[c.Digest] = true
+			} else if err := p.tolerate(ctx, err); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// recordOne records one manifest, with a list's manifests below it.
+func (p *repair) recordOne(ctx context.Context, d digest.Digest) error {
+	if _, ok, err := p.registry.index.resolveDigest(d); ok || err != nil {
+		return err // it was recorded with the image index that needs it
+	}
+	m, list, st, err := p.load(ctx, d)
+	if st != nil {
+		defer func() { p.registry.logDiscard(st.discard()) }()
+	}
+	if err == nil {
+		_, err = p.registry.publish(ctx, st, []publication{{root: m.Descriptor(), manifests: list}})
+	}
+	if err == nil {
+		p.report.Recorded = append(p.report.Recorded, d)
+	}
+	return p.tolerate(ctx, err)
+}
+
+// reconcile gives refs to the manifests that have lost theirs. If no manifest lacks anything, it also
+// removes the mark, so that collections delete again.
+func (p *repair) reconcile(ctx context.Context) error {
+	var tops []digest.Digest
+	x := p.registry.index
+	var all []digest.Digest
+	if err := x.manifestRows(ctx, func(d, _ digest.Digest) { all = append(all, d) }); err != nil {
+		return err
+	}
+	for _, d := range all {
+		top := true
+		if err := pointers(ctx, x, d, true, func(digest.Digest) error {
+			top = false
+			return errStop
+		}); err != nil {
+			return err
+		}
+		if top {
+			top, err := hasRef(x, d)
+			if err != nil {
+				return err
+			}
+			if !top {
+				tops = append(tops, d)
+			}
+		}
+	}
+	for _, d := range tops {
+		ref, err := p.registry.recoveredName(d)
+		if err != nil {
+			return err
+		}
+		if err := p.name(ctx, d, ref); err != nil {
+			return err
+		}
+	}
+	if len(p.lacks) > 0 {
+		return nil
+	}
+	return p.registry.write(ctx, func(tx *indexTx) error { return tx.deleteMeta(metaUnreconciled) })
+}
+
+// name gives a manifest a ref, unless the manifest is not whole or the ref points elsewhere.
+func (p *repair) name(ctx context.Context, d digest.Digest, ref Reference) error {
+	u, err := p.registry.point(ctx, d, ref, nil)
+	if errors.Is(err, ErrConflict) || errors.Is(err, ErrDigestMismatch) {
+		return nil
+	}
+	if err == nil {
+		p.report.Recovered = append(p.report.Recovered, Ref{Reference: ref, Descriptor: u.Descriptor, Updated: time.Now()})
+	}
+	return p.tolerate(ctx, err)
+}
+
+// recoveredName returns the reference for a manifest whose names were lost.
+func (r *LocalRegistry) recoveredName(d digest.Digest) (Reference, error) {
+	encoded := d.Encoded()
+	if len(encoded) > 64 {
+		encoded = encoded[:64] // a tag has 128 characters at most
+	}
+	return ParseReference(fmt.Sprintf("%s/recovered:%s-%s", r.localHost(), d.Algorithm(), encoded))
+}

@@ -1,0 +1,103 @@
+package ocilocal_test
+
+import (
+	"bytes"
+	"errors"
+	"os"
+	"slices"
+	"testing"
+
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/ocilocal/ocilocal"
+)
+
+// A manifest whose row was lost, below an index or as a subject, is found by Verify,
+// keeps a collection from deleting what it needs, and is recorded again by Repair.
+func TestLostManifestRow(t *testing.T) {
+	ctx := t.Context()
+	r := openTemp(t, nil)
+	manifest, config := image("layer")
+	index := imageIndex(imageType, manifest)
+	if _, err := r.ImportArchive(ctx, bytes.NewReader(archiveOf(t, ocispec.MediaTypeImageIndex, index, manifest, config, "layer")), nil); err != nil {
+		t.Fatal(err)
+	}
+	first := published(t, r, "example.com/a:0", "zero", nil)
+	published(t, r, "example.com/a:1", "one", first)
+	if _, err := r.Remove(ctx, first.Reference()); err != nil {
+		t.Fatal(err)
+	}
+	before := blobNames(t, r)
+	names := map[digest.Digest]string{digest.FromString(manifest): "child", digest.FromString(index): "index", first.Digest(): "subject"}
+	for _, c := range []struct {
+		victim digest.Digest
+		alter  string // of the row that says by itself what it is
+		found  []string
+	}{
+		{first.Digest(), "manifest", []string{"index contradicts manifest subject"}},
+		{digest.FromString(manifest), "manifest", []string{"index contradicts manifest child", "index contradicts manifest index"}},
+		{digest.FromString(manifest), "layer", []string{"index contradicts manifest index"}},
+	} {
+		execIndex(t, r.Root(), "DELETE FROM members WHERE manifest = ?", string(c.victim))
+		execIndex(t, r.Root(), "DELETE FROM manifests WHERE digest = ?", string(c.victim))
+		execIndex(t, r.Root(), "UPDATE blobs SET kind = ? WHERE digest = ?", c.alter, string(c.victim))
+		got := problems(t, r, nil, names)
+		slices.Sort(got)
+		if !slices.Equal(got, c.found) {
+			t.Errorf("found %q, want %q", got, c.found)
+		}
+		report, err := r.GC(ctx, atOnce)
+		if !errors.Is(err, ocilocal.ErrUnsafe) || len(report.Invalid) != 1 || report.Invalid[0].Digest != c.victim {
+			t.Errorf("%v, %+v", err, report)
+		}
+		if report, err := r.Repair(ctx, nil); err != nil || len(report.Left) != 0 {
+			t.Errorf("%v, %+v", err, report)
+		}
+		collect(t, r, atOnce)
+		if !slices.Equal(before, blobNames(t, r)) {
+			t.Error("something was deleted")
+		}
+	}
+}
+
+// Rows that no program of ours has written are found, don't keep Repair from its
+// work, and are gone after Rebuild, with the artifact there under its name or a new one.
+func TestImpossibleRows(t *testing.T) {
+	for what, text := range map[string]string{
+		"a blob's digest": "INSERT INTO blobs VALUES ('sha256:zz', 1, 'layer', 0)",
+		"a ref's digest":  "UPDATE refs SET manifest = 'nonsense'",
+		"a ref's name":    "UPDATE refs SET name = 'EXAMPLE com/a'",
+		"a ref's tag":     "UPDATE refs SET reference = 'a b'",
+	} {
+		t.Run(what, func(t *testing.T) {
+			ctx := t.Context()
+			r := openTemp(t, nil)
+			dontWatch(r.Root())
+			a := published(t, r, "example.com/a:v1", "layer", nil)
+			os.Chmod(blobFile(r, a.Digest()), 0o600)
+			execIndex(t, r.Root(), text)
+			if got := problems(t, r, nil, nil); len(got) < 2 {
+				t.Errorf("found %q", got)
+			}
+			if report, err := r.Repair(ctx, nil); err != nil || len(report.Left) == 0 {
+				t.Errorf("%v, %+v", err, report)
+			}
+			mustClose(t, r)
+			if report, err := ocilocal.Rebuild(ctx, r.Root(), nil); err != nil || len(report.Left) != 0 || len(report.Recovered) != 1 {
+				t.Errorf("%v, %+v", err, report)
+			}
+			r = mustOpen(t, r.Root())
+			defer mustClose(t, r)
+			if got := problems(t, r, nil, nil); len(got) != 0 {
+				t.Errorf("found %q", got)
+			}
+			if err := last(r.Refs(ctx, nil)); err != nil {
+				t.Error(err)
+			}
+			if _, err := r.LoadDigest(ctx, a.Digest()); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+}
