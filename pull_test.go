@@ -232,34 +232,6 @@ func TestPullMakesWhole(t *testing.T) {
 	}
 }
 
-func TestLoadPulls(t *testing.T) {
-	s := newServer(t)
-	want := s.put(t, "org/model", "v1", noise(1, 10))
-	r := openRemote(t, nil)
-	for range 2 {
-		if a, err := r.Load(t.Context(), s.ref("org/model:v1")); err != nil || a.Digest() != want {
-			t.Fatal(err)
-		}
-	}
-	if n := len(s.requests("")); n != 4 { // where the tag points, manifest, config, layer
-		t.Errorf("%q", s.requests(""))
-	}
-	_, err := r.Load(t.Context(), s.ref("org/model:v2"))
-	e, ok := errors.AsType[*ocilocal.RemoteError](err)
-	if !errors.Is(err, ocilocal.ErrNotFound) || !ok || e.Status != 404 || len(e.Codes) != 1 || e.Codes[0].Code != "MANIFEST_UNKNOWN" {
-		t.Error(err)
-	}
-	// By digest, and what is here under another name.
-	s.forget()
-	pinned, err := s.ref("other/name").WithDigest(want)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if got, err := r.Pull(t.Context(), pinned, nil); err != nil || got.Update.Outcome != ocilocal.Inserted || len(s.requests("")) != 0 {
-		t.Errorf("%+v, %v, %q", got, err, s.requests(""))
-	}
-}
-
 // What is called As here is not taken for what the remote registry has under another name.
 func TestPullAs(t *testing.T) {
 	s := newServer(t)

@@ -218,27 +218,3 @@ func mustResolve(t testing.TB, r *ocilocal.LocalRegistry, ref ocilocal.Reference
 	}
 	return d
 }
-
-// LoadWith tells whether it was a hit, and takes options for the pull.
-func TestLoadWith(t *testing.T) {
-	s := newServer(t)
-	want := s.put(t, "org/model", "v1", noise(1, 1000))
-	r := openTemp(t, nil) // without a Remote, so that Load doesn't pull
-	remote := &ocilocal.Remote{Retry: quick}
-	defer remote.CloseIdleConnections()
-	ref := s.ref("org/model:v1")
-	if _, err := r.Load(t.Context(), ref); !errors.Is(err, ocilocal.ErrNotFound) {
-		t.Error(err)
-	}
-	_, err := r.LoadWith(t.Context(), ref, &ocilocal.PullOptions{Remote: remote, MaxBytes: 10})
-	mustFail(t, err, ocilocal.ErrTooLarge)
-	got, err := r.LoadWith(t.Context(), ref, &ocilocal.PullOptions{Remote: remote})
-	if err != nil || got.Hit || got.Pull == nil || got.Artifact.Digest() != want {
-		t.Fatalf("%+v, %v", got, err)
-	}
-	s.forget()
-	s.put(t, "org/model", "v1", noise(2, 1000)) // it moves, which a load doesn't ask
-	if got, err = r.LoadWith(t.Context(), ref, nil); err != nil || !got.Hit || got.Pull != nil || got.Artifact.Digest() != want || len(s.requests("")) != 0 {
-		t.Errorf("%+v, %v, %q", got, err, s.requests(""))
-	}
-}

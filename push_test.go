@@ -99,32 +99,6 @@ func TestPush(t *testing.T) {
 	}
 }
 
-func TestPushArtifactManifestRefused(t *testing.T) {
-	s := newServer(t)
-	s.noArtifacts = true
-	r := openRemote(t, nil)
-	ref := s.ref("org/model:v1")
-	pushed(t, r, ref, &ocilocal.BuilderOptions{Format: ocilocal.FormatArtifactManifest}, nil, noise(1, 10))
-	_, err := r.Push(t.Context(), ref, nil)
-	if e, ok := errors.AsType[*ocilocal.RemoteError](err); !errors.Is(err, ocilocal.ErrUnsupportedManifest) || !ok || e.Status != 400 ||
-		!strings.Contains(err.Error(), "FormatImageManifest") || !strings.Contains(err.Error(), "Convert") {
-		t.Error(err)
-	}
-	// One that takes them may miss a blob: that is something else.
-	for _, code := range []int{400, 404} {
-		s.override = func(w http.ResponseWriter, q *http.Request) bool {
-			if q.Method == "PUT" && strings.Contains(q.URL.Path, "/manifests/") {
-				fail(w, code, "MANIFEST_BLOB_UNKNOWN")
-				return true
-			}
-			return false
-		}
-		if _, err := r.Push(t.Context(), ref, nil); errors.Is(err, ocilocal.ErrUnsupportedManifest) || !errors.Is(err, ocilocal.ErrNotFound) {
-			t.Errorf("%d: %v", code, err)
-		}
-	}
-}
-
 func TestPushReferrers(t *testing.T) {
 	for _, api := range []int{200, 404, 405} { // what its referrers API answers
 		s := newServer(t)

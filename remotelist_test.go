@@ -2,13 +2,10 @@ package ocilocal_test
 
 import (
 	"bytes"
-	"cmp"
 	"errors"
 	"fmt"
 	"io"
 	"net/http"
-	"slices"
-	"strconv"
 	"strings"
 	"testing"
 
@@ -17,51 +14,6 @@ import (
 
 	"github.com/ocilocal/ocilocal"
 )
-
-// The next page is found whatever its Link has beside it. A Link that can't be
-// read is an error, since a list without its end would look like a whole one.
-func TestRemoteListsLinks(t *testing.T) {
-	for link, want := range map[string]error{
-		`<?n=2&x= y>; rel="next"`:                                                  nil,
-		`<?n=2>; title="a, b; c"; rel="next"`:                                      nil,
-		`<?n=3>; title="<x>; rel=next, "; rel="prev", <?n=2>; rel="next last"`:     nil,
-		`<?n=2>;rel=next;title=a/b`:                                                nil,
-		`</v2/org/model/tags/list?n=2>; rel="next"`:                                nil,
-		`/v2/org/model/tags/list?n=2; rel="next"`:                                  nil,
-		`<http://inside.test/v2/org/model/tags/list?n=2>; rel=next`:                nil, // the address of the registry behind its proxy
-		`<https://inside.test:5000/prefix/v2/org/model/tags/list?n=2>; rel="next"`: nil,
-		`<?n=2>; rel="next`:                                                        ocilocal.ErrProtocol,
-		`<http://inside.test/v2/org/other/tags/list?n=2>; rel=next`:                ocilocal.ErrProtocol,
-		`<http://me:you@inside.test/v2/org/model/tags/list?n=2>; rel=next`:         ocilocal.ErrProtocol,
-		`<?n=2; rel="next"`:                                                        ocilocal.ErrProtocol,
-		`?n=2; rel="next"`:                                                         ocilocal.ErrProtocol,
-		`<?n=2&hush=` + strings.Repeat("x", 8<<10) + `>; rel="next"`:               ocilocal.ErrProtocol,
-	} {
-		v := &victim{server: newServer(t)}
-		v.onMethod("GET", "/tags/list", func(w http.ResponseWriter, r *http.Request) {
-			if r.URL.Query().Get("n") == "2" {
-				io.WriteString(w, `{"tags":["b"]}`)
-				return
-			}
-			w.Header().Set("Link", link)
-			io.WriteString(w, `{"tags":["a"]}`)
-		})
-		remote := &ocilocal.Remote{Retry: quick}
-		defer remote.CloseIdleConnections()
-		var got []string
-		var last error
-		for tag, err := range remote.Tags(t.Context(), v.ref("org/model")) {
-			if last = err; err == nil {
-				got = append(got, tag)
-			}
-		}
-		if want == nil && (last != nil || strings.Join(got, "") != "ab") {
-			t.Errorf("%s: %q, %v", link, got, last)
-		} else if want != nil {
-			mustFail(t, last, want)
-		}
-	}
-}
 
 // A registry may list a million tags, not more.
 func TestRemoteListsTooMany(t *testing.T) {
@@ -81,27 +33,6 @@ func TestRemoteListsTooMany(t *testing.T) {
 	}
 	if n != 900_001 {
 		t.Errorf("%d tags", n-1)
-	}
-}
-
-// A registry that says an upload is at the last byte there can be.
-func TestPushRangeOverflows(t *testing.T) {
-	for _, says := range []string{"0-9223372036854775807", "0-9223372036854775806", "0-18446744073709551615"} {
-		v := &victim{server: newServer(t)}
-		v.onMethod("PATCH", "/blobs/uploads/", func(w http.ResponseWriter, r *http.Request) {
-			if c := r.Header.Get("Content-Range"); strings.HasPrefix(c, "-") || strings.Contains(c, "--") {
-				t.Errorf("a chunk of bytes %s", c)
-			}
-			status(202, "Location", r.URL.String(), "Range", says)(w, r)
-		})
-		r := openRemote(t, nil)
-		ref := v.ref("org/model:v1")
-		pushed(t, r, ref, nil, nil, noise(2, 300_000))
-		_, err := r.Push(t.Context(), ref, &ocilocal.PushOptions{ChunkSize: 100_000})
-		mustFail(t, err, ocilocal.ErrRejected)
-		if n := v.tries.Load(); n > 3 {
-			t.Errorf("%s: %d chunks of 3", says, n)
-		}
 	}
 }
 
@@ -284,91 +215,6 @@ func TestHostileWire(t *testing.T) {
 	}
 }
 
-// TestUploadsElsewhere: where an upload goes on is the registry's choice, the credential stays with it.
-func TestUploadsElsewhere(t *testing.T) {
-	for name, c := range map[string]struct {
-		first, later string // where the upload is opened, and goes on after a chunk
-		want         error
-		at           string // the site that gets bytes
-	}{
-		"another host":            {first: "https://uploads.test/u", at: "uploads.test:443"},
-		"another port":            {first: "https://registry.test:8443/u", at: "registry.test:8443"},
-		"another host, mid-way":   {first: "/v2/org/model/blobs/uploads/u", later: "https://uploads.test/u", at: "uploads.test:443"},
-		"without a scheme":        {first: "//uploads.test/u", at: "uploads.test:443"},
-		"its own name":            {first: "https://REGISTRY.test:443/u", at: registrySite},
-		"no TLS, by a proxy":      {first: "http://registry.test/v2/org/model/blobs/uploads/u", at: registrySite},
-		"a proxy's inside":        {first: "http://inside:5000/v2/org/model/blobs/uploads/u", at: registrySite},
-		"no TLS":                  {first: "http://registry.test/u", want: ocilocal.ErrProtocol},
-		"no TLS, mid-way":         {first: "https://uploads.test/u", later: "http://registry.test/u", want: ocilocal.ErrProtocol},
-		"user information":        {first: "https://me:you@uploads.test/u", want: ocilocal.ErrProtocol},
-		"who wants a credential":  {first: "https://uploads.test/login", want: ocilocal.ErrUnauthorized},
-		"who redirects the bytes": {first: "https://uploads.test/back", want: ocilocal.ErrProtocol},
-	} {
-		t.Run(name, func(t *testing.T) {
-			in := newInternet(t)
-			// An upload without memory: what is put is good.
-			uploads := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-				n, _ := io.Copy(io.Discard, r.Body)
-				switch {
-				case r.URL.Path == "/login":
-					w.Header().Set("WWW-Authenticate", `Basic realm="x"`)
-					w.WriteHeader(401)
-				case r.URL.Path == "/back":
-					w.Header().Set("Location", "https://registry.test/v2/u")
-					w.WriteHeader(307)
-				case r.Method == "PATCH":
-					from, _, _ := strings.Cut(r.Header.Get("Content-Range"), "-")
-					at, _ := strconv.Atoi(from)
-					w.Header().Set("Location", cmp.Or(c.later, c.first))
-					w.Header().Set("Range", fmt.Sprintf("0-%d", int64(at)+n-1))
-					w.WriteHeader(202)
-				case r.Method == "PUT":
-					w.WriteHeader(201)
-				default:
-					w.WriteHeader(204)
-				}
-			})
-			s := in.registry("https://registry.test", "203.0.113.1")
-			s.user, s.password = "me", secretPassword
-			s.override = func(w http.ResponseWriter, r *http.Request) bool {
-				switch {
-				case r.Method == "POST" && s.authorized(w, r):
-					w.Header()["Location"] = []string{c.first}
-					w.WriteHeader(202)
-				case r.Method == "POST":
-				case strings.HasSuffix(r.URL.Path, "/u"):
-					uploads(w, r)
-				case r.Method == "PUT" && r.Header.Get("Authorization") != "": // manifests, of blobs that aren't here
-					w.WriteHeader(201)
-				default:
-					return false
-				}
-				return true
-			}
-			for _, origin := range []string{"https://uploads.test", "https://registry.test:8443", "http://registry.test"} {
-				in.site(origin, "203.0.113.2", uploads)
-			}
-			remote := in.remote(s.host, ocilocal.Credential{Username: "me", Password: secretPassword})
-			r := openRemote(t, remote)
-			pushed(t, r, s.ref("org/model:v1"), nil, nil, noise(1, 300_000))
-			_, err := r.Push(t.Context(), s.ref("org/model:v1"), &ocilocal.PushOptions{ChunkSize: 100_000})
-			in.quiet(err)
-			in.noSecretSeen(registrySite)
-			if c.want != nil {
-				mustFail(t, err, c.want)
-			} else if err != nil {
-				t.Fatal(err)
-			}
-			if at := in.sites[c.at]; at != nil && !slices.ContainsFunc(at.asked(), func(r string) bool { return strings.HasPrefix(r, "PATCH") || strings.HasPrefix(r, "PUT /u") }) {
-				t.Errorf("%s got %q", c.at, at.asked())
-			}
-			if n := len(in.sites["registry.test:80"].asked()); n > 0 {
-				t.Errorf("%d requests without TLS", n)
-			}
-		})
-	}
-}
-
 // TestPushHostileMount: a mount that isn't what was asked for.
 func TestPushHostileMount(t *testing.T) {
 	for name, c := range map[string]struct {
@@ -402,55 +248,5 @@ func TestPushHostileMount(t *testing.T) {
 			}
 			checkRemoteMessage(t, err)
 		})
-	}
-}
-
-// TestHeadLies: what HEAD says is a hint; what comes is what counts.
-func TestHeadLies(t *testing.T) {
-	v := newVictim(t)
-	other := digest.FromString("other")
-	for name, c := range map[string]struct {
-		header []string
-		want   error // of a pull that checks
-	}{
-		"another size":   {[]string{"Content-Length", "7", "Docker-Content-Digest", string(v.manifest.digest)}, nil},
-		"too large":      {[]string{"Content-Length", "9223372036854775807", "Docker-Content-Digest", string(v.manifest.digest)}, nil},
-		"no digest":      {[]string{"Content-Length", "7"}, nil},
-		"no type":        {[]string{"Content-Type", "", "Docker-Content-Digest", string(v.manifest.digest)}, nil},
-		"another type":   {[]string{"Content-Type", ocispec.MediaTypeImageIndex, "Docker-Content-Digest", string(v.manifest.digest)}, nil},
-		"HTML":           {[]string{"Content-Type", "text/html", "Docker-Content-Digest", string(v.manifest.digest)}, nil},
-		"another digest": {[]string{"Content-Length", "7", "Docker-Content-Digest", string(other)}, ocilocal.ErrNotFound},
-		"a bad digest":   {[]string{"Docker-Content-Digest", "sha256:" + strings.Repeat("A", 64)}, ocilocal.ErrProtocol},
-	} {
-		t.Run(name, func(t *testing.T) {
-			v := newVictim(t)
-			v.onMethod("HEAD", "/manifests/v1", func(w http.ResponseWriter, _ *http.Request) {
-				w.Header().Set("Content-Type", ocispec.MediaTypeImageManifest)
-				for i := 0; i < len(c.header); i += 2 {
-					w.Header().Set(c.header[i], c.header[i+1])
-				}
-			})
-			r := openRemote(t, nil)
-			got, err := r.Pull(t.Context(), v.ref("org/model:v1"), &ocilocal.PullOptions{})
-			if c.want != nil {
-				mustFail(t, err, c.want)
-				nothingIn(t, r)
-			} else if err != nil || got.Artifact.Digest() != v.manifest.digest {
-				t.Errorf("%+v, %v", got, err)
-			}
-		})
-	}
-	// By digest, with other bytes, whether the header says what was asked for or what they are.
-	others := append(bytes.Clone(v.manifest.body), ' ')
-	for _, header := range []digest.Digest{v.manifest.digest, digest.FromBytes(others)} {
-		v := newVictim(t)
-		v.on("/manifests/"+string(v.manifest.digest), body(others, "Content-Type", ocispec.MediaTypeImageManifest, "Docker-Content-Digest", string(header)))
-		remote := &ocilocal.Remote{}
-		_, err := remote.Manifest(t.Context(), v.ref("org/model@"+string(v.manifest.digest)))
-		mustFail(t, err, ocilocal.ErrDigestMismatch)
-		r := openRemote(t, remote)
-		_, err = r.Pull(t.Context(), v.ref("org/model@"+string(v.manifest.digest)), nil)
-		mustFail(t, err, ocilocal.ErrDigestMismatch)
-		nothingIn(t, r)
 	}
 }

@@ -1,11 +1,14 @@
 package ocilocal_test
 
 import (
+	"bytes"
 	"fmt"
 	"io"
 	"net/http"
+	"strings"
 	"testing"
 
+	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/ocilocal/ocilocal"
@@ -90,4 +93,54 @@ func TestPullContentTypes(t *testing.T) {
 	})
 	_, err := openRemote(t, nil).Pull(t.Context(), v.ref("org/model:v1"), nil)
 	mustFail(t, err, ocilocal.ErrInvalidManifest)
+}
+
+// TestHeadLies: what HEAD says is a hint; what comes is what counts.
+func TestHeadLies(t *testing.T) {
+	v := newVictim(t)
+	other := digest.FromString("other")
+	for name, c := range map[string]struct {
+		header []string
+		want   error // of a pull that checks
+	}{
+		"another size":   {[]string{"Content-Length", "7", "Docker-Content-Digest", string(v.manifest.digest)}, nil},
+		"too large":      {[]string{"Content-Length", "9223372036854775807", "Docker-Content-Digest", string(v.manifest.digest)}, nil},
+		"no digest":      {[]string{"Content-Length", "7"}, nil},
+		"no type":        {[]string{"Content-Type", "", "Docker-Content-Digest", string(v.manifest.digest)}, nil},
+		"another type":   {[]string{"Content-Type", ocispec.MediaTypeImageIndex, "Docker-Content-Digest", string(v.manifest.digest)}, nil},
+		"HTML":           {[]string{"Content-Type", "text/html", "Docker-Content-Digest", string(v.manifest.digest)}, nil},
+		"another digest": {[]string{"Content-Length", "7", "Docker-Content-Digest", string(other)}, ocilocal.ErrNotFound},
+		"a bad digest":   {[]string{"Docker-Content-Digest", "sha256:" + strings.Repeat("A", 64)}, ocilocal.ErrProtocol},
+	} {
+		t.Run(name, func(t *testing.T) {
+			v := newVictim(t)
+			v.onMethod("HEAD", "/manifests/v1", func(w http.ResponseWriter, _ *http.Request) {
+				w.Header().Set("Content-Type", ocispec.MediaTypeImageManifest)
+				for i := 0; i < len(c.header); i += 2 {
+					w.Header().Set(c.header[i], c.header[i+1])
+				}
+			})
+			r := openRemote(t, nil)
+			got, err := r.Pull(t.Context(), v.ref("org/model:v1"), &ocilocal.PullOptions{})
+			if c.want != nil {
+				mustFail(t, err, c.want)
+				nothingIn(t, r)
+			} else if err != nil || got.Artifact.Digest() != v.manifest.digest {
+				t.Errorf("%+v, %v", got, err)
+			}
+		})
+	}
+	// By digest, with other bytes, whether the header says what was asked for or what they are.
+	others := append(bytes.Clone(v.manifest.body), ' ')
+	for _, header := range []digest.Digest{v.manifest.digest, digest.FromBytes(others)} {
+		v := newVictim(t)
+		v.on("/manifests/"+string(v.manifest.digest), body(others, "Content-Type", ocispec.MediaTypeImageManifest, "Docker-Content-Digest", string(header)))
+		remote := &ocilocal.Remote{}
+		_, err := remote.Manifest(t.Context(), v.ref("org/model@"+string(v.manifest.digest)))
+		mustFail(t, err, ocilocal.ErrDigestMismatch)
+		r := openRemote(t, remote)
+		_, err = r.Pull(t.Context(), v.ref("org/model@"+string(v.manifest.digest)), nil)
+		mustFail(t, err, ocilocal.ErrDigestMismatch)
+		nothingIn(t, r)
+	}
 }

@@ -1,6 +1,7 @@
 package ocilocal_test
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"io"
@@ -8,6 +9,8 @@ import (
 	"net/http/httptest"
 	"path"
 	"runtime"
+	"slices"
+	"strconv"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -544,4 +547,110 @@ func TestPushDoubtfulHeads(t *testing.T) {
 		return false
 	}
 	pushAndCheck(t, s, layer, 0)
+}
+
+// A registry that says an upload is at the last byte there can be.
+func TestPushRangeOverflows(t *testing.T) {
+	for _, says := range []string{"0-9223372036854775807", "0-9223372036854775806", "0-18446744073709551615"} {
+		v := &victim{server: newServer(t)}
+		v.onMethod("PATCH", "/blobs/uploads/", func(w http.ResponseWriter, r *http.Request) {
+			if c := r.Header.Get("Content-Range"); strings.HasPrefix(c, "-") || strings.Contains(c, "--") {
+				t.Errorf("a chunk of bytes %s", c)
+			}
+			status(202, "Location", r.URL.String(), "Range", says)(w, r)
+		})
+		r := openRemote(t, nil)
+		ref := v.ref("org/model:v1")
+		pushed(t, r, ref, nil, nil, noise(2, 300_000))
+		_, err := r.Push(t.Context(), ref, &ocilocal.PushOptions{ChunkSize: 100_000})
+		mustFail(t, err, ocilocal.ErrRejected)
+		if n := v.tries.Load(); n > 3 {
+			t.Errorf("%s: %d chunks of 3", says, n)
+		}
+	}
+}
+
+// TestUploadsElsewhere: where an upload goes on is the registry's choice, the credential stays with it.
+func TestUploadsElsewhere(t *testing.T) {
+	for name, c := range map[string]struct {
+		first, later string // where the upload is opened, and goes on after a chunk
+		want         error
+		at           string // the site that gets bytes
+	}{
+		"another host":            {first: "https://uploads.test/u", at: "uploads.test:443"},
+		"another port":            {first: "https://registry.test:8443/u", at: "registry.test:8443"},
+		"another host, mid-way":   {first: "/v2/org/model/blobs/uploads/u", later: "https://uploads.test/u", at: "uploads.test:443"},
+		"without a scheme":        {first: "//uploads.test/u", at: "uploads.test:443"},
+		"its own name":            {first: "https://REGISTRY.test:443/u", at: registrySite},
+		"no TLS, by a proxy":      {first: "http://registry.test/v2/org/model/blobs/uploads/u", at: registrySite},
+		"a proxy's inside":        {first: "http://inside:5000/v2/org/model/blobs/uploads/u", at: registrySite},
+		"no TLS":                  {first: "http://registry.test/u", want: ocilocal.ErrProtocol},
+		"no TLS, mid-way":         {first: "https://uploads.test/u", later: "http://registry.test/u", want: ocilocal.ErrProtocol},
+		"user information":        {first: "https://me:you@uploads.test/u", want: ocilocal.ErrProtocol},
+		"who wants a credential":  {first: "https://uploads.test/login", want: ocilocal.ErrUnauthorized},
+		"who redirects the bytes": {first: "https://uploads.test/back", want: ocilocal.ErrProtocol},
+	} {
+		t.Run(name, func(t *testing.T) {
+			in := newInternet(t)
+			// An upload without memory: what is put is good.
+			uploads := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+				n, _ := io.Copy(io.Discard, r.Body)
+				switch {
+				case r.URL.Path == "/login":
+					w.Header().Set("WWW-Authenticate", `Basic realm="x"`)
+					w.WriteHeader(401)
+				case r.URL.Path == "/back":
+					w.Header().Set("Location", "https://registry.test/v2/u")
+					w.WriteHeader(307)
+				case r.Method == "PATCH":
+					from, _, _ := strings.Cut(r.Header.Get("Content-Range"), "-")
+					at, _ := strconv.Atoi(from)
+					w.Header().Set("Location", cmp.Or(c.later, c.first))
+					w.Header().Set("Range", fmt.Sprintf("0-%d", int64(at)+n-1))
+					w.WriteHeader(202)
+				case r.Method == "PUT":
+					w.WriteHeader(201)
+				default:
+					w.WriteHeader(204)
+				}
+			})
+			s := in.registry("https://registry.test", "203.0.113.1")
+			s.user, s.password = "me", secretPassword
+			s.override = func(w http.ResponseWriter, r *http.Request) bool {
+				switch {
+				case r.Method == "POST" && s.authorized(w, r):
+					w.Header()["Location"] = []string{c.first}
+					w.WriteHeader(202)
+				case r.Method == "POST":
+				case strings.HasSuffix(r.URL.Path, "/u"):
+					uploads(w, r)
+				case r.Method == "PUT" && r.Header.Get("Authorization") != "": // manifests, of blobs that aren't here
+					w.WriteHeader(201)
+				default:
+					return false
+				}
+				return true
+			}
+			for _, origin := range []string{"https://uploads.test", "https://registry.test:8443", "http://registry.test"} {
+				in.site(origin, "203.0.113.2", uploads)
+			}
+			remote := in.remote(s.host, ocilocal.Credential{Username: "me", Password: secretPassword})
+			r := openRemote(t, remote)
+			pushed(t, r, s.ref("org/model:v1"), nil, nil, noise(1, 300_000))
+			_, err := r.Push(t.Context(), s.ref("org/model:v1"), &ocilocal.PushOptions{ChunkSize: 100_000})
+			in.quiet(err)
+			in.noSecretSeen(registrySite)
+			if c.want != nil {
+				mustFail(t, err, c.want)
+			} else if err != nil {
+				t.Fatal(err)
+			}
+			if at := in.sites[c.at]; at != nil && !slices.ContainsFunc(at.asked(), func(r string) bool { return strings.HasPrefix(r, "PATCH") || strings.HasPrefix(r, "PUT /u") }) {
+				t.Errorf("%s got %q", c.at, at.asked())
+			}
+			if n := len(in.sites["registry.test:80"].asked()); n > 0 {
+				t.Errorf("%d requests without TLS", n)
+			}
+		})
+	}
 }
