@@ -24,6 +24,12 @@ type PullOptions struct {
 	// Verify hashes everything that the artifact needs and that is here, and fetches damaged
 	// blobs again. Otherwise blobs that are here count by their sizes, unless others have to be fetched.
 	Verify bool
+	// Referrers brings the artifact's referrers along, such as signatures, and those of the referrers, as the
+	// remote registry lists them. They get no refs: a collection deletes them unless it keeps referrers.
+	// A pull with Referrers asks the registry for them even if nothing else has changed.
+	Referrers bool
+	// ReferrerTypes, if not empty, are the artifact types of the referrers that Referrers brings along.
+	ReferrerTypes []string
 	// Workers is how many blobs are fetched at a time. Zero means 4.
 	Workers int
 	// MaxBytes, if positive, is how many bytes of manifests and blobs the pull may add to the registry,
@@ -41,6 +47,8 @@ type PullResult struct {
 	Artifact *LocalArtifact
 	// Update tells what became of the ref.
 	Update RefUpdate
+	// Referrers are the referrers that are here now because of PullOptions.Referrers.
+	Referrers []ocispec.Descriptor
 	// Shared is set if another call of this process fetched the content, and this one
 	// waited for it. Then the counts are zero.
 	Shared       bool
@@ -92,7 +100,11 @@ func (r *LocalRegistry) pull(ctx context.Context, ref Reference, opts *PullOptio
 	if err != nil {
 		return nil, err
 	}
-	return p.run(ctx)
+	result, err := p.run(ctx)
+	if err == nil && p.opts.Referrers {
+		result.Referrers, err = p.pullReferrers(ctx, result)
+	}
+	return result, err
 }
 
 // A puller is one call of Pull.

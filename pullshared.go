@@ -164,30 +164,11 @@ func (f *sharedPull) run(ctx context.Context, first *puller, m *Manifest) error 
 	r := f.registry
 	im := r.newImporter(&ImportOptions{MaxBytes: first.opts.MaxBytes, one: true})
 	defer func() { r.logDiscard(im.stage.discard()) }()
-	from := &fetcher{registry: r, repo: first.repo, ref: first.ref, stage: im.stage}
-	im.fetch, im.workers = from.fetch, cmp.Or(max(first.opts.Workers, 0), 4)
-	if r.opts.SeparateRegistries {
-		im.reusable = func(ctx context.Context, desc ocispec.Descriptor) (bool, error) {
-			return r.ownedBy(ctx, first.ref.Registry(), desc.Digest)
-		}
-	}
-	if _, err := im.stage.putBytes(ctx, m.raw, m.Digest().Algorithm()); err != nil {
-		return err
-	}
-	_, _, added := im.stage.counts()
-	if err := im.charge(added); err != nil {
-		return err
-	}
-	desc := m.Descriptor()
-	entries := []ocispec.Descriptor{{MediaType: desc.MediaType, Digest: desc.Digest, Size: desc.Size}}
-	pubs, stats, err := im.collect(ctx, entries, []namedEntry{{Descriptor: entries[0]}})
-	if err == nil {
-		err = im.stage.keepOnly(im.sizes)
-	}
+	pubs, stats, received, err := first.stageClosure(ctx, im, m)
 	if err != nil {
 		return err
 	}
-	f.stats, f.received = stats, from.received.Load()
+	f.stats, f.received = stats, received
 	for tried := []*puller(nil); ; {
 		p := f.next(tried)
 		if p == nil { // everybody has left, or has a conflict
@@ -209,3 +190,30 @@ func (f *sharedPull) run(ctx context.Context, first *puller, m *Manifest) error 
 
 // errNobodyWaits ends a transfer that is of use to no call any more.
 var errNobodyWaits = errors.New("nobody waits for the transfer")
+
+// stageClosure stages a manifest that the remote registry has sent, with everything that it needs, and returns the
+// publication of it.
+func (p *puller) stageClosure(ctx context.Context, im *importer, m *Manifest) (pubs []publication, stats *ImportResult, received int64, err error) {
+	r := p.registry
+	from := &fetcher{registry: r, repo: p.repo, ref: p.ref, stage: im.stage}
+	im.fetch, im.workers = from.fetch, cmp.Or(max(p.opts.Workers, 0), 4)
+	if r.opts.SeparateRegistries {
+		im.reusable = func(ctx context.Context, desc ocispec.Descriptor) (bool, error) {
+			return r.ownedBy(ctx, p.ref.Registry(), desc.Digest)
+		}
+	}
+	if _, err := im.stage.putBytes(ctx, m.raw, m.Digest().Algorithm()); err != nil {
+		return nil, nil, 0, err
+	}
+	_, _, added := im.stage.counts()
+	if err := im.charge(added); err != nil {
+		return nil, nil, 0, err
+	}
+	desc := m.Descriptor()
+	entries := []ocispec.Descriptor{{MediaType: desc.MediaType, Digest: desc.Digest, Size: desc.Size}}
+	pubs, stats, err = im.collect(ctx, entries, []namedEntry{{Descriptor: entries[0]}})
+	if err == nil {
+		err = im.stage.keepOnly(im.sizes)
+	}
+	return pubs, stats, from.received.Load(), err
+}

@@ -5,9 +5,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 	"sync/atomic"
 
+	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
@@ -15,8 +17,20 @@ import (
 type PushOptions struct {
 	// Remote is the client to push with. Nil means [Options.Remote].
 	Remote *Remote
-	// As, if not zero, is what the artifact is called in the remote registry, which is As's. Otherwise it keeps its reference.
+	// As, if not zero, is the artifact's name in the remote registry, and names that registry. Otherwise
+	// the artifact keeps its reference.
 	As Reference
+	// Tags are further tags that the artifact gets in the same repository.
+	Tags []string
+	// Expected, if not empty, is the digest that the remote tag must point at. A tag that points elsewhere, or is
+	// absent, is a [*ConflictError]. The registry is asked just before the tag is written. Registries offer
+	// no way to do both in one step, so a writer in between can be overwritten. It doesn't concern Tags.
+	Expected digest.Digest
+	// Referrers takes the artifact's referrers along, such as signatures, and those of the referrers, as far
+	// as they are here. They are pushed by digest, after the artifact.
+	Referrers bool
+	// ReferrerTypes, if not empty, are the artifact types of the referrers that Referrers takes along.
+	ReferrerTypes []string
 	// ChunkSize, if positive, uploads blobs larger than that in chunks of so many bytes. Otherwise
 	// a blob goes in one request, unless the registry wants chunks.
 	ChunkSize int64
@@ -26,28 +40,36 @@ type PushOptions struct {
 
 // A PushResult tells what a push did.
 type PushResult struct {
-	Reference    Reference          // there
-	Descriptor   ocispec.Descriptor // of the manifest or image index
-	BlobsSent    int                // blobs that were uploaded
-	BlobsMounted int                // blobs that the registry took from another of its repositories
-	BlobsPresent int                // blobs that the repository had
-	BytesSent    int64              // of blobs
+	Reference    Reference            // there
+	Descriptor   ocispec.Descriptor   // of the manifest or image index
+	Referrers    []ocispec.Descriptor // the referrers that were pushed too
+	BlobsSent    int                  // blobs that were uploaded
+	BlobsMounted int                  // blobs that the registry took from another of its repositories
+	BlobsPresent int                  // blobs that the repository had
+	BytesSent    int64                // of blobs
 }
 
-// Push sends the artifact that ref names to its remote registry: blobs that the
-// repository doesn't have first, several at a time, then the manifests, an
-// image index after what it lists. A blob that another local ref says to be in
-// another repository of that registry is mounted from there. Manifests keep their
+// MaxReferrers is how many referrers a push or pull takes along at most. More is [ErrTooLarge].
+const MaxReferrers = 1000
+
+// Push sends the artifact that ref names to its remote registry: first the blobs that the
+// repository doesn't have, several at a time, then the manifests, an
+// image index after its members. If another local ref says that a blob is in another
+// repository of that registry, the blob is mounted from there. Manifests keep their
 // bytes. A manifest with a subject is added to the subject's referrers tag if the
 // registry has no referrers API (distribution-spec, "Unavailable Referrers API").
 //
-// Pushing again sends what is missing. Damaged bytes are never sent whole. ctx governs the call.
+// Push overwrites the remote tag, whatever it points at: see [PushOptions]. It returns nil only if
+// the registry has everything. Pushing again sends the part that is missing. Damaged bytes are never sent whole.
 //
-// Errors: [ErrNotFound] or [ErrIncomplete] if something isn't here; [*RemoteError] for what the
-// registry or the network did, with one of the sentinels that it lists;
-// [ErrUnsupportedManifest] if the registry doesn't take an artifact manifest: build the artifact as an
-// image manifest ([FormatImageManifest]) or [LocalRegistry.Convert] it;
-// [ErrDigestMismatch], ctx's, and the file system's.
+// ctx governs the call. Errors:
+//   - [ErrNotFound] or [ErrIncomplete] if something isn't here
+//   - [*RemoteError] for failures of the registry or the network, with one of the sentinels that it lists
+//   - [*ConflictError] if the remote tag isn't at PushOptions.Expected
+//   - [ErrUnsupportedManifest] if the registry doesn't take an artifact manifest: build the artifact as an
+//     image manifest ([FormatImageManifest]) or [LocalRegistry.Convert] it
+//   - [ErrInvalidReference] for a bad tag, [ErrTooLarge] for too many referrers
+//   - [ErrDigestMismatch], and any error from ctx or the file system
 func (r *LocalRegistry) Push(ctx context.Context, ref Reference, opts *PushOptions) (*PushResult, error) {
 	result, err := r.push(ctx, ref, opts)
 	return result, opError("push", ref.String(), "", err)
@@ -73,6 +95,11 @@ func (r *LocalRegistry) push(ctx context.Context, ref Reference, opts *PushOptio
 	if d := p.as.Digest(); d != "" && d != root.Digest {
 		return nil, fmt.Errorf("%w: %s is to be pushed as %s", ErrDigestMismatch, root.Digest, p.as)
 	}
+	for _, tag := range p.opts.Tags {
+		if err := checkTag(tag); err != nil {
+			return nil, err
+		}
+	}
 	remote := p.opts.Remote
 	if remote == nil {
 		remote = r.remote
@@ -80,7 +107,12 @@ func (r *LocalRegistry) push(ctx context.Context, ref Reference, opts *PushOptio
 	if p.repo, err = remote.repo(p.as); err != nil {
 		return nil, err
 	}
-	return p.run(ctx, root)
+	result, err := p.run(ctx, root)
+	if err == nil && p.opts.Referrers {
+		result.Referrers, err = p.pushReferrers(ctx)
+		p.count(result)
+	}
+	return result, err
 }
 
 // A pusher is one push.
@@ -97,36 +129,105 @@ type pusher struct {
 }
 
 func (p *pusher) run(ctx context.Context, root ocispec.Descriptor) (*PushResult, error) {
+	if err := p.send(ctx, root, cmp.Or(p.as.Tag(), string(root.Digest)), p.opts.Tags); err != nil {
+		return nil, err
+	}
+	result := &PushResult{Reference: p.as, Descriptor: root}
+	p.count(result)
+	return result, nil
+}
+
+// count sets the counts of a result.
+func (p *pusher) count(result *PushResult) {
+	result.BlobsSent, result.BlobsMounted, result.BlobsPresent = int(p.sent.Load()), int(p.mounted.Load()), int(p.present.Load())
+	result.BytesSent = p.bytes.Load()
+}
+
+// send sends an artifact with everything that it needs and that wasn't sent before, and puts its manifest
+// under a tag or its digest, and under further tags.
+func (p *pusher) send(ctx context.Context, root ocispec.Descriptor, reference string, tags []string) error {
+	blobs, manifests := len(p.blobs), len(p.manifests)
 	if err := p.collect(ctx, root); err != nil {
-		return nil, err
+		return err
 	}
-	if err := p.sendBlobs(ctx); err != nil {
-		return nil, err
+	before := p.sent.Load()
+	if err := p.sendBlobs(ctx, p.blobs[blobs:]); err != nil {
+		return err
 	}
-	for _, desc := range p.manifests {
+	for _, desc := range p.manifests[manifests:] {
 		m, err := p.registry.readVerified(ctx, desc)
 		if err != nil {
-			return nil, incomplete(err)
+			return incomplete(err)
 		}
-		reference := string(desc.Digest)
+		at := []string{string(desc.Digest)}
 		if desc.Digest == root.Digest {
-			reference = cmp.Or(p.as.Tag(), reference)
-		}
-		if p.sent.Load() == 0 && p.there(ctx, reference, m.Descriptor()) {
-			if m.doc.Subject == nil {
-				continue
+			at = append([]string{reference}, tags...)
+			if err := p.checkExpected(ctx, desc); err != nil {
+				return err
 			}
-			reference = string(m.Digest()) // only the answer tells whether it is to be listed
 		}
-		if err := p.putManifest(ctx, reference, m); err != nil {
-			return nil, err
+		for i, reference := range at {
+			if p.sent.Load() == before && p.there(ctx, reference, m.Descriptor()) {
+				if m.doc.Subject == nil || i > 0 {
+					continue
+				}
+				reference = string(m.Digest()) // only the answer tells whether it is to be listed
+			}
+			if err := p.putManifest(ctx, reference, m); err != nil {
+				return err
+			}
 		}
 	}
-	return &PushResult{
-		Reference: p.as, Descriptor: root,
-		BlobsSent: int(p.sent.Load()), BlobsMounted: int(p.mounted.Load()), BlobsPresent: int(p.present.Load()),
-		BytesSent: p.bytes.Load(),
-	}, nil
+	return nil
+}
+
+// checkExpected compares the remote tag with PushOptions.Expected.
+func (p *pusher) checkExpected(ctx context.Context, root ocispec.Descriptor) error {
+	if p.opts.Expected == "" || p.as.Tag() == "" {
+		return nil
+	}
+	got, err := p.repo.head(ctx, p.as.Tag())
+	if absent, _ := p.repo.saysAbsent(err); err != nil && !absent {
+		return err
+	}
+	if got.Digest != p.opts.Expected {
+		return &ConflictError{Reference: p.as, Existing: got.Digest, Incoming: root.Digest, Expected: p.opts.Expected}
+	}
+	return nil
+}
+
+// pushReferrers sends the referrers of everything that was sent, and of the referrers.
+func (p *pusher) pushReferrers(ctx context.Context) (pushed []ocispec.Descriptor, err error) {
+	p.opts.Expected = ""                    // it was about the artifact
+	for i := 0; i < len(p.manifests); i++ { // it grows
+		var found []ocispec.Descriptor
+		for d, err := range p.registry.Referrers(ctx, p.manifests[i].Digest, nil) {
+			if err != nil {
+				return pushed, err
+			}
+			if !p.seen[d.Digest] && ofType(d, p.opts.ReferrerTypes) {
+				found = append(found, d)
+			}
+			if len(pushed)+len(found) > MaxReferrers {
+				return pushed, fmt.Errorf("%w: more than %d referrers", ErrTooLarge, MaxReferrers)
+			}
+		}
+		for _, d := range found {
+			if p.seen[d.Digest] {
+				continue
+			}
+			if err := p.send(ctx, d, string(d.Digest), nil); err != nil {
+				return pushed, fmt.Errorf("referrer %s: %w", d.Digest, err)
+			}
+			pushed = append(pushed, d)
+		}
+	}
+	return pushed, nil
+}
+
+// ofType reports whether a referrer is of one of some artifact types, or none are given.
+func ofType(d ocispec.Descriptor, types []string) bool {
+	return len(types) == 0 || slices.Contains(types, d.ArtifactType)
 }
 
 // putManifest pushes a manifest. A registry, or a cache in front of it, may have said that blobs are there
@@ -177,10 +278,10 @@ func (p *pusher) collect(ctx context.Context, root ocispec.Descriptor) error {
 	return nil
 }
 
-func (p *pusher) sendBlobs(ctx context.Context) error {
+func (p *pusher) sendBlobs(ctx context.Context, blobs []ocispec.Descriptor) error {
 	t := newTasks(ctx, cmp.Or(max(p.opts.Workers, 0), 4))
 	var err error
-	for _, desc := range p.blobs {
+	for _, desc := range blobs {
 		if err = t.start(func() error { return p.sendBlob(t.ctx, desc) }); err != nil {
 			break
 		}

@@ -244,3 +244,65 @@ func descOf(a *ocilocal.LocalArtifact) *ocispec.Descriptor {
 	d := a.Descriptor()
 	return &ocispec.Descriptor{MediaType: d.MediaType, Digest: d.Digest, Size: d.Size}
 }
+
+// Push overwrites a remote tag, unless that isn't where it is expected.
+func TestPushExpected(t *testing.T) {
+	s := newServer(t)
+	r := openRemote(t, nil)
+	ref := s.ref("org/model:v1")
+	there := s.put(t, "org/model", "v1", noise(9, 10))
+	a := pushed(t, r, ref, nil, nil, noise(1, 10))
+	for _, tag := range []string{"v1", "absent"} {
+		_, err := r.Push(t.Context(), ref, &ocilocal.PushOptions{As: s.ref("org/model:" + tag), Expected: a.Digest()})
+		e, ok := errors.AsType[*ocilocal.ConflictError](err)
+		if !ok || e.Incoming != a.Digest() || e.Expected != a.Digest() || tag == "v1" && e.Existing != there || tag == "absent" && e.Existing != "" {
+			t.Errorf("%s: %v", tag, err)
+		}
+	}
+	if got := s.manifests["org/model"]["v1"].digest; got != there {
+		t.Errorf("the tag is at %s", got)
+	}
+	if _, err := r.Push(t.Context(), ref, &ocilocal.PushOptions{Expected: there}); err != nil {
+		t.Error(err)
+	}
+	if got := s.manifests["org/model"]["v1"].digest; got != a.Digest() {
+		t.Errorf("the tag is at %s", got)
+	}
+}
+
+// Referrers travel with their artifact, recursively and by type, to the registry and back.
+func TestReferrersTravel(t *testing.T) {
+	for _, noReferrers := range []bool{false, true} {
+		s := newServer(t)
+		s.noReferrers = noReferrers
+		r := openRemote(t, nil)
+		subject, signatures := withSignatures(t, r, s, 2)
+		second := pushed(t, r, s.ref("org/model:second"), nil, descOf(signatures[0]), noise(50, 10))
+		other := pushed(t, r, s.ref("org/model:other"), &ocilocal.BuilderOptions{ArtifactType: "application/vnd.example.other", Format: ocilocal.FormatImageManifest}, descOf(subject), noise(51, 10))
+		if got, err := r.Push(t.Context(), subject.Reference(), &ocilocal.PushOptions{Referrers: true, ReferrerTypes: []string{testType}}); err != nil || len(got.Referrers) != 3 {
+			t.Fatalf("%+v, %v", got, err)
+		}
+		if _, there := s.manifests["org/model"][string(other.Digest())]; there {
+			t.Error("a referrer of another type was pushed")
+		}
+		if got, err := r.Push(t.Context(), subject.Reference(), &ocilocal.PushOptions{Referrers: true}); err != nil || len(got.Referrers) != 4 {
+			t.Errorf("%+v, %v", got, err)
+		}
+		there := openRemote(t, nil)
+		for range 2 { // the second time, everything is here
+			got, err := there.Pull(t.Context(), subject.Reference(), &ocilocal.PullOptions{Referrers: true})
+			if err != nil || len(got.Referrers) != 4 {
+				t.Fatalf("%+v, %v", got, err)
+			}
+		}
+		for _, d := range []digest.Digest{signatures[0].Digest(), signatures[1].Digest(), second.Digest(), other.Digest()} {
+			if _, err := there.LoadDigest(t.Context(), d); err != nil {
+				t.Error(err)
+			}
+		}
+		some := openRemote(t, nil)
+		if got, err := some.Pull(t.Context(), subject.Reference(), &ocilocal.PullOptions{Referrers: true, ReferrerTypes: []string{"application/vnd.example.other"}}); err != nil || len(got.Referrers) != 1 {
+			t.Errorf("%+v, %v", got, err)
+		}
+	}
+}

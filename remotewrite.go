@@ -9,6 +9,7 @@ import (
 	"slices"
 
 	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
 // any2xx are the statuses of success. Registries differ in which of them they answer. So each is taken, and
@@ -24,6 +25,36 @@ func created(res *http.Response, d digest.Digest) bool {
 	}
 	given, _, _ := mime.ParseMediaType(res.Header.Get("Content-Type"))
 	return res.StatusCode == http.StatusCreated && given != "text/html"
+}
+
+// Tag gives the manifest that ref names further tags in its repository, without transferring blobs. A tag that
+// exists is overwritten. It returns the manifest's descriptor. Errors are those of [Remote.Resolve], and
+// [ErrInvalidReference] for a bad tag, before anything is written.
+func (r *Remote) Tag(ctx context.Context, ref Reference, tags ...string) (ocispec.Descriptor, error) {
+	desc, err := r.tag(ctx, ref, tags)
+	return desc, opError("tag remotely", ref.String(), "", err)
+}
+
+func (r *Remote) tag(ctx context.Context, ref Reference, tags []string) (ocispec.Descriptor, error) {
+	for _, tag := range tags {
+		if err := checkTag(tag); err != nil {
+			return ocispec.Descriptor{}, err
+		}
+	}
+	p, err := r.repo(ref)
+	if err != nil {
+		return ocispec.Descriptor{}, err
+	}
+	m, err := p.manifest(ctx, p.reference(), "")
+	if err != nil {
+		return ocispec.Descriptor{}, err
+	}
+	for _, tag := range tags {
+		if _, err := p.writeManifest(ctx, tag, m, nil); err != nil {
+			return ocispec.Descriptor{}, explainManifest(m, err)
+		}
+	}
+	return m.Descriptor(), nil
 }
 
 // putManifest pushes a manifest's bytes under a tag or its digest.

@@ -1,0 +1,80 @@
+package ocilocal
+
+import (
+	"context"
+	"fmt"
+
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+)
+
+// pullReferrers brings in the referrers of an artifact that was pulled, and of the manifests that it needs, and of
+// the referrers. A list of referrers is a claim: a manifest counts if its own subject is the one that was asked for.
+func (p *puller) pullReferrers(ctx context.Context, result *PullResult) (pulled []ocispec.Descriptor, err error) {
+	if p.registry.blobs.readOnly {
+		return nil, ErrReadOnly
+	}
+	needs := p.registry.newClosure()
+	if _, err := needs.add(ctx, result.Artifact.Descriptor()); err != nil {
+		return nil, incomplete(err)
+	}
+	subjects := needs.manifests
+	seen := map[digest.Digest]bool{}
+	for i := 0; i < len(subjects); i++ { // it grows
+		var listed []ocispec.Descriptor
+		err := p.repo.referrers(ctx, subjects[i].Digest, "", func(d ocispec.Descriptor) error {
+			if !seen[d.Digest] && ofType(d, p.opts.ReferrerTypes) {
+				seen[d.Digest] = true
+				listed = append(listed, d)
+			}
+			if len(seen) > MaxReferrers {
+				return fmt.Errorf("%w: more than %d referrers of %s", ErrTooLarge, MaxReferrers, p.ref)
+			}
+			return nil
+		})
+		if err != nil {
+			return pulled, err
+		}
+		for _, d := range listed {
+			got, err := p.pullReferrer(ctx, subjects[i].Digest, d, result)
+			if err != nil {
+				return pulled, fmt.Errorf("referrer %s: %w", d.Digest, err)
+			}
+			if got != nil {
+				pulled, subjects = append(pulled, *got), append(subjects, *got)
+			}
+		}
+	}
+	return pulled, nil
+}
+
+// pullReferrer brings in one manifest if subject is its subject, and returns nil if it isn't.
+func (p *puller) pullReferrer(ctx context.Context, subject digest.Digest, d ocispec.Descriptor, result *PullResult) (*ocispec.Descriptor, error) {
+	if err := checkDigest(d.Digest); err != nil {
+		return nil, err
+	}
+	m, err := p.repo.manifest(ctx, string(d.Digest), d.MediaType)
+	if err != nil {
+		return nil, err
+	}
+	if s := m.doc.Subject; s == nil || s.Digest != subject {
+		return nil, nil
+	}
+	desc := m.Descriptor()
+	im := p.registry.newImporter(&ImportOptions{MaxBytes: p.opts.MaxBytes, one: true})
+	defer func() { p.registry.logDiscard(im.stage.discard()) }()
+	im.added.Add(result.BytesWritten)
+	pubs, _, received, err := p.stageClosure(ctx, im, m)
+	if err != nil {
+		return nil, err
+	}
+	if _, err := p.registry.publish(ctx, im.stage, pubs); err != nil {
+		return nil, err
+	}
+	written, reused, bytes := im.stage.counts()
+	result.BlobsWritten += written
+	result.BlobsReused += reused
+	result.BytesWritten += bytes
+	result.BytesReceived += received
+	return &desc, nil
+}
