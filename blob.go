@@ -137,7 +137,8 @@ func (s *blobStore) verifier(ctx context.Context, src io.ReadCloser, d digest.Di
 
 // verify reads all of d and compares it with its name.
 //
-// Errors: [ErrNotFound], [ErrSizeMismatch], [ErrDigestMismatch], and any error from ctx or the file system.
+// Errors: [ErrNotFound], [ErrSizeMismatch], [ErrDigestMismatch], and any error from ctx or the file
+// system.
 func (s *blobStore) verify(ctx context.Context, d digest.Digest, size int64) error {
 	r, err := s.open(ctx, d, size)
 	if err != nil {
@@ -163,8 +164,8 @@ type blobEntry struct {
 	info   fs.FileInfo
 }
 
-// walkBlobs calls visit for every entry below blobs/ of a root or layout, in no order, holding one batch
-// of names at a time. An entry that is not a blob (another name, a directory, a link) comes
+// walkBlobs calls visit for every entry below blobs/ of a root or layout, in no order, holding one
+// batch of names at a time. An entry that is not a blob (another name, a directory, a link) comes
 // with an empty digest. An error of visit ends the walk and is returned.
 func walkBlobs(ctx context.Context, root *rootDir, visit func(blobEntry) error) error {
 	return root.eachEntry(ctx, blobsDir, func(name string) error {
@@ -216,8 +217,8 @@ func (s *blobStore) empty() (bool, error) {
 // largeFile is the size of a file that takes a file system milliseconds to free.
 const largeFile = 64 << 20
 
-// unname removes the name of d's file. A large file is moved instead, to the name below tmp/ that is
-// returned, so that its space can be freed later.
+// unname removes the name of d's file. A large file is moved instead, to the name below tmp/ that
+// is returned, so that its space can be freed later.
 func (s *blobStore) unname(d digest.Digest, size int64) (moved string, err error) {
 	if size >= largeFile {
 		if dir, err := s.enter(); err == nil { // else the disk is too full for that

@@ -17,8 +17,9 @@ import (
 // tmp/partial/<algorithm>-<encoded>/data. A transfer locks the directory while it writes there. The
 // bytes that an earlier transfer has left count only after openPartial has hashed them again.
 //
-// A complete blob stays there too, read-only, until it has its name below blobs/, because the rest of
-// the transfer may still fail. The stage's file is then the same file, and nothing writes to it again.
+// A complete blob stays there too, read-only, until it has its name below blobs/, because the rest
+// of the transfer may still fail. The stage's file is then the same file, and nothing writes to it
+// again.
 //
 // A collection removes directories that are old and not locked.
 type partial struct {
@@ -34,8 +35,8 @@ type partial struct {
 	stays   bool  // the blob is staged, and the directory is the stage's to remove
 }
 
-// openPartial continues where an earlier transfer of the blob stopped, or begins one. It returns nil if
-// another transfer of the blob is under way.
+// openPartial continues where an earlier transfer of the blob stopped, or begins one. It returns
+// nil if another transfer of the blob is under way.
 func (st *stage) openPartial(ctx context.Context, d digest.Digest, size int64) (_ *partial, err error) {
 	if _, err := st.store.enter(); err != nil { // a stage that may not write
 		return nil, err
@@ -107,8 +108,8 @@ func (p *partial) reopen(ctx context.Context) (whole bool, err error) {
 	return false, err
 }
 
-// makePartialDir makes a directory and its parent. The parent is removed whenever it is empty, so it may
-// vanish between the two steps: then both are repeated.
+// makePartialDir makes a directory and its parent. The parent is removed whenever it is empty, so
+// it may vanish between the two steps: then both are repeated.
 func makePartialDir(root *rootDir, name string) (err error) {
 	for range 10 {
 		if err = root.makeDir(path.Dir(name), 0o700); err != nil {

@@ -14,17 +14,19 @@ import (
 	"github.com/opencontainers/go-digest"
 )
 
-// The second half of a stage's life: its files become durable, get their names below blobs/, and are still
-// there when the index refers to them. Three things work against that.
+// The second half of a stage's life: its files become durable, get their names below blobs/, and
+// are still there when the index refers to them. Three things work against that.
 //
-//   - A power cut loses a name before its directory is synced, and bytes before the file is. So the order is:
-//     fsync of the file, link, fsync of the directory. A blob that the store has is synced as
-//     well, and its directory too, because the process that linked it may not have come to that yet.
-//   - A collector deletes files that no row refers to. It does so with the index's write lock held, and recheck looks
-//     under the same lock, in the transaction that writes the rows. A file that went before is linked
-//     again, from the name that the stage keeps below tmp/. One that is there stays until the commit.
-//   - Another publisher stages the same bytes. The first link wins, and the others find a good file. Only a
-//     file that does not hash to its name is replaced.
+//   - A power cut loses a name before its directory is synced, and bytes before the file is. So the
+//     order is: fsync of the file, link, fsync of the directory. A blob that the store has is
+//     synced as well, and its directory too, because the process that linked it may not have come
+//     to that yet.
+//   - A collector deletes files that no row refers to. It does so with the index's write lock held,
+//     and recheck looks under the same lock, in the transaction that writes the rows. A file that
+//     went before is linked again, from the name that the stage keeps below tmp/. One that is there
+//     stays until the commit.
+//   - Another publisher stages the same bytes. The first link wins, and the others find a good
+//     file. Only a file that does not hash to its name is replaced.
 
 // settle gives every staged blob its name below blobs/, durably.
 func (st *stage) settle(ctx context.Context) error {
@@ -112,8 +114,8 @@ func (st *stage) link(ctx context.Context, sf *stagedFile) error {
 	return nil
 }
 
-// recheck makes sure that d has a file of the right size, and links the staged one again if a collector
-// has deleted it since settle. It is called inside the index's write transaction, which
+// recheck makes sure that d has a file of the right size, and links the staged one again if a
+// collector has deleted it since settle. It is called inside the index's write transaction, which
 // keeps every collector out. It returns [ErrNotFound] for a blob that cannot be linked again.
 func (st *stage) recheck(d digest.Digest, size int64) error {
 	err := st.store.checkSize(d, size)
@@ -181,7 +183,8 @@ func (st *stage) dedup(ctx context.Context, sf *stagedFile) error {
 // sync starts to make all unsynced files durable, as soon as the batch before is. More files can
 // come in meanwhile.
 func (st *stage) sync(ctx context.Context) error {
-	// A blob whose digest was not known before it came in may be in the store: then it needs no fsync.
+	// A blob whose digest was not known before it came in may be in the store: then it needs no
+	// fsync.
 	for _, sf := range st.unsynced {
 		if err := st.dedup(ctx, sf); err != nil {
 			return err
@@ -214,8 +217,9 @@ func (st *stage) wait() error {
 	return st.fail(err)
 }
 
-// syncFiles makes files durable and closes them. All are on their way to the disk before the first fsync, and
-// they are synced side by side: a journalling file system then writes one record for several.
+// syncFiles makes files durable and closes them. All are on their way to the disk before the first
+// fsync, and they are synced side by side: a journalling file system then writes one record for
+// several.
 func (st *stage) syncFiles(files []stagedFile) error {
 	for _, sf := range files {
 		sf.file.start(0, 0)

@@ -14,8 +14,8 @@ import (
 	"github.com/ocilocal/ocilocal"
 )
 
-// TestPutBackDurably: a collector deletes a blob right before the commit, and the publish restores it
-// from its staged file. That file had not been synced, because the blob had been there.
+// TestPutBackDurably: a collector deletes a blob right before the commit, and the publish restores
+// it from its staged file. That file had not been synced, because the blob had been there.
 func TestPutBackDurably(t *testing.T) {
 	if runtime.GOOS == "windows" {
 		t.Skip("a directory isn't synced there")
@@ -55,8 +55,9 @@ func TestPutBackDurably(t *testing.T) {
 	checkStore(t, root, model{newRef: {"held"}})
 }
 
-// TestFailedDirectorySync: a publish names its blobs, fails to make the names durable, and returns an
-// error. The next publish finds the blobs, and syncs files and directory again before it relies on them.
+// TestFailedDirectorySync: a publish names its blobs, fails to make the names durable, and returns
+// an error. The next publish finds the blobs, and syncs files and directory again before it relies
+// on them.
 func TestFailedDirectorySync(t *testing.T) {
 	if runtime.GOOS == "windows" {
 		t.Skip("a directory isn't synced there")

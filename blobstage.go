@@ -29,14 +29,14 @@ import (
 //	recheck  inside the index's write transaction: still there, or linked again
 //	discard  the names below tmp/ go
 //
-// The name below tmp/ stays until discard, and a blob that the store has is linked into tmp/ too. If a
-// collector deletes the name below blobs/ before the transaction makes it reachable, recheck puts it
-// back from there. Where the file system has no hard links, or where a damaged blob was replaced,
-// the name below tmp/ is gone, since it was renamed. Then recheck cannot put the blob back: such a
-// publish fails with [ErrIncomplete], and succeeds when it is repeated.
+// The name below tmp/ stays until discard, and a blob that the store has is linked into tmp/ too.
+// If a collector deletes the name below blobs/ before the transaction makes it reachable, recheck
+// puts it back from there. Where the file system has no hard links, or where a damaged blob was
+// replaced, the name below tmp/ is gone, since it was renamed. Then recheck cannot put the blob
+// back: such a publish fails with [ErrIncomplete], and succeeds when it is repeated.
 //
-// After a failed fsync the stage fails, and nothing of it may be published: a second fsync could report
-// success for pages that the kernel has dropped.
+// After a failed fsync the stage fails, and nothing of it may be published: a second fsync could
+// report success for pages that the kernel has dropped.
 //
 // A stage is safe for concurrent use by the goroutines of one operation.
 type stage struct {
@@ -72,8 +72,8 @@ func (s *blobStore) newStage() *stage {
 	return &stage{store: s, files: map[digest.Digest]*stagedFile{}}
 }
 
-// put copies src into the stage and returns its digest and size. The bytes must hash to want, unless that is
-// empty: then alg is the algorithm. There must be size bytes, unless that is −1.
+// put copies src into the stage and returns its digest and size. The bytes must hash to want,
+// unless that is empty: then alg is the algorithm. There must be size bytes, unless that is −1.
 //
 // Errors: [ErrDigestMismatch], [ErrSizeMismatch], and any error from ctx, src or the file system.
 func (st *stage) put(ctx context.Context, src io.Reader, alg digest.Algorithm, want digest.Digest, size int64) (digest.Digest, int64, error) {
@@ -224,8 +224,8 @@ func (st *stage) borrow(ctx context.Context, d digest.Digest, size int64) (*stag
 	return sf, nil
 }
 
-// take is reuse of a blob that must exist. It returns [ErrNotFound] for a missing blob, and the error of
-// [blobStore.verify] for a damaged one.
+// take is reuse of a blob that must exist. It returns [ErrNotFound] for a missing blob, and the
+// error of [blobStore.verify] for a damaged one.
 func (st *stage) take(ctx context.Context, d digest.Digest, size int64) error {
 	if n, ok := st.size(d); ok && n != size {
 		return fmt.Errorf("%w: has %d bytes, want %d", ErrSizeMismatch, n, size)

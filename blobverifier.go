@@ -10,9 +10,9 @@ import (
 	"github.com/opencontainers/go-digest"
 )
 
-// A verifier reads a blob and hashes it on the way. If the bytes are wrong, the Read that would return the
-// last byte returns the error instead. So even a consumer that stops after size bytes never has a
-// whole bad blob.
+// A verifier reads a blob and hashes it on the way. If the bytes are wrong, the Read that would
+// return the last byte returns the error instead. So even a consumer that stops after size bytes
+// never has a whole bad blob.
 type verifier struct {
 	ctx    context.Context
 	src    io.ReadCloser

@@ -11,7 +11,8 @@ import (
 	"github.com/ocilocal/ocilocal"
 )
 
-// TestProcessCondition tells conditions of a process or call from errors about the content that is read.
+// TestProcessCondition tells conditions of a process or call from errors about the content that is
+// read.
 func TestProcessCondition(t *testing.T) {
 	for _, err := range []error{
 		context.Canceled, context.DeadlineExceeded, ocilocal.ErrClosed, fs.ErrClosed, ocilocal.ErrBusy, ocilocal.ErrIndexIO, ocilocal.ErrNoSpace,

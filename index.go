@@ -123,8 +123,8 @@ func (x *index) row(text string, args []any, dest ...any) (bool, error) {
 	return scanned(x, s.QueryRow(args...).Scan(dest...))
 }
 
-// query runs a query on a connection of the pool. Its rows keep that connection until they
-// are closed, so nothing else may be asked of the index meanwhile. ctx ends the query while it runs.
+// query runs a query on a connection of the pool. Its rows keep that connection until they are
+// closed, so nothing else may be asked of the index meanwhile. ctx ends the query while it runs.
 func (x *index) query(ctx context.Context, text string, args []any) (*sql.Rows, error) {
 	s, err := x.stmt(ctx, text)
 	if err != nil {

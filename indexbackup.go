@@ -9,8 +9,8 @@ import (
 	"github.com/opencontainers/go-digest"
 )
 
-// Statements of backup.go. The snapshot is a copy of the source's index that
-// nobody else sees, and is attached to the backup's as "other".
+// Statements of backups. The snapshot is a private copy of the source's index. It is attached to
+// the target's index under the name other.
 const (
 	sqlMakeLeftOut = `CREATE TABLE left_out (name TEXT NOT NULL, reference TEXT NOT NULL, PRIMARY KEY (name, reference)) STRICT, WITHOUT ROWID`
 	sqlLeaveOut    = `INSERT OR IGNORE INTO left_out SELECT name, reference FROM refs WHERE manifest = ?`
@@ -25,11 +25,11 @@ const (
 		AND NOT EXISTS (SELECT 1 FROM other.left_out o WHERE o.name = r.name AND o.reference = r.reference)`
 	sqlMergeRefs = `INSERT OR REPLACE INTO main.refs SELECT * FROM (SELECT * FROM other.refs EXCEPT SELECT * FROM main.refs)`
 
-	// The time of a ref's last change is in it, so that any change of a ref shows.
+	// The sum has the time of each ref's last change in it, so any change shows.
 	sqlRefsMark = `SELECT count(*), coalesce(sum(updated % 1000000007), 0) FROM main.refs`
 )
 
-// refsMark returns a text that tells whether refs have changed.
+// refsMark returns a text that differs after any change of a ref, and how many refs there are.
 func refsMark(q queryer) (mark string, refs int, err error) {
 	var sum int64
 	_, err = q.row(sqlRefsMark, nil, &refs, &sum)
@@ -42,7 +42,8 @@ func (t *indexTx) makeLeftOut() error {
 	return err
 }
 
-// leaveOut takes a blob and all that needs it out of a snapshot, with the refs to these, which it returns.
+// leaveOut takes a blob and all that needs it out of a snapshot, with the refs to these, which it
+// returns.
 func (t *indexTx) leaveOut(all []digest.Digest) (refs []Reference, err error) {
 	for _, m := range all {
 		named, err := refsTo(t, m)
@@ -77,8 +78,8 @@ func (t *indexTx) otherBlobs(ctx context.Context, visit func(d digest.Digest, si
 	return p.each(ctx, t, []any{""}, func(r row) error { return visit(r.digest, r.size) })
 }
 
-// merge takes all rows of the attached snapshot in, so that the refs are those of the
-// snapshot, and returns how many refs it set and removed.
+// merge copies all rows of the attached snapshot, and makes the refs those of the snapshot. It
+// returns how many refs it set and removed.
 func (t *indexTx) merge(ctx context.Context) (set, removed int64, err error) {
 	for _, step := range []struct {
 		text string

@@ -8,9 +8,10 @@ import (
 	"time"
 )
 
-// Group commit. A durable commit costs an fsync, so callers share them: while one goroutine commits, the
-// requests of others queue up, and the next commit takes all of them. There is no goroutine for
-// this. One of the callers leads: it commits a batch, and then hands the lead to the first in the queue.
+// Group commit. A durable commit costs an fsync, so callers share them: while one goroutine
+// commits, the requests of others queue up, and the next commit takes all of them. There is no
+// goroutine for this. One of the callers leads: it commits a batch, and then hands the lead to the
+// first in the queue.
 //
 //	             request                    lead                      commit
 //	caller ───▶ in x.queue ──────────▶ in the leader's batch ──────▶ answered by done
@@ -20,21 +21,23 @@ import (
 //
 // Who owns a request:
 //
-//   - In x.queue, its caller does. It may withdraw, unless it was told to lead: whoever leads must hand
-//     the lead on, or all later calls would wait for ever. Both are decided under x.mu.
-//   - In a batch, the leader does. The caller waits for the answer even if its context ends, because its part
-//     may be committed. The leader looks at the contexts of its batch until the write lock is held.
+//   - In x.queue, its caller does. It may withdraw, unless it was told to lead: whoever leads must
+//     hand the lead on, or all later calls would wait for ever. Both are decided under x.mu.
+//   - In a batch, the leader does. The caller waits for the answer even if its context ends,
+//     because its part may be committed. The leader looks at the contexts of its batch until the
+//     write lock is held.
 //   - Each request is answered once. done and lead have room for their one message, so that
 //     nobody blocks on a caller that has not come to reading it.
 //
 // x.leading is set as long as somebody leads or has been told to. Only the leader uses x.writer.
 //
-// A request that fails undoes its own savepoint and nothing else. A request that panics, or
-// a transaction that SQLite has ended, fails the whole batch: nothing of it is committed. A request
-// that acts outside the index is alone in its transaction, so that no other one can undo what it relies on.
+// A request that fails undoes its own savepoint and nothing else. A request that panics, or a
+// transaction that SQLite has ended, fails the whole batch: nothing of it is committed. A request
+// that acts outside the index is alone in its transaction, so that no other one can undo what it
+// relies on.
 
-// busyPoll is how long SQLite itself waits for the write lock. It looks again after 1 ms, then after twice
-// as long, and so on. A short wait looks often, and begin looks at contexts in between.
+// busyPoll is how long SQLite itself waits for the write lock. It looks again after 1 ms, then
+// after twice as long, and so on. A short wait looks often, and begin looks at contexts in between.
 const busyPoll = 5 * time.Millisecond
 
 // A writeRequest is one caller's part of a write transaction.
@@ -91,7 +94,8 @@ func (x *index) request(req *writeRequest) error {
 	return <-req.done
 }
 
-// lead commits the first requests of the queue, and hands the lead to the first of those that are left.
+// lead commits the first requests of the queue, and hands the lead to the first of those that are
+// left.
 func (x *index) lead(self *writeRequest) {
 	x.mu.Lock()
 	n := 1

@@ -123,7 +123,7 @@ func keys(t *testing.T, r *ocilocal.LocalRegistry) string {
 }
 
 // TestSharedCommit lets calls share a transaction in which one of them goes
-// wrong. No call waits for ever, each learns what became of it, and the next works.
+// wrong. Each call returns and learns what became of it, and the next works.
 func TestSharedCommit(t *testing.T) {
 	errOwn := errors.New("own error")
 	for name, c := range map[string]struct {
@@ -242,8 +242,9 @@ func TestImpatientLeader(t *testing.T) {
 	}
 }
 
-// TestWithdrawnLeader ends the context of a call at the moment at which the call is to commit the queue. Then it either
-// commits or hands the queue on; the calls after it must not wait for a leader that has left.
+// TestWithdrawnLeader ends the context of a call at the moment at which the call is to commit the
+// queue. Then it either commits or hands the queue on; the calls after it must not wait for a
+// leader that has left.
 func TestWithdrawnLeader(t *testing.T) {
 	r := openTemp(t, nil)
 	ended, cancel := context.WithCancel(t.Context())

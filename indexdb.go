@@ -29,8 +29,8 @@ const (
 type database struct {
 	path string // absolute
 	mode indexMode
-	// private is set while this process makes the database in a directory of its own: in
-	// rollback mode, so that a journal beside it is its own.
+	// private is set while this process makes the database in a place that no other one looks
+	// at. It is in rollback mode, so a journal beside it is this process's.
 	private bool
 	// anyOwner lets the files of the database belong to different users.
 	anyOwner bool
@@ -109,7 +109,8 @@ func (d *database) check() error {
 // sqliteLimits bound what a database may make SQLite do, where ours needs less than SQLite allows.
 // See https://www.sqlite.org/security.html.
 var sqliteLimits = [...]struct{ id, most int }{
-	// One row: the annotations of a manifest, twice as long at most when they are written canonically.
+	// One row: the annotations of a manifest, twice as long at most when they are written
+	// canonically.
 	{sqlite3.SQLITE_LIMIT_LENGTH, 4 * MaxManifestSize},
 	{sqlite3.SQLITE_LIMIT_SQL_LENGTH, 100_000},
 	{sqlite3.SQLITE_LIMIT_COLUMN, 100},

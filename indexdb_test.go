@@ -24,7 +24,8 @@ func TestIndexPragmas(t *testing.T) {
 	}
 }
 
-// TestIndexHardened: no statement alters the schema's table, and no row is longer than any of ours can be.
+// TestIndexHardened: no statement alters the schema's table, and no row is longer than any of ours
+// can be.
 func TestIndexHardened(t *testing.T) {
 	r := openTemp(t, nil)
 	for _, text := range []string{"UPDATE sqlite_schema SET sql = ''", "INSERT INTO meta (key, value) VALUES ('long', hex(zeroblob(9000000)))"} {

@@ -10,14 +10,15 @@ import (
 	sqlite3 "modernc.org/sqlite/lib"
 )
 
-// explain gives an error of SQLite its sentinel, as [indexError] does, and finds out whether a damaged
-// index is one.
+// explain gives an error of SQLite its sentinel, as [indexError] does, and finds out whether a
+// damaged index is one.
 //
-// When a read fails with EIO, a query ends with SQLITE_CORRUPT, and SQLite's integrity check reports the page
-// as damaged. Nothing in the error tells the two apart. So all pages are read once more, by
-// SQLite's backup, which does report a failed read as such, and the index is checked. It is damaged
-// if every page can be read and the check finds something. Otherwise the error is [ErrIndexIO]: to set an
-// index aside because a disk or a cable failed for a moment would lose its refs.
+// When a read fails with EIO, a query ends with SQLITE_CORRUPT, and SQLite's integrity check
+// reports the page as damaged. Nothing in the error tells the two apart. So all pages are read once
+// more, by SQLite's backup, which does report a failed read as such, and the index is checked. It
+// is damaged if every page can be read and the check finds something. Otherwise the error is
+// [ErrIndexIO]: to set an index aside because a disk or a cable failed for a moment would lose its
+// refs.
 //
 // This takes as long as reading the index, but an index that is damaged is only diagnosed once.
 func (x *index) explain(err error) error {

@@ -46,8 +46,9 @@ func readIndexWorker(_ *bufio.Scanner, args []string) error {
 	return nil
 }
 
-// TestIndexReadErrors makes the kernel fail reads of the index with EIO, from the n-th on and only the n-th.
-// A read that fails says nothing about the index: it is reported as such, and as no damage.
+// TestIndexReadErrors makes the kernel fail reads of the index with EIO, from the n-th on and only
+// the n-th. A read that fails says nothing about the index: it is reported as such, and as no
+// damage.
 func TestIndexReadErrors(t *testing.T) {
 	strace, err := exec.LookPath("strace")
 	if err != nil {

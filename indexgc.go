@@ -9,15 +9,15 @@ import (
 	"github.com/opencontainers/go-digest"
 )
 
-// What garbage collection reads and deletes.
+// Statements of garbage collection.
 const (
-	// The table itself is read, not its index: what only that says otherwise is still a root.
+	// The table itself is read, and not its index, which may lack a row when it is damaged.
 	sqlRefTargets   = `SELECT name, reference, manifest FROM refs WHERE (name, reference) > (?, ?) ORDER BY name, reference LIMIT ?`
 	sqlManifestRows = `SELECT digest, subject FROM manifests WHERE digest > ? ORDER BY digest LIMIT ?`
 	sqlMemberRows   = `SELECT manifest, position, role, digest FROM members WHERE (manifest, position) > (?, ?) ORDER BY manifest, position LIMIT ?`
 	sqlBlobRows     = `SELECT digest, size, kind, created FROM blobs WHERE digest > ? ORDER BY digest LIMIT ?`
 
-	// Both look in one statement, so that no commit comes in between.
+	// Each looks in one statement, so that no commit comes in between.
 	sqlDangling     = `SELECT manifest FROM refs r NOT INDEXED WHERE NOT EXISTS (SELECT 1 FROM manifests m WHERE m.digest = r.manifest)`
 	sqlLostManifest = `SELECT 1 WHERE NOT EXISTS (SELECT 1 FROM manifests WHERE digest = ?1)
 		AND (EXISTS (SELECT 1 FROM blobs WHERE digest = ?1 AND kind = ?2) OR EXISTS (SELECT 1 FROM members WHERE digest = ?1 AND role = ?2))`
@@ -146,18 +146,18 @@ const (
 	sqlPageSize = `PRAGMA page_size`
 )
 
-// displace makes sure that no commit can come to light any more that nobody has seen yet.
+// displace makes sure that a commit which nobody has seen yet can never come to light.
 //
-// A process that dies in the last moment of a commit leaves it whole in the write-ahead log,
-// but not in the memory that SQLite's processes share. The others don't see it, and
-// the next of them to write puts its own frames in its place. But if none writes, the
-// commit is there when the log is read anew. Whoever does, in a transaction, what can't be
-// undone because of what it sees, must therefore write first: not at the commit, before which
-// it may die too, but now.
+// A process that dies in the last moment of a commit leaves it whole in the write-ahead log, but
+// not in the memory that SQLite's processes share. The others do not see it, and the next one to
+// write puts its own frames in its place. If none writes, the commit appears when the log is read
+// again from the file. So a transaction that does something final because of what it sees must
+// write first. The write at its commit is too late, since the process may die before that too.
 //
-// SQLite writes a changed page to the log before the commit if its cache has no room for another page. So this
-// changes a page, empties the cache, which then may hold one page, and reads others. Exactly one frame is written. Where
-// there is a commit to displace, the log's file need not grow for that: so it succeeds on a full disk too.
+// SQLite writes a changed page to the log before the commit if its cache has no room for another
+// page. So this changes a page, empties the cache, which then may hold one page, and reads others.
+// Exactly one frame is written. Where there is a commit to displace, the log's file need not grow
+// for that: so it succeeds on a full disk too.
 func (t *indexTx) displace() error {
 	var err error
 	for _, text := range []string{sqlSmallCache, sqlFill, sqlEmptyCache} {
@@ -176,8 +176,9 @@ func (t *indexTx) displace() error {
 	return errors.Join(err, always)
 }
 
-// nextFrame returns where in the log's file the frame ends that is written next, while tx is open and has
-// written nothing. It reads no rows: SQLite takes the figure from the memory that its processes share.
+// nextFrame returns where in the log's file the frame ends that is written next, while tx is open
+// and has written nothing. It reads no rows: SQLite takes the figure from the memory that its
+// processes share.
 func (x *index) nextFrame(tx *indexTx) (int64, error) {
 	const header, frameHeader = 32, 24
 	var page, busy, frames, done int64

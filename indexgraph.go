@@ -9,9 +9,9 @@ import (
 )
 
 const (
-	// All that leads to ?1, itself included: the manifests that need it; with ?2 those whose subject it is; and with ?3
-	// the subjects of these. A manifest of the JSON array ?4 is led to only by what needs it.
-	// A ref counts unless it is (?5, ?6), or of the name ?5 if ?6 is ''.
+	// All that leads to ?1, itself included: the manifests that need it; with ?2 those whose
+	// subject it is; and with ?3 the subjects of these. A manifest of the JSON array ?4 is led to
+	// only by what needs it. A ref counts unless it is (?5, ?6), or of the name ?5 if ?6 is ''.
 	sqlAbove = `WITH RECURSIVE up (d) AS (SELECT ?1
 		UNION SELECT m.manifest FROM up JOIN members m ON m.digest = up.d
 		UNION SELECT m.digest FROM up JOIN manifests m ON m.subject = up.d AND m.subject <> '' WHERE ?2 AND up.d NOT IN (SELECT value FROM json_each(?4))

@@ -117,7 +117,8 @@ func (x *index) resolveDigest(d digest.Digest) (desc ocispec.Descriptor, ok bool
 	return desc, ok, err
 }
 
-// checkFound returns an [ErrCorruptIndex] unless a manifest's row has the digest that was asked for.
+// checkFound returns an [ErrCorruptIndex] unless a manifest's row has the digest that was asked
+// for.
 func checkFound(asked, found digest.Digest) error {
 	if asked == found {
 		return nil

@@ -14,7 +14,8 @@ const (
 	sqlOMMXRefs    = `SELECT rowid, substr(name, 1, 1000), substr(reference, 1, 1000), substr(manifest_digest, 1, 1000) FROM refs WHERE rowid > ? ORDER BY rowid LIMIT ?`
 )
 
-// ommxColumns are the columns of the table refs, by schema version. The last is the newest that sqlOMMXRefs reads.
+// ommxColumns are the columns of the table refs, by schema version. The last is the newest that
+// sqlOMMXRefs reads.
 var ommxColumns = [...][]string{
 	1: {"name", "reference", "manifest_media_type", "manifest_digest", "manifest_size", "manifest_annotations_json", "updated_at"},
 	2: {"name", "reference", "manifest_digest", "updated_at"},
@@ -64,7 +65,7 @@ func (x *index) checkOMMX(ctx context.Context) error {
 	return err
 }
 
-// ommxRef is one ref of an OMMX v3 registry, as it stands there.
+// ommxRef is one row of refs of an OMMX v3 registry. None of it is checked.
 type ommxRef struct {
 	row                       int64
 	name, reference, manifest string

@@ -113,7 +113,8 @@ func refRow(q queryer, name, reference string) (desc ocispec.Descriptor, updated
 	return desc, updated, ok && err == nil, err
 }
 
-// names returns one page of n names that have refs: from the first argument on, after the second, below the third.
+// names returns one page of n names that have refs: from the first argument on, after the second,
+// below the third.
 func (x *index) names(from, after, below string, n int) ([]string, error) {
 	return readRows(context.Background(), x, sqlNames, n, []any{from, after, below, n}, func(rows *sql.Rows) (name string, err error) {
 		if err = rows.Scan(&name); err == nil {
@@ -138,7 +139,8 @@ func (x *index) otherName(d digest.Digest, prefix, not string) (name string, err
 	return name, err
 }
 
-// hasOtherRef reports whether a ref points at d, apart from one ref, or from all of a name if reference is "".
+// hasOtherRef reports whether a ref points at d, apart from one ref, or from all of a name if
+// reference is "".
 func hasOtherRef(q queryer, d digest.Digest, name, reference string) (bool, error) {
 	return exists(q, sqlOtherRef, string(d), name, reference)
 }

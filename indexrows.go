@@ -24,13 +24,13 @@ type queryer interface {
 	explain(err error) error
 }
 
-// Rows are read in two steps, so that no query ever waits for another one's connection. With the rows open, a
-// scan function turns each into a value, and does nothing else. When they are closed, a visit
-// function gets the values, and may query and write. Four visitors that queried with
-// their rows open could hold all connections of the pool, and each wait for a fifth.
+// Rows are read in two steps, so that no query ever waits for another one's connection. With the
+// rows open, a scan function turns each into a value, and does nothing else. When they are closed,
+// a visit function gets the values, and may query and write. Four visitors that queried with their
+// rows open could hold all connections of the pool, and each wait for a fifth.
 
-// eachRow passes the rows of a query to scan, which must not query. ctx stops the query while it runs, except
-// in a transaction.
+// eachRow passes the rows of a query to scan, which must not query. ctx stops the query while it
+// runs, except in a transaction.
 func eachRow(ctx context.Context, q queryer, text string, args []any, scan func(*sql.Rows) error) error {
 	rows, err := q.query(ctx, text, args)
 	if err != nil {
@@ -61,19 +61,21 @@ func readRows[T any](ctx context.Context, q queryer, text string, expected int, 
 	return all, nil
 }
 
-// A paging reads a query in pages, so that no lock is held and little memory used however many rows there are.
+// A paging reads a query in pages, so that no lock is held and little memory used however many rows
+// there are.
 type paging[T any] struct {
 	text string // the last argument is the limit of rows
 	size int    // of a page
 	scan func(*sql.Rows) (T, error)
-	// after returns the arguments, except the limit, for the page that follows a row. They must grow from page to page.
+	// after returns the arguments, except the limit, for the page that follows a row. They must
+	// grow from page to page.
 	after func(T) []any
 }
 
-// each calls visit with each row, beginning with the page that args ask for. An [errStop] of visit ends
-// it without an error.
+// each calls visit with each row, beginning with the page that args ask for. An [errStop] of visit
+// ends it without an error.
 //
-// Errors: those of visit, ctx and the index; [ErrCorruptIndex] for rows that are out of order, which could go on for ever.
+// Errors: those of visit, ctx and the index; [ErrCorruptIndex] for rows that are out of order.
 func (p *paging[T]) each(ctx context.Context, q queryer, args []any, visit func(T) error) error {
 	for {
 		if err := ctx.Err(); err != nil {
@@ -100,7 +102,7 @@ func (p *paging[T]) each(ctx context.Context, q queryer, args []any, visit func(
 	}
 }
 
-// errOutOfOrder ends a listing of a damaged index, which could go on for ever.
+// errOutOfOrder ends a listing of a damaged index, which could otherwise never end.
 var errOutOfOrder = fmt.Errorf("%w: its rows are out of order", ErrCorruptIndex)
 
 // ascends reports whether a page's arguments are above those of the page before.
@@ -160,7 +162,7 @@ func (d *descriptorRow) value() (desc ocispec.Descriptor, at time.Time, err erro
 	size, ok := d.size.(int64)
 	micro, ok2 := d.micro.(int64)
 	if !ok || !ok2 || size < 0 {
-		return desc, at, fmt.Errorf("%w: size %v or time %v is no number that fits", ErrCorruptIndex, d.size, d.micro)
+		return desc, at, fmt.Errorf("%w: size %v or time %v is not a number in its range", ErrCorruptIndex, d.size, d.micro)
 	}
 	if err := checkDigest(digest.Digest(d.digest)); err != nil {
 		return desc, at, fmt.Errorf("%w: %w", ErrCorruptIndex, err)

@@ -10,8 +10,8 @@ import (
 	"github.com/ocilocal/ocilocal"
 )
 
-// TestOneReader runs all that reads the index with a single connection to do it on. A query
-// that runs while another one's rows are open would wait for that connection for ever. The loops over
+// TestOneReader runs all that reads the index with a single connection to do it on. A query that
+// runs while another one's rows are open would wait for that connection for ever. The loops over
 // listings query too, as callers may.
 func TestOneReader(t *testing.T) {
 	r := openTemp(t, nil)

@@ -18,9 +18,9 @@ const (
 	sqlTableColumn = `SELECT name, hidden FROM pragma_table_xinfo(?) ORDER BY cid LIMIT 100`
 )
 
-// checkTable makes sure that a table of a database that anybody may have made is a table in
-// which rows are stored, with these columns. A view, a virtual table or a generated column
-// would let the database's maker decide what a query does, and for how long. Otherwise [ErrCorruptIndex].
+// checkTable makes sure that a table of a database that anybody may have made is a table in which
+// rows are stored, with these columns. A view, a virtual table or a generated column would let the
+// database's maker decide what a query does, and for how long. Otherwise [ErrCorruptIndex].
 func (x *index) checkTable(ctx context.Context, name string, columns ...string) error {
 	var found []string
 	var tables, plain int

@@ -36,7 +36,8 @@ func loseAppID(t *testing.T, root string) {
 	}
 }
 
-// TestRebuildPaths rebuilds an index by each form of its root's path. The refs of the old index are kept.
+// TestRebuildPaths rebuilds an index by each form of its root's path. The refs of the old index are
+// kept.
 func TestRebuildPaths(t *testing.T) {
 	dir := t.TempDir()
 	if err := os.MkdirAll(filepath.Join(dir, "a", "b"), 0o700); err != nil {
@@ -60,8 +61,8 @@ func TestRebuildPaths(t *testing.T) {
 	}
 }
 
-// TestSalvageFails: an index that was set aside and cannot be opened may hold refs. Rebuild reports that, and keeps
-// the refs when it runs again without the obstacle.
+// TestSalvageFails: an index that was set aside and cannot be opened may hold refs. Rebuild reports
+// that, and keeps the refs when it runs again without the obstacle.
 func TestSalvageFails(t *testing.T) {
 	root := filepath.Join(t.TempDir(), "root")
 	rootWithRef(t, root)
@@ -104,7 +105,8 @@ var hostileRefs = map[string]string{
 	"nothing":          `CREATE TABLE other (DIGEST TEXT)`,
 }
 
-// TestRebuildHostileIndex rebuilds from indexes whose refs are not a table with rows. None of them is read.
+// TestRebuildHostileIndex rebuilds from indexes whose refs are not a table with rows. None of them
+// is read.
 func TestRebuildHostileIndex(t *testing.T) {
 	for what, text := range hostileRefs {
 		root := filepath.Join(t.TempDir(), "root")

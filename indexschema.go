@@ -14,9 +14,9 @@ import (
 // indexAppID is PRAGMA application_id of our index files: "ocil".
 const indexAppID = 0x6f63696c
 
-// migrations take the index from one schema version to the next. PRAGMA user_version
-// is how many of them it has had. A list that was released never changes, and a new version
-// appends one. The statements have the exact text that SQLite keeps, because checkSchema compares it.
+// migrations take the index from one schema version to the next. PRAGMA user_version is how many of
+// them it has had. A list that was released never changes, and a new version appends one. The
+// statements have the exact text that SQLite keeps, because checkSchema compares it.
 //
 //	meta       facts about the index: see the constants metaID, …
 //	blobs      a row for each blob and each manifest. kind is the role in which it was first seen, created when
@@ -34,9 +34,9 @@ var migrations = [...][]string{{
 	`CREATE INDEX refs_by_manifest ON refs (manifest)`,
 }}
 
-// createIndex makes a complete index at path, a private place that no other process looks at. The caller
-// gives it its name. So nobody ever sees half of an index, and nobody else takes part in
-// the switch to a write-ahead log, for which SQLite does not wait as busy_timeout says.
+// createIndex makes a complete index at path, a private place that no other process looks at. The
+// caller gives it its name. So nobody ever sees half of an index, and nobody else takes part in the
+// switch to a write-ahead log, for which SQLite does not wait as busy_timeout says.
 func createIndex(ctx context.Context, path, id string, schema [][]string, unreconciled bool) (err error) {
 	db, err := (&database{path: path, private: true}).pool("rwc")
 	if err != nil {
@@ -97,7 +97,8 @@ func (x *index) migrate(ctx context.Context) error {
 	})
 }
 
-// version returns the index's schema version, and a [*SchemaError] if this program does not know it.
+// version returns the index's schema version, and a [*SchemaError] if this program does not know
+// it.
 func (t *indexTx) version() (version int, err error) {
 	if _, err = t.row("PRAGMA user_version", nil, &version); err == nil && version > t.newest {
 		err = &SchemaError{Found: version, Supported: t.newest}

@@ -9,7 +9,8 @@ import (
 	"github.com/ocilocal/ocilocal"
 )
 
-// TestMigratedWhileOpen: an older program doesn't write to an index that a newer one has migrated meanwhile.
+// TestMigratedWhileOpen: an older program doesn't write to an index that a newer one has migrated
+// meanwhile.
 func TestMigratedWhileOpen(t *testing.T) {
 	r := openTemp(t, nil)
 	if _, err := build(t, r, "example.com/a:v1", nil, "x"); err != nil {

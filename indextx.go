@@ -10,8 +10,9 @@ import (
 	sqlite3 "modernc.org/sqlite/lib"
 )
 
-// An indexTx is the connection that writes, with the statements that are prepared on it. A function that is given
-// to write gets it while the write lock is held, and must not keep it. One goroutine uses it at a time.
+// An indexTx is the connection that writes, with the statements that are prepared on it. A function
+// that is given to write gets it while the write lock is held, and must not keep it. One goroutine
+// uses it at a time.
 //
 // It has no way to the index's readers, which would not see what the transaction has changed.
 type indexTx struct {
@@ -144,10 +145,11 @@ const (
 	sqlStamp   = `INSERT INTO meta (key, value) VALUES (?, '1') ON CONFLICT (key) DO UPDATE SET value = value + 1`
 )
 
-// stamp counts the transactions that change something, in a row on the page where the root's id is: so
-// each write-ahead log holds that page, and says whose log it is. SQLite takes any log that lies beside an
-// index for the index's own. If another registry's does, its pages hide ours, and
-// [LocalRegistry.checkID] finds the wrong id. An update that changes no byte would not write the page.
+// stamp counts the transactions that change something, in a row on the page where the root's id is:
+// so each write-ahead log holds that page, and says whose log it is. SQLite takes any log that lies
+// beside an index for the index's own. If another registry's does, its pages hide ours, and
+// [LocalRegistry.checkID] finds the wrong id. An update that changes no byte would not write the
+// page.
 //
 // Limit: nothing tells an old log of the same index from its present one.
 func (t *indexTx) stamp() error {

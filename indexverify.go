@@ -42,7 +42,8 @@ func (x *index) blobsAfter(ctx context.Context, after digest.Digest, visit func(
 	return p.each(ctx, x, []any{kind, string(after)}, visit)
 }
 
-// rowsDiffer says in what the rows of a manifest contradict it, "" if in nothing, or if there are none.
+// rowsDiffer describes the first difference between a manifest and its rows, "" if there is none. A
+// manifest without rows does not differ.
 func rowsDiffer(ctx context.Context, q queryer, m *Manifest) (string, error) {
 	compare := func(rows *sql.Rows, want []any, names ...string) (string, error) {
 		got := make([]any, len(want))
@@ -130,7 +131,7 @@ func (x *index) badRefs(ctx context.Context, visit func(Reference, digest.Digest
 		case bad != nil:
 			bad = fmt.Errorf("%w: row of ref %q: %w", ErrCorruptIndex, clip(r.name+":"+r.reference), bad)
 		case r.bad:
-			bad = fmt.Errorf("%w: its manifest is %s, which the index doesn't have, or otherwise", ErrCorruptIndex, clip(r.manifest))
+			bad = fmt.Errorf("%w: the index has no manifest %s, or has it with other columns", ErrCorruptIndex, clip(r.manifest))
 		default:
 			return nil
 		}
@@ -138,9 +139,9 @@ func (x *index) badRefs(ctx context.Context, visit func(Reference, digest.Digest
 	})
 }
 
-// integrity visits the damage that SQLite finds in the index. Like [index.explain], it does not take a page that
-// cannot be read for a damaged one: what the first check finds only counts if all pages can be
-// read, and if the check finds it again.
+// integrity visits the damage that SQLite finds in the index. Like [index.explain], it does not
+// take a page that cannot be read for a damaged one: what the first check finds only counts if all
+// pages can be read, and if the check finds it again.
 func (x *index) integrity(ctx context.Context, quick bool, visit func(string)) error {
 	found, err := x.damage(ctx, quick)
 	if err == nil && len(found) > 0 {

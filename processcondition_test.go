@@ -70,8 +70,9 @@ func soundRegistry(t *testing.T, n int) *ocilocal.LocalRegistry {
 	return r
 }
 
-// TestProcessConditions: when the process runs out of something, or the call is cancelled, upkeep ends with
-// that error, at whichever file operation it comes. Nothing is then said to be damaged or missing.
+// TestProcessConditions: when the process runs out of something, or the call is cancelled, upkeep
+// ends with that error, at whichever file operation it comes. Nothing is then said to be damaged or
+// missing.
 func TestProcessConditions(t *testing.T) {
 	conditions := []error{syscall.EMFILE, syscall.ENFILE, syscall.ENOMEM, context.Canceled}
 	for name, call := range upkeep {

@@ -13,9 +13,10 @@ import (
 // database itself.
 var databaseFiles = [...]string{"", "-journal", "-wal", "-shm"}
 
-// checkDatabase decides whether SQLite may open the database at path. SQLite believes what lies beside
-// a database: it plays a journal back, and a write-ahead log decides what every row says. It blocks on a
-// named pipe, and follows links. So this is asked before each connection to any database:
+// checkDatabase decides whether SQLite may open the database at path. SQLite believes what lies
+// beside a database: it plays a journal back, and a write-ahead log decides what every row says. It
+// blocks on a named pipe, and follows links. So this is asked before each connection to any
+// database:
 //
 //   - path is absolute. A relative one would mean another file after a change of directory.
 //   - The database and its -wal and -shm are missing, or regular files with one link. A
@@ -26,7 +27,8 @@ var databaseFiles = [...]string{"", "-journal", "-wal", "-shm"}
 //     database with ownJournal, which this process alone is writing.
 //
 // Limit: nothing stops who may write to the directory from putting files there after the check, nor
-// the database's owner from putting an old log of the same database there. A root is one trust domain.
+// the database's owner from putting an old log of the same database there. A root is one trust
+// domain.
 //
 // Errors: [ErrForeignIndex], [ErrInvalidArgument] for a relative path, and the file system's.
 func checkDatabase(path string, ownJournal, anyOwner bool) error {

@@ -160,8 +160,8 @@ func TestPlantedJournal(t *testing.T) {
 	}
 }
 
-// TestOMMXJournal: an OMMX registry whose writer was killed has a journal that must be played back before
-// its rows mean anything. That changes the registry, so the import leaves it to the SDK.
+// TestOMMXJournal: an OMMX registry whose writer was killed has a journal that must be played back
+// before its rows mean anything. That changes the registry, so the import leaves it to the SDK.
 func TestOMMXJournal(t *testing.T) {
 	o := newOMMXRoot(t, 2)
 	o.exec("PRAGMA journal_mode = DELETE")

@@ -27,8 +27,8 @@ func TestParallel(t *testing.T) {
 	}
 }
 
-// TestTasksFirstError: the first error ends the other tasks by their context, and is the one that is returned. The
-// caller's context goes before it.
+// TestTasksFirstError: the first error ends the other tasks by their context, and is the one that
+// is returned. The caller's context goes before it.
 func TestTasksFirstError(t *testing.T) {
 	first := errors.New("first")
 	ctx, cancel := context.WithCancel(t.Context())
