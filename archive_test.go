@@ -3,11 +3,8 @@ package ocilocal_test
 import (
 	"archive/tar"
 	"bytes"
-	"compress/gzip"
 	"context"
 	"errors"
-	"fmt"
-	"io"
 	"os"
 	"path/filepath"
 	"strings"
@@ -17,72 +14,6 @@ import (
 
 	"github.com/ocilocal/ocilocal"
 )
-
-type entry struct {
-	name string
-	body string
-	head tar.Header // Typeflag, Linkname, PAXRecords; zero for a plain file
-}
-
-func tarOf(t testing.TB, entries ...entry) []byte {
-	t.Helper()
-	var b bytes.Buffer
-	tw := tar.NewWriter(&b)
-	for _, e := range entries {
-		h := e.head
-		h.Name, h.Mode = e.name, 0o644
-		if h.Typeflag == 0 {
-			h.Typeflag = tar.TypeReg
-		}
-		if h.Typeflag == tar.TypeReg {
-			h.Size = int64(len(e.body))
-		}
-		if err := tw.WriteHeader(&h); err != nil {
-			t.Fatal(err)
-		}
-		if h.Typeflag == tar.TypeReg {
-			if _, err := tw.Write([]byte(e.body)); err != nil {
-				t.Fatal(err)
-			}
-		}
-	}
-	if err := tw.Close(); err != nil {
-		t.Fatal(err)
-	}
-	return b.Bytes()
-}
-
-func blobEntry(body string) entry {
-	d := digest.FromString(body)
-	return entry{name: "blobs/sha256/" + d.Encoded(), body: body}
-}
-
-func desc(mediaType, body string) string {
-	return fmt.Sprintf(`{"mediaType":%q,"digest":%q,"size":%d}`, mediaType, digest.FromString(body), len(body))
-}
-
-const imageType = "application/vnd.oci.image.manifest.v1+json"
-
-// image returns the parts of an image manifest with one layer.
-func image(layer string) (manifest, config string) {
-	config = "{}"
-	return fmt.Sprintf(`{"schemaVersion":2,"artifactType":"application/vnd.example.test","config":%s,"layers":[%s]}`,
-		desc("application/vnd.oci.empty.v1+json", config), desc("text/plain", layer)), config
-}
-
-func layoutIndex(manifest, name string) entry {
-	return entry{name: "index.json", body: fmt.Sprintf(
-		`{"schemaVersion":2,"manifests":[{"mediaType":%q,"digest":%q,"size":%d,"annotations":{"org.opencontainers.image.ref.name":%q}}]}`,
-		imageType, digest.FromString(manifest), len(manifest), name)}
-}
-
-func gzipped(b []byte) []byte {
-	var out bytes.Buffer
-	z := gzip.NewWriter(&out)
-	z.Write(b)
-	z.Close()
-	return out.Bytes()
-}
 
 func TestImportArchive(t *testing.T) {
 	ctx := context.Background()
@@ -221,117 +152,7 @@ func TestImportArchiveHostile(t *testing.T) {
 	}
 }
 
-// gzipBomb is an entry that says 100 GiB, with 65 MiB of zeros in 66 KiB of gzip members.
-func gzipBomb(t testing.TB) []byte {
-	t.Helper()
-	var tarHead bytes.Buffer
-	tw := tar.NewWriter(&tarHead)
-	if err := tw.WriteHeader(&tar.Header{Typeflag: tar.TypeReg, Name: "zeros", Size: 100 << 30}); err != nil {
-		t.Fatal(err)
-	}
-	return append(gzipped(tarHead.Bytes()), bytes.Repeat(gzipped(make([]byte, 1<<20)), 64+1)...)
-}
-
-// endlessZeros is a stream that nobody ever closes.
-type endlessZeros struct{}
-
 func (endlessZeros) Read(p []byte) (int, error) { clear(p); return len(p), nil }
-
-// TestDockerSave: the full name is beside a bare tag, and counts if it has that tag.
-func TestDockerSave(t *testing.T) {
-	manifest, config := image("layer")
-	save := func(name, full string) []byte {
-		return tarOf(t, entry{name: "manifest.json", body: "[]"}, blobEntry(manifest), blobEntry(config), blobEntry("layer"),
-			entry{name: "index.json", body: fmt.Sprintf(`{"schemaVersion":2,"manifests":[{"mediaType":%q,"digest":%q,"size":%d,"annotations":{"org.opencontainers.image.ref.name":%q,"io.containerd.image.name":%q}}]}`,
-				imageType, digest.FromString(manifest), len(manifest), name, full)})
-	}
-	for _, c := range []struct{ name, full, want string }{
-		{"3.20", "docker.io/library/alpine:3.20", "docker.io/library/alpine:3.20"},
-		{"3.20@sha256:" + strings.Repeat("0", 64), "docker.io/library/alpine:3.20", "docker.io/library/alpine:3.20"},
-		{"@sha256:" + strings.Repeat("0", 64), "docker.io/library/alpine:3.20", "docker.io/library/alpine:3.20"},
-		{"sha256:" + strings.Repeat("0", 64), "docker.io/library/alpine:3.20", "docker.io/library/alpine:3.20"},
-		{"9", "example.com/q/z:9@" + digest.FromString(manifest).String(), "example.com/q/z:9"},
-		{"", "example.com/q/z@" + digest.FromString(manifest).String(), "example.com/q/z@" + digest.FromString(manifest).String()},
-		{"", "example.com/q/z@sha256:" + strings.Repeat("0", 64), ""},
-		{"3.21", "docker.io/library/alpine:3.20", ""},
-		{"3.20", "alpine:3.20", ""},
-		{"example.com/a:v1", "docker.io/library/alpine:v1", "example.com/a:v1"},
-		{"", "docker.io/library/alpine:3.20", "docker.io/library/alpine:3.20"},
-		{"", "alpine", ""},
-	} {
-		r := openTemp(t, nil)
-		got, err := r.ImportArchive(t.Context(), bytes.NewReader(save(c.name, c.full)), nil)
-		if bare := c.want == "" && !strings.Contains(c.full, "@"); bare != errors.Is(err, ocilocal.ErrBareName) {
-			t.Errorf("%+v: %v", c, err)
-		} else if bare {
-			got, err = r.ImportArchive(t.Context(), bytes.NewReader(save(c.name, c.full)), &ocilocal.ImportOptions{IgnoreNames: true})
-		}
-		if err != nil || got.Artifacts[0].Name != c.name || got.Artifacts[0].Update.Reference.String() != c.want {
-			t.Errorf("%+v: %+v, %v", c, got, err)
-		}
-		in, err := ocilocal.InspectArchive(t.Context(), bytes.NewReader(save(c.name, c.full)))
-		if err != nil || in.Entries[0].Reference.String() != c.want {
-			t.Errorf("%+v: %+v, %v", c, in, err)
-		}
-		if _, err = r.ImportArchive(t.Context(), bytes.NewReader(save(c.name, c.full)), &ocilocal.ImportOptions{Select: c.full, IgnoreNames: true}); err != nil {
-			t.Errorf("%+v, chosen: %v", c, err)
-		}
-	}
-}
-
-// TestGzipOfZeros has a layer that shrinks as far as deflate can: it comes in as it went out.
-func TestGzipOfZeros(t *testing.T) {
-	t.Parallel()
-	ctx := t.Context()
-	from, to := openTemp(t, nil), openTemp(t, nil)
-	name := ocilocal.MustParseReference("example.com/zeros:v1")
-	b, err := from.NewBuilder(name, &ocilocal.BuilderOptions{ArtifactType: "application/vnd.example.test"})
-	if err != nil {
-		t.Fatal(err)
-	}
-	if _, err := b.AddLayer(ctx, "application/vnd.numpy", io.LimitReader(endlessZeros{}, 80<<20), nil); err != nil {
-		t.Fatal(err)
-	}
-	a, err := b.Build(ctx)
-	if err != nil {
-		t.Fatal(err)
-	}
-	var out bytes.Buffer
-	if err := from.ExportArchive(ctx, &out, []ocilocal.Reference{name}, &ocilocal.ExportOptions{Gzip: true}); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := to.ImportArchive(ctx, bytes.NewReader(out.Bytes()), nil); err != nil {
-		t.Fatal(err)
-	}
-	if desc, err := to.Resolve(ctx, name); err != nil || desc.Digest != a.Digest() {
-		t.Error(err)
-	}
-}
-
-// TestArchiveTail imports archives that the stream goes on behind.
-func TestArchiveTail(t *testing.T) {
-	manifest, config := image("layer")
-	src := tarOf(t, blobEntry(config), blobEntry("layer"), blobEntry(manifest), layoutIndex(manifest, "example.com/a:v1"))
-	var z bytes.Buffer
-	w := gzip.NewWriter(&z)
-	if _, err := io.Copy(w, io.MultiReader(bytes.NewReader(src), io.LimitReader(endlessZeros{}, 20<<20))); err != nil {
-		t.Fatal(err)
-	}
-	if err := w.Close(); err != nil {
-		t.Fatal(err)
-	}
-	for name, c := range map[string]struct {
-		src  io.Reader
-		want error
-	}{
-		"tar":  {io.MultiReader(bytes.NewReader(src), endlessZeros{}), nil},
-		"gzip": {&z, ocilocal.ErrTooLarge}, // its checksum can't be had
-	} {
-		if _, err := openTemp(t, nil).ImportArchive(t.Context(), c.src, nil); !errors.Is(err, c.want) {
-			t.Errorf("%s: %v, want %v", name, err, c.want)
-		}
-	}
-}
 
 func TestImportArchiveOptions(t *testing.T) {
 	ctx := context.Background()
@@ -372,32 +193,6 @@ func TestImportArchiveOptions(t *testing.T) {
 	got, err = r.ImportArchive(ctx, bytes.NewReader(named), nil)
 	if !errors.Is(err, ocilocal.ErrConflict) || got.Artifacts[0].Update.Outcome != ocilocal.Conflicted {
 		t.Errorf("conflict: %+v, %v", got, err)
-	}
-}
-
-func TestArchiveRoundTrip(t *testing.T) {
-	ctx := context.Background()
-	from, to := openTemp(t, nil), openTemp(t, nil)
-	var refs []ocilocal.Reference
-	for _, s := range []string{"example.com/b:v1", "example.com/a:v1", "docker.io/library/c:v1"} {
-		if _, err := build(t, from, s, &ocilocal.BuilderOptions{Format: ocilocal.FormatImageManifest}, "shared", s); err != nil {
-			t.Fatal(err)
-		}
-		refs = append(refs, ocilocal.MustParseReference(s))
-	}
-	var first, second bytes.Buffer
-	if err := from.ExportArchive(ctx, &first, refs, nil); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := to.ImportArchive(ctx, bytes.NewReader(first.Bytes()), nil); err != nil {
-		t.Fatal(err)
-	}
-	refs[0], refs[2] = refs[2], refs[0]
-	if err := to.ExportArchive(ctx, &second, refs, nil); err != nil {
-		t.Fatal(err)
-	}
-	if !bytes.Equal(first.Bytes(), second.Bytes()) {
-		t.Error("a round trip changed the archive")
 	}
 }
 

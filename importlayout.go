@@ -133,27 +133,3 @@ func (l *layout) regular(name string) (*os.File, error) {
 	}
 	return f, nil
 }
-
-// An Inspection tells what a layout directory or archive holds, as its
-// index.json and its file names say. Nothing of it is verified.
-type Inspection struct {
-	Entries []InspectedEntry // in the order of index.json
-	Blobs   int              // files named by a digest
-	Bytes   int64            // their size
-}
-
-// An InspectedEntry is one entry of an index.json.
-type InspectedEntry struct {
-	Name       string    // org.opencontainers.image.ref.name, as it stands
-	Reference  Reference // the full name that the entry claims; zero if it has none
-	Descriptor ocispec.Descriptor
-}
-
-func newInspection(entries []ocispec.Descriptor) *Inspection {
-	in := &Inspection{}
-	for _, e := range entries {
-		name := e.Annotations[ocispec.AnnotationRefName]
-		in.Entries = append(in.Entries, InspectedEntry{Name: name, Reference: entryClaim(e).ref, Descriptor: e})
-	}
-	return in
-}

@@ -5,67 +5,14 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
 
 	"github.com/opencontainers/go-digest"
-	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/ocilocal/ocilocal"
 )
-
-// indexOf is an index.json of descriptors.
-func indexOf(descriptors ...string) entry {
-	return entry{name: "index.json", body: `{"schemaVersion":2,"manifests":[` + strings.Join(descriptors, ",") + `]}`}
-}
-
-// with adds fields, as JSON, to a descriptor.
-func with(descriptor, fields string) string {
-	return strings.TrimSuffix(descriptor, "}") + "," + fields + "}"
-}
-
-// called adds annotations, in pairs of key and value.
-func called(descriptor string, pairs ...string) string {
-	m := map[string]string{}
-	for i := 0; i < len(pairs); i += 2 {
-		m[pairs[i]] = pairs[i+1]
-	}
-	b, err := json.Marshal(m)
-	if err != nil {
-		panic(err)
-	}
-	return with(descriptor, `"annotations":`+string(b))
-}
-
-const (
-	refName   = "org.opencontainers.image.ref.name"
-	imageName = "io.containerd.image.name"
-)
-
-// importBoth imports a layout as a directory and as an archive. Both must give the same refs, or the same kind of error.
-func importBoth(t *testing.T, opts *ocilocal.ImportOptions, entries ...entry) (*ocilocal.LocalRegistry, *ocilocal.ImportResult, error) {
-	t.Helper()
-	dir, archive := openTemp(t, nil), openTemp(t, nil)
-	got, err := dir.ImportLayout(t.Context(), layoutDir(t, entries...), opts)
-	other, otherErr := archive.ImportArchive(t.Context(), bytes.NewReader(tarOf(t, entries...)), opts)
-	if (err == nil) != (otherErr == nil) {
-		t.Fatalf("directory: %v; archive: %v", err, otherErr)
-	}
-	if err != nil {
-		nothingCame(t, dir)
-		nothingCame(t, archive)
-		return dir, got, err
-	}
-	if (opts == nil || !opts.Anonymous) && fmt.Sprint(got.Artifacts) != fmt.Sprint(other.Artifacts) {
-		t.Errorf("from the directory %v, from the archive %v", got.Artifacts, other.Artifacts)
-	}
-	if len(got.Skipped) != len(other.Skipped) {
-		t.Errorf("skipped in the directory %v, in the archive %v", got.Skipped, other.Skipped)
-	}
-	checkSound(t, dir)
-	checkSound(t, archive)
-	return dir, got, nil
-}
 
 // TestImportNameFunc restricts the names that content claims to those of one repository.
 func TestImportNameFunc(t *testing.T) {
@@ -148,148 +95,96 @@ func TestImportContainerdName(t *testing.T) {
 	}
 }
 
-// TestImportPlatforms imports what is written for several platforms: two entries of one name, a flat
-// index.json without names, and an image index of which one platform is there.
-func TestImportPlatforms(t *testing.T) {
-	arm := &ocispec.Platform{OS: "linux", Architecture: "arm64"}
-	first, config := image("layer")
-	second, _ := image("LAYER")
-	parts := []entry{blobEntry(second), blobEntry(config), blobEntry("LAYER")}
-	all := append([]entry{blobEntry(first), blobEntry("layer")}, parts...)
-	amd64 := with(desc(imageType, first), `"platform":{"os":"linux","architecture":"amd64"}`)
-	arm64 := with(desc(imageType, second), `"platform":{"os":"linux","architecture":"arm64"}`)
-
-	twins := indexOf(called(amd64, refName, "example.com/a:v1"), called(arm64, refName, "example.com/a:v1"))
-	if _, _, err := importBoth(t, nil, append(all, twins)...); !errors.Is(err, ocilocal.ErrInvalidArgument) || !strings.Contains(err.Error(), "Platform") {
-		t.Errorf("two entries of one name: %v", err)
-	}
-	sparse := imageIndexOf(amd64, arm64)
-	top := called(desc(ocispec.MediaTypeImageIndex, sparse), refName, "example.com/a:v1")
-	for name, entries := range map[string][]entry{
-		"two entries of one name": append(all, twins),
-		"a flat index.json":       append(all, indexOf(amd64, arm64)),
-		"a sparse image index":    append(parts, blobEntry(sparse), indexOf(top)),
-	} {
-		opts := &ocilocal.ImportOptions{Platform: arm}
-		if strings.HasPrefix(name, "a flat") {
-			opts.Reference = ref("example.com/a:v1")
-		}
-		_, got, err := importBoth(t, opts, entries...)
-		if err != nil || len(got.Artifacts) != 1 || got.Artifacts[0].Descriptor.Digest != digest.FromString(second) || got.Artifacts[0].Update.Reference != ref("example.com/a:v1") {
-			t.Errorf("%s: %+v, %v", name, got, err)
-		}
-		if _, _, err := importBoth(t, &ocilocal.ImportOptions{Platform: &ocispec.Platform{OS: "plan9"}}, entries...); !errors.Is(err, ocilocal.ErrNotFound) {
-			t.Errorf("%s, a platform that it does not have: %v", name, err)
-		}
-	}
-	_, got, err := importBoth(t, &ocilocal.ImportOptions{Select: digest.FromString(second).String()}, append(parts, blobEntry(sparse), indexOf(top))...)
-	if err != nil || len(got.Unnamed()) != 1 || got.Artifacts[0].Descriptor.Digest != digest.FromString(second) {
-		t.Errorf("the member of a sparse image index: %+v, %v", got, err)
-	}
-	flat := indexOf(amd64, arm64)
-	r, got, err := importBoth(t, &ocilocal.ImportOptions{AsIndex: true, Reference: ref("example.com/a:v1")}, append(all, flat)...)
-	if err != nil || got.Artifacts[0].Descriptor.Digest != digest.FromString(flat.body) {
-		t.Fatalf("AsIndex: %+v, %v", got, err)
-	}
-	a, err := r.Load(t.Context(), ref("example.com/a:v1"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	if m, err := a.Manifest(t.Context()); err != nil || len(m.Manifests()) != 2 || m.Manifests()[1].Platform.Architecture != "arm64" {
-		t.Errorf("AsIndex: %v, %v", m, err)
-	}
-}
-
-// imageIndexOf is an image index of descriptors.
-func imageIndexOf(descriptors ...string) string {
-	return fmt.Sprintf(`{"schemaVersion":2,"mediaType":%q,"manifests":[%s]}`, ocispec.MediaTypeImageIndex, strings.Join(descriptors, ","))
-}
-
-// TestImportUnrelated puts content into a layout that nobody needs. It must not stop the import of the rest.
-func TestImportUnrelated(t *testing.T) {
+// TestOddNames imports names that are legal in an index.json, though no reference allows
+// them, and names that are equal or differ only in case.
+func TestOddNames(t *testing.T) {
 	manifest, config := image("layer")
-	noLayers := fmt.Sprintf(`{"schemaVersion":2,"config":%s,"layers":null}`, desc("application/vnd.example.config", config))
-	parts := []entry{layoutVersion, blobEntry(config), blobEntry("layer"), blobEntry(manifest)}
-	good := called(desc(imageType, manifest), refName, "example.com/a:v1")
-	half := blobEntry("whole")
-	half.body = "half"
-	odd := func(name string) entry { return entry{name: "blobs/" + name, body: "?"} }
-	for name, more := range map[string][]entry{
-		"half-written blob":  {half, indexOf(good)},
-		"AppleDouble":        {odd("sha256/._" + strings.Repeat("a", 64)), odd("._sha256"), indexOf(good)},
-		"desktop file":       {odd(".DS_Store"), odd("sha256/.DS_Store"), indexOf(good)},
-		"temporary file":     {odd("sha256/oci-put-blob123"), indexOf(good)},
-		"lock":               {odd("sha256/" + strings.Repeat("a", 64) + ".lock"), indexOf(good)},
-		"other algorithm":    {odd("blake3/" + strings.Repeat("a", 64)), indexOf(good)},
-		"unknown digest":     {indexOf(strings.Replace(desc(imageType, "x"), "sha256:", "blake3:", 1), good)},
-		"unknown media type": {indexOf(desc("application/xml", "<x/>"), good)},
-		"null layers":        {blobEntry(noLayers), indexOf(called(desc(imageType, noLayers), refName, "example.com/b:v1"), good)},
-	} {
-		t.Run(name, func(t *testing.T) {
-			r, got, err := importBoth(t, nil, append(parts, more...)...)
+	second, _ := image("LAYER")
+	index := func(names ...string) entry {
+		var ds []string
+		for i, name := range names {
+			b, err := json.Marshal(name)
 			if err != nil {
 				t.Fatal(err)
 			}
-			if strings.HasPrefix(name, "unknown") != (len(got.Skipped) == 1) {
-				t.Errorf("skipped %v", got.Skipped)
+			ds = append(ds, strings.TrimSuffix(desc(imageType, []string{manifest, second}[i]), "}")+`,"annotations":{"org.opencontainers.image.ref.name":`+string(b)+`}}`)
+		}
+		return entry{name: "index.json", body: `{"schemaVersion":2,"manifests":[` + strings.Join(ds, ",") + `]}`}
+	}
+	for name, c := range map[string]struct {
+		index entry
+		opts  *ocilocal.ImportOptions
+		want  []string
+		fails error
+	}{
+		"NUL":             {index("example.com/a:v1\x00"), nil, nil, ocilocal.ErrBareName},
+		"NUL, ignored":    {index("example.com/a:v1\x00"), &ocilocal.ImportOptions{IgnoreNames: true}, []string{"none"}, nil},
+		"3 MiB":           {index(strings.Repeat("x", 3<<20)), &ocilocal.ImportOptions{IgnoreNames: true}, []string{"none"}, nil},
+		"twins but case":  {index("example.com/a:v1", "example.com/a:V1"), nil, []string{"inserted", "inserted"}, nil},
+		"equal, kept":     {index("example.com/a:v1", "example.com/a:v1"), nil, nil, ocilocal.ErrInvalidArgument},
+		"equal, replaced": {index("example.com/a:v1", "example.com/a:v1"), &ocilocal.ImportOptions{PublishOptions: ocilocal.PublishOptions{Policy: ocilocal.Replace}}, nil, ocilocal.ErrInvalidArgument},
+		"equal, ignored":  {index("example.com/a:v1", "example.com/a:v1"), &ocilocal.ImportOptions{IgnoreNames: true}, []string{"none", "none"}, nil},
+	} {
+		t.Run(name, func(t *testing.T) {
+			r := openTemp(t, nil)
+			dir := layoutDir(t, layoutVersion, blobEntry(manifest), blobEntry(config), blobEntry("layer"), blobEntry(second), blobEntry("LAYER"), c.index)
+			result, err := r.ImportLayout(t.Context(), dir, c.opts)
+			if !errors.Is(err, c.fails) {
+				t.Fatal(err)
 			}
-			if _, err := r.Load(t.Context(), ref("example.com/a:v1")); err != nil {
-				t.Error(err)
+			if err != nil {
+				checkNothingVisible(t, r)
+				return
 			}
-			// An export adds to such a directory, and keeps what is there.
-			published(t, r, "example.com/c:v1", "another layer", nil)
-			dir := layoutDir(t, append(parts, more...)...)
-			if err := r.ExportLayout(t.Context(), dir, []ocilocal.Reference{ref("example.com/c:v1")}, nil); err != nil {
-				t.Error(err)
+			var got []string
+			for _, a := range result.Artifacts {
+				got = append(got, a.Update.Outcome.String())
 			}
-			if in, err := ocilocal.InspectPath(t.Context(), dir); err != nil || len(in.Entries) != len(got.Artifacts)+len(got.Skipped)+1 {
-				t.Errorf("%+v, %v", in, err)
+			if !slices.Equal(got, c.want) {
+				t.Errorf("%q, want %q", got, c.want)
 			}
 		})
 	}
-	for name, index := range map[string]string{
-		"null":  `{"schemaVersion":2,"manifests":null}`,
-		"empty": `{"schemaVersion":2,"manifests":[]}`,
-	} {
-		_, got, err := importBoth(t, nil, layoutVersion, entry{name: "index.json", body: index})
-		if err != nil || len(got.Artifacts) != 0 {
-			t.Errorf("%s: %+v, %v", name, got, err)
-		}
-		r := openTemp(t, nil)
-		published(t, r, "example.com/c:v1", "layer", nil)
-		dir := layoutDir(t, entry{name: "index.json", body: index}) // without oci-layout
-		if err := r.ExportLayout(t.Context(), dir, []ocilocal.Reference{ref("example.com/c:v1")}, nil); err != nil {
-			t.Errorf("export into it: %v", err)
-		}
-		if got, err := openTemp(t, nil).ImportLayout(t.Context(), dir, nil); err != nil || len(got.Artifacts) != 1 {
-			t.Errorf("%+v, %v", got, err)
-		}
-		if files := tree(t, dir); files["oci-layout"] == "" {
-			t.Errorf("the export wrote no oci-layout: %v", files)
-		}
-	}
 }
 
-// TestImportLargeIndex imports from an index.json that is larger than a manifest may be.
-func TestImportLargeIndex(t *testing.T) {
+// TestDockerSave: the full name is beside a bare tag, and counts if it has that tag.
+func TestDockerSave(t *testing.T) {
 	manifest, config := image("layer")
-	d := desc(imageType, manifest)
-	var entries []string
-	for i := range 20_000 {
-		entries = append(entries, called(d, refName, fmt.Sprintf("registry.example.com/a/long/repository/name/%d:v1", i)))
+	save := func(name, full string) []byte {
+		return tarOf(t, entry{name: "manifest.json", body: "[]"}, blobEntry(manifest), blobEntry(config), blobEntry("layer"),
+			entry{name: "index.json", body: fmt.Sprintf(`{"schemaVersion":2,"manifests":[{"mediaType":%q,"digest":%q,"size":%d,"annotations":{"org.opencontainers.image.ref.name":%q,"io.containerd.image.name":%q}}]}`,
+				imageType, digest.FromString(manifest), len(manifest), name, full)})
 	}
-	index := indexOf(entries...)
-	if len(index.body) <= ocilocal.MaxManifestSize {
-		t.Fatalf("%d bytes", len(index.body))
-	}
-	opts := &ocilocal.ImportOptions{Select: "registry.example.com/a/long/repository/name/19999:v1"}
-	r, got, err := importBoth(t, opts, index, blobEntry(manifest), blobEntry(config), blobEntry("layer"))
-	if err != nil || len(got.Artifacts) != 1 {
-		t.Fatalf("%+v, %v", got, err)
-	}
-	published(t, r, "example.com/c:v1", "another layer", nil)
-	dir := layoutDir(t, index, blobEntry(manifest), blobEntry(config), blobEntry("layer"))
-	if err := r.ExportLayout(t.Context(), dir, []ocilocal.Reference{ref("example.com/c:v1")}, nil); err != nil {
-		t.Error(err)
+	for _, c := range []struct{ name, full, want string }{
+		{"3.20", "docker.io/library/alpine:3.20", "docker.io/library/alpine:3.20"},
+		{"3.20@sha256:" + strings.Repeat("0", 64), "docker.io/library/alpine:3.20", "docker.io/library/alpine:3.20"},
+		{"@sha256:" + strings.Repeat("0", 64), "docker.io/library/alpine:3.20", "docker.io/library/alpine:3.20"},
+		{"sha256:" + strings.Repeat("0", 64), "docker.io/library/alpine:3.20", "docker.io/library/alpine:3.20"},
+		{"9", "example.com/q/z:9@" + digest.FromString(manifest).String(), "example.com/q/z:9"},
+		{"", "example.com/q/z@" + digest.FromString(manifest).String(), "example.com/q/z@" + digest.FromString(manifest).String()},
+		{"", "example.com/q/z@sha256:" + strings.Repeat("0", 64), ""},
+		{"3.21", "docker.io/library/alpine:3.20", ""},
+		{"3.20", "alpine:3.20", ""},
+		{"example.com/a:v1", "docker.io/library/alpine:v1", "example.com/a:v1"},
+		{"", "docker.io/library/alpine:3.20", "docker.io/library/alpine:3.20"},
+		{"", "alpine", ""},
+	} {
+		r := openTemp(t, nil)
+		got, err := r.ImportArchive(t.Context(), bytes.NewReader(save(c.name, c.full)), nil)
+		if bare := c.want == "" && !strings.Contains(c.full, "@"); bare != errors.Is(err, ocilocal.ErrBareName) {
+			t.Errorf("%+v: %v", c, err)
+		} else if bare {
+			got, err = r.ImportArchive(t.Context(), bytes.NewReader(save(c.name, c.full)), &ocilocal.ImportOptions{IgnoreNames: true})
+		}
+		if err != nil || got.Artifacts[0].Name != c.name || got.Artifacts[0].Update.Reference.String() != c.want {
+			t.Errorf("%+v: %+v, %v", c, got, err)
+		}
+		in, err := ocilocal.InspectArchive(t.Context(), bytes.NewReader(save(c.name, c.full)))
+		if err != nil || in.Entries[0].Reference.String() != c.want {
+			t.Errorf("%+v: %+v, %v", c, in, err)
+		}
+		if _, err = r.ImportArchive(t.Context(), bytes.NewReader(save(c.name, c.full)), &ocilocal.ImportOptions{Select: c.full, IgnoreNames: true}); err != nil {
+			t.Errorf("%+v, chosen: %v", c, err)
+		}
 	}
 }

@@ -1,6 +1,8 @@
 package ocilocal
 
-import "context"
+import (
+	"context"
+)
 
 // ImportLayout imports an OCI image layout directory (image-spec image-layout.md).
 // Every entry of index.json, or the one that opts choose, keeps its bytes and

@@ -1,0 +1,104 @@
+package ocilocal
+
+import (
+	"archive/tar"
+	"bytes"
+	"compress/gzip"
+	"context"
+	"crypto/rand"
+	"errors"
+	"io"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+)
+
+// ExportArchive writes the artifacts that refs name, with all they need, to dst as an OCI
+// archive: oci-layout and index.json first, where every entry carries its full name,
+// then manifests, then the other blobs. Equal content gives equal bytes (entries are
+// sorted, times are zero), gzipped ones by the same version of Go only.
+//
+// Errors: [ErrNotFound] for a ref that doesn't resolve, or for a blob that was
+// collected meanwhile, [ErrIncomplete] for a lineage with a gap, [ErrTooLarge] for more
+// artifacts than an index.json can list, [ErrInvalidDigest] for one of ExportOptions.Digests,
+// [ErrDigestMismatch], [ErrSizeMismatch], [ErrClosed], ctx's, and
+// dst's. After an error what was written is no archive.
+func (r *LocalRegistry) ExportArchive(ctx context.Context, dst io.Writer, refs []Reference, opts *ExportOptions) error {
+	x, err := r.newExport(ctx, refs, opts)
+	if err == nil {
+		err = x.archive(ctx, dst)
+	}
+	return opError("export archive", "", "", err)
+}
+
+// ExportArchiveFile is [LocalRegistry.ExportArchive] to a file, which has its name
+// only when it is complete and its bytes are on disk. It fails with [ErrExists] if the name
+// is taken and ExportOptions.Overwrite isn't set; a symbolic link there
+// is replaced, never followed. Where the file system has no hard links, looking for
+// the name and taking it are two steps, and a file that another process makes in between
+// is replaced. A killed process leaves a file beside it whose name begins with ".ocilocal-".
+func (r *LocalRegistry) ExportArchiveFile(ctx context.Context, name string, refs []Reference, opts *ExportOptions) error {
+	return opError("export archive", name, "", r.exportArchiveFile(ctx, name, refs, opts))
+}
+
+func (r *LocalRegistry) exportArchiveFile(ctx context.Context, name string, refs []Reference, opts *ExportOptions) (err error) {
+	x, err := r.newExport(ctx, refs, opts)
+	if err != nil {
+		return err
+	}
+	if err := r.checkTarget(name); err != nil {
+		return err
+	}
+	dir, err := openRoot(filepath.Dir(name), r.root.fault)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, dir.Close()) }()
+	return writeNew(dir, ".ocilocal-"+rand.Text(), filepath.Base(name), x.opts.Overwrite, func(w io.Writer) error { return x.archive(ctx, w) })
+}
+
+// archive writes all of it as a tar.
+func (x *export) archive(ctx context.Context, dst io.Writer) error {
+	index, err := x.index()
+	if err != nil {
+		return err
+	}
+	if x.opts.Gzip {
+		z := gzip.NewWriter(dst)
+		if err := x.tar(ctx, z, index); err != nil {
+			return err
+		}
+		return z.Close()
+	}
+	return x.tar(ctx, dst, index)
+}
+
+func (x *export) tar(ctx context.Context, dst io.Writer, index []byte) error {
+	tw := tar.NewWriter(dst)
+	if err := writeEntry(tw, ocispec.ImageLayoutFile, strings.NewReader(layoutFile), int64(len(layoutFile))); err != nil {
+		return err
+	}
+	if err := writeEntry(tw, ocispec.ImageIndexFile, bytes.NewReader(index), int64(len(index))); err != nil {
+		return err
+	}
+	for _, d := range slices.Concat(x.manifests, x.blobs) {
+		src, err := x.registry.OpenBlob(ctx, d)
+		if err != nil {
+			return err
+		}
+		if err := errors.Join(writeEntry(tw, blobPath(d.Digest), src, d.Size), src.Close()); err != nil {
+			return err
+		}
+	}
+	return tw.Close()
+}
+
+func writeEntry(tw *tar.Writer, name string, src io.Reader, size int64) error {
+	err := tw.WriteHeader(&tar.Header{Typeflag: tar.TypeReg, Name: name, Size: size, Mode: 0o444})
+	if err == nil {
+		_, err = io.Copy(tw, src)
+	}
+	return err
+}
