@@ -17,46 +17,50 @@ import (
 
 // BackupOptions govern a backup. Nil is the zero value.
 type BackupOptions struct {
-	// Overwrite lets a backup undo what was changed in the backup's own refs since the last one.
+	// Overwrite lets the backup undo changes that somebody made to its refs since the last backup.
 	Overwrite bool
 	// AllowNetworkFS is [Options.AllowNetworkFS] for the backup.
 	AllowNetworkFS bool
 }
 
-// A BackupReport tells what a backup did.
+// A BackupReport says what a backup did.
 type BackupReport struct {
-	Refs         int // that the backup has now
-	RefsSet      int // of these, new or changed since the last backup
-	RefsRemoved  int // that the registry had no more
+	Refs         int // refs that the backup has now
+	RefsSet      int // refs that are new or changed since the last backup
+	RefsRemoved  int // refs that the registry has no more
 	BlobsCopied  int
-	BlobsPresent int // that the backup had already
+	BlobsPresent int // blobs that the backup had already
 	BytesCopied  int64
-	Failed       []BackupFailure // what could not be copied
+	Failed       []BackupFailure // blobs that could not be copied
 }
 
-// A BackupFailure is a blob of the registry that is missing, damaged or can't be read.
+// A BackupFailure is a blob of the registry that is missing, damaged or unreadable.
 type BackupFailure struct {
 	Digest digest.Digest
-	Refs   []Reference // left out because of it, unless a failure before has them: the backup keeps what it had under these
+	Refs   []Reference // refs left out for it, unless an earlier failure has them; the backup keeps its own
 	Err    error
 }
 
-// Backup makes dir a registry with the refs that this one has at one moment, and all that
-// they lead to, while others go on writing here. dir is created if need be; it can be
-// opened at any time, for reading also during a backup, and it is what it was before
-// until all is there. The next backup to the same dir copies only the blobs that it
-// lacks; of those that it has only the sizes are looked at, [LocalRegistry.Verify]
-// looks at the rest. Every blob is verified while it is copied.
+// Backup makes dir a registry with the refs that this one has at one moment, and with all that they
+// lead to. Other processes may write here meanwhile. dir is created if necessary. Until everything
+// is there, it stays as it was, and it can be opened at any time, during a backup for reading. The
+// next backup to the same dir copies only blobs that it lacks. Of the others it checks the sizes;
+// [LocalRegistry.Verify] checks the rest. Every blob is verified while it is copied.
 //
-// The backup has this registry's id, so it can take its place. Nothing is ever
-// deleted from it but refs: [LocalRegistry.GC] there deletes what was collected here. Its own refs are
-// not to be changed: that is an [ErrConflict] unless [BackupOptions.Overwrite] is set,
-// as is a registry with another id.
+// The backup has this registry's id, so it can take its place. Nothing but refs is ever deleted
+// from it: [LocalRegistry.GC] there deletes what was collected here. Nobody else should change its
+// refs.
 //
-// Blobs that can't be read here don't stop it: the error is then
-// [ErrIncomplete], after everything else was backed up, and says so together with the report.
-// Further errors: [ErrInvalidArgument] if dir is this registry's or lies in it, [ErrBusy] if garbage was collected here or
-// there, again and again, under the backup's hands, those of [Open], a full disk, ctx's, and the file system's.
+// A damaged or missing blob does not stop the backup. The refs that need it are left out, or stay
+// as they were in the backup.
+//
+// Errors:
+//   - [ErrIncomplete] with the report, after everything else was backed up, if blobs could not be read
+//   - [ErrConflict] if the backup's refs were changed and [BackupOptions.Overwrite] is not set, or if dir
+//     is a registry with another id
+//   - [ErrInvalidArgument] if dir is this registry's or lies in it
+//   - [ErrBusy] if collections, here or there, kept deleting what was being copied
+//   - those of [Open], [ErrNoSpace], and any error from ctx or the file system
 func (r *LocalRegistry) Backup(ctx context.Context, dir string, opts *BackupOptions) (*BackupReport, error) {
 	report, err := r.backup(ctx, dir, opts)
 	return report, opError("back up to", dir, "", err)
@@ -84,10 +88,21 @@ func (r *LocalRegistry) backup(ctx context.Context, dir string, opts *BackupOpti
 	return report, fmt.Errorf("%w: %w, %d times", ErrBusy, err, maxBackupAttempts)
 }
 
-// maxBackupAttempts is how often a backup begins anew because something was collected meanwhile.
+// maxBackupAttempts is how often a backup starts again because something was collected meanwhile.
 const maxBackupAttempts = 10
 
-// A backup is one attempt: the source, and a private copy of its index.
+// A backup is one attempt, in this order:
+//
+//	snapshot  copy the index, as it is at one moment, into a private file of the target
+//	copy      bring the blobs of the snapshot to the target, durably
+//	leave out take manifests and refs that need a missing blob out of the snapshot
+//	merge     in one transaction of the target: check that nobody changed its refs, and that all blobs
+//	          are there; take in the rows of the snapshot; make the refs those of the snapshot
+//
+// Collections run meanwhile. If one has deleted a blob that the snapshot needs, the registry has
+// moved on, and the attempt ends with errCollected. The next one takes a new snapshot, and the
+// blobs that were copied are there already. A killed backup leaves the target as it was, with some
+// blobs more.
 type backup struct {
 	source, target *LocalRegistry
 	overwrite      bool
@@ -95,8 +110,8 @@ type backup struct {
 	report         *BackupReport
 }
 
-// errCollected ends an attempt that the source has moved on from, or whose blobs
-// a collection in the target has deleted.
+// errCollected ends an attempt whose snapshot needs blobs that were collected, in the source or in
+// the target.
 var errCollected = errors.New("something was collected while it was being copied")
 
 func (r *LocalRegistry) backupOnce(ctx context.Context, dir string, opts *BackupOptions, report *BackupReport) (err error) {
@@ -107,7 +122,7 @@ func (r *LocalRegistry) backupOnce(ctx context.Context, dir string, opts *Backup
 	}
 	defer func() { err = errors.Join(err, target.Close()) }()
 	if target.id != r.id {
-		return fmt.Errorf("%w: it is a registry of its own, with another id", ErrConflict)
+		return fmt.Errorf("%w: it is a registry with another id", ErrConflict)
 	}
 	session, err := target.blobs.enter()
 	if err != nil {
@@ -142,8 +157,8 @@ func (r *LocalRegistry) backupOnce(ctx context.Context, dir string, opts *Backup
 
 const backupBatch = 500 // blobs that are staged and synced together
 
-// copyBlobs brings the blobs of the snapshot to the target, and takes out of the
-// snapshot what the source hasn't got.
+// copyBlobs brings the blobs of the snapshot to the target, and takes out of the snapshot what the
+// source does not have.
 func (b *backup) copyBlobs(ctx context.Context) error {
 	var todo []ocispec.Descriptor
 	algs := map[digest.Algorithm]bool{}
@@ -163,7 +178,7 @@ func (b *backup) copyBlobs(ctx context.Context) error {
 		return err
 	}
 	b.report.BlobsPresent = max(0, b.report.BlobsPresent-b.report.BlobsCopied) // by attempts before
-	// Whoever linked what is there may have been killed before it was durable.
+	// A blob that is there may not be durable: its writer may have been killed before its fsync.
 	for alg := range algs {
 		if err := b.target.root.syncDir(path.Dir(blobPath(alg.FromString("")))); err != nil {
 			return err
@@ -178,7 +193,7 @@ func (b *backup) copyBlobs(ctx context.Context) error {
 	return b.snapshot.write(ctx, func(tx *indexTx) error { return b.leaveOut(ctx, tx, missing) })
 }
 
-// copyBatch copies blobs, durably, and appends to missing those that can't be had.
+// copyBatch copies blobs, durably, and appends those that the source does not have to missing.
 func (b *backup) copyBatch(ctx context.Context, batch []ocispec.Descriptor, missing []BackupFailure) ([]BackupFailure, error) {
 	st := b.target.blobs.newStage()
 	defer func() { b.target.logDiscard(st.discard()) }()
@@ -211,7 +226,7 @@ func (b *backup) copyBatch(ctx context.Context, batch []ocispec.Descriptor, miss
 	return missing, nil
 }
 
-// copyBlob stages one blob. bad is why the source hasn't got it: a fault of that blob, never of the process.
+// copyBlob stages one blob. bad is a fault of the blob in the source, never of the process.
 func (b *backup) copyBlob(ctx context.Context, st *stage, desc ocispec.Descriptor) (bad, err error) {
 	f, _, err := b.source.blobs.openFile(desc.Digest, desc.Size)
 	if processCondition(err) {
@@ -237,9 +252,9 @@ func (b *backup) copyBlob(ctx context.Context, st *stage, desc ocispec.Descripto
 	return nil, err
 }
 
-// leaveOut takes what needs a missing blob out of the snapshot. What no ref leads to,
-// there or by now in the source, was collected: nobody misses it, but a snapshot
-// in which a ref does so is out of date.
+// leaveOut takes missing blobs, and the manifests that need them, out of the snapshot. A blob that
+// no ref leads to, in the snapshot or by now in the source, was collected, and is no failure. But a
+// snapshot in which a ref leads to it is out of date.
 func (b *backup) leaveOut(ctx context.Context, tx *indexTx, missing []BackupFailure) error {
 	if err := tx.makeLeftOut(); err != nil {
 		return err
@@ -266,7 +281,7 @@ func (b *backup) leaveOut(ctx context.Context, tx *indexTx, missing []BackupFail
 		case processCondition(err):
 			return err
 		case !led || err == nil && errors.Is(m.Err, ErrNotFound):
-			return errCollected // by now it may have come back, too
+			return errCollected // it was collected, or it has come back
 		}
 	}
 	for _, m := range missing {
@@ -284,7 +299,7 @@ func (b *backup) leaveOut(ctx context.Context, tx *indexTx, missing []BackupFail
 	return nil
 }
 
-// checkMark refuses a target whose refs were changed by somebody else.
+// checkMark refuses a target whose refs somebody else has changed.
 func (b *backup) checkMark(q queryer) error {
 	mark, refs, err := refsMark(q)
 	if err != nil {
@@ -297,7 +312,7 @@ func (b *backup) checkMark(q queryer) error {
 	return err
 }
 
-// merge makes the target's index that of the snapshot, after looking that all blobs are there.
+// merge makes the target's index that of the snapshot, if all blobs are there.
 func (b *backup) merge(ctx context.Context, tx *indexTx) error {
 	if err := b.checkMark(tx); err != nil {
 		return err

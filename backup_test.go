@@ -269,7 +269,7 @@ func init() { workers["backup"] = backupWorker }
 
 // backupThrough backs the root up to dir through a seam, with open and close.
 func backupThrough(seam *pointSeam, root, dir string) error {
-	seam.base = dir
+	seam.base = filepath.Dir(dir) // its entries are opened too
 	r, err := ocilocal.OpenFaulty(context.Background(), root, seam.fault)
 	if err != nil {
 		return err

@@ -9,63 +9,67 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// A ConvertSubject says what the subject of a converted artifact is.
+// A ConvertSubject chooses the subject of a converted artifact.
 type ConvertSubject int
 
 const (
-	// SubjectInherited is the subject of the source, or none if that has none.
+	// SubjectInherited is the source's subject, or none if the source has none.
 	SubjectInherited ConvertSubject = iota
-	// SubjectSource is the source itself: then its bytes stay as long as the new artifact does.
+	// SubjectSource is the source itself. Its bytes then stay as long as the new artifact does.
 	SubjectSource
-	// SubjectNone is none.
+	// SubjectNone is no subject.
 	SubjectNone
 )
 
 // ConvertOptions govern a conversion. Nil is the zero value.
 type ConvertOptions struct {
-	// Subject is what the new artifact refers to. Zero is [SubjectInherited].
+	// Subject is the subject of the new artifact. Zero is [SubjectInherited].
 	Subject ConvertSubject
 	// PublishOptions say what happens if the new ref exists.
 	PublishOptions
 }
 
-// A ConvertResult tells what a conversion did.
+// A ConvertResult is the outcome of a conversion.
 type ConvertResult struct {
 	// Artifact is the new artifact; nil after a conflict.
 	Artifact *LocalArtifact
-	// Update tells what became of the new ref.
+	// Update is what happened to the new ref.
 	Update RefUpdate
 	// Source is the manifest that was converted.
 	Source ocispec.Descriptor
-	// DroppedConfig is the config of the source that the new artifact has no
-	// place for. It is zero if there was none, or the empty one.
+	// DroppedConfig is the source's config if the new artifact has no place for it. It is zero if
+	// there was no config, or the empty one.
 	DroppedConfig ocispec.Descriptor
 }
 
-// Convert writes what src names anew in the other manifest form and publishes
-// it as dst: an image manifest (OCI's or Docker's) as artifact manifest, an
-// artifact manifest as image manifest. The source and its refs stay as they are.
+// Convert writes the artifact src in the other manifest form and publishes it as dst. An image
+// manifest, OCI's or Docker's, becomes an artifact manifest. An artifact manifest becomes an image
+// manifest. The source and its refs stay as they are. src must be in the registry: nothing is
+// fetched. A src with a digest is found by the digest, as [LocalRegistry.Resolve] does. ctx governs
+// the call.
 //
-// The new artifact has the source's artifact type (for an image manifest without one, its
-// config's media type), annotations, and layers: the same descriptors but for
-// their data fields, in the same order, and so the same blobs, which are verified on the way.
-// An image manifest gets the empty config {}; an artifact manifest can't have
-// one, so a config that says something is dropped, as the result tells. The empty layer
-// by which an image manifest says that it has none becomes none, and the
-// reverse. Fields that neither form knows are left out. The bytes are canonical: converting
-// the same source again gives the same digest, and what a [Builder] has made without a config
-// has its own digest again when it was converted there and back.
+// The new artifact has the source's artifact type (for an image manifest without one, its config's
+// media type), its annotations, and its layers in their order. The layers' descriptors are the same
+// except for their data fields, so the blobs are the same, and they are verified. An image manifest
+// gets the empty config {}. An artifact manifest cannot have a config: one that is not empty is
+// dropped, and [ConvertResult.DroppedConfig] says so. The empty layer by which an image manifest
+// says that it has none becomes no layer, and the reverse. Unknown fields are left out.
 //
-// src must be in the registry: nothing is fetched. One with a digest is found by that
-// digest, as [LocalRegistry.Resolve] does. ctx governs the call.
+// The bytes are canonical. Converting the same source again gives the same digest. An artifact that
+// a [Builder] made without a config, converted there and back, has its first digest again.
 //
-// Errors: [ErrNotFound] for src; [ErrUnsupportedMediaType] for an image index, of which only
-// the manifests can be converted, one by one; [ErrInvalidArgument] if dst is
-// src; [ErrInvalidManifest] for a source that is damaged; [ErrIncomplete] for a layer that is missing, together with [ErrDigestMismatch] or
-// [ErrSizeMismatch] for one that is damaged; [*ConflictError] together with the
-// result; [ErrDigestMismatch] if dst names another digest than that of the result;
-// [ErrInvalidReference] for a zero src or dst, [ErrArtifactType], [ErrTooLarge],
-// [ErrReadOnly], [ErrBusy], ctx's, and the file system's.
+// Errors:
+//   - [ErrNotFound] if src is not in the registry
+//   - [ErrUnsupportedMediaType] if src is an image index: convert the manifests in it one by one
+//   - [ErrInvalidArgument] if dst is src
+//   - [ErrInvalidReference] if src or dst is zero
+//   - [ErrInvalidManifest] for a damaged source
+//   - [ErrIncomplete] for a missing layer, together with [ErrDigestMismatch] or [ErrSizeMismatch] for
+//     a damaged one
+//   - [*ConflictError] together with the result
+//   - [ErrDigestMismatch] if dst names another digest than the result's
+//   - [ErrArtifactType], [ErrTooLarge], [ErrReadOnly], [ErrBusy]
+//   - any error from ctx or the file system
 func (r *LocalRegistry) Convert(ctx context.Context, src, dst Reference, opts *ConvertOptions) (*ConvertResult, error) {
 	result, err := r.convert(ctx, src, dst, opts)
 	return result, opError("convert", src.String(), "", err)
@@ -82,11 +86,11 @@ func (r *LocalRegistry) convert(ctx context.Context, src, dst Reference, opts *C
 		o = *opts
 	}
 	if dst.IsZero() {
-		return nil, fmt.Errorf("%w: what to convert to is empty", ErrInvalidReference)
+		return nil, fmt.Errorf("%w: destination reference is empty", ErrInvalidReference)
 	}
 	name, reference := src.key()
 	if n, r := dst.key(); n == name && r == reference {
-		return nil, fmt.Errorf("%w: %s can't be converted in its place: choose another reference (Tag can move this one afterwards)", ErrInvalidArgument, src)
+		return nil, fmt.Errorf("%w: cannot convert %s to itself: choose another reference (Tag can move this one afterwards)", ErrInvalidArgument, src)
 	}
 	desc, err := r.lookUp(src)
 	if err != nil {
@@ -124,7 +128,7 @@ func (r *LocalRegistry) convert(ctx context.Context, src, dst Reference, opts *C
 	return result, nil
 }
 
-// converted says what m is in the other form.
+// converted returns the other form, and m's fields for it.
 func converted(m *Manifest, subject ConvertSubject) (ManifestFormat, manifestSpec, error) {
 	spec := manifestSpec{artifactType: m.ArtifactType(), layers: m.realLayers(), annotations: m.doc.Annotations}
 	switch subject {
@@ -142,11 +146,11 @@ func converted(m *Manifest, subject ConvertSubject) (ManifestFormat, manifestSpe
 	case formArtifact:
 		return FormatImageManifest, spec, nil
 	}
-	return 0, spec, fmt.Errorf("%w: %s is an image index; the manifests that it lists can be converted, one by one", ErrUnsupportedMediaType, m.Digest())
+	return 0, spec, fmt.Errorf("%w: %s is an image index (convert its manifests one by one)", ErrUnsupportedMediaType, m.Digest())
 }
 
-// stageConverted stages a new manifest and what it needs, all of which the
-// registry should have but for the empty blob.
+// stageConverted stages a new manifest and its needs. The registry should have them all, except
+// perhaps the empty blob.
 func (r *LocalRegistry) stageConverted(ctx context.Context, st *stage, m *Manifest) error {
 	for _, c := range m.children() {
 		if c.Digest == emptyJSON.Digest {

@@ -191,8 +191,8 @@ func (r *LocalRegistry) unreconciled(ctx context.Context) (bool, error) {
 	return found, err
 }
 
-// sweepTmp removes what dead processes have left below tmp/. Interrupted pulls and quarantined files go
-// when they are older than the grace.
+// sweepTmp removes what dead processes have left below tmp/. Interrupted pulls and quarantined
+// files go when they are older than the grace.
 func (r *LocalRegistry) sweepTmp(ctx context.Context, opts *GCOptions) error {
 	if err := r.blobs.sweep(); err != nil {
 		return err

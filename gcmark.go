@@ -301,8 +301,8 @@ func (g *gcGraph) checkNode(ctx context.Context, n *gcNode) (missing bool, inval
 	return false, err, nil
 }
 
-// stillLive reports whether a node without a file is still needed. Since its rows were read, another
-// process may have removed the ref and collected the file.
+// stillLive reports whether a node without a file is still needed. Since its rows were read,
+// another process may have removed the ref and collected the file.
 func (g *gcGraph) stillLive(ctx context.Context, n *gcNode) (missing bool, invalid, err error) {
 	if n.hold == holdReferrer {
 		return false, nil, nil
@@ -313,8 +313,8 @@ func (g *gcGraph) stillLive(ctx context.Context, n *gcNode) (missing bool, inval
 	return missing, nil, err
 }
 
-// lost reports whether a manifest that must have a row has none. It asks the index again, because the
-// manifest may have been collected or published since the other rows were read.
+// lost reports whether a manifest that must have a row has none. It asks the index again, because
+// the manifest may have been collected or published since the other rows were read.
 func (g *gcGraph) lost(n *gcNode) (bool, error) {
 	x := g.registry.index
 	if lost, err := lostManifest(x, n.digest); lost || err != nil || !n.ref {

@@ -15,7 +15,8 @@ import (
 	"github.com/ocilocal/ocilocal"
 )
 
-// TestGCLineage has a chain of subjects, of which only the last has a ref, and a referrer of the first.
+// TestGCLineage has a chain of subjects, of which only the last has a ref, and a referrer of the
+// first.
 func TestGCLineage(t *testing.T) {
 	ctx := t.Context()
 	for _, keep := range []bool{false, true} {
@@ -290,8 +291,8 @@ func TestHalfCollected(t *testing.T) {
 	}
 }
 
-// halfCollected leaves an artifact as a collector does that is killed after it has deleted the manifest's
-// file: nothing else is gone yet, and the rows are there.
+// halfCollected leaves an artifact as a collector does that is killed after it has deleted the
+// manifest's file: nothing else is gone yet, and the rows are there.
 func halfCollected(t *testing.T, r *ocilocal.LocalRegistry, a *ocilocal.LocalArtifact) {
 	t.Helper()
 	if _, err := r.Remove(t.Context(), a.Reference()); err != nil {

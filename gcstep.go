@@ -10,8 +10,8 @@ import (
 	"github.com/opencontainers/go-digest"
 )
 
-// A collection deletes in steps. Each step is one short write transaction, alone in its commit, with
-// pauses in between in which other processes write:
+// A collection deletes in steps. Each step is one short write transaction, alone in its commit,
+// with pauses in between in which other processes write:
 //
 //	lock the index → is this node still dead? → displace → unlink files → delete rows → commit
 //
@@ -21,22 +21,22 @@ import (
 // tmp/ (see stage) or fails.
 //
 // Files go before rows. A collector that is killed in between leaves rows without files, which no
-// publish and no Tag relies on, and which the next collection deletes. The reverse order would leave
-// files that no collection knows to be dead. No directory is synced: a file that comes back after
-// a power cut is an orphan again.
+// publish and no Tag relies on, and which the next collection deletes. The reverse order would need
+// space for the log before it frees any. No directory is synced: a file that comes back after a
+// power cut is an orphan again.
 //
 // One commit can be hidden from the step: its process died after the bytes reached SQLite's log and
 // before others could see them. It would come back when the log is read again, and could need what
 // the step deletes. Displacing puts a frame of ours in its place: see indexTx.displace. That
 // happens before the first file goes.
 //
-// On a full disk a step fails with [ErrNoSpace], when it displaces or when it commits. If some files
-// are gone by then, the next attempt has more space. If not, the sweep looks for space in tmp/, and
-// then takes a step without rows: it writes nothing to the index, deletes files until gcRoom is
-// free, and leaves their rows to the steps after it. Such a step can't displace. It needs not,
-// where the log's file ends before the frame that would be written next: no commit is hidden
-// there. Everywhere else displacing overwrites that frame, needs no space, and does not fail on file
-// systems that overwrite in place. On others the collection ends with [ErrNoSpace].
+// On a full disk a step fails with [ErrNoSpace], when it displaces or when it commits. If some
+// files are gone by then, the next attempt has more space. If not, the sweep looks for space in
+// tmp/, and then takes a step without rows: it writes nothing to the index, deletes files until
+// gcRoom is free, and leaves their rows to the steps after it. Such a step can't displace. It needs
+// not, where the log's file ends before the frame that would be written next: no commit is hidden
+// there. Everywhere else displacing overwrites that frame, needs no space, and does not fail on
+// file systems that overwrite in place. On others the collection ends with [ErrNoSpace].
 
 // gcStep is how long a step keeps the index locked, its commit not counted. gcPause is how long
 // the index is free then: longer than other processes sleep before they try again.
@@ -45,7 +45,8 @@ const (
 	gcPause = 2 * busyPoll
 )
 
-// gcRoom is how much a step without rows frees: enough to displace a commit and to delete some rows.
+// gcRoom is how much a step without rows frees: enough to displace a commit and to delete some
+// rows.
 const gcRoom = 64 << 10
 
 // A gcSweep deletes what a mark has found dead.
@@ -157,7 +158,8 @@ func (s *gcSweep) step(ctx context.Context, todo []int32, rows bool) (n int, err
 	return n, err
 }
 
-// prepare makes sure, before the first file goes, that no hidden commit can come back that needs it.
+// prepare makes sure, before the first file goes, that no hidden commit can come back that needs
+// it.
 func (s *gcSweep) prepare(tx *indexTx, rows bool) error {
 	if rows {
 		return tx.displace()

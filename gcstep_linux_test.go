@@ -14,9 +14,9 @@ import (
 	"github.com/ocilocal/ocilocal"
 )
 
-// TestUnseenCommitOnFullDisk makes a commit that nobody has seen, at each moment of a collection that
-// deletes what the commit needs, on full disks with more and more space left. Whenever the collector is
-// killed then, the commit is gone or its artifact is whole.
+// TestUnseenCommitOnFullDisk makes a commit that nobody has seen, at each moment of a collection
+// that deletes what the commit needs, on full disks with more and more space left. Whenever the
+// collector is killed then, the commit is gone or its artifact is whole.
 func TestUnseenCommitOnFullDisk(t *testing.T) {
 	const kib = 1 << 10
 	committed, freed := 0, 0
@@ -136,8 +136,8 @@ func (u *unseenOnFullDisk) run(t *testing.T) {
 	mustClose(t, r)
 }
 
-// On a full disk another program takes what a manifest's own file frees. The layers go all the same, although the
-// manifest's rows are still there, and then the rows do.
+// On a full disk another program takes what a manifest's own file frees. The layers go all the
+// same, although the manifest's rows are still there, and then the rows do.
 func TestFullDiskTakenByOthers(t *testing.T) {
 	mnt := mountTmpfs(t, "size=2m")
 	root := filepath.Join(mnt, "root")

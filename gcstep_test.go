@@ -32,7 +32,8 @@ func (c *lookCtx) Err() error {
 	return c.Context.Err()
 }
 
-// The index is marked as not reconciled at any moment of a collection: nothing is deleted from then on.
+// The index is marked as not reconciled at any moment of a collection: nothing is deleted from then
+// on.
 func TestGCUnreconciledMeanwhile(t *testing.T) {
 	unsafe := 0
 	for n := 1; ; n++ {
@@ -162,7 +163,8 @@ func TestGCSubjectRevived(t *testing.T) {
 	checkArtifact(t, again, "subject")
 }
 
-// TestCollectorLetsWritersIn: another process that writes gets its turn between the steps of a collection.
+// TestCollectorLetsWritersIn: another process that writes gets its turn between the steps of a
+// collection.
 func TestCollectorLetsWritersIn(t *testing.T) {
 	ctx := t.Context()
 	r := openTemp(t, nil)
@@ -220,7 +222,8 @@ func TestCollectorLetsWritersIn(t *testing.T) {
 	}
 }
 
-// TestCollectLarge: of a large file only the name goes while the index is locked, and the rest after that.
+// TestCollectLarge: of a large file only the name goes while the index is locked, and the rest
+// after that.
 func TestCollectLarge(t *testing.T) {
 	r := openTemp(t, nil)
 	published(t, r, "example.com/a:v1", "layer", nil)

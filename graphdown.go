@@ -8,9 +8,10 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// A closure gathers all that some artifacts need, by the bytes of their manifests, each manifest and each blob
-// once. It is for what leaves the registry, where rows are not enough: each manifest is read and verified.
-// It keeps descriptors only, so that its size does not grow with that of the manifests.
+// A closure gathers all that some artifacts need, by the bytes of their manifests, each manifest
+// and each blob once. It is for what leaves the registry, where rows are not enough: each manifest
+// is read and verified. It keeps descriptors only, so that its size does not grow with that of the
+// manifests.
 type closure struct {
 	registry  *LocalRegistry
 	manifests []ocispec.Descriptor // children before parents
@@ -61,16 +62,16 @@ func (c *closure) down(ctx context.Context, desc ocispec.Descriptor, depth, most
 	return m, nil
 }
 
-// A descent goes down from manifests to all that they need by the index's rows, and with subjects to their
-// subjects and what these need. It meets each digest once.
+// A descent goes down from manifests to all that they need by the index's rows, and with subjects
+// to their subjects and what these need. It meets each digest once.
 type descent struct {
 	q        queryer
 	subjects bool
 	seen     map[digest.Digest]bool
 }
 
-// each visits what is met first by going down from a manifest. Of a subject only the digest is known: its size
-// is −1. visit may query: no rows are open meanwhile.
+// each visits what is met first by going down from a manifest. Of a subject only the digest is
+// known: its size is −1. visit may query: no rows are open meanwhile.
 func (w *descent) each(ctx context.Context, root ocispec.Descriptor, visit func(ocispec.Descriptor) error) error {
 	meet := func(d ocispec.Descriptor) (first bool, err error) {
 		if w.seen[d.Digest] {

@@ -13,8 +13,8 @@ import (
 	"github.com/ocilocal/ocilocal"
 )
 
-// TestClosure: what an artifact needs is listed once, children before parents, and a manifest that is
-// missing, damaged or too large an artifact ends the list.
+// TestClosure: what an artifact needs is listed once, children before parents, and a manifest that
+// is missing, damaged or too large an artifact ends the list.
 func TestClosure(t *testing.T) {
 	r := openTemp(t, nil)
 	a := child(t, r, "example.com/a:v1", ocilocal.BuilderOptions{}, nil, nil, "shared", "one", "shared")

@@ -7,13 +7,15 @@ import (
 	"github.com/opencontainers/go-digest"
 )
 
-// A climb goes up, by the index's rows, from a digest to what leads to it: the manifests that need it, what needs
-// these, and so on. It answers the question whether a ref leads to a digest, which all of upkeep asks.
+// A climb goes up, by the index's rows, from a digest to what leads to it: the manifests that need
+// it, what needs these, and so on. It answers the question whether a ref leads to a digest, which
+// all of upkeep asks.
 //
-// A manifest can also be kept, by what refers to it or, with referrers, by what it refers to. Kept is not
-// needed: a publish makes sure that what a manifest needs is there, but never looks for its subject. So rows
-// of a kept manifest can be left without a file, as by a collector that was killed between the two. Such
-// a manifest is dead, and so is what only it leads to. With present a climb tells these apart.
+// A manifest can also be kept, by what refers to it or, with referrers, by what it refers to. Kept
+// is not needed: a publish makes sure that what a manifest needs is there, but never looks for its
+// subject. So rows of a kept manifest can be left without a file, as by a collector that was killed
+// between the two. Such a manifest is dead, and so is what only it leads to. With present a climb
+// tells these apart.
 type climb struct {
 	ctx context.Context
 	q   queryer
@@ -26,8 +28,8 @@ type climb struct {
 	known map[digest.Digest]bool // what led has answered
 }
 
-// led reports whether a ref leads to d. If none does, none leads to any of what leads to d either. All that it
-// finds out it remembers: the answers are of one moment only where q is a transaction.
+// led reports whether a ref leads to d. If none does, none leads to any of what leads to d either.
+// All that it finds out it remembers: the answers are of one moment only where q is a transaction.
 func (c *climb) led(d digest.Digest) (bool, error) {
 	if led, ok := c.known[d]; ok {
 		return led, nil
@@ -38,7 +40,8 @@ func (c *climb) led(d digest.Digest) (bool, error) {
 			return false, err
 		}
 		if led && c.present != nil {
-			// Each manifest without a file takes a way out of the graph, so look again without these.
+			// Each manifest without a file takes a way out of the graph, so look again without
+			// these.
 			more, err := c.look(seen)
 			if err != nil {
 				return false, err

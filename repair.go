@@ -47,15 +47,15 @@ type SourceFailure struct {
 
 // Repair corrects what [LocalRegistry.Verify] finds, as far as blobs/, opts.Sources and opts.Remote
 // allow. It heals damaged and missing blobs. It moves damaged blobs that it cannot heal to
-// tmp/quarantine/, where a collection deletes them after its grace. It makes the index agree with the
-// manifests. An unreadable file stays where it is. On a sound registry it changes nothing. Other
-// processes may use the registry meanwhile.
+// tmp/quarantine/, where a collection deletes them after its grace. It makes the index agree with
+// the manifests. An unreadable file stays where it is. On a sound registry it changes nothing.
+// Other processes may use the registry meanwhile.
 //
-// If the index was lost, Repair records every manifest in blobs/. A manifest that no other refers to
-// gets the ref <id>.ocilocal.local/recovered:<algorithm>-<digits>, since its names are lost. Repair
-// then also looks for blobs that unrecorded manifests lack, in registries only if opts.From is set.
-// As long as one is missing, which Left says, no collection deletes anything. Repair can be called
-// again with other sources. To give such an artifact up, delete its manifest's file.
+// If the index was lost, Repair records every manifest in blobs/. A manifest that no other refers
+// to gets the ref <id>.ocilocal.local/recovered:<algorithm>-<digits>, since its names are lost.
+// Repair then also looks for blobs that unrecorded manifests lack, in registries only if opts.From
+// is set. As long as one is missing, which Left says, no collection deletes anything. Repair can be
+// called again with other sources. To give such an artifact up, delete its manifest's file.
 //
 // The report says what was done, after an error too. Errors:
 //   - [ErrReadOnly], [ErrBusy], [ErrNoSpace]

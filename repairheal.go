@@ -115,8 +115,8 @@ func (r *sourceReader) Read(p []byte) (int, error) {
 }
 
 // rightSize reports whether a source's copy of d may be good, by its size. It is asked before the
-// copy is read, because a sparse file can be larger than the disk. If nothing says how large d is, the
-// copy may be as large as a manifest, or as the damaged file.
+// copy is read, because a sparse file can be larger than the disk. If nothing says how large d is,
+// the copy may be as large as a manifest, or as the damaged file.
 func (p *repair) rightSize(d digest.Digest, size int64) (bool, error) {
 	desc, _, err := p.describe(d)
 	if err != nil {

@@ -13,8 +13,8 @@ import (
 	"github.com/ocilocal/ocilocal"
 )
 
-// A source's file of another size is not copied: a sparse one of 1 TiB would fill the disk. Where nothing
-// says the size, a copy may be as large as a manifest.
+// A source's file of another size is not copied: a sparse one of 1 TiB would fill the disk. Where
+// nothing says the size, a copy may be as large as a manifest.
 func TestRepairSourceSize(t *testing.T) {
 	r := openTemp(t, nil)
 	dontWatch(r.Root())
@@ -52,8 +52,8 @@ func TestRepairSourceSize(t *testing.T) {
 	checkArtifact(t, a, "layer")
 }
 
-// TestRepairBadSources: a source that can't be read does not keep the next from healing. What it had before
-// its fault counts, and it is an error only if something is still wanted.
+// TestRepairBadSources: a source that can't be read does not keep the next from healing. What it
+// had before its fault counts, and it is an error only if something is still wanted.
 func TestRepairBadSources(t *testing.T) {
 	r := openTemp(t, nil)
 	dontWatch(r.Root())

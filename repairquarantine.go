@@ -30,8 +30,8 @@ func (p *repair) quarantine(ctx context.Context, files bool) error {
 	return nil
 }
 
-// inspect looks again at a damaged entry. It returns nil if the entry is good now, or gone, or if it
-// cannot be read: an unreadable file may be good.
+// inspect looks again at a damaged entry. It returns nil if the entry is good now, or gone, or if
+// it cannot be read: an unreadable file may be good.
 func (p *repair) inspect(ctx context.Context, d digest.Digest, files bool) (fs.FileInfo, error) {
 	fi, err := p.registry.root.Lstat(blobPath(d))
 	switch {
@@ -66,9 +66,9 @@ func (p *repair) inspect(ctx context.Context, d digest.Digest, files bool) (fs.F
 	return nil, nil
 }
 
-// moveAway moves a damaged entry to quarantine, unless another process heals it meanwhile. No publish
-// can miss the file while it is moved there and back, because publishers check their blobs with the
-// index locked, and moveAway holds that lock.
+// moveAway moves a damaged entry to quarantine, unless another process heals it meanwhile. No
+// publish can miss the file while it is moved there and back, because publishers check their blobs
+// with the index locked, and moveAway holds that lock.
 func (p *repair) moveAway(ctx context.Context, d digest.Digest, bad fs.FileInfo) error {
 	root := p.registry.root
 	dir := path.Join(tmpDir, quarantineDir)

@@ -16,7 +16,8 @@ import (
 	"github.com/ocilocal/ocilocal"
 )
 
-// A damaged blob that others heal while Repair is about to move it away stays, and so do all refs to it.
+// A damaged blob that others heal while Repair is about to move it away stays, and so do all refs
+// to it.
 func TestRepairBesideHealers(t *testing.T) {
 	layer := digest.FromString("layer")
 	for what, heal := range map[string]struct {

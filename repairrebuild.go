@@ -9,16 +9,21 @@ import (
 	"slices"
 )
 
-// Rebuild makes the index of the registry in dir anew from its blobs, of which the directory
-// blobs must be left, if it is lost or damaged, and then does what [LocalRegistry.Repair] does. A damaged index is
-// not deleted but renamed to index.sqlite3.broken (or .broken2, …), and refs that can still be
-// read from it are kept; if there is no index, or one that was made new, those of the last file
-// with such a name, as a rebuild that was killed leaves it. What has lost its refs is named as Repair says.
-// On a sound index it is Repair. No other process may have the registry open: one that
-// has can't write any more.
+// Rebuild makes a new index for the registry in dir from its blobs, if the index is lost or
+// damaged. The directory blobs must be left. Then it does what [LocalRegistry.Repair] does. If the
+// index is sound, Rebuild is Repair. No other process may have the registry open: one that has it
+// can write no more.
 //
-// Errors: [ErrNotFound] if dir is no registry, [ErrForeignIndex] if it is another program's,
-// [ErrNewerSchema], those of [Open] and of [LocalRegistry.Repair].
+// A damaged index is not deleted. It is renamed to index.sqlite3.broken (or .broken2, …), and
+// Rebuild keeps the refs that can still be read from it. If there is no index, or a new one, as a
+// killed rebuild leaves it, Rebuild keeps the refs of the last file with such a name. Manifests
+// without refs get the names that Repair makes up.
+//
+// Errors:
+//   - [ErrNotFound] if dir is not a registry
+//   - [ErrForeignIndex] if the index is another program's
+//   - [ErrNewerSchema]
+//   - those of [Open] and [LocalRegistry.Repair]
 func Rebuild(ctx context.Context, dir string, opts *RepairOptions) (*RepairReport, error) {
 	report, err := rebuild(ctx, dir, opts)
 	return report, opError("rebuild", dir, "", err)
@@ -43,7 +48,7 @@ func rebuild(ctx context.Context, dir string, opts *RepairOptions) (*RepairRepor
 		}
 		return nil, err
 	}
-	// Files that no index of ours has beside it are not renamed with it. A lost index may have left a journal.
+	// Only files of an index are renamed with it. A lost index may have left a journal.
 	_, lost := root.Lstat(indexFile)
 	if err := checkDatabase(filepath.Join(dir, indexFile), lost != nil, false); err != nil {
 		return nil, err
@@ -68,14 +73,15 @@ func rebuild(ctx context.Context, dir string, opts *RepairOptions) (*RepairRepor
 		}
 		err = errors.Join(ErrCorruptIndex, err, r.Close())
 	}
-	// An index that cannot be read, for want of descriptors say, is not known to be damaged.
+	// An index that cannot be read, for lack of descriptors for example, is not known to be
+	// damaged.
 	if !errors.Is(err, ErrCorruptIndex) && !errors.Is(err, ErrForeignIndex) || errors.Is(err, ErrNewerSchema) || errors.Is(err, ErrForeignRoot) || processCondition(err) {
 		return nil, err
 	}
-	// Damage may have made the index of a root of ours unrecognisable. Others have a directory blobs too.
+	// Damage may have made our index unrecognisable. Other programs have a directory blobs too.
 	if errors.Is(err, ErrForeignIndex) && !errors.Is(err, errNoID) {
 		if _, lost := root.Lstat(idFile); errors.Is(lost, fs.ErrNotExist) {
-			return nil, fmt.Errorf("%w; nor is there a file %s (if the registry is this package's, rename %s to %s first)",
+			return nil, fmt.Errorf("%w; and there is no file %s (if the registry is this package's, rename %s to %s first)",
 				err, idFile, indexFile, asideName(1))
 		} else if lost != nil {
 			return nil, errors.Join(err, lost)
@@ -103,7 +109,7 @@ func salvagePath(root *rootDir, dir, aside string) string {
 	return filepath.Join(dir, aside)
 }
 
-// lastAside returns the name that setAside found last, or one that nothing has.
+// lastAside returns the last name that setAside has used, or one that does not exist.
 func lastAside(root *rootDir) (name string) {
 	for n := 1; ; n++ {
 		next := asideName(n)
@@ -114,7 +120,7 @@ func lastAside(root *rootDir) (name string) {
 	}
 }
 
-// asideName is the n-th name for a damaged index.
+// asideName returns the n-th name for a damaged index.
 func asideName(n int) string {
 	name := indexFile + ".broken"
 	if n > 1 {
@@ -123,8 +129,9 @@ func asideName(n int) string {
 	return name
 }
 
-// setAside renames the index's files, and returns the new name of the first. That goes first:
-// until the last one follows, Open refuses what is left. An index without its log would look sound.
+// setAside renames the index's files, and returns the new name of the first. The index goes first:
+// until the last file follows, Open refuses what is left. An index without its log would look
+// sound.
 func setAside(root *rootDir) (string, error) {
 	for n := 1; ; n++ {
 		aside := asideName(n)
@@ -135,8 +142,8 @@ func setAside(root *rootDir) (string, error) {
 	}
 }
 
-// moveIndex renames the files of an index, unless one would take another's name. Of
-// those that a killed rebuild has renamed already, the rest joins them.
+// moveIndex renames the files of an index, unless a name is taken. Files that a killed rebuild has
+// left follow those that it has renamed.
 func moveIndex(root *rootDir, from, to string) (done bool, err error) {
 	var there []string
 	for _, suffix := range []string{"", "-journal", "-wal", "-shm"} {

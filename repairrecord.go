@@ -56,8 +56,8 @@ func (p *repair) load(ctx context.Context, d digest.Digest) (*Manifest, []pendin
 	return m, list, im.stage, err
 }
 
-// tolerate returns nil for an error that concerns one artifact. The last verification reports what is
-// left of it.
+// tolerate returns nil for an error that concerns one artifact. The last verification reports what
+// is left of it.
 func (p *repair) tolerate(ctx context.Context, err error) error {
 	for _, e := range []error{
 		ErrIncomplete, ErrNotFound, ErrInvalidDigest, ErrInvalidManifest, ErrUnsupportedMediaType,
@@ -156,8 +156,8 @@ func (p *repair) recordOne(ctx context.Context, d digest.Digest) error {
 	return p.tolerate(ctx, err)
 }
 
-// reconcile gives refs to the manifests that have lost theirs. If no manifest lacks anything, it also
-// removes the mark, so that collections delete again.
+// reconcile gives refs to the manifests that have lost theirs. If no manifest lacks anything, it
+// also removes the mark, so that collections delete again.
 func (p *repair) reconcile(ctx context.Context) error {
 	var tops []digest.Digest
 	x := p.registry.index

@@ -12,9 +12,8 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// healRemote asks registries for what is still wanted. That one can't be asked, or
-// sends something else, doesn't keep the others from being asked; the first
-// such error is p.remoteErr.
+// healRemote asks registries for the wanted blobs. A registry that cannot be asked, or that sends
+// other bytes, does not keep the others from being asked. The first such error is p.remoteErr.
 func (p *repair) healRemote(ctx context.Context) error {
 	if p.opts.Remote == nil {
 		return nil
@@ -48,7 +47,8 @@ func (p *repair) healRemote(ctx context.Context) error {
 	return nil
 }
 
-// describe returns what the index knows of a blob, an empty descriptor if nothing.
+// describe returns the descriptor of a blob by the index, or by an unrecorded manifest that needs
+// it. It is empty if neither knows the blob.
 func (p *repair) describe(d digest.Digest) (ocispec.Descriptor, role, error) {
 	x := p.registry.index
 	desc, ok, err := x.resolveDigest(d)
@@ -66,8 +66,8 @@ func (p *repair) describe(d digest.Digest) (ocispec.Descriptor, role, error) {
 	return ocispec.Descriptor{Digest: d, Size: size}, roleLayer, err
 }
 
-// repositories returns one reference for each repository to ask for d: those that
-// the caller names, or those of refs that lead to it.
+// repositories returns one reference for each repository to ask for d: those that the caller names,
+// or those of refs that lead to it.
 func (p *repair) repositories(ctx context.Context, d digest.Digest) ([]Reference, error) {
 	const most = 10
 	if p.opts.From != nil {

@@ -4,16 +4,15 @@ import (
 	"cmp"
 	"context"
 	"fmt"
-	"iter"
 	"sync"
 
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// A Count counts digests and their bytes, each digest once.
+// A Count is a number of digests, each counted once, and their bytes.
 type Count struct {
-	Manifests, Blobs int // Blobs counts all that are not manifests
+	Manifests, Blobs int // Blobs counts everything else
 	Bytes            int64
 }
 
@@ -26,7 +25,7 @@ func (c *Count) add(manifest bool, size int64) {
 	c.Bytes += size
 }
 
-// Stats are a registry's figures, as the index knows them.
+// Stats are the figures of a registry, by its index.
 type Stats struct {
 	Refs         int
 	Repositories int   // distinct names that have refs
@@ -34,14 +33,15 @@ type Stats struct {
 	Orphans      Count // of Total, what no ref leads to: what [LocalRegistry.GC] with [NoGrace] deletes
 }
 
-// Stats counts from the index alone: no directory is walked and no blob read.
-// So files of aborted or interrupted work that never reached the index are not
-// seen; [LocalRegistry.GCReport] counts these too. The figures are read one
-// after the other, and while others write they may be of different moments.
+// Stats counts by the index alone: it walks no directory and reads no blob. So it does not see
+// files of interrupted work that never reached the index; [LocalRegistry.GCReport] does. The
+// figures are read one after the other. While others write, they may be of different moments.
 //
-// The time grows with the number of artifacts and the size of their annotations, about 0.1 s for 100,000 without
-// any. Orphans take longer: with thousands of them, it is ten times as much, and [LocalRegistry.GC] is due.
-// Errors: ctx's, [ErrCorruptIndex], [ErrIndexIO].
+// The time grows with the number of artifacts and the size of their annotations: about 0.1 s for
+// 100,000 artifacts without annotations. With thousands of orphans it is ten times as much, and
+// [LocalRegistry.GC] is due.
+//
+// Errors: [ErrCorruptIndex], [ErrIndexIO], and any error from ctx.
 func (r *LocalRegistry) Stats(ctx context.Context) (Stats, error) {
 	s, err := r.stats(ctx)
 	return s, opError("count", "", "", err)
@@ -56,7 +56,7 @@ func (r *LocalRegistry) stats(ctx context.Context) (s Stats, err error) {
 	x := r.index
 	var noRef, noPointer []digest.Digest
 	blobs := 0
-	// Two halves that take about as long, on two connections.
+	// Two halves that take about the same time, on two connections.
 	var wg sync.WaitGroup
 	var errs [2]error
 	for i, steps := range [2][]func() error{{
@@ -93,10 +93,11 @@ func (r *LocalRegistry) stats(ctx context.Context) (s Stats, err error) {
 	return s, nil
 }
 
-// manyOrphans is about how many times as much it takes to look at one digest by itself as at one of all.
+// manyOrphans is about how many times longer it takes to look at one digest by itself than as part
+// of a scan of all.
 const manyOrphans = 50
 
-// deadRows counts what no ref leads to by going down from all refs, the way garbage collection does.
+// deadRows counts the rows that no ref leads to, by going down from all refs as a collection does.
 func (r *LocalRegistry) deadRows(ctx context.Context) (c Count, err error) {
 	g, err := r.graph(ctx, GCOptions{Grace: NoGrace})
 	if err != nil {
@@ -111,8 +112,8 @@ func (r *LocalRegistry) deadRows(ctx context.Context) (c Count, err error) {
 	return c, nil
 }
 
-// orphans counts what no ref leads to by going up from what might be such. That is a manifest that no ref points at,
-// a blob that no manifest needs, or a blob that only such manifests need.
+// orphans counts the rows that no ref leads to, by going up from the candidates: manifests without
+// a ref, blobs that no manifest needs, and blobs that only such manifests need.
 func (x *index) orphans(ctx context.Context, noRef, noPointer []digest.Digest) (c Count, err error) {
 	up := climb{ctx: ctx, q: x, ways: ways{subjects: true}}
 	counted := map[digest.Digest]bool{}
@@ -148,16 +149,18 @@ func (x *index) orphans(ctx context.Context, noRef, noPointer []digest.Digest) (
 	return c, nil
 }
 
-// A Usage is what refs take up.
+// A Usage is the content of some refs.
 type Usage struct {
 	Refs   int
 	Own    Count // what no other ref leads to: what removing the refs and [LocalRegistry.GC] would free
 	Shared Count // what other refs lead to as well
 }
 
-// RefUsage tells what ref takes up: its manifest and all that needs, its
-// subjects with theirs included, from the index alone.
-// Errors: [ErrNotFound], [ErrInvalidReference] for a zero ref, ctx's, [ErrCorruptIndex], [ErrIndexIO].
+// RefUsage counts the content of a ref by the index alone: its manifest, all that it needs, and its
+// subjects with their needs.
+//
+// Errors: [ErrNotFound], [ErrInvalidReference] for a zero ref, [ErrCorruptIndex], [ErrIndexIO], and
+// any error from ctx.
 func (r *LocalRegistry) RefUsage(ctx context.Context, ref Reference) (Usage, error) {
 	u, err := r.refUsage(ctx, ref)
 	return u, opError("count", ref.String(), "", err)
@@ -185,14 +188,16 @@ func (r *LocalRegistry) refUsage(ctx context.Context, ref Reference) (Usage, err
 	return u.Usage, u.add(desc.Digest)
 }
 
-// RepositoryUsage tells what all refs of a repository take up together, from the
-// index alone. name is registry/repository, as [Reference.Name] returns it; one without
-// refs takes up nothing. Errors: [ErrInvalidArgument] for what is no such name, ctx's, [ErrCorruptIndex], [ErrIndexIO].
+// RepositoryUsage counts the content of all refs of a repository together, by the index alone. name
+// is registry/repository, as [Reference.Name] returns it. A name without refs has no content.
+//
+// Errors: [ErrInvalidArgument] for an invalid name, [ErrCorruptIndex], [ErrIndexIO], and any error
+// from ctx.
 func (r *LocalRegistry) RepositoryUsage(ctx context.Context, name string) (Usage, error) {
 	u := newUsage(ctx, r.index)
 	u.others.name = name
 	if name == "" {
-		return Usage{}, opError("count", name, "", fmt.Errorf("%w: the name is empty", ErrInvalidArgument))
+		return Usage{}, opError("count", name, "", fmt.Errorf("%w: repository name is empty", ErrInvalidArgument))
 	}
 	for ref, err := range r.Refs(ctx, &ListOptions{Name: name}) {
 		if err == nil {
@@ -217,12 +222,12 @@ func newUsage(ctx context.Context, x *index) *usage {
 	return &usage{descent: descent{q: x, subjects: true}, others: climb{ctx: ctx, q: x, ways: ways{subjects: true}}}
 }
 
-// add counts a digest, and what it leads to.
+// add counts a manifest, its needs and its subjects.
 func (u *usage) add(d digest.Digest) error {
 	return u.each(u.others.ctx, ocispec.Descriptor{Digest: d, Size: -1}, func(d ocispec.Descriptor) error { return u.count(d.Digest) })
 }
 
-// count counts one digest, unless it is a subject that isn't here.
+// count counts one digest. A subject that is not here does not count.
 func (u *usage) count(d digest.Digest) error {
 	q := u.q
 	here, err := hasBlob(q, d)
@@ -247,36 +252,4 @@ func (u *usage) count(d digest.Digest) error {
 		u.Own.add(manifest, size)
 	}
 	return nil
-}
-
-// Repositories lists the names (registry/repository) that have refs, in order, from
-// the index only. Of opts, Prefix and Limit count, and After's name, behind which
-// the listing starts; a Name lists that one if it has refs. It reads in pages, as
-// [LocalRegistry.Refs] does, and an error is yielded once, at the end.
-func (r *LocalRegistry) Repositories(ctx context.Context, opts *ListOptions) iter.Seq2[string, error] {
-	var o ListOptions
-	if opts != nil {
-		o = *opts
-	}
-	return func(yield func(string, error) bool) {
-		if err := o.check(); err != nil {
-			yield("", opError("list repositories", "", "", err))
-			return
-		}
-		from, reference, below := o.bounds()
-		after := ""
-		if reference != "" {
-			after = from
-		}
-		inPages(o.Limit, listPage, func(last *string, n int) (page []string, err error) {
-			if last != nil {
-				after = *last
-			}
-			err = r.within(ctx, func() (err error) {
-				page, err = r.index.names(from, after, below, n)
-				return err
-			})
-			return page, opError("list repositories", "", "", err)
-		})(yield)
-	}
 }

@@ -5,8 +5,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
-	"io/fs"
 	"iter"
 	"runtime"
 	"slices"
@@ -17,64 +15,66 @@ import (
 
 // VerifyOptions govern [LocalRegistry.Verify]. Nil is the zero value.
 type VerifyOptions struct {
-	// Quick compares sizes only, and reads no blob but manifests.
+	// Quick compares sizes, and reads no blobs except manifests.
 	Quick bool
-	// After goes on behind that digest: the last one that Progress told of.
+	// After, if not empty, continues after that digest: the last one that Progress reported.
 	After digest.Digest
 	// Progress, if not nil, is called after each digest, by one goroutine at a time.
 	Progress func(VerifyProgress)
 }
 
-// VerifyProgress tells how far a verification is.
+// VerifyProgress says how far a verification is.
 type VerifyProgress struct {
-	Digest      digest.Digest // the last one that was looked at
-	Done, Total int           // digests; Total counts those of files, and grows by what is missing
+	Digest      digest.Digest // the last one that was checked
+	Done, Total int           // digests. Total counts files, and grows with each missing blob
 	Bytes       int64         // read so far
 }
 
-// ProblemKind says what kind of problem [LocalRegistry.Verify] has found.
+// ProblemKind is the kind of a problem that [LocalRegistry.Verify] finds.
 type ProblemKind string
 
 const (
 	// ProblemIndex: SQLite finds the index damaged, or rows that point at nothing.
 	ProblemIndex ProblemKind = "index is damaged"
-	// ProblemUnreconciled: the index is new or empty beside blobs: see [GCReport] and [LocalRegistry.Repair].
+	// ProblemUnreconciled: the index is new or empty beside blobs. See [GCReport] and
+	// [LocalRegistry.Repair].
 	ProblemUnreconciled ProblemKind = "index is not reconciled"
-	// ProblemRef: a ref points at a manifest that the index doesn't have, or describes it otherwise,
-	// or has a name that can't be, and then no Reference.
+	// ProblemRef: a ref points at a manifest that the index does not have, or describes it
+	// otherwise. Or its name is invalid; then Problem.Reference is zero.
 	ProblemRef ProblemKind = "ref is dangling"
-	// ProblemMissing: the index has a blob that blobs/ doesn't.
+	// ProblemMissing: the index has a blob that blobs/ does not have and that a ref leads to.
 	ProblemMissing ProblemKind = "blob is missing"
-	// ProblemCollected: the index has a blob that blobs/ doesn't, and that no ref needs. A collection that was
-	// interrupted leaves this, and the next one removes the row. A manifest's subject is not needed either.
+	// ProblemCollected: the index has a blob that blobs/ does not have and that no ref needs. An
+	// interrupted collection leaves such rows, and the next one deletes them. A subject is not
+	// needed either.
 	ProblemCollected ProblemKind = "row of a collected blob"
-	// ProblemSize: a file has another size than the index says. Without a
-	// ProblemDigest for it, it is the index that is wrong.
+	// ProblemSize: a file has another size than the index says. Without a ProblemDigest for the
+	// same digest, the index is wrong.
 	ProblemSize ProblemKind = "blob has another size"
-	// ProblemDigest: a file's bytes don't hash to its name.
+	// ProblemDigest: a file's bytes do not hash to its name.
 	ProblemDigest ProblemKind = "blob is damaged"
-	// ProblemUnreadable: a file can't be read.
+	// ProblemUnreadable: a file cannot be read. It may be good.
 	ProblemUnreadable ProblemKind = "blob is unreadable"
-	// ProblemMode: a file's permissions aren't 0444.
+	// ProblemMode: a file's permissions are not 0444.
 	ProblemMode ProblemKind = "blob has other permissions"
-	// ProblemManifest: a manifest's bytes are no manifest.
+	// ProblemManifest: a manifest's bytes are not a valid manifest.
 	ProblemManifest ProblemKind = "manifest is invalid"
-	// ProblemRows: the index says something else of a manifest than its bytes.
+	// ProblemRows: the index contradicts a manifest's bytes.
 	ProblemRows ProblemKind = "index contradicts manifest"
-	// ProblemUnrecorded: a blob that the index doesn't know. It may belong to work
-	// in flight, or be what a killed process left; GC removes it.
+	// ProblemUnrecorded: a blob that the index does not know. It may be work in flight, or the rest
+	// of a killed process. GC deletes it.
 	ProblemUnrecorded ProblemKind = "blob is unrecorded"
-	// ProblemForeign: an entry of blobs/ that is no blob.
+	// ProblemForeign: an entry of blobs/ that is not a blob.
 	ProblemForeign ProblemKind = "entry is no blob"
 )
 
-// A Problem is one thing that [LocalRegistry.Verify] has found.
+// A Problem is one finding of [LocalRegistry.Verify].
 type Problem struct {
 	Kind      ProblemKind
-	Digest    digest.Digest // what it is about, or what a ref points at
+	Digest    digest.Digest // the blob, or the manifest that a ref points at
 	Reference Reference     // of a ref
 	Path      string        // below the root, of a foreign entry
-	Err       error         // what exactly; never nil
+	Err       error         // details; never nil
 }
 
 // String describes the problem in one line.
@@ -89,15 +89,16 @@ func (p Problem) String() string {
 	return fmt.Sprintf("%s: %s: %v", p.Kind, printable(about), p.Err)
 }
 
-// Verify compares the index with blobs/ and every file with its digest, and yields
-// every problem: first those of the index, then those of blobs in the order of
-// their digests, so that it can be resumed. Files are read side by side. Others
-// may write meanwhile: what is under way may show as [ProblemUnrecorded], and on a read-only
-// registry what is being collected as [ProblemMissing] or [ProblemRows]. It changes nothing. It holds
-// about 100 bytes for each blob.
+// Verify compares the index with blobs/, and every file with its digest. It yields every problem:
+// first those of the index, then those of blobs in the order of their digests, so that a
+// verification can be continued. It reads several files at once, holds about 100 bytes for each
+// blob, and changes nothing.
 //
-// An error is yielded once, at the end. Errors: those of ctx, of the index and of the file system, and any
-// condition of the process, such as too many open files. None of these is ever reported as damage.
+// Others may write meanwhile. Work in flight may show as [ProblemUnrecorded]. On a read-only
+// registry, a collection may show as [ProblemMissing], [ProblemCollected] or [ProblemRows].
+//
+// An error is yielded once, at the end. It is of ctx, the index or the file system, or a condition
+// of the process, such as too many open files. None of these is ever reported as damage.
 func (r *LocalRegistry) Verify(ctx context.Context, opts *VerifyOptions) iter.Seq2[Problem, error] {
 	v := &verification{registry: r}
 	if opts != nil {
@@ -125,7 +126,7 @@ type verification struct {
 	opts     VerifyOptions
 }
 
-// A verifyEntry is a digest that the index or blobs/ has.
+// A verifyEntry is a digest of the index or of blobs/, on its way to a worker and back.
 type verifyEntry struct {
 	checkedBlob // size −1 for no row
 	problems    chan []Problem
@@ -143,7 +144,7 @@ func (v *verification) run(ctx context.Context, found func(Problem) error) error
 	if err != nil {
 		return err
 	}
-	// Workers look at entries in any order; the reader of results takes them in theirs.
+	// Workers check entries in any order. The loop below takes the results in the entries' order.
 	ctx, cancel := context.WithCancel(ctx)
 	var wg sync.WaitGroup
 	defer wg.Wait()
@@ -180,7 +181,7 @@ func (v *verification) run(ctx context.Context, found func(Problem) error) error
 			return ctx.Err()
 		case problems := <-e.problems:
 			if err := cmp.Or(ctx.Err(), e.err); err != nil {
-				return err // they may be no more than that
+				return err // the problems may follow from it
 			}
 			for _, p := range problems {
 				if err := found(p); err != nil {
@@ -199,7 +200,7 @@ func (v *verification) run(ctx context.Context, found func(Problem) error) error
 	return cmp.Or(ctx.Err(), failed)
 }
 
-// index looks for problems that are no single blob's.
+// index looks for problems that do not concern a single blob.
 func (v *verification) index(ctx context.Context, found func(Problem) error) error {
 	x := v.registry.index
 	var bad []string
@@ -225,7 +226,7 @@ func (v *verification) index(ctx context.Context, found func(Problem) error) err
 	})
 }
 
-// files returns the digests that blobs/ has, in their order, and finds what is no blob there.
+// files returns the digests of blobs/, sorted, and finds the entries that are not blobs.
 func (v *verification) files(ctx context.Context, found func(Problem) error) (files []digest.Digest, err error) {
 	err = v.registry.blobs.walk(ctx, func(e blobEntry) error {
 		switch {
@@ -240,7 +241,7 @@ func (v *verification) files(ctx context.Context, found func(Problem) error) (fi
 	return files, err
 }
 
-// entries calls visit with what blobs/ or the index has, in the order of digests.
+// entries visits the digests of the index and of blobs/, in order.
 func (v *verification) entries(ctx context.Context, files []digest.Digest, visit func(checkedBlob) error) error {
 	unrecorded := func(below digest.Digest) error { // "" for all
 		for len(files) > 0 && (below == "" || files[0] < below) {
@@ -264,156 +265,4 @@ func (v *verification) entries(ctx context.Context, files []digest.Digest, visit
 		return err
 	}
 	return unrecorded("")
-}
-
-// again looks, with the write lock held where that can be had, at what seems to be
-// wrong: a collection, which deletes files before rows and one row after the other, is then over or not begun.
-func (v *verification) again(ctx context.Context, look func(queryer) error) error {
-	if v.registry.blobs.readOnly {
-		return look(v.registry.index)
-	}
-	return v.registry.writeAlone(ctx, func(tx *indexTx) error { return look(tx) })
-}
-
-// missing looks into a blob that has no file: whether the index has it, and whether something needs it.
-// A manifest without a file is not kept by its referrers or its subject: see climb.
-func (v *verification) missing(ctx context.Context, d digest.Digest) (recorded, needed bool, err error) {
-	if known, err := hasBlob(v.registry.index, d); !known || err != nil {
-		return false, false, err
-	}
-	err = v.again(ctx, func(q queryer) error {
-		recorded, needed = false, false
-		fi, err := v.registry.root.Lstat(blobPath(d))
-		if err == nil && fi.Mode().IsRegular() {
-			return nil
-		}
-		if err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return err
-		}
-		if recorded, err = hasBlob(q, d); !recorded || err != nil {
-			return err
-		}
-		up := climb{ctx: ctx, q: q, ways: ways{subjects: true}, present: v.registry.blobs.present}
-		needed, err = up.led(d)
-		return err
-	})
-	return recorded, needed, err
-}
-
-// blob looks at one digest.
-func (v *verification) blob(ctx context.Context, e *verifyEntry) (problems []Problem) {
-	add := func(kind ProblemKind, err error) {
-		problems = append(problems, Problem{Kind: kind, Digest: e.digest, Err: err})
-	}
-	r := v.registry
-	if _, err := rowDigest(string(e.digest)); err != nil {
-		add(ProblemIndex, fmt.Errorf("row of a blob: %w", err))
-		return problems
-	}
-	file, err := r.root.Lstat(blobPath(e.digest))
-	if errors.Is(err, fs.ErrNotExist) || err == nil && !file.Mode().IsRegular() {
-		var recorded, needed bool
-		switch recorded, needed, e.err = v.missing(ctx, e.digest); {
-		case e.err != nil || !recorded: // collected since
-		case needed:
-			add(ProblemMissing, ErrNotFound)
-		default:
-			add(ProblemCollected, errors.New("no ref needs it, and its file is not there"))
-		}
-		return problems
-	}
-	if processCondition(err) {
-		e.err = err
-		return problems
-	}
-	if err != nil {
-		add(ProblemUnreadable, err)
-		return problems
-	}
-	if e.size < 0 {
-		add(ProblemUnrecorded, errors.New("the index doesn't know it"))
-	}
-	if file.Mode().Perm() != 0o444 && runtime.GOOS != "windows" {
-		add(ProblemMode, fmt.Errorf("mode is %v", file.Mode()))
-	}
-	if e.size >= 0 && file.Size() != e.size {
-		add(ProblemSize, fmt.Errorf("%w: file has %d bytes, the index says %d", ErrSizeMismatch, file.Size(), e.size))
-	}
-	if e.manifest {
-		return append(problems, v.manifest(ctx, e, file.Size())...)
-	}
-	if v.opts.Quick {
-		return problems
-	}
-	src, err := r.blobs.open(ctx, e.digest, -1)
-	if err == nil {
-		_, err = src.WriteTo(io.Discard)
-		src.Close()
-		e.bytesRead = file.Size()
-	}
-	switch {
-	case err == nil || errors.Is(err, ErrNotFound): // collected since
-	case errors.Is(err, ErrDigestMismatch) || errors.Is(err, ErrSizeMismatch):
-		add(ProblemDigest, err)
-	case processCondition(err):
-		e.err = err
-	default:
-		add(ProblemUnreadable, err)
-	}
-	return problems
-}
-
-func (v *verification) manifest(ctx context.Context, e *verifyEntry, size int64) []Problem {
-	problem := func(kind ProblemKind, err error) []Problem {
-		return []Problem{{Kind: kind, Digest: e.digest, Err: err}}
-	}
-	failed := func(err error) []Problem { // to look into the index
-		if errors.Is(err, ErrCorruptIndex) {
-			return problem(ProblemRows, err)
-		}
-		e.err = err
-		return nil
-	}
-	r := v.registry
-	desc, ok, err := r.index.resolveDigest(e.digest)
-	if err != nil {
-		return failed(err)
-	}
-	if !ok {
-		lost := false
-		err := v.again(ctx, func(q queryer) (err error) {
-			lost, err = lostManifest(q, e.digest)
-			return err
-		})
-		if lost {
-			err = fmt.Errorf("%w: no row says what this manifest needs", ErrCorruptIndex)
-		}
-		return failed(err) // or was collected since
-	}
-	desc.Size = size // what the row says is compared below
-	m, err := r.readVerified(ctx, desc)
-	switch {
-	case errors.Is(err, ErrNotFound): // collected since
-		return nil
-	case errors.Is(err, ErrDigestMismatch) || errors.Is(err, ErrSizeMismatch):
-		return problem(ProblemDigest, err)
-	case errors.Is(err, ErrInvalidManifest) || errors.Is(err, ErrUnsupportedMediaType) || errors.Is(err, ErrTooLarge):
-		return problem(ProblemManifest, err)
-	case processCondition(err):
-		return failed(err)
-	case err != nil:
-		return problem(ProblemUnreadable, err)
-	}
-	e.bytesRead = desc.Size
-	differ, err := rowsDiffer(ctx, r.index, m)
-	if differ != "" {
-		err = v.again(ctx, func(q queryer) error {
-			differ, err = rowsDiffer(ctx, q, m)
-			return err
-		})
-	}
-	if err == nil && differ != "" {
-		err = fmt.Errorf("%w: %s", ErrCorruptIndex, differ)
-	}
-	return failed(err)
 }

@@ -1,0 +1,165 @@
+package ocilocal
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"runtime"
+
+	"github.com/opencontainers/go-digest"
+)
+
+// again looks a second time at what seems to be wrong, with the write lock held where that is
+// possible. The lock keeps collections out, which delete files before rows, and rows one by one.
+func (v *verification) again(ctx context.Context, look func(queryer) error) error {
+	if v.registry.blobs.readOnly {
+		return look(v.registry.index)
+	}
+	return v.registry.writeAlone(ctx, func(tx *indexTx) error { return look(tx) })
+}
+
+// missing reports whether the index has a blob that has no file, and whether a ref needs it. A
+// manifest without a file is not kept by its referrers or its subject: see climb.
+func (v *verification) missing(ctx context.Context, d digest.Digest) (recorded, needed bool, err error) {
+	if known, err := hasBlob(v.registry.index, d); !known || err != nil {
+		return false, false, err
+	}
+	err = v.again(ctx, func(q queryer) error {
+		recorded, needed = false, false
+		fi, err := v.registry.root.Lstat(blobPath(d))
+		if err == nil && fi.Mode().IsRegular() {
+			return nil
+		}
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+		if recorded, err = hasBlob(q, d); !recorded || err != nil {
+			return err
+		}
+		up := climb{ctx: ctx, q: q, ways: ways{subjects: true}, present: v.registry.blobs.present}
+		needed, err = up.led(d)
+		return err
+	})
+	return recorded, needed, err
+}
+
+// blob checks one digest.
+func (v *verification) blob(ctx context.Context, e *verifyEntry) (problems []Problem) {
+	add := func(kind ProblemKind, err error) {
+		problems = append(problems, Problem{Kind: kind, Digest: e.digest, Err: err})
+	}
+	r := v.registry
+	if _, err := rowDigest(string(e.digest)); err != nil {
+		add(ProblemIndex, fmt.Errorf("row of a blob: %w", err))
+		return problems
+	}
+	file, err := r.root.Lstat(blobPath(e.digest))
+	if errors.Is(err, fs.ErrNotExist) || err == nil && !file.Mode().IsRegular() {
+		var recorded, needed bool
+		switch recorded, needed, e.err = v.missing(ctx, e.digest); {
+		case e.err != nil || !recorded: // collected since
+		case needed:
+			add(ProblemMissing, ErrNotFound)
+		default:
+			add(ProblemCollected, errors.New("no ref needs it, and its file is not there"))
+		}
+		return problems
+	}
+	if processCondition(err) {
+		e.err = err
+		return problems
+	}
+	if err != nil {
+		add(ProblemUnreadable, err)
+		return problems
+	}
+	if e.size < 0 {
+		add(ProblemUnrecorded, errors.New("the index does not know it"))
+	}
+	if file.Mode().Perm() != 0o444 && runtime.GOOS != "windows" {
+		add(ProblemMode, fmt.Errorf("mode is %v", file.Mode()))
+	}
+	if e.size >= 0 && file.Size() != e.size {
+		add(ProblemSize, fmt.Errorf("%w: file has %d bytes, the index says %d", ErrSizeMismatch, file.Size(), e.size))
+	}
+	if e.manifest {
+		return append(problems, v.manifest(ctx, e, file.Size())...)
+	}
+	if v.opts.Quick {
+		return problems
+	}
+	src, err := r.blobs.open(ctx, e.digest, -1)
+	if err == nil {
+		_, err = src.WriteTo(io.Discard)
+		src.Close()
+		e.bytesRead = file.Size()
+	}
+	switch {
+	case err == nil || errors.Is(err, ErrNotFound): // collected since
+	case errors.Is(err, ErrDigestMismatch) || errors.Is(err, ErrSizeMismatch):
+		add(ProblemDigest, err)
+	case processCondition(err):
+		e.err = err
+	default:
+		add(ProblemUnreadable, err)
+	}
+	return problems
+}
+
+// manifest checks a manifest's bytes, and compares them with its rows.
+func (v *verification) manifest(ctx context.Context, e *verifyEntry, size int64) []Problem {
+	problem := func(kind ProblemKind, err error) []Problem {
+		return []Problem{{Kind: kind, Digest: e.digest, Err: err}}
+	}
+	failed := func(err error) []Problem { // of the index, or of the process
+		if errors.Is(err, ErrCorruptIndex) {
+			return problem(ProblemRows, err)
+		}
+		e.err = err
+		return nil
+	}
+	r := v.registry
+	desc, ok, err := r.index.resolveDigest(e.digest)
+	if err != nil {
+		return failed(err)
+	}
+	if !ok {
+		lost := false
+		err := v.again(ctx, func(q queryer) (err error) {
+			lost, err = lostManifest(q, e.digest)
+			return err
+		})
+		if lost {
+			err = fmt.Errorf("%w: no row says what this manifest needs", ErrCorruptIndex)
+		}
+		return failed(err) // or was collected since
+	}
+	desc.Size = size // what the row says is compared below
+	m, err := r.readVerified(ctx, desc)
+	switch {
+	case errors.Is(err, ErrNotFound): // collected since
+		return nil
+	case errors.Is(err, ErrDigestMismatch) || errors.Is(err, ErrSizeMismatch):
+		return problem(ProblemDigest, err)
+	case errors.Is(err, ErrInvalidManifest) || errors.Is(err, ErrUnsupportedMediaType) || errors.Is(err, ErrTooLarge):
+		return problem(ProblemManifest, err)
+	case processCondition(err):
+		return failed(err)
+	case err != nil:
+		return problem(ProblemUnreadable, err)
+	}
+	e.bytesRead = desc.Size
+	differ, err := rowsDiffer(ctx, r.index, m)
+	if differ != "" {
+		err = v.again(ctx, func(q queryer) error {
+			differ, err = rowsDiffer(ctx, q, m)
+			return err
+		})
+	}
+	if err == nil && differ != "" {
+		err = fmt.Errorf("%w: %s", ErrCorruptIndex, differ)
+	}
+	return failed(err)
+}
