@@ -126,7 +126,7 @@ func (p *fetcher) fetchOnce(ctx context.Context, desc ocispec.Descriptor, from m
 		return err
 	}
 	defer res.Body.Close()
-	body := &countedBody{src: res.Body, count: from(0)}
+	body := &countedBody{src: res.Body, count: from(0), coding: codingOf(res)}
 	_, _, err = p.stage.put(ctx, body, "", desc.Digest, desc.Size)
 	return p.repo.blobError(ctx, desc, body, err)
 }
@@ -179,7 +179,7 @@ func (p *fetcher) appendOnce(ctx context.Context, desc ocispec.Descriptor, part 
 			return err
 		}
 	}
-	body := &countedBody{src: res.Body, count: from(part.have)}
+	body := &countedBody{src: res.Body, count: from(part.have), coding: codingOf(res)}
 	err = part.append(ctx, body)
 	if err == nil && part.have < part.size {
 		err = io.ErrUnexpectedEOF
@@ -215,10 +215,12 @@ func (p *remoteRepo) blobError(ctx context.Context, desc ocispec.Descriptor, bod
 		return nil
 	case body.err != nil:
 		return p.conceal(bodyError(ctx, "GET", u, body.err))
+	case body.coding != "" && (errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, ErrSizeMismatch)):
+		return p.blobProblem(desc, coded(body.coding, err))
 	case errors.Is(err, io.ErrUnexpectedEOF), errors.Is(err, ErrSizeMismatch) && body.n < desc.Size:
 		return transportError("GET", u, io.ErrUnexpectedEOF) // a proxy may have cut it off
 	case errors.Is(err, ErrSizeMismatch), errors.Is(err, ErrDigestMismatch):
-		return p.blobProblem(desc, err)
+		return p.blobProblem(desc, coded(body.coding, err))
 	}
 	return err
 }

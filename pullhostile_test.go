@@ -150,7 +150,7 @@ func TestPullHostile(t *testing.T) {
 			v.on("/manifests/"+string(child), body([]byte(doc), "Content-Type", ocilocal.MediaTypeDockerManifest))
 		}, ocilocal.ErrInvalidManifest, 1},
 		"manifest in gzip": {manifest(func(v *victim) http.HandlerFunc {
-			return body(v.manifest.body, "Content-Type", image, "Content-Encoding", "gzip")
+			return body(gzipped(v.manifest.body), "Content-Type", image, "Content-Encoding", "gzip")
 		}), ocilocal.ErrProtocol, 1},
 		"manifest not found":               {on("/manifests/v1", status(404)), ocilocal.ErrNotFound, 1},
 		"error of 64 MiB":                  {on("/manifests/v1", longError), ocilocal.ErrNotFound, 1},
@@ -194,7 +194,7 @@ func TestPullHostile(t *testing.T) {
 		"large blob is shorter":         {large(func(v *victim) http.HandlerFunc { return body(v.large[:100], "Transfer-Encoding", "chunked") }), ocilocal.ErrTransport, 6},
 		"large blob without end":        {large(func(*victim) http.HandlerFunc { return endless() }), ocilocal.ErrSizeMismatch, 1},
 		"large blob is empty":           {large(func(*victim) http.HandlerFunc { return body(nil, "Transfer-Encoding", "chunked") }), ocilocal.ErrTransport, 6},
-		"blob in gzip":                  {small(func(v *victim) http.HandlerFunc { return body(v.small, "Content-Encoding", "gzip") }), ocilocal.ErrProtocol, 1},
+		"blob in gzip":                  {small(func(v *victim) http.HandlerFunc { return body(gzipped(v.small), "Content-Encoding", "gzip") }), ocilocal.ErrProtocol, 1},
 		"part of a blob, not asked for": {small(func(*victim) http.HandlerFunc { return status(206, "Content-Range", "bytes 0-999/1000") }), ocilocal.ErrProtocol, 1},
 		"blob redirected without end":   {small(func(*victim) http.HandlerFunc { return status(302, "Location", "?again") }), ocilocal.ErrProtocol, 6},
 		"blob's Content-Length lies":    {small(func(v *victim) http.HandlerFunc { return cutAt(v.small, 500) }), ocilocal.ErrTransport, 6},

@@ -168,6 +168,7 @@ func (e *RemoteError) hasCode() bool {
 
 // answerProblem adds the facts of an answer to err, which says what is wrong with its content.
 func answerProblem(c *remoteCall, res *http.Response, err error) error {
+	err = coded(codingOf(res), err)
 	if !sameOrigin(res.Request.URL, c.repo.host.base) {
 		err = unquoted(err)
 	}

@@ -9,6 +9,7 @@ import (
 	"net/http/httptrace"
 	"net/url"
 	"slices"
+	"strings"
 	"sync"
 )
 
@@ -150,11 +151,36 @@ func (p *remoteRepo) judge(c *remoteCall, res *http.Response) error {
 	if !slices.Contains(c.ok, res.StatusCode) {
 		return p.answerError(c, res)
 	}
-	if coding := res.Header.Get("Content-Encoding"); coding != "" && coding != "identity" {
-		res.Body.Close()
-		return answerProblem(c, res, fmt.Errorf("%w: unexpected Content-Encoding %q", ErrProtocol, clip(coding)))
+	if c.method == http.MethodHead && codingOf(res) != "" {
+		res.ContentLength = -1 // it may be the length of the coded form
 	}
 	return nil
+}
+
+// codingOf returns the Content-Encoding of an answer, "" if it is one that does not change bytes.
+//
+// A request asks for no coding. Registries name one nevertheless: object stores repeat what a
+// client has told them when it stored the bytes, such as "aws-chunked", or "gzip" for a layer that
+// is a gzip file. The digest decides about the bytes, so a coding is no error by itself. It is part
+// of the message if the bytes are then not the right ones.
+func codingOf(res *http.Response) string {
+	var codings []string
+	for coding := range strings.SplitSeq(strings.Join(res.Header.Values("Content-Encoding"), ","), ",") {
+		switch coding = strings.ToLower(strings.TrimSpace(coding)); coding {
+		case "", "identity", "aws-chunked", "binary", "none", "utf-8":
+		default:
+			codings = append(codings, coding)
+		}
+	}
+	return strings.Join(codings, ", ")
+}
+
+// coded explains an error about bytes that came with a coding.
+func coded(coding string, err error) error {
+	if coding == "" {
+		return err
+	}
+	return fmt.Errorf("%w: unexpected Content-Encoding %q: %w", ErrProtocol, clip(coding), err)
 }
 
 type slotBody struct {
@@ -276,10 +302,11 @@ func (p *remoteRepo) exchange(ctx context.Context, c *remoteCall, u *url.URL, he
 
 // A countedBody is the body of a request or an answer, whose bytes are counted as they are read.
 type countedBody struct {
-	src   io.ReadCloser
-	count func(int)
-	n     int64
-	err   error // what src failed with
+	src    io.ReadCloser
+	count  func(int)
+	n      int64
+	err    error  // of src
+	coding string // that an answer claims for src
 }
 
 func (b *countedBody) Read(p []byte) (int, error) {

@@ -491,6 +491,31 @@ func TestBadRangesKeepNoSlots(t *testing.T) {
 	}
 }
 
+// A coding that does not change the bytes is no reason to refuse them.
+func TestCodingsOfPlainBytes(t *testing.T) {
+	for _, coding := range []string{"aws-chunked", "identity", "Identity", "gzip", "aws-chunked,gzip", "binary", "utf-8", "br"} {
+		s := newServer(t)
+		s.put(t, "org/model", "v1", gzipped(noise(1, 1000)))
+		s.override = func(w http.ResponseWriter, r *http.Request) bool {
+			w.Header()["Content-Encoding"] = []string{coding}
+			return false
+		}
+		remote := new(ocilocal.Remote)
+		r := openRemote(t, remote)
+		got, err := r.Pull(t.Context(), s.ref("org/model:v1"), nil)
+		if err != nil {
+			t.Fatalf("%q: %v", coding, err)
+		}
+		desc, err := remote.Resolve(t.Context(), s.ref("org/model:v1"))
+		if err != nil || desc.Size != got.Artifact.Descriptor().Size {
+			t.Errorf("%q: %v, %v", coding, desc, err)
+		}
+		if err := r.Close(); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
 // bare answers with a status and header fields, and no body.
 func bare(status int, header ...string) http.HandlerFunc {
 	return func(w http.ResponseWriter, _ *http.Request) {
