@@ -44,8 +44,14 @@ type Remote struct {
 	// its CheckRedirect doesn't. Nil means a transport of this Remote's own, with proxies from
 	// the environment. A Client.Timeout would include reading whole blobs: StallTimeout is better.
 	Client *http.Client
-	// Credentials are asked for once per call, after a registry wanted some. Nil means anonymous.
+	// Credentials is asked once per call, after a registry wanted some. Nil means anonymous. If it
+	// fails, the call goes on without a credential. Its error is part of the error of the call, if
+	// the registry then refuses.
 	Credentials CredentialFunc
+	// SendCredentials reports whether credentials go to host ("ghcr.io") with the first request. By
+	// default a request is anonymous until the registry asks for credentials. Some registries never
+	// ask: they answer 403, 404 or 429, or a shorter list, to anonymous requests. Nil means none.
+	SendCredentials func(host string) bool
 	// PlainHTTP reports whether host ("localhost:5000") is spoken to without TLS.
 	// Nil means loopback only: localhost, 127.0.0.0/8 and [::1].
 	PlainHTTP func(host string) bool

@@ -2,41 +2,63 @@ package ocilocal
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"maps"
 	"net/http"
 	"slices"
 	"strings"
 )
 
-// credential asks r.Credentials once.
+// credential asks r.Credentials once. A source that fails leaves the call without a credential, which
+// may be enough: the failure is kept for [remoteRepo.blame]. The error is the context's.
 func (p *remoteRepo) credential(ctx context.Context) (*Credential, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.asked {
-		return p.cred, p.credErr
+		return p.cred, nil
 	}
 	p.cred = &Credential{}
 	if p.remote.Credentials != nil {
 		c, err := p.remote.Credentials(ctx, p.host.name, p.name)
-		switch {
-		case err != nil:
-			p.credErr = fmt.Errorf("%w: credentials for %s: %w", ErrUnauthorized, p.host.name, err)
-		case strings.Contains(c.Username, ":") || strings.ContainsAny(c.RegistryToken, "\r\n\x00"):
-			p.credErr = fmt.Errorf("%w: credentials for %s (%s): a user name with a ':', or a token of more than one line", ErrInvalidArgument, p.host.name, c.Source)
+		if ctx.Err() != nil {
+			return nil, ctx.Err()
+		}
+		if err == nil && (strings.Contains(c.Username, ":") || strings.ContainsAny(c.RegistryToken, "\r\n\x00")) {
+			err = fmt.Errorf("%w: %s: a user name with a ':', or a token of more than one line", ErrInvalidArgument, c.Source)
+		}
+		if err != nil {
+			p.credErr = err
+			c = Credential{Source: c.Source}
 		}
 		p.cred = &c
 	}
-	p.asked = ctx.Err() == nil
-	return p.cred, p.credErr
+	p.asked = true
+	return p.cred, nil
 }
 
-// authorized sends c, with what the registry is known to want, and answers a
-// challenge of the registry itself.
+// blame adds the failure of a source of credentials to the error of a request that the registry or
+// its token server has refused.
+func (p *remoteRepo) blame(err error) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	e, ok := errors.AsType[*RemoteError](err)
+	if p.credErr == nil || !ok || e.Status < 400 || e.Status > 499 {
+		return err
+	}
+	return fmt.Errorf("%w (credentials for %s: %w)", err, p.host.name, p.credErr)
+}
+
+// authorized sends c, with the authorization that the registry is known to want, and answers a
+// challenge of the registry itself: a 401, or a 403 that says that the token allows too little.
 func (p *remoteRepo) authorized(ctx context.Context, c *remoteCall) (*http.Response, error) {
 	var auth authorization
-	var err error
 	if sameOrigin(c.url, p.host.base) {
+		if err := p.introduce(ctx); err != nil {
+			return nil, err
+		}
 		if ch, ok := p.host.challenge(p.name); ok {
+			var err error
 			if auth, err = p.answer(ctx, c, ch, ""); err != nil {
 				p.host.forget(p.name) // the registry may want something else by now
 				return nil, err
@@ -49,11 +71,18 @@ func (p *remoteRepo) authorized(ctx context.Context, c *remoteCall) (*http.Respo
 		if err != nil {
 			return nil, err
 		}
-		if res.StatusCode != http.StatusUnauthorized {
+		ch, ok := chooseChallenge(parseChallenges(res.Header.Values("WWW-Authenticate")))
+		lacking := res.StatusCode == http.StatusForbidden && !crossed && tries <= 2 &&
+			ok && ch.params["error"] == "insufficient_scope" && !auth.fits(ch)
+		if res.StatusCode != http.StatusUnauthorized && !lacking {
 			return res, nil
 		}
 		refused := p.answerError(c, res)
-		ch, ok := chooseChallenge(parseChallenges(res.Header.Values("WWW-Authenticate")))
+		wide := false
+		if !ok && !crossed && auth.bearer {
+			ch, ok = p.widened(c, auth)
+			wide = ok
+		}
 		switch {
 		case crossed:
 			refused.Err = fmt.Errorf("%w: %s asks for credentials, which it doesn't get, since it is not the registry", refused.Err, printable(res.Request.URL.Host))
@@ -61,19 +90,68 @@ func (p *remoteRepo) authorized(ctx context.Context, c *remoteCall) (*http.Respo
 		case !ok:
 			refused.Err = fmt.Errorf("%w: the registry names no way to log in that this program knows", refused.Err)
 			return nil, refused
-		case tries > 2 || auth.fresh && (tries > 1 || auth.fits(ch)):
+		case !lacking && !wide && (tries > 2 || auth.fresh && (tries > 1 || auth.fits(ch))):
 			return nil, p.denied(ctx, refused, auth)
 		}
-		p.host.remember(p.name, ch)
-		again, err := p.answer(ctx, c, ch, auth.header)
-		if err != nil {
+		if !lacking && !wide {
+			p.host.remember(p.name, ch)
+		}
+		next, err := p.answer(ctx, c, ch, auth.header)
+		switch {
+		case err != nil && lacking:
+			return nil, refused // no better token is to be had
+		case err != nil:
 			return nil, err
-		}
-		if again.header == "" || again.header == auth.header {
+		case lacking && (next.header == "" || next.header == auth.header):
+			return nil, refused
+		case next.header == "" || next.header == auth.header:
 			return nil, p.denied(ctx, refused, auth)
 		}
-		auth = again
+		auth = next
 	}
+}
+
+// introduce finds out how the registry wants to be shown a credential, if [Remote.SendCredentials]
+// says not to wait until it asks. The entry point /v2/ asks in registries that hide everything else.
+func (p *remoteRepo) introduce(ctx context.Context) error {
+	if p.remote.SendCredentials == nil || !p.remote.SendCredentials(p.host.name) {
+		return nil
+	}
+	if _, known := p.host.challenge(p.name); known {
+		return nil
+	}
+	cred, err := p.credential(ctx)
+	if err != nil || cred.anonymous() {
+		return err
+	}
+	u := p.host.base.JoinPath("v2")
+	u.Path += "/"
+	res, crossed, err := p.follow(ctx, &remoteCall{method: http.MethodGet, url: u, repo: p}, "")
+	if err != nil {
+		return err
+	}
+	res.Body.Close()
+	ch, ok := chooseChallenge(parseChallenges(res.Header.Values("WWW-Authenticate")))
+	if crossed || !ok {
+		ch = challenge{scheme: "basic"}
+		if cred.RegistryToken != "" {
+			ch.scheme = "bearer"
+		}
+	}
+	p.host.remember(p.name, ch)
+	return nil
+}
+
+// widened returns a challenge for a token that allows all writing, in place of the one that a
+// registry leaves out when a token allows too little. It reports false for requests that only read.
+func (p *remoteRepo) widened(c *remoteCall, auth authorization) (challenge, bool) {
+	ch, ok := p.host.challenge(p.name)
+	if !ok || ch.scheme != "bearer" || c.method == http.MethodGet || c.method == http.MethodHead {
+		return challenge{}, false
+	}
+	ch.params = maps.Clone(ch.params)
+	ch.params["scope"] = "repository:" + p.name + ":pull,push"
+	return ch, !auth.fits(ch)
 }
 
 // denied explains a 401 that nothing more can be done about.
@@ -158,8 +236,10 @@ func (p *remoteRepo) answer(ctx context.Context, c *remoteCall, ch challenge, re
 	case cred.RegistryToken != "":
 		return authorization{header: "Bearer " + cred.RegistryToken, bearer: true}, nil
 	}
+	own := scope{}
+	own.add("repository:" + p.name + ":" + strings.Join(c.actions, ","))
 	want := scope{}
-	want.add("repository:" + p.name + ":" + strings.Join(c.actions, ","))
+	want.add(strings.Join(own.list(), " "))
 	if c.from != "" {
 		want.add("repository:" + c.from + ":pull")
 	}
@@ -170,7 +250,15 @@ func (p *remoteRepo) answer(ctx context.Context, c *remoteCall, ch challenge, re
 		scope: strings.Join(scopes, " "), user: cred.identity(),
 	}
 	token, fresh, err := p.remote.token(ctx, key, strings.TrimPrefix(rejected, "Bearer "), func() (tokenAnswer, error) {
-		return p.fetchToken(ctx, ch, scopes, cred)
+		a, err := p.fetchToken(ctx, ch, scopes, cred)
+		if e, ok := errors.AsType[*RemoteError](err); ok && e.Status >= 400 && e.Status < 500 && e.Status != http.StatusTooManyRequests &&
+			!slices.Equal(scopes, own.list()) {
+			// The server may refuse what the challenge or a mount adds: a placeholder, another repository.
+			if a, again := p.fetchToken(ctx, ch, own.list(), cred); again == nil {
+				return a, nil
+			}
+		}
+		return a, err
 	})
 	if err != nil {
 		return authorization{}, err

@@ -536,3 +536,149 @@ func TestHostileTLS(t *testing.T) {
 		})
 	}
 }
+
+// TestTokenLeniency: token servers that refuse a part of a scope, registries that want more than they
+// have said, and answers that are spelt in other ways.
+func TestTokenLeniency(t *testing.T) {
+	type request = *http.Request
+	scopes := func(r request) string { return strings.Join(r.URL.Query()["scope"], " ") }
+	for name, c := range map[string]struct {
+		challenge string                  // what the registry adds to its challenge
+		status    int                     // of an answer to a request that shows too little, if not 401
+		wants     string                  // what a token's scope must have
+		refuses   func(scope string) bool // what the token server refuses
+		answer    string                  // of the token server
+		delete    bool                    // the request is a DELETE, not a GET
+		want      error
+	}{
+		"expires_in as text":       {answer: `{"token":"%s","expires_in":"300"}`},
+		"odd fields":               {answer: "\ufeff" + `{"token":null,"access_token":"%s","expires_in":"","issued_at":7}`},
+		"placeholder scope":        {challenge: `,scope="repository:user/image:pull"`, refuses: func(s string) bool { return strings.Contains(s, "user/image") }},
+		"more than is granted":     {challenge: `,scope="repository:org/model:pull,push"`, refuses: func(s string) bool { return strings.Contains(s, "push") }},
+		"all is refused":           {challenge: `,scope="a:b:c"`, refuses: func(string) bool { return true }, want: ocilocal.ErrUnauthorized},
+		"insufficient_scope":       {challenge: `,scope="repository:org/model:delete,push",error="insufficient_scope"`, status: 403, wants: "push", delete: true},
+		"insufficient, for ever":   {challenge: `,scope="repository:org/model:delete,push",error="insufficient_scope"`, status: 403, wants: "never", delete: true, want: ocilocal.ErrDenied},
+		"insufficient, not to get": {challenge: `,scope="repository:org/model:push",error="insufficient_scope"`, status: 403, wants: "push", refuses: func(s string) bool { return strings.Contains(s, "push") }, delete: true, want: ocilocal.ErrDenied},
+		"403 of another kind":      {challenge: `,scope="repository:org/model:push"`, status: 403, wants: "push", delete: true, want: ocilocal.ErrDenied},
+		"401 without a challenge":  {challenge: "-", wants: "push", delete: true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			in := newInternet(t)
+			s := in.registry("https://registry.test", "203.0.113.1")
+			s.put(t, "org/model", "v1", noise(1, 10))
+			server := in.tokenSite("https://auth.test", "203.0.113.2", func(w http.ResponseWriter, r *http.Request) {
+				if c.refuses != nil && c.refuses(scopes(r)) {
+					w.WriteHeader(403)
+					return
+				}
+				if c.answer == "" {
+					c.answer = `{"token":"%s"}`
+				}
+				fmt.Fprintf(w, c.answer, secretToken+strings.Map(func(c rune) rune {
+					if c == ' ' {
+						return '+'
+					}
+					return c
+				}, scopes(r)))
+			})
+			requests := 0
+			s.override = func(w http.ResponseWriter, r *http.Request) bool {
+				requests++
+				token := r.Header.Get("Authorization")
+				if token != "" && strings.Contains(token, c.wants) {
+					return false
+				}
+				status := 401
+				if token != "" && c.status != 0 {
+					status = c.status
+				}
+				if token == "" || c.challenge != "-" {
+					w.Header().Set("WWW-Authenticate", `Bearer realm="https://auth.test/token",service="s"`+strings.TrimPrefix(c.challenge, "-"))
+				}
+				w.WriteHeader(status)
+				return true
+			}
+			if strings.HasPrefix(name, "insufficient") || c.status == 403 {
+				first := s.override
+				s.override = func(w http.ResponseWriter, r *http.Request) bool {
+					if r.Header.Get("Authorization") == "" { // the first challenge says nothing of what is wanted
+						w.Header().Set("WWW-Authenticate", `Bearer realm="https://auth.test/token",service="s"`)
+						w.WriteHeader(401)
+						return true
+					}
+					return first(w, r)
+				}
+			}
+			remote := in.remote("", ocilocal.Credential{})
+			var err error
+			if c.delete {
+				err = remote.Delete(t.Context(), s.ref("org/model:v1"))
+			} else {
+				_, err = remote.Manifest(t.Context(), s.ref("org/model:v1"))
+			}
+			in.quiet(err)
+			if c.want == nil && err != nil {
+				t.Error(err)
+			} else if c.want != nil {
+				mustFail(t, err, c.want)
+			}
+			if n := len(server.asked()); n > 3 || requests > 4 {
+				t.Errorf("%d tokens, %d requests", n, requests)
+			}
+		})
+	}
+}
+
+// TestSendCredentials: a registry that hides from anonymous users, and asks only at its entry point, gets
+// the credential with the first request, if the user says so, and nobody else does.
+func TestSendCredentials(t *testing.T) {
+	for name, c := range map[string]struct {
+		status    int    // for anonymous requests
+		challenge string // at /v2/
+	}{
+		"hidden":       {404, `Basic realm="r"`},
+		"forbidden":    {403, `Basic realm="r"`},
+		"rate limited": {429, `Basic realm="r"`},
+		"never asks":   {404, ""},
+		"by token":     {403, `Bearer realm="https://auth.test/token",service="s"`},
+	} {
+		t.Run(name, func(t *testing.T) {
+			in := newInternet(t)
+			s := in.registry("https://registry.test", "203.0.113.1")
+			in.tokenSite("https://auth.test", "203.0.113.2", nil)
+			cdn := in.site("https://cdn.test", "203.0.113.3", http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { w.Write(noise(1, 100)) }))
+			s.put(t, "org/model", "v1", noise(1, 100))
+			s.sendOn("https://cdn.test/blob")
+			sends := s.override
+			s.override = func(w http.ResponseWriter, r *http.Request) bool {
+				user, password, _ := r.BasicAuth()
+				if user == "me" && password == secretPassword || strings.HasPrefix(r.Header.Get("Authorization"), "Bearer "+secretToken) {
+					return sends(w, r)
+				}
+				if r.URL.Path == "/v2/" {
+					if c.challenge != "" {
+						w.Header().Set("WWW-Authenticate", c.challenge)
+						w.WriteHeader(401)
+					}
+					return true
+				}
+				w.WriteHeader(c.status)
+				return true
+			}
+			remote := in.remote(s.host, ocilocal.Credential{Username: "me", Password: secretPassword})
+			remote.Retry = noRetry
+			if _, err := remote.Manifest(t.Context(), s.ref("org/model:v1")); err == nil {
+				t.Error("without the option there is no error")
+			}
+			remote = in.remote(s.host, ocilocal.Credential{Username: "me", Password: secretPassword})
+			remote.SendCredentials = func(host string) bool { return host == "registry.test" }
+			if _, err := openRemote(t, remote).Pull(t.Context(), s.ref("org/model:v1"), nil); err != nil {
+				t.Error(err)
+			}
+			if len(cdn.asked()) == 0 {
+				t.Error("the blob did not come from its place")
+			}
+			in.noSecretSeen(registrySite, "auth.test:443")
+		})
+	}
+}

@@ -2,6 +2,7 @@ package ocilocal
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/base64"
 	"encoding/json"
@@ -10,22 +11,25 @@ import (
 	"io/fs"
 	"os"
 	"os/exec"
+	"slices"
 	"strings"
+	"syscall"
 	"time"
 )
 
-// Limits on where credentials come from.
+// Limits on sources of credentials.
 const (
 	maxCredentialFile = 1 << 20
 	maxHelperOutput   = 64 << 10
 	helperTimeout     = 10 * time.Second
 )
 
-// credentialFile is Docker's config.json or Podman's auth.json.
+// A credentialFile is a Docker config.json or a Podman auth.json. Its parts are read only as far as
+// a host needs them, so that an odd entry for one host does not hide those for others.
 type credentialFile struct {
-	Auths       map[string]credentialEntry `json:"auths"`
-	CredHelpers map[string]string          `json:"credHelpers"`
-	CredsStore  string                     `json:"credsStore"`
+	auths   map[string]json.RawMessage // *credentialEntry, by host or repository in many spellings
+	helpers map[string]json.RawMessage // string, by host
+	store   json.RawMessage            // string
 }
 
 type credentialEntry struct {
@@ -36,114 +40,229 @@ type credentialEntry struct {
 	RegistryToken string `json:"registrytoken"`
 }
 
-// FileCredentials returns a function that reads a file of the form of Docker's config.json
-// or Podman's auth.json each time it is called; that the file is missing is no
-// error. For a host, a helper in credHelpers comes before credsStore, and that before auths. There,
-// an entry for a repository, or for a path above it, comes before one for its registry.
+// FileCredentials returns a function that reads a file of the form of Docker's config.json or
+// Podman's auth.json each time it is called. A file that is missing or empty holds no credentials.
 //
-// A helper is the program docker-credential-<name>, which must be in $PATH; it has 10
-// seconds. Nothing that it prints is shown.
+// For a host, a helper in credHelpers comes before credsStore, and that before auths. A source that
+// fails does not stop the search. If nothing is found, the function returns the failures. In auths,
+// the entry for the longest path counts: one for a repository, or for a path above it, comes before
+// one for its registry. The names may have all spellings that docker and podman have written:
+// "https://host/v2/", "HOST", "host/org/". An entry with a credential comes before an empty one.
+//
+// A helper is the program docker-credential-<name>, which must be in $PATH; it has 10 seconds. Its
+// output is not shown.
 func FileCredentials(name string) CredentialFunc {
 	return func(ctx context.Context, host, repository string) (Credential, error) {
-		if host == "" || strings.ContainsAny(host+repository, "\r\n\x00") {
-			return Credential{}, fmt.Errorf("%w: credentials for host %q", ErrInvalidArgument, clip(host))
-		}
-		doc, err := readCredentialFile(name)
+		text, err := readCredentialFile(name)
 		if err != nil {
-			return Credential{}, err
+			return Credential{Source: name}, err
 		}
-		c, err := doc.find(ctx, host, repository)
-		if err != nil {
-			return Credential{}, fmt.Errorf("%s: %w", name, err)
-		}
-		if c.Source = strings.TrimPrefix(c.Source+" in "+name, " in "); c.anonymous() {
-			c.Source = name
-		}
-		return c, nil
+		return findCredential(ctx, name, text, host, repository)
 	}
 }
 
-func readCredentialFile(name string) (*credentialFile, error) {
-	doc := &credentialFile{}
+// findCredential looks for a credential in the text of a file. name is the file's, for messages.
+func findCredential(ctx context.Context, name string, text []byte, host, repository string) (Credential, error) {
+	if host == "" || strings.ContainsAny(host+repository, "\r\n\x00") {
+		return Credential{}, fmt.Errorf("%w: credentials for host %q", ErrInvalidArgument, clip(host))
+	}
+	doc, err := parseCredentialFile(text)
+	if err != nil {
+		return Credential{Source: name}, fmt.Errorf("%s %w", name, err)
+	}
+	c, err := doc.find(ctx, host, repository)
+	if err != nil {
+		return Credential{Source: name}, fmt.Errorf("%s: %w", name, err)
+	}
+	if c.Source = strings.TrimPrefix(c.Source+" in "+name, " in "); c.anonymous() {
+		c.Source = name
+	}
+	return c, nil
+}
+
+// readCredentialFile returns the bytes of a file, none if there is no such file.
+func readCredentialFile(name string) ([]byte, error) {
 	f, err := os.OpenFile(name, os.O_RDONLY|openNonblock, 0)
-	if errors.Is(err, fs.ErrNotExist) {
-		return doc, nil
+	// People name /dev/null, or a directory below it, to say that there is no file.
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ENOTDIR) || name == os.DevNull {
+		if err == nil {
+			err = f.Close()
+		}
+		return nil, ignoreNoFile(err)
 	}
 	if err != nil {
 		return nil, err
 	}
 	defer f.Close()
 	if _, err := checkRegular(f); err != nil {
-		return nil, err
+		return nil, fmt.Errorf("%s: %w", name, err)
 	}
 	b, err := readBounded(f, maxCredentialFile)
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", name, err)
 	}
-	if err := parseCredentialFile(b, doc); err != nil {
-		return nil, fmt.Errorf("%s: %w", name, err)
-	}
-	return doc, nil
+	return b, nil
 }
 
-func parseCredentialFile(b []byte, doc *credentialFile) error {
-	if json.Unmarshal(b, doc) != nil { // whose error could quote a secret
-		return errors.New("is not JSON of the right form")
+// ignoreNoFile drops the errors of a file that is not there.
+func ignoreNoFile(err error) error {
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ENOTDIR) {
+		return nil
 	}
-	return nil
+	return err
 }
 
-// dockerHubKeys are the names under which credentials for Docker Hub are kept.
+// errNotConfig is the failure of a part of a file. An error of encoding/json could quote a secret.
+var errNotConfig = errors.New("is not JSON of the right form")
+
+// parseCredentialFile reads the outer form of a file.
+func parseCredentialFile(b []byte) (*credentialFile, error) {
+	b = bytes.TrimSpace(bytes.TrimPrefix(b, []byte("\ufeff")))
+	if len(b) == 0 {
+		return &credentialFile{}, nil
+	}
+	var doc struct {
+		Auths       json.RawMessage `json:"auths"`
+		CredHelpers json.RawMessage `json:"credHelpers"`
+		CredsStore  json.RawMessage `json:"credsStore"`
+	}
+	if json.Unmarshal(b, &doc) != nil {
+		return nil, errNotConfig
+	}
+	f := &credentialFile{store: doc.CredsStore}
+	// Some tools write an empty list where they have no entries.
+	if json.Unmarshal(doc.Auths, &f.auths) != nil {
+		f.auths = nil
+	}
+	if json.Unmarshal(doc.CredHelpers, &f.helpers) != nil {
+		f.helpers = nil
+	}
+	return f, nil
+}
+
+// dockerHubKeys are the hosts under which credentials for Docker Hub are kept. Helpers are asked for
+// the first.
 var dockerHubKeys = []string{"https://index.docker.io/v1/", "docker.io", "index.docker.io", "registry-1.docker.io"}
 
+// find returns the credential for a repository. If there is none, it returns the failures of all
+// parts of the file that could have had one.
 func (f *credentialFile) find(ctx context.Context, host, repository string) (Credential, error) {
+	var failed []error
+	found := func(c Credential, err error) bool {
+		if err != nil {
+			failed = append(failed, err)
+		}
+		return err == nil && !c.anonymous()
+	}
 	keys := []string{host}
 	if host == registryDockerHub {
 		keys = dockerHubKeys
 	}
 	for _, key := range keys {
-		if helper := f.CredHelpers[key]; helper != "" {
-			return askHelper(ctx, helper, key, helperTimeout)
+		if helper := helperName(f.helpers[key]); helper != "" {
+			if c, err := askHelper(ctx, helper, key, helperTimeout); found(c, err) {
+				return c, nil
+			}
+			break
 		}
 	}
-	if f.CredsStore != "" {
-		// What the store doesn't have may still be in auths.
-		if c, err := askHelper(ctx, f.CredsStore, keys[0], helperTimeout); err != nil || !c.anonymous() {
-			return c, err
+	if store := helperName(f.store); store != "" && ctx.Err() == nil {
+		if c, err := askHelper(ctx, store, keys[0], helperTimeout); found(c, err) {
+			return c, nil
 		}
 	}
-	entry, ok := f.entry(keys, repository)
-	if !ok {
-		return Credential{}, nil
+	if ctx.Err() != nil {
+		return Credential{}, ctx.Err()
 	}
-	return entry.credential()
+	if c, err := f.entry(host, repository); found(c, err) {
+		return c, nil
+	}
+	return Credential{}, joined(failed)
 }
 
-// entry looks for the repository, then for what is above it, down to the host.
-func (f *credentialFile) entry(keys []string, repository string) (credentialEntry, bool) {
-	for path := repository; path != ""; {
-		for _, key := range keys {
-			if e, ok := f.Auths[key+"/"+path]; ok {
-				return e, true
-			}
-		}
-		path = path[:max(strings.LastIndexByte(path, '/'), 0)]
+// helperName returns the name of a helper, "" for a value that is none.
+func helperName(raw json.RawMessage) (name string) {
+	if json.Unmarshal(raw, &name) != nil {
+		return ""
 	}
-	for _, key := range keys {
-		// Old versions of Docker wrote addresses.
-		for _, form := range []string{key, "https://" + key, "http://" + key, "https://" + key + "/", "https://" + key + "/v1/", "https://" + key + "/v2/"} {
-			if e, ok := f.Auths[form]; ok {
-				return e, true
-			}
-		}
-	}
-	return credentialEntry{}, false
+	return name
 }
 
+// entry returns the credential in auths whose name fits the repository best: the longest path, and
+// of several spellings of one path, the plainest that holds a credential.
+func (f *credentialFile) entry(host, repository string) (Credential, error) {
+	type match struct {
+		key string
+		len int // of the path
+	}
+	var matches []match
+	for key := range f.auths {
+		if at, path := credentialKey(key); at == host && (path == "" || strings.HasPrefix(repository+"/", path+"/")) {
+			matches = append(matches, match{key, len(path)})
+		}
+	}
+	slices.SortFunc(matches, func(a, b match) int {
+		return cmp.Or(b.len-a.len, len(a.key)-len(b.key), strings.Compare(a.key, b.key))
+	})
+	var failed []error
+	for _, m := range matches {
+		var e credentialEntry
+		if json.Unmarshal(f.auths[m.key], &e) != nil {
+			failed = append(failed, fmt.Errorf("an entry of auths %w", errNotConfig))
+			continue
+		}
+		c, err := e.credential()
+		if err != nil {
+			failed = append(failed, err)
+		} else if !c.anonymous() {
+			return c, nil
+		}
+	}
+	return Credential{}, joined(failed)
+}
+
+// credentialKey reads a name of auths: the registry, as references name it, and the path of the
+// repositories for which the entry is, "" for all. A name that can't be read has no registry.
+//
+// Docker has written the address of an API ("https://index.docker.io/v1/"), podman writes
+// "quay.io/org". The paths v1 and v2 are those of the API, and what follows them is not a repository.
+func credentialKey(key string) (host, path string) {
+	rest, scheme := key, ""
+	if i := strings.Index(key, "://"); i >= 0 {
+		scheme, rest = strings.ToLower(key[:i]), key[i+3:]
+	}
+	if scheme != "" && scheme != "https" && scheme != "http" {
+		return "", ""
+	}
+	host, path, _ = strings.Cut(rest, "/")
+	host = strings.ToLower(host)
+	switch scheme {
+	case "https":
+		host = strings.TrimSuffix(host, ":443")
+	case "http":
+		host = strings.TrimSuffix(host, ":80")
+	}
+	switch host {
+	case "registry-1.docker.io", "registry.hub.docker.com", "hub.docker.com":
+		host = registryDockerHub
+	}
+	host, err := canonicalHost(host)
+	if err != nil {
+		return "", ""
+	}
+	path = strings.Trim(path, "/")
+	first, _, _ := strings.Cut(path, "/")
+	if (first == "v1" || first == "v2") && (scheme != "" || path == first) {
+		path = ""
+	}
+	return host, path
+}
+
+// credential returns what an entry holds. A user and password in auth come before the fields.
 func (e credentialEntry) credential() (Credential, error) {
 	c := Credential{Username: e.Username, Password: e.Password, IdentityToken: e.IdentityToken, RegistryToken: e.RegistryToken}
-	if e.Auth != "" {
-		b, err := base64.StdEncoding.DecodeString(e.Auth)
+	if text := plainBase64(e.Auth); text != "" {
+		b, err := base64.RawStdEncoding.DecodeString(text)
 		user, password, ok := strings.Cut(string(b), ":")
 		if err != nil || !ok {
 			return Credential{}, errors.New("an auth is not user:password in base64")
@@ -151,6 +270,13 @@ func (e credentialEntry) credential() (Credential, error) {
 		c.Username, c.Password = user, strings.TrimRight(password, "\x00")
 	}
 	return c, nil
+}
+
+// plainBase64 gives the spellings of base64 one form: without padding and blanks, in the standard
+// alphabet.
+func plainBase64(s string) string {
+	s = strings.Join(strings.Fields(s), "")
+	return strings.NewReplacer("-", "+", "_", "/").Replace(strings.TrimRight(s, "="))
 }
 
 // askHelper runs a credential helper for at most limit: the host goes in, JSON comes out.

@@ -120,10 +120,15 @@ func TestFirstCredential(t *testing.T) {
 				return ocilocal.Credential{}, failed
 			}
 			return ocilocal.Credential{}, nil
-		}, static("fails.test", "four")}
+		}, static("fails.test", "four"), func(_ context.Context, host, _ string) (ocilocal.Credential, error) {
+			if host == "broken.test" {
+				return ocilocal.Credential{Source: "keyring"}, failed
+			}
+			return ocilocal.Credential{}, nil
+		}}
 	first := ocilocal.FirstCredential(sources...)
 	sources[0] = nil
-	for host, want := range map[string]string{"a.test": "one", "b.test": "two", "none.test": ""} {
+	for host, want := range map[string]string{"a.test": "one", "b.test": "two", "none.test": "", "fails.test": "four"} {
 		if got, err := first(t.Context(), host, "x"); err != nil || got.Username != want || got.Source == "" {
 			t.Errorf("%s: %v, %v", host, got, err)
 		}
@@ -131,8 +136,8 @@ func TestFirstCredential(t *testing.T) {
 	if got, err := first(t.Context(), "none.test", "x"); !strings.Contains(got.Source, "a.test, StaticCredential for b.test") {
 		t.Errorf("%v, %v", got, err)
 	}
-	if _, err := first(t.Context(), "fails.test", "x"); !errors.Is(err, failed) {
-		t.Error(err)
+	if got, err := first(t.Context(), "broken.test", "x"); !errors.Is(err, failed) || !strings.HasSuffix(got.Source, "keyring") {
+		t.Errorf("%v, %v", got, err)
 	}
 	if got, err := ocilocal.FirstCredential()(t.Context(), "a.test", "x"); err != nil || got != (ocilocal.Credential{}) {
 		t.Errorf("%v, %v", got, err)
@@ -161,6 +166,138 @@ func TestDefaultCredentials(t *testing.T) {
 		}
 		if text := fmt.Sprintf("%v %+v %#v %s", got, got, &got, raw); strings.Contains(text, "secret") {
 			t.Error("printed:", text)
+		}
+	}
+}
+
+// TestCredentialKeys: the names under which docker, podman and others have written credentials.
+func TestCredentialKeys(t *testing.T) {
+	const entry = `{"username":"u","password":"p"}`
+	for ref, keys := range map[string][]string{
+		"r.test/org/x": {
+			"r.test", "R.test", "r.test/", "r.test/v1/", "r.test/v2", "http://r.test/", "https://r.test", "HTTPS://r.test/v1", "https://r.test/v2/", "https://r.test:443/v2/",
+			"https://r.test/v2/_catalog", "r.test/org", "r.test/org/", "https://r.test/org/x", "r.test/org/x/",
+		},
+		"docker.io/library/x": {
+			"https://index.docker.io/v1/", "https://index.docker.io/v1", "index.docker.io/v1/", "index.docker.io", "docker.io", "https://docker.io/", "registry-1.docker.io",
+			"https://registry-1.docker.io/v2", "registry.hub.docker.com", "hub.docker.com", "docker.io/library",
+		},
+		"localhost:5000/a": {"http://localhost:5000/", "localhost:5000/", "http://localhost:5000/v2/"},
+		"[::1]:5000/a":     {"[::1]:5000", "http://[0:0::1]:5000/"},
+		"not r.test/org/x": {
+			"r.test.evil.test", "r.test:5000", "r.test/organ", "r.test/org/x/y", "r.test@evil.test", "ftp://r.test", "http://r.test:443", "https://r.test:80", "", "/", "https://", "r.test/org/v2",
+			"x/r.test", "test", "https://evil.test/r.test",
+		},
+	} {
+		name, not := strings.CutPrefix(ref, "not ")
+		host, repository, _ := strings.Cut(name, "/")
+		for _, key := range keys {
+			file := filepath.Join(t.TempDir(), "config.json")
+			write(t, file, fmt.Sprintf(`{"auths":{%q:%s}}`, key, entry))
+			got, err := ocilocal.FileCredentials(file)(t.Context(), host, repository)
+			if err != nil || (got.Username == "u") == not {
+				t.Errorf("%q for %s: %v, %v", key, ref, got, err)
+			}
+		}
+	}
+	// The longest path counts, and an entry that holds something before an empty one.
+	for doc, want := range map[string]string{
+		`{"r.test":{"username":"host"},"r.test/org":{"username":"org"},"r.test/org/x":{"username":"x"}}`: "x",
+		`{"r.test":{"username":"host"},"r.test/org":{"username":"org"},"r.test/other":{"username":"o"}}`: "org",
+		`{"r.test":{"username":"host"},"r.test/org":{},"r.test/org/x":{"auth":null}}`:                    "host",
+		`{"r.test":{},"https://r.test/v2/":{"username":"address"}}`:                                      "address",
+		`{"r.test":{"username":"plain"},"https://r.test":{"username":"address"}}`:                        "plain",
+		`{"r.test":{"password":5},"https://r.test":{"username":"address"}}`:                              "address",
+	} {
+		file := filepath.Join(t.TempDir(), "config.json")
+		write(t, file, `{"auths":`+doc+`}`)
+		if got, err := ocilocal.FileCredentials(file)(t.Context(), "r.test", "org/x"); err != nil || got.Username != want {
+			t.Errorf("%s: %v, %v", doc, got, err)
+		}
+	}
+	// The spellings of base64.
+	for _, text := range []string{"dXNlcjpwPz5+fg==", "dXNlcjpwPz5+fg", "dXNlcjpwPz5-fg==", "dXNlcjpwPz5-fg", `dXNlcjpwPz5+fg==\n`, `dXNlcjpw\nPz5+fg==`} {
+		file := filepath.Join(t.TempDir(), "config.json")
+		write(t, file, `{"auths":{"r.test":{"auth":"`+text+`"}}}`)
+		if got, err := ocilocal.FileCredentials(file)(t.Context(), "r.test", "x"); err != nil || got.Username != "user" || got.Password != "p?>~~" {
+			t.Errorf("%q: %v, %v", text, got, err)
+		}
+	}
+}
+
+// TestFaultySources: a source of credentials that holds nothing, or can't be read, breaks no call that
+// needs none, and hides no later source. A call that then fails names it.
+func TestFaultySources(t *testing.T) {
+	dir := t.TempDir()
+	file := func(name, text string) string {
+		name = filepath.Join(dir, name)
+		write(t, name, text)
+		return name
+	}
+	s := newServer(t)
+	s.put(t, "org/model", "v1", noise(1, 10))
+	private := newServer(t)
+	private.user, private.password = "me", secretPassword
+	private.put(t, "org/model", "v1", noise(1, 10))
+	good := ocilocal.StaticCredential(private.host, ocilocal.Credential{Username: "me", Password: secretPassword})
+	for name, c := range map[string]struct {
+		file  string
+		empty bool // there is nothing wrong with it
+	}{
+		"missing":        {filepath.Join(dir, "missing"), true},
+		"below a file":   {filepath.Join(file("plain", "x"), "config.json"), true},
+		"null device":    {os.DevNull, true},
+		"no bytes":       {file("zero", ""), true},
+		"a newline":      {file("newline", "\n"), true},
+		"BOM":            {file("bom", "\ufeff{}"), true},
+		"null":           {file("null", "null"), true},
+		"a list":         {file("list", `{"auths":[]}`), true},
+		"store is false": {file("false", `{"credsStore":false}`), true},
+		"another's":      {file("another", `{"auths":{"other.test":{"password":7}},"credHelpers":{"other.test":"not-there"}}`), true},
+		"a directory":    {dir, false},
+		"not JSON":       {file("text", "hush"), false},
+		"bad auth":       {file("auth", fmt.Sprintf(`{"auths":{%q:{"auth":"hush"}}}`, private.host)), false},
+		"a number":       {file("number", fmt.Sprintf(`{"auths":{%q:{"password":7}}}`, private.host)), false},
+		"no helper":      {file("helper", `{"credsStore":"not-there"}`), false},
+		"a bad helper":   {file("bad", fmt.Sprintf(`{"credHelpers":{%q:"../sh"}}`, private.host)), false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			source := ocilocal.FileCredentials(c.file)
+			if _, err := (&ocilocal.Remote{Credentials: source}).Manifest(t.Context(), s.ref("org/model:v1")); err != nil {
+				t.Errorf("without a need: %v", err)
+			}
+			if _, err := (&ocilocal.Remote{Credentials: ocilocal.FirstCredential(source, good)}).Manifest(t.Context(), private.ref("org/model:v1")); err != nil {
+				t.Errorf("before a good source: %v", err)
+			}
+			_, err := (&ocilocal.Remote{Credentials: source}).Manifest(t.Context(), private.ref("org/model:v1"))
+			mustFail(t, err, ocilocal.ErrUnauthorized)
+			if !strings.Contains(err.Error(), c.file) || strings.Contains(err.Error(), "(credentials for") == c.empty {
+				t.Errorf("%v", err)
+			}
+		})
+	}
+}
+
+// The text of a config.json may be in the environment, and OMMX's variables are for one registry.
+func TestEnvironmentCredentials(t *testing.T) {
+	t.Setenv("HOME", t.TempDir())
+	for _, name := range []string{"DOCKER_CONFIG", "REGISTRY_AUTH_FILE", "XDG_RUNTIME_DIR", "XDG_CONFIG_HOME"} {
+		t.Setenv(name, filepath.Join(t.TempDir(), "none"))
+	}
+	t.Setenv("DOCKER_AUTH_CONFIG", `{"auths":{"https://r.test/v1/":{"auth":"dTpw"}}}`)
+	t.Setenv("OMMX_BASIC_AUTH_USERNAME", "ommx")
+	t.Setenv("OMMX_BASIC_AUTH_PASSWORD", "secret")
+	for domain, named := range map[string]string{"ommx.test": "ommx.test", "https://OMMX.test/": "ommx.test", "": "", "bad host": "", "docker.io": "docker.io", "index.docker.io": "docker.io"} {
+		t.Setenv("OMMX_BASIC_AUTH_DOMAIN", domain)
+		for _, host := range []string{"ommx.test", "ommx.test:5000", "docker.io", "other.test", "r.test"} {
+			want := map[bool]string{true: "ommx"}[host == named]
+			if host == "r.test" {
+				want = "u"
+			}
+			got, err := ocilocal.DefaultCredentials()(t.Context(), host, "org/x")
+			if err != nil || got.Username != want {
+				t.Errorf("domain %q, host %s: %v, %v", domain, host, got, err)
+			}
 		}
 	}
 }

@@ -498,8 +498,8 @@ func FuzzDockerConfig(f *testing.F) {
 		if err != nil || len(raw) > 64<<10 {
 			return
 		}
-		doc := &credentialFile{}
-		if err := parseCredentialFile(raw, doc); err != nil {
+		doc, err := parseCredentialFile(raw)
+		if err != nil {
 			checkFuzzedCredentialError(t, raw, err)
 			return
 		}
@@ -511,11 +511,15 @@ func FuzzDockerConfig(f *testing.F) {
 			checkFuzzedCredentialError(t, raw, err)
 			return
 		}
-		if doc.CredsStore != "" || doc.CredHelpers[ref.Registry()] != "" {
+		if c.anonymous() && (helperName(doc.store) != "" || helperName(doc.helpers[ref.Registry()]) != "") {
 			t.Fatal("a helper that isn't there was asked, and had no error")
 		}
-		if !c.anonymous() && !slices.ContainsFunc(slices.Collect(maps.Keys(doc.Auths)), func(key string) bool {
-			e, err := doc.Auths[key].credential()
+		if !c.anonymous() && !slices.ContainsFunc(slices.Collect(maps.Keys(doc.auths)), func(key string) bool {
+			var entry credentialEntry
+			if json.Unmarshal(doc.auths[key], &entry) != nil {
+				return false
+			}
+			e, err := entry.credential()
 			return err == nil && e == c && credentialKeyFits(key, ref)
 		}) {
 			t.Fatalf("%s gets a credential that isn't its own", ref)
@@ -526,17 +530,27 @@ func FuzzDockerConfig(f *testing.F) {
 
 // credentialKeyFits says which of the file's names are those of a reference's registry or of a path above it.
 func credentialKeyFits(key string, ref Reference) bool {
+	if scheme, rest, ok := strings.Cut(key, "://"); ok {
+		key = strings.ToLower(scheme) + "://" + rest
+	}
+	address := strings.HasPrefix(key, "https://") || strings.HasPrefix(key, "http://")
 	host, path, _ := strings.Cut(strings.TrimPrefix(strings.TrimPrefix(key, "https://"), "http://"), "/")
-	if ref.Registry() == registryDockerHub && (host == "index.docker.io" || host == "registry-1.docker.io") {
+	if host = strings.ToLower(host); strings.HasPrefix(key, "https://") {
+		host = strings.TrimSuffix(host, ":443")
+	} else if address {
+		host = strings.TrimSuffix(host, ":80")
+	}
+	if ref.Registry() == registryDockerHub && slices.Contains([]string{"index.docker.io", "registry-1.docker.io", "registry.hub.docker.com", "hub.docker.com"}, host) {
 		host = registryDockerHub
 	}
-	if host != ref.Registry() {
+	if name, err := ParseReference(host + "/x:v1"); host != ref.Registry() && (err != nil || name.Registry() != ref.Registry()) {
 		return false
 	}
-	if strings.Contains(key, "://") {
-		return path == "" || path == "v1/" || path == "v2/"
+	path = strings.Trim(path, "/")
+	if path == "" || path == "v1" || path == "v2" || address && (strings.HasPrefix(path, "v1/") || strings.HasPrefix(path, "v2/")) {
+		return true
 	}
-	return path == "" || strings.HasPrefix(ref.Repository()+"/", path+"/")
+	return strings.HasPrefix(ref.Repository()+"/", path+"/")
 }
 
 // checkFuzzedCredentialError: what is quoted of the file, if anything, is what it calls a helper.

@@ -3,7 +3,6 @@ package ocilocal
 import (
 	"context"
 	"crypto/tls"
-	"errors"
 	"fmt"
 	"net"
 	"net/http"
@@ -129,8 +128,12 @@ func (h *remoteHost) reached(address string) {
 	}
 }
 
-// errRefusedAddress is the reason for which an address is refused.
-var errRefusedAddress = errors.New("not a public address (Remote.AllowAddress can allow it)")
+// A refusedAddress is the reason for which a request is not sent. Its text quotes nobody.
+type refusedAddress struct{ addr netip.Addr }
+
+func (e *refusedAddress) Error() string {
+	return fmt.Sprintf("%s is not a public address (Remote.AllowAddress can allow it)", e.addr)
+}
 
 // checkHost refuses the host of an address that the registry names, as far as that can be told
 // before connecting. The error has no sentinel.
@@ -141,7 +144,7 @@ func (p *remoteRepo) checkHost(ctx context.Context, u *url.URL) error {
 	}
 	if addr, err := netip.ParseAddr(host); err == nil {
 		if !p.mayDial(addr) {
-			return fmt.Errorf("%s is %w", printable(host), errRefusedAddress)
+			return &refusedAddress{addr}
 		}
 		return nil
 	}
@@ -151,8 +154,8 @@ func (p *remoteRepo) checkHost(ctx context.Context, u *url.URL) error {
 	}
 	if transportOf(p.remote.httpClient()) == nil { // its connections can't be checked: look where they probably lead
 		addrs, err := net.DefaultResolver.LookupNetIP(ctx, "ip", host)
-		if err == nil && slices.ContainsFunc(addrs, func(a netip.Addr) bool { return !p.mayDial(a) }) {
-			return fmt.Errorf("%s is at an address that is %w", printable(host), errRefusedAddress)
+		if i := slices.IndexFunc(addrs, func(a netip.Addr) bool { return !p.mayDial(a) }); err == nil && i >= 0 {
+			return fmt.Errorf("%s is at %w", printable(host), &refusedAddress{addrs[i]})
 		}
 	}
 	return nil
@@ -253,7 +256,7 @@ func checkDialed(ctx context.Context, address string) error {
 	if err != nil || p.mayDial(to.Addr()) {
 		return nil
 	}
-	return fmt.Errorf("%w: %s leads to %s, which is %w", ErrProtocol, p.host.name, to.Addr(), errRefusedAddress)
+	return fmt.Errorf("%w: %s leads elsewhere: %w", ErrProtocol, p.host.name, &refusedAddress{to.Addr()})
 }
 
 // proxied reports whether client goes through a proxy to u.

@@ -219,7 +219,7 @@ func tokens(expiresIn string, given *int) func(*http.Request) (*http.Response, e
 // no longer than an hour, and a minute if it says nothing.
 func TestTokenExpires(t *testing.T) {
 	for says, life := range map[string]time.Duration{
-		`,"expires_in":300`: 300 * time.Second, ``: time.Minute, `,"expires_in":0`: time.Minute, `,"expires_in":-1`: time.Minute,
+		`,"expires_in":300`: 300 * time.Second, `,"expires_in":"300"`: 300 * time.Second, `,"expires_in":"soon"`: time.Minute, ``: time.Minute, `,"expires_in":0`: time.Minute, `,"expires_in":-1`: time.Minute,
 		`,"expires_in":1e300`: time.Hour, `,"expires_in":86400`: time.Hour,
 	} {
 		synctest.Test(t, func(t *testing.T) {

@@ -133,6 +133,9 @@ func fixedCauses(err error) []error {
 			list = append(list, fixed)
 		}
 	}
+	if refused, ok := errors.AsType[*refusedAddress](err); ok {
+		list = append(list, refused)
+	}
 	if number, ok := errors.AsType[syscall.Errno](err); ok {
 		list = append(list, number)
 	}
@@ -144,7 +147,7 @@ var fixedErrors = []error{
 	ErrNotFound, ErrUnauthorized, ErrDenied, ErrRateLimited, ErrUnsupportedManifest, ErrTooLarge, ErrRejected, ErrProtocol, ErrTransport,
 	ErrDigestMismatch, ErrSizeMismatch, ErrInvalidManifest, ErrInvalidReference, ErrInvalidDigest, ErrInvalidArgument,
 	ErrUnsupportedMediaType, ErrArtifactType, ErrIncomplete, ErrConflict, ErrExists, ErrClosed, ErrReadOnly, ErrNoSpace,
-	errors.ErrUnsupported, errStalled, errRefusedAddress, errNoHost, errAuthority, errHostName, errCertificate, errAlert,
+	errors.ErrUnsupported, errStalled, errNoHost, errAuthority, errHostName, errCertificate, errAlert,
 	context.Canceled, context.DeadlineExceeded, io.EOF, io.ErrUnexpectedEOF, net.ErrClosed,
 	http.ErrSchemeMismatch,
 }

@@ -1,6 +1,7 @@
 package ocilocal
 
 import (
+	"bytes"
 	"context"
 	"crypto/sha256"
 	"encoding/base64"
@@ -11,6 +12,7 @@ import (
 	"net/http"
 	"net/url"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 )
@@ -103,16 +105,16 @@ type tokenAnswer struct {
 // parseToken reads the body of a token server's answer.
 func parseToken(body []byte) (a tokenAnswer, err error) {
 	var doc struct {
-		Token       string  `json:"token"`
-		AccessToken string  `json:"access_token"`
-		ExpiresIn   float64 `json:"expires_in"`
+		Token       any `json:"token"`
+		AccessToken any `json:"access_token"`
+		ExpiresIn   any `json:"expires_in"`
 	}
-	if json.Unmarshal(body, &doc) != nil { // whose error could quote the token
+	if json.Unmarshal(bytes.TrimPrefix(body, []byte("\ufeff")), &doc) != nil { // the error could quote the token
 		return a, errors.New("is not JSON of the right form")
 	}
-	a.token = doc.Token
+	a.token, _ = doc.Token.(string)
 	if a.token == "" {
-		a.token = doc.AccessToken
+		a.token, _ = doc.AccessToken.(string)
 	}
 	if a.token == "" || len(a.token) > maxTokenLen {
 		return a, fmt.Errorf("has a token of %d bytes", len(a.token))
@@ -124,10 +126,15 @@ func parseToken(body []byte) (a tokenAnswer, err error) {
 	}
 	// A minute is what the protocol says when the server doesn't. Some go early, since clocks and wires differ.
 	seconds := 60.0
-	if doc.ExpiresIn > 0 {
-		seconds = min(doc.ExpiresIn, 3600)
+	says, ok := doc.ExpiresIn.(float64)
+	if text, isText := doc.ExpiresIn.(string); isText {
+		says, err = strconv.ParseFloat(strings.TrimSpace(text), 64)
+		ok = err == nil
 	}
-	a.lifetime = time.Duration(seconds*0.9) * time.Second
+	if ok && says > 0 {
+		seconds = min(says, 3600)
+	}
+	a.lifetime = time.Duration(seconds * 0.9 * float64(time.Second))
 	return a, nil
 }
 
@@ -184,7 +191,11 @@ func (e *RemoteError) explainToken(host string, cred *Credential) {
 	switch e.Status {
 	case http.StatusBadRequest, http.StatusUnauthorized, http.StatusForbidden:
 		e.final = true
-		e.Err = fmt.Errorf("%w: the token server of %s refuses the %s", ErrUnauthorized, host, cred)
+		who := "the " + cred.String()
+		if cred.anonymous() {
+			who = "anonymous access"
+		}
+		e.Err = fmt.Errorf("%w: the token server of %s refuses %s", ErrUnauthorized, host, who)
 	}
 }
 

@@ -137,7 +137,7 @@ func (p *remoteRepo) try(ctx context.Context, c *remoteCall) (*http.Response, er
 	}
 	if err != nil {
 		<-p.host.slots
-		return nil, p.conceal(err)
+		return nil, p.blame(p.conceal(err))
 	}
 	res.Body = &slotBody{ReadCloser: res.Body, release: sync.OnceFunc(func() { <-p.host.slots })}
 	return res, nil
