@@ -64,6 +64,7 @@ type storeCheck struct {
 	collected bool             // nothing but what refs need may be there (I6)
 	blobs     map[string]int64 // digest → size of every file that hashes to its name
 	needed    map[string]bool  // what refs lead to
+	kept      map[string]bool  // what the subjects of that lead to
 	problems  []string
 }
 
@@ -296,12 +297,12 @@ func (c *storeCheck) index(want model) map[string]string {
 	// I6: after a collection there is nothing else.
 	if c.collected {
 		for d := range c.blobs {
-			if !c.needed[d] {
+			if !c.needed[d] && !c.kept[d] {
 				c.bad("I6: blob %s is there and nothing needs it", d)
 			}
 		}
 		for d := range sizes {
-			if !c.needed[d] {
+			if !c.needed[d] && !c.kept[d] {
 				c.bad("I6: row of %s is there and nothing needs it", d)
 			}
 		}
@@ -372,7 +373,11 @@ func (c *storeCheck) closure(ref, digest string, sizes map[string]string, rows m
 	}
 	if m.Subject != nil { // it may be absent, but a collection keeps one that is there
 		if _, there := c.blobs[m.Subject.Digest]; there {
+			// A killed collector may have left a part of it, with or without rows.
+			n, needed := len(c.problems), c.needed
+			c.needed = c.kept
 			c.closure(ref, m.Subject.Digest, sizes, rows, seen)
+			c.problems, c.needed, c.kept = c.problems[:n], needed, c.needed
 		}
 	}
 	return m.Annotations[labelKey]

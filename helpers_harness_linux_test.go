@@ -48,6 +48,7 @@ type refEvent struct {
 	start, end uint64
 	label      string
 	sure       bool
+	call       string // the operation, its process, and its outcome
 }
 
 // A refRead has seen a ref at a label at some moment between two stamps.
@@ -59,6 +60,7 @@ type refRead struct {
 // A rootHistory is what the processes of a round said they did, by ref.
 type rootHistory struct {
 	events    map[string][]refEvent
+	undone    map[string][]refEvent // calls that said they changed nothing, for messages
 	reads     []refRead
 	anonymous map[string]bool // labels of artifacts that were to have an anonymous name
 	faults    []string        // what a worker found wrong
@@ -66,7 +68,7 @@ type rootHistory struct {
 }
 
 func newHistory() *rootHistory {
-	return &rootHistory{events: map[string][]refEvent{}, anonymous: map[string]bool{}, ops: map[string]int{}}
+	return &rootHistory{events: map[string][]refEvent{}, undone: map[string][]refEvent{}, anonymous: map[string]bool{}, ops: map[string]int{}}
 }
 
 // A logLine is one line of a worker's log. Each is written by one system call, so that a kill
@@ -102,8 +104,11 @@ func (h *rootHistory) replay(name string, death uint64) error {
 		case "end":
 			t := open[r.ID]
 			delete(open, r.ID)
+			e := refEvent{t.Start, r.End, t.Label, r.Text == "ok", t.Text + ", " + r.Text + " " + r.Label}
 			if r.Text != "no" {
-				h.events[t.Ref] = append(h.events[t.Ref], refEvent{t.Start, r.End, t.Label, r.Text == "ok"})
+				h.events[t.Ref] = append(h.events[t.Ref], e)
+			} else {
+				h.undone[t.Ref] = append(h.undone[t.Ref], e)
 			}
 		case "read":
 			h.reads = append(h.reads, refRead{r.Start, r.End, r.Ref, r.Label})
@@ -116,7 +121,7 @@ func (h *rootHistory) replay(name string, death uint64) error {
 		}
 	}
 	for _, t := range open {
-		h.events[t.Ref] = append(h.events[t.Ref], refEvent{t.Start, death, t.Label, false})
+		h.events[t.Ref] = append(h.events[t.Ref], refEvent{t.Start, death, t.Label, false, t.Text + ", killed"})
 	}
 	return lines.Err()
 }
@@ -142,10 +147,21 @@ func (h *rootHistory) problems() []string {
 	found := slices.Clone(h.faults)
 	for _, r := range h.reads {
 		if p := h.possible(r.ref, r.start, r.end); !slices.Contains(p, r.label) {
-			found = append(found, fmt.Sprintf("between %d and %d %s read as %q, possible were %.20q", r.start, r.end, r.ref, r.label, p))
+			found = append(found, fmt.Sprintf("between %d and %d %s read as %q, possible were %.20q%s", r.start, r.end, r.ref, r.label, p, h.around(r)))
 		}
 	}
 	return found
+}
+
+// around says what happened to the ref of a read near to it, and all calls with its label.
+func (h *rootHistory) around(r refRead) string {
+	var b strings.Builder
+	for _, e := range slices.Concat(h.events[r.ref], h.undone[r.ref]) {
+		if e.label == r.label || e.start <= r.end && e.end+200 >= r.start {
+			fmt.Fprintf(&b, "\n\t%d to %d: %q by %s", e.start, e.end, e.label, e.call)
+		}
+	}
+	return b.String()
 }
 
 // model returns what each ref may be at the end.
@@ -161,11 +177,11 @@ func (h *rootHistory) model(end uint64) model {
 func TestHarnessHistory(t *testing.T) {
 	h := newHistory()
 	h.events["r"] = []refEvent{
-		{1, 2, "a", true},
-		{3, 6, "b", true},
-		{4, 5, "c", false}, // failed
-		{7, 9, "d", true},
-		{8, 20, "e", false}, // killed
+		{1, 2, "a", true, ""},
+		{3, 6, "b", true, ""},
+		{4, 5, "c", false, "failed"},
+		{7, 9, "d", true, ""},
+		{8, 20, "e", false, "killed"},
 	}
 	for _, c := range []struct {
 		start, end uint64

@@ -249,9 +249,13 @@ func (w *harnessWorker) change(rng *rand.Rand, name string, ref ocilocal.Referen
 	w.ids++
 	id := w.ids
 	w.mu.Unlock()
-	w.record(logLine{Kind: "try", ID: id, Start: w.clock.next(), Ref: ref.String(), Label: label})
-	outcome, _ := w.call(rng, name, fn, no...)
-	w.record(logLine{Kind: "end", ID: id, End: w.clock.next(), Text: outcome})
+	w.record(logLine{Kind: "try", ID: id, Start: w.clock.next(), Ref: ref.String(), Label: label, Text: fmt.Sprintf("%s of %d.%d", name, w.Worker, w.Life)})
+	outcome, err := w.call(rng, name, fn, no...)
+	end := logLine{Kind: "end", ID: id, End: w.clock.next(), Text: outcome}
+	if err != nil {
+		end.Label = err.Error()
+	}
+	w.record(end)
 	return outcome == "ok"
 }
 
@@ -602,14 +606,14 @@ func (w *harnessWorker) archive(rng *rand.Rand) {
 	}
 	ref := harnessRef(rng.IntN(harnessRefs))
 	w.change(rng, "import archive", ref, e.label, func(ctx context.Context, r *ocilocal.LocalRegistry) (err error) {
-		im := &ocilocal.ImportOptions{Reference: ref, PublishOptions: ocilocal.PublishOptions{Policy: ocilocal.Policy(rng.IntN(2))}}
+		im := &ocilocal.ImportOptions{Select: e.desc.Digest.String(), Reference: ref, PublishOptions: ocilocal.PublishOptions{Policy: ocilocal.Policy(rng.IntN(2))}}
 		if toFile {
 			_, err = r.ImportArchiveFile(ctx, name, im)
 		} else {
 			_, err = r.ImportArchive(ctx, &buf, im)
 		}
 		return err
-	}, ocilocal.ErrConflict)
+	}, ocilocal.ErrConflict, ocilocal.ErrNotFound) // another goroutine may have replaced the file
 }
 
 // layout does the same with a directory, to which one export after another adds.
