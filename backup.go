@@ -301,11 +301,7 @@ func (b *backup) leaveOut(ctx context.Context, tx *indexTx, missing []BackupFail
 
 // checkMark refuses a target whose refs somebody else has changed.
 func (b *backup) checkMark(q queryer) error {
-	mark, refs, err := refsMark(q)
-	if err != nil {
-		return err
-	}
-	last, err := meta(q, metaBackup)
+	mark, last, refs, err := refsMark(q)
 	if err == nil && refs > 0 && last != mark && !b.overwrite {
 		err = fmt.Errorf("%w: its refs were changed since the last backup (BackupOptions.Overwrite undoes that)", ErrConflict)
 	}
@@ -326,7 +322,7 @@ func (b *backup) merge(ctx context.Context, tx *indexTx) error {
 	if err != nil {
 		return err
 	}
-	mark, refs, err := refsMark(tx)
+	mark, _, refs, err := refsMark(tx)
 	if err != nil {
 		return err
 	}

@@ -26,14 +26,17 @@ const (
 	sqlMergeRefs = `INSERT OR REPLACE INTO main.refs SELECT * FROM (SELECT * FROM other.refs EXCEPT SELECT * FROM main.refs)`
 
 	// The sum has the time of each ref's last change in it, so any change shows.
-	sqlRefsMark = `SELECT count(*), coalesce(sum(updated % 1000000007), 0) FROM main.refs`
+	sqlRefsMark = `SELECT count(*), coalesce(sum(updated % 1000000007), 0),
+		coalesce((SELECT value FROM main.meta WHERE key = ?), '') FROM main.refs`
 )
 
-// refsMark returns a text that differs after any change of a ref, and how many refs there are.
-func refsMark(q queryer) (mark string, refs int, err error) {
+// refsMark returns a text that differs after any change of a ref, the text at the last backup to this
+// root, and how many refs there are. One statement reads all: between two, another backup could commit
+// and look like a change by somebody else.
+func refsMark(q queryer) (mark, last string, refs int, err error) {
 	var sum int64
-	_, err = q.row(sqlRefsMark, nil, &refs, &sum)
-	return fmt.Sprintf("%d.%d", refs, sum), refs, err
+	_, err = q.row(sqlRefsMark, []any{metaBackup}, &refs, &sum, &last)
+	return fmt.Sprintf("%d.%d", refs, sum), last, refs, err
 }
 
 // makeLeftOut makes the table in which a snapshot keeps the refs that leaveOut takes out.
