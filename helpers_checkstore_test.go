@@ -375,9 +375,12 @@ func (c *storeCheck) closure(ref, digest string, sizes map[string]string, rows m
 		if _, there := c.blobs[m.Subject.Digest]; there {
 			// A killed collector may have left a part of it, with or without rows.
 			n, needed := len(c.problems), c.needed
+			if c.kept == nil {
+				c.kept = map[string]bool{}
+			}
 			c.needed = c.kept
 			c.closure(ref, m.Subject.Digest, sizes, rows, seen)
-			c.problems, c.needed, c.kept = c.problems[:n], needed, c.needed
+			c.problems, c.needed = c.problems[:n], needed
 		}
 	}
 	return m.Annotations[labelKey]
