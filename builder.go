@@ -45,10 +45,15 @@ type Builder struct {
 // Errors: [ErrInvalidReference] for a zero ref or one with a digest, which can't be
 // known yet; [ErrInvalidArgument] for an artifact type that is no media type; [ErrReadOnly], [ErrClosed].
 func (r *LocalRegistry) NewBuilder(ref Reference, opts *BuilderOptions) (*Builder, error) {
+	err := ref.checkGiven()
+	if err != nil {
+		return nil, opError("start build of", ref.String(), "", err)
+	}
 	b, err := r.newBuilder(ref, opts)
 	return b, opError("start build of", ref.String(), "", err)
 }
 
+// newBuilder is NewBuilder that takes the zero Reference too, for an artifact that gets no ref.
 func (r *LocalRegistry) newBuilder(ref Reference, opts *BuilderOptions) (*Builder, error) {
 	end, err := r.begin(context.Background())
 	if err != nil {
@@ -64,9 +69,6 @@ func (r *LocalRegistry) newBuilder(ref Reference, opts *BuilderOptions) (*Builde
 	}
 	if b.opts.Format == FormatDefault {
 		b.opts.Format = FormatArtifactManifest
-	}
-	if err := ref.checkGiven(); err != nil {
-		return nil, err
 	}
 	switch {
 	case r.blobs.readOnly:

@@ -1,0 +1,64 @@
+package ocilocal_test
+
+import (
+	"testing"
+
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/ocilocal/ocilocal"
+)
+
+// A referrer without a name is attached to an artifact, listed here, and pushed by digest or with its subject.
+func TestReferrerBuilder(t *testing.T) {
+	s := newServer(t)
+	r := openRemote(t, nil)
+	subject := pushed(t, r, s.ref("org/model:v1"), nil, nil, noise(1, 10))
+	attach := func(text string) *ocilocal.LocalArtifact {
+		b, err := r.NewReferrerBuilder(*descOf(subject), &ocilocal.BuilderOptions{ArtifactType: testType, Format: ocilocal.FormatImageManifest})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := b.AddLayerBytes(t.Context(), "text/plain", []byte(text), nil); err != nil {
+			t.Fatal(err)
+		}
+		a, err := b.Build(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		return a
+	}
+	first, second := attach("one"), attach("two")
+	if !first.Reference().IsZero() {
+		t.Errorf("it is called %s", first.Reference())
+	}
+	n := 0
+	for d, err := range r.Referrers(t.Context(), subject.Digest(), nil) {
+		if err != nil || d.Digest != first.Digest() && d.Digest != second.Digest() {
+			t.Errorf("%v, %v", d, err)
+		}
+		n++
+	}
+	if n != 2 {
+		t.Errorf("%d referrers", n)
+	}
+	if _, err := r.Push(t.Context(), subject.Reference(), nil); err != nil {
+		t.Fatal(err)
+	}
+	pinned, err := subject.Reference().WithDigest(first.Digest())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := r.Push(t.Context(), pinned, nil); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := referrersOf(t, subject.Reference()); err != nil || len(got) != 1 || got[0] != first.Digest() {
+		t.Errorf("%q, %v", got, err)
+	}
+	if got, err := r.Push(t.Context(), subject.Reference(), &ocilocal.PushOptions{Referrers: true}); err != nil || len(got.Referrers) != 2 {
+		t.Errorf("%+v, %v", got, err)
+	}
+	_, err = r.NewReferrerBuilder(ocispec.Descriptor{}, nil)
+	mustFail(t, err, ocilocal.ErrInvalidManifest)
+	_, err = r.NewReferrerBuilder(*descOf(subject), &ocilocal.BuilderOptions{PublishOptions: ocilocal.PublishOptions{Policy: ocilocal.Replace}})
+	mustFail(t, err, ocilocal.ErrInvalidArgument)
+}
