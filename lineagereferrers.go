@@ -19,6 +19,9 @@ type ReferrersOptions struct {
 	Limit int
 }
 
+// MaxReferrers is how many referrers a push, a pull or a copy takes along at most. More is [ErrTooLarge].
+const MaxReferrers = 1000
+
 // Referrers lists the manifests whose subject is that digest, in the order of their own digests, by
 // the index alone. The subject itself need not be in the registry. A referrer without a ref is
 // listed until it is collected.

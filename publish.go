@@ -84,7 +84,7 @@ func (u *RefUpdate) conflict(expected digest.Digest) error {
 type publication struct {
 	ref  Reference // zero: stored without a ref
 	root ocispec.Descriptor
-	// manifests are root and the manifests below it, children before parents.
+	// manifests are root, the manifests below it and referrers that come along; children before parents.
 	manifests []pendingManifest
 	PublishOptions
 }
@@ -160,14 +160,18 @@ func (r *LocalRegistry) publish(ctx context.Context, st *stage, pubs []publicati
 			if updates[i].Outcome == Conflicted {
 				continue
 			}
-			var desc ocispec.Descriptor // of the root, which comes last
-			for _, m := range p.manifests {
-				if desc, err = record(ctx, tx, st, m, checked, now); err != nil {
+			var root ocispec.Descriptor
+			for _, m := range p.manifests { // the root is not the last one if referrers came along
+				desc, err := record(ctx, tx, st, m, checked, now)
+				if err != nil {
 					return err
+				}
+				if desc.Digest == p.root.Digest {
+					root = desc
 				}
 			}
 			if o := updates[i].Outcome; o == Inserted || o == Replaced {
-				if err := tx.putRef(name, reference, desc, now); err != nil {
+				if err := tx.putRef(name, reference, root, now); err != nil {
 					return err
 				}
 			}

@@ -49,9 +49,6 @@ type PushResult struct {
 	BytesSent    int64                // of blobs
 }
 
-// MaxReferrers is how many referrers a push or pull takes along at most. More is [ErrTooLarge].
-const MaxReferrers = 1000
-
 // Push sends the artifact that ref names to its remote registry: first the blobs that the
 // repository doesn't have, several at a time, then the manifests, an
 // image index after its members. If another local ref says that a blob is in another

@@ -1,0 +1,106 @@
+package ocilocal
+
+import (
+	"context"
+	"fmt"
+	"maps"
+
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+)
+
+// ImportRegistry copies the artifact that ref names in another local registry into this one, with everything that it
+// needs. It keeps its reference, unless opts name another one. Files are copied by the kernel where it can, and each
+// is verified. With [ImportOptions.Referrers], the artifact's referrers in src come along. Both registries must stay open.
+//
+// ctx governs the call. Errors:
+//   - [ErrNotFound] or [ErrIncomplete] if src doesn't have it, or not all of it
+//   - [ErrDigestMismatch], [ErrSizeMismatch] for damaged content of src
+//   - otherwise those of [LocalRegistry.ImportLayout]
+func (r *LocalRegistry) ImportRegistry(ctx context.Context, src *LocalRegistry, ref Reference, opts *ImportOptions) (*ImportResult, error) {
+	result, err := r.importRegistry(ctx, src, ref, opts)
+	return result, opError("import", ref.String(), "", err)
+}
+
+func (r *LocalRegistry) importRegistry(ctx context.Context, src *LocalRegistry, ref Reference, opts *ImportOptions) (*ImportResult, error) {
+	end, err := r.beginWrite(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer end()
+	endToo, err := src.begin(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer endToo()
+	root, err := src.lookUp(ref)
+	if err != nil {
+		return nil, err
+	}
+	o := ImportOptions{}
+	if opts != nil {
+		o = *opts
+	}
+	o.one, o.Rename, o.Select = true, true, string(root.Digest)
+	root.Annotations = maps.Clone(root.Annotations)
+	if root.Annotations == nil {
+		root.Annotations = map[string]string{}
+	}
+	root.Annotations[ocispec.AnnotationRefName] = ref.String()
+	entries := []ocispec.Descriptor{root}
+	if o.Referrers {
+		if entries, err = src.withReferrers(ctx, root); err != nil {
+			return nil, err
+		}
+	}
+	im := r.newImporter(&o)
+	defer func() { r.logDiscard(im.stage.discard()) }()
+	im.workers = diskWorkers
+	im.look = src.blobs.openDescriptor
+	im.fetch = func(ctx context.Context, desc ocispec.Descriptor, _ role) error {
+		f, _, err := src.blobs.openFile(desc.Digest, desc.Size)
+		if err != nil {
+			return incomplete(err)
+		}
+		defer f.Close()
+		if err := im.stage.putFile(ctx, f, desc.Digest, desc.Size); err != nil {
+			return fmt.Errorf("blob %s: %w", desc.Digest, err)
+		}
+		return nil
+	}
+	return im.run(ctx, &layoutIndex{entries: entries})
+}
+
+// openDescriptor is open of a descriptor's blob.
+func (s *blobStore) openDescriptor(ctx context.Context, desc ocispec.Descriptor) (*verifier, error) {
+	return s.open(ctx, desc.Digest, desc.Size)
+}
+
+// withReferrers returns a manifest, the referrers of everything that it needs, and their referrers.
+func (r *LocalRegistry) withReferrers(ctx context.Context, root ocispec.Descriptor) ([]ocispec.Descriptor, error) {
+	needs := r.newClosure()
+	if _, err := needs.add(ctx, root); err != nil {
+		return nil, incomplete(err)
+	}
+	list := []ocispec.Descriptor{root}
+	for i := 0; i < len(needs.manifests); i++ { // it grows
+		var found []ocispec.Descriptor
+		for d, err := range r.Referrers(ctx, needs.manifests[i].Digest, nil) {
+			if err != nil {
+				return nil, err
+			}
+			if found = append(found, d); len(list)+len(found) > MaxReferrers+1 {
+				return nil, fmt.Errorf("%w: more than %d referrers", ErrTooLarge, MaxReferrers)
+			}
+		}
+		for _, d := range found {
+			if needs.seen[d.Digest] {
+				continue
+			}
+			if _, err := needs.add(ctx, d); err != nil {
+				return nil, fmt.Errorf("referrer %s: %w", d.Digest, incomplete(err))
+			}
+			list = append(list, d)
+		}
+	}
+	return list, nil
+}

@@ -1,0 +1,62 @@
+package ocilocal_test
+
+import (
+	"path/filepath"
+	"testing"
+
+	"github.com/opencontainers/go-digest"
+
+	"github.com/ocilocal/ocilocal"
+)
+
+// An artifact is copied from one root into another, under its name or another one, with its referrers.
+func TestImportRegistry(t *testing.T) {
+	src, dst := openTemp(t, nil), openTemp(t, nil)
+	ref := ocilocal.MustParseReference("example.com/model:v1")
+	subject := pushed(t, src, ref, nil, nil, noise(1, 100), noise(2, 5<<20))
+	signature := pushed(t, src, ocilocal.MustParseReference("example.com/model:sig"), nil, descOf(subject), noise(3, 100))
+	got, err := dst.ImportRegistry(t.Context(), src, ref, nil)
+	if err != nil || got.Artifacts[0].Update.Outcome != ocilocal.Inserted || got.BlobsWritten != 4 || mustResolve(t, dst, ref).Digest != subject.Digest() {
+		t.Fatalf("%+v, %v", got, err)
+	}
+	if _, err := dst.LoadDigest(t.Context(), signature.Digest()); err == nil {
+		t.Error("a referrer came along unasked")
+	}
+	other := ocilocal.MustParseReference("example.com/other:v2")
+	got, err = dst.ImportRegistry(t.Context(), src, ref, &ocilocal.ImportOptions{Reference: other, Referrers: true})
+	if err != nil || len(got.Referrers) != 1 || mustResolve(t, dst, other).Digest != subject.Digest() {
+		t.Errorf("%+v, %+v, %v", got.Referrers, mustResolve(t, dst, other), err)
+	}
+	if _, err := dst.LoadDigest(t.Context(), signature.Digest()); err != nil {
+		t.Error(err)
+	}
+	if found := problems(t, dst, nil, nil); len(found) > 0 {
+		t.Errorf("%q", found)
+	}
+	// Damaged and absent content is not copied.
+	_, err = dst.ImportRegistry(t.Context(), src, ocilocal.MustParseReference("example.com/absent:v1"), nil)
+	mustFail(t, err, ocilocal.ErrNotFound)
+	rewriteReadOnly(t, blobFile(src, digest.FromBytes(noise(2, 5<<20))), flipBit)
+	empty := openTemp(t, nil)
+	_, err = empty.ImportRegistry(t.Context(), src, ref, nil)
+	mustFail(t, err, ocilocal.ErrDigestMismatch)
+	nothingIn(t, empty)
+}
+
+// The ref is the artifact's when referrers come along with it, and not that of one of them.
+func TestImportReferrersKeepRef(t *testing.T) {
+	src, dst := openTemp(t, nil), openTemp(t, nil)
+	ref := ocilocal.MustParseReference("example.com/model:v1")
+	subject := pushed(t, src, ref, nil, nil, noise(1, 100))
+	pushed(t, src, ocilocal.MustParseReference("example.com/model:sig"), nil, descOf(subject), noise(3, 100))
+	dir := filepath.Join(t.TempDir(), "layout")
+	if err := src.ExportLayout(t.Context(), dir, []ocilocal.Reference{ref}, &ocilocal.ExportOptions{Referrers: true}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := dst.ImportLayout(t.Context(), dir, &ocilocal.ImportOptions{Select: string(subject.Digest()), Referrers: true}); err != nil {
+		t.Fatal(err)
+	}
+	if got := mustResolve(t, dst, ref).Digest; got != subject.Digest() {
+		t.Errorf("the ref is at %s, want %s", got, subject.Digest())
+	}
+}
