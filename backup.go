@@ -55,9 +55,10 @@ type BackupFailure struct {
 // as they were in the backup.
 //
 // Errors:
-//   - [ErrIncomplete] with the report, after everything else was backed up, if blobs could not be read
-//   - [ErrConflict] if the backup's refs were changed and [BackupOptions.Overwrite] is not set, or if dir
-//     is a registry with another id
+//   - [ErrIncomplete] with the report, after everything else was backed up, if blobs could not be
+//     read
+//   - [ErrConflict] if the backup's refs were changed and [BackupOptions.Overwrite] is not set, or
+//     if dir is a registry with another id
 //   - [ErrInvalidArgument] if dir is this registry's or lies in it
 //   - [ErrBusy] if collections, here or there, kept deleting what was being copied
 //   - those of [Open], [ErrNoSpace], and any error from ctx or the file system
@@ -96,8 +97,8 @@ const maxBackupAttempts = 10
 //	snapshot  copy the index, as it is at one moment, into a private file of the target
 //	copy      bring the blobs of the snapshot to the target, durably
 //	leave out take manifests and refs that need a missing blob out of the snapshot
-//	merge     in one transaction of the target: check that nobody changed its refs, and that all blobs
-//	          are there; take in the rows of the snapshot; make the refs those of the snapshot
+//	merge     in one transaction of the target: check that nobody changed its refs, and that all
+//	          blobs are there; take in the rows of the snapshot; make the refs those of the snapshot
 //
 // Collections run meanwhile. If one has deleted a blob that the snapshot needs, the registry has
 // moved on, and the attempt ends with errCollected. The next one takes a new snapshot, and the

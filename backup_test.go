@@ -102,7 +102,7 @@ func TestBackup(t *testing.T) {
 	}
 	mustClose(t, restored)
 	checkBackup(t, dir, listed(t, r))
-	backUp(t, r, dir, ocilocal.BackupReport{Refs: 3, BlobsPresent: 5}) // a collection there is no change of its refs
+	backUp(t, r, dir, ocilocal.BackupReport{Refs: 3, BlobsPresent: 5}) // a collection there changes no refs
 }
 
 // A read-only registry can be backed up too, and the backup of a backup is one.
@@ -482,7 +482,7 @@ func TestBackupLive(t *testing.T) {
 	checkBackup(t, dir, listed(t, r))
 }
 
-// A collection in the backup, while blobs come in that nothing there needs yet, makes it begin anew.
+// A collection in the backup deletes blobs that nothing there needs yet: the backup starts again.
 func TestBackupBesideCollection(t *testing.T) {
 	r := openTemp(t, nil)
 	child(t, r, "example.com/a:v1", ocilocal.BuilderOptions{}, nil, nil, "one")

@@ -159,7 +159,7 @@ func TestConvertSubject(t *testing.T) {
 	}
 }
 
-// What comes from elsewhere has a config, data fields, platforms, and fields of its own.
+// Artifacts of other tools have configs, data fields, platforms and unknown fields.
 func TestConvertForeign(t *testing.T) {
 	ctx := t.Context()
 	const full = `{"architecture":"amd64"}`

@@ -271,7 +271,7 @@ func (p *repair) resize(ctx context.Context, d digest.Digest) error {
 		return err
 	}
 	if err != nil {
-		return nil // damaged: it has a problem of its own
+		return nil // it is damaged, and sort has another problem for that
 	}
 	return p.registry.write(ctx, func(tx *indexTx) error {
 		return tx.putBlob(d, size, roleManifest, time.Now()) // the row is there, so only its size changes

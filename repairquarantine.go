@@ -12,6 +12,9 @@ import (
 	"github.com/opencontainers/go-digest"
 )
 
+// A damaged file is never deleted: it may be all that is left of its content. It leaves blobs/ for
+// tmp/quarantine/<digest>, so that nothing reads it by accident and a good file can take its name.
+
 // quarantine moves damaged entries out of blobs/. Without files it moves those that are not regular
 // files, which nothing can heal in their place. With files it moves those that were not healed.
 func (p *repair) quarantine(ctx context.Context, files bool) error {

@@ -11,6 +11,11 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
+// Rows are written here as a publish writes them: the manifest and all that it needs are staged by
+// an importer whose source has nothing, and record checks each blob in the transaction. So a
+// manifest gets rows only if its closure is whole, and a collection that runs meanwhile can't break
+// it.
+
 // rewrite makes the rows of a recorded manifest agree with its bytes.
 func (p *repair) rewrite(ctx context.Context, d digest.Digest) error {
 	m, list, st, err := p.load(ctx, d)

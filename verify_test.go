@@ -71,7 +71,7 @@ func TestVerifyHoldsNoConnection(t *testing.T) {
 	done.Wait()
 }
 
-// What can't be decided because the index is busy is no problem of a blob.
+// If the index is busy, so that something cannot be decided, no blob is reported.
 func TestVerifyBusy(t *testing.T) {
 	ctx := t.Context()
 	r := openTemp(t, &ocilocal.Options{BusyTimeout: time.Millisecond})

@@ -45,7 +45,14 @@ func (v *verification) missing(ctx context.Context, d digest.Digest) (recorded, 
 	return recorded, needed, err
 }
 
-// blob checks one digest.
+// blob checks one digest. Others write meanwhile, so each finding is one of these:
+//
+//   - about bytes: the file was read and is what it is, whatever the index says by now
+//   - about a row and a file: it may only show a collection or a publish half way. A row is read
+//     again, by again, before it is reported. A file that is gone by the time it is opened was
+//     collected, and is not reported.
+//   - a condition of the process or an error of the index: it goes into e.err, ends the
+//     verification, and voids what was found for this digest
 func (v *verification) blob(ctx context.Context, e *verifyEntry) (problems []Problem) {
 	add := func(kind ProblemKind, err error) {
 		problems = append(problems, Problem{Kind: kind, Digest: e.digest, Err: err})
@@ -108,7 +115,9 @@ func (v *verification) blob(ctx context.Context, e *verifyEntry) (problems []Pro
 	return problems
 }
 
-// manifest checks a manifest's bytes, and compares them with its rows.
+// manifest checks a manifest's bytes, and compares them with its rows. A size mismatch with the
+// rows is found by blob, so the bytes are read by the file's own size. A manifest without a row is
+// reported only if something else says that it is one: otherwise it was collected, or is not one.
 func (v *verification) manifest(ctx context.Context, e *verifyEntry, size int64) []Problem {
 	problem := func(kind ProblemKind, err error) []Problem {
 		return []Problem{{Kind: kind, Digest: e.digest, Err: err}}
