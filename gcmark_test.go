@@ -222,8 +222,8 @@ func TestGCUnsafe(t *testing.T) {
 	}
 }
 
-// A referrer or a subject is kept, not needed. One that a killed collector has half deleted
-// stops neither a collection nor a backup, and is no loss to Verify. Its rows go.
+// A referrer or a subject is kept, not needed. If a killed collector has half deleted one, no
+// collection and no backup stops for it, Verify does not call it lost, and its rows are deleted.
 func TestHalfCollected(t *testing.T) {
 	for what, leave := range map[string]func(t *testing.T, r *ocilocal.LocalRegistry) *ocilocal.LocalArtifact{
 		"referrer": func(t *testing.T, r *ocilocal.LocalRegistry) *ocilocal.LocalArtifact {
@@ -300,5 +300,35 @@ func halfCollected(t *testing.T, r *ocilocal.LocalRegistry, a *ocilocal.LocalArt
 	}
 	if err := os.Remove(blobFile(r, a.Digest())); err != nil {
 		t.Fatal(err)
+	}
+}
+
+// The lists of a report are bounded. A needed manifest that is missing stops the collection also
+// when the list of what is missing is full.
+func TestGCUnsafeBeyondLists(t *testing.T) {
+	needsDeep(t, "an artifact of 1,100 layers")
+	r := openTemp(t, nil)
+	dontWatch(r.Root())
+	var texts []string
+	for i := range 1100 {
+		texts = append(texts, fmt.Sprint("layer ", i))
+	}
+	child(t, r, "example.com/large:v1", ocilocal.BuilderOptions{}, nil, nil, texts...)
+	lost := published(t, r, "example.com/lost:v1", "lost", nil)
+	gone := published(t, r, "example.com/gone:v1", "gone", nil)
+	if _, err := r.Remove(t.Context(), gone.Reference()); err != nil {
+		t.Fatal(err)
+	}
+	for _, text := range texts {
+		if err := os.Remove(blobFile(r, digest.FromString(text))); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := os.Remove(blobFile(r, lost.Digest())); err != nil {
+		t.Fatal(err)
+	}
+	report, err := r.GC(t.Context(), atOnce)
+	if !errors.Is(err, ocilocal.ErrUnsafe) || len(report.Missing) != 1000 || report.Deleted != (ocilocal.Count{}) {
+		t.Errorf("%v, %d missing, %+v deleted", err, len(report.Missing), report.Deleted)
 	}
 }

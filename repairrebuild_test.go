@@ -14,8 +14,8 @@ import (
 	"github.com/ocilocal/ocilocal"
 )
 
-// The index is lost, and blobs with it: what can't be recorded for that is told, is
-// safe from collections, and comes back when a source has what it lacks.
+// The index is lost, and some blobs too. Rebuild reports the artifacts that lack them. Collections
+// leave these alone, and they come back when a source has the blobs.
 func TestRebuildIncomplete(t *testing.T) {
 	ctx := t.Context()
 	r := openTemp(t, nil)
@@ -60,8 +60,8 @@ func TestRebuildIncomplete(t *testing.T) {
 	}
 }
 
-// A root that has lost its file id keeps its refs: the index is this package's. What is not
-// recognisable then isn't touched, but for one who renames it.
+// A root that has lost its file id keeps its refs, because the index is this package's. An index
+// that is not recognisable is then left alone until somebody renames it.
 func TestRebuildWithoutID(t *testing.T) {
 	for name, damage := range map[string]func(b []byte) []byte{"sound": nil, "damaged": func(b []byte) []byte {
 		copy(b, "no SQLite format") // where its name is
@@ -107,7 +107,7 @@ func TestRebuildWithoutID(t *testing.T) {
 	}
 }
 
-// TestRebuild loses or damages the whole index, and makes it anew from the blobs.
+// TestRebuild loses or damages the whole index, and makes a new one from the blobs.
 func TestRebuild(t *testing.T) {
 	index := func(r *ocilocal.LocalRegistry) string { return filepath.Join(r.Root(), "index.sqlite3") }
 	for what, c := range map[string]struct {

@@ -48,9 +48,9 @@ func (v *verification) missing(ctx context.Context, d digest.Digest) (recorded, 
 // blob checks one digest. Others write meanwhile, so each finding is one of these:
 //
 //   - about bytes: the file was read and is what it is, whatever the index says by now
-//   - about a row and a file: it may only show a collection or a publish half way. A row is read
-//     again, by again, before it is reported. A file that is gone by the time it is opened was
-//     collected, and is not reported.
+//   - about a row and a file: it may only show a publish or a collection half way. So whatever
+//     would mean a loss is looked at again, by again, before it is reported. A file that is gone by
+//     the time it is opened was collected, and is not reported.
 //   - a condition of the process or an error of the index: it goes into e.err, ends the
 //     verification, and voids what was found for this digest
 func (v *verification) blob(ctx context.Context, e *verifyEntry) (problems []Problem) {

@@ -13,8 +13,8 @@ import (
 	"github.com/ocilocal/ocilocal"
 )
 
-// TestCorruption damages a registry in every way that is told apart, and looks at
-// what Verify says, what a quick one says, what Repair does, and what is left then.
+// TestCorruption damages a registry in every way that has a kind of problem. It compares the
+// findings of Verify, those of a quick Verify, and those that Repair leaves.
 func TestCorruption(t *testing.T) {
 	t.Parallel()
 	const name = "example.com/a:v1"
