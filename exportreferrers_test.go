@@ -325,3 +325,22 @@ func TestImportReferrersHostile(t *testing.T) {
 		})
 	}
 }
+
+// TestImportReferrersNewRef imports an artifact with its referrers into an empty registry: its ref
+// points at the artifact, and not at what came along.
+func TestImportReferrersNewRef(t *testing.T) {
+	r := openTemp(t, nil)
+	app, _, _ := signed(t, r)
+	var archive bytes.Buffer
+	if err := r.ExportArchive(t.Context(), &archive, []ocilocal.Reference{app.Reference()}, &ocilocal.ExportOptions{Referrers: true}); err != nil {
+		t.Fatal(err)
+	}
+	to := openTemp(t, nil)
+	o := ocilocal.ImportOptions{Select: app.Reference().String(), Referrers: true}
+	if _, err := to.ImportArchive(t.Context(), bytes.NewReader(archive.Bytes()), &o); err != nil {
+		t.Fatal(err)
+	}
+	if d, err := to.Resolve(t.Context(), app.Reference()); err != nil || d.Digest != app.Digest() {
+		t.Errorf("%s is %v, want %s, %v", app.Reference(), d.Digest, app.Digest(), err)
+	}
+}

@@ -91,6 +91,8 @@ type ImportResult struct {
 	BlobsWritten int                  // blobs that the registry did not have
 	BlobsReused  int                  // blobs that it had
 	BytesWritten int64                // size of the former
+
+	missingSubjects []ocispec.Descriptor // of the manifests that came in, those that are nowhere
 }
 
 // Conflicts returns the updates whose outcome is [Conflicted]. Of those entries nothing was imported. Where
@@ -132,6 +134,9 @@ type importer struct {
 	tasks   *tasks // under way; nil without workers
 	// look opens a manifest of the source without staging it. Nil: what the source has is staged.
 	look func(ctx context.Context, desc ocispec.Descriptor) (*verifier, error)
+	// whole reports whether the source, or the registry, has a manifest and all that it needs. If it
+	// is not nil, subjects come in with what refers to them: see [importer.subjects].
+	whole func(ctx context.Context, desc ocispec.Descriptor) (bool, error)
 	// reusable decides whether a blob that the registry has may be used. Nil: every one may.
 	reusable  func(ctx context.Context, desc ocispec.Descriptor) (bool, error)
 	sizes     map[digest.Digest]int64 // what the closures hold
@@ -215,6 +220,11 @@ func (im *importer) collect(ctx context.Context, entries []ocispec.Descriptor, c
 		if p.root, err = im.manifest(ctx, e.Descriptor, 0, map[digest.Digest]bool{}, &p.manifests); err != nil {
 			return nil, nil, err
 		}
+		if im.whole != nil {
+			if result.missingSubjects, err = im.subjects(ctx, &p); err != nil {
+				return nil, nil, err
+			}
+		}
 		result.Artifacts = append(result.Artifacts, ImportedArtifact{Name: e.Annotations[ocispec.AnnotationRefName], Descriptor: p.root})
 		pubs = append(pubs, p)
 	}
@@ -222,6 +232,33 @@ func (im *importer) collect(ctx context.Context, entries []ocispec.Descriptor, c
 		result.Referrers, err = im.referrers(ctx, entries, &pubs[0])
 	}
 	return pubs, result, err
+}
+
+// subjects adds to p the subjects of its manifests, the subjects of these, and so on, as far as
+// the source or the registry has them whole. It returns the others.
+func (im *importer) subjects(ctx context.Context, p *publication) (missing []ocispec.Descriptor, err error) {
+	have := map[digest.Digest]bool{}
+	for _, m := range p.manifests {
+		have[m.Digest] = true
+	}
+	for i := 0; i < len(p.manifests); i++ { // it grows
+		s := p.manifests[i].subject
+		if s.Digest == "" || have[s.Digest] {
+			continue
+		}
+		have[s.Digest] = true
+		switch whole, err := im.whole(ctx, s); {
+		case err != nil:
+			return nil, err
+		case !whole:
+			missing = append(missing, s)
+			continue
+		}
+		if _, err := im.manifest(ctx, s, 0, have, &p.manifests); err != nil {
+			return nil, fmt.Errorf("subject %s: %w", s.Digest, err)
+		}
+	}
+	return missing, nil
 }
 
 // referrers adds to p the entries that refer to any of its manifests, those that
@@ -345,6 +382,9 @@ func (im *importer) read(ctx context.Context, desc ocispec.Descriptor, depth int
 	}
 	if im.parsed += desc.Size; im.parsed <= keepParsed {
 		p.parsed = m
+	}
+	if s := m.doc.Subject; s != nil {
+		p.subject = ocispec.Descriptor{MediaType: s.MediaType, Digest: s.Digest, Size: s.Size}
 	}
 	for i, c := range m.children() {
 		children = append(children, child{ocispec.Descriptor{MediaType: c.MediaType, Digest: c.Digest, Size: c.Size}, m.childRole(i)})

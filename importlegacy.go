@@ -47,6 +47,25 @@ func DefaultLegacyRoot() (string, error) {
 type LegacyOptions struct {
 	// Policy is for refs that point elsewhere here. Zero is [KeepExisting].
 	Policy Policy
+	// Name, if not nil, decides what each entry is called here. claimed is the name in the older registry,
+	// and ref is zero if that is not a reference. Name returns the reference to set. It can return
+	// [SkipEntry] to leave the entry out; any other error is reported as the entry's. It must not call the registry.
+	Name func(claimed string, ref Reference) (Reference, error)
+}
+
+// name applies Name to an entry. err says why claimed is not a reference.
+func (o *LegacyOptions) name(claimed string, ref Reference, err error) (Reference, error) {
+	if o.Name == nil {
+		return ref, err
+	}
+	named, refused := o.Name(claimed, ref)
+	switch {
+	case refused != nil:
+		return Reference{}, refused
+	case named.IsZero() && err != nil:
+		return Reference{}, err
+	}
+	return named, named.checkGiven()
 }
 
 // A LegacyReport counts what became of the entries of an older registry.
@@ -57,6 +76,10 @@ type LegacyReport struct {
 	Replaced   int // refs that were moved
 	Conflicted []RefUpdate
 	Failed     []LegacyFailure // entries that could not be imported
+	Skipped    []string        // entries that LegacyOptions.Name left out
+	// MissingSubjects are subjects of what was imported that neither registry has whole. The
+	// artifacts that refer to them are imported all the same.
+	MissingSubjects []digest.Digest
 }
 
 // A LegacyFailure says why one entry could not be imported.
@@ -68,6 +91,8 @@ type LegacyFailure struct {
 // add counts the outcome of one entry.
 func (l *LegacyReport) add(entry string, u RefUpdate, err error) {
 	switch {
+	case err == SkipEntry:
+		l.Skipped = append(l.Skipped, entry)
 	case u.Outcome == Conflicted:
 		l.Conflicted = append(l.Conflicted, u)
 	case err != nil:
@@ -116,7 +141,7 @@ func (r *LocalRegistry) importLegacy(ctx context.Context, dir string, opts *Lega
 	}
 	for _, entry := range entries {
 		report.Scanned++
-		u, err := r.importLegacyEntry(ctx, root, entry, Reference{}, opts.Policy)
+		u, err := r.importLegacyEntry(ctx, root, entry, Reference{}, opts)
 		if fatal(err) {
 			return err
 		}
@@ -139,6 +164,9 @@ func legacyEntries(ctx context.Context, root *rootDir, report *LegacyReport) ([]
 			at := path.Join(dir, name)
 			fi, err := root.Lstat(at)
 			if err == nil && !fi.IsDir() {
+				if name == ocispec.ImageLayoutFile { // a layout that nothing will import
+					report.Failed = append(report.Failed, LegacyFailure{dir, fmt.Errorf("%w: it is a layout, but its path has not the form host/repository/__tag", ErrInvalidLayout)})
+				}
 				return nil
 			}
 			if err == nil && strings.HasPrefix(name, "__") {
@@ -166,7 +194,7 @@ func legacyEntries(ctx context.Context, root *rootDir, report *LegacyReport) ([]
 }
 
 // importLegacyEntry imports one layout directory of the tree. ref, if not zero, is whom it is asked for.
-func (r *LocalRegistry) importLegacyEntry(ctx context.Context, root *rootDir, entry string, ref Reference, policy Policy) (RefUpdate, error) {
+func (r *LocalRegistry) importLegacyEntry(ctx context.Context, root *rootDir, entry string, ref Reference, opts *LegacyOptions) (RefUpdate, error) {
 	sub, err := root.below(entry)
 	if err != nil {
 		return RefUpdate{}, err
@@ -179,6 +207,9 @@ func (r *LocalRegistry) importLegacyEntry(ctx context.Context, root *rootDir, en
 	}
 	descs := index.entries
 	named, err := legacyName(entry, descs)
+	if ref.IsZero() {
+		named, err = opts.name(entry, named, err)
+	}
 	if err != nil {
 		return RefUpdate{}, err
 	}
@@ -189,24 +220,30 @@ func (r *LocalRegistry) importLegacyEntry(ctx context.Context, root *rootDir, en
 	} else if pin := ref.Digest(); pin != "" && named.Digest() == "" && len(descs) == 1 && descs[0].Digest != pin {
 		return RefUpdate{}, fmt.Errorf("%w: it is %s", ErrNotFound, descs[0].Digest)
 	}
-	return r.importAs(ctx, l, descs, ref, policy, func(m *Manifest) error {
+	im := r.importAs(l, ref, opts.Policy)
+	im.accept = func(m *Manifest) error {
 		if m.ArtifactType() != ArtifactTypeOMMX {
 			return fmt.Errorf("%w: %q is not %s", ErrArtifactType, clip(m.ArtifactType()), ArtifactTypeOMMX)
 		}
 		return nil
-	})
+	}
+	u, _, err := im.runOne(ctx, descs)
+	return u, err
 }
 
-// importAs imports the one entry of a layout under ref, unless accept refuses its manifest.
-func (r *LocalRegistry) importAs(ctx context.Context, l *layout, descs []ocispec.Descriptor, ref Reference, policy Policy, accept func(*Manifest) error) (RefUpdate, error) {
-	im := r.layoutImporter(l, &ImportOptions{Reference: ref, Rename: true, PublishOptions: PublishOptions{Policy: policy}, one: true})
-	defer func() { r.logDiscard(im.stage.discard()) }()
-	im.accept = accept
+// importAs returns an importer for the one entry of a layout, which is to be called ref.
+func (r *LocalRegistry) importAs(l *layout, ref Reference, policy Policy) *importer {
+	return r.layoutImporter(l, &ImportOptions{Reference: ref, Rename: true, PublishOptions: PublishOptions{Policy: policy}, one: true})
+}
+
+// runOne imports one entry and discards the stage. It returns what became of the ref, and the subjects that are missing.
+func (im *importer) runOne(ctx context.Context, descs []ocispec.Descriptor) (RefUpdate, []ocispec.Descriptor, error) {
+	defer func() { im.registry.logDiscard(im.stage.discard()) }()
 	result, err := im.run(ctx, &layoutIndex{entries: descs})
 	if result == nil || len(result.Artifacts) == 0 {
-		return RefUpdate{}, err
+		return RefUpdate{}, nil, err
 	}
-	return result.Artifacts[0].Update, err
+	return result.Artifacts[0].Update, result.missingSubjects, err
 }
 
 // legacyName decides what an entry is called. The path can't always be read
@@ -286,7 +323,7 @@ func (r *LocalRegistry) fetchLegacy(ctx context.Context, ref Reference) (found b
 			continue
 		}
 		if err == nil {
-			_, err = r.importLegacyEntry(ctx, root, entry, ref, KeepExisting)
+			_, err = r.importLegacyEntry(ctx, root, entry, ref, &LegacyOptions{})
 		}
 		if !errors.Is(err, ErrNotFound) {
 			if err != nil {

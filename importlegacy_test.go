@@ -478,3 +478,15 @@ func FuzzLegacyNames(f *testing.F) {
 		}
 	})
 }
+
+// TestImportLegacyStray reports a layout that lies in the tree under a path that names nothing.
+func TestImportLegacyStray(t *testing.T) {
+	root := legacyTree(t, map[string]string{"ghcr.io/org/demo/__v1": ""})
+	if err := os.Rename(filepath.Join(root, "ghcr.io", "org", "demo", "__v1"), filepath.Join(root, "ghcr.io", "org", "demo", "v1")); err != nil {
+		t.Fatal(err)
+	}
+	report, err := openTemp(t, nil).ImportLegacy(t.Context(), root, nil)
+	if err != nil || report.Scanned != 0 || len(report.Failed) != 1 || report.Failed[0].Entry != "ghcr.io/org/demo/v1" || !errors.Is(report.Failed[0].Err, ocilocal.ErrInvalidLayout) {
+		t.Errorf("%+v, %v", report, err)
+	}
+}

@@ -6,13 +6,15 @@ import (
 	"fmt"
 	"io/fs"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// ImportOMMX imports every ref of an OMMX v3 local registry: a root with an
+// ImportOMMX imports every ref of an OMMX v3 local registry, and what their subjects lead to: the
+// SDK takes an artifact's chain of subjects for part of it. An OMMX v3 registry is a root with an
 // index.sqlite3 of schema 1 or 2 and blobs/sha256/, where v2 kept its tree (see
 // [DefaultLegacyRoot]); [LocalRegistry.ImportLegacy] imports that tree. Artifacts of any
 // type are taken, with their bytes and digests. A bad entry doesn't stop the others: it is
@@ -51,11 +53,16 @@ func (r *LocalRegistry) importOMMX(ctx context.Context, dir string, opts *Legacy
 	l := &layout{root: root}
 	return theirs.ommxRefs(ctx, func(ref ommxRef) error {
 		report.Scanned++
-		u, err := r.importOMMXRef(ctx, l, ref, opts.Policy)
+		u, missing, err := r.importOMMXRef(ctx, l, ref, opts)
 		if fatal(err) {
 			return err
 		}
 		report.add(ref.String(), u, err)
+		for _, s := range missing {
+			if !slices.Contains(report.MissingSubjects, s.Digest) {
+				report.MissingSubjects = append(report.MissingSubjects, s.Digest)
+			}
+		}
 		return nil
 	})
 }
@@ -81,29 +88,81 @@ func (o ommxRef) String() string {
 	return clip(o.name + ":" + o.reference)
 }
 
-// importOMMXRef imports one ref. What the index says of its manifest, schema 1
-// more than schema 2, isn't needed: the manifest's own bytes say it.
-func (r *LocalRegistry) importOMMXRef(ctx context.Context, l *layout, o ommxRef, policy Policy) (RefUpdate, error) {
-	if strings.ContainsAny(o.name, "@") {
-		return RefUpdate{}, fmt.Errorf("%w: %q is no name", ErrInvalidReference, clip(o.name))
-	}
+// importOMMXRef imports one ref. The index also describes its manifest, schema 1 more than schema 2.
+// That is not used, since the manifest's own bytes say it.
+func (r *LocalRegistry) importOMMXRef(ctx context.Context, l *layout, o ommxRef, opts *LegacyOptions) (RefUpdate, []ocispec.Descriptor, error) {
 	ref, err := parseLegacyName(o.name + ":" + o.reference)
-	if err != nil {
-		return RefUpdate{}, err
+	if strings.ContainsAny(o.name, "@") {
+		ref, err = Reference{}, fmt.Errorf("%w: name %q has a digest", ErrInvalidReference, clip(o.name))
+	}
+	if ref, err = opts.name(o.name+":"+o.reference, ref, err); err != nil {
+		return RefUpdate{}, nil, err
 	}
 	desc := ocispec.Descriptor{Digest: digest.Digest(o.manifest), MediaType: "a manifest"}
+	m, err := l.manifest(desc, "")
+	if err != nil {
+		return RefUpdate{}, nil, err
+	}
+	desc.MediaType, desc.Size = m.MediaType(), m.Size()
+	im := r.importAs(l, ref, opts.Policy)
+	im.whole = func(ctx context.Context, desc ocispec.Descriptor) (bool, error) { return r.hasWhole(ctx, l, desc, 0) }
+	return im.runOne(ctx, []ocispec.Descriptor{desc})
+}
+
+// manifest reads a manifest of the layout. Its digest is not verified.
+func (l *layout) manifest(desc ocispec.Descriptor, mediaType string) (*Manifest, error) {
 	f, err := l.open(desc)
 	if err != nil {
-		return RefUpdate{}, err
+		return nil, err
 	}
 	raw, err := readBounded(f, MaxManifestSize)
 	if err = errors.Join(err, f.Close()); err != nil {
-		return RefUpdate{}, err
+		return nil, err
 	}
-	m, err := parseManifest("", raw)
+	m, err := parseManifest(mediaType, raw)
 	if err != nil {
-		return RefUpdate{}, fmt.Errorf("manifest %s: %w", desc.Digest, err)
+		return nil, fmt.Errorf("manifest %s: %w", desc.Digest, err)
 	}
-	desc.MediaType, desc.Size = m.MediaType(), int64(len(raw))
-	return r.importAs(ctx, l, []ocispec.Descriptor{desc}, ref, policy, nil)
+	return m, nil
+}
+
+// hasWhole reports whether a layout and the registry together have files, of the right sizes, for a
+// manifest and all that it needs. The import verifies their bytes.
+func (r *LocalRegistry) hasWhole(ctx context.Context, l *layout, desc ocispec.Descriptor, depth int) (bool, error) {
+	if depth > MaxIndexNesting || ctx.Err() != nil {
+		return false, ctx.Err()
+	}
+	m, err := l.manifest(desc, desc.MediaType)
+	if errors.Is(err, ErrIncomplete) {
+		m, err = r.readVerified(ctx, desc)
+	}
+	if err != nil {
+		if processCondition(err) {
+			return false, err
+		}
+		return false, ctx.Err()
+	}
+	for i, c := range m.children() {
+		if m.childRole(i) == roleManifest {
+			if ok, err := r.hasWhole(ctx, l, c, depth+1); !ok || err != nil {
+				return false, err
+			}
+			continue
+		}
+		if r.blobs.checkSize(c.Digest, c.Size) == nil {
+			continue
+		}
+		f, err := l.open(c)
+		if err != nil {
+			if processCondition(err) {
+				return false, err
+			}
+			return false, nil
+		}
+		fi, err := f.Stat()
+		if err = errors.Join(err, f.Close()); err != nil || fi.Size() != c.Size {
+			return false, err
+		}
+	}
+	return true, nil
 }

@@ -387,3 +387,87 @@ func checkSound(t *testing.T, r *ocilocal.LocalRegistry) {
 		}
 	}
 }
+
+// withSubject is an OMMX manifest with a subject.
+func withSubject(text, subject string) string {
+	manifest, _ := ommxV2(text, ommxType, "")
+	return strings.TrimSuffix(manifest, "}") + `,"subject":` + desc(imageType, subject) + "}"
+}
+
+// TestImportOMMXSubjects migrates a chain of subjects whose parents have no names. The parents come along as far
+// as the source has them, stay after a collection, and the one that is missing is reported.
+func TestImportOMMXSubjects(t *testing.T) {
+	ctx := t.Context()
+	o := newOMMXRoot(t, 2)
+	lost, _ := ommxV2("lost", ommxType, "")
+	grand := withSubject("grand", lost)
+	parent := withSubject("parent", grand)
+	childOf := withSubject("child", parent)
+	for _, text := range []string{"{}", "grand", "parent", "child", grand, parent, childOf} {
+		o.blob(digest.FromString(text), text)
+	}
+	// A parent that lacks a layer is not whole.
+	torn, _ := ommxV2("torn", ommxType, "")
+	other := withSubject("other", torn)
+	for _, text := range []string{"other", torn, other} {
+		o.blob(digest.FromString(text), text)
+	}
+	o.ref("ghcr.io/example/demo", "v1", digest.FromString(childOf))
+	o.ref("ghcr.io/example/demo", "v2", digest.FromString(other))
+	r := openTemp(t, nil)
+	for range 2 {
+		report, err := r.ImportOMMX(ctx, o.dir, nil)
+		if err != nil || len(report.Failed) != 0 || report.Imported+report.Verified != 2 {
+			t.Fatalf("%+v, %v", report, err)
+		}
+		want := []digest.Digest{digest.FromString(lost), digest.FromString(torn)}
+		if !slices.Equal(sortedDigests(report.MissingSubjects...), sortedDigests(want...)) {
+			t.Errorf("missing %v, want %v", report.MissingSubjects, want)
+		}
+	}
+	if d, err := r.Resolve(ctx, ref("ghcr.io/example/demo:v1")); err != nil || d.Digest != digest.FromString(childOf) {
+		t.Errorf("%v, %v", d, err)
+	}
+	if _, err := r.GC(ctx, &ocilocal.GCOptions{Grace: ocilocal.NoGrace}); err != nil {
+		t.Fatal(err)
+	}
+	for _, text := range []string{parent, grand} {
+		a, err := r.LoadDigest(ctx, digest.FromString(text))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if layers, err := a.Layers(ctx); err != nil {
+			t.Error(err)
+		} else if _, err := a.ReadLayer(ctx, layers[0]); err != nil {
+			t.Error(err)
+		}
+	}
+	checkSound(t, r)
+}
+
+// TestImportOMMXNames renames and leaves out refs, one of which is not a reference here.
+func TestImportOMMXNames(t *testing.T) {
+	ctx := t.Context()
+	o := newOMMXRoot(t, 2)
+	d := o.add("ghcr.io/example/demo", "v1", "one")
+	o.ref("UPPER/Case", "v1", d)
+	o.ref("x.ommx.local/checkpoint", "c1", d)
+	r := openTemp(t, nil)
+	report, err := r.ImportOMMX(ctx, o.dir, &ocilocal.LegacyOptions{Name: func(claimed string, named ocilocal.Reference) (ocilocal.Reference, error) {
+		switch {
+		case strings.Contains(claimed, "checkpoint"):
+			return named, ocilocal.SkipEntry
+		case named.IsZero():
+			return ref("example.com/renamed:v1"), nil
+		}
+		return named, nil
+	}})
+	if err != nil || report.Imported != 2 || len(report.Failed) != 0 || !slices.Equal(report.Skipped, []string{"x.ommx.local/checkpoint:c1"}) {
+		t.Errorf("%+v, %v", report, err)
+	}
+	for _, name := range []string{"ghcr.io/example/demo:v1", "example.com/renamed:v1"} {
+		if got, err := r.Resolve(ctx, ref(name)); err != nil || got.Digest != d {
+			t.Errorf("%s: %v, %v", name, got, err)
+		}
+	}
+}

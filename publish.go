@@ -94,7 +94,8 @@ type publication struct {
 // an import keeps only small ones, and the others are read again, one at a time, for their rows.
 type pendingManifest struct {
 	ocispec.Descriptor
-	parsed *Manifest // nil: to be read again
+	parsed  *Manifest          // nil: to be read again
+	subject ocispec.Descriptor // media type, digest and size of its subject; zero for none
 }
 
 // read returns the parsed document. Its blob must be in the stage or in the store.
@@ -112,7 +113,7 @@ func (p pendingManifest) read(ctx context.Context, st *stage) (*Manifest, error)
 // onlyManifest is a publication of one manifest that needs no other.
 func onlyManifest(ref Reference, m *Manifest, opts PublishOptions) publication {
 	desc := m.Descriptor()
-	return publication{ref: ref, root: desc, manifests: []pendingManifest{{desc, m}}, PublishOptions: opts}
+	return publication{ref: ref, root: desc, manifests: []pendingManifest{{Descriptor: desc, parsed: m}}, PublishOptions: opts}
 }
 
 // publish is the only way by which manifests and refs get into the index. It
