@@ -74,7 +74,7 @@ func (r *LocalRegistry) importArchive(ctx context.Context, src io.Reader, opts *
 	im := r.newImporter(opts)
 	defer func() { r.logDiscard(im.stage.discard()) }()
 	im.fetch = func(_ context.Context, desc ocispec.Descriptor, _ role) error {
-		return fmt.Errorf("%w: blob %s (%s) is neither in the archive nor in the registry", ErrIncomplete, desc.Digest, clip(desc.MediaType))
+		return fmt.Errorf("%w: blob %s (%s) is neither in the archive nor in the registry", ErrIncomplete, desc.Digest, printable(desc.MediaType))
 	}
 	contents, err := readArchive(ctx, src, im.putArchived)
 	if err != nil {

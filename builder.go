@@ -44,13 +44,12 @@ type Builder struct {
 // it with Build, or else with Cancel, which is fit for defer.
 // Errors: [ErrInvalidReference] for a zero ref or one with a digest, which can't be
 // known yet; [ErrInvalidArgument] for an artifact type that is no media type; [ErrReadOnly], [ErrClosed].
-func (r *LocalRegistry) NewBuilder(ref Reference, opts *BuilderOptions) (*Builder, error) {
-	err := ref.checkGiven()
-	if err != nil {
-		return nil, opError("start build of", ref.String(), "", err)
+func (r *LocalRegistry) NewBuilder(ref Reference, opts *BuilderOptions) (_ *Builder, err error) {
+	defer addOp(&err, "start build of", ref.String(), "")
+	if err := ref.checkGiven(); err != nil {
+		return nil, err
 	}
-	b, err := r.newBuilder(ref, opts)
-	return b, opError("start build of", ref.String(), "", err)
+	return r.newBuilder(ref, opts)
 }
 
 // newBuilder is NewBuilder that takes the zero Reference too, for an artifact that gets no ref.
@@ -153,17 +152,14 @@ func (b *Builder) AddLayerFile(ctx context.Context, mediaType, path string, anno
 //
 // Errors: [ErrNotFound] if there is no such blob; [ErrDigestMismatch] or [ErrSizeMismatch] if it is
 // damaged; [ErrInvalidArgument] for a descriptor that can't stand in a manifest; [ErrClosed], ctx's, and the file system's.
-func (b *Builder) AddExistingLayer(ctx context.Context, desc ocispec.Descriptor) error {
-	return opError("add layer to", b.ref.String(), desc.Digest, b.addExistingLayer(ctx, desc))
-}
-
-func (b *Builder) addExistingLayer(ctx context.Context, desc ocispec.Descriptor) error {
+func (b *Builder) AddExistingLayer(ctx context.Context, desc ocispec.Descriptor) (err error) {
+	defer addOp(&err, "add layer to", b.ref.String(), desc.Digest)
 	if err := checkPlaceable(&desc); err != nil {
 		return fmt.Errorf("%w: %w", ErrInvalidArgument, err)
 	}
 	desc = cloneDescriptor(desc)
 	desc.Data = nil // manifests that are built have none
-	_, err := b.putBlob(ctx, "", func() (digest.Digest, int64, error) {
+	_, err = b.putBlob(ctx, "", func() (digest.Digest, int64, error) {
 		return desc.Digest, desc.Size, b.stage.take(ctx, desc.Digest, desc.Size)
 	}, func(ocispec.Descriptor) { b.spec.layers = append(b.spec.layers, desc) })
 	return err
@@ -313,12 +309,8 @@ func checkTypeName(field, s string) error {
 // Errors: [*ConflictError], [ErrClosed], [ErrInvalidManifest],
 // [ErrInvalidArgument], [ErrArtifactType], [ErrTooLarge], [ErrIncomplete],
 // [ErrBusy], [ErrNoSpace], ctx's, and the file system's.
-func (b *Builder) Build(ctx context.Context) (*LocalArtifact, error) {
-	a, err := b.build(ctx)
-	return a, opError("build", b.ref.String(), "", err)
-}
-
-func (b *Builder) build(ctx context.Context) (*LocalArtifact, error) {
+func (b *Builder) Build(ctx context.Context) (_ *LocalArtifact, err error) {
+	defer addOp(&err, "build", b.ref.String(), "")
 	end, err := b.registry.begin(ctx)
 	if err != nil {
 		return nil, err

@@ -64,12 +64,3 @@ func checkDigest(d digest.Digest) error {
 	}
 	return nil
 }
-
-// clip cuts text from outside to what an error message can take.
-func clip(s string) string {
-	const most = 200
-	if len(s) > most {
-		return s[:most] + "…"
-	}
-	return s
-}

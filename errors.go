@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io/fs"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 
@@ -190,6 +191,11 @@ func processCondition(err error) bool {
 // errStop ends a walk early, without an error.
 var errStop = errors.New("stop")
 
+// addOp is opError for a deferred call, the first in an exported method with a named result err:
+//
+//	defer addOp(&err, "tag", ref.String(), d)
+func addOp(err *error, op, reference string, d digest.Digest) { *err = opError(op, reference, d, *err) }
+
 // ignoreNotExist is for what somebody else may have removed already.
 func ignoreNotExist(err error) error {
 	if errors.Is(err, fs.ErrNotExist) {
@@ -198,16 +204,23 @@ func ignoreNotExist(err error) error {
 	return err
 }
 
-// printable quotes text from outside when it holds anything that a terminal
-// or a log could misread, and cuts it where it is long.
-func printable(s string) string {
-	const most = 300
-	if len(s) > most {
-		s = s[:most] + "…"
+// clip cuts text from outside to what a message can take. It is for %q; elsewhere such text
+// needs [printable].
+func clip(s string) string {
+	const longest = 200
+	if len(s) > longest {
+		return s[:longest] + "…"
 	}
+	return s
+}
+
+// printable is clip for text that stands without quotes, which it adds where there is
+// anything that a terminal or a log could misread.
+func printable(s string) string {
+	s = clip(s)
 	for _, c := range s {
-		if c < 0x21 || c > 0x7e {
-			return fmt.Sprintf("%q", s)
+		if c < 0x21 || c > 0x7e && c != '…' {
+			return strconv.Quote(s)
 		}
 	}
 	return s

@@ -201,7 +201,7 @@ func (x *export) merge(was []ocispec.Descriptor, entries, ours []json.RawMessage
 		}
 		if d := digests[n]; n != "" && d != "" {
 			if !x.opts.Overwrite {
-				return nil, fmt.Errorf("%s is %s there: %w (ExportOptions.Overwrite moves it)", n, clip(d), ErrExists)
+				return nil, fmt.Errorf("%s is %s there: %w (ExportOptions.Overwrite moves it)", n, printable(d), ErrExists)
 			}
 			moved[n] = true
 		}

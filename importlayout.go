@@ -105,7 +105,7 @@ func (l *layout) open(desc ocispec.Descriptor) (*os.File, error) {
 	}
 	f, err := l.regular(name)
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil, fmt.Errorf("%w: blob %s (%s) is neither in the layout nor in the registry", ErrIncomplete, desc.Digest, clip(desc.MediaType))
+		return nil, fmt.Errorf("%w: blob %s (%s) is neither in the layout nor in the registry", ErrIncomplete, desc.Digest, printable(desc.MediaType))
 	}
 	return f, err
 }

@@ -327,7 +327,7 @@ func (r *LocalRegistry) fetchLegacy(ctx context.Context, ref Reference) (found b
 		}
 		if !errors.Is(err, ErrNotFound) {
 			if err != nil {
-				err = fmt.Errorf("legacy entry %s: %w", clip(entry), err)
+				err = fmt.Errorf("legacy entry %s: %w", printable(entry), err)
 			}
 			return true, err
 		}

@@ -85,7 +85,7 @@ func openOMMXRoot(ctx context.Context, dir string, root *rootDir) (*index, error
 }
 
 func (o ommxRef) String() string {
-	return clip(o.name + ":" + o.reference)
+	return printable(o.name + ":" + o.reference)
 }
 
 // importOMMXRef imports one ref. The index also describes its manifest, schema 1 more than schema 2.

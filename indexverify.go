@@ -131,7 +131,7 @@ func (x *index) badRefs(ctx context.Context, visit func(Reference, digest.Digest
 		case bad != nil:
 			bad = fmt.Errorf("%w: row of ref %q: %w", ErrCorruptIndex, clip(r.name+":"+r.reference), bad)
 		case r.bad:
-			bad = fmt.Errorf("%w: the index has no manifest %s, or has it with other columns", ErrCorruptIndex, clip(r.manifest))
+			bad = fmt.Errorf("%w: the index has no manifest %s, or has it with other columns", ErrCorruptIndex, printable(r.manifest))
 		default:
 			return nil
 		}

@@ -154,7 +154,7 @@ func keyStep(key []byte) string {
 			return fmt.Sprintf("[%q]", clip(string(key)))
 		}
 	}
-	return "." + clip(string(key))
+	return "." + printable(string(key))
 }
 
 // A jsonScanner walks raw, which is valid JSON: no position in it needs a check

@@ -325,7 +325,7 @@ func (p *puller) point(ctx context.Context, d digest.Digest) (*PullResult, error
 	if r.blobs.readOnly {
 		return nil, nil
 	}
-	result, err := p.result(r.point(ctx, d, p.as, &p.opts.PublishOptions))
+	result, err := p.result(r.tag(ctx, d, p.as, &p.opts.PublishOptions))
 	if errors.Is(err, ErrNotFound) || errors.Is(err, ErrIncomplete) { // collected in between
 		return nil, nil
 	}

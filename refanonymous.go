@@ -41,7 +41,7 @@ func (r *LocalRegistry) anonymousName() string { return r.localHost() + "/anonym
 // anonymousReference makes up the reference of one anonymous artifact.
 func (r *LocalRegistry) anonymousReference(o PublishOptions) (Reference, error) {
 	if o.Expected != "" {
-		return Reference{}, fmt.Errorf("%w: an anonymous reference is a new one and can't be expected to be at %s", ErrInvalidArgument, clip(string(o.Expected)))
+		return Reference{}, fmt.Errorf("%w: an anonymous reference is a new one and can't be expected to be at %s", ErrInvalidArgument, printable(string(o.Expected)))
 	}
 	tag := time.Now().UTC().Format(anonymousTime) + "-" + strings.ToLower(rand.Text()[:anonymousNonce])
 	return ParseReference(r.anonymousName() + ":" + tag)
@@ -88,12 +88,8 @@ const prunePage = 100
 //
 // Errors, together with the refs that were removed by then: [ErrReadOnly], [ErrBusy],
 // [ErrCorruptIndex], [ErrIndexIO], ctx's.
-func (r *LocalRegistry) PruneAnonymous(ctx context.Context, opts *PruneOptions) ([]Ref, error) {
-	removed, err := r.pruneAnonymous(ctx, opts)
-	return removed, opError("prune anonymous artifacts", "", "", err)
-}
-
-func (r *LocalRegistry) pruneAnonymous(ctx context.Context, opts *PruneOptions) (removed []Ref, err error) {
+func (r *LocalRegistry) PruneAnonymous(ctx context.Context, opts *PruneOptions) (removed []Ref, err error) {
+	defer addOp(&err, "prune anonymous artifacts", "", "")
 	end, err := r.beginWrite(ctx)
 	if err != nil {
 		return nil, err

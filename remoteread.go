@@ -116,7 +116,7 @@ func manifestType(h http.Header, want string) (string, error) {
 	case general:
 		return want, nil
 	case want != "" && given != want:
-		return "", fmt.Errorf("%w: Content-Type is %s, its descriptor says %s", ErrInvalidManifest, given, clip(want))
+		return "", fmt.Errorf("%w: Content-Type is %s, its descriptor says %s", ErrInvalidManifest, printable(given), printable(want))
 	}
 	return given, nil
 }

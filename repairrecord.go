@@ -205,7 +205,7 @@ func (p *repair) reconcile(ctx context.Context) error {
 
 // name gives a manifest a ref, unless the manifest is not whole or the ref points elsewhere.
 func (p *repair) name(ctx context.Context, d digest.Digest, ref Reference) error {
-	u, err := p.registry.point(ctx, d, ref, nil)
+	u, err := p.registry.tag(ctx, d, ref, nil)
 	if errors.Is(err, ErrConflict) || errors.Is(err, ErrDigestMismatch) {
 		return nil
 	}

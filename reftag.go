@@ -1,0 +1,111 @@
+package ocilocal
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+)
+
+// Tag points ref at a manifest that the registry has, and checks that all it needs is there. It
+// returns what became of the ref.
+//
+// Errors:
+//   - [ErrNotFound]: the registry does not have d
+//   - [*ConflictError], together with the outcome [Conflicted]
+//   - [ErrIncomplete]: something that the artifact needs is missing
+//   - [ErrDigestMismatch]: ref names a digest other than d
+//   - [ErrInvalidReference], [ErrInvalidDigest]
+//   - [ErrReadOnly], [ErrBusy], and any error from the file system
+func (r *LocalRegistry) Tag(ctx context.Context, d digest.Digest, ref Reference, opts *PublishOptions) (u RefUpdate, err error) {
+	defer addOp(&err, "tag", ref.String(), d)
+	end, err := r.begin(ctx)
+	if err != nil {
+		return u, err
+	}
+	defer end()
+	return r.tag(ctx, d, ref, opts)
+}
+
+// tag is Tag within a call that has begun.
+func (r *LocalRegistry) tag(ctx context.Context, d digest.Digest, ref Reference, opts *PublishOptions) (u RefUpdate, err error) {
+	if err := checkDigest(d); err != nil {
+		return u, err
+	}
+	if err := ref.checkGiven(); err != nil {
+		return u, err
+	}
+	if pin := ref.Digest(); pin != "" && pin != d {
+		return u, fmt.Errorf("%w: %s names another digest", ErrDigestMismatch, ref)
+	}
+	var o PublishOptions
+	if opts != nil {
+		o = *opts
+	}
+	err = r.write(ctx, func(tx *indexTx) error {
+		desc, ok, err := tx.manifest(d)
+		if err != nil {
+			return err
+		}
+		if !ok {
+			return ErrNotFound
+		}
+		name, reference := ref.key()
+		existing, err := tx.ref(name, reference)
+		if err != nil {
+			return err
+		}
+		u = RefUpdate{Reference: ref, Descriptor: desc, Existing: existing, Outcome: o.outcome(existing, d)}
+		if u.Outcome == Conflicted {
+			return u.conflict(o.Expected)
+		}
+		if err := r.checkClosure(ctx, tx, desc); err != nil {
+			return err
+		}
+		if u.Outcome == Unchanged {
+			return nil
+		}
+		return tx.putRef(name, reference, desc, time.Now())
+	})
+	if err != nil && u.Outcome != Conflicted {
+		u = RefUpdate{}
+	}
+	return u, err
+}
+
+// Remove deletes a ref and returns the descriptor that it pointed at. A ref with a tag and a
+// digest is deleted only if the tag points at that digest. The artifact stays until garbage
+// collection, and [LocalRegistry.Tag] restores the ref until then.
+//
+// Errors:
+//   - [ErrNotFound]: there is no such ref, or it points at another digest
+//   - [ErrInvalidReference]: ref is zero
+//   - [ErrReadOnly], [ErrBusy], and any error from ctx
+func (r *LocalRegistry) Remove(ctx context.Context, ref Reference) (removed Ref, err error) {
+	defer addOp(&err, "remove", ref.String(), "")
+	end, err := r.begin(ctx)
+	if err != nil {
+		return removed, err
+	}
+	defer end()
+	if err := ref.checkGiven(); err != nil {
+		return removed, err
+	}
+	err = r.write(ctx, func(tx *indexTx) error {
+		name, reference := ref.key()
+		desc, updated, ok, err := tx.resolved(name, reference)
+		if err != nil {
+			return err
+		}
+		if !ok || ref.Digest() != "" && ref.Digest() != desc.Digest {
+			return ErrNotFound
+		}
+		removed = Ref{Reference: ref, Descriptor: desc, Updated: updated}
+		return tx.deleteRef(name, reference)
+	})
+	if err != nil {
+		return Ref{}, err
+	}
+	return removed, nil
+}
