@@ -83,9 +83,11 @@ type Remote struct {
 
 	mu     sync.Mutex // guards what follows
 	client *http.Client
-	hosts  map[string]*remoteHost
-	cache  map[tokenKey]*tokenEntry
-	warned map[string]bool
+	// retired are clients that were replaced after a stall.
+	retired []*http.Client
+	hosts   map[string]*remoteHost
+	cache   map[tokenKey]*tokenEntry
+	warned  map[string]bool
 }
 
 // Progress tells how much of a blob was transferred.
@@ -211,19 +213,50 @@ func (r *Remote) httpClient() *http.Client {
 // ownTransport is net/http's default, with bounds and without decompression.
 func ownTransport() *http.Transport {
 	return &http.Transport{
-		Proxy:                  http.ProxyFromEnvironment,
-		DialContext:            (&net.Dialer{Timeout: 30 * time.Second, KeepAlive: 30 * time.Second}).DialContext,
-		ForceAttemptHTTP2:      true,
-		MaxIdleConns:           100,
-		MaxIdleConnsPerHost:    16,
-		IdleConnTimeout:        90 * time.Second,
-		TLSHandshakeTimeout:    10 * time.Second,
-		DisableCompression:     true,
+		Proxy:               http.ProxyFromEnvironment,
+		DialContext:         (&net.Dialer{Timeout: 30 * time.Second, KeepAlive: 30 * time.Second}).DialContext,
+		ForceAttemptHTTP2:   true,
+		MaxIdleConns:        100,
+		MaxIdleConnsPerHost: 16,
+		IdleConnTimeout:     90 * time.Second,
+		TLSHandshakeTimeout: 10 * time.Second,
+		DisableCompression:  true,
+		// A dead connection is noticed after half a minute, although nobody closes it.
+		HTTP2:                  &http.HTTP2Config{SendPingTimeout: 15 * time.Second, PingTimeout: 15 * time.Second, WriteByteTimeout: 30 * time.Second},
 		MaxResponseHeaderBytes: maxHeaderSize,
 		ReadBufferSize:         64 << 10,
 		WriteBufferSize:        64 << 10,
 	}
 }
+
+// renew makes later requests use new connections, after a request of client has stalled. Nothing
+// ends an HTTP/2 connection whose peer is silently gone: each attempt would stall on it again. Idle
+// connections of HTTP/1 to the same place are as likely to be dead.
+func (p *remoteRepo) renew(client *http.Client) {
+	r := p.remote
+	r.mu.Lock()
+	if t := transportOf(client); r.client == client && t != nil {
+		c := *client
+		c.Transport = strictTransport{cloneTransport(t)}
+		r.client = &c
+	}
+	r.mu.Unlock()
+	p.host.mu.Lock()
+	if p.host.away == client {
+		p.host.away = nil
+	}
+	p.host.mu.Unlock()
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.retired = append(r.retired, client)
+	for _, c := range r.retired { // those that stalled earlier have no request any more
+		c.CloseIdleConnections()
+	}
+	r.retired = r.retired[max(len(r.retired)-maxRetired, 0):]
+}
+
+// maxRetired is how many clients are kept whose connections may still be in use.
+const maxRetired = 16
 
 // CloseIdleConnections closes the connections of r that no request uses. Those
 // of a Client that was given are closed too.
@@ -232,6 +265,9 @@ func (r *Remote) CloseIdleConnections() {
 	defer r.mu.Unlock()
 	if r.client != nil {
 		r.client.CloseIdleConnections()
+	}
+	for _, c := range r.retired {
+		c.CloseIdleConnections()
 	}
 	for _, h := range r.hosts {
 		h.closeIdle()

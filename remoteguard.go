@@ -198,9 +198,18 @@ func (p *remoteRepo) awayClient(ctx context.Context, u *url.URL) (*http.Client, 
 
 type dialFunc = func(ctx context.Context, network, address string) (net.Conn, error)
 
+// cloneTransport copies a transport, with connections of its own.
+func cloneTransport(own *http.Transport) *http.Transport {
+	t := own.Clone()
+	if len(t.TLSNextProto) == 0 && t.TLSClientConfig != nil && slices.Contains(t.TLSClientConfig.NextProtos, "h2") {
+		t.ForceAttemptHTTP2 = true // own uses HTTP/2: its TLS configuration, copied, would otherwise end that
+	}
+	return t
+}
+
 // guardedTransport copies a transport so that it refuses connections that [checkDialed] forbids.
 func guardedTransport(own *http.Transport) *http.Transport {
-	t := own.Clone()
+	t := cloneTransport(own)
 	if len(t.TLSNextProto) > 0 { // its HTTP/2 would share connections with own, which nobody has checked
 		t.ForceAttemptHTTP2 = false
 		t.TLSNextProto = map[string]func(string, *tls.Conn) http.RoundTripper{}
@@ -208,8 +217,6 @@ func guardedTransport(own *http.Transport) *http.Transport {
 		if t.TLSClientConfig != nil {
 			t.TLSClientConfig.NextProtos = []string{"http/1.1"}
 		}
-	} else if t.TLSClientConfig != nil && slices.Contains(t.TLSClientConfig.NextProtos, "h2") {
-		t.ForceAttemptHTTP2 = true // own uses HTTP/2, and the dial function set here would end that
 	}
 	guard := func(dial dialFunc) dialFunc {
 		return func(ctx context.Context, network, address string) (net.Conn, error) {

@@ -15,6 +15,26 @@ import (
 	"unicode"
 )
 
+// How secrets are kept out of messages.
+//
+// The problem: what a registry was shown (passwords, tokens), it can say again, in a body, a header
+// or a malformed line that net/http quotes. Some of these texts are cut to a length, and a cut can
+// leave a part of a secret that no search for the whole would find. And an error is more than its
+// text: errors.Unwrap, %+v and errors.As lead to the errors that it wraps.
+//
+// The rule has three parts, because no single place sees all texts:
+//
+//   - Text of a server is cleaned where it is read (serverText), before it is cut. That finds whole
+//     secrets, in every spelling that an answer is likely to use (spellings).
+//   - An error is cleaned where it leaves a request (conceal, clean). By then all that this call has
+//     shown is known, and texts that others have cut are searched for beginnings of secrets (hideCut).
+//   - A cleaned error keeps no error that it was made from. It keeps a text and those causes whose
+//     own texts are the same whoever has caused them (fixedCauses).
+//
+// It is safe because errors of net/http get into this package in two places only: exchange, and the
+// reading of a body. Both end in transportError. Secrets of fewer than four bytes are not hidden:
+// they are part of ordinary words, and leaving holes in those would give them away.
+
 // serverText makes text of a server fit for messages: short, printable,
 // and without the secrets that were sent to it.
 func serverText(s string, secrets []string) string {

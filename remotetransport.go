@@ -287,6 +287,7 @@ func (p *remoteRepo) exchange(ctx context.Context, c *remoteCall, u *url.URL, he
 			return nil, sent.failed()
 		}
 		if stalled := w.stalled(); stalled != nil {
+			p.renew(client)
 			err = stalled
 		}
 		e := transportError(c.method, u, err)
@@ -296,7 +297,7 @@ func (p *remoteRepo) exchange(ctx context.Context, c *remoteCall, u *url.URL, he
 		return nil, e
 	}
 	res.Request = req // with the address that was asked, not what the client made of it
-	res.Body = &watchedBody{src: res.Body, watch: w, caller: ctx, quiet: away}
+	res.Body = &watchedBody{src: res.Body, watch: w, caller: ctx, quiet: away, renew: func() { p.renew(client) }}
 	return res, nil
 }
 

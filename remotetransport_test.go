@@ -1,16 +1,20 @@
 package ocilocal_test
 
 import (
+	"context"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"net/netip"
 	"net/url"
 	"path"
 	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/opencontainers/go-digest"
 
@@ -537,4 +541,74 @@ func (l locationOf) WriteHeader(status int) {
 		l.Header().Set("Location", l.origin+to)
 	}
 	l.ResponseWriter.WriteHeader(status)
+}
+
+// A silentConn stops to bring anything once it is dead, and is not closed.
+type silentConn struct {
+	net.Conn
+	dead   *atomic.Bool
+	closed chan struct{}
+	once   sync.Once
+}
+
+func (c *silentConn) Read(p []byte) (int, error) {
+	n, err := c.Conn.Read(p)
+	if c.dead.Load() {
+		<-c.closed
+		return 0, net.ErrClosed
+	}
+	return n, err
+}
+
+func (c *silentConn) Close() error {
+	c.once.Do(func() { close(c.closed) })
+	return c.Conn.Close()
+}
+
+// A connection whose peer is silently gone costs one stall: the next attempt has a new connection.
+func TestSilentConnections(t *testing.T) {
+	for _, http2 := range []bool{true, false} {
+		in := newInternet(t)
+		s := in.registry("https://registry.test", "203.0.113.1")
+		s.put(t, "org/model", "v1", noise(1, 100))
+		cdn := in.site("https://cdn.test", "203.0.113.2", http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { w.Write(noise(1, 100)) }))
+		s.sendOn("https://cdn.test/blob")
+		dead := new(atomic.Bool)
+		remote := in.remote("", ocilocal.Credential{})
+		transport := remote.Client.Transport.(*http.Transport)
+		transport.ForceAttemptHTTP2 = http2
+		transport.DialContext = func(ctx context.Context, network, address string) (net.Conn, error) {
+			conn, err := in.dial(ctx, network, address)
+			if err != nil {
+				return nil, err
+			}
+			in.mu.Lock()
+			defer in.mu.Unlock()
+			return &silentConn{Conn: conn, dead: dead, closed: make(chan struct{})}, nil
+		}
+		remote.StallTimeout = 300 * time.Millisecond
+		fetch := func() {
+			r := openRemote(t, remote)
+			if _, err := r.Pull(t.Context(), s.ref("org/model:v1"), nil); err != nil {
+				t.Errorf("HTTP/2 %v: %v", http2, err)
+			}
+			if err := r.Close(); err != nil {
+				t.Error(err)
+			}
+		}
+		fetch()
+		old := dead
+		in.mu.Lock()
+		dead = new(atomic.Bool) // of connections from now on
+		in.failures = nil
+		in.mu.Unlock()
+		old.Store(true)
+		fetch()
+		if n := len(in.failures); n == 0 || n > 4 {
+			t.Errorf("HTTP/2 %v: %d failures", http2, n)
+		}
+		if len(cdn.asked()) < 2 {
+			t.Errorf("HTTP/2 %v: the blob came from elsewhere", http2)
+		}
+	}
 }
