@@ -126,6 +126,11 @@
 //     recognised and refused, unless [Options.AllowNetworkFS] is set.
 //   - [OpenReadOnly] on a directory that this process may not write assumes that nobody
 //     else writes to it while it is open.
+//   - SQLite believes the files beside a database. So before each connection to any database there
+//     must be no journal, and -wal and -shm must be regular files that belong to the database's
+//     owner, to this user or to root. Otherwise the call fails with [ErrForeignIndex]. The log of
+//     another registry is noticed; an old log of the same registry is not. Whoever may write to
+//     a root decides what is in it.
 //   - On Windows directories can't be synced; names rely on NTFS's journal there.
 //
 // # Limits
