@@ -24,7 +24,7 @@
 // # On disk
 //
 //	root/index.sqlite3         SQLite in WAL mode; application_id 0x6f63696c, user_version 1
-//	root/index.sqlite3-wal     SQLite's log, a part of the index, and -shm, while the root is open or after a crash
+//	root/index.sqlite3-wal     SQLite's log, a part of the index; -shm beside it is its shared memory
 //	root/index.sqlite3.broken  a damaged index that Rebuild moved away; also .broken2, …
 //	root/id                    the root's id, which the index holds too
 //	root/blobs/<alg>/<hex>     complete, verified, read-only files
@@ -32,23 +32,41 @@
 //	root/tmp/partial/          what interrupted pulls have received, for the next one to resume
 //	root/tmp/quarantine/       damaged files that Repair could not heal
 //
-// [Open] makes these in the directory that it is given, whatever else is in it. Give it one of its
-// own: a blobs/ that is there, as in an image layout, is taken for the registry's. Exports write
-// beside their target, or in it, under names that begin with .ocilocal- until they are complete.
+// [Open] makes a registry only where the names id, tmp and blobs are free; otherwise it fails with
+// [ErrForeignRoot] and changes nothing. The id comes first and marks the rest as the registry's.
+// Files under other names may lie in the directory, and are never touched. In tmp/, only entries
+// with the marks of this package are deleted: its naming scheme, the expected type and mode.
+// Exports write beside their target, or in it, under names that begin with .ocilocal- until they
+// are complete. No call writes a file of the caller into the registry itself: exports and backups
+// to a path that leads there, also by links or mounts, fail with [ErrInvalidArgument].
 //
 // A newer version of this package opens what an older one has made: [Open] migrates the index.
 // An older version refuses a newer index with [ErrNewerSchema]. A released schema never changes.
 //
-// Digests are sha256 (what builders make), sha384 and sha512, in lower case;
-// everything else is refused before it becomes a path. No path in the index is
-// absolute: a root that nobody has open can be moved or copied. A directory
-// whose index is another program's, another root's, or a newer version's is
-// refused and left untouched. No program may open index.sqlite3 other than by
-// SQLite: closing any other descriptor of it drops SQLite's locks in that process.
+// Digests are sha256 (which builders make), sha384 and sha512, in lower case; everything else is
+// refused before it becomes a path. No path in the index is absolute: a root that nobody has open
+// can be moved or copied. A handle stays with the directory that it opened: if that is moved or
+// replaced meanwhile, every call that uses the index fails with [ErrForeignIndex]. A directory
+// whose index is another program's, another root's, or a newer version's is refused and left
+// untouched. Open index.sqlite3 only with SQLite: closing any other descriptor of it drops the
+// locks that SQLite holds in that process.
 //
-// The root is made with mode 0700, the index with 0600, blobs with 0444. An
-// existing directory keeps its mode; one that everybody may write to is
-// reported to [Options.Logger].
+// # Trust
+//
+// One root is one trust domain. Whoever may write to its directory decides what every reference
+// in it means, and can delete everything. So the root is made with mode 0700, the index with 0600,
+// and blobs with 0444. An existing directory keeps its mode; one that its group or everybody may
+// write to is reported to [Options.Logger]. On Unix, a root, index, log, tmp/ or blobs/ that
+// belongs to neither this user nor root is refused, unless [Options.AllowOtherOwner] is set.
+//
+// All programs and users that share a root see the same content: a blob that one of them pulled
+// with a credential, the others can read without one. Keep what must stay apart in different
+// roots, and content of different registries apart with [Options.SeparateRegistries].
+//
+// A name in an archive or layout is a claim of whoever made it. An import sets refs by these
+// names, and a later Load answers from them. [ImportOptions] can restrict, change or ignore the
+// names: use that for content from a source that is not trusted with all of them. Digests need no
+// trust: bytes either hash to their digest or are refused.
 //
 // # Manifest forms
 //
@@ -72,44 +90,49 @@
 //   - Manifest bytes that come in go out unchanged. Builders write canonical
 //     bytes: equal input, equal digest.
 //   - Imports write nothing outside the root and never change their source.
-//   - What a killed process leaves in tmp/ is swept by the next process that writes.
+//   - The next process that writes removes whatever a killed process has left in tmp/.
+//   - Nothing is deleted, renamed or truncated that this package did not make.
 //   - [LocalRegistry.GC] deletes nothing that a ref needs, whatever else is going on, and what
 //     nothing needs is gone after it: replaced and removed artifacts, and what killed
 //     or failed publishes left in blobs/.
-//   - Memory doesn't grow with the size of a blob or, but for collection and verification,
-//     which need some 400 and 100 bytes for each blob, with the number of refs.
+//   - Memory does not grow with the size of a blob, nor with the number of refs, except that
+//     collection needs some 400 bytes for each blob, and verification some 100.
 //
 // # Errors
 //
-// Methods of a registry, and of builders, artifacts and remotes, return an [*Error], which says what was done
-// to what; [errors.Is] finds its cause: a sentinel such as [ErrNotFound], an error of the file system, that of
-// the context, or that of a reader, writer or function that the caller gave. [*ConflictError], [*RemoteError], [*SchemaError] and
-// [*MissingSubjectError] have more facts. Text is for people, and may change.
+// Methods of a registry, and of builders, artifacts and remotes, return an [*Error], which says
+// what was being done to what. [errors.Is] finds its cause: a sentinel such as [ErrNotFound], an
+// error of the file system or of the context, or that of a reader, writer or function that the
+// caller gave. [*ConflictError], [*RemoteError], [*SchemaError] and [*MissingSubjectError] have more
+// facts. Text is for people, and may change.
 //
-// Doc comments name the errors that are a method's own. Besides, any method that takes a context may return
-// the context's, and, after Close, [ErrClosed]; one that reads the index [ErrCorruptIndex] and [ErrIndexIO]; one that
-// reads or writes files the file system's; and one that writes [ErrReadOnly], [ErrNoSpace] and [ErrBusy].
+// Doc comments name the errors that are particular to a method. In addition:
+//   - Any method that takes a context may return the context's error and, after Close, [ErrClosed].
+//   - One that reads the index may return [ErrCorruptIndex], [ErrIndexIO] and [ErrForeignIndex].
+//   - One that reads or writes files may return any error of the file system.
+//   - One that writes may return [ErrReadOnly], [ErrNoSpace] and [ErrBusy].
 //
 // # Remote registries
 //
-// [LocalRegistry.Pull] and [LocalRegistry.Push] speak the OCI distribution-spec 1.1 by net/http, and
-// [LocalRegistry.Load] pulls what isn't here if [Options.Remote] is set. Blobs stream into and out of
-// the store several at a time; what is there already is not sent again; a body that breaks
-// off is resumed, within the call and, for a pull, by the next one, also after a kill. What comes in
-// counts once its digest is right, and is published by the same transaction as everything else.
+// [LocalRegistry.Pull] and [LocalRegistry.Push] speak the OCI distribution-spec 1.1 over net/http,
+// and [LocalRegistry.Load] pulls a missing artifact if [Options.Remote] is set. Blobs stream into
+// and out of the store, several at a time. A blob that is already there is not sent again. A body
+// that breaks off is resumed, within the call and, for a pull, by the next one, also after a kill.
+// Content counts once its digest is right, and is published by the same transaction as all else.
 //
-// Registries are not trusted. Everything they send is bounded and checked before it is used. A credential
-// goes to the registry it is for and to the token server that this one may name, and
-// to nobody else; it is in no error, log or URL. A blob's redirect to another host is followed
-// without it. A public registry can't name a token server at a loopback, link-local or private
-// address. [*RemoteError] has the facts of a failure, and a sentinel tells its kind.
+// Registries are not trusted. Whatever they send is bounded and checked before it is used. A
+// credential goes to the registry it is for and to the token server that this registry may name,
+// and nowhere else; it is in no error, log or URL. A blob's redirect to another host is followed
+// without it. A public registry cannot send requests to a loopback, link-local or private
+// address. [*RemoteError] has the facts of a failure, and a sentinel says of which kind it is.
 //
 // # Upkeep
 //
-// [LocalRegistry.GC] deletes what no ref leads to, [LocalRegistry.GCReport] tells what it would delete.
-// [LocalRegistry.Verify] compares index, files and digests; [LocalRegistry.Repair] and, where the index is lost,
-// [Rebuild] put right what can be put right. [LocalRegistry.Backup] copies a live registry as it is at one moment.
-// [LocalRegistry.Stats], [LocalRegistry.RefUsage] and [LocalRegistry.RepositoryUsage] count from the index.
+// [LocalRegistry.GC] deletes the content to which no ref leads; [LocalRegistry.GCReport] lists it.
+// [LocalRegistry.Verify] compares index, files and digests. [LocalRegistry.Repair] and, where the
+// index is lost, [Rebuild] restore as much as can be restored. [LocalRegistry.Backup] copies a live
+// registry as it is at one moment. [LocalRegistry.Stats], [LocalRegistry.RefUsage] and
+// [LocalRegistry.RepositoryUsage] count from the index.
 //
 // # Sharing
 //
@@ -138,5 +161,6 @@
 // A manifest or index may have [MaxManifestSize] bytes, those of an import or pull together
 // [MaxImportManifests], an artifact [MaxClosure] blobs,
 // image indexes may nest [MaxIndexNesting] deep, JSON [MaxJSONDepth], and an archive may have
-// [MaxArchiveEntries] entries. Blobs have no limit. An import takes some 2 KB of memory for each of its blobs.
+// [MaxArchiveEntries] entries. Blobs have no limit. An import takes some 2 KB of memory for each of
+// its blobs.
 package ocilocal
