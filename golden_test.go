@@ -55,8 +55,8 @@ func unpackGolden(t *testing.T, name string) string {
 // demoRef is the name that the content of most golden files has.
 const demoRef = "ghcr.io/example/demo:v1"
 
-// goldenEntries are the entries of the archives and layouts: what each is called there, the reference
-// that this is, if it is one, and the digest that the tool itself reports.
+// goldenEntries are the entries of the archives and layouts: what each is called there, the
+// reference that this is, if it is one, and the digest that the tool itself reports.
 var goldenEntries = map[string][]struct{ name, ref, digest string }{
 	"buildah.tar":                {{demoRef, demoRef, "d26d6fcbfef95ed8590928acb21664acf7ac4ecb558d3dd7ace73dcc36a43d38"}},
 	"containerd.tar":             {{"v1", demoRef, multiDigest}},
@@ -119,7 +119,8 @@ func TestGolden(t *testing.T) {
 	}
 }
 
-// importGolden imports one entry, reads all of it, and takes it through an archive to another registry.
+// importGolden imports one entry, reads all of it, and takes it through an archive to another
+// registry.
 func importGolden(t *testing.T, source string, e ocilocal.InspectedEntry) {
 	t.Helper()
 	opts := &ocilocal.ImportOptions{Select: e.Descriptor.Digest.String()}
@@ -165,8 +166,8 @@ func TestGoldenRefused(t *testing.T) {
 	}
 }
 
-// TestGoldenOMMX imports the registries of versions 2 and 3 of the OMMX SDK. The processes of version
-// 3 ended without a checkpoint, so that most rows are in SQLite's log.
+// TestGoldenOMMX imports the registries of versions 2 and 3 of the OMMX SDK. The processes of
+// version 3 ended without a checkpoint, so that most rows are in SQLite's log.
 func TestGoldenOMMX(t *testing.T) {
 	r := openTemp(t, nil)
 	report, err := r.ImportLegacy(t.Context(), unpackGolden(t, "ommx-2.9.3-tree.tar.gz"), nil)
@@ -197,9 +198,9 @@ var schema1Refs = map[string]string{
 	"localhost:5000/golden/image:V1":      "4bd17fdf5a24e73ec0abf2b07751fa2629adba6be1cbdd446a3a023b21507071",
 }
 
-// TestGoldenSchema1 opens a registry that the first schema version has made. All that it holds can be
-// read; a child still leads to its parent, which only it needs; and a collection deletes
-// what was removed or replaced before.
+// TestGoldenSchema1 opens a registry that the first schema version has made. All that it holds can
+// be read; a child still leads to its parent, which only it needs; and a collection deletes what
+// was removed or replaced before.
 func TestGoldenSchema1(t *testing.T) {
 	root := unpackGolden(t, "ocilocal-schema1.tar.gz")
 	r := mustOpen(t, root)

@@ -183,7 +183,8 @@ var mixes = []mix{
 
 // TestHarness lets processes make every kind of call of the public API on one root, and kills each
 // process in the middle of a call. The conditions differ from mix to mix. The judge knows the calls
-// from the processes' logs, and the root from its own SQL and hashing. After each round it checks that
+// from the processes' logs, and the root from its own SQL and hashing. After each round it checks
+// that
 //   - no acknowledged change is lost, and no read returned a value that the ref cannot have had;
 //   - no ref dangles, and no ref has a name that no call gave;
 //   - every blob file hashes to its name;

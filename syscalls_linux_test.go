@@ -159,10 +159,10 @@ func (tr trace) last() string {
 	return tr.said[len(tr.said)-1]
 }
 
-// TestSyscallFaults makes one system call of a flow fail, or kills the process in it, from outside: a
-// call of this package or of SQLite. The flow has done everything or nothing. Its error has a type
-// and does not report damage. The next process goes on at once. strace's log proves that each fault
-// has hit. The gate takes some points of each system call; the full form takes all.
+// TestSyscallFaults makes one system call of a flow fail, or kills the process in it, from outside:
+// a call of this package or of SQLite. The flow has done everything or nothing. Its error has a
+// type and does not report damage. The next process goes on at once. strace's log proves that each
+// fault has hit. The gate takes some points of each system call; the full form takes all.
 func TestSyscallFaults(t *testing.T) {
 	needsDeep(t, "strace slows each run down")
 	strace, err := exec.LookPath("strace")

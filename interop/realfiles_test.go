@@ -35,8 +35,8 @@ const (
 	sparse = "content is left out" // an index whose children are not all there
 )
 
-// realFiles has the files that sessions with the tools end in, and those of testdata/golden that take a
-// daemon or an old version.
+// realFiles has the files that sessions with the tools end in, and those of testdata/golden that
+// take a daemon or an old version.
 var realFiles = []realFile{
 	{"skopeo-full.tar", "skopeo copy oci:seed:v1 oci-archive:skopeo-full.tar:NAME", ""},
 	{"skopeo-tag.tar", "skopeo copy oci:seed:v1 oci-archive:skopeo-tag.tar:v1", ""},
@@ -115,8 +115,8 @@ var realFiles = []realFile{
 	{"golden/docker-save-platform.tar", "", ""},
 }
 
-// TestRealFiles imports files of all tools, exports them, and imports them again. Every digest stays.
-// Whatever is not OCI is refused.
+// TestRealFiles imports files of all tools, exports them, and imports them again. Every digest
+// stays. Whatever is not OCI is refused.
 func TestRealFiles(t *testing.T) {
 	s := inProcess(t, &server{}, registry.New(registry.Logger(log.New(io.Discard, "", 0))))
 	b := newRealBox(t)
