@@ -103,6 +103,8 @@ func (u *unseenOnFullDisk) run(t *testing.T) {
 		}
 	}}
 	ocilocal.SetFault(r, func(op, name string) error {
+		ctx.mu.Lock()
+		defer ctx.mu.Unlock()
 		marked = marked || op+" "+name == "open "+"blobs/sha256/"+kept.Digest().Encoded()
 		if u.committed && op == "remove" && strings.HasPrefix(name, "blobs/") {
 			deaths = append(deaths, killed(t, root))

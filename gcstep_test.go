@@ -47,15 +47,18 @@ func TestGCUnreconciledMeanwhile(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		looks, marked, deleted := 0, false, false
+		looks, deleted := 0, false
+		var marked atomic.Bool
 		ctx := &lookCtx{Context: t.Context(), look: func() {
 			if looks++; looks == n {
 				_, err := db.Exec("INSERT INTO meta VALUES ('unreconciled', '1')") // fails while the collector has the lock
-				marked = err == nil
+				marked.Store(err == nil)
 			}
 		}}
 		ocilocal.SetFault(r, func(op, name string) error {
-			deleted = deleted || marked && op == "remove" && strings.HasPrefix(name, "blobs/")
+			if op == "remove" && strings.HasPrefix(name, "blobs/") && marked.Load() { // by one goroutine
+				deleted = true
+			}
 			return nil
 		})
 		_, err = r.GC(ctx, atOnce)
@@ -64,7 +67,7 @@ func TestGCUnreconciledMeanwhile(t *testing.T) {
 			t.Errorf("marked at look %d: something was deleted after that", n)
 		}
 		switch {
-		case marked && errors.Is(err, ocilocal.ErrUnsafe):
+		case marked.Load() && errors.Is(err, ocilocal.ErrUnsafe):
 			unsafe++
 		case err != nil:
 			t.Error(err)
