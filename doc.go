@@ -98,6 +98,15 @@
 //   - Memory does not grow with the size of a blob, nor with the number of refs, except that
 //     collection needs some 400 bytes for each blob, and verification some 100.
 //
+// # Names in content
+//
+// An archive or layout says itself what its entries are called. Such a name is a claim: its writer chose it, and
+// nothing proves that the name is theirs. By default an import sets each ref that the content claims in full and that
+// does not exist yet, and a later Load serves it. For content from somebody who is not trusted with every
+// name, ImportOptions.Name restricts names, ImportOptions.Reference chooses one, and
+// ImportOptions.IgnoreNames sets none. A name that is only a tag is [ErrBareName] unless ImportOptions.Repository
+// completes it. Content without any name is stored by digest, and [ImportResult.Unnamed] lists it.
+//
 // # Errors
 //
 // Methods of a registry, and of builders, artifacts and remotes, return an [*Error], which says

@@ -1,6 +1,7 @@
 package ocilocal
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -13,6 +14,32 @@ import (
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
+
+// ExportNames says how an export writes names to index.json.
+type ExportNames int
+
+const (
+	// NamesFull writes the full name to org.opencontainers.image.ref.name, as skopeo and podman do.
+	NamesFull ExportNames = iota
+	// NamesTags writes only the tag there, as oras, umoci and kitops do, which find entries by it. The
+	// repository is lost: [ImportOptions.Repository] gives it again.
+	NamesTags
+	// NamesContainerd writes the tag there and the full name to io.containerd.image.name, as containerd and
+	// `docker save` do. Nothing is lost, and tools that look for a tag find it.
+	NamesContainerd
+)
+
+// annotations returns the annotations of an entry that is called ref.
+func (n ExportNames) annotations(ref Reference) map[string]string {
+	tag := cmp.Or(ref.Tag(), string(ref.Digest()))
+	switch n {
+	case NamesTags:
+		return map[string]string{ocispec.AnnotationRefName: tag}
+	case NamesContainerd:
+		return map[string]string{ocispec.AnnotationRefName: tag, annotationImageName: ref.String()}
+	}
+	return map[string]string{ocispec.AnnotationRefName: ref.String()}
+}
 
 // ExportOptions say what an export holds besides the artifacts of its refs, and
 // how it is written. Nil is the zero value.
@@ -27,6 +54,9 @@ type ExportOptions struct {
 	// so on, each with all it needs. They are listed in index.json
 	// without a name, even where refs point at them.
 	Referrers bool
+	// Names is how names are written. Zero is [NamesFull]. With [NamesTags], two refs that have the same
+	// tag are [ErrInvalidArgument].
+	Names ExportNames
 	// Gzip compresses an archive. A layout directory is never compressed.
 	Gzip bool
 	// Overwrite lets [LocalRegistry.ExportArchiveFile] replace a file, and
@@ -84,12 +114,19 @@ func (r *LocalRegistry) newExport(ctx context.Context, refs []Reference, opts *E
 	if len(refs) == 0 && len(x.opts.Digests) == 0 {
 		return nil, fmt.Errorf("%w: nothing was chosen to be exported", ErrInvalidArgument)
 	}
+	tags := map[string]Reference{}
 	for _, ref := range slices.Compact(slices.SortedFunc(slices.Values(refs), Reference.Compare)) {
 		desc, err := r.resolve(ctx, ref)
 		if err != nil {
 			return nil, fmt.Errorf("%s: %w", ref, err)
 		}
-		name := map[string]string{ocispec.AnnotationRefName: ref.String()}
+		name := x.opts.Names.annotations(ref)
+		if x.opts.Names == NamesTags {
+			if other, taken := tags[name[ocispec.AnnotationRefName]]; taken {
+				return nil, fmt.Errorf("%w: %s and %s have the same tag (ExportOptions.Names)", ErrInvalidArgument, other, ref)
+			}
+			tags[name[ocispec.AnnotationRefName]] = ref
+		}
 		if err := x.root(ctx, desc, name); err != nil {
 			return nil, err
 		}
@@ -170,11 +207,16 @@ func (x *export) sort() {
 	slices.SortFunc(x.manifests, byDigest)
 	slices.SortFunc(x.blobs, byDigest)
 	slices.SortStableFunc(x.entries, func(a, b ocispec.Descriptor) int {
-		if c := strings.Compare(a.Annotations[ocispec.AnnotationRefName], b.Annotations[ocispec.AnnotationRefName]); c != 0 {
+		if c := strings.Compare(entryName(a), entryName(b)); c != 0 {
 			return c
 		}
 		return byDigest(a, b)
 	})
+}
+
+// entryName returns the fullest name that an entry of an index.json has, to tell entries apart.
+func entryName(e ocispec.Descriptor) string {
+	return cmp.Or(e.Annotations[annotationImageName], e.Annotations[ocispec.AnnotationRefName])
 }
 
 const layoutFile = `{"imageLayoutVersion":"` + ocispec.ImageLayoutVersion + `"}`

@@ -186,7 +186,7 @@ func (x *export) addTo(l *layout, fresh bool) ([]byte, error) {
 // merge returns the entries that were there, as parsed and as they stand, with ours.
 func (x *export) merge(was []ocispec.Descriptor, entries, ours []json.RawMessage) ([]json.RawMessage, error) {
 	type key struct{ name, digest string }
-	name := func(e ocispec.Descriptor) string { return e.Annotations[ocispec.AnnotationRefName] }
+	name := entryName
 	have, digests := map[key]bool{}, map[string]string{}
 	for _, e := range was {
 		have[key{name(e), string(e.Digest)}] = true
