@@ -428,11 +428,17 @@ func TestUseAfterClose(t *testing.T) {
 			}
 			return last
 		},
-		"Close":             func() error { return r.Close() },
-		"Resolve":           func() error { _, err := r.Resolve(ctx, ref); return err },
-		"ResolveDigest":     func() error { _, err := r.ResolveDigest(ctx, d); return err },
-		"Exists":            func() error { _, err := r.Exists(ctx, ref); return err },
-		"Load":              func() error { _, err := r.Load(ctx, ref); return err },
+		"Close":          func() error { return r.Close() },
+		"Resolve":        func() error { _, err := r.Resolve(ctx, ref); return err },
+		"ResolveDigest":  func() error { _, err := r.ResolveDigest(ctx, d); return err },
+		"Exists":         func() error { _, err := r.Exists(ctx, ref); return err },
+		"Load":           func() error { _, err := r.Load(ctx, ref); return err },
+		"LoadWith":       func() error { _, err := r.LoadWith(ctx, ref, nil); return err },
+		"ImportRegistry": func() error { _, err := r.ImportRegistry(ctx, openTemp(t, nil), ref, nil); return err },
+		"NewReferrerBuilder": func() error {
+			_, err := r.NewReferrerBuilder(ocispec.Descriptor{MediaType: ocispec.MediaTypeImageManifest, Digest: d, Size: 1}, nil)
+			return err
+		},
 		"LoadDigest":        func() error { _, err := r.LoadDigest(ctx, d); return err },
 		"HasBlob":           func() error { _, err := r.HasBlob(ctx, d); return err },
 		"OpenBlob":          func() error { _, err := r.OpenBlob(ctx, layers[0]); return err },
