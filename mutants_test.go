@@ -1,0 +1,124 @@
+package ocilocal_test
+
+import (
+	"context"
+	"encoding/json"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+)
+
+// A mutant is a mistake that was seeded in the code once: old becomes new, in the one place that has
+// old. At least one of the tests must then fail. The gate builds the mutants with a mark, the full
+// form builds all.
+type mutant struct {
+	name, old, new string
+	tests          string // a pattern for -test.run
+	gate           bool
+}
+
+var mutants = []mutant{
+	{"no fsync of files", "return f.file.Sync()", "return nil",
+		"TestRealSyncs", true},
+	{"no fsync of directories", "err = d.Sync()\n\treturn errors.Join(err, d.Close())\n}\n", "return errors.Join(err, d.Close())\n}\n",
+		"TestRealSyncs", true},
+	{"no fsync asked for", "err := sf.file.sync()\n", "var err error\n",
+		"TestDurableOrder", false},
+	{"commits without fsync", "synchronous(FULL)", "synchronous(NORMAL)",
+		"Pragma|TestRealSyncs", true},
+	{"reused blobs not synced", "return st.fail(errors.Join(f.sync(), f.Close()))", "return f.Close()",
+		"TestDurableOrder|TestFailedDirectorySync", true},
+	{"a deferred transaction", `"_txlock":    {"immediate"},`, `"_txlock":    {"deferred"},`,
+		"TestManyWriters|TestFirstWritesAtOnce|TestScheduleCloseDuringPublish|TestScheduleHolderKilled", false},
+	{"no check of blobs in the transaction", "if err := st.recheck(d, size); err != nil {", "if err := error(nil); err != nil {",
+		"TestPartMissing|TestScheduleReuseBetweenUnlinks|TestPutBackDurably", true},
+	{"garbage is deleted though a ref has it again", "if used, err := hasRef(tx, n.digest); used || err != nil {", "if used, err := hasRef(tx, n.digest); used && err != nil {",
+		"TestSchedulePublishMarked|TestScheduleCollectAndReplace", true},
+	{"no digest check on read", "got := digest.NewDigest(v.digest.Algorithm(), v.hash); got != v.digest", "got := digest.NewDigest(v.digest.Algorithm(), v.hash); false",
+		"TestVerifiedReader|TestCorruption", true},
+	{"bytes after the end are not noticed", "case n > 0:\n\t\treturn fmt.Errorf(\"blob %s: %w: goes on", "case n > 1:\n\t\treturn fmt.Errorf(\"blob %s: %w: goes on",
+		"TestVerifiedReader|TestCorruption", false},
+	{"credentials follow redirects", "crossed = crossed || !sameOrigin(u, p.host.base)", "crossed = crossed || false",
+		"TestHostileRedirects", true},
+	{"deletions follow redirects", "if c.method == http.MethodDelete {\n\t\treturn protocolError", "if false {\n\t\treturn protocolError",
+		"Delete|TestHostileRedirects|TestHostileRedirectedBodies", false},
+	{"an absent ref is as expected", "case o.Expected != \"\" && existing != o.Expected:", "case o.Expected != \"\" && existing != \"\" && existing != o.Expected:",
+		"TestBuildPolicies|TestExpected|TestScheduleStaleExpected|Conflict", true},
+	{"a link replaces another publisher's", "err = r.Link(name, to)\n\tif !linkUnsupported(err) {\n\t\treturn false, err\n\t}\n", "err = r.Rename(name, to)\n\tif !linkUnsupported(err) {\n\t\treturn err == nil, err\n\t}\n",
+		"TestDurable|TestLinkedAgainByAnother|TestFirstOpenRace|TestExportersRace|TestExportArchiveFile", false},
+}
+
+// mutated returns the source file that has the place of m, and its text with the mistake.
+func (m *mutant) mutated(t *testing.T) (file, text string) {
+	t.Helper()
+	names, err := filepath.Glob("*.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	places := 0
+	for _, name := range names {
+		if strings.HasSuffix(name, "_test.go") {
+			continue
+		}
+		src, err := os.ReadFile(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if n := strings.Count(string(src), m.old); n > 0 {
+			places += n
+			file, text = name, strings.Replace(string(src), m.old, m.new, 1)
+		}
+	}
+	if places != 1 {
+		t.Fatalf("the package has %q %d times: seed this mistake where the code is now", m.old, places)
+	}
+	return file, text
+}
+
+// TestMutants builds the tests with each mistake and expects that they find it. The quick run only
+// checks that the mistakes can still be made where the table says.
+func TestMutants(t *testing.T) {
+	goTool, err := exec.LookPath("go")
+	if err != nil {
+		t.Skip("there is no go command to build with")
+	}
+	for i := range mutants {
+		m := &mutants[i]
+		t.Run(m.name, func(t *testing.T) {
+			t.Parallel()
+			name, src := m.mutated(t)
+			if deepLevel() == 0 || deepLevel() == 1 && !m.gate {
+				return
+			}
+			file, err := filepath.Abs(name)
+			if err != nil {
+				t.Fatal(err)
+			}
+			dir := t.TempDir()
+			patched, overlay, binary := filepath.Join(dir, name), filepath.Join(dir, "overlay.json"), filepath.Join(dir, "test")
+			write(t, patched, src)
+			replace, err := json.Marshal(map[string]map[string]string{"Replace": {file: patched}})
+			if err != nil {
+				t.Fatal(err)
+			}
+			write(t, overlay, string(replace))
+			if out, err := exec.Command(goTool, "test", "-c", "-vet=off", "-overlay", overlay, "-o", binary, ".").CombinedOutput(); err != nil {
+				t.Fatalf("%v: %s", err, out)
+			}
+			// A mistake may also make a test hang.
+			ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
+			defer cancel()
+			cmd := exec.CommandContext(ctx, binary, "-test.failfast", "-test.run", "^("+m.tests+")")
+			cmd.Env = append(os.Environ(), deepEnv+"=0")
+			out, err := cmd.CombinedOutput()
+			if err == nil {
+				t.Errorf("%s pass with this mistake:\n%s", m.tests, out)
+			} else if ctx.Err() == nil && !strings.Contains(string(out), "--- FAIL") && !strings.Contains(string(out), "panic:") {
+				t.Errorf("no test failed: %v\n%s", err, out)
+			}
+		})
+	}
+}
