@@ -28,10 +28,10 @@ var mutants = []mutant{
 	{"no fsync asked for", "err := sf.file.sync()\n", "var err error\n",
 		"TestDurableOrder", false},
 	{"commits without fsync", "synchronous(FULL)", "synchronous(NORMAL)",
-		"Pragma|TestRealSyncs", true},
+		"TestIndexPragmas", true},
 	{"reused blobs not synced", "return st.fail(errors.Join(f.sync(), f.Close()))", "return f.Close()",
 		"TestDurableOrder|TestFailedDirectorySync", true},
-	{"a deferred transaction", `"_txlock":    {"immediate"},`, `"_txlock":    {"deferred"},`,
+	{"a deferred transaction", `t.exec("BEGIN IMMEDIATE")`, `t.exec("BEGIN")`,
 		"TestManyWriters|TestFirstWritesAtOnce|TestScheduleCloseDuringPublish|TestScheduleHolderKilled", false},
 	{"no check of blobs in the transaction", "if err := st.recheck(d, size); err != nil {", "if err := error(nil); err != nil {",
 		"TestPartMissing|TestScheduleReuseBetweenUnlinks|TestPutBackDurably", true},
@@ -44,9 +44,9 @@ var mutants = []mutant{
 	{"credentials follow redirects", "crossed = crossed || !sameOrigin(u, p.host.base)", "crossed = crossed || false",
 		"TestHostileRedirects", true},
 	{"deletions follow redirects", "if c.method == http.MethodDelete {\n\t\treturn protocolError", "if false {\n\t\treturn protocolError",
-		"Delete|TestHostileRedirects|TestHostileRedirectedBodies", false},
+		"TestUploadsElsewhere|TestPrivateTargets|TestRemoteDelete", false},
 	{"an absent ref is as expected", "case o.Expected != \"\" && existing != o.Expected:", "case o.Expected != \"\" && existing != \"\" && existing != o.Expected:",
-		"TestBuildPolicies|TestExpected|TestScheduleStaleExpected|Conflict", true},
+		"TestExpectedAbsent", true},
 	{"a link replaces another publisher's", "err = r.Link(name, to)\n\tif !linkUnsupported(err) {\n\t\treturn false, err\n\t}\n", "err = r.Rename(name, to)\n\tif !linkUnsupported(err) {\n\t\treturn err == nil, err\n\t}\n",
 		"TestDurable|TestLinkedAgainByAnother|TestFirstOpenRace|TestExportersRace|TestExportArchiveFile", false},
 }
@@ -92,6 +92,9 @@ func TestMutants(t *testing.T) {
 			name, src := m.mutated(t)
 			if deepLevel() == 0 || deepLevel() == 1 && !m.gate {
 				return
+			}
+			if _, err := exec.LookPath("strace"); err != nil && strings.Contains(m.tests, "TestRealSyncs") {
+				t.Skip("strace is not installed, and only it sees this mistake")
 			}
 			file, err := filepath.Abs(name)
 			if err != nil {

@@ -595,6 +595,9 @@ func TestUploadsElsewhere(t *testing.T) {
 			// An upload without memory: what is put is good.
 			uploads := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 				n, _ := io.Copy(io.Discard, r.Body)
+				if r.Method == "DELETE" && r.Host != "registry.test" {
+					t.Errorf("%s was asked to delete %s", r.Host, r.URL.Path)
+				}
 				switch {
 				case r.URL.Path == "/login":
 					w.Header().Set("WWW-Authenticate", `Basic realm="x"`)
