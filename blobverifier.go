@@ -113,7 +113,7 @@ func (v *verifier) finish() error {
 		return err
 	}
 	if got := digest.NewDigest(v.digest.Algorithm(), v.hash); got != v.digest {
-		return fmt.Errorf("blob %s: %w: its bytes hash to %s (the file is damaged: importing or pulling the artifact again heals it)",
+		return fmt.Errorf("blob %s: %w: its bytes hash to %s (the file is damaged: Repair heals it, and so does Pull with PullOptions.Verify)",
 			v.digest, ErrDigestMismatch, got)
 	}
 	return io.EOF

@@ -188,7 +188,8 @@ type upload struct {
 	repo  *remoteRepo
 	desc  ocispec.Descriptor
 	store *blobStore
-	chunk int64 // wanted size of chunks; 0 for one request
+	open  func(ctx context.Context) (io.ReadCloser, error) // if there is no store: the blob's verified bytes
+	chunk int64                                            // wanted size of chunks; 0 for one request
 	count meter
 
 	oddRange bool // asking a session after an odd Range didn't help
@@ -240,7 +241,7 @@ func tooLarge(err error, attempt int) bool {
 // try makes one attempt.
 func (u *upload) try(ctx context.Context, s *uploadSession) (err error) {
 	if s == nil {
-		if s, err = u.open(ctx); err != nil {
+		if s, err = u.begin(ctx); err != nil {
 			return err
 		}
 	}
@@ -260,8 +261,8 @@ func (u *upload) try(ctx context.Context, s *uploadSession) (err error) {
 	return err
 }
 
-// open begins a session.
-func (u *upload) open(ctx context.Context) (*uploadSession, error) {
+// begin opens a session.
+func (u *upload) begin(ctx context.Context) (*uploadSession, error) {
 	c := &remoteCall{method: http.MethodPost, url: u.repo.uploads(), actions: []string{"pull", "push"}, ok: any2xx}
 	res, err := u.repo.do(ctx, c)
 	if err != nil {
@@ -273,6 +274,13 @@ func (u *upload) open(ctx context.Context) (*uploadSession, error) {
 
 // whole opens the blob. It is verified while it is sent: of bad bytes, the last isn't.
 func (u *upload) whole(ctx context.Context) (io.ReadCloser, error) {
+	if u.store == nil {
+		src, err := u.open(ctx)
+		if err != nil {
+			return nil, err
+		}
+		return &countedBody{src: src, count: u.count(0)}, nil
+	}
 	v, err := u.store.open(ctx, u.desc.Digest, u.desc.Size)
 	if err != nil {
 		return nil, incomplete(err)
@@ -315,6 +323,9 @@ var errSmaller = errors.New("chunk is too large")
 
 // chunks sends the blob piece by piece.
 func (u *upload) chunks(ctx context.Context, s *uploadSession, size int64) error {
+	if u.store == nil {
+		return fmt.Errorf("%w: blob %s has to go in chunks, which can't be made of a blob that isn't stored (pull and push it)", ErrTooLarge, u.desc.Digest)
+	}
 	// A piece can't be verified by itself.
 	if err := u.store.verify(ctx, u.desc.Digest, u.desc.Size); err != nil {
 		return incomplete(err)

@@ -1,0 +1,141 @@
+package ocilocal
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"sync"
+
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+)
+
+// Copy copies the artifact that from names to where to says, in the same or another remote registry, without
+// storing it. dst is the client of to's registry; nil means r. Blobs that are there already are not
+// transferred, and those of the same registry are mounted if it allows that. Each blob is verified on its way, and the
+// last byte of a bad one is not sent. A tag that exists is overwritten. It returns the manifest's descriptor.
+//
+// ctx governs the call. Errors are those of [Remote.Resolve] and [LocalRegistry.Push] that a remote registry causes;
+// [ErrTooLarge] if the destination takes a blob only in chunks: then pull and push.
+func (r *Remote) Copy(ctx context.Context, from, to Reference, dst *Remote) (ocispec.Descriptor, error) {
+	desc, err := r.copy(ctx, from, to, dst)
+	return desc, opError("copy to "+to.String(), from.String(), "", err)
+}
+
+func (r *Remote) copy(ctx context.Context, from, to Reference, dst *Remote) (desc ocispec.Descriptor, err error) {
+	c := &remoteCopy{seen: map[digest.Digest]bool{}}
+	src := r
+	if dst == nil {
+		dst = r
+	}
+	if src == dst {
+		// A request that sends a blob waits for the one that receives it. If both took their slots from one
+		// host, enough copies at a time could wait for each other for ever.
+		src = &Remote{Client: r.Client, Credentials: r.Credentials, PlainHTTP: r.PlainHTTP, Retry: r.Retry, MaxPerHost: r.MaxPerHost,
+			StallTimeout: r.StallTimeout, UserAgent: r.UserAgent, AllowAddress: r.AllowAddress}
+		if r.Client == nil {
+			defer src.CloseIdleConnections()
+		}
+	}
+	if c.from, err = src.repo(from); err != nil {
+		return desc, err
+	}
+	if c.to, err = dst.repo(to); err != nil {
+		return desc, err
+	}
+	m, err := c.from.manifest(ctx, c.from.reference(), "")
+	if err != nil {
+		return desc, err
+	}
+	if d := to.Digest(); d != "" && d != m.Digest() {
+		return desc, fmt.Errorf("%w: %s is copied to %s", ErrDigestMismatch, m.Digest(), to)
+	}
+	return m.Descriptor(), c.manifest(ctx, m, c.to.reference(), 0)
+}
+
+// A remoteCopy is one call of Copy.
+type remoteCopy struct {
+	from, to *remoteRepo
+	seen     map[digest.Digest]bool
+}
+
+// manifest copies everything that a manifest needs, and then the manifest.
+func (c *remoteCopy) manifest(ctx context.Context, m *Manifest, reference string, depth int) error {
+	if depth > MaxIndexNesting {
+		return fmt.Errorf("%w: image indexes nested more than %d deep", ErrTooLarge, MaxIndexNesting)
+	}
+	t := newTasks(ctx, 4)
+	var err error
+	for i, child := range m.children() {
+		if c.seen[child.Digest] {
+			continue
+		}
+		if c.seen[child.Digest] = true; len(c.seen) > MaxClosure {
+			err = fmt.Errorf("%w: an artifact of more than %d blobs", ErrTooLarge, MaxClosure)
+		} else if m.childRole(i) != roleManifest {
+			err = t.start(func() error { return c.blob(t.ctx, child) })
+		} else {
+			var of *Manifest
+			if of, err = c.from.manifest(t.ctx, string(child.Digest), child.MediaType); err == nil {
+				err = c.manifest(t.ctx, of, string(child.Digest), depth+1)
+			}
+		}
+		if err != nil {
+			break
+		}
+	}
+	if err := t.wait(err); err != nil {
+		return err
+	}
+	return c.to.putManifest(ctx, reference, m)
+}
+
+// blob makes sure that the destination has a blob.
+func (c *remoteCopy) blob(ctx context.Context, desc ocispec.Descriptor) error {
+	has, err := c.to.hasBlob(ctx, desc)
+	if err != nil || has == present {
+		return err
+	}
+	var session *uploadSession
+	if c.from.host.name == c.to.host.name && c.from.name != c.to.name {
+		var done bool
+		if done, session, err = c.to.mount(ctx, desc, c.from.name); done || err != nil {
+			return err
+		}
+	}
+	var buffers sync.Pool // for a method of verifier that isn't used
+	u := &upload{repo: c.to, desc: desc, count: func(int64) func(int) { return func(int) {} }}
+	u.open = func(ctx context.Context) (io.ReadCloser, error) {
+		res, _, err := c.from.blob(ctx, desc, 0)
+		if err != nil {
+			return nil, err
+		}
+		body := &countedBody{src: res.Body, count: func(int) {}}
+		v := &verifier{ctx: ctx, src: body, digest: desc.Digest, size: desc.Size, hash: newHash(desc.Digest.Algorithm()), buffers: &buffers}
+		return &copiedBody{repo: c.from, ctx: ctx, desc: desc, body: body, verifier: v}, nil
+	}
+	return u.run(ctx, session)
+}
+
+// A copiedBody is a blob on its way from one registry to another. Its errors say that the source failed.
+type copiedBody struct {
+	repo     *remoteRepo
+	ctx      context.Context
+	desc     ocispec.Descriptor
+	body     *countedBody
+	verifier *verifier
+}
+
+func (b *copiedBody) Read(p []byte) (int, error) {
+	n, err := b.verifier.Read(p)
+	switch {
+	case err == nil, err == io.EOF:
+		return n, err
+	case b.body.err == nil && errors.Is(err, ErrDigestMismatch):
+		err = fmt.Errorf("%w: the source has other bytes", ErrDigestMismatch)
+	}
+	return n, b.repo.blobError(b.ctx, b.desc, b.body, err)
+}
+
+func (b *copiedBody) Close() error { return b.verifier.Close() }

@@ -1,0 +1,61 @@
+package ocilocal_test
+
+import (
+	"fmt"
+	"net/http"
+	"strings"
+	"testing"
+
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/ocilocal/ocilocal"
+)
+
+// An artifact is copied from one registry to another, and within one, without being stored.
+func TestRemoteCopy(t *testing.T) {
+	a, b := newServer(t), newServer(t)
+	large := noise(1, 3<<20)
+	child := a.put(t, "org/model", "v1", large, noise(2, 100), nil)
+	index := a.putRaw("org/model", "multi", ocispec.MediaTypeImageIndex, fmt.Appendf(nil, `{"schemaVersion":2,"mediaType":%q,"manifests":[{"mediaType":%q,"digest":%q,"size":%d}]}`,
+		ocispec.MediaTypeImageIndex, ocispec.MediaTypeImageManifest, child, len(a.manifests["org/model"][string(child)].body)))
+	remote := &ocilocal.Remote{Retry: quick, MaxPerHost: 1}
+	defer remote.CloseIdleConnections()
+	other := &ocilocal.Remote{Retry: quick}
+	defer other.CloseIdleConnections()
+	if d, err := remote.Copy(t.Context(), a.ref("org/model:multi"), b.ref("team/copy:v1"), other); err != nil || d.Digest != index {
+		t.Fatal(d, err)
+	}
+	if got, err := openRemote(t, nil).Pull(t.Context(), b.ref("team/copy:v1"), nil); err != nil || got.Artifact.Digest() != index {
+		t.Errorf("%+v, %v", got, err)
+	}
+	// Within one registry, with and without mounts.
+	for _, noMount := range []bool{false, true} {
+		a.noMount = noMount
+		to := a.ref(fmt.Sprint("team/copy", noMount, ":v1"))
+		to = ocilocal.MustParseReference(strings.ToLower(to.String()))
+		a.forget()
+		if _, err := remote.Copy(t.Context(), a.ref("org/model:v1"), to, nil); err != nil {
+			t.Error(err)
+		}
+		if d, err := other.Resolve(t.Context(), to); err != nil || d.Digest != child {
+			t.Error(d, err)
+		}
+		if !noMount && a.served() > 0 {
+			t.Errorf("%d bytes were served although blobs can be mounted", a.served())
+		}
+	}
+	// Other bytes than the digest's don't arrive.
+	a.override = func(w http.ResponseWriter, r *http.Request) bool {
+		if r.Method != "GET" || !strings.HasSuffix(r.URL.Path, string(digest.FromBytes(large))) {
+			return false
+		}
+		w.Write(noise(9, len(large)))
+		return true
+	}
+	_, err := remote.Copy(t.Context(), a.ref("org/model:v1"), b.ref("team/bad:v1"), other)
+	mustFail(t, err, ocilocal.ErrDigestMismatch)
+	if _, err := other.Resolve(t.Context(), b.ref("team/bad:v1")); err == nil {
+		t.Error("it arrived")
+	}
+}
