@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"mime"
 	"net/http"
 	"net/url"
@@ -219,4 +220,28 @@ func checkContentRange(text string, from, size int64) (end int64, err error) {
 func parseDecimal(s string) (int64, error) {
 	n, err := strconv.ParseUint(s, 10, 63)
 	return int64(n), err
+}
+
+// blobError tells a body that broke off from what went wrong here.
+func (p *remoteRepo) blobError(ctx context.Context, desc ocispec.Descriptor, body *countedBody, err error) error {
+	u := p.url("blobs", string(desc.Digest))
+	switch {
+	case err == nil:
+		return nil
+	case body.err != nil:
+		return p.conceal(bodyError(ctx, "GET", u, body.err))
+	case body.coding != "" && (errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, ErrSizeMismatch)):
+		return p.blobProblem(desc, coded(body.coding, err))
+	case errors.Is(err, io.ErrUnexpectedEOF), errors.Is(err, ErrSizeMismatch) && body.n < desc.Size:
+		return transportError("GET", u, io.ErrUnexpectedEOF) // a proxy may have cut it off
+	case errors.Is(err, ErrSizeMismatch), errors.Is(err, ErrDigestMismatch):
+		return p.blobProblem(desc, coded(body.coding, err))
+	}
+	return err
+}
+
+// blobProblem says that a blob's bytes are not what they should be.
+func (p *remoteRepo) blobProblem(desc ocispec.Descriptor, err error) error {
+	u := p.url("blobs", string(desc.Digest))
+	return &RemoteError{Method: "GET", URL: publicURL(u), Status: 200, final: true, Err: fmt.Errorf("blob %s: %w", desc.Digest, err)}
 }
