@@ -299,22 +299,24 @@ func legacyPaths(ref Reference) (paths []string) {
 	return paths
 }
 
-// fetchLegacy imports what the legacy root has under ref's name, and reports whether it has it.
-func (r *LocalRegistry) fetchLegacy(ctx context.Context, ref Reference) (found bool, err error) {
+// fetchLegacy imports the entry of the legacy root that has ref's name, and returns the artifact; nil
+// if there is no such entry. It does not read the index again once the import is durable: a failure
+// of that read would end a call whose whole change has been made.
+func (r *LocalRegistry) fetchLegacy(ctx context.Context, ref Reference) (*LocalArtifact, error) {
 	if r.opts.LegacyRoot == "" || r.blobs.readOnly {
-		return false, nil
+		return nil, nil
 	}
 	end, err := r.begin(ctx)
 	if err != nil {
-		return false, err
+		return nil, err
 	}
 	defer end()
 	root, err := openRoot(r.opts.LegacyRoot, r.root.fault)
 	if errors.Is(err, fs.ErrNotExist) {
-		return false, nil
+		return nil, nil
 	}
 	if err != nil {
-		return false, err
+		return nil, err
 	}
 	defer root.Close()
 	for _, entry := range legacyPaths(ref) {
@@ -322,17 +324,19 @@ func (r *LocalRegistry) fetchLegacy(ctx context.Context, ref Reference) (found b
 		if err == nil && !found {
 			continue
 		}
+		var update RefUpdate
 		if err == nil {
-			_, err = r.importLegacyEntry(ctx, root, entry, ref, &LegacyOptions{})
+			update, err = r.importLegacyEntry(ctx, root, entry, ref, &LegacyOptions{})
 		}
-		if !errors.Is(err, ErrNotFound) {
-			if err != nil {
-				err = fmt.Errorf("legacy entry %s: %w", printable(entry), err)
-			}
-			return true, err
+		switch {
+		case errors.Is(err, ErrNotFound):
+			continue
+		case err != nil:
+			return nil, fmt.Errorf("legacy entry %s: %w", printable(entry), err)
 		}
+		return r.newArtifact(ref, update.Descriptor, nil), nil
 	}
-	return false, nil
+	return nil, nil
 }
 
 // hasDir reports whether there is a directory of this name and no symbolic link on the way to it.

@@ -54,13 +54,12 @@ func (r *LocalRegistry) load(ctx context.Context, ref Reference, opts *PullOptio
 	if a != nil || err != nil {
 		return &LoadResult{Artifact: a, Hit: true}, err
 	}
-	// A conflict means that somebody else has just put it here.
-	if found, err := r.fetchLegacy(ctx, ref); err != nil && !errors.Is(err, ErrConflict) {
-		return nil, err
-	} else if found {
-		if a, err := r.loadHere(ctx, ref, opts); a != nil || err != nil {
-			return &LoadResult{Artifact: a}, err
-		}
+	a, err = r.fetchLegacy(ctx, ref)
+	if errors.Is(err, ErrConflict) { // another call has just put it here
+		a, err = r.loadHere(ctx, ref, opts)
+	}
+	if a != nil || err != nil {
+		return &LoadResult{Artifact: a}, err
 	}
 	if opts == nil && r.opts.Remote == nil || r.blobs.readOnly {
 		return nil, ErrNotFound
