@@ -246,7 +246,7 @@ func TestDurableRoot(t *testing.T) {
 				t.Fatal(err)
 			}
 			mustClose(t, r)
-			named := slices.Index(rec.ops, "rename index.sqlite3")
+			named := slices.Index(rec.ops, "link index.sqlite3")
 			for _, dir := range made {
 				dir = filepath.Join(top, dir)
 				at, synced := slices.Index(rec.ops, "mkdir "+dir), false // −1: it was there

@@ -24,10 +24,13 @@ const idTemp = ".ocilocal-id"
 //	id             the first file, and the mark: tmp/ and blobs/ beside it are ours. So it is
 //	               made only where both names are free.
 //	blobs/, tmp/   empty
-//	index.sqlite3  made in a session below tmp/, and renamed when it is complete
+//	index.sqlite3  made in a session below tmp/, and linked when it is complete
 //
-// A process that is killed before the id has its name leaves an empty directory, or [idTemp]; one
-// that is killed later leaves an id, by which the next Open knows that it may go on.
+// The id and the index get their names by [rootDir.linkNew], so that a file that another program
+// puts there meanwhile is not replaced. A process that is killed before the id has its name leaves
+// an empty directory, or [idTemp]. One that is killed later leaves an id, from which the next Open
+// knows that it may go on, and perhaps a second name of the id or of the index. The next Open
+// removes the former, the sweep of tmp/ the latter.
 func (r *LocalRegistry) create(ctx context.Context) error {
 	// Whoever made the root may have been killed before its entry was synced.
 	// Where this process can't do that, it didn't make the root either.
@@ -81,10 +84,16 @@ func (r *LocalRegistry) createLocked(ctx context.Context) error {
 	if err := r.root.Chmod(private, 0o600); err != nil {
 		return err
 	}
-	// Under the lock nobody else makes an index. A link would leave a second name after a kill.
-	if err := r.root.Rename(private, indexFile); err != nil {
+	_, err = r.root.linkNew(private, indexFile)
+	if errors.Is(err, fs.ErrExist) {
+		return nil // another program's file, which open checks like every index
+	}
+	if err != nil {
 		return err
 	}
+	// On Windows this fails if another process has opened the index already. Then the name goes
+	// with the session.
+	_ = r.root.Remove(private)
 	return r.root.syncDir(".")
 }
 
@@ -112,6 +121,9 @@ func (r *LocalRegistry) claim() (id string, err error) {
 	}
 	if errors.Is(err, errBadID) {
 		return "", fmt.Errorf("%w: there is no %s, and %w", ErrForeignRoot, indexFile, err)
+	}
+	if err == nil {
+		err = r.removeIDLink()
 	}
 	if !errors.Is(err, fs.ErrNotExist) {
 		return id, err
@@ -175,12 +187,29 @@ func (r *LocalRegistry) writeID() error {
 		err = f.sync()
 	}
 	if err = errors.Join(err, f.Close()); err == nil {
-		err = r.root.Rename(idTemp, idFile)
+		_, err = r.root.linkNew(idTemp, idFile)
 	}
-	if err != nil {
-		return errors.Join(err, ignoreNotExist(r.root.Remove(idTemp)))
+	if errors.Is(err, fs.ErrExist) {
+		err = fmt.Errorf("%w: another program made the file %s meanwhile", ErrForeignRoot, idFile)
+	}
+	if err = errors.Join(err, ignoreNotExist(r.root.Remove(idTemp))); err != nil {
+		return err
 	}
 	return r.root.syncDir(".")
+}
+
+// removeIDLink removes the second name of the id, which a process leaves that is killed between the
+// link of the id and the removal of [idTemp]. Any other file under that name stays.
+func (r *LocalRegistry) removeIDLink() error {
+	temp, err := r.root.Lstat(idTemp)
+	if err != nil {
+		return ignoreNotExist(err)
+	}
+	id, err := r.root.Lstat(idFile)
+	if err != nil || !os.SameFile(temp, id) {
+		return err
+	}
+	return ignoreNotExist(r.root.Remove(idTemp))
 }
 
 // removeIDTemp removes what a process has left that was killed while it wrote the id.

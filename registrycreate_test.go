@@ -222,8 +222,49 @@ func TestOpenAfterKill(t *testing.T) {
 		}
 		mustClose(t, r)
 		checkStore(t, root, model{newRef: {"x"}})
+		for _, left := range []string{".ocilocal-id", "tmp/*"} {
+			if names, _ := filepath.Glob(filepath.Join(root, left)); len(names) > 0 {
+				t.Errorf("left over: %q", names)
+			}
+		}
 		if t.Failed() {
 			t.Fatalf("after a stop before %s", stopped)
+		}
+	}
+}
+
+// TestOpenNameTaken: another program takes the name of the id or of the index while the first open
+// makes its own. That file is not replaced, with and without hard links.
+func TestOpenNameTaken(t *testing.T) {
+	for name, want := range map[string]error{"id": ocilocal.ErrForeignRoot, "index.sqlite3": ocilocal.ErrForeignIndex} {
+		for links, fails := range map[string]error{"links": nil, "no links": syscall.EPERM} {
+			t.Run(name+" "+links, func(t *testing.T) {
+				root := t.TempDir()
+				dontWatch(root)
+				file := filepath.Join(root, name)
+				r, err := ocilocal.OpenFaulty(t.Context(), root, func(op, at string) error {
+					if op != "link" {
+						return nil
+					}
+					if at == name {
+						if err := os.WriteFile(file, []byte("another program's"), 0o600); err != nil {
+							t.Error(err)
+						}
+					}
+					return fails
+				})
+				if !errors.Is(err, want) || r != nil {
+					t.Errorf("Open: %v, want %v", err, want)
+				}
+				if b, err := os.ReadFile(file); err != nil || string(b) != "another program's" {
+					t.Errorf("%s holds %q, %v", name, b, err)
+				}
+				for _, left := range []string{".ocilocal-id", "tmp/*"} {
+					if names, _ := filepath.Glob(filepath.Join(root, left)); len(names) > 0 {
+						t.Errorf("left over: %q", names)
+					}
+				}
+			})
 		}
 	}
 }
@@ -235,7 +276,7 @@ func TestOpenBusyRoot(t *testing.T) {
 	first := make(chan error, 1)
 	go func() {
 		r, err := ocilocal.OpenFaulty(context.Background(), root, func(op, name string) error {
-			if op+" "+name == "rename index.sqlite3" {
+			if op+" "+name == "link index.sqlite3" {
 				close(reached)
 				<-let
 			}

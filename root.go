@@ -19,14 +19,15 @@ import (
 // each is ours:
 //
 //	path                        operation            why it is ours
-//	root/.ocilocal-id           removed, renamed     our prefix; a small regular file, with the root locked
+//	root/.ocilocal-id           removed, linked      our prefix; a small regular file, or a second name of
+//	                                                 the id, with the root locked
 //	root/tmp/…                  removed, truncated   the marks that blobtmp.go lists, in a root with an id
 //	root/blobs/<alg>/<hex>      removed, renamed,    a regular file under a digest, in a root with an id:
 //	                            replaced             by a collection, Repair (to tmp/quarantine/), and the stage,
 //	                                                 which replaces only bytes that do not have that digest
 //	root/index.sqlite3*         renamed              by Rebuild, to index.sqlite3.broken: an index that is
 //	                                                 damaged, in a root with an id or an index that was ours
-//	root/tmp/<session>/<name>   renamed              to index.sqlite3, while the root is locked and has none
+//	root/tmp/<session>/<name>   linked               as index.sqlite3, while the root is locked and has none
 //	target/.ocilocal-<random>   removed, renamed     made by the same call with O_EXCL
 //	layout/.ocilocal-new        removed, renamed     our prefix; a regular file, with the layout locked
 //	layout/.ocilocal-tmp/…      removed              the same marks as in tmp/
@@ -203,9 +204,9 @@ func (r *rootDir) removeEmpty(name string) error {
 }
 
 // linkNew gives the file name the new name to, unless that is taken: [fs.ErrExist]. The file
-// keeps its old name as well, except where the file system, or this file, cannot have another
-// hard link: there it is renamed, and moved is true. Looking whether to is taken and taking it
-// are two steps then, and a file that appears in between is replaced.
+// keeps its old name as well. If the file system, or this file, cannot have another hard link, it
+// is renamed instead, and moved is true. Only then are the check of to and the rename two steps,
+// and a file that appears between them is replaced: [os.Root] has no rename without replacing.
 func (r *rootDir) linkNew(name, to string) (moved bool, err error) {
 	err = r.Link(name, to)
 	if !linkUnsupported(err) {
