@@ -218,8 +218,16 @@ func (s *blobStore) empty() (bool, error) {
 const largeFile = 64 << 20
 
 // unname removes the name of d's file. A large file is moved instead, to the name below tmp/ that
-// is returned, so that its space can be freed later.
+// is returned, so that its space can be freed later. Anything but a regular file stays, as if d
+// had no file: this package has not made it.
 func (s *blobStore) unname(d digest.Digest, size int64) (moved string, err error) {
+	fi, err := s.root.Lstat(blobPath(d))
+	if err != nil {
+		return "", err
+	}
+	if !fi.Mode().IsRegular() {
+		return "", fmt.Errorf("blob %s: is not a regular file: %w", d, ErrNotFound)
+	}
 	if size >= largeFile {
 		if dir, err := s.enter(); err == nil { // else the disk is too full for that
 			moved = path.Join(dir, rand.Text())

@@ -32,6 +32,47 @@ func (c *lookCtx) Err() error {
 	return c.Context.Err()
 }
 
+// Where garbage had its file there is something else now, which this package has not made. Its rows
+// go, and it stays.
+func TestGCForeignEntry(t *testing.T) {
+	for name, plant := range map[string]func(path string) error{
+		"link":      func(path string) error { return os.Symlink("thesis.tex", path) },
+		"directory": func(path string) error { return os.Mkdir(path, 0o755) },
+		"full directory": func(path string) error {
+			return errors.Join(os.Mkdir(path, 0o755), os.WriteFile(filepath.Join(path, "thesis.tex"), nil, 0o644))
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			r := openTemp(t, nil)
+			gone := published(t, r, "example.com/gone:v1", "gone", nil)
+			layers, err := gone.Layers(t.Context())
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, err := r.Remove(t.Context(), gone.Reference()); err != nil {
+				t.Fatal(err)
+			}
+			for _, d := range []digest.Digest{gone.Digest(), layers[0].Digest} {
+				if err := os.Remove(blobFile(r, d)); err != nil {
+					t.Fatal(err)
+				}
+				if err := plant(blobFile(r, d)); err != nil {
+					t.Skip(err)
+				}
+			}
+			collect(t, r, atOnce)
+			for _, d := range []digest.Digest{gone.Digest(), layers[0].Digest} {
+				if _, err := os.Lstat(blobFile(r, d)); err != nil {
+					t.Error(err)
+				}
+			}
+			if report := collect(t, r, atOnce); report.Deleted != (ocilocal.Count{}) {
+				t.Errorf("again: %+v", report)
+			}
+		})
+	}
+}
+
 // The index is marked as not reconciled at any moment of a collection: nothing is deleted from then
 // on.
 func TestGCUnreconciledMeanwhile(t *testing.T) {

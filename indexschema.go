@@ -114,12 +114,12 @@ func (t *indexTx) version() (version int, err error) {
 func (x *index) checkSchema(ctx context.Context) (version int, err error) {
 	conn, err := x.readers.Conn(ctx)
 	if err != nil {
-		return 0, x.openError(err)
+		return 0, unrecognised(x.openError(err))
 	}
 	defer conn.Close()
 	var app int
 	if err := conn.QueryRowContext(ctx, "PRAGMA application_id").Scan(&app); err != nil {
-		return 0, x.openError(err)
+		return 0, unrecognised(x.openError(err))
 	}
 	if app != indexAppID {
 		return 0, fmt.Errorf("%w: application id is %#x, not %#x", ErrForeignIndex, app, indexAppID)
@@ -194,6 +194,17 @@ func (x *index) checkJournalMode(ctx context.Context, conn *sql.Conn) error {
 		return fmt.Errorf("%w: its journal mode is %q, not wal", ErrCorruptIndex, clip(mode))
 	}
 	return nil
+}
+
+// errUnrecognised is of a database so damaged that it does not say whose it is.
+var errUnrecognised = errors.New("nothing in it says that it is this package's")
+
+// unrecognised adds errUnrecognised to an [ErrCorruptIndex].
+func unrecognised(err error) error {
+	if errors.Is(err, ErrCorruptIndex) {
+		err = fmt.Errorf("%w (%w)", err, errUnrecognised)
+	}
+	return err
 }
 
 // openError is explain for the first look at a file. A file that is not a database is not ours.

@@ -115,7 +115,7 @@ func (r *LocalRegistry) checkNoLog() error {
 // claim returns the id of the directory, which it writes if there is none. Without an id nothing
 // in the directory is ours: then it fails with [ErrForeignRoot] unless our names are free.
 func (r *LocalRegistry) claim() (id string, err error) {
-	id, err = r.readID()
+	id, err = readID(r.root)
 	if err == nil && !isMadeID(id) && id != r.opts.id && !r.opts.adopt {
 		err = fmt.Errorf("%w: it holds %q", errBadID, clip(id))
 	}
@@ -134,7 +134,7 @@ func (r *LocalRegistry) claim() (id string, err error) {
 	if err := r.writeID(); err != nil {
 		return "", err
 	}
-	return r.readID()
+	return readID(r.root)
 }
 
 // checkFree looks whether a root can be made: nothing has our names. For Rebuild, blobs/ may
@@ -227,10 +227,11 @@ func (r *LocalRegistry) removeIDTemp() error {
 // maxIDFile is how many bytes a file id may have.
 const maxIDFile = 65
 
-func (r *LocalRegistry) readID() (string, error) {
-	f, err := r.root.OpenFile(idFile, os.O_RDONLY|openNoFollow, 0)
+// readID returns the id of a root. A file id that cannot be one is errBadID.
+func readID(root *rootDir) (string, error) {
+	f, err := root.OpenFile(idFile, os.O_RDONLY|openNoFollow, 0)
 	if err != nil {
-		if fi, bad := r.root.Lstat(idFile); bad == nil && !fi.Mode().IsRegular() {
+		if fi, bad := root.Lstat(idFile); bad == nil && !fi.Mode().IsRegular() {
 			err = fmt.Errorf("%w: it is not a regular file", errBadID)
 		}
 		return "", err
@@ -265,7 +266,7 @@ func (r *LocalRegistry) checkID() error {
 	if r.id, err = meta(r.index, metaID); err != nil {
 		return err
 	}
-	switch id, err := r.readID(); {
+	switch id, err := readID(r.root); {
 	case errors.Is(err, fs.ErrNotExist):
 		return fmt.Errorf("%w: %w %s; the index's id is %s (if they belong together, write that id there)", ErrForeignIndex, errNoID, idFile, r.id)
 	case errors.Is(err, errBadID):

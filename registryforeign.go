@@ -117,20 +117,34 @@ func (r *LocalRegistry) openOther(name string) (*os.File, error) {
 	if err != nil {
 		return nil, err
 	}
-	if own := r.ownFile(fi); own != "" {
-		return nil, fmt.Errorf("%w: this is the registry's own %s", ErrInvalidArgument, own)
+	own, err := r.ownFile(fi)
+	if err == nil && own != "" {
+		err = fmt.Errorf("%w: this is the registry's own %s", ErrInvalidArgument, own)
+	}
+	if err != nil {
+		return nil, err
 	}
 	return openRegular(name)
 }
 
 // ownFile returns the name below the root of the index's file that fi is of, and "" for any other file.
-func (r *LocalRegistry) ownFile(fi fs.FileInfo) string {
-	for _, suffix := range []string{"", "-wal", "-shm", "-journal"} {
-		if own, err := r.root.Lstat(indexFile + suffix); err == nil && os.SameFile(own, fi) {
-			return indexFile + suffix
+func (r *LocalRegistry) ownFile(fi fs.FileInfo) (string, error) {
+	for _, suffix := range databaseFiles {
+		if same, err := r.isAt(indexFile+suffix, fi); same || err != nil {
+			return indexFile + suffix, err
 		}
 	}
-	return ""
+	return "", nil
+}
+
+// isAt reports whether fi is of what has that name below the root. A name that cannot be looked
+// at, for want of descriptors say, may be fi's, so that is an error.
+func (r *LocalRegistry) isAt(name string, fi fs.FileInfo) (bool, error) {
+	mine, err := r.root.Lstat(name)
+	if err != nil {
+		return false, ignoreNotExist(err)
+	}
+	return os.SameFile(mine, fi), nil
 }
 
 // checkTarget refuses to write to a path that the caller names if it is, or lies in, this
@@ -146,14 +160,18 @@ func (r *LocalRegistry) checkTarget(path string, below ...string) error {
 		own = append(own, filepath.ToSlash(filepath.Join(blobsDir, string(alg))))
 	}
 	check := func(path string, fi fs.FileInfo) error {
-		name := r.ownFile(fi)
+		name, err := r.ownFile(fi)
 		for _, n := range own {
-			if mine, err := r.root.Lstat(n); err == nil && os.SameFile(mine, fi) {
+			if name != "" || err != nil {
+				break
+			}
+			var same bool
+			if same, err = r.isAt(n, fi); same {
 				name = n
 			}
 		}
-		if name == "" {
-			return nil
+		if name == "" || err != nil {
+			return err
 		}
 		return fmt.Errorf("%w: %s is in the registry itself (%s of %s)", ErrInvalidArgument, path, name, r.dir)
 	}

@@ -12,6 +12,7 @@ import (
 	"runtime"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 
 	"github.com/opencontainers/go-digest"
@@ -285,6 +286,37 @@ func TestOtherOwner(t *testing.T) {
 			}
 			mustClose(t, mustOpen(t, dir))
 		})
+	}
+}
+
+// A failed look at the registry's own names does not make a target free: that the file system
+// refuses one, for want of descriptors say, tells nothing about the others.
+func TestTargetUnknown(t *testing.T) {
+	r := openTemp(t, nil)
+	a, err := build(t, r, "example.com/a:v1", nil, "layer")
+	if err != nil {
+		t.Fatal(err)
+	}
+	refs := []ocilocal.Reference{a.Reference()}
+	for _, name := range []string{".", "tmp", "blobs", "blobs/sha256"} {
+		target := filepath.Join(r.Root(), filepath.FromSlash(name), "x")
+		ocilocal.SetFault(r, func(op, at string) error {
+			if op == "stat" && !filepath.IsAbs(at) && !strings.HasPrefix(at, "blobs/sha256/") {
+				return syscall.EMFILE
+			}
+			return nil
+		})
+		for call, err := range map[string]error{
+			"ExportArchiveFile": r.ExportArchiveFile(t.Context(), target, refs, nil),
+			"ExportLayout":      r.ExportLayout(t.Context(), target, refs, nil),
+			"Backup":            errOf(r.Backup(t.Context(), target, nil)),
+			"ImportArchiveFile": errOf(r.ImportArchiveFile(t.Context(), filepath.Join(r.Root(), "id"), nil)),
+		} {
+			if !errors.Is(err, syscall.EMFILE) {
+				t.Errorf("%s to %s: %v", call, target, err)
+			}
+		}
+		ocilocal.SetFault(r, nil)
 	}
 }
 

@@ -78,12 +78,18 @@ func rebuild(ctx context.Context, dir string, opts *RepairOptions) (*RepairRepor
 	if !errors.Is(err, ErrCorruptIndex) && !errors.Is(err, ErrForeignIndex) || errors.Is(err, ErrNewerSchema) || errors.Is(err, ErrForeignRoot) || processCondition(err) {
 		return nil, err
 	}
-	// Damage may have made our index unrecognisable. Other programs have a directory blobs too.
-	if errors.Is(err, ErrForeignIndex) && !errors.Is(err, errNoID) {
-		if _, lost := root.Lstat(idFile); errors.Is(lost, fs.ErrNotExist) {
-			return nil, fmt.Errorf("%w; and there is no file %s (if the registry is this package's, rename %s to %s first)",
-				err, idFile, indexFile, asideName(1))
-		} else if lost != nil {
+	// Damage may have made our index unrecognisable. Other programs have a directory blobs and a
+	// file id too, so the id must be one that this package has made.
+	if errors.Is(err, errUnrecognised) || errors.Is(err, ErrForeignIndex) && !errors.Is(err, errNoID) {
+		id, lost := readID(root)
+		if lost == nil && !isMadeID(id) {
+			lost = errBadID
+		}
+		if errors.Is(lost, fs.ErrNotExist) || errors.Is(lost, errBadID) {
+			return nil, fmt.Errorf("%w: %w; and there is no %s that this package has made (if the registry is this package's, rename %s to %s first)",
+				ErrForeignIndex, err, idFile, indexFile, asideName(1))
+		}
+		if lost != nil {
 			return nil, errors.Join(err, lost)
 		}
 	}

@@ -1,7 +1,9 @@
 package ocilocal_test
 
 import (
+	"database/sql"
 	"errors"
+	"fmt"
 	"maps"
 	"os"
 	"path/filepath"
@@ -104,6 +106,45 @@ func TestRebuildWithoutID(t *testing.T) {
 				t.Errorf("%v, %v", d, err)
 			}
 		})
+	}
+}
+
+// TestRebuildForeignIndex: the index of another program is left where it is, also where that program
+// has directories and a file with the names of a registry, and also if it is damaged.
+func TestRebuildForeignIndex(t *testing.T) {
+	for name, id := range map[string]string{"no id": "", "prose": "thesis notes\n", "number": "42\n"} {
+		for _, length := range []int64{-1, 0, 10, 100, 1000, 5000} {
+			t.Run(fmt.Sprintf("%s, %d", name, length), func(t *testing.T) {
+				root := t.TempDir()
+				if err := os.MkdirAll(filepath.Join(root, "blobs", "sha256"), 0o755); err != nil {
+					t.Fatal(err)
+				}
+				if id != "" {
+					write(t, filepath.Join(root, "id"), id)
+				}
+				index := filepath.Join(root, "index.sqlite3")
+				db, err := sql.Open("sqlite", index)
+				if err == nil {
+					_, err = db.Exec("CREATE TABLE notes (text TEXT); INSERT INTO notes VALUES ('thesis')")
+				}
+				if err == nil {
+					err = db.Close()
+				}
+				if err == nil && length >= 0 {
+					err = os.Truncate(index, length)
+				}
+				if err != nil {
+					t.Fatal(err)
+				}
+				before := tree(t, root)
+				if _, err := ocilocal.Rebuild(t.Context(), root, nil); !errors.Is(err, ocilocal.ErrForeignIndex) {
+					t.Error(err)
+				}
+				if !maps.Equal(tree(t, root), before) {
+					t.Error("the directory is another")
+				}
+			})
+		}
 	}
 }
 

@@ -22,11 +22,14 @@ import (
 //	root/.ocilocal-id           removed, linked      our prefix; a small regular file, or a second name of
 //	                                                 the id, with the root locked
 //	root/tmp/…                  removed, truncated   the marks that blobtmp.go lists, in a root with an id
-//	root/blobs/<alg>/<hex>      removed, renamed,    a regular file under a digest, in a root with an id:
-//	                            replaced             by a collection, Repair (to tmp/quarantine/), and the stage,
-//	                                                 which replaces only bytes that do not have that digest
-//	root/index.sqlite3*         renamed              by Rebuild, to index.sqlite3.broken: an index that is
-//	                                                 damaged, in a root with an id or an index that was ours
+//	root/blobs/<alg>/<hex>      removed              by a collection: a regular file under a digest, in a root
+//	                                                 with an id
+//	                            renamed              by Repair, to tmp/quarantine/: an entry under a digest that
+//	                                                 is not the blob. It stays whole, also if it is no file
+//	                            replaced             by a publish: a file or link under a digest that is not the
+//	                                                 blob. What a link leads to is not touched
+//	root/index.sqlite3*         renamed              by Rebuild, to index.sqlite3.broken: an index that is damaged,
+//	                                                 with this package's application id, or beside an id of ours
 //	root/tmp/<session>/<name>   linked               as index.sqlite3, while the root is locked and has none
 //	target/.ocilocal-<random>   removed, renamed     made by the same call with O_EXCL
 //	layout/.ocilocal-new        removed, renamed     our prefix; a regular file, with the layout locked
