@@ -179,7 +179,7 @@ func legacyEntries(ctx context.Context, root *rootDir, report *LegacyReport) ([]
 			if err == nil {
 				err = visit(at, depth+1)
 			}
-			if err != nil && ctx.Err() == nil {
+			if err != nil && !fatal(err) {
 				report.Failed = append(report.Failed, LegacyFailure{at, err})
 				return nil
 			}

@@ -12,6 +12,7 @@ import (
 	"runtime"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 
 	"github.com/opencontainers/go-digest"
@@ -406,8 +407,34 @@ func TestImportPath(t *testing.T) {
 	if _, err := from.ImportPath(ctx, nothing, nil); !errors.Is(err, os.ErrNotExist) {
 		t.Error(err)
 	}
-	if _, err := ocilocal.InspectPath(ctx, filepath.Join(from.Root(), "index.sqlite3")); !errors.Is(err, ocilocal.ErrInvalidArgument) {
-		t.Error(err)
+	link := filepath.Join(t.TempDir(), "link")
+	if err := os.Symlink(filepath.Join(from.Root(), "index.sqlite3-shm"), link); err != nil {
+		link = filepath.Join(from.Root(), "index.sqlite3") // no links there
+	}
+	for _, name := range []string{filepath.Join(from.Root(), "index.sqlite3"), filepath.Join(from.Root(), "index.sqlite3-wal"), filepath.Join(from.Root(), "index.sqlite3-shm"), link} {
+		if _, err := ocilocal.InspectPath(ctx, name); !errors.Is(err, ocilocal.ErrInvalidArgument) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
+// TestImportLegacyCondition: a process without descriptors learns nothing about the tree. The import
+// ends, and calls no directory bad.
+func TestImportLegacyCondition(t *testing.T) {
+	r := openTemp(t, nil)
+	dir := legacyTree(t, map[string]string{"example.com/a/__v1": "", "example.com/b/__v1": ""})
+	for _, at := range []string{"example.com", "example.com/a", "example.com/b"} {
+		ocilocal.SetFault(r, func(op, name string) error {
+			if op == "open" && name == at {
+				return syscall.EMFILE
+			}
+			return nil
+		})
+		report, err := r.ImportLegacy(t.Context(), dir, nil)
+		ocilocal.SetFault(r, nil)
+		if !errors.Is(err, syscall.EMFILE) || len(report.Failed) > 0 {
+			t.Errorf("at %s: %+v, %v", at, report, err)
+		}
 	}
 }
 

@@ -148,8 +148,14 @@ func inspectPath(ctx context.Context, path string) (*Inspection, error) {
 	if fi.IsDir() {
 		return inspectLayout(ctx, path)
 	}
-	if filepath.Base(path) == indexFile { // opening it would drop SQLite's locks
-		return nil, fmt.Errorf("%w: %s is a registry's index", ErrInvalidArgument, indexFile)
+	target, err := filepath.EvalSymlinks(path)
+	if err != nil {
+		return nil, err
+	}
+	for _, suffix := range databaseFiles { // closing any of them would drop SQLite's locks
+		if filepath.Base(target) == indexFile+suffix {
+			return nil, fmt.Errorf("%w: this is a registry's %s%s", ErrInvalidArgument, indexFile, suffix)
+		}
 	}
 	f, err := openRegular(path)
 	if err != nil {
