@@ -70,6 +70,7 @@ func TestImportArchive(t *testing.T) {
 }
 
 func TestImportArchiveHostile(t *testing.T) {
+	t.Parallel()
 	manifest, config := image("layer")
 	m, c, l := blobEntry(manifest), blobEntry(config), blobEntry("layer")
 	idx := layoutIndex(manifest, "example.com/a:v1")

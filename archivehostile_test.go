@@ -352,6 +352,7 @@ func cancelAfter(cancel func(), at, size int64) *stream {
 
 // A cancelled import of something large ends soon, and nothing of it stays.
 func TestImportCancelled(t *testing.T) {
+	t.Parallel()
 	const size, at, soon = 1 << 30, 64 << 20, 8 << 20
 	r := openTemp(t, nil)
 	check := func(what string, src *stream, err error) {

@@ -142,6 +142,7 @@ func TestTarTwoViews(t *testing.T) {
 
 // TestTarOfTools reads what the tar and Python of this machine write, in each of their formats.
 func TestTarOfTools(t *testing.T) {
+	t.Parallel()
 	manifest, config := image("layer")
 	dir := layoutDir(t, layoutVersion, layoutIndex(manifest, "example.com/a:v1"), blobEntry(manifest), blobEntry(config), blobEntry("layer"))
 	out := t.TempDir()

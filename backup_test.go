@@ -59,6 +59,7 @@ func backUp(t *testing.T, r *ocilocal.LocalRegistry, dir string, want ocilocal.B
 }
 
 func TestBackup(t *testing.T) {
+	t.Parallel()
 	ctx := t.Context()
 	r := openTemp(t, nil)
 	dir := filepath.Join(t.TempDir(), "to", "be", "made")
@@ -344,7 +345,7 @@ func TestBackupKilled(t *testing.T) {
 			}
 			return c.copy(t)
 		}
-		for _, p := range everyNth(c.points(t, target()), scaled(12, 5, 1)) {
+		for _, p := range everyNth(c.points(t, target()), scaled(24, 5, 1)) {
 			dir := target()
 			w := startWorker(t, "backup", append([]string{c.r.Root(), dir}, p.args()...)...)
 			end := w.end()
@@ -379,7 +380,7 @@ func TestBackupFaults(t *testing.T) {
 	t.Parallel()
 	c := newBackupCase(t)
 	failed, changing := 0, 0
-	points := everyNth(c.points(t, c.copy(t)), scaled(10, 1, 1))
+	points := everyNth(c.points(t, c.copy(t)), scaled(20, 1, 1))
 	for _, p := range points {
 		dir := c.copy(t)
 		seam := &pointSeam{at: p, act: func() error { return os.ErrPermission }}
@@ -417,6 +418,7 @@ func TestBackupFaults(t *testing.T) {
 // A backup of a registry in which others publish, move, remove and collect is
 // one moment's: a writer moves "first" before "second", so that never is second ahead.
 func TestBackupLive(t *testing.T) {
+	t.Parallel()
 	r := openTemp(t, nil)
 	dir := t.TempDir()
 	ctx, stop := context.WithCancel(t.Context())

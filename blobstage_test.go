@@ -191,6 +191,7 @@ func TestHealUnreadable(t *testing.T) {
 
 // TestHeal publishes the same content over damaged blobs.
 func TestHeal(t *testing.T) {
+	t.Parallel()
 	ctx := t.Context()
 	body := noise(4, 100_000)
 	heal := map[string]func(r *ocilocal.LocalRegistry, archive []byte) error{

@@ -13,6 +13,7 @@ import (
 
 // TestVerifiedReader damages blobs in every way: no reader gets a whole one.
 func TestVerifiedReader(t *testing.T) {
+	t.Parallel()
 	ctx := t.Context()
 	for _, size := range []int{1, 1000, 3<<20 + 5} {
 		body := noise(1, size)

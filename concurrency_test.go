@@ -116,7 +116,7 @@ func TestCollectorAgainstAll(t *testing.T) {
 	root := filepath.Join(t.TempDir(), "root")
 	m := newCrashModel(writers)
 	acks, collections, verified := 0, 0, 0
-	rounds := scaled(3, 8, 150)
+	rounds := scaled(2, 8, 150)
 	for round := 0; round < rounds || deepLevel() > 1 && (acks < 50_000 || collections < 1000); round++ {
 		ws := make([]*worker, writers+collectors+verifiers)
 		said := make([][]string, len(ws))

@@ -112,7 +112,7 @@ func (d *damagedRoot) use(t *testing.T) (failed bool) {
 func TestIndexBitFlips(t *testing.T) {
 	t.Parallel()
 	d := newDamagedRoot(t)
-	flips := scaled(60, 200, 4000)
+	flips := scaled(30, 200, 4000)
 	seed := rand.Uint64()
 	rng := rand.New(rand.NewPCG(seed, 0))
 	noticed := 0
@@ -165,7 +165,7 @@ func TestCollectWithDamagedIndex(t *testing.T) {
 	}
 	seed := rand.Uint64()
 	rng := rand.New(rand.NewPCG(seed, 0))
-	for range scaled(50, 300, 4000) {
+	for range scaled(25, 300, 4000) {
 		flips = append(flips, rng.IntN(len(d.index)))
 	}
 	ran := 0
@@ -220,7 +220,7 @@ func TestRebuildDamagedIndex(t *testing.T) {
 	mustClose(t, r)
 	seed := rand.Uint64()
 	rng := rand.New(rand.NewPCG(seed, 0))
-	for range scaled(20, 60, 2000) {
+	for range scaled(10, 60, 2000) {
 		at, bit := rng.IntN(len(d.index)), rng.IntN(8)
 		index := slices.Clone(d.index)
 		index[at] ^= 1 << bit

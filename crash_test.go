@@ -284,7 +284,7 @@ func (m *crashModel) settled(got map[string]string) {
 func TestKill(t *testing.T) {
 	t.Parallel()
 	const workers = 4
-	rounds := scaled(8, 20, 250)
+	rounds := scaled(4, 20, 250)
 	seed := rand.Uint64()
 	t.Logf("seed %d", seed)
 	rng := rand.New(rand.NewPCG(seed, 0))

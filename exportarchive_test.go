@@ -71,6 +71,7 @@ func TestExportArchiveFile(t *testing.T) {
 
 // TestExportsCancelled cancels while a large layer goes out: soon nothing more is written, and nothing is there.
 func TestExportsCancelled(t *testing.T) {
+	t.Parallel()
 	const size = 64 << 20
 	r := openTemp(t, nil)
 	a := pushed(t, r, ref("example.com/large:v1"), nil, nil, make([]byte, size))

@@ -255,6 +255,7 @@ func TestImportReferrersConflict(t *testing.T) {
 }
 
 func TestImportReferrersHostile(t *testing.T) {
+	t.Parallel()
 	manifest, config := image("layer")
 	entryOf := func(body string) string { return desc(imageType, body) }
 	referrer := func(subject string, size int, layer string) string {

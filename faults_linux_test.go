@@ -127,6 +127,7 @@ func TestFullDisk(t *testing.T) {
 // TestFullDiskCollected: on full disks of many sizes, with large and small layers, a collection
 // frees the garbage although it cannot get any space or file, and then publishing continues.
 func TestFullDiskCollected(t *testing.T) {
+	t.Parallel()
 	kib := []int{48, 700, 8 << 10}
 	if deepLevel() > 1 {
 		for size := 50.0; size < 8<<10; size *= 1.09 {

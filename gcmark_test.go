@@ -126,6 +126,7 @@ func age(t testing.TB, r *ocilocal.LocalRegistry, d digest.Digest, at time.Time)
 
 // TestGCUnsafe damages what a root needs, each time in another way. Nothing may be deleted.
 func TestGCUnsafe(t *testing.T) {
+	t.Parallel()
 	for name, damage := range map[string]func(t *testing.T, r *ocilocal.LocalRegistry, a *ocilocal.LocalArtifact){
 		"manifest damaged": func(t *testing.T, r *ocilocal.LocalRegistry, a *ocilocal.LocalArtifact) {
 			name := blobFile(r, a.Digest())
@@ -225,6 +226,7 @@ func TestGCUnsafe(t *testing.T) {
 // A referrer or a subject is kept, not needed. If a killed collector has half deleted one, no
 // collection and no backup stops for it, Verify does not call it lost, and its rows are deleted.
 func TestHalfCollected(t *testing.T) {
+	t.Parallel()
 	for what, leave := range map[string]func(t *testing.T, r *ocilocal.LocalRegistry) *ocilocal.LocalArtifact{
 		"referrer": func(t *testing.T, r *ocilocal.LocalRegistry) *ocilocal.LocalArtifact {
 			image := published(t, r, "example.com/image:v1", "image", nil)

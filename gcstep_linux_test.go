@@ -18,6 +18,7 @@ import (
 // that deletes what the commit needs, on full disks with more and more space left. Whenever the
 // collector is killed then, the commit is gone or its artifact is whole.
 func TestUnseenCommitOnFullDisk(t *testing.T) {
+	t.Parallel()
 	const kib = 1 << 10
 	committed, freed := 0, 0
 	step := int64(scaled(96, 24, 4) * kib)

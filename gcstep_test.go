@@ -76,6 +76,7 @@ func TestGCForeignEntry(t *testing.T) {
 // The index is marked as not reconciled at any moment of a collection: nothing is deleted from then
 // on.
 func TestGCUnreconciledMeanwhile(t *testing.T) {
+	t.Parallel()
 	unsafe := 0
 	for n := 1; ; n++ {
 		r := openTemp(t, nil)
@@ -210,10 +211,11 @@ func TestGCSubjectRevived(t *testing.T) {
 // TestCollectorLetsWritersIn: another process that writes gets its turn between the steps of a
 // collection.
 func TestCollectorLetsWritersIn(t *testing.T) {
+	t.Parallel()
 	ctx := t.Context()
 	r := openTemp(t, nil)
 	a := published(t, r, "example.com/x:v1", "x", nil)
-	orphans := scaled(2000, 6000, 20_000)
+	orphans := scaled(1000, 6000, 20_000)
 	if err := ocilocal.IndexWrite(ctx, r, func(exec func(string) error) error {
 		var errs []error
 		for i := range orphans {

@@ -191,6 +191,7 @@ var mixes = []mix{
 //   - a collection leaves exactly the closure of the refs;
 //   - every error had a type and an explanation in the mix, and none reported damage.
 func TestHarness(t *testing.T) {
+	t.Parallel()
 	processes, lives, run := scaled(4, 8, 8), scaled(1, 2, 2), mixes
 	if deepLevel() == 0 {
 		run = mixes[:1]

@@ -108,7 +108,7 @@ func TestFaultsLeakNothing(t *testing.T) {
 	defer debug.SetGCPercent(debug.SetGCPercent(-1))
 	for i := range flows {
 		f := &flows[i]
-		for _, p := range everyNth(f.points(t), scaled(15, 3, 1)) {
+		for _, p := range everyNth(f.points(t), scaled(30, 3, 1)) {
 			root := f.prepare(t)
 			if f.seeded {
 				dontWatch(root) // a session that can't be removed

@@ -18,6 +18,7 @@ var syncCall = regexp.MustCompile(`f(?:data)?sync\(\d+<([^>]*)>`)
 // TestRealSyncs sees with strace which files a process syncs. The seam of other tests sees only that
 // a sync was asked for. Files come first, then the directory that names them, then SQLite's journal.
 func TestRealSyncs(t *testing.T) {
+	t.Parallel()
 	strace, err := exec.LookPath("strace")
 	if err != nil {
 		t.Skip("strace is not installed: nobody sees from outside what is synced")

@@ -15,6 +15,7 @@ import (
 // TestImportPlatforms imports what is written for several platforms: two entries of one name, a flat
 // index.json without names, and an image index of which one platform is there.
 func TestImportPlatforms(t *testing.T) {
+	t.Parallel()
 	arm := &ocispec.Platform{OS: "linux", Architecture: "arm64"}
 	first, config := image("layer")
 	second, _ := image("LAYER")
@@ -66,6 +67,7 @@ func TestImportPlatforms(t *testing.T) {
 
 // TestImportUnrelated puts content into a layout that nobody needs. It must not stop the import of the rest.
 func TestImportUnrelated(t *testing.T) {
+	t.Parallel()
 	manifest, config := image("layer")
 	noLayers := fmt.Sprintf(`{"schemaVersion":2,"config":%s,"layers":null}`, desc("application/vnd.example.config", config))
 	parts := []entry{layoutVersion, blobEntry(config), blobEntry("layer"), blobEntry(manifest)}
@@ -131,6 +133,7 @@ func TestImportUnrelated(t *testing.T) {
 
 // TestImportLargeIndex imports from an index.json that is larger than a manifest may be.
 func TestImportLargeIndex(t *testing.T) {
+	t.Parallel()
 	manifest, config := image("layer")
 	d := desc(imageType, manifest)
 	var entries []string

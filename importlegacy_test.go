@@ -77,6 +77,7 @@ var legacyNames = []struct{ path, name, today string }{
 }
 
 func TestImportLegacy(t *testing.T) {
+	t.Parallel()
 	ctx := t.Context()
 	at := map[string]string{}
 	for _, c := range legacyNames {
@@ -148,6 +149,7 @@ func legacyWorker(in *bufio.Scanner, args []string) error {
 }
 
 func TestImportLegacyFailures(t *testing.T) {
+	t.Parallel()
 	ctx := t.Context()
 	root := legacyTree(t, map[string]string{
 		"example.com/good/__v1":     "example.com/good:v1",

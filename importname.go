@@ -10,6 +10,8 @@ import (
 )
 
 // SkipEntry is what [ImportOptions.Name] returns to leave an entry out.
+//
+//lint:ignore ST1012 it is named as [fs.SkipDir] is, which is not an error either
 var SkipEntry = errors.New("skip this entry")
 
 // annotationImageName is where containerd, and so `docker save`, has the full name of an entry whose

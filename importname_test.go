@@ -16,6 +16,7 @@ import (
 
 // TestImportNameFunc restricts the names that content claims to those of one repository.
 func TestImportNameFunc(t *testing.T) {
+	t.Parallel()
 	manifest, config := image("layer")
 	second, _ := image("LAYER")
 	parts := []entry{blobEntry(manifest), blobEntry(config), blobEntry("layer"), blobEntry(second), blobEntry("LAYER")}
@@ -64,6 +65,7 @@ func TestImportNameFunc(t *testing.T) {
 
 // TestImportContainerdName checks Reference against the name that counts, in containerd's forms.
 func TestImportContainerdName(t *testing.T) {
+	t.Parallel()
 	manifest, config := image("layer")
 	d := digest.FromString(manifest).String()
 	parts := []entry{blobEntry(manifest), blobEntry(config), blobEntry("layer")}
@@ -149,6 +151,7 @@ func TestOddNames(t *testing.T) {
 
 // TestDockerSave: the full name is beside a bare tag, and counts if it has that tag.
 func TestDockerSave(t *testing.T) {
+	t.Parallel()
 	manifest, config := image("layer")
 	save := func(name, full string) []byte {
 		return tarOf(t, entry{name: "manifest.json", body: "[]"}, blobEntry(manifest), blobEntry(config), blobEntry("layer"),

@@ -250,6 +250,7 @@ func TestHostileLayouts(t *testing.T) {
 
 // TestImportCounts imports more blobs than are synced at a time: what was there is counted as reused.
 func TestImportCounts(t *testing.T) {
+	t.Parallel()
 	const layers = 100
 	from, to := openTemp(t, nil), openTemp(t, nil)
 	name := ref("example.com/many:v1")

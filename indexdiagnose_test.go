@@ -50,6 +50,7 @@ func readIndexWorker(_ *bufio.Scanner, args []string) error {
 // the n-th. A read that fails says nothing about the index: it is reported as such, and as no
 // damage.
 func TestIndexReadErrors(t *testing.T) {
+	t.Parallel()
 	strace, err := exec.LookPath("strace")
 	if err != nil {
 		t.Skip("strace is not installed: no read can be made to fail")

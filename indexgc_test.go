@@ -39,6 +39,7 @@ func undoCommit(t *testing.T, root string, publish func()) {
 // whom its blobs are garbage, deletes them. That commit must not come back then,
 // when the collector is done nor if it is killed at any moment.
 func TestCollectionAfterUnseenCommit(t *testing.T) {
+	t.Parallel()
 	for _, what := range []string{"publish", "tag"} {
 		root := t.TempDir()
 		r, err := ocilocal.Open(t.Context(), root, nil)

@@ -28,8 +28,6 @@ const (
 		WHERE (name, reference) > (?1, ?2) AND name < ?3 ORDER BY name, reference LIMIT ?4`
 	sqlNames = `SELECT DISTINCT name FROM refs WHERE name >= ?1 AND name > ?2 AND name < ?3 ORDER BY name LIMIT ?4`
 
-	// A ref that is not (?2, ?3), or not of the name ?2 if ?3 is ''.
-	sqlOtherRef = `SELECT 1 FROM refs WHERE manifest = ?1 AND NOT (name = ?2 AND ?3 IN ('', reference)) LIMIT 1`
 	// At most 1,000 manifests are looked at, since every manifest may need the same blob.
 	sqlOtherName = `SELECT r.name FROM (SELECT manifest FROM members WHERE digest = ?1 LIMIT 1000) m JOIN refs r ON r.manifest = m.manifest
 		WHERE r.name >= ?2 AND r.name < ?3 AND r.name <> ?4 LIMIT 1`
@@ -137,10 +135,4 @@ func (x *index) otherName(d digest.Digest, prefix, not string) (name string, err
 	above := prefix[:len(prefix)-1] + "0" // the character after '/'
 	_, err = x.row(sqlOtherName, []any{string(d), prefix, above, not}, &name)
 	return name, err
-}
-
-// hasOtherRef reports whether a ref points at d, apart from one ref, or from all of a name if
-// reference is "".
-func hasOtherRef(q queryer, d digest.Digest, name, reference string) (bool, error) {
-	return exists(q, sqlOtherRef, string(d), name, reference)
 }

@@ -108,6 +108,7 @@ var hostileRefs = map[string]string{
 // TestRebuildHostileIndex rebuilds from indexes whose refs are not a table with rows. None of them
 // is read.
 func TestRebuildHostileIndex(t *testing.T) {
+	t.Parallel()
 	for what, text := range hostileRefs {
 		root := filepath.Join(t.TempDir(), "root")
 		rootWithRef(t, root)

@@ -93,6 +93,7 @@ var owners = map[string][]string{
 
 // TestLayering resolves every name in the package by its type. Files for other systems are looked at for their imports only.
 func TestLayering(t *testing.T) {
+	t.Parallel()
 	names, err := filepath.Glob("*.go")
 	if err != nil {
 		t.Fatal(err)

@@ -13,6 +13,7 @@ import (
 )
 
 func TestReferrers(t *testing.T) {
+	t.Parallel()
 	r := openTemp(t, nil)
 	subject := child(t, r, "example.com/app:v1", ocilocal.BuilderOptions{}, nil, nil, "app")
 	other := child(t, r, "example.com/app:v2", ocilocal.BuilderOptions{}, nil, nil, "app 2")

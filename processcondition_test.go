@@ -74,6 +74,7 @@ func soundRegistry(t *testing.T, n int) *ocilocal.LocalRegistry {
 // ends with that error, at whichever file operation it comes. Nothing is then said to be damaged or
 // missing.
 func TestProcessConditions(t *testing.T) {
+	t.Parallel()
 	conditions := []error{syscall.EMFILE, syscall.ENFILE, syscall.ENOMEM, context.Canceled}
 	for name, call := range upkeep {
 		t.Run(name, func(t *testing.T) {

@@ -271,6 +271,7 @@ func TestFirstOpenRace(t *testing.T) {
 
 // TestFirstOpenRaceInProcess does the same with goroutines, and keeps the handles open.
 func TestFirstOpenRaceInProcess(t *testing.T) {
+	t.Parallel()
 	const openers = 8
 	for range scaled(5, 15, 200) {
 		root := filepath.Join(t.TempDir(), "root")

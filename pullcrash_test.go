@@ -35,6 +35,7 @@ func pullWorker(in *bufio.Scanner, args []string) error {
 
 // Two processes pull the same at once: both have it, and no error.
 func TestPullTwoProcesses(t *testing.T) {
+	t.Parallel()
 	for range scaled(2, 5, 50) {
 		s := newServer(t)
 		want := s.put(t, "org/model", "v1", noise(1, 100), noise(2, 3<<20), noise(3, 2<<20))

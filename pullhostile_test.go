@@ -308,6 +308,7 @@ func rest(b []byte) http.HandlerFunc {
 
 // Whatever is cut is gone on with, and begun again where the server knows no ranges.
 func TestPullCutAnywhere(t *testing.T) {
+	t.Parallel()
 	for _, percent := range []int{0, 1, 50, 99} {
 		for _, ranges := range []bool{true, false} {
 			v := newVictim(t)

@@ -406,6 +406,7 @@ func anonymousWorker(in *bufio.Scanner, args []string) error {
 // Processes build and prune at the same time: every artifact is removed by
 // exactly one, or still there.
 func TestAnonymousProcesses(t *testing.T) {
+	t.Parallel()
 	r := openTemp(t, nil)
 	var builders, pruners []*worker
 	for i := range 4 {

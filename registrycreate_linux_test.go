@@ -20,6 +20,7 @@ import (
 // TestSweepKeepsForeign: what lies in tmp/ without a mark of ours stays, through publishes and
 // collections; what a killed process has left goes.
 func TestSweepKeepsForeign(t *testing.T) {
+	t.Parallel()
 	name, d := rand.Text(), strings.Replace(digest.FromString("x").String(), ":", "-", 1)
 	mode := func(p plant, at string, perm fs.FileMode) plant {
 		return plant{p.name, func(t *testing.T, dir string) {

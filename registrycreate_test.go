@@ -193,6 +193,7 @@ func TestRebuildForeignTmp(t *testing.T) {
 // TestOpenAfterKill stops the first open of a root at each file operation: nothing that it does
 // after that takes effect, as if it had been killed. The next Open completes the root.
 func TestOpenAfterKill(t *testing.T) {
+	t.Parallel()
 	for n := 1; ; n++ {
 		root := filepath.Join(t.TempDir(), "root")
 		dontWatch(root)

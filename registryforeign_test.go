@@ -87,6 +87,7 @@ func TestLinkSwitched(t *testing.T) {
 // call says so, reads too, and neither registry is changed: the other one, which was killed with
 // commits in its log, keeps them when the first handle is closed.
 func TestDirectorySwitched(t *testing.T) {
+	t.Parallel()
 	if runtime.GOOS == "windows" {
 		t.Skip("an open directory can't be renamed there")
 	}

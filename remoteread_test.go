@@ -61,6 +61,7 @@ func TestResolveHeads(t *testing.T) {
 
 // Servers give manifests the media types of files. The document says itself what it is.
 func TestPullContentTypes(t *testing.T) {
+	t.Parallel()
 	const image = ocispec.MediaTypeImageManifest
 	for given, want := range map[string]error{
 		image: nil, image + "; charset=utf-8": nil, image + ";": nil, image + "; charset": nil, image + ", application/json": nil,
@@ -97,6 +98,7 @@ func TestPullContentTypes(t *testing.T) {
 
 // TestHeadLies: what HEAD says is a hint; what comes is what counts.
 func TestHeadLies(t *testing.T) {
+	t.Parallel()
 	v := newVictim(t)
 	other := digest.FromString("other")
 	for name, c := range map[string]struct {

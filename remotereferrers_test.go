@@ -42,6 +42,7 @@ func withSignatures(t testing.TB, r *ocilocal.LocalRegistry, s *server, n int) (
 
 // A registry without a referrers API answers in many ways. Push, list and delete agree on all of them.
 func TestReferrersAPIDecision(t *testing.T) {
+	t.Parallel()
 	login := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
 		w.Header().Set("Content-Type", "text/html; charset=utf-8")
 		io.WriteString(w, "<html>log in</html>")

@@ -177,6 +177,7 @@ func hops(n int) redirects {
 // TestHostileRedirectedBodies: what has a body, or deletes, is never sent on to another
 // host, with a credential or without, whatever the redirect is called.
 func TestHostileRedirectedBodies(t *testing.T) {
+	t.Parallel()
 	for _, method := range []string{"POST", "PATCH", "PUT", "DELETE"} {
 		for _, code := range []int{301, 302, 303, 307, 308} {
 			t.Run(fmt.Sprint(method, " ", code), func(t *testing.T) {
@@ -218,6 +219,7 @@ func TestHostileRedirectedBodies(t *testing.T) {
 // TestPrivateTargets: a registry can't make a client send requests to an address that only the
 // client can reach, whatever the request is and in whatever form the address is named.
 func TestPrivateTargets(t *testing.T) {
+	t.Parallel()
 	const public, metadata = "203.0.113.1", "169.254.169.254"
 	for name, c := range map[string]struct {
 		ip     string // of the registry
@@ -442,6 +444,7 @@ func TestOtherHostsAreNotQuoted(t *testing.T) {
 
 // A bad answer to a request for a part of a blob gives its slot back.
 func TestBadRangesKeepNoSlots(t *testing.T) {
+	t.Parallel()
 	const slots = 2
 	for name, bad := range map[string]http.HandlerFunc{
 		"Content-Range": bare(206, "Content-Range", "bytes 1-2/3"),

@@ -391,6 +391,7 @@ func pushAndCheck(t *testing.T, s *server, layer []byte, chunk int64) {
 
 // Any status of success is one, if the registry has the bytes.
 func TestPushStatuses(t *testing.T) {
+	t.Parallel()
 	for _, c := range []struct {
 		method string
 		chunk  int64
@@ -432,6 +433,7 @@ func TestPushStatuses(t *testing.T) {
 
 // The Range in the answer to a chunk is a hint, whatever its form, and whether or not it is right.
 func TestPushOddRanges(t *testing.T) {
+	t.Parallel()
 	const size, chunk = 3500, 1000
 	for name, form := range map[string]func(at, end int64) string{
 		"none":            func(int64, int64) string { return "" },
@@ -462,6 +464,7 @@ func TestPushOddRanges(t *testing.T) {
 
 // A limit for bodies may be told in many ways. The blob goes in smaller pieces.
 func TestPushLimits(t *testing.T) {
+	t.Parallel()
 	const limit = 200 << 10
 	for name, refuse := range map[string]func(s *server, w http.ResponseWriter, r *http.Request){
 		"413": func(_ *server, w http.ResponseWriter, r *http.Request) { status(413)(w, r) },
@@ -493,6 +496,7 @@ func TestPushLimits(t *testing.T) {
 
 // An answer to HEAD says that a blob is there only if its length is right. After any other one the blob is sent.
 func TestPushDoubtfulHeads(t *testing.T) {
+	t.Parallel()
 	layer := noise(1, 3000)
 	page := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
 		w.Header().Set("Content-Type", "text/html")
@@ -572,6 +576,7 @@ func TestPushRangeOverflows(t *testing.T) {
 
 // TestUploadsElsewhere: where an upload goes on is the registry's choice, the credential stays with it.
 func TestUploadsElsewhere(t *testing.T) {
+	t.Parallel()
 	for name, c := range map[string]struct {
 		first, later string // where the upload is opened, and goes on after a chunk
 		want         error

@@ -150,6 +150,7 @@ func TestRebuildForeignIndex(t *testing.T) {
 
 // TestRebuild loses or damages the whole index, and makes a new one from the blobs.
 func TestRebuild(t *testing.T) {
+	t.Parallel()
 	index := func(r *ocilocal.LocalRegistry) string { return filepath.Join(r.Root(), "index.sqlite3") }
 	for what, c := range map[string]struct {
 		damage func(t *testing.T, r *ocilocal.LocalRegistry)

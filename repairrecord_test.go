@@ -64,6 +64,7 @@ func TestLostManifestRow(t *testing.T) {
 // Rows that no program of ours has written are found, don't keep Repair from its
 // work, and are gone after Rebuild, with the artifact there under its name or a new one.
 func TestImpossibleRows(t *testing.T) {
+	t.Parallel()
 	for what, text := range map[string]string{
 		"a blob's digest": "INSERT INTO blobs VALUES ('sha256:zz', 1, 'layer', 0)",
 		"a ref's digest":  "UPDATE refs SET manifest = 'nonsense'",

@@ -23,6 +23,7 @@ func noRetry(int, error) (wait time.Duration, again bool) { return 0, false }
 
 // What the sources don't have comes from the registries that the refs name.
 func TestRepairFromRemote(t *testing.T) {
+	t.Parallel()
 	s := newServer(t)
 	remote := &ocilocal.Remote{Retry: noRetry}
 	defer remote.CloseIdleConnections()

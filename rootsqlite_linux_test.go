@@ -42,6 +42,7 @@ func ignoreExist(err error) error {
 // TestPlantedSideFiles puts what SQLite must not open beside the databases of every call that
 // opens one. Each call reports it, without blocking, and changes nothing.
 func TestPlantedSideFiles(t *testing.T) {
+	t.Parallel()
 	if os.Getuid() != 0 {
 		t.Log("not run as root: no file of another user is planted")
 	}

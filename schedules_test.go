@@ -174,6 +174,7 @@ func TestScheduleCloseDuringPut(t *testing.T) {
 
 // TestScheduleCloseDuringPublish: Close waits for a publish, which succeeds.
 func TestScheduleCloseDuringPublish(t *testing.T) {
+	t.Parallel()
 	for range 20 {
 		root := filepath.Join(t.TempDir(), "root")
 		r := mustOpen(t, root)
