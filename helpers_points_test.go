@@ -142,6 +142,8 @@ func (f *flow) points(t *testing.T) []point {
 		t.Fatal(err)
 	}
 	return slices.DeleteFunc(seam.points, func(p point) bool {
-		return p.op == f.varies.op && p.name == f.varies.name && p.nth > f.varies.nth
+		return slices.ContainsFunc(f.varies, func(v point) bool {
+			return p.op == v.op && p.name == v.name && p.nth > v.nth
+		})
 	})
 }

@@ -75,6 +75,15 @@ func (l *layout) file(name string) ([]byte, error) {
 		return nil, err
 	}
 	defer f.Close()
+	// A file that is too large by its size is refused without reading it. The read is bounded all
+	// the same, since the file can grow.
+	size, err := checkRegular(f)
+	if err == nil && size > MaxLayoutIndexSize {
+		err = fmt.Errorf("%w: %s has %d bytes, and may have %d", ErrTooLarge, name, size, MaxLayoutIndexSize)
+	}
+	if err != nil {
+		return nil, err
+	}
 	b, err := readBounded(f, MaxLayoutIndexSize)
 	if err != nil {
 		err = fmt.Errorf("%s: %w", name, err)
