@@ -21,6 +21,8 @@ type BackupOptions struct {
 	Overwrite bool
 	// AllowNetworkFS is [Options.AllowNetworkFS] for the backup.
 	AllowNetworkFS bool
+	// AllowOtherOwner is [Options.AllowOtherOwner] for the backup.
+	AllowOtherOwner bool
 }
 
 // A BackupReport says what a backup did.
@@ -117,7 +119,7 @@ var errCollected = errors.New("something was collected while it was being copied
 
 func (r *LocalRegistry) backupOnce(ctx context.Context, dir string, opts *BackupOptions, report *BackupReport) (err error) {
 	target, err := open(ctx, dir, &Options{Logger: r.opts.Logger, BusyTimeout: r.opts.BusyTimeout,
-		AllowNetworkFS: opts.AllowNetworkFS, id: r.id, fault: r.opts.fault}, false)
+		AllowNetworkFS: opts.AllowNetworkFS, AllowOtherOwner: opts.AllowOtherOwner, id: r.id, fault: r.opts.fault}, false)
 	if err != nil {
 		return err
 	}

@@ -321,6 +321,55 @@ func TestTargetUnknown(t *testing.T) {
 	}
 }
 
+// Backup and Rebuild refuse another user's root as Open does, and have the same option.
+func TestOtherOwnerUpkeep(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("giving files away takes root")
+	}
+	const other = 65534
+	r := openTemp(t, nil)
+	a, err := build(t, r, "example.com/a:v1", nil, "layer")
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	if _, err := r.Backup(t.Context(), dir, nil); err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{".", "index.sqlite3", "tmp", "blobs"} {
+		give := func(uid int) {
+			if err := os.Lchown(filepath.Join(dir, name), uid, uid); err != nil {
+				t.Fatal(err)
+			}
+		}
+		give(other)
+		for call, f := range map[string]func(allow bool) error{
+			"Backup": func(allow bool) error {
+				return errOf(r.Backup(t.Context(), dir, &ocilocal.BackupOptions{AllowOtherOwner: allow}))
+			},
+			"Rebuild": func(allow bool) error {
+				return errOf(ocilocal.Rebuild(t.Context(), dir, &ocilocal.RepairOptions{AllowOtherOwner: allow}))
+			},
+		} {
+			if err := f(false); !errors.Is(err, ocilocal.ErrForeignRoot) {
+				t.Errorf("%s, owner of %s: %v", call, name, err)
+			}
+			if err := f(true); err != nil {
+				t.Errorf("%s, owner of %s, allowed: %v", call, name, err)
+			}
+		}
+		give(0)
+	}
+	// Rebuild makes a lost index in another user's root too.
+	if err := errors.Join(os.Chown(dir, other, other), os.Remove(filepath.Join(dir, "index.sqlite3"))); err != nil {
+		t.Fatal(err)
+	}
+	report, err := ocilocal.Rebuild(t.Context(), dir, &ocilocal.RepairOptions{AllowOtherOwner: true})
+	if err != nil || len(report.Recovered) != 1 || report.Recovered[0].Descriptor.Digest != a.Digest() {
+		t.Errorf("%+v, %v", report, err)
+	}
+}
+
 // TestWorldWritableWarning: a root that more than its owner may write to is reported.
 func TestWorldWritableWarning(t *testing.T) {
 	if runtime.GOOS == "windows" {

@@ -23,6 +23,9 @@ type RepairOptions struct {
 	// From are references whose repositories Remote asks, in order. Nil means the repositories of
 	// the refs here that lead to a wanted blob.
 	From []Reference
+	// AllowOtherOwner is [Options.AllowOtherOwner] for the root that [Rebuild] opens. Repair has no
+	// use for it.
+	AllowOtherOwner bool
 
 	fault faultFunc // for the root that Rebuild opens
 }

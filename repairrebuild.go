@@ -50,11 +50,11 @@ func rebuild(ctx context.Context, dir string, opts *RepairOptions) (*RepairRepor
 	}
 	// Only files of an index are renamed with it. A lost index may have left a journal.
 	_, lost := root.Lstat(indexFile)
-	if err := checkDatabase(filepath.Join(dir, indexFile), lost != nil, false); err != nil {
+	if err := checkDatabase(filepath.Join(dir, indexFile), lost != nil, opts.AllowOtherOwner); err != nil {
 		return nil, err
 	}
 	before := &RepairReport{} // of an index that proved to be damaged
-	r, err := Open(ctx, dir, &Options{fault: opts.fault, adopt: true})
+	r, err := Open(ctx, dir, &Options{AllowOtherOwner: opts.AllowOtherOwner, fault: opts.fault, adopt: true})
 	if err == nil {
 		damaged := false
 		err = r.index.integrity(ctx, false, func(string) { damaged = true })
@@ -97,7 +97,7 @@ func rebuild(ctx context.Context, dir string, opts *RepairOptions) (*RepairRepor
 	if err != nil {
 		return nil, err
 	}
-	if r, err = Open(ctx, dir, &Options{fault: opts.fault, adopt: true}); err != nil {
+	if r, err = Open(ctx, dir, &Options{AllowOtherOwner: opts.AllowOtherOwner, fault: opts.fault, adopt: true}); err != nil {
 		return nil, err
 	}
 	p := newRepair(r, opts)
