@@ -182,7 +182,7 @@ func readArchive(ctx context.Context, src io.Reader, put func(ctx context.Contex
 		case d != "":
 			stream.blobs += e.size
 			if err = put(ctx, d, tr, e.size); err != nil {
-				err = fmt.Errorf("archive entry %q: %w", clip(name), err)
+				err = fmt.Errorf("archive entry %s: %w", printable(name), err)
 			}
 		case name == "manifest.json":
 			c.isDocker = true
@@ -246,7 +246,7 @@ func (e *tarEntry) layoutName() (string, error) {
 	default:
 		return plain, nil
 	}
-	return "", fmt.Errorf("%w: archive entry %q %s", ErrInvalidLayout, clip(e.name), problem)
+	return "", fmt.Errorf("%w: archive entry %s %s", ErrInvalidLayout, printable(e.name), problem)
 }
 
 // inLayout reports whether a clean name means something in a layout.

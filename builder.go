@@ -290,7 +290,7 @@ func checkTypeName(field, s string) error {
 			bad = bad || !isLowerAlnum(c) && (i == 0 || strings.IndexByte("!#$&-^_.+", c) < 0)
 		}
 		if bad {
-			return fmt.Errorf("%w: %s: %q is not of the form type/subtype (RFC 6838, section 4.2)", ErrInvalidArgument, field, clip(s))
+			return fmt.Errorf("%w: %s: %s is not of the form type/subtype (RFC 6838, section 4.2)", ErrInvalidArgument, field, printable(s))
 		}
 	}
 	return nil

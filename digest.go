@@ -51,15 +51,15 @@ func checkDigest(d digest.Digest) error {
 	n := digestHexLen(digest.Algorithm(alg))
 	switch {
 	case !ok:
-		return fmt.Errorf("%w %q: no algorithm before a ':'", ErrInvalidDigest, clip(string(d)))
+		return fmt.Errorf("%w %s: no algorithm before a ':'", ErrInvalidDigest, printable(string(d)))
 	case n == 0:
-		return fmt.Errorf("%w %q: algorithm is not sha256, sha384 or sha512", ErrInvalidDigest, clip(string(d)))
+		return fmt.Errorf("%w %s: algorithm is not sha256, sha384 or sha512", ErrInvalidDigest, printable(string(d)))
 	case len(enc) != n:
-		return fmt.Errorf("%w %q: %d characters after the ':', want %d", ErrInvalidDigest, clip(string(d)), len(enc), n)
+		return fmt.Errorf("%w %s: %d characters after the ':', want %d", ErrInvalidDigest, printable(string(d)), len(enc), n)
 	}
 	for i := range len(enc) {
 		if c := enc[i]; c-'0' > 9 && c-'a' > 5 { // unsigned: what lies below wraps round
-			return fmt.Errorf("%w %q: not lower-case hexadecimal", ErrInvalidDigest, clip(string(d)))
+			return fmt.Errorf("%w %s: not lower-case hexadecimal", ErrInvalidDigest, printable(string(d)))
 		}
 	}
 	return nil

@@ -204,24 +204,28 @@ func ignoreNotExist(err error) error {
 	return err
 }
 
-// clip cuts text from outside to what a message can take. It is for %q; elsewhere such text
-// needs [printable].
-func clip(s string) string {
-	const longest = 200
-	if len(s) > longest {
-		return s[:longest] + "…"
-	}
-	return s
-}
-
-// printable is clip for text that stands without quotes, which it adds where there is
-// anything that a terminal or a log could misread.
+// printable makes text from outside safe for a message, where it stands under %s: it bounds the
+// text, and quotes it if it is empty or has anything that a terminal or a log could misread. All
+// text from files, servers and callers that was not validated goes through it.
 func printable(s string) string {
-	s = clip(s)
+	s = boundText(s)
+	if s == "" {
+		return strconv.Quote(s)
+	}
 	for _, c := range s {
 		if c < 0x21 || c > 0x7e && c != '…' {
 			return strconv.Quote(s)
 		}
+	}
+	return s
+}
+
+// boundText cuts text to the length that a message can take. It does not make the text safe: use
+// [printable], unless something else does.
+func boundText(s string) string {
+	const longest = 200
+	if len(s) > longest {
+		return s[:longest] + "…"
 	}
 	return s
 }

@@ -139,7 +139,7 @@ func prepareLayout(ctx context.Context, l *layout) (fresh bool, err error) {
 	ours := []string{blobsDir, layoutTmp, layoutTemp, ocispec.ImageLayoutFile} // left by an export that was cut off
 	return true, l.root.eachEntry(ctx, ".", func(name string) error {
 		if !slices.Contains(ours, name) {
-			return fmt.Errorf("%w: the directory holds %q and is no layout", ErrInvalidLayout, clip(name))
+			return fmt.Errorf("%w: the directory holds %s and is no layout", ErrInvalidLayout, printable(name))
 		}
 		return nil
 	})

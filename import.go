@@ -471,7 +471,7 @@ func checkLayoutFile(raw []byte) error {
 		return fmt.Errorf("%w: oci-layout: %w", ErrInvalidLayout, err)
 	}
 	if doc.Version != ocispec.ImageLayoutVersion {
-		return fmt.Errorf("%w: oci-layout has version %q, want %q", ErrInvalidLayout, clip(doc.Version), ocispec.ImageLayoutVersion)
+		return fmt.Errorf("%w: oci-layout has version %s, want %q", ErrInvalidLayout, printable(doc.Version), ocispec.ImageLayoutVersion)
 	}
 	return nil
 }

@@ -92,9 +92,9 @@ func (im *importer) choose(ctx context.Context, entries []ocispec.Descriptor) (c
 	case len(chosen) == 0 && len(skipped) > 0:
 		err = unusable(skipped[0])
 	case len(chosen) == 0 && s != "":
-		err = fmt.Errorf("%w: no entry of index.json has the name or digest %q", ErrNotFound, clip(s))
+		err = fmt.Errorf("%w: no entry of index.json has the name or digest %s", ErrNotFound, printable(s))
 	case len(chosen) == 0 && o.Platform != nil:
-		err = fmt.Errorf("%w: index.json has no entry for platform %s/%s", ErrNotFound, clip(o.Platform.OS), clip(o.Platform.Architecture))
+		err = fmt.Errorf("%w: index.json has no entry for platform %s/%s", ErrNotFound, printable(o.Platform.OS), printable(o.Platform.Architecture))
 	case len(chosen) == 0 && single:
 		err = fmt.Errorf("%w: index.json has no entries", ErrNotFound)
 	case len(chosen) > 1 && single:
@@ -113,7 +113,7 @@ func knownAlgorithm(d digest.Digest) bool {
 // unusable says why an entry is set aside.
 func unusable(e ocispec.Descriptor) error {
 	if formOf(e.MediaType) == 0 {
-		return fmt.Errorf("%w: the entry of index.json is of type %q, which is not a manifest media type", ErrUnsupportedMediaType, clip(e.MediaType))
+		return fmt.Errorf("%w: the entry of index.json is of type %s, which is not a manifest media type", ErrUnsupportedMediaType, printable(e.MediaType))
 	}
 	return fmt.Errorf("%w: index.json: %w", ErrInvalidLayout, checkDigest(e.Digest))
 }

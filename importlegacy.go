@@ -223,7 +223,7 @@ func (r *LocalRegistry) importLegacyEntry(ctx context.Context, root *rootDir, en
 	im := r.importAs(l, ref, opts.Policy)
 	im.accept = func(m *Manifest) error {
 		if m.ArtifactType() != ArtifactTypeOMMX {
-			return fmt.Errorf("%w: %q is not %s", ErrArtifactType, clip(m.ArtifactType()), ArtifactTypeOMMX)
+			return fmt.Errorf("%w: %s is not %s", ErrArtifactType, printable(m.ArtifactType()), ArtifactTypeOMMX)
 		}
 		return nil
 	}
@@ -255,7 +255,7 @@ func legacyName(entry string, descs []ocispec.Descriptor) (Reference, error) {
 	}
 	if ref, err := parseLegacyName(name); err == nil && name != "" && !isBareTag(name) {
 		if !slices.Contains(legacyPaths(ref), entry) {
-			return Reference{}, fmt.Errorf("%w: index.json names it %q, which does not belong at this path", ErrInvalidLayout, clip(name))
+			return Reference{}, fmt.Errorf("%w: index.json names it %s, which does not belong at this path", ErrInvalidLayout, printable(name))
 		}
 		return ref, nil
 	}

@@ -160,8 +160,8 @@ func (im *importer) reference(e ocispec.Descriptor) (ref Reference, err error) {
 	}
 	if want := o.Reference; !want.IsZero() {
 		if !o.Rename && !c.allows(want) {
-			return ref, fmt.Errorf("%w: the content is named %q, not %s (ImportOptions.Rename overrides)",
-				ErrInvalidArgument, clip(c.String()), want)
+			return ref, fmt.Errorf("%w: the content is named %s, not %s (ImportOptions.Rename overrides)",
+				ErrInvalidArgument, printable(c.String()), want)
 		}
 		return want, nil
 	}
@@ -177,8 +177,8 @@ func (im *importer) reference(e ocispec.Descriptor) (ref Reference, err error) {
 			return Reference{}, err
 		}
 	case ref.IsZero() && c.text != "" && !o.Anonymous:
-		return ref, fmt.Errorf("%w: %q (ImportOptions: Repository names all entries with a tag, Reference names one, Anonymous makes up names, IgnoreNames imports by digest)",
-			ErrBareName, clip(c.text))
+		return ref, fmt.Errorf("%w: %s (ImportOptions: Repository names all entries with a tag, Reference names one, Anonymous makes up names, IgnoreNames imports by digest)",
+			ErrBareName, printable(c.text))
 	}
 	if ref.IsZero() && (o.Anonymous || o.mustName) {
 		return im.registry.anonymousReference(o.PublishOptions)

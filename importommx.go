@@ -93,7 +93,7 @@ func (o ommxRef) String() string {
 func (r *LocalRegistry) importOMMXRef(ctx context.Context, l *layout, o ommxRef, opts *LegacyOptions) (RefUpdate, []ocispec.Descriptor, error) {
 	ref, err := parseLegacyName(o.name + ":" + o.reference)
 	if strings.ContainsAny(o.name, "@") {
-		ref, err = Reference{}, fmt.Errorf("%w: name %q has a digest", ErrInvalidReference, clip(o.name))
+		ref, err = Reference{}, fmt.Errorf("%w: name %s has a digest", ErrInvalidReference, printable(o.name))
 	}
 	if ref, err = opts.name(o.name+":"+o.reference, ref, err); err != nil {
 		return RefUpdate{}, nil, err

@@ -123,7 +123,7 @@ func checkFound(asked, found digest.Digest) error {
 	if asked == found {
 		return nil
 	}
-	return fmt.Errorf("%w: looking for manifest %s finds %q", ErrCorruptIndex, asked, clip(string(found)))
+	return fmt.Errorf("%w: looking for manifest %s finds %s", ErrCorruptIndex, asked, printable(string(found)))
 }
 
 // manifestRow returns a manifest's descriptor.
@@ -174,7 +174,7 @@ func (x *index) referrers(subject digest.Digest, artifactType string, after dige
 			err = json.Unmarshal(annotations, &d.Annotations)
 		}
 		if err != nil {
-			err = fmt.Errorf("%w: row of manifest %q: %w", ErrCorruptIndex, clip(string(d.Digest)), err)
+			err = fmt.Errorf("%w: row of manifest %s: %w", ErrCorruptIndex, printable(string(d.Digest)), err)
 		}
 		return d, err
 	})

@@ -5,7 +5,6 @@ import (
 	"context"
 	"database/sql"
 	"fmt"
-	"strconv"
 	"strings"
 	"time"
 
@@ -50,7 +49,7 @@ func (k refKey) check(name, reference string) error {
 	if k.name == name && k.reference == reference {
 		return nil
 	}
-	return fmt.Errorf("%w: looking for ref %q finds %q", ErrCorruptIndex, clip(name+":"+reference), clip(k.name+":"+k.reference))
+	return fmt.Errorf("%w: looking for ref %s finds %s", ErrCorruptIndex, printable(name+":"+reference), printable(k.name+":"+k.reference))
 }
 
 // putRef points a ref at a manifest, whose rows must exist.
@@ -93,7 +92,7 @@ func (x *index) list(name, reference, below string, n int) ([]Ref, error) {
 		}
 		name, reference = refName, refReference
 		if err != nil {
-			err = fmt.Errorf("%w: row of ref %s: %w", ErrCorruptIndex, strconv.Quote(clip(refName+":"+refReference)), err)
+			err = fmt.Errorf("%w: row of ref %s: %w", ErrCorruptIndex, printable(refName+":"+refReference), err)
 		}
 		return r, err
 	})

@@ -158,7 +158,7 @@ func (x *index) checkSchema(ctx context.Context) (version int, err error) {
 			continue
 		}
 		if !want[text] {
-			return 0, fmt.Errorf("%w: its schema has %q, which ocilocal did not make", ErrForeignIndex, clip(name))
+			return 0, fmt.Errorf("%w: its schema has %s, which ocilocal did not make", ErrForeignIndex, printable(name))
 		}
 		words := strings.Fields(text) // CREATE TABLE name …, or CREATE INDEX name ON table …
 		on := words[2]
@@ -167,7 +167,7 @@ func (x *index) checkSchema(ctx context.Context) (version int, err error) {
 		}
 		// SQLite goes by these columns too, and not always by all of them.
 		if name != words[2] || table != on || kind != strings.ToLower(words[1]) {
-			return 0, fmt.Errorf("%w: its schema calls %s %s of %s %q of %q, a %q", ErrCorruptIndex, words[1], words[2], on, clip(name), clip(table), clip(kind))
+			return 0, fmt.Errorf("%w: its schema calls %s %s of %s %s of %s, a %s", ErrCorruptIndex, words[1], words[2], on, printable(name), printable(table), printable(kind))
 		}
 		delete(want, text)
 	}
@@ -191,7 +191,7 @@ func (x *index) checkJournalMode(ctx context.Context, conn *sql.Conn) error {
 		return x.openError(err)
 	}
 	if mode != "wal" {
-		return fmt.Errorf("%w: its journal mode is %q, not wal", ErrCorruptIndex, clip(mode))
+		return fmt.Errorf("%w: its journal mode is %s, not wal", ErrCorruptIndex, printable(mode))
 	}
 	return nil
 }

@@ -56,7 +56,7 @@ func rowsDiffer(ctx context.Context, q queryer, m *Manifest) (string, error) {
 		}
 		for i := range got {
 			if fmt.Sprint(got[i]) != fmt.Sprint(want[i]) {
-				return fmt.Sprintf("%s is %s, should be %s", names[i], clip(fmt.Sprintf("%q", got[i])), clip(fmt.Sprintf("%q", want[i]))), nil
+				return fmt.Sprintf("%s is %s, should be %s", names[i], printable(fmt.Sprint(got[i])), printable(fmt.Sprint(want[i]))), nil
 			}
 		}
 		return "", nil
@@ -129,7 +129,7 @@ func (x *index) badRefs(ctx context.Context, visit func(Reference, digest.Digest
 		ref, bad := referenceFromKey(r.name, r.reference)
 		switch {
 		case bad != nil:
-			bad = fmt.Errorf("%w: row of ref %q: %w", ErrCorruptIndex, clip(r.name+":"+r.reference), bad)
+			bad = fmt.Errorf("%w: row of ref %s: %w", ErrCorruptIndex, printable(r.name+":"+r.reference), bad)
 		case r.bad:
 			bad = fmt.Errorf("%w: the index has no manifest %s, or has it with other columns", ErrCorruptIndex, printable(r.manifest))
 		default:

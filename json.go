@@ -151,7 +151,7 @@ func (e *jsonError) under(step string) *jsonError {
 func keyStep(key []byte) string {
 	for _, c := range key {
 		if (c < 'a' || c > 'z') && (c < 'A' || c > 'Z') && c != '.' {
-			return fmt.Sprintf("[%q]", clip(string(key)))
+			return fmt.Sprintf("[%q]", boundText(string(key))) // bare digits would be an index
 		}
 	}
 	return "." + printable(string(key))
@@ -272,7 +272,7 @@ func (s *jsonScanner) object(t *jsonType, depth int) *jsonError {
 		}
 	}
 	if twice := repeated(s.keys[base:]); twice != nil {
-		return s.fail("key %q is there twice", clip(string(twice)))
+		return s.fail("key %s is there twice", printable(string(twice)))
 	}
 	s.keys = s.keys[:base]
 	if t != nil {
@@ -306,7 +306,7 @@ func (s *jsonScanner) field(t *jsonType, key []byte) (*jsonType, fieldSet, *json
 	name := string(key)
 	for _, f := range t.fields {
 		if strings.EqualFold(name, f.name) { // what encoding/json does
-			return nil, 0, s.fail("key %q is %q in another case", clip(name), f.name)
+			return nil, 0, s.fail("key %s is %q in another case", printable(name), f.name)
 		}
 	}
 	return nil, 0, nil

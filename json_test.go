@@ -80,7 +80,7 @@ func TestCheckJSON(t *testing.T) {
 		{`{"subject":{"urls":[1]}}`, "subject.urls[0]: not a string"},
 	} {
 		_, err := checkJSON([]byte(c.in), jsonManifest)
-		name := clip(c.in)
+		name := c.in
 		switch {
 		case c.want == "" && err != nil:
 			t.Errorf("%s: %v", name, err)

@@ -115,7 +115,7 @@ func (w *canonicalWriter) int(n int64) { w.buf = strconv.AppendInt(w.buf, n, 10)
 // text writes a string: '"', '\\' and the characters below 0x20 are escaped, nothing else.
 func (w *canonicalWriter) text(s string) {
 	if !utf8.ValidString(s) && w.err == nil {
-		w.err = fmt.Errorf("%w: text %q is not valid UTF-8", ErrInvalidArgument, clip(s))
+		w.err = fmt.Errorf("%w: text %s is not valid UTF-8", ErrInvalidArgument, printable(s))
 	}
 	b := append(w.buf, '"')
 	for _, c := range []byte(s) {

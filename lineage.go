@@ -41,7 +41,7 @@ func (a *LocalArtifact) parent(ctx context.Context) (*LocalArtifact, error) {
 	case desc.Size != subject.Size:
 		return nil, fmt.Errorf("subject %s: %w: has %d bytes, its descriptor says %d", subject.Digest, ErrSizeMismatch, desc.Size, subject.Size)
 	case desc.MediaType != subject.MediaType:
-		return nil, fmt.Errorf("subject %s: %w: is a %s, its descriptor says %q", subject.Digest, ErrInvalidManifest, desc.MediaType, clip(subject.MediaType))
+		return nil, fmt.Errorf("subject %s: %w: is a %s, its descriptor says %s", subject.Digest, ErrInvalidManifest, desc.MediaType, printable(subject.MediaType))
 	}
 	return a.registry.newArtifact(Reference{}, desc, nil), nil
 }

@@ -293,7 +293,7 @@ func checkMediaType(field, s string) error {
 		bad = bad || c < 0x20 || c > 0x7e
 	}
 	if bad {
-		return fmt.Errorf("%s: %q is not 1 to 255 printable ASCII characters", field, clip(s))
+		return fmt.Errorf("%s: %s is not 1 to 255 printable ASCII characters", field, printable(s))
 	}
 	return nil
 }

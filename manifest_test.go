@@ -113,7 +113,7 @@ var manBad = func() []manBadCase {
 		// JSON.
 		{"duplicate key", "", `{"schemaVersion":2,"manifests":[],"manifests":[]}`, []error{invalid}, "twice"},
 		{"duplicate key by escape", "", `{"schemaVersion":2,"manifests":[],"manifest\u0073":[]}`, []error{invalid}, "twice"},
-		{"duplicate key in a descriptor", "", manLayer(manSHA, "0", `,"size":1`), []error{invalid}, `layers[0]: key "size" is there twice`},
+		{"duplicate key in a descriptor", "", manLayer(manSHA, "0", `,"size":1`), []error{invalid}, `layers[0]: key size is there twice`},
 		{"duplicate annotation", "", manLayer(manSHA, "0", `,"annotations":{"a":"1","a":"1"}`), []error{invalid}, "layers[0].annotations"},
 		{"MEDIATYPE", "", image + `,"MEDIATYPE":"application/vnd.oci.image.index.v1+json"}`, []error{invalid}, "another case"},
 		{"Digest in a descriptor", "", manLayer(manSHA, "0", `,"Digest":"x"`), []error{invalid}, "layers[0]"},

@@ -40,5 +40,5 @@ func choosePlatform(m *Manifest, want *ocispec.Platform) (ocispec.Descriptor, er
 		return *found, nil
 	}
 	return ocispec.Descriptor{}, fmt.Errorf("%w: image index %s has no manifest for platform %s/%s", ErrNotFound, m.Digest(),
-		clip(want.OS), clip(want.Architecture))
+		printable(want.OS), printable(want.Architecture))
 }

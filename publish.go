@@ -204,7 +204,7 @@ func (r *LocalRegistry) acceptType(m ocispec.Descriptor) error {
 	if len(types) == 0 || formOf(m.MediaType) == formIndex || slices.Contains(types, m.ArtifactType) {
 		return nil
 	}
-	return fmt.Errorf("%w: %q is not among the registry's Options.ArtifactTypes", ErrArtifactType, m.ArtifactType)
+	return fmt.Errorf("%w: %s is not among the registry's Options.ArtifactTypes", ErrArtifactType, printable(m.ArtifactType))
 }
 
 // decide applies the ref policy to what the ref points at ("" for no ref).

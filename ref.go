@@ -178,7 +178,7 @@ func (o *ListOptions) check() error {
 	}
 	canonical, err := canonicalName(o.Name)
 	if err == nil && canonical != o.Name {
-		err = fmt.Errorf("name %q is spelled %q", clip(o.Name), clip(canonical))
+		err = fmt.Errorf("name %s is spelled %s", printable(o.Name), printable(canonical))
 	}
 	if err != nil {
 		return fmt.Errorf("%w: ListOptions.Name: %w", ErrInvalidArgument, err)

@@ -75,8 +75,8 @@ func ParseReference(s string) (Reference, error) {
 	case s == "":
 		return Reference{}, fmt.Errorf("%w: it is empty, want host/repository:tag", ErrInvalidReference)
 	case len(s) > maxReferenceLen:
-		return Reference{}, fmt.Errorf("%w: %q has %d bytes, want at most %d",
-			ErrInvalidReference, clip(s), len(s), maxReferenceLen)
+		return Reference{}, fmt.Errorf("%w: %s has %d bytes, want at most %d",
+			ErrInvalidReference, printable(s), len(s), maxReferenceLen)
 	}
 	if err := checkPrintable(s); err != nil {
 		return Reference{}, err
@@ -98,8 +98,8 @@ func ParseReference(s string) (Reference, error) {
 		name, tag, tagged = rest[:i], rest[i+1:], true
 	}
 	if slash < 0 && isOnlyDigest(name, tagged) {
-		return Reference{}, fmt.Errorf("%w: %q is only a digest, want a name before it: repository@sha256:…",
-			ErrInvalidReference, clip(s))
+		return Reference{}, fmt.Errorf("%w: %s is only a digest, want a name before it: repository@sha256:…",
+			ErrInvalidReference, printable(s))
 	}
 	var err error
 	if r.name, err = canonicalName(name); err != nil {
@@ -140,8 +140,8 @@ func GitHubReference(org, repo, name, tag string) (Reference, error) {
 	}
 	for _, part := range [...]string{org, repo} {
 		if strings.Contains(part, "/") {
-			return Reference{}, fmt.Errorf("%w: %q has a '/', want one GitHub organization or repository",
-				ErrInvalidReference, clip(part))
+			return Reference{}, fmt.Errorf("%w: %s has a '/', want one GitHub organization or repository",
+				ErrInvalidReference, printable(part))
 		}
 	}
 	if err := checkTag(tag); err != nil {
@@ -207,7 +207,7 @@ func (r Reference) String() string {
 // Errors: [ErrInvalidReference], also for the zero Reference.
 func (r Reference) WithTag(tag string) (Reference, error) {
 	if r.IsZero() {
-		return Reference{}, fmt.Errorf("%w: a zero reference has no name to put tag %q on", ErrInvalidReference, clip(tag))
+		return Reference{}, fmt.Errorf("%w: a zero reference has no name to put tag %s on", ErrInvalidReference, printable(tag))
 	}
 	if err := checkTag(tag); err != nil {
 		return Reference{}, err
@@ -221,7 +221,7 @@ func (r Reference) WithTag(tag string) (Reference, error) {
 // [ErrInvalidDigest] where d is at fault.
 func (r Reference) WithDigest(d digest.Digest) (Reference, error) {
 	if r.IsZero() {
-		return Reference{}, fmt.Errorf("%w: a zero reference has no name to put digest %q on", ErrInvalidReference, clip(string(d)))
+		return Reference{}, fmt.Errorf("%w: a zero reference has no name to put digest %s on", ErrInvalidReference, printable(string(d)))
 	}
 	if err := checkDigest(d); err != nil {
 		return Reference{}, fmt.Errorf("%w: %w", ErrInvalidReference, err)
@@ -282,8 +282,8 @@ func referenceFromKey(name, reference string) (Reference, error) {
 		return Reference{}, err
 	}
 	if canonical != name {
-		return Reference{}, fmt.Errorf("%w: name %q is not in its canonical form %q",
-			ErrInvalidReference, clip(name), clip(canonical))
+		return Reference{}, fmt.Errorf("%w: name %s is not in its canonical form %s",
+			ErrInvalidReference, printable(name), printable(canonical))
 	}
 	// No tag has a ':' and every digest has one.
 	if strings.IndexByte(reference, ':') < 0 {
@@ -307,13 +307,13 @@ func checkTag(tag string) error {
 	case tag == "":
 		return fmt.Errorf("%w: tag %q is empty, want 1 to %d characters", ErrInvalidReference, tag, maxTagLen)
 	case i >= maxTagLen:
-		return fmt.Errorf("%w: tag %q has %d characters, want at most %d",
-			ErrInvalidReference, clip(tag), len(tag), maxTagLen)
+		return fmt.Errorf("%w: tag %s has %d characters, want at most %d",
+			ErrInvalidReference, printable(tag), len(tag), maxTagLen)
 	case tag[i] == ':':
-		return fmt.Errorf("%w: tag %q has a ':', want a digest after '@'", ErrInvalidReference, clip(tag))
+		return fmt.Errorf("%w: tag %s has a ':', want a digest after '@'", ErrInvalidReference, printable(tag))
 	}
-	return fmt.Errorf("%w: tag %q has %s at byte %d, want letters, digits, '_', and after the first character '.' or '-'",
-		ErrInvalidReference, clip(tag), quoteAt(tag, i), i)
+	return fmt.Errorf("%w: tag %s has %s at byte %d, want letters, digits, '_', and after the first character '.' or '-'",
+		ErrInvalidReference, printable(tag), quoteAt(tag, i), i)
 }
 
 // isBareTag reports whether s is a tag, and so has no '/', ':' or '@'.
@@ -370,8 +370,8 @@ func canonicalName(s string) (string, error) {
 		s = registry + "/" + repository
 	}
 	if len(s) > maxNameLen {
-		return "", fmt.Errorf("%w: name %q has %d characters, want at most %d for registry and repository",
-			ErrInvalidReference, clip(s), len(s), maxNameLen)
+		return "", fmt.Errorf("%w: name %s has %d characters, want at most %d for registry and repository",
+			ErrInvalidReference, printable(s), len(s), maxNameLen)
 	}
 	return s, nil
 }
@@ -396,16 +396,16 @@ func canonicalHost(s string) (string, error) {
 		}
 	}
 	if len(host) > maxHostLen {
-		return "", fmt.Errorf("%w: host %q has %d characters, want at most %d",
-			ErrInvalidReference, clip(host), len(host), maxHostLen)
+		return "", fmt.Errorf("%w: host %s has %d characters, want at most %d",
+			ErrInvalidReference, printable(host), len(host), maxHostLen)
 	}
 	upper := false
 	label := 0 // where the current one starts
 	for i := 0; i <= len(host); i++ {
 		if i == len(host) || host[i] == '.' {
 			if i == label || host[label] == '-' || host[i-1] == '-' {
-				return "", fmt.Errorf("%w: host %q has label %q, want labels that are not empty and begin and end with a letter or digit",
-					ErrInvalidReference, clip(host), clip(host[label:i]))
+				return "", fmt.Errorf("%w: host %s has label %s, want labels that are not empty and begin and end with a letter or digit",
+					ErrInvalidReference, printable(host), printable(host[label:i]))
 			}
 			if i < len(host) {
 				label = i + 1
@@ -417,8 +417,8 @@ func canonicalHost(s string) (string, error) {
 		case 'A' <= c && c <= 'Z':
 			upper = true
 		default:
-			return "", fmt.Errorf("%w: host %q has %s at byte %d, want letters, digits, '-' and '.'",
-				ErrInvalidReference, clip(host), quoteAt(host, i), i)
+			return "", fmt.Errorf("%w: host %s has %s at byte %d, want letters, digits, '-' and '.'",
+				ErrInvalidReference, printable(host), quoteAt(host, i), i)
 		}
 	}
 	if upper {
@@ -427,8 +427,8 @@ func canonicalHost(s string) (string, error) {
 	}
 	if isNumber(host[label:]) {
 		if addr, err := netip.ParseAddr(host); err != nil || !addr.Is4() {
-			return "", fmt.Errorf("%w: host %q ends in a number, want an IPv4 address of four decimal parts",
-				ErrInvalidReference, clip(host))
+			return "", fmt.Errorf("%w: host %s ends in a number, want an IPv4 address of four decimal parts",
+				ErrInvalidReference, printable(host))
 		}
 	}
 	if s == "index.docker.io" || s == "registry-1.docker.io" {
@@ -442,13 +442,13 @@ func canonicalIPv6(s string) (string, error) {
 	text, rest, closed := strings.Cut(s[1:], "]")
 	addr, err := netip.ParseAddr(text)
 	if !closed || err != nil || !addr.Is6() || addr.Is4In6() || addr.Zone() != "" {
-		return "", fmt.Errorf("%w: host %q is not an IPv6 address in brackets, without zone and not mapped from IPv4",
-			ErrInvalidReference, clip(s))
+		return "", fmt.Errorf("%w: host %s is not an IPv6 address in brackets, without zone and not mapped from IPv4",
+			ErrInvalidReference, printable(s))
 	}
 	if rest != "" {
 		port, ok := strings.CutPrefix(rest, ":")
 		if !ok {
-			return "", fmt.Errorf("%w: host %q has %q after the ']', want a ':' and a port", ErrInvalidReference, clip(s), clip(rest))
+			return "", fmt.Errorf("%w: host %s has %s after the ']', want a ':' and a port", ErrInvalidReference, printable(s), printable(rest))
 		}
 		if err := checkPort(s, port); err != nil {
 			return "", err
@@ -470,8 +470,8 @@ func checkPort(host, port string) error {
 		n = n*10 + int(port[i]-'0')
 	}
 	if !ok || n > 65535 {
-		return fmt.Errorf("%w: host %q has port %q, want 1 to 65535 without leading zeros",
-			ErrInvalidReference, clip(host), clip(port))
+		return fmt.Errorf("%w: host %s has port %s, want 1 to 65535 without leading zeros",
+			ErrInvalidReference, printable(host), printable(port))
 	}
 	return nil
 }
@@ -528,9 +528,9 @@ func repositoryError(s string, i int) error {
 	case s == "":
 		return fmt.Errorf("%w: repository %q is empty, %s", ErrInvalidReference, s, want)
 	case i == len(s):
-		return fmt.Errorf("%w: repository %q ends in %q, %s", ErrInvalidReference, clip(s), s[i-1:], want)
+		return fmt.Errorf("%w: repository %s ends in %q, %s", ErrInvalidReference, printable(s), s[i-1:], want)
 	}
-	return fmt.Errorf("%w: repository %q has %s at byte %d, %s", ErrInvalidReference, clip(s), quoteAt(s, i), i, want)
+	return fmt.Errorf("%w: repository %s has %s at byte %d, %s", ErrInvalidReference, printable(s), quoteAt(s, i), i, want)
 }
 
 // checkPrintable refuses control characters, spaces and everything beyond
@@ -538,8 +538,8 @@ func repositoryError(s string, i int) error {
 func checkPrintable(s string) error {
 	for i := range len(s) {
 		if c := s[i]; c <= ' ' || c > '~' {
-			return fmt.Errorf("%w: %q has %s at byte %d, want ASCII without spaces and control characters",
-				ErrInvalidReference, clip(s), quoteAt(s, i), i)
+			return fmt.Errorf("%w: %s has %s at byte %d, want ASCII without spaces and control characters",
+				ErrInvalidReference, printable(s), quoteAt(s, i), i)
 		}
 	}
 	return nil

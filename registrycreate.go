@@ -117,7 +117,7 @@ func (r *LocalRegistry) checkNoLog() error {
 func (r *LocalRegistry) claim() (id string, err error) {
 	id, err = readID(r.root)
 	if err == nil && !isMadeID(id) && id != r.opts.id && !r.opts.adopt {
-		err = fmt.Errorf("%w: it holds %q", errBadID, clip(id))
+		err = fmt.Errorf("%w: it holds %s", errBadID, printable(id))
 	}
 	if errors.Is(err, errBadID) {
 		return "", fmt.Errorf("%w: there is no %s, and %w", ErrForeignRoot, indexFile, err)
@@ -249,7 +249,7 @@ func readID(root *rootDir) (string, error) {
 	}
 	id := strings.TrimSuffix(string(b), "\n")
 	if len(id) == 0 || len(id) >= maxIDFile || strings.Trim(id, "0123456789abcdefghijklmnopqrstuvwxyz") != "" {
-		return "", fmt.Errorf("%w: it holds %q", errBadID, clip(id))
+		return "", fmt.Errorf("%w: it holds %s", errBadID, printable(id))
 	}
 	return id, nil
 }

@@ -64,7 +64,7 @@ func FileCredentials(name string) CredentialFunc {
 // findCredential looks for a credential in the text of a file. name is the file's, for messages.
 func findCredential(ctx context.Context, name string, text []byte, host, repository string) (Credential, error) {
 	if host == "" || strings.ContainsAny(host+repository, "\r\n\x00") {
-		return Credential{}, fmt.Errorf("%w: credentials for host %q", ErrInvalidArgument, clip(host))
+		return Credential{}, fmt.Errorf("%w: credentials for host %s", ErrInvalidArgument, printable(host))
 	}
 	doc, err := parseCredentialFile(text)
 	if err != nil {
@@ -284,7 +284,7 @@ func askHelper(ctx context.Context, name, host string, limit time.Duration) (Cre
 	const longest = 100 // it is in messages
 	for _, c := range []byte(name) {
 		if len(name) > longest || !isLowerAlnum(c) && !('A' <= c && c <= 'Z') && strings.IndexByte("._-", c) < 0 {
-			return Credential{}, fmt.Errorf("%w: name of a credential helper: %q", ErrInvalidArgument, clip(name))
+			return Credential{}, fmt.Errorf("%w: name of a credential helper: %s", ErrInvalidArgument, printable(name))
 		}
 	}
 	program := "docker-credential-" + name

@@ -33,7 +33,7 @@ func redirected(base *url.URL, header, text string) (*url.URL, error) {
 	case u.User != nil:
 		return nil, fmt.Errorf("%w: %s has user information in it", ErrProtocol, header)
 	case u.Scheme != "https" && u.Scheme != "http" || u.Host == "" || u.Opaque != "":
-		return nil, fmt.Errorf("%w: %s leads to %q, not to http or https", ErrProtocol, header, clip(u.Scheme))
+		return nil, fmt.Errorf("%w: %s leads to %s, not to http or https", ErrProtocol, header, printable(u.Scheme))
 	case base.Scheme == "https" && u.Scheme != "https":
 		return nil, fmt.Errorf("%w: %s leads from https to http", ErrProtocol, header)
 	}

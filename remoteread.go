@@ -108,12 +108,12 @@ func manifestType(h http.Header, want string) (string, error) {
 	first, _, _ := strings.Cut(text, ",")
 	given, _, err := mime.ParseMediaType(first)
 	if err != nil && text != "" && !errors.Is(err, mime.ErrInvalidMediaParameter) {
-		return "", fmt.Errorf("%w: Content-Type %q", ErrProtocol, clip(text))
+		return "", fmt.Errorf("%w: Content-Type %s", ErrProtocol, printable(text))
 	}
 	general := slices.Contains(generalTypes, given)
 	switch {
 	case formOf(given) == 0 && !general:
-		return "", fmt.Errorf("%w: Content-Type %q is not of a manifest", ErrUnsupportedMediaType, clip(given))
+		return "", fmt.Errorf("%w: Content-Type %s is not of a manifest", ErrUnsupportedMediaType, printable(given))
 	case general:
 		return want, nil
 	case want != "" && given != want:
@@ -197,7 +197,7 @@ func (p *remoteRepo) blob(ctx context.Context, desc ocispec.Descriptor, from int
 // checkContentRange returns the end (exclusive) of what a Content-Range says, which must
 // begin at from in something of that size (RFC 9110, section 14.4).
 func checkContentRange(text string, from, size int64) (end int64, err error) {
-	bad := fmt.Errorf("%w: Content-Range %q for bytes %d to %d", ErrProtocol, clip(text), from, size-1)
+	bad := fmt.Errorf("%w: Content-Range %s for bytes %d to %d", ErrProtocol, printable(text), from, size-1)
 	text, ok := strings.CutPrefix(text, "bytes ")
 	span, total, ok2 := strings.Cut(text, "/")
 	first, last, ok3 := strings.Cut(span, "-")

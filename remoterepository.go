@@ -21,7 +21,7 @@ func (r *Remote) Repository(name string) (*RemoteRepository, error) {
 	ref, err := ParseReference(name)
 	if err == nil {
 		if tagged, bad := ParseReference(name + ":" + defaultTag); bad != nil || ref != tagged {
-			err = fmt.Errorf("%w: %q is not the name of a repository", ErrInvalidReference, clip(name))
+			err = fmt.Errorf("%w: %s is not the name of a repository", ErrInvalidReference, printable(name))
 		}
 	}
 	if err != nil {

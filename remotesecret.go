@@ -44,7 +44,7 @@ func serverText(s string, secrets []string) string {
 		}
 		return c
 	}, hide(s, secrets))
-	return clip(hide(plain, secrets)) // again: a secret may have a '?'
+	return boundText(hide(plain, secrets)) // again: a secret may have a '?'
 }
 
 // spellings returns secrets in the ways in which an answer may hold them, the longest first.

@@ -180,7 +180,7 @@ func coded(coding string, err error) error {
 	if coding == "" {
 		return err
 	}
-	return fmt.Errorf("%w: unexpected Content-Encoding %q: %w", ErrProtocol, clip(coding), err)
+	return fmt.Errorf("%w: unexpected Content-Encoding %s: %w", ErrProtocol, printable(coding), err)
 }
 
 type slotBody struct {

@@ -208,7 +208,7 @@ func (v *verification) index(ctx context.Context, found func(Problem) error) err
 		return err
 	}
 	for _, text := range bad {
-		if err := found(Problem{Kind: ProblemIndex, Err: fmt.Errorf("%w: %s", ErrCorruptIndex, clip(text))}); err != nil {
+		if err := found(Problem{Kind: ProblemIndex, Err: fmt.Errorf("%w: %s", ErrCorruptIndex, printable(text))}); err != nil {
 			return err
 		}
 	}
