@@ -306,7 +306,7 @@ func (s *jsonScanner) field(t *jsonType, key []byte) (*jsonType, fieldSet, *json
 	name := string(key)
 	for _, f := range t.fields {
 		if strings.EqualFold(name, f.name) { // what encoding/json does
-			return nil, 0, s.fail("key %s is %q in another case", printable(name), f.name)
+			return nil, 0, s.fail("key %s is %s in another case", printable(name), f.name)
 		}
 	}
 	return nil, 0, nil
