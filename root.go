@@ -173,13 +173,6 @@ func (r *rootDir) Remove(name string) error {
 	return r.dir.Remove(name)
 }
 
-func (r *rootDir) RemoveAll(name string) error {
-	if err := r.fault.before("remove", name); err != nil {
-		return err
-	}
-	return r.dir.RemoveAll(name)
-}
-
 // makeDir makes a directory unless it exists. Anything else under its name, as a link is, is
 // an [ErrForeignRoot].
 func (r *rootDir) makeDir(name string, perm fs.FileMode) error {
