@@ -153,14 +153,15 @@ func TestGCManyReferrers(t *testing.T) {
 	t.Parallel()
 	r := openTemp(t, nil)
 	dontWatch(r.Root())
-	const rows = `WITH RECURSIVE n (i) AS (SELECT 0 UNION ALL SELECT i + 1 FROM n WHERE i < 3000),
-		d (i, digest) AS (SELECT i, printf('sha256:%064d', i) FROM n) `
+	n := scaled(600, 3000, 3000)
+	rows := fmt.Sprintf(`WITH RECURSIVE n (i) AS (SELECT 0 UNION ALL SELECT i + 1 FROM n WHERE i < %d),
+		d (i, digest) AS (SELECT i, printf('sha256:%%064d', i) FROM n) `, n)
 	execIndex(t, r.Root(), rows+`INSERT INTO blobs SELECT digest, 1, 'manifest', 0 FROM d`)
 	execIndex(t, r.Root(), rows+`INSERT INTO manifests SELECT digest, 'application/x', 'application/x', 1, '', iif(i = 0, '', printf('sha256:%064d', 0)), '{}', 0 FROM d`)
 	if err := os.MkdirAll(filepath.Join(r.Root(), "blobs", "sha256"), 0o755); err != nil {
 		t.Fatal(err)
 	}
-	for i := range 3001 {
+	for i := range n + 1 {
 		if err := os.WriteFile(blobFile(r, digest.Digest(fmt.Sprintf("sha256:%064d", i))), []byte("x"), 0o444); err != nil {
 			t.Fatal(err)
 		}
@@ -169,17 +170,17 @@ func TestGCManyReferrers(t *testing.T) {
 	ocilocal.SetFault(r, func(op, name string) error {
 		if op == "readdir" && name == "blobs" && !used { // between the reading of the index and the deletion
 			used = true
-			execIndex(t, r.Root(), rows+`INSERT INTO refs SELECT 'example.com/a', 'v1', digest, 'application/x', 'application/x', 1, 0 FROM d WHERE i = 2000`)
+			execIndex(t, r.Root(), rows+`INSERT INTO refs SELECT 'example.com/a', 'v1', digest, 'application/x', 'application/x', 1, 0 FROM d WHERE i = 500`)
 		}
 		return nil
 	})
 	opts := &ocilocal.GCOptions{Grace: ocilocal.NoGrace, KeepReferrers: true}
-	if report := collect(t, r, opts); report.Revived != 3001 || report.Deleted.Manifests != 0 {
+	if report := collect(t, r, opts); report.Revived != n+1 || report.Deleted.Manifests != 0 {
 		t.Errorf("%+v", report)
 	}
 	ocilocal.SetFault(r, nil)
 	execIndex(t, r.Root(), "DELETE FROM refs")
-	if report := collect(t, r, opts); report.Deleted.Manifests != 3001 {
+	if report := collect(t, r, opts); report.Deleted.Manifests != n+1 {
 		t.Errorf("%+v", report)
 	}
 }

@@ -46,7 +46,8 @@ const (
 )
 
 // gcRoom is how much a step without rows frees: enough to displace a commit and to delete some
-// rows.
+// rows. Once the disk was full, a step with rows frees as much before its time counts: where one
+// file is all that a slow machine deletes in that time, the commit can need more than that frees.
 const gcRoom = 64 << 10
 
 // A gcSweep deletes what a mark has found dead.
@@ -54,6 +55,7 @@ type gcSweep struct {
 	*gcGraph
 	todo    []int32                // what is left, each manifest before its needs and its subject
 	freed   int                    // how many of todo the steps without rows have gone through
+	full    bool                   // a step has failed for lack of space
 	gone    map[digest.Digest]bool // files that this collection has deleted
 	revived map[digest.Digest]bool // nodes that were in use again at their turn
 }
@@ -66,6 +68,7 @@ func (g *gcGraph) sweep(ctx context.Context) error {
 		before := len(s.gone)
 		n, err := s.step(ctx, s.todo, true)
 		full := errors.Is(err, ErrNoSpace)
+		s.full = s.full || full
 		switch {
 		case full && len(s.gone) > before:
 			err = nil // there is more space now
@@ -107,7 +110,11 @@ func (s *gcSweep) step(ctx context.Context, todo []int32, rows bool) (n int, err
 		up := s.climb(context.Background(), tx)
 		prepared := false
 		room := int64(0)
-		for start := time.Now(); n < len(todo) && (n == 0 || time.Since(start) < gcStep && (rows || room < gcRoom)); n++ {
+		for start := time.Now(); n < len(todo); n++ {
+			tight := s.full && room < gcRoom // its commit needs this space, however long that takes
+			if late := time.Since(start) >= gcStep; n > 0 && (late && !tight || !rows && room >= gcRoom) {
+				break
+			}
 			node := &s.nodes[todo[n]]
 			dead, err := s.stillDead(tx, node, up, rows)
 			if err != nil {

@@ -89,10 +89,11 @@ func TestGCUnreconciledMeanwhile(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		looks, deleted := 0, false
+		deleted := false
+		var looks atomic.Int64 // database/sql looks too, from goroutines that may outlast the call
 		var marked atomic.Bool
 		ctx := &lookCtx{Context: t.Context(), look: func() {
-			if looks++; looks == n {
+			if looks.Add(1) == int64(n) {
 				_, err := db.Exec("INSERT INTO meta VALUES ('unreconciled', '1')") // fails while the collector has the lock
 				marked.Store(err == nil)
 			}
@@ -117,7 +118,7 @@ func TestGCUnreconciledMeanwhile(t *testing.T) {
 		if err := errors.Join(db.Close(), r.Close()); err != nil {
 			t.Fatal(err)
 		}
-		if looks < n {
+		if looks.Load() < int64(n) {
 			break
 		}
 	}
