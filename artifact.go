@@ -49,12 +49,14 @@ func (a *LocalArtifact) ArtifactType() string { return a.desc.ArtifactType }
 // Manifest reads and verifies the manifest, once: later calls, also of copies
 // of a, return the same. A failed read is tried again by the next call.
 // Errors: [ErrNotFound] if it was removed and collected, [ErrDigestMismatch],
-// [ErrSizeMismatch], [ErrInvalidManifest], ctx's, and the file system's.
+// [ErrSizeMismatch], [ErrInvalidManifest], and any error from ctx or the file system.
 func (a *LocalArtifact) Manifest(ctx context.Context) (*Manifest, error) {
 	m, err := a.manifest(ctx)
 	return m, opError("read manifest", a.ref.String(), a.desc.Digest, err)
 }
 
+// manifest is Manifest, whose error the caller completes with its own operation. The lock makes
+// concurrent calls wait for one read instead of each reading the blob.
 func (a *LocalArtifact) manifest(ctx context.Context) (*Manifest, error) {
 	a.shared.mu.Lock()
 	defer a.shared.mu.Unlock()
@@ -181,10 +183,11 @@ func (a *LocalArtifact) Config(ctx context.Context) (ocispec.Descriptor, bool, e
 // OpenLayer opens a layer, or the config, by its descriptor, as
 // [LocalRegistry.OpenBlob] does. It fails with [ErrNotFound] for a descriptor
 // whose digest the manifest doesn't name.
-func (a *LocalArtifact) OpenLayer(ctx context.Context, desc ocispec.Descriptor) (io.ReadCloser, error) {
+func (a *LocalArtifact) OpenLayer(ctx context.Context, desc ocispec.Descriptor) (_ io.ReadCloser, err error) {
+	defer addOp(&err, "open layer", a.ref.String(), desc.Digest)
 	own, err := a.own(ctx, desc)
 	if err != nil {
-		return nil, opError("open layer", a.ref.String(), desc.Digest, err)
+		return nil, err
 	}
 	return a.registry.OpenBlob(ctx, own)
 }
@@ -205,7 +208,8 @@ func (a *LocalArtifact) own(ctx context.Context, desc ocispec.Descriptor) (ocisp
 
 // ReadLayer returns all bytes of a layer, verified. It is for layers that are
 // known to fit into memory. Errors are those of [LocalArtifact.OpenLayer] and of its reader.
-func (a *LocalArtifact) ReadLayer(ctx context.Context, desc ocispec.Descriptor) ([]byte, error) {
+func (a *LocalArtifact) ReadLayer(ctx context.Context, desc ocispec.Descriptor) (_ []byte, err error) {
+	defer addOp(&err, "read layer", a.ref.String(), desc.Digest)
 	src, err := a.OpenLayer(ctx, desc)
 	if err != nil {
 		return nil, err
@@ -213,7 +217,7 @@ func (a *LocalArtifact) ReadLayer(ctx context.Context, desc ocispec.Descriptor) 
 	defer src.Close()
 	b, err := io.ReadAll(src)
 	if err != nil {
-		return nil, opError("read layer", a.ref.String(), desc.Digest, err)
+		return nil, err
 	}
 	return b, nil
 }

@@ -98,10 +98,11 @@ func (r *LocalRegistry) NewOMMXBuilder(ref Reference, opts *BuilderOptions) (*Bu
 // NewGitHubBuilder is NewBuilder for ghcr.io/org/repo/name:tag, spelled as
 // [GitHubReference] does, with the annotation org.opencontainers.image.source
 // set to the repository's address, by which GitHub ties the package to it.
-func (r *LocalRegistry) NewGitHubBuilder(org, repo, name, tag string, opts *BuilderOptions) (*Builder, error) {
+func (r *LocalRegistry) NewGitHubBuilder(org, repo, name, tag string, opts *BuilderOptions) (_ *Builder, err error) {
+	defer addOp(&err, "start build of", org+"/"+repo+"/"+name, "")
 	ref, err := GitHubReference(org, repo, name, tag)
 	if err != nil {
-		return nil, opError("start build of", org+"/"+repo+"/"+name, "", err)
+		return nil, err
 	}
 	b, err := r.NewBuilder(ref, opts)
 	if err != nil {
@@ -131,7 +132,7 @@ func (b *Builder) AddLayerBytes(ctx context.Context, mediaType string, data []by
 
 // AddLayerFile is AddLayer for a regular file. Unless annotations say
 // otherwise, the layer's org.opencontainers.image.title is the file's base name.
-// What is no regular file is an [ErrInvalidArgument].
+// Anything but a regular file is an [ErrInvalidArgument].
 // The registry's own index is refused, with [ErrInvalidArgument].
 func (b *Builder) AddLayerFile(ctx context.Context, mediaType, path string, annotations map[string]string) (ocispec.Descriptor, error) {
 	withTitle := map[string]string{ocispec.AnnotationTitle: filepath.Base(path)}
@@ -150,8 +151,11 @@ func (b *Builder) AddLayerFile(ctx context.Context, mediaType, path string, anno
 // media type and annotations that desc has. Its bytes are verified, not copied, and stay until
 // Build or Cancel, whatever is removed or collected meanwhile.
 //
-// Errors: [ErrNotFound] if there is no such blob; [ErrDigestMismatch] or [ErrSizeMismatch] if it is
-// damaged; [ErrInvalidArgument] for a descriptor that can't stand in a manifest; [ErrClosed], ctx's, and the file system's.
+// Errors:
+//   - [ErrNotFound]: the registry does not have the blob
+//   - [ErrDigestMismatch], [ErrSizeMismatch]: the blob is damaged
+//   - [ErrInvalidArgument]: a manifest cannot have such a descriptor
+//   - [ErrClosed], and any error from ctx or the file system
 func (b *Builder) AddExistingLayer(ctx context.Context, desc ocispec.Descriptor) (err error) {
 	defer addOp(&err, "add layer to", b.ref.String(), desc.Digest)
 	if err := checkPlaceable(&desc); err != nil {
@@ -165,22 +169,24 @@ func (b *Builder) AddExistingLayer(ctx context.Context, desc ocispec.Descriptor)
 	return err
 }
 
-func (b *Builder) addLayer(ctx context.Context, mediaType string, annotations map[string]string, put func() (digest.Digest, int64, error)) (ocispec.Descriptor, error) {
-	err := checkTypeName("media type", mediaType)
+// addLayer is the body of the methods that add a layer. put brings its bytes into the stage.
+func (b *Builder) addLayer(ctx context.Context, mediaType string, annotations map[string]string, put func() (digest.Digest, int64, error)) (desc ocispec.Descriptor, err error) {
+	defer addOp(&err, "add layer to", b.ref.String(), "")
+	err = checkTypeName("media type", mediaType)
 	if _, bad := canonicalAnnotations(annotations); err == nil && bad != nil {
 		err = fmt.Errorf("annotation: %w", bad)
 	}
 	if err != nil {
-		return ocispec.Descriptor{}, opError("add layer to", b.ref.String(), "", err)
+		return ocispec.Descriptor{}, err
 	}
-	desc, err := b.putBlob(ctx, mediaType, put, func(d ocispec.Descriptor) {
+	desc, err = b.putBlob(ctx, mediaType, put, func(d ocispec.Descriptor) {
 		d.Annotations = maps.Clone(annotations)
 		b.spec.layers = append(b.spec.layers, d)
 	})
 	if err == nil {
 		desc.Annotations = maps.Clone(annotations)
 	}
-	return desc, opError("add layer to", b.ref.String(), "", err)
+	return desc, err
 }
 
 // putBlob runs put, and record with mu held if that succeeded.
@@ -216,36 +222,35 @@ func (b *Builder) isDone() bool {
 // SetConfig sets the config blob. Only image manifests have one: in the other
 // form it fails with [ErrInvalidArgument]. A second call replaces the first.
 // Further errors are those of [Builder.AddLayerBytes].
-// Errors are those of AddLayer.
-func (b *Builder) SetConfig(ctx context.Context, mediaType string, data []byte) (ocispec.Descriptor, error) {
-	var err error
-	var desc ocispec.Descriptor
+func (b *Builder) SetConfig(ctx context.Context, mediaType string, data []byte) (_ ocispec.Descriptor, err error) {
+	defer addOp(&err, "set config of", b.ref.String(), "")
 	if b.opts.Format != FormatImageManifest {
-		err = fmt.Errorf("%w: an artifact manifest has no config (BuilderOptions.Format: FormatImageManifest has)", ErrInvalidArgument)
-	} else if err = checkTypeName("media type", mediaType); err == nil {
-		desc, err = b.putBlob(ctx, mediaType, func() (digest.Digest, int64, error) {
-			d, err := b.stage.putBytes(ctx, data, digest.SHA256)
-			return d, int64(len(data)), err
-		}, func(d ocispec.Descriptor) { b.spec.config = &d })
+		return ocispec.Descriptor{}, fmt.Errorf("%w: an artifact manifest has no config (BuilderOptions.Format: FormatImageManifest has)", ErrInvalidArgument)
 	}
-	return desc, opError("set config of", b.ref.String(), "", err)
+	if err := checkTypeName("media type", mediaType); err != nil {
+		return ocispec.Descriptor{}, err
+	}
+	return b.putBlob(ctx, mediaType, func() (digest.Digest, int64, error) {
+		d, err := b.stage.putBytes(ctx, data, digest.SHA256)
+		return d, int64(len(data)), err
+	}, func(d ocispec.Descriptor) { b.spec.config = &d })
 }
 
 // SetAnnotation sets an annotation of the manifest. Key and value must be valid UTF-8
 // ([ErrInvalidArgument]); the key must not be empty. [ErrClosed] after Build or Cancel.
-func (b *Builder) SetAnnotation(key, value string) error {
-	_, err := canonicalAnnotations(map[string]string{key: value})
+func (b *Builder) SetAnnotation(key, value string) (err error) {
+	defer addOp(&err, "annotate", b.ref.String(), "")
+	_, err = canonicalAnnotations(map[string]string{key: value})
 	if key == "" {
 		err = errors.New("its key is empty")
 	}
 	if err != nil {
-		err = fmt.Errorf("%w: annotation: %w", ErrInvalidArgument, err)
-		return opError("annotate", b.ref.String(), "", err)
+		return fmt.Errorf("%w: annotation: %w", ErrInvalidArgument, err)
 	}
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if b.done {
-		return opError("annotate", b.ref.String(), "", ErrClosed)
+		return ErrClosed
 	}
 	if b.spec.annotations == nil {
 		b.spec.annotations = map[string]string{}
@@ -257,14 +262,15 @@ func (b *Builder) SetAnnotation(key, value string) error {
 // SetSubject makes the artifact refer to another manifest (image-spec
 // manifest.md, "subject"), which need not be in the registry.
 // Errors: [ErrInvalidManifest] for a descriptor that can't stand there, [ErrClosed].
-func (b *Builder) SetSubject(desc ocispec.Descriptor) error {
+func (b *Builder) SetSubject(desc ocispec.Descriptor) (err error) {
+	defer addOp(&err, "set subject of", b.ref.String(), desc.Digest)
 	if err := checkPlaceable(&desc); err != nil {
-		return opError("set subject of", b.ref.String(), desc.Digest, fmt.Errorf("%w: %w", ErrInvalidManifest, err))
+		return fmt.Errorf("%w: %w", ErrInvalidManifest, err)
 	}
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if b.done {
-		return opError("set subject of", b.ref.String(), desc.Digest, ErrClosed)
+		return ErrClosed
 	}
 	desc = cloneDescriptor(desc)
 	b.spec.subject = &desc
@@ -280,7 +286,8 @@ func checkPlaceable(desc *ocispec.Descriptor) error {
 	return err
 }
 
-// checkTypeName refuses what is no media type by RFC 6838, section 4.2. What others have made may have one all the same.
+// checkTypeName refuses a text that is not a media type by RFC 6838, section 4.2. It is for what
+// builders make: manifests by others may have such a text.
 func checkTypeName(field, s string) error {
 	const longest = 127 // on either side of the '/'
 	top, sub, _ := strings.Cut(s, "/")
@@ -308,7 +315,7 @@ func checkTypeName(field, s string) error {
 //
 // Errors: [*ConflictError], [ErrClosed], [ErrInvalidManifest],
 // [ErrInvalidArgument], [ErrArtifactType], [ErrTooLarge], [ErrIncomplete],
-// [ErrBusy], [ErrNoSpace], ctx's, and the file system's.
+// [ErrBusy], [ErrNoSpace], and any error from ctx or the file system.
 func (b *Builder) Build(ctx context.Context) (_ *LocalArtifact, err error) {
 	defer addOp(&err, "build", b.ref.String(), "")
 	end, err := b.registry.begin(ctx)
@@ -366,12 +373,13 @@ func (b *Builder) Update() RefUpdate {
 // Cancel gives up what was added and closes the builder. After Build has
 // succeeded, or a second time, it does nothing. An error, the file system's, says that
 // temporary files are left, until the registry is closed.
-func (b *Builder) Cancel() error {
+func (b *Builder) Cancel() (err error) {
+	defer addOp(&err, "cancel build of", b.ref.String(), "")
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if b.done {
 		return nil
 	}
 	b.done = true
-	return opError("cancel build of", b.ref.String(), "", b.stage.discard())
+	return b.stage.discard()
 }

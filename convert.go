@@ -92,7 +92,7 @@ func (r *LocalRegistry) convert(ctx context.Context, src, dst Reference, opts *C
 	if n, r := dst.key(); n == name && r == reference {
 		return nil, fmt.Errorf("%w: cannot convert %s to itself: choose another reference (Tag can move this one afterwards)", ErrInvalidArgument, src)
 	}
-	desc, err := r.lookUp(src)
+	desc, err := r.resolve(src)
 	if err != nil {
 		return nil, err
 	}

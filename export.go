@@ -116,7 +116,11 @@ func (r *LocalRegistry) newExport(ctx context.Context, refs []Reference, opts *E
 	}
 	tags := map[string]Reference{}
 	for _, ref := range slices.Compact(slices.SortedFunc(slices.Values(refs), Reference.Compare)) {
-		desc, err := r.resolve(ctx, ref)
+		var desc ocispec.Descriptor
+		err := r.within(ctx, func() (err error) {
+			desc, err = r.resolve(ref)
+			return err
+		})
 		if err != nil {
 			return nil, fmt.Errorf("%s: %w", ref, err)
 		}

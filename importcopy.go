@@ -32,7 +32,7 @@ func (r *LocalRegistry) importRegistry(ctx context.Context, src *LocalRegistry, 
 		return nil, err
 	}
 	defer endToo()
-	root, err := src.lookUp(ref)
+	root, err := src.resolve(ref)
 	if err != nil {
 		return nil, err
 	}

@@ -81,7 +81,12 @@ func (r *LocalRegistry) loadHere(ctx context.Context, ref Reference, opts *PullO
 	if opts != nil {
 		return r.pullHere(ctx, ref, opts)
 	}
-	desc, err := r.resolve(ctx, ref)
+	end, err := r.begin(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer end()
+	desc, err := r.resolve(ref)
 	if errors.Is(err, ErrNotFound) {
 		return nil, nil
 	}

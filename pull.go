@@ -263,7 +263,7 @@ func (p *puller) present(ctx context.Context) (*PullResult, error) {
 	if p.opts.Verify {
 		return nil, nil
 	}
-	desc, err := p.registry.lookUp(p.ref)
+	desc, err := p.registry.resolve(p.ref)
 	if err != nil {
 		if errors.Is(err, ErrNotFound) {
 			err = nil

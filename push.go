@@ -73,15 +73,15 @@ func (r *LocalRegistry) Push(ctx context.Context, ref Reference, opts *PushOptio
 }
 
 func (r *LocalRegistry) push(ctx context.Context, ref Reference, opts *PushOptions) (*PushResult, error) {
-	root, err := r.resolve(ctx, ref)
-	if err != nil {
-		return nil, err
-	}
 	end, err := r.begin(ctx)
 	if err != nil {
 		return nil, err
 	}
 	defer end()
+	root, err := r.resolve(ref)
+	if err != nil {
+		return nil, err
+	}
 	p := &pusher{closure: r.newClosure(), as: ref}
 	if opts != nil {
 		p.opts = *opts

@@ -26,7 +26,12 @@ type Ref struct {
 // Errors: [ErrNotFound], [ErrInvalidReference] for a zero ref, [ErrCorruptIndex], [ErrIndexIO].
 func (r *LocalRegistry) Resolve(ctx context.Context, ref Reference) (_ ocispec.Descriptor, err error) {
 	defer addOp(&err, "resolve", ref.String(), "")
-	return r.resolve(ctx, ref)
+	end, err := r.begin(ctx)
+	if err != nil {
+		return ocispec.Descriptor{}, err
+	}
+	defer end()
+	return r.resolve(ref)
 }
 
 // ResolveDigest returns the descriptor of the manifest with that digest. A manifest to which no
@@ -43,17 +48,8 @@ func (r *LocalRegistry) ResolveDigest(ctx context.Context, d digest.Digest) (_ o
 	return r.resolveDigest(d)
 }
 
-func (r *LocalRegistry) resolve(ctx context.Context, ref Reference) (ocispec.Descriptor, error) {
-	end, err := r.begin(ctx)
-	if err != nil {
-		return ocispec.Descriptor{}, err
-	}
-	defer end()
-	return r.lookUp(ref)
-}
-
-// lookUp is resolve within a call that has begun.
-func (r *LocalRegistry) lookUp(ref Reference) (ocispec.Descriptor, error) {
+// resolve is Resolve within a call that has begun.
+func (r *LocalRegistry) resolve(ref Reference) (ocispec.Descriptor, error) {
 	if err := ref.checkGiven(); err != nil {
 		return ocispec.Descriptor{}, err
 	}
@@ -63,6 +59,7 @@ func (r *LocalRegistry) lookUp(ref Reference) (ocispec.Descriptor, error) {
 	return found(r.index.resolve(ref.key()))
 }
 
+// resolveDigest is ResolveDigest within a call that has begun.
 func (r *LocalRegistry) resolveDigest(d digest.Digest) (ocispec.Descriptor, error) {
 	if err := checkDigest(d); err != nil {
 		return ocispec.Descriptor{}, err
@@ -70,6 +67,7 @@ func (r *LocalRegistry) resolveDigest(d digest.Digest) (ocispec.Descriptor, erro
 	return found(r.index.resolveDigest(d))
 }
 
+// found makes [ErrNotFound] of the answer of the index that there is no such row.
 func found(desc ocispec.Descriptor, ok bool, err error) (ocispec.Descriptor, error) {
 	if err == nil && !ok {
 		err = ErrNotFound

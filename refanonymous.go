@@ -15,22 +15,25 @@ const anonymousTime = "20060102T150405.000000Z"
 
 const anonymousNonce = 13 // characters of 5 bits: with the time, never twice
 
-// NewAnonymousBuilder is [LocalRegistry.NewBuilder] for an artifact that needs no name of
-// its own, such as an intermediate result. It is published as
+// NewAnonymousBuilder is [LocalRegistry.NewBuilder] for an artifact that does not need a name,
+// such as an intermediate result. It is published as
 // <id>.ocilocal.local/anonymous:<time>-<nonce>, with the registry's [LocalRegistry.ID], the time in
 // UTC, and random letters and digits: a reference as good as any other, by
 // which the artifact stays until [LocalRegistry.Remove] or [LocalRegistry.PruneAnonymous]. The
 // artifact that Build returns tells it.
 //
-// Errors: [ErrInvalidArgument] for options with Expected, since the ref is a new one; [ErrReadOnly], [ErrClosed].
-func (r *LocalRegistry) NewAnonymousBuilder(opts *BuilderOptions) (*Builder, error) {
+// Errors:
+//   - [ErrInvalidArgument]: the options have Expected, although the ref is a new one
+//   - those of [LocalRegistry.NewBuilder]
+func (r *LocalRegistry) NewAnonymousBuilder(opts *BuilderOptions) (_ *Builder, err error) {
+	defer addOp(&err, "start anonymous build", "", "")
 	var o PublishOptions
 	if opts != nil {
 		o = opts.PublishOptions
 	}
 	ref, err := r.anonymousReference(o)
 	if err != nil {
-		return nil, opError("start anonymous build", "", "", err)
+		return nil, err
 	}
 	return r.NewBuilder(ref, opts)
 }
@@ -87,7 +90,7 @@ const prunePage = 100
 // prune at the same time, each ref is returned by one.
 //
 // Errors, together with the refs that were removed by then: [ErrReadOnly], [ErrBusy],
-// [ErrCorruptIndex], [ErrIndexIO], ctx's.
+// [ErrCorruptIndex], [ErrIndexIO], and any error from ctx.
 func (r *LocalRegistry) PruneAnonymous(ctx context.Context, opts *PruneOptions) (removed []Ref, err error) {
 	defer addOp(&err, "prune anonymous artifacts", "", "")
 	end, err := r.beginWrite(ctx)

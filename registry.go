@@ -55,12 +55,12 @@ type Options struct {
 	// blobs/ does; otherwise that is an [ErrForeignRoot], unless the other user is root. The
 	// owner of a root decides what every reference in it means. It has no effect on Windows.
 	AllowOtherOwner bool
-	// Logger is told what can't be returned. Nil discards.
+	// Logger gets events that no call can return as an error. Nil discards them.
 	Logger *slog.Logger
 
 	fault faultFunc  // for rootDir
 	adopt bool       // take blobs/ for the registry's although the directory has no id: only Rebuild may
-	id    string     // for a root that is made new; "" for one of its own
+	id    string     // of a root that is created; "" makes a random one
 	more  [][]string // migrations after those that there are, for tests
 }
 

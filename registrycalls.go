@@ -10,19 +10,20 @@ import (
 // as by a reader that is being added as a layer; the bodies of loops over
 // listings may call it. Open readers stay usable. The connections of a Remote that was given by
 // Options stay open. A second Close returns [ErrClosed].
-func (r *LocalRegistry) Close() error {
+func (r *LocalRegistry) Close() (err error) {
+	defer addOp(&err, "close", r.dir, "")
 	r.mu.Lock()
 	already := r.closed
 	r.closed = true
 	r.mu.Unlock()
 	if already {
-		return opError("close", r.dir, "", ErrClosed)
+		return ErrClosed
 	}
 	r.calls.Wait()
 	if r.opts.Remote == nil {
 		r.remote.CloseIdleConnections()
 	}
-	return opError("close", r.dir, "", errors.Join(r.index.close(), r.blobs.close(), r.root.Close()))
+	return errors.Join(r.index.close(), r.blobs.close(), r.root.Close())
 }
 
 // begin keeps the registry open until end is called. Once Close has begun it
