@@ -57,6 +57,11 @@ func (r *LocalRegistry) ImportArchiveFile(ctx context.Context, name string, opts
 }
 
 func (r *LocalRegistry) importArchiveFile(ctx context.Context, name string, opts *ImportOptions) (*ImportResult, error) {
+	end, err := r.beginWrite(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer end()
 	f, err := r.openOther(name)
 	if err != nil {
 		return nil, err

@@ -111,7 +111,8 @@ func (r *LocalRegistry) checkFS(name string) error {
 }
 
 // openOther opens a regular file that the caller names. It refuses those of the index: closing
-// any descriptor of them would drop the locks that SQLite holds in this process.
+// any descriptor of them would drop the locks that SQLite holds in this process. It looks at the
+// root, so the caller has begun its call.
 func (r *LocalRegistry) openOther(name string) (*os.File, error) {
 	fi, err := os.Stat(name)
 	if err != nil {
