@@ -84,7 +84,8 @@ func (r *LocalRegistry) readVerified(ctx context.Context, desc ocispec.Descripto
 	return readManifest(src, desc)
 }
 
-// looksLikeManifest looks at the first byte, which saves reading most blobs. An unreadable file is not a manifest.
+// looksLikeManifest looks at the first byte, which saves reading most blobs. An unreadable file is
+// not a manifest.
 // The error is a processCondition.
 func (r *LocalRegistry) looksLikeManifest(d digest.Digest) (bool, error) {
 	f, _, err := r.blobs.openFile(d, -1)
@@ -148,7 +149,8 @@ func (a *LocalArtifact) LayersByAnnotation(ctx context.Context, key, value strin
 	return m.LayersByAnnotation(key, value), nil
 }
 
-// Annotations returns a copy of the manifest's annotations. Errors are those of [LocalArtifact.Manifest].
+// Annotations returns a copy of the manifest's annotations. Errors are those of
+// [LocalArtifact.Manifest].
 func (a *LocalArtifact) Annotations(ctx context.Context) (map[string]string, error) {
 	m, err := a.Manifest(ctx)
 	if err != nil {

@@ -21,10 +21,12 @@ import (
 
 // FS returns the artifact's layers as a file tree, read-only. A layer's path is its
 // annotation org.opencontainers.image.title (image-spec annotations.md), in which oras
-// and others keep file names; a slash begins a directory. A layer whose title is missing,
-// is no path that [fs.ValidPath] takes, has a backslash or a character that can't be printed,
-// or is taken by a layer before it or by a directory, has its digest for a name at the
-// top. So every layer is there. An index of manifests has no layers; its tree is empty.
+// and others keep file names; a slash begins a directory. An image index has no layers, so its tree
+// is empty. Every layer is in the tree. It is named by its digest, at the top, if its title
+//   - is missing
+//   - is not a path that [fs.ValidPath] accepts
+//   - has a backslash or a character that can't be printed
+//   - is already the name of an earlier layer or of a directory
 //
 // A file that is read from its beginning is verified on the way, as by
 // [LocalRegistry.OpenBlob]; Seek and ReadAt verify all of it first, as
@@ -42,8 +44,8 @@ func (a *LocalArtifact) FS(ctx context.Context) (fs.FS, error) {
 // FS returns the whole registry as a file tree, read-only. The first directory is the
 // registry's host, then come the parts of the repository's name; the last of them has the
 // tag or digest with it, and below is what [LocalArtifact.FS] returns. So any reference's
-// [Reference.String] is the path of its artifact: ghcr.io/org/app:v1/config.json. What is
-// seen is what the index has at each call. ctx governs all use of the tree, which is safe for concurrent use.
+// [Reference.String] is the path of its artifact: ghcr.io/org/app:v1/config.json. Each call shows
+// the index at that moment. ctx governs all use of the tree, which is safe for concurrent use.
 func (r *LocalRegistry) FS(ctx context.Context) fs.FS {
 	return &view{ctx: ctx, registry: r, tree: &refTree{ctx: ctx, registry: r}}
 }

@@ -40,10 +40,13 @@ type Builder struct {
 	update RefUpdate // what Build did
 }
 
-// NewBuilder starts an artifact that will be published as ref. The caller ends
-// it with Build, or else with Cancel, which is fit for defer.
-// Errors: [ErrInvalidReference] for a zero ref or one with a digest, which can't be
-// known yet; [ErrInvalidArgument] for an artifact type that is no media type; [ErrReadOnly], [ErrClosed].
+// NewBuilder starts an artifact that will be published as ref. The caller ends it with Build or
+// Cancel. A deferred Cancel does nothing after Build has succeeded.
+//
+// Errors:
+//   - [ErrInvalidReference]: ref is zero, or has a digest, which cannot be known yet
+//   - [ErrInvalidArgument]: the artifact type is not a media type
+//   - [ErrReadOnly], [ErrClosed]
 func (r *LocalRegistry) NewBuilder(ref Reference, opts *BuilderOptions) (_ *Builder, err error) {
 	defer addOp(&err, "start build of", ref.String(), "")
 	if err := ref.checkGiven(); err != nil {
@@ -111,11 +114,15 @@ func (r *LocalRegistry) NewGitHubBuilder(org, repo, name, tag string, opts *Buil
 	return b, b.SetAnnotation(ocispec.AnnotationSource, "https://github.com/"+org+"/"+repo)
 }
 
-// AddLayer copies src to its end into a new layer and returns its descriptor.
-// annotations may be nil. Memory doesn't grow with the layer.
-// After an error the builder has no such layer and is otherwise as it was.
-// Errors: [ErrClosed] after Build or Cancel, [ErrInvalidArgument] for a media type that
-// is not type/subtype as RFC 6838 has it or annotations that aren't UTF-8, ctx's, src's, and the file system's.
+// AddLayer copies src to its end into a new layer and returns the layer's descriptor. annotations
+// may be nil. Memory does not grow with the layer. After an error the builder does not have the
+// layer and is otherwise unchanged.
+//
+// Errors:
+//   - [ErrClosed] after Build or Cancel
+//   - [ErrInvalidArgument]: the media type is not of the form type/subtype (RFC 6838), or an
+//     annotation is not UTF-8
+//   - any error from ctx, src or the file system
 func (b *Builder) AddLayer(ctx context.Context, mediaType string, src io.Reader, annotations map[string]string) (ocispec.Descriptor, error) {
 	return b.addLayer(ctx, mediaType, annotations, func() (digest.Digest, int64, error) {
 		return b.stage.put(ctx, src, digest.SHA256, "", -1)
@@ -132,8 +139,7 @@ func (b *Builder) AddLayerBytes(ctx context.Context, mediaType string, data []by
 
 // AddLayerFile is AddLayer for a regular file. Unless annotations say
 // otherwise, the layer's org.opencontainers.image.title is the file's base name.
-// Anything but a regular file is an [ErrInvalidArgument].
-// The registry's own index is refused, with [ErrInvalidArgument].
+// Anything but a regular file, and the registry's own index, is an [ErrInvalidArgument].
 func (b *Builder) AddLayerFile(ctx context.Context, mediaType, path string, annotations map[string]string) (ocispec.Descriptor, error) {
 	withTitle := map[string]string{ocispec.AnnotationTitle: filepath.Base(path)}
 	maps.Copy(withTitle, annotations)
@@ -147,9 +153,9 @@ func (b *Builder) AddLayerFile(ctx context.Context, mediaType, path string, anno
 	})
 }
 
-// AddExistingLayer adds a layer that the registry has already, such as one of another artifact, with the
-// media type and annotations that desc has. Its bytes are verified, not copied, and stay until
-// Build or Cancel, whatever is removed or collected meanwhile.
+// AddExistingLayer adds a layer that the registry already has, such as one of another artifact. The
+// layer gets the media type and annotations of desc. Its bytes are verified, not copied, and stay
+// until Build or Cancel, even if the blob is collected meanwhile.
 //
 // Errors:
 //   - [ErrNotFound]: the registry does not have the blob
@@ -303,13 +309,12 @@ func checkTypeName(field, s string) error {
 	return nil
 }
 
-// Build seals the manifest and publishes the artifact in one step. When it
-// returns nil, everything is durable and visible; otherwise nothing is, and
-// the builder is as it was: Build may be tried again, or Cancel called.
-// Only after a failed fsync it stays failed, since what the kernel has dropped
-// can't be synced again; and, on a file system without hard links, with
-// [ErrIncomplete] after a blob was collected before the commit.
-// After success the builder is closed.
+// Build seals the manifest and publishes the artifact in one step. When it returns nil, everything
+// is durable and visible, and the builder is closed. Otherwise nothing is published, and the
+// builder is unchanged: call Build again, or Cancel. In two cases every further Build fails:
+//   - after a failed fsync, because the kernel may have dropped bytes that it can't sync again
+//   - with [ErrIncomplete], on a file system without hard links, after a blob was collected
+//     before the commit
 //
 // Equal input gives equal bytes, and so an equal digest, in whatever order annotations were set.
 //

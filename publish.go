@@ -84,7 +84,8 @@ func (u *RefUpdate) conflict(expected digest.Digest) error {
 type publication struct {
 	ref  Reference // zero: stored without a ref
 	root ocispec.Descriptor
-	// manifests are root, the manifests below it and referrers that come along; children before parents.
+	// manifests are root, the manifests below it and the referrers that are published with it.
+	// Children come before parents.
 	manifests []pendingManifest
 	PublishOptions
 }
@@ -131,7 +132,7 @@ func (r *LocalRegistry) publish(ctx context.Context, st *stage, pubs []publicati
 		if err := r.accept(p); err != nil {
 			return nil, err
 		}
-		// A conflict that can be seen now costs no fsync. What counts is seen in the transaction.
+		// A conflict that is found now saves the fsyncs. Only the transaction decides: see below.
 		name, reference := p.ref.key()
 		existing, _, err := r.index.resolve(name, reference)
 		if err != nil {
@@ -281,6 +282,7 @@ func (r *LocalRegistry) writeAlone(ctx context.Context, fn func(*indexTx) error)
 	return r.index.writeAlone(ctx, r.guarded(fn))
 }
 
+// guarded is fn, called only if the root and its index are still those that were opened.
 func (r *LocalRegistry) guarded(fn func(*indexTx) error) func(*indexTx) error {
 	return func(tx *indexTx) error {
 		if err := r.checkBound(); err != nil {

@@ -64,7 +64,8 @@ func (r *LocalRegistry) checkDirs() (missing []string, err error) {
 	return missing, nil
 }
 
-// checkOwner refuses a file or directory of the root that belongs to another user than this one or root.
+// checkOwner refuses a file or directory of the root that belongs to another user, unless that is
+// the system's root. Its owner could change what the registry answers at any time.
 func (r *LocalRegistry) checkOwner(name string, fi fs.FileInfo) error {
 	owner, _ := ownerAndLinks(fi)
 	if r.opts.AllowOtherOwner || owner == 0 || owner == os.Geteuid() {
@@ -128,7 +129,8 @@ func (r *LocalRegistry) openOther(name string) (*os.File, error) {
 	return openRegular(name)
 }
 
-// ownFile returns the name below the root of the index's file that fi is of, and "" for any other file.
+// ownFile returns the name of the index's file that fi describes, and "" for any other file. The
+// comparison is by identity, so links and other paths to the index are recognised.
 func (r *LocalRegistry) ownFile(fi fs.FileInfo) (string, error) {
 	for _, suffix := range databaseFiles {
 		if same, err := r.isAt(indexFile+suffix, fi); same || err != nil {

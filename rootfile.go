@@ -37,6 +37,7 @@ func (f *rootFile) Seek(off int64, whence int) (int64, error) { return f.file.Se
 func (f *rootFile) Stat() (fs.FileInfo, error)                { return f.file.Stat() }
 func (f *rootFile) Close() error                              { return f.file.Close() }
 
+// Write hands what it has written to the disk from time to time: see [writebackEvery].
 func (f *rootFile) Write(p []byte) (int, error) {
 	if err := f.root.fault.before("write", f.name); err != nil {
 		return 0, err
@@ -46,7 +47,8 @@ func (f *rootFile) Write(p []byte) (int, error) {
 	return n, err
 }
 
-// copyFrom appends what src has up to limit, and lets the kernel copy it where it can.
+// copyFrom appends at most limit bytes of src. Where both are files, the kernel copies them. It does
+// not count them as written, so the caller starts the write-back itself.
 func (f *rootFile) copyFrom(src io.Reader, limit int64) (int64, error) {
 	if err := f.root.fault.before("write", f.name); err != nil {
 		return 0, err
@@ -74,6 +76,7 @@ func (f *rootFile) sync() error {
 	return f.file.Sync()
 }
 
+// chmod sets the permissions of the open file, whatever its name means by now.
 func (f *rootFile) chmod(mode fs.FileMode) error {
 	if err := f.root.fault.before("chmod", f.name); err != nil {
 		return err
@@ -81,7 +84,8 @@ func (f *rootFile) chmod(mode fs.FileMode) error {
 	return f.file.Chmod(mode)
 }
 
-// truncate makes the file empty and goes to its beginning.
+// truncate makes the file empty and goes to its beginning. It is for a stage's file that failed
+// it cannot continue.
 func (f *rootFile) truncate() error {
 	if err := f.root.fault.before("truncate", f.name); err != nil {
 		return err
