@@ -481,7 +481,8 @@ func (t *refTree) look(name string) (viewInfo, error) {
 	return info, err
 }
 
-// next returns the first name that has refs, begins with prefix, is at least from and after another.
+// next returns the first name that has refs, begins with prefix, is at least from and after
+// another.
 func (t *refTree) next(from, after, prefix string) (name string, err error) {
 	err = t.registry.within(t.ctx, func() error {
 		page, err := t.registry.index.names(from, after, prefix+"\x7f", 1)

@@ -99,6 +99,9 @@ func watchRoot(t testing.TB, root string) (closed func()) {
 func dontWatch(root string) {
 	openRoots.Lock()
 	defer openRoots.Unlock()
+	if openRoots.handles == nil {
+		openRoots.handles = map[string]int{}
+	}
 	openRoots.handles[root] += 1000
 }
 

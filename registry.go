@@ -38,10 +38,11 @@ type Options struct {
 	// yet, and that Pull and Push use unless they are given another. Without one,
 	// Load doesn't use the network, and Pull and Push use the zero Remote.
 	Remote *Remote
-	// SeparateRegistries keeps content of different remote registries apart: a pull uses a manifest or
-	// blob that is here only if a ref of the same registry host leads to it, and fetches it otherwise.
-	// Without it, whoever publishes a manifest that names the digest of something that is here
-	// gives that content a name of theirs by a pull, and gets it by the next push under that name.
+	// SeparateRegistries keeps content of different remote registries apart: a pull uses a manifest
+	// or blob that is here only if a ref of the same registry host leads to it, and fetches it
+	// otherwise. Without it, whoever publishes a manifest that names the digest of something that
+	// is here gives that content a name of theirs by a pull, and gets it by the next push under
+	// that name.
 	//
 	// It costs a look at the index for each blob, and a second download of what another
 	// registry brought before; on the disk, the bytes are kept once. It protects only as far as
@@ -273,5 +274,6 @@ func (r *LocalRegistry) ID() string { return r.id }
 // localHost is the host of names that this registry makes up.
 func (r *LocalRegistry) localHost() string { return r.id + localHostSuffix }
 
-// localHostSuffix ends the names of hosts that exist nowhere: refs there were made up by a registry.
+// localHostSuffix ends the names of hosts that exist nowhere: refs there were made up by a
+// registry.
 const localHostSuffix = ".ocilocal.local"

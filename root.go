@@ -46,9 +46,10 @@ import (
 // A rootDir is an open directory: a registry's root, or one that is exported to or imported
 // from. No name leads out of it, as with [os.Root].
 //
-// All file operations of this package below such a directory go through its methods, and those
-// of [rootFile]: they are the seam at which tests make an operation fail, record it, or stop the
-// process. The [os.Root] is a field and not embedded, so that a call past the seam does not compile.
+// All file operations of this package below such a directory go through its methods, and those of
+// [rootFile]: they are the seam at which tests make an operation fail, record it, or stop the
+// process. The [os.Root] is a field and not embedded, so that a call past the seam does not
+// compile.
 type rootDir struct {
 	dir   *os.Root
 	fault faultFunc
@@ -187,7 +188,8 @@ func (r *rootDir) makeDir(name string, perm fs.FileMode) error {
 	return ignoreNotExist(err) // removed since
 }
 
-// removeEmpty removes a directory. It stays if anything is in it, and so does anything else under its name.
+// removeEmpty removes a directory. It stays if anything is in it, and so does anything else under
+// its name.
 func (r *rootDir) removeEmpty(name string) error {
 	fi, err := r.Lstat(name)
 	if err == nil && fi.IsDir() {
