@@ -5,6 +5,7 @@ import (
 	"database/sql"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 
 	"github.com/opencontainers/go-digest"
@@ -141,12 +142,19 @@ func (x *index) badRefs(ctx context.Context, visit func(Reference, digest.Digest
 
 // integrity visits the damage that SQLite finds in the index. Like [index.explain], it does not
 // take a page that cannot be read for a damaged one: what the first check finds only counts if all
-// pages can be read, and if the check finds it again.
+// pages can be read, and if the check finds the very same again. Two reads that fail for a moment,
+// one in each check, leave different findings, and are [ErrIndexIO].
 func (x *index) integrity(ctx context.Context, quick bool, visit func(string)) error {
 	found, err := x.damage(ctx, quick)
 	if err == nil && len(found) > 0 {
+		var again []string
 		if err = x.readAll(); err == nil {
-			found, err = x.damage(ctx, quick)
+			again, err = x.damage(ctx, quick)
+		}
+		once := found
+		found = slices.DeleteFunc(slices.Clone(again), func(text string) bool { return !slices.Contains(once, text) })
+		if err == nil && len(again) > 0 && len(found) == 0 {
+			err = fmt.Errorf("%w: two checks of the index find different damage, so reads of it fail now and then", ErrIndexIO)
 		}
 	}
 	if err != nil && !errors.Is(err, ErrCorruptIndex) {
