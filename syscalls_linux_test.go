@@ -209,7 +209,7 @@ func TestSyscallFaults(t *testing.T) {
 	failed, absent := 0, 0
 	for _, p := range points {
 		ok := t.Run(p.String(), func(t *testing.T) {
-			for range 8 {
+			for range 40 {
 				// Where Go's runtime makes such calls too, their number before the flow differs.
 				var tr trace
 				var hit bool
@@ -223,7 +223,7 @@ func TestSyscallFaults(t *testing.T) {
 					return
 				}
 			}
-			t.Errorf("eight attempts have not hit it")
+			t.Errorf("forty attempts have not hit it")
 		})
 		if !ok {
 			if failed++; failed == 20 {
