@@ -282,7 +282,7 @@ func legacyPaths(ref Reference) (paths []string) {
 	names := []string{path.Join(strings.Replace(host, ":", "__", 1), repository)}
 	if host == registryDockerHub {
 		names = []string{path.Join("registry-1.docker.io", repository), path.Join("docker.io", repository), path.Join("index.docker.io", repository), repository}
-		if short, ok := strings.CutPrefix(repository, "library/"); ok {
+		if short, ok := strings.CutPrefix(repository, "library/"); ok && !strings.Contains(short, "/") {
 			for _, host := range []string{"registry-1.docker.io", "docker.io", "index.docker.io"} {
 				names = append(names, path.Join(host, short))
 			}
