@@ -10,8 +10,8 @@ import (
 // or a bill of materials. The subject need not be here. Build publishes the artifact by digest, and
 // [LocalRegistry.Referrers] lists it.
 //
-// Referrers have no refs, so a collection deletes them unless [GCOptions.KeepReferrers] is set. To
-// push one, push its subject with [PushOptions.Referrers], or the reference that
+// A referrer has no ref. A collection keeps it as long as its subject, unless
+// [GCOptions.DropReferrers] is set, and deletes it if nothing keeps the subject. To push one, push its subject with [PushOptions.Referrers], or the reference that
 // [Reference.WithDigest] makes of the subject's name and the digest of the referrer.
 //
 // Errors: those of [LocalRegistry.NewBuilder] and [Builder.SetSubject], and [ErrInvalidArgument] if

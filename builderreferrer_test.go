@@ -62,3 +62,45 @@ func TestReferrerBuilder(t *testing.T) {
 	_, err = r.NewReferrerBuilder(*descOf(subject), &ocilocal.BuilderOptions{PublishOptions: ocilocal.PublishOptions{Policy: ocilocal.Replace}})
 	mustFail(t, err, ocilocal.ErrInvalidArgument)
 }
+
+// TestGCKeepsReferrers: a collection keeps a referrer that Build has acknowledged as long as its
+// subject. An option drops it.
+func TestGCKeepsReferrers(t *testing.T) {
+	r := openTemp(t, nil)
+	attach := func(subject *ocilocal.LocalArtifact, text string) *ocilocal.LocalArtifact {
+		b, err := r.NewReferrerBuilder(*descOf(subject), &ocilocal.BuilderOptions{ArtifactType: testType})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := b.AddLayerBytes(t.Context(), "text/plain", []byte(text), nil); err != nil {
+			t.Fatal(err)
+		}
+		a, err := b.Build(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		return a
+	}
+	image := published(t, r, "example.com/image:v1", "image", nil)
+	signature := attach(image, "signature")
+	stamp := attach(signature, "stamp")
+	kept := func(opts *ocilocal.GCOptions, want bool) {
+		t.Helper()
+		collect(t, r, opts)
+		for _, a := range []*ocilocal.LocalArtifact{signature, stamp} {
+			if _, err := r.LoadDigest(t.Context(), a.Digest()); (err == nil) != want {
+				t.Errorf("%+v: %v", opts, err)
+			}
+		}
+	}
+	kept(atOnce, true)
+	kept(&ocilocal.GCOptions{Grace: ocilocal.NoGrace, DropReferrers: true}, false)
+	signature = attach(image, "signature")
+	stamp = attach(signature, "stamp")
+	if _, err := r.Remove(t.Context(), image.Reference()); err != nil {
+		t.Fatal(err)
+	}
+	kept(atOnce, false)
+	mustClose(t, r)
+	checkCollected(t, r.Root(), model{})
+}

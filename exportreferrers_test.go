@@ -202,9 +202,9 @@ func TestImportReferrers(t *testing.T) {
 			if _, err := to.LoadDigest(ctx, line[0]); !errors.Is(err, ocilocal.ErrNotFound) {
 				t.Errorf("the subject came unasked: %v", err)
 			}
-			// They have no refs: what keeps them is an option.
+			// They have no refs: their subject keeps them, unless an option drops them.
 			for _, keep := range []bool{true, false} {
-				if _, err := to.GC(ctx, &ocilocal.GCOptions{Grace: ocilocal.NoGrace, KeepReferrers: keep}); err != nil {
+				if _, err := to.GC(ctx, &ocilocal.GCOptions{Grace: ocilocal.NoGrace, DropReferrers: !keep}); err != nil {
 					t.Fatal(err)
 				}
 				for _, d := range referrers {

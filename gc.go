@@ -19,10 +19,11 @@ type GCOptions struct {
 	// Protect lists manifests and blobs to keep, with their needs and subjects. A digest without
 	// a file is not kept.
 	Protect []digest.Digest
-	// KeepReferrers keeps every manifest whose subject is kept, such as the signatures of an
-	// artifact, whether or not a ref points at it. Without it, an artifact that was replaced is
-	// deleted even if it was derived from one that stays.
-	KeepReferrers bool
+	// DropReferrers deletes manifests that no ref needs even if their subject is kept. Without it,
+	// a collection keeps every manifest whose subject is kept, such as the signatures of an
+	// artifact, whether or not a ref points at it. An artifact that was replaced is then kept as
+	// long as the one that it was derived from.
+	DropReferrers bool
 }
 
 // NoGrace, as [GCOptions.Grace], deletes unneeded content whatever its age.
@@ -47,7 +48,7 @@ func (o *GCOptions) young(written, began time.Time) bool {
 // A GCReport says what a collection found and did.
 type GCReport struct {
 	Roots     int   // manifests that refs point at, and the digests of GCOptions.Protect
-	Reachable Count // content that is kept: the roots, their needs, their subjects, and by option referrers
+	Reachable Count // content that is kept: the roots, their needs, subjects and referrers
 	Orphans   Count // content that nothing keeps
 	Deferred  Count // content that only the grace keeps, its own or that of something that needs it
 	Deleted   Count // orphans that were deleted; zero after GCReport
@@ -57,7 +58,7 @@ type GCReport struct {
 	// If a ref needs a missing manifest, nothing is deleted.
 	Missing []digest.Digest
 	// Invalid lists kept manifests that cannot be read or that contradict the index. If there is
-	// one that not only [GCOptions.KeepReferrers] keeps, nothing is deleted.
+	// one that is not only kept because of its subject, nothing is deleted.
 	Invalid []InvalidManifest
 	// Foreign lists the entries of blobs/ that are not blobs. They are left alone.
 	Foreign []string
@@ -88,8 +89,8 @@ func (r *LocalRegistry) GCReport(ctx context.Context, opts *GCOptions) (*GCRepor
 }
 
 // GC deletes what no ref needs: content that was replaced, removed or never published, and what
-// killed processes have left. All refs and GCOptions.Protect are roots. Their needs and their
-// subjects are kept.
+// killed processes have left. All refs and GCOptions.Protect are roots. Their needs, their
+// subjects and their referrers are kept.
 //
 // GC works in short steps and lets other processes write in between. It may run beside any other
 // call, other collectors included, and on a full disk. Each step checks again, with the index

@@ -174,7 +174,7 @@ func TestGCManyReferrers(t *testing.T) {
 		}
 		return nil
 	})
-	opts := &ocilocal.GCOptions{Grace: ocilocal.NoGrace, KeepReferrers: true}
+	opts := &ocilocal.GCOptions{Grace: ocilocal.NoGrace}
 	if report := collect(t, r, opts); report.Revived != n+1 || report.Deleted.Manifests != 0 {
 		t.Errorf("%+v", report)
 	}

@@ -48,7 +48,7 @@ type hold uint8
 const (
 	holdNone     hold = iota // dead
 	holdYoung                // it is younger than the grace, or something that leads to it is
-	holdReferrer             // KeepReferrers keeps it, or something that leads to it
+	holdReferrer             // it refers to a kept manifest, or something that leads to it
 	holdSubject              // it is the subject of a kept manifest or protected, or needed by one that is
 	holdNeeded               // a ref points at it, or at something that needs it
 )
@@ -169,10 +169,10 @@ func (g *gcGraph) walk(ctx context.Context) error {
 }
 
 // follow gives each node its hold, the strongest first. What a manifest needs gets the manifest's
-// own hold. Subjects and, with KeepReferrers, referrers get theirs if they have files.
+// own hold. Subjects, and referrers unless they are dropped, get theirs if they have files.
 func (g *gcGraph) follow() {
 	referrers := map[int32][]int32{}
-	if g.opts.KeepReferrers {
+	if !g.opts.DropReferrers {
 		for i := range g.nodes {
 			if s := g.nodes[i].subject; s >= 0 {
 				referrers[s] = append(referrers[s], int32(i))

@@ -36,7 +36,7 @@ func TestGCLineage(t *testing.T) {
 		if _, err := r.Remove(ctx, protect.Reference()); err != nil {
 			t.Fatal(err)
 		}
-		opts := &ocilocal.GCOptions{Grace: ocilocal.NoGrace, KeepReferrers: keep, Protect: []digest.Digest{protect.Digest()}}
+		opts := &ocilocal.GCOptions{Grace: ocilocal.NoGrace, DropReferrers: !keep, Protect: []digest.Digest{protect.Digest()}}
 		reachable, orphans := 4, 3 // manifests: c, b, a and what is protected; the others
 		if keep {
 			reachable, orphans = 5, 2
@@ -55,7 +55,7 @@ func TestGCLineage(t *testing.T) {
 				t.Errorf("keep referrers %v: file of %s: %v", keep, x.Reference(), err)
 			}
 		}
-		collect(t, r, atOnce)
+		collect(t, r, &ocilocal.GCOptions{Grace: ocilocal.NoGrace, DropReferrers: true})
 		if want := 6; len(blobNames(t, r)) != want {
 			t.Errorf("%d blobs, want %d", len(blobNames(t, r)), want)
 		}
@@ -258,7 +258,7 @@ func TestHalfCollected(t *testing.T) {
 		},
 	} {
 		for _, keep := range []bool{false, true} {
-			t.Run(fmt.Sprintf("%s, KeepReferrers %v", what, keep), func(t *testing.T) {
+			t.Run(fmt.Sprintf("%s, DropReferrers %v", what, !keep), func(t *testing.T) {
 				r := openTemp(t, nil)
 				dead := leave(t, r)
 				if got := problems(t, r, nil, nil); slices.ContainsFunc(got, func(p string) bool {
@@ -272,7 +272,7 @@ func TestHalfCollected(t *testing.T) {
 				if report, err := r.Backup(t.Context(), filepath.Join(t.TempDir(), "backup"), nil); err != nil {
 					t.Errorf("backup: %v, %+v", err, report)
 				}
-				opts := &ocilocal.GCOptions{Grace: ocilocal.NoGrace, KeepReferrers: keep}
+				opts := &ocilocal.GCOptions{Grace: ocilocal.NoGrace, DropReferrers: !keep}
 				if what == "protected" {
 					opts.Protect = []digest.Digest{dead.Digest()}
 				}
@@ -283,7 +283,7 @@ func TestHalfCollected(t *testing.T) {
 				if _, err := r.LoadDigest(t.Context(), dead.Digest()); !errors.Is(err, ocilocal.ErrNotFound) {
 					t.Errorf("its row is still there: %v", err)
 				}
-				if report := collect(t, r, &ocilocal.GCOptions{Grace: ocilocal.NoGrace, KeepReferrers: keep}); report.Orphans != (ocilocal.Count{}) {
+				if report := collect(t, r, &ocilocal.GCOptions{Grace: ocilocal.NoGrace, DropReferrers: !keep}); report.Orphans != (ocilocal.Count{}) {
 					t.Errorf("a second collection finds %+v", report.Orphans)
 				}
 				mustClose(t, r)

@@ -221,7 +221,7 @@ func (s *gcSweep) stillDead(tx *indexTx, n *gcNode, up *climb, rows bool) (bool,
 		used = true
 		return errStop
 	})
-	if err != nil || used || !s.opts.KeepReferrers || !there {
+	if err != nil || used || s.opts.DropReferrers || !there {
 		return !used && err == nil, err
 	}
 	subject, err := subjectOf(tx, n.digest)
@@ -234,6 +234,6 @@ func (s *gcSweep) stillDead(tx *indexTx, n *gcNode, up *climb, rows bool) (bool,
 
 // climb goes up by all the ways by which this collection keeps things.
 func (g *gcGraph) climb(ctx context.Context, q queryer) *climb {
-	return &climb{ctx: ctx, q: q, ways: ways{subjects: true, referrers: g.opts.KeepReferrers},
+	return &climb{ctx: ctx, q: q, ways: ways{subjects: true, referrers: !g.opts.DropReferrers},
 		protected: g.opts.Protect, present: g.registry.blobs.present}
 }

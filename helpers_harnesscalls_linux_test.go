@@ -350,7 +350,7 @@ func (w *harnessWorker) convert(rng *rand.Rand) {
 }
 
 func (w *harnessWorker) collect(rng *rand.Rand) {
-	opts := &ocilocal.GCOptions{Grace: ocilocal.NoGrace, KeepReferrers: rng.IntN(3) == 0}
+	opts := &ocilocal.GCOptions{Grace: ocilocal.NoGrace, DropReferrers: rng.IntN(3) > 0}
 	if rng.IntN(8) == 0 {
 		opts.Grace = 0
 	}

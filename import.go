@@ -53,7 +53,7 @@ type ImportOptions struct {
 	// Referrers, where Select chooses one entry, brings the entries along whose subject is
 	// a manifest that comes in, such as a signature of an artifact, then those
 	// whose subject is one of these, and so on. They get no refs, whatever they are called
-	// outside, so a collection deletes them unless [GCOptions.KeepReferrers] is set.
+	// outside. A collection keeps them with their subject, unless [GCOptions.DropReferrers] is set.
 	// To find them, the manifest of every entry is read: one that is missing or
 	// damaged fails the import.
 	Referrers bool

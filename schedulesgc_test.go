@@ -46,8 +46,13 @@ func withOrphan(t *testing.T) (root string, a, b *ocilocal.LocalRegistry, kept, 
 // collecting is a collection that finds a number of manifests and blobs to delete, some of which
 // come into use before it deletes them.
 func collecting(r *ocilocal.LocalRegistry, manifests, blobs, revived int) func() error {
+	return collectingBy(r, atOnce, manifests, blobs, revived)
+}
+
+// collectingBy is collecting with options.
+func collectingBy(r *ocilocal.LocalRegistry, opts *ocilocal.GCOptions, manifests, blobs, revived int) func() error {
 	return func() error {
-		report, err := r.GC(context.Background(), atOnce)
+		report, err := r.GC(context.Background(), opts)
 		if err == nil && (report.Deleted.Manifests != manifests || report.Deleted.Blobs != blobs || report.Revived != revived || len(report.Missing) > 0) {
 			err = fmt.Errorf("the collection did %+v, want %d manifests and %d blobs deleted, %d revived", report, manifests, blobs, revived)
 		}
@@ -348,9 +353,9 @@ func TestCollectClockSkew(t *testing.T) {
 	}
 }
 
-// TestScheduleKeepReferrersBesideCollector: a collector that keeps no referrers has deleted the file of
+// TestScheduleDropReferrersBesideCollector: a collector that keeps no referrers has deleted the file of
 // one, and not yet its row, when another collector that keeps referrers reads the index.
-func TestScheduleKeepReferrersBesideCollector(t *testing.T) {
+func TestScheduleDropReferrersBesideCollector(t *testing.T) {
 	root, a, b := twoHandles(t)
 	image := published(t, a, "example.com/image:v1", "image", nil)
 	signature := published(t, a, "example.com/signature:v1", "signature", image)
@@ -358,9 +363,9 @@ func TestScheduleKeepReferrersBesideCollector(t *testing.T) {
 		t.Fatal(err)
 	}
 	held := stopAt(a, "remove blobs/sha256/"+digest.FromString("signature").Encoded())
-	first := held.start(t, collecting(a, 1, 1, 0))
+	first := held.start(t, collectingBy(a, &ocilocal.GCOptions{Grace: ocilocal.NoGrace, DropReferrers: true}, 1, 1, 0))
 	second := locked(t, b, func() error {
-		report, err := b.GC(context.Background(), &ocilocal.GCOptions{Grace: ocilocal.NoGrace, KeepReferrers: true})
+		report, err := b.GC(context.Background(), atOnce)
 		if err == nil && len(report.Missing) > 0 {
 			err = fmt.Errorf("the referrer is missed: %+v", report)
 		}

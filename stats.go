@@ -30,7 +30,7 @@ type Stats struct {
 	Refs         int
 	Repositories int   // distinct names that have refs
 	Total        Count // all that was published and not collected
-	Orphans      Count // of Total, what no ref leads to: what [LocalRegistry.GC] with [NoGrace] deletes
+	Orphans      Count // of Total, what no ref keeps: what [LocalRegistry.GC] with [NoGrace] deletes
 }
 
 // Stats counts by the index alone: it walks no directory and reads no blob. So it does not see
@@ -115,7 +115,7 @@ func (r *LocalRegistry) deadRows(ctx context.Context) (c Count, err error) {
 // orphans counts the rows that no ref leads to, by going up from the candidates: manifests without
 // a ref, blobs that no manifest needs, and blobs that only such manifests need.
 func (x *index) orphans(ctx context.Context, noRef, noPointer []digest.Digest) (c Count, err error) {
-	up := climb{ctx: ctx, q: x, ways: ways{subjects: true}}
+	up := climb{ctx: ctx, q: x, ways: ways{subjects: true, referrers: true}}
 	counted := map[digest.Digest]bool{}
 	count := func(d digest.Digest) error {
 		if counted[d] {
@@ -152,12 +152,12 @@ func (x *index) orphans(ctx context.Context, noRef, noPointer []digest.Digest) (
 // A Usage is the content of some refs.
 type Usage struct {
 	Refs   int
-	Own    Count // what no other ref leads to: what removing the refs and [LocalRegistry.GC] would free
-	Shared Count // what other refs lead to as well
+	Own    Count // what removing the refs and [LocalRegistry.GC] would free, referrers included
+	Shared Count // what other refs keep as well
 }
 
-// RefUsage counts the content of a ref by the index alone: its manifest, all that it needs, and its
-// subjects with their needs.
+// RefUsage counts the content of a ref by the index alone: its manifest, all that it needs, its
+// subjects with their needs, and the referrers that only the ref keeps.
 //
 // Errors: [ErrNotFound], [ErrInvalidReference] for a zero ref, [ErrCorruptIndex], [ErrIndexIO], and
 // any error from ctx.
@@ -215,16 +215,44 @@ func (r *LocalRegistry) RepositoryUsage(ctx context.Context, name string) (Usage
 type usage struct {
 	Usage
 	descent
-	others climb // leaves the refs out
+	index  *index
+	others climb           // leaves the refs out
+	own    []digest.Digest // manifests among Own whose referrers are not counted yet
 }
 
 func newUsage(ctx context.Context, x *index) *usage {
-	return &usage{descent: descent{q: x, subjects: true}, others: climb{ctx: ctx, q: x, ways: ways{subjects: true}}}
+	return &usage{descent: descent{q: x, subjects: true}, index: x, others: climb{ctx: ctx, q: x, ways: ways{subjects: true, referrers: true}}}
 }
 
-// add counts a manifest, its needs and its subjects.
+// add counts a manifest, its needs and its subjects, and the referrers of those that would go. What
+// other refs keep may have any number of referrers, which do not belong to this usage.
 func (u *usage) add(d digest.Digest) error {
-	return u.each(u.others.ctx, ocispec.Descriptor{Digest: d, Size: -1}, func(d ocispec.Descriptor) error { return u.count(d.Digest) })
+	ctx := u.others.ctx
+	count := func(d digest.Digest) error {
+		return u.each(ctx, ocispec.Descriptor{Digest: d, Size: -1}, func(d ocispec.Descriptor) error { return u.count(d.Digest) })
+	}
+	if err := count(d); err != nil {
+		return err
+	}
+	for len(u.own) > 0 {
+		subject := u.own[len(u.own)-1]
+		u.own = u.own[:len(u.own)-1]
+		for d, err := range inPages(0, referrersPage, func(last *ocispec.Descriptor, n int) ([]ocispec.Descriptor, error) {
+			after := digest.Digest("")
+			if last != nil {
+				after = last.Digest
+			}
+			return u.index.referrers(subject, "", after, n)
+		}) {
+			if err == nil {
+				err = count(d.Digest)
+			}
+			if err != nil {
+				return err
+			}
+		}
+	}
+	return nil
 }
 
 // count counts one digest. A subject that is not here does not count.
@@ -250,6 +278,9 @@ func (u *usage) count(d digest.Digest) error {
 		u.Shared.add(manifest, size)
 	} else {
 		u.Own.add(manifest, size)
+		if manifest {
+			u.own = append(u.own, d)
+		}
 	}
 	return nil
 }
