@@ -90,7 +90,7 @@ func TestBackup(t *testing.T) {
 	backUp(t, r, dir, ocilocal.BackupReport{Refs: 3, BlobsPresent: 10})
 
 	// What was collected here stays there until it is collected there.
-	if _, err := r.GC(ctx, &ocilocal.GCOptions{Grace: ocilocal.NoGrace}); err != nil {
+	if _, err := r.GC(ctx, &ocilocal.GCOptions{Grace: ocilocal.NoGrace, DropReferrers: true}); err != nil {
 		t.Fatal(err)
 	}
 	backUp(t, r, dir, ocilocal.BackupReport{Refs: 3, BlobsPresent: 5})
@@ -98,7 +98,7 @@ func TestBackup(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if report, err := restored.GC(ctx, &ocilocal.GCOptions{Grace: ocilocal.NoGrace}); err != nil || report.Deleted.Blobs+report.Deleted.Manifests != 5 {
+	if report, err := restored.GC(ctx, &ocilocal.GCOptions{Grace: ocilocal.NoGrace, DropReferrers: true}); err != nil || report.Deleted.Blobs+report.Deleted.Manifests != 5 {
 		t.Errorf("%+v, %v", report, err)
 	}
 	mustClose(t, restored)
