@@ -51,23 +51,33 @@ func (r *LocalRegistry) LoadWith(ctx context.Context, ref Reference, opts *PullO
 // load is Load if opts is nil, and otherwise LoadWith.
 func (r *LocalRegistry) load(ctx context.Context, ref Reference, opts *PullOptions) (*LoadResult, error) {
 	a, err := r.loadHere(ctx, ref, opts)
-	if a != nil || err != nil {
-		return &LoadResult{Artifact: a, Hit: true}, err
+	if err != nil {
+		return nil, err
+	}
+	if a != nil {
+		return &LoadResult{Artifact: a, Hit: true}, nil
 	}
 	a, err = r.fetchLegacy(ctx, ref)
 	if errors.Is(err, ErrConflict) { // another call has just put it here
 		a, err = r.loadHere(ctx, ref, opts)
 	}
-	if a != nil || err != nil {
-		return &LoadResult{Artifact: a}, err
+	if err != nil {
+		return nil, err
+	}
+	if a != nil {
+		return &LoadResult{Artifact: a}, nil
 	}
 	if opts == nil && r.opts.Remote == nil || r.blobs.readOnly {
 		return nil, ErrNotFound
 	}
 	pulled, err := r.pull(ctx, ref, opts)
 	if errors.Is(err, ErrConflict) && opts == nil {
-		if a, err := r.loadHere(ctx, ref, nil); a != nil || err != nil {
-			return &LoadResult{Artifact: a}, err
+		a, here := r.loadHere(ctx, ref, nil)
+		if here != nil {
+			return nil, here
+		}
+		if a != nil {
+			return &LoadResult{Artifact: a}, nil
 		}
 	}
 	if err != nil {

@@ -1,6 +1,7 @@
 package ocilocal_test
 
 import (
+	"context"
 	"errors"
 	"testing"
 
@@ -56,5 +57,15 @@ func TestLoadWith(t *testing.T) {
 	s.put(t, "org/model", "v1", noise(2, 1000)) // it moves, which a load doesn't ask
 	if got, err = r.LoadWith(t.Context(), ref, nil); err != nil || !got.Hit || got.Pull != nil || got.Artifact.Digest() != want || len(s.requests("")) != 0 {
 		t.Errorf("%+v, %v, %q", got, err, s.requests(""))
+	}
+}
+
+// Nothing is a hit that failed.
+func TestLoadWithFailure(t *testing.T) {
+	r := openRemote(t, nil)
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if got, err := r.LoadWith(ctx, ocilocal.MustParseReference("example.com/a:v1"), nil); err == nil || got != nil {
+		t.Errorf("%+v, %v", got, err)
 	}
 }
