@@ -48,12 +48,21 @@ func (p *puller) pullReferrers(ctx context.Context, result *PullResult) (pulled 
 	return pulled, nil
 }
 
-// pullReferrer brings in one manifest if subject is its subject, and returns nil if it isn't.
+// pullReferrer brings in one manifest if subject is its subject, and returns nil if it isn't, or if the registry says,
+// in the specification's form or twice, that it doesn't have it: lists go on naming what was deleted.
 func (p *puller) pullReferrer(ctx context.Context, subject digest.Digest, d ocispec.Descriptor, result *PullResult) (*ocispec.Descriptor, error) {
 	if err := checkDigest(d.Digest); err != nil {
 		return nil, err
 	}
 	m, err := p.repo.manifest(ctx, string(d.Digest), d.MediaType)
+	absent, certain := p.repo.saysAbsent(err)
+	if absent && !certain {
+		m, err = p.repo.manifest(ctx, string(d.Digest), d.MediaType)
+		absent, _ = p.repo.saysAbsent(err)
+	}
+	if absent {
+		return nil, nil
+	}
 	if err != nil {
 		return nil, err
 	}
