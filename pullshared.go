@@ -37,6 +37,14 @@ type sharedPull struct {
 	mu      sync.Mutex // guards what follows
 	waiting []*puller
 	ended   bool // nobody may join any more
+	turn    *turn
+}
+
+// A turn is the publication of a transfer for one call.
+type turn struct {
+	of     *puller
+	cancel context.CancelFunc
+	done   chan struct{}
 }
 
 // transfer brings the closure of a manifest in, together with other calls that want the same, and sets the ref.
@@ -121,16 +129,22 @@ func (f *sharedPull) enter(p *puller) bool {
 }
 
 // leave ends the waiting of a call. The last one to leave ends the transfer, and waits until it has
-// cleaned up.
+// cleaned up. One for which the transfer is publishing ends that, and waits for it: no ref of a call is set
+// after the call has returned.
 func (f *sharedPull) leave(p *puller) {
 	f.mu.Lock()
 	f.waiting = slices.DeleteFunc(f.waiting, func(other *puller) bool { return other == p })
 	last := len(f.waiting) == 0
 	f.ended = f.ended || last
+	t := f.turn
 	f.mu.Unlock()
-	if last {
+	switch {
+	case last:
 		f.cancel()
 		<-f.done
+	case t != nil && t.of == p:
+		t.cancel()
+		<-t.done
 	}
 }
 
@@ -145,18 +159,29 @@ func (f *sharedPull) end(err error) {
 	close(f.done)
 }
 
-// next returns the first call that still waits and isn't among those that were tried. If there
-// is none, nobody may join any more.
-func (f *sharedPull) next(tried []*puller) *puller {
+// next begins the turn of the first call that still waits and isn't among those that were tried, with the context
+// of the turn. If there is none, nobody may join any more.
+func (f *sharedPull) next(ctx context.Context, tried []*puller) (context.Context, *turn) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	for _, p := range f.waiting {
 		if !slices.Contains(tried, p) {
-			return p
+			own, cancel := context.WithCancel(ctx)
+			f.turn = &turn{of: p, cancel: cancel, done: make(chan struct{})}
+			return own, f.turn
 		}
 	}
 	f.ended = true
-	return nil
+	return ctx, nil
+}
+
+// over ends a turn.
+func (f *sharedPull) over(t *turn) {
+	f.mu.Lock()
+	f.turn = nil
+	f.mu.Unlock()
+	t.cancel()
+	close(t.done)
 }
 
 // run brings the closure in, with the repository and the number of workers of the call that came first.
@@ -170,13 +195,19 @@ func (f *sharedPull) run(ctx context.Context, first *puller, m *Manifest) error 
 	}
 	f.stats, f.received = stats, received
 	for tried := []*puller(nil); ; {
-		p := f.next(tried)
-		if p == nil { // everybody has left, or has a conflict
+		own, t := f.next(ctx, tried)
+		if t == nil { // everybody has left, or has a conflict
 			return cmp.Or(ctx.Err(), errNobodyWaits)
 		}
+		p := t.of
 		tried = append(tried, p)
 		pubs[0].ref, pubs[0].PublishOptions = p.as, p.opts.PublishOptions
-		updates, err := r.publish(ctx, im.stage, pubs)
+		updates, err := r.publish(own, im.stage, pubs)
+		left := own.Err() != nil
+		f.over(t)
+		if err != nil && left && ctx.Err() == nil { // the others go on
+			continue
+		}
 		if err != nil {
 			return err
 		}

@@ -2,9 +2,12 @@ package ocilocal_test
 
 import (
 	"context"
+	"database/sql"
 	"errors"
 	"fmt"
 	"net/http"
+	"os"
+	"path/filepath"
 	"strings"
 	"sync"
 	"testing"
@@ -217,4 +220,57 @@ func mustResolve(t testing.TB, r *ocilocal.LocalRegistry, ref ocilocal.Reference
 		t.Fatal(err)
 	}
 	return d
+}
+
+// A call that has returned the end of its context gets no ref later, although the transfer goes on for others.
+func TestPullSharedLeft(t *testing.T) {
+	s := newServer(t)
+	large := noise(1, 2<<20)
+	s.put(t, "org/model", "v1", large)
+	g := s.holdBack(large)
+	r := openRemote(t, nil)
+	left := ocilocal.MustParseReference("example.com/first:v1")
+	db, err := sql.Open("sqlite", filepath.Join(r.Root(), "index.sqlite3"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer db.Close()
+	db.SetMaxOpenConns(1)
+	first, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	var wg sync.WaitGroup
+	returned := make(chan struct{})
+	wg.Go(func() {
+		defer close(returned)
+		_, err := r.Pull(first, s.ref("org/model:v1"), &ocilocal.PullOptions{As: left})
+		if !errors.Is(err, context.Canceled) {
+			t.Error(err)
+		}
+	})
+	<-g.asked
+	wg.Go(func() {
+		if _, err := r.Pull(t.Context(), s.ref("org/model:v1"), nil); err != nil {
+			t.Error(err)
+		}
+	})
+	<-g.asked
+	if _, err := db.Exec("BEGIN IMMEDIATE"); err != nil {
+		t.Fatal(err)
+	}
+	close(g.open)
+	for { // until the blob has its name: then the transfer waits for the index
+		if _, err := os.Stat(blobFile(r, digest.FromBytes(large))); err == nil {
+			break
+		}
+	}
+	cancel()
+	<-returned
+	if _, err := db.Exec("ROLLBACK"); err != nil {
+		t.Fatal(err)
+	}
+	wg.Wait()
+	if ok, err := r.Exists(t.Context(), left); ok || err != nil {
+		t.Errorf("the call that left has its ref: %v", err)
+	}
+	mustClose(t, r)
 }
