@@ -308,7 +308,10 @@ func (u *upload) close(ctx context.Context, s *uploadSession, body func() (io.Re
 	}
 	if err == nil && !created(res, u.desc.Digest) {
 		var has presence
-		if has, err = u.repo.hasBlob(ctx, u.desc); err == nil && has == unknown {
+		switch has, err = u.repo.hasBlob(ctx, u.desc); {
+		case err == nil && has == doubtful:
+			return u.repo.checkSize(ctx, u.desc)
+		case err == nil && has == unknown:
 			err = fmt.Errorf("%w: the registry answered success, and doesn't have blob %s", ErrProtocol, u.desc.Digest)
 		}
 	}

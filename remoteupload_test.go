@@ -662,3 +662,25 @@ func TestUploadsElsewhere(t *testing.T) {
 		})
 	}
 }
+
+// A success that nobody states plainly, after which the registry has a part of the blob, is none.
+func TestPushPartOfBlob(t *testing.T) {
+	s := newServer(t)
+	layer := noise(1, 1000)
+	r := openRemote(t, nil)
+	a := pushed(t, r, s.ref("org/model:v1"), nil, nil, layer)
+	s.override = func(w http.ResponseWriter, q *http.Request) bool {
+		if q.Method != "PUT" || !strings.Contains(q.URL.Path, "/blobs/uploads/") || q.URL.Query().Get("digest") != string(digest.FromBytes(layer)) {
+			return false
+		}
+		io.Copy(io.Discard, q.Body)
+		s.mu.Lock()
+		s.blobs["org/model@"+string(digest.FromBytes(layer))] = layer[:500]
+		s.mu.Unlock()
+		w.WriteHeader(202)
+		return true
+	}
+	if got, err := r.Push(t.Context(), a.Reference(), nil); !errors.Is(err, ocilocal.ErrSizeMismatch) {
+		t.Errorf("%+v, %v", got, err)
+	}
+}
