@@ -2,8 +2,10 @@ package ocilocal_test
 
 import (
 	"fmt"
+	"io"
 	"net/http"
 	"strings"
+	"sync/atomic"
 	"testing"
 
 	"github.com/opencontainers/go-digest"
@@ -58,4 +60,28 @@ func TestRemoteCopy(t *testing.T) {
 	if _, err := other.Resolve(t.Context(), b.ref("team/bad:v1")); err == nil {
 		t.Error("it arrived")
 	}
+}
+
+// Failures that pass don't make Copy give a blob up as too large.
+func TestRemoteCopyRepeats(t *testing.T) {
+	a, b := newServer(t), newServer(t)
+	want := a.put(t, "org/model", "v1", noise(1, 1<<20))
+	var failures atomic.Int64
+	b.override = func(w http.ResponseWriter, r *http.Request) bool {
+		if r.Method == "PUT" && strings.Contains(r.URL.Path, "/blobs/uploads/") && r.ContentLength > 1<<16 && failures.Add(1) <= 3 {
+			io.Copy(io.Discard, r.Body)
+			w.WriteHeader(502)
+			return true
+		}
+		return false
+	}
+	remote := &ocilocal.Remote{Retry: quick}
+	defer remote.CloseIdleConnections()
+	if d, err := remote.Copy(t.Context(), a.ref("org/model:v1"), b.ref("org/model:v1"), remote); err != nil || d.Digest != want {
+		t.Error(d, err)
+	}
+	b.maxPut = 1 << 19 // a limit that is stated counts at once
+	a.put(t, "org/model", "v2", noise(2, 1<<20))
+	_, err := remote.Copy(t.Context(), a.ref("org/model:v2"), b.ref("org/model:v2"), remote)
+	mustFail(t, err, ocilocal.ErrTooLarge)
 }

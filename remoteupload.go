@@ -206,7 +206,11 @@ func (u *upload) run(ctx context.Context, s *uploadSession) error {
 		if e, ok := errors.AsType[*RemoteError](err); ok && e.Status < 500 && e.has("BLOB_UPLOAD_UNKNOWN", "BLOB_UPLOAD_INVALID") {
 			e.again, e.givenUp = true, false // the session is gone, not the registry
 		}
-		if u.chunk == 0 && u.desc.Size > leastChunk && tooLarge(err, attempt) {
+		failures := attempt
+		if u.store == nil { // it can't go in chunks, so a guess doesn't help
+			failures = 1
+		}
+		if u.chunk == 0 && u.desc.Size > leastChunk && tooLarge(err, failures) {
 			u.chunk, attempt = min(defaultChunk, (u.desc.Size+1)/2), 0
 			continue
 		}
