@@ -33,7 +33,8 @@ func (r *Remote) copy(ctx context.Context, from, to Reference, dst *Remote) (des
 		// A request that sends a blob waits for the one that receives it. If both took their slots from one
 		// host, enough copies at a time could wait for each other for ever.
 		src = &Remote{Client: r.Client, Credentials: r.Credentials, PlainHTTP: r.PlainHTTP, Retry: r.Retry, MaxPerHost: r.MaxPerHost,
-			StallTimeout: r.StallTimeout, UserAgent: r.UserAgent, AllowAddress: r.AllowAddress}
+			StallTimeout: r.StallTimeout, UserAgent: r.UserAgent, AllowAddress: r.AllowAddress,
+			SendCredentials: r.SendCredentials, Logger: r.Logger}
 		if r.Client == nil {
 			defer src.CloseIdleConnections()
 		}
@@ -51,7 +52,10 @@ func (r *Remote) copy(ctx context.Context, from, to Reference, dst *Remote) (des
 	if d := to.Digest(); d != "" && d != m.Digest() {
 		return desc, fmt.Errorf("%w: %s is copied to %s", ErrDigestMismatch, m.Digest(), to)
 	}
-	return m.Descriptor(), c.manifest(ctx, m, c.to.reference(), 0)
+	if err := c.manifest(ctx, m, c.to.reference(), 0); err != nil {
+		return desc, err
+	}
+	return m.Descriptor(), nil
 }
 
 // A remoteCopy is one call of Copy.

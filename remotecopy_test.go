@@ -62,6 +62,25 @@ func TestRemoteCopy(t *testing.T) {
 	}
 }
 
+// A copy within one registry sends credentials unasked where the Remote says so.
+func TestRemoteCopySendsCredentials(t *testing.T) {
+	s := newServer(t)
+	want := s.put(t, "org/model", "v1", noise(1, 100))
+	s.override = func(w http.ResponseWriter, r *http.Request) bool {
+		if user, _, _ := r.BasicAuth(); user != "me" {
+			fail(w, 404, "NAME_UNKNOWN") // it hides what it has
+			return true
+		}
+		return false
+	}
+	remote := &ocilocal.Remote{Retry: quick, SendCredentials: func(string) bool { return true },
+		Credentials: ocilocal.StaticCredential(s.host, ocilocal.Credential{Username: "me", Password: "x"})}
+	defer remote.CloseIdleConnections()
+	if d, err := remote.Copy(t.Context(), s.ref("org/model:v1"), s.ref("org/model:v2"), nil); err != nil || d.Digest != want {
+		t.Error(d, err)
+	}
+}
+
 // Failures that pass don't make Copy give a blob up as too large.
 func TestRemoteCopyRepeats(t *testing.T) {
 	a, b := newServer(t), newServer(t)
