@@ -139,7 +139,8 @@ func (p *remoteRepo) referrersAPI(ctx context.Context, subject digest.Digest, ar
 	case e.Status == http.StatusUnauthorized, e.Status == http.StatusForbidden:
 		return referrersAnswer{certain: true, denied: e}, nil
 	case e.Status == http.StatusNotFound:
-		return referrersAnswer{certain: len(e.Codes) > 0}, nil
+		_, certain := p.saysAbsent(e)
+		return referrersAnswer{certain: certain}, nil
 	}
 	return referrersAnswer{certain: true}, nil
 }

@@ -219,3 +219,42 @@ func TestReferrersFirst(t *testing.T) {
 		})
 	}
 }
+
+// A page of a proxy instead of the answer of the referrers API doesn't mean that there are no referrers.
+func TestReferrersStrayPageOfAPI(t *testing.T) {
+	for name, page := range map[string]http.HandlerFunc{
+		"text": http.NotFound,
+		"HTML": func(w http.ResponseWriter, _ *http.Request) {
+			w.Header().Set("Content-Type", "text/html")
+			w.WriteHeader(404)
+			io.WriteString(w, "<html>not here</html>")
+		},
+		"JSON": func(w http.ResponseWriter, _ *http.Request) {
+			w.Header().Set("Content-Type", "application/json")
+			w.WriteHeader(404)
+			io.WriteString(w, `{"error":"no route"}`)
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := newServer(t)
+			r := openRemote(t, nil)
+			subject, signatures := withSignatures(t, r, s, 2)
+			for _, a := range append(signatures, subject) {
+				if _, err := r.Push(t.Context(), a.Reference(), nil); err != nil {
+					t.Fatal(err)
+				}
+			}
+			var strays atomic.Int64
+			s.override = func(w http.ResponseWriter, q *http.Request) bool {
+				if strings.Contains(q.URL.Path, "/referrers/") && strays.Add(1) == 1 {
+					page(w, q)
+					return true
+				}
+				return false
+			}
+			if got, err := referrersOf(t, subject.Reference()); err != nil || len(got) != 2 {
+				t.Errorf("%q, %v", got, err)
+			}
+		})
+	}
+}
