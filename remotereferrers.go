@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"net/url"
 	"slices"
+	"strings"
 
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -253,7 +254,7 @@ func (p *remoteRepo) changeReferrers(ctx context.Context, subject digest.Digest,
 		case !conditional:
 		case old == nil:
 			header.Set("If-None-Match", "*")
-		case etag != "":
+		case etag != "" && !strings.HasPrefix(etag, "W/"): // a weak one never matches (RFC 9110, section 13.1.1)
 			header.Set("If-Match", etag)
 		}
 		_, err = p.writeManifest(ctx, referrersTagName(subject), list, header)

@@ -258,3 +258,38 @@ func TestReferrersStrayPageOfAPI(t *testing.T) {
 		})
 	}
 }
+
+// A weak ETag never matches (RFC 9110, section 13.1.1), so it is no condition.
+func TestReferrersWeakETag(t *testing.T) {
+	s := newServer(t)
+	s.noReferrers = true
+	r := openRemote(t, nil)
+	subject, signatures := withSignatures(t, r, s, 2)
+	s.override = func(w http.ResponseWriter, q *http.Request) bool {
+		if q.Method == "PUT" && strings.HasPrefix(q.Header.Get("If-Match"), "W/") {
+			w.WriteHeader(412)
+			return true
+		}
+		if q.Method == "GET" && strings.Contains(q.URL.Path, "/manifests/sha256-") {
+			s.mu.Lock()
+			m, ok := s.manifests["org/model"][q.URL.Path[strings.LastIndex(q.URL.Path, "/")+1:]]
+			s.mu.Unlock()
+			if !ok {
+				return false
+			}
+			w.Header().Set("Content-Type", m.mediaType)
+			w.Header().Set("ETag", `W/"`+string(m.digest)+`"`)
+			w.Write(m.body)
+			return true
+		}
+		return false
+	}
+	for _, a := range append(signatures, subject) {
+		if _, err := r.Push(t.Context(), a.Reference(), nil); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if got, err := referrersOf(t, subject.Reference()); err != nil || len(got) != 2 {
+		t.Errorf("%q, %v", got, err)
+	}
+}
