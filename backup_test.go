@@ -93,22 +93,22 @@ func TestBackup(t *testing.T) {
 	if _, err := r.GC(ctx, &ocilocal.GCOptions{Grace: ocilocal.NoGrace, DropReferrers: true}); err != nil {
 		t.Fatal(err)
 	}
-	backUp(t, r, dir, ocilocal.BackupReport{Refs: 3, BlobsPresent: 5})
+	backUp(t, r, dir, ocilocal.BackupReport{Refs: 3, BlobsPresent: 6})
 	restored, err := ocilocal.Open(ctx, dir, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if report, err := restored.GC(ctx, &ocilocal.GCOptions{Grace: ocilocal.NoGrace, DropReferrers: true}); err != nil || report.Deleted.Blobs+report.Deleted.Manifests != 5 {
+	if report, err := restored.GC(ctx, &ocilocal.GCOptions{Grace: ocilocal.NoGrace, DropReferrers: true}); err != nil || report.Deleted.Blobs+report.Deleted.Manifests != 4 {
 		t.Errorf("%+v, %v", report, err)
 	}
 	mustClose(t, restored)
 	checkBackup(t, dir, listed(t, r))
-	backUp(t, r, dir, ocilocal.BackupReport{Refs: 3, BlobsPresent: 5}) // a collection there changes no refs
+	backUp(t, r, dir, ocilocal.BackupReport{Refs: 3, BlobsPresent: 6}) // a collection there changes no refs
 }
 
 // A read-only registry can be backed up too, and the backup of a backup is one.
 func TestBackupReadOnly(t *testing.T) {
-	r := openTemp(t, nil)
+	r := openTemp(t, artifactForm)
 	child(t, r, "example.com/a:v1", ocilocal.BuilderOptions{}, nil, nil, "one")
 	want := listed(t, r)
 	readOnly, err := ocilocal.OpenReadOnly(t.Context(), r.Root(), nil)
@@ -130,7 +130,7 @@ func TestBackupReadOnly(t *testing.T) {
 
 func TestBackupRefused(t *testing.T) {
 	ctx := t.Context()
-	r := openTemp(t, nil)
+	r := openTemp(t, artifactForm)
 	a := child(t, r, "example.com/a:v1", ocilocal.BuilderOptions{}, nil, nil, "one")
 	refused := func(dir string, want error) {
 		t.Helper()
@@ -144,7 +144,7 @@ func TestBackupRefused(t *testing.T) {
 		t.Fatal(err)
 	}
 	refused(link, ocilocal.ErrInvalidArgument)
-	other := openTemp(t, nil)
+	other := openTemp(t, artifactForm)
 	child(t, other, "example.com/other:v1", ocilocal.BuilderOptions{}, nil, nil, "theirs")
 	theirs := listed(t, other)
 	refused(other.Root(), ocilocal.ErrConflict)
@@ -216,7 +216,7 @@ func TestBackupRefused(t *testing.T) {
 // What is damaged here doesn't damage the backup, and doesn't stop it.
 func TestBackupOfDamage(t *testing.T) {
 	ctx := t.Context()
-	r := openTemp(t, nil)
+	r := openTemp(t, artifactForm)
 	dir := t.TempDir()
 	child(t, r, "example.com/kept:v1", ocilocal.BuilderOptions{}, nil, nil, "kept")
 	backUp(t, r, dir, ocilocal.BackupReport{Refs: 1, RefsSet: 1, BlobsCopied: 2})

@@ -74,7 +74,7 @@ func TestFailedDirectorySync(t *testing.T) {
 		t.Fatal("a publish whose names may not be durable succeeds")
 	}
 	blobs := filesBelow(t, a, "blobs")
-	if len(blobs) != 2 {
+	if len(blobs) != 3 {
 		t.Fatalf("this test is about names that stay behind: %q", blobs)
 	}
 	rec := &record{}

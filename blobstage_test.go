@@ -264,8 +264,8 @@ func TestDedup(t *testing.T) {
 	if err != nil || !os.SameFile(before, after) {
 		t.Errorf("the shared layer's file was written again: %v", err)
 	}
-	// Two manifests, two layers, and the layer that both have.
-	if files := filesBelow(t, r, "blobs"); len(files) != 4 {
+	// Two manifests, two layers, and the config that both have.
+	if files := filesBelow(t, r, "blobs"); len(files) != 5 {
 		t.Errorf("blobs/ holds %q", files)
 	}
 	if left := filesBelow(t, r, "tmp"); len(left) > 0 {

@@ -69,9 +69,6 @@ func (r *LocalRegistry) newBuilder(ref Reference, opts *BuilderOptions) (*Builde
 	if b.opts.Format == FormatDefault {
 		b.opts.Format = r.opts.Format
 	}
-	if b.opts.Format == FormatDefault {
-		b.opts.Format = FormatArtifactManifest
-	}
 	switch {
 	case r.blobs.readOnly:
 		return nil, ErrReadOnly
@@ -88,13 +85,17 @@ func (r *LocalRegistry) newBuilder(ref Reference, opts *BuilderOptions) (*Builde
 	return b, nil
 }
 
-// NewOMMXBuilder is NewBuilder with the artifact type of the OMMX project, [ArtifactTypeOMMX].
+// NewOMMXBuilder is NewBuilder for the OMMX project. Its artifact type is [ArtifactTypeOMMX]
+// unless opts have another, such as [ArtifactTypeOMMXExperiment]. The OMMX SDKs read only image
+// manifests, so leave [BuilderOptions.Format] and [Options.Format] at their default for them.
 func (r *LocalRegistry) NewOMMXBuilder(ref Reference, opts *BuilderOptions) (*Builder, error) {
 	var o BuilderOptions
 	if opts != nil {
 		o = *opts
 	}
-	o.ArtifactType = ArtifactTypeOMMX
+	if o.ArtifactType == "" {
+		o.ArtifactType = ArtifactTypeOMMX
+	}
 	return r.NewBuilder(ref, &o)
 }
 
@@ -230,8 +231,8 @@ func (b *Builder) isDone() bool {
 // Further errors are those of [Builder.AddLayerBytes].
 func (b *Builder) SetConfig(ctx context.Context, mediaType string, data []byte) (_ ocispec.Descriptor, err error) {
 	defer addOp(&err, "set config of", b.ref.String(), "")
-	if b.opts.Format != FormatImageManifest {
-		return ocispec.Descriptor{}, fmt.Errorf("%w: an artifact manifest has no config (BuilderOptions.Format: FormatImageManifest has)", ErrInvalidArgument)
+	if b.opts.Format == FormatArtifactManifest {
+		return ocispec.Descriptor{}, fmt.Errorf("%w: an artifact manifest has no config, an image manifest does (see BuilderOptions.Format)", ErrInvalidArgument)
 	}
 	if err := checkTypeName("media type", mediaType); err != nil {
 		return ocispec.Descriptor{}, err

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"io/fs"
 	"iter"
 	"strings"
@@ -14,6 +15,9 @@ import (
 
 	"github.com/ocilocal/ocilocal"
 )
+
+// artifactForm is for tests that count blobs: artifact manifests have no config.
+var artifactForm = &ocilocal.Options{Format: ocilocal.FormatArtifactManifest}
 
 func openTemp(t testing.TB, opts *ocilocal.Options) *ocilocal.LocalRegistry {
 	t.Helper()
@@ -264,5 +268,76 @@ func TestDirectoryForFile(t *testing.T) {
 	}
 	if _, err := r.ImportArchiveFile(t.Context(), t.TempDir(), nil); !errors.Is(err, ocilocal.ErrInvalidArgument) {
 		t.Errorf("archive: %v", err)
+	}
+}
+
+// TestBuildDefault: builders make image manifests, with the empty config {} and a media type in the
+// document, unless a registry or a builder chooses the other form.
+func TestBuildDefault(t *testing.T) {
+	image, artifact := ocispec.MediaTypeImageManifest, ocilocal.MediaTypeArtifactManifest
+	for _, c := range []struct {
+		registry, builder ocilocal.ManifestFormat
+		want              string
+	}{
+		{ocilocal.FormatDefault, ocilocal.FormatDefault, image},
+		{ocilocal.FormatDefault, ocilocal.FormatArtifactManifest, artifact},
+		{ocilocal.FormatArtifactManifest, ocilocal.FormatDefault, artifact},
+		{ocilocal.FormatArtifactManifest, ocilocal.FormatImageManifest, image},
+		{ocilocal.FormatImageManifest, ocilocal.FormatDefault, image},
+	} {
+		r := openTemp(t, &ocilocal.Options{Format: c.registry})
+		for _, start := range []func(ocilocal.Reference, *ocilocal.BuilderOptions) (*ocilocal.Builder, error){r.NewBuilder, r.NewOMMXBuilder} {
+			b, err := start(ref("example.com/a:v1"), &ocilocal.BuilderOptions{
+				ArtifactType: testType, Format: c.builder, PublishOptions: ocilocal.PublishOptions{Policy: ocilocal.Replace},
+			})
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer b.Cancel()
+			if _, err := b.AddLayerBytes(t.Context(), "text/plain", []byte("layer"), nil); err != nil {
+				t.Fatal(err)
+			}
+			a, err := b.Build(t.Context())
+			if err != nil {
+				t.Fatal(err)
+			}
+			m, err := a.Manifest(t.Context())
+			if err != nil {
+				t.Fatal(err)
+			}
+			if m.ArtifactType() != testType || !bytes.Contains(m.Bytes(), []byte(`"mediaType":"`+c.want+`"`)) {
+				t.Errorf("%v, %v: %s", c.registry, c.builder, m.Bytes())
+			}
+			config, ok := m.Config()
+			if ok != (c.want == image) || ok && config.Digest != ocilocal.EmptyJSON.Digest {
+				t.Errorf("%v, %v: config %v", c.registry, c.builder, config)
+			}
+			if !ok {
+				continue
+			}
+			if got, err := r.OpenBlob(t.Context(), config); err != nil {
+				t.Error(err)
+			} else {
+				got.Close()
+			}
+		}
+	}
+}
+
+// TestOMMXBuilderType: a type that the options give is kept.
+func TestOMMXBuilderType(t *testing.T) {
+	r := openTemp(t, nil)
+	for given, want := range map[string]string{
+		"":                                  "application/org.ommx.v1.artifact",
+		ocilocal.ArtifactTypeOMMXExperiment: "application/org.ommx.v1.experiment",
+	} {
+		b, err := r.NewOMMXBuilder(ref("example.com/type:v"+fmt.Sprint(len(given))), &ocilocal.BuilderOptions{ArtifactType: given})
+		if err != nil {
+			t.Fatal(err)
+		}
+		a, err := b.Build(t.Context())
+		if err != nil || a.ArtifactType() != want {
+			t.Errorf("%q: %v, %v", given, a, err)
+		}
 	}
 }

@@ -70,13 +70,17 @@
 //
 // # Manifest forms
 //
-// An OCI artifact manifest ([FormatArtifactManifest], image-spec 1.1.0-rc2, artifact.md) has
-// blobs and no config: it says no more than an artifact needs, and is what builders make by
-// default. The released image-spec 1.1 has dropped it, and most registries refuse it. An image
-// manifest with an artifactType ([FormatImageManifest], image-spec 1.1, manifest.md, "Guidelines for
-// Artifact Usage") is what they take: choose it for what is to be pushed, in
-// [BuilderOptions] or for all builders in [Options]. [LocalRegistry.Convert] makes either of the
-// other. Both are read, imported, exported and pulled alike, and [Manifest] shows both in one way.
+// Builders make image manifests with an artifactType ([FormatImageManifest], image-spec 1.1,
+// manifest.md, "Guidelines for Artifact Usage"), the form that registries and other tools read.
+// The config is the empty object {} unless [Builder.SetConfig] sets one. An artifact without layers
+// has that object as its layer too.
+//
+// An OCI artifact manifest ([FormatArtifactManifest], image-spec 1.1.0-rc2, artifact.md) has blobs
+// and no config. The released image-spec 1.1 has dropped it, and most registries and tools refuse
+// it. Choose it for artifacts that stay in local registries, or whose readers expect this form:
+// in [BuilderOptions] for one artifact, or in [Options] for all builders of a registry.
+// [LocalRegistry.Convert] writes an artifact in the other form, under another digest. Both forms
+// are read, imported, exported and pulled alike, and [Manifest] shows both in one way.
 //
 // # Promises
 //

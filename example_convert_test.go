@@ -9,14 +9,14 @@ import (
 	"github.com/ocilocal/ocilocal"
 )
 
-// Most registries accept image manifests only. Convert an artifact manifest before you push it.
+// A reader of artifact manifests gets one from an image manifest, which builders make.
 func ExampleLocalRegistry_Convert() {
 	ctx := context.Background()
 	registry, done := scratch()
 	defer done()
-	native := note(registry, "example.com/note:v1", "hello")
+	source := note(registry, "example.com/note:v1", "hello")
 
-	result, err := registry.Convert(ctx, native.Reference(), ocilocal.MustParseReference("example.com/note:v1-image"), nil)
+	result, err := registry.Convert(ctx, source.Reference(), ocilocal.MustParseReference("example.com/note:v1-artifact"), nil)
 	if err != nil {
 		log.Fatal(err)
 	}
@@ -28,12 +28,12 @@ func ExampleLocalRegistry_Convert() {
 	if err != nil {
 		log.Fatal(err)
 	}
-	fmt.Println(native.MediaType())
+	fmt.Println(source.MediaType())
 	fmt.Println(result.Artifact.MediaType())
 	fmt.Printf("%s: %s\n", result.Update.Outcome, text)
 	// Output:
-	// application/vnd.oci.artifact.manifest.v1+json
 	// application/vnd.oci.image.manifest.v1+json
+	// application/vnd.oci.artifact.manifest.v1+json
 	// inserted: hello
 }
 
@@ -42,13 +42,13 @@ func ExampleConvertOptions() {
 	ctx := context.Background()
 	registry, done := scratch()
 	defer done()
-	native := note(registry, "example.com/note:v1", "hello")
+	source := note(registry, "example.com/note:v1", "hello")
 	note(registry, "example.com/note:v2", "taken")
 
-	_, err := registry.Convert(ctx, native.Reference(), ocilocal.MustParseReference("example.com/note:v2"),
+	_, err := registry.Convert(ctx, source.Reference(), ocilocal.MustParseReference("example.com/note:v2"),
 		&ocilocal.ConvertOptions{Subject: ocilocal.SubjectSource})
 	fmt.Println("taken:", errors.Is(err, ocilocal.ErrConflict))
-	result, err := registry.Convert(ctx, native.Reference(), ocilocal.MustParseReference("example.com/note:v2"),
+	result, err := registry.Convert(ctx, source.Reference(), ocilocal.MustParseReference("example.com/note:v2"),
 		&ocilocal.ConvertOptions{
 			Subject:        ocilocal.SubjectSource,
 			PublishOptions: ocilocal.PublishOptions{Policy: ocilocal.Replace},
@@ -60,7 +60,7 @@ func ExampleConvertOptions() {
 	if err != nil {
 		log.Fatal(err)
 	}
-	fmt.Println(result.Update.Outcome, parent.Digest() == native.Digest())
+	fmt.Println(result.Update.Outcome, parent.Digest() == source.Digest())
 	// Output:
 	// taken: true
 	// replaced true

@@ -120,8 +120,8 @@ func ExampleLocalRegistry_Backup() {
 	}
 	fmt.Println(exists)
 	// Output:
-	// refs: 1 copied: 2 there already: 0
-	// refs: 2 copied: 2 there already: 2
+	// refs: 1 copied: 3 there already: 0
+	// refs: 2 copied: 2 there already: 3
 	// true
 }
 

@@ -51,7 +51,7 @@ func ExampleLocalRegistry_ImportLayout() {
 		log.Fatal(err)
 	}
 	fmt.Println(result.Artifacts[0].Update.Reference, result.Artifacts[0].Update.Outcome, result.BlobsWritten, "blobs")
-	// Output: example.com/copy:v1 inserted 2 blobs
+	// Output: example.com/copy:v1 inserted 3 blobs
 }
 
 func ExampleLocalRegistry_ExportArchiveFile() {
@@ -113,8 +113,8 @@ func ExampleInspectLayout() {
 	}
 	fmt.Println(inside.Blobs, "blobs")
 	// Output:
-	// example.com/note:v1 application/vnd.oci.artifact.manifest.v1+json
-	// 2 blobs
+	// example.com/note:v1 application/vnd.oci.image.manifest.v1+json
+	// 3 blobs
 }
 
 // An archive can be inspected as a stream, here from a file.
@@ -142,7 +142,7 @@ func ExampleInspectArchive() {
 	fmt.Println(inside.Blobs, "blobs")
 	// Output:
 	// example.com/note:v1 true
-	// 2 blobs
+	// 3 blobs
 }
 
 // An import of several entries reports each conflict, and imports the others.
@@ -197,7 +197,7 @@ func ExampleInspectPath() {
 	fmt.Println(inside.Blobs, "blobs")
 	// Output:
 	// example.com/note:v1 application/vnd.example.note
-	// 2 blobs
+	// 3 blobs
 }
 
 // An OMMX v2 registry is a tree of layout directories, host/repository/__tag.
@@ -275,7 +275,7 @@ func ExampleOptions_legacyRoot() {
 // ommxTree makes the tree that an OMMX v2 SDK keeps, with one artifact in it.
 func ommxTree(from *ocilocal.LocalRegistry, ref ocilocal.Reference) (root string) {
 	ctx := context.Background()
-	builder, err := from.NewOMMXBuilder(ref, &ocilocal.BuilderOptions{Format: ocilocal.FormatImageManifest})
+	builder, err := from.NewOMMXBuilder(ref, nil)
 	if err != nil {
 		log.Fatal(err)
 	}

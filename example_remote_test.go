@@ -37,8 +37,8 @@ func ExampleLocalRegistry_Push() {
 	}
 	fmt.Println(pushed.BlobsSent, "sent,", pushed.BlobsMounted, "mounted")
 	// Output:
-	// 1 blobs sent
-	// 0 sent, 1 mounted
+	// 2 blobs sent
+	// 0 sent, 2 mounted
 }
 
 func ExampleLocalRegistry_Pull() {
@@ -283,5 +283,5 @@ func ExamplePullOptions_platform() {
 		log.Fatal(err)
 	}
 	fmt.Printf("%s, %d blobs\n", text, pulled.BlobsWritten)
-	// Output: for arm64, 2 blobs
+	// Output: for arm64, 3 blobs
 }

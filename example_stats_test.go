@@ -43,8 +43,8 @@ func ExampleLocalRegistry_RepositoryUsage() {
 		fmt.Println(name, "refs:", usage.Refs, "own blobs:", usage.Own.Blobs, "shared blobs:", usage.Shared.Blobs)
 	}
 	// Output:
-	// example.com/first refs: 1 own blobs: 0 shared blobs: 1
-	// example.com/second refs: 2 own blobs: 1 shared blobs: 1
+	// example.com/first refs: 1 own blobs: 0 shared blobs: 2
+	// example.com/second refs: 2 own blobs: 1 shared blobs: 2
 }
 
 func ExampleLocalRegistry_RefUsage() {
@@ -67,7 +67,7 @@ func ExampleLocalRegistry_RefUsage() {
 		fmt.Println(ref.Reference, "own blobs:", usage.Own.Blobs, "shared blobs:", usage.Shared.Blobs)
 	}
 	// Output:
-	// example.com/first:v1 own blobs: 0 shared blobs: 1
-	// example.com/first:v2 own blobs: 1 shared blobs: 0
-	// example.com/second:v1 own blobs: 0 shared blobs: 1
+	// example.com/first:v1 own blobs: 0 shared blobs: 2
+	// example.com/first:v2 own blobs: 1 shared blobs: 1
+	// example.com/second:v1 own blobs: 0 shared blobs: 2
 }

@@ -70,7 +70,7 @@ func ExampleOpenReadOnly() {
 	// true
 }
 
-// An image manifest with a config and an annotation is the form that most registries take.
+// An artifact with a config, an annotation and a layer that has a file's name.
 func ExampleLocalRegistry_NewBuilder() {
 	ctx := context.Background()
 	registry, done := scratch()
@@ -78,7 +78,6 @@ func ExampleLocalRegistry_NewBuilder() {
 
 	builder, err := registry.NewBuilder(ocilocal.MustParseReference("example.com/model:v1"), &ocilocal.BuilderOptions{
 		ArtifactType: "application/vnd.example.model",
-		Format:       ocilocal.FormatImageManifest,
 	})
 	if err != nil {
 		log.Fatal(err)

@@ -43,6 +43,10 @@ func (n ExportNames) annotations(ref Reference) map[string]string {
 
 // ExportOptions say what an export holds besides the artifacts of its refs, and
 // how it is written. Nil is the zero value.
+//
+// The OMMX SDKs read only archives that are not compressed and that list one manifest. For them,
+// export one ref, without Lineage, Referrers, Digests and Gzip. The artifact must be an image
+// manifest of an OMMX artifact type.
 type ExportOptions struct {
 	// Digests are manifests to export as well, without a name.
 	Digests []digest.Digest

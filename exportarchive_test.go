@@ -210,7 +210,7 @@ func TestExportLineage(t *testing.T) {
 		t.Fatal(err)
 	}
 	in, err := ocilocal.InspectArchive(ctx, &out)
-	if err != nil || len(in.Entries) != 1 || in.Entries[0].Name != "" || in.Blobs != 2 {
+	if err != nil || len(in.Entries) != 1 || in.Entries[0].Name != "" || in.Blobs != 3 {
 		t.Errorf("%+v %v", in, err)
 	}
 	// A gap in the chain is an error of its own.

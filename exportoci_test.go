@@ -106,7 +106,7 @@ func TestExportLayoutCutOff(t *testing.T) {
 
 func TestExportLayoutConflicts(t *testing.T) {
 	ctx := t.Context()
-	r, other := openTemp(t, nil), openTemp(t, nil)
+	r, other := openTemp(t, artifactForm), openTemp(t, artifactForm)
 	refs := []ocilocal.Reference{ref("example.com/a:v1")}
 	published(t, r, "example.com/a:v1", "one", nil)
 	b := published(t, other, "example.com/a:v1", "another", nil)

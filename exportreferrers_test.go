@@ -20,10 +20,10 @@ import (
 // signature of one of these that no ref points at, and something else.
 func signed(t *testing.T, r *ocilocal.LocalRegistry) (app *ocilocal.LocalArtifact, line, referrers []digest.Digest) {
 	t.Helper()
-	image := ocilocal.BuilderOptions{Format: ocilocal.FormatImageManifest}
+	other := ocilocal.BuilderOptions{Format: ocilocal.FormatArtifactManifest}
 	old := child(t, r, "example.com/app:v0", ocilocal.BuilderOptions{}, nil, nil, "old app")
 	app = child(t, r, "example.com/app:v1", ocilocal.BuilderOptions{}, descOf(old), nil, "app")
-	sig := child(t, r, "example.com/app:sig", image, descOf(app), nil, "signature")
+	sig := child(t, r, "example.com/app:sig", other, descOf(app), nil, "signature")
 	twin := child(t, r, "example.com/app:twin", ocilocal.BuilderOptions{}, descOf(app), nil, "signature")
 	over := child(t, r, "example.com/app:over", ocilocal.BuilderOptions{}, descOf(sig), nil, "countersignature")
 	child(t, r, "example.com/app:other", ocilocal.BuilderOptions{}, nil, nil, "other")

@@ -20,7 +20,7 @@ import (
 func TestGCLineage(t *testing.T) {
 	ctx := t.Context()
 	for _, keep := range []bool{false, true} {
-		r := openTemp(t, nil)
+		r := openTemp(t, artifactForm)
 		a := published(t, r, "example.com/a:1", "one", nil)
 		b := published(t, r, "example.com/a:2", "two", a)
 		c := published(t, r, "example.com/a:3", "three", b)
@@ -74,7 +74,7 @@ func mustReport(t testing.TB, r *ocilocal.LocalRegistry, opts *ocilocal.GCOption
 // TestGCGrace has an old layer that a young manifest needs, which nothing needs.
 func TestGCGrace(t *testing.T) {
 	ctx := t.Context()
-	r := openTemp(t, nil)
+	r := openTemp(t, artifactForm)
 	a := published(t, r, "example.com/a:1", "layer", nil)
 	old := time.Now().Add(-48 * time.Hour)
 	layer := digest.FromString("layer")

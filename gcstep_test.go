@@ -132,7 +132,7 @@ func TestGCUnreconciledMeanwhile(t *testing.T) {
 func TestGCRaces(t *testing.T) {
 	// Marked dead, then tagged again before anything is deleted.
 	ctx := t.Context()
-	r := openTemp(t, nil)
+	r := openTemp(t, artifactForm)
 	a := published(t, r, "example.com/a:1", "one", nil)
 	if _, err := r.Remove(ctx, a.Reference()); err != nil {
 		t.Fatal(err)

@@ -19,7 +19,7 @@ func TestClosure(t *testing.T) {
 	r := openTemp(t, nil)
 	a := child(t, r, "example.com/a:v1", ocilocal.BuilderOptions{}, nil, nil, "shared", "one", "shared")
 	manifests, blobs, err := ocilocal.Closure(t.Context(), r, a.Descriptor(), a.Descriptor())
-	want := digests(digest.FromString("shared"), digest.FromString("one"))
+	want := digests(digest.FromString("shared"), digest.FromString("one"), ocilocal.EmptyJSON.Digest)
 	slices.Sort(blobs)
 	if err != nil || !slices.Equal(manifests, []digest.Digest{a.Digest()}) || !slices.Equal(blobs, want) {
 		t.Errorf("%v, %v, %v", manifests, blobs, err)

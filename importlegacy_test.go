@@ -383,7 +383,7 @@ func TestImportPath(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, path := range []string{dir, archive} {
-		if in, err := ocilocal.InspectPath(ctx, path); err != nil || len(in.Entries) != 2 || in.Blobs != 4 {
+		if in, err := ocilocal.InspectPath(ctx, path); err != nil || len(in.Entries) != 2 || in.Blobs != 5 {
 			t.Errorf("%+v, %v", in, err)
 		}
 		r := openTemp(t, nil)

@@ -36,9 +36,12 @@ var emptyJSON = ocispec.Descriptor{
 // artifact type, an unknown format or invalid UTF-8, and those of [ParseManifest],
 // which the document has passed when it is returned.
 func buildManifest(f ManifestFormat, spec manifestSpec) (*Manifest, error) {
+	if f == FormatDefault {
+		f = FormatImageManifest
+	}
 	mediaType, list, layers, config := MediaTypeArtifactManifest, "blobs", spec.layers, spec.config
 	switch f {
-	case FormatDefault, FormatArtifactManifest:
+	case FormatArtifactManifest:
 		if config != nil {
 			return nil, fmt.Errorf("%w: an artifact manifest has no config: build as image manifest, or without it", ErrInvalidArgument)
 		}

@@ -113,7 +113,7 @@ func TestParentContradicted(t *testing.T) {
 	size := *descOf(first)
 	size.Size++
 	kind := *descOf(first)
-	kind.MediaType = imageType
+	kind.MediaType = ocilocal.MediaTypeArtifactManifest
 	for i, c := range []struct {
 		subject ocispec.Descriptor
 		want    error

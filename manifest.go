@@ -39,16 +39,6 @@ const (
 	MediaTypeDockerManifestList = "application/vnd.docker.distribution.manifest.list.v2+json"
 )
 
-// Names of OMMX artifacts and of what they hold.
-const (
-	ArtifactTypeOMMX                = "application/org.ommx.v1.artifact"
-	MediaTypeOMMXConfig             = "application/org.ommx.v1.config+json" // of artifacts made by OMMX v1 and v2
-	MediaTypeOMMXInstance           = "application/org.ommx.v1.instance"
-	MediaTypeOMMXParametricInstance = "application/org.ommx.v1.parametric-instance"
-	MediaTypeOMMXSolution           = "application/org.ommx.v1.solution"
-	MediaTypeOMMXSampleSet          = "application/org.ommx.v1.sample-set"
-)
-
 // A Manifest is a read-only view of a manifest document of any accepted form.
 // The document's bytes are kept as they came. Methods return copies, so nobody
 // can alter the view; a Manifest is safe for concurrent use.
@@ -442,12 +432,13 @@ func (m *Manifest) childRole(i int) role {
 type ManifestFormat int
 
 const (
-	// FormatDefault is the registry's choice, and without one an artifact manifest.
+	// FormatDefault is the registry's choice ([Options.Format]), or else FormatImageManifest.
 	FormatDefault ManifestFormat = iota
-	// FormatArtifactManifest is [MediaTypeArtifactManifest].
+	// FormatArtifactManifest is [MediaTypeArtifactManifest], which has no config. Few registries
+	// and tools read it.
 	FormatArtifactManifest
-	// FormatImageManifest is an OCI image manifest with an artifactType
-	// (image-spec 1.1), the form that most registries take.
+	// FormatImageManifest is an OCI image manifest with an artifactType (image-spec 1.1), the form
+	// that registries and tools read. Its config is the empty object {} unless it is set.
 	FormatImageManifest
 )
 

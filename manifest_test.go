@@ -324,7 +324,7 @@ func TestBuildManifestBytes(t *testing.T) {
 		spec   ocilocal.ManifestSpec
 		want   string
 	}{
-		{"artifact, least", ocilocal.FormatDefault, ocilocal.ManifestSpec{ArtifactType: "a/b"},
+		{"artifact, least", ocilocal.FormatArtifactManifest, ocilocal.ManifestSpec{ArtifactType: "a/b"},
 			`{"artifactType":"a/b","blobs":[],"mediaType":"application/vnd.oci.artifact.manifest.v1+json"}`},
 		{"artifact, most", ocilocal.FormatArtifactManifest, ocilocal.ManifestSpec{ArtifactType: ocilocal.ArtifactTypeOMMX,
 			Layers: []ocispec.Descriptor{layer, plain}, Annotations: map[string]string{"b": "2", "a": "1", "B": "3"}, Subject: &subject},
@@ -334,7 +334,7 @@ func TestBuildManifestBytes(t *testing.T) {
 				`{"digest":"sha256:2222222222222222222222222222222222222222222222222222222222222222","mediaType":"application/json","size":0}],` +
 				`"mediaType":"application/vnd.oci.artifact.manifest.v1+json",` +
 				`"subject":{"digest":"sha256:5555555555555555555555555555555555555555555555555555555555555555","mediaType":"application/vnd.oci.image.manifest.v1+json","size":7}}`},
-		{"image, least", ocilocal.FormatImageManifest, ocilocal.ManifestSpec{ArtifactType: "a/b"},
+		{"image, least", ocilocal.FormatDefault, ocilocal.ManifestSpec{ArtifactType: "a/b"},
 			`{"artifactType":"a/b",` +
 				`"config":{"digest":"sha256:44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a","mediaType":"application/vnd.oci.empty.v1+json","size":2},` +
 				`"layers":[{"digest":"sha256:44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a","mediaType":"application/vnd.oci.empty.v1+json","size":2}],` +
@@ -375,7 +375,7 @@ func TestBuildManifestRefuses(t *testing.T) {
 		spec   ocilocal.ManifestSpec
 		want   error
 	}{
-		"config in artifact manifest": {ocilocal.FormatDefault, ocilocal.ManifestSpec{ArtifactType: "a/b", Config: &good}, ocilocal.ErrInvalidArgument},
+		"config in artifact manifest": {ocilocal.FormatArtifactManifest, ocilocal.ManifestSpec{ArtifactType: "a/b", Config: &good}, ocilocal.ErrInvalidArgument},
 		"no type":                     {ocilocal.FormatArtifactManifest, ocilocal.ManifestSpec{}, ocilocal.ErrInvalidArgument},
 		"no type and no config":       {ocilocal.FormatImageManifest, ocilocal.ManifestSpec{}, ocilocal.ErrInvalidArgument},
 		"no type and empty config":    {ocilocal.FormatImageManifest, ocilocal.ManifestSpec{Config: &ocilocal.EmptyJSON}, ocilocal.ErrInvalidArgument},

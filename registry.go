@@ -25,7 +25,7 @@ type Options struct {
 	// fails with [ErrBusy]. Zero or less means 30 seconds.
 	BusyTimeout time.Duration
 	// Format is the manifest form of what builders make that don't choose
-	// one. Zero means [FormatArtifactManifest].
+	// one. Zero means [FormatImageManifest].
 	Format ManifestFormat
 	// ArtifactTypes, if not empty, are the only artifact types that may be
 	// published; others fail with [ErrArtifactType].

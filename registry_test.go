@@ -256,7 +256,7 @@ func TestLogWithoutIndex(t *testing.T) {
 		r = mustOpen(t, dir)
 		blobs := blobNames(t, r)
 		collect(t, r, atOnce)
-		if after := blobNames(t, r); len(after) != 8 || !slices.Equal(blobs, after) {
+		if after := blobNames(t, r); len(after) != 9 || !slices.Equal(blobs, after) {
 			t.Errorf("%s: %d blobs are left of %d", lost, len(after), len(blobs))
 		}
 	}

@@ -15,7 +15,7 @@ import (
 
 func TestStats(t *testing.T) {
 	ctx := t.Context()
-	r := openTemp(t, nil)
+	r := openTemp(t, artifactForm)
 	if s, err := r.Stats(ctx); err != nil || s != (ocilocal.Stats{}) {
 		t.Errorf("an empty registry has %+v, %v", s, err)
 	}

@@ -104,7 +104,7 @@ func TestVerifyBusy(t *testing.T) {
 }
 
 func TestVerifyResumes(t *testing.T) {
-	r := openTemp(t, nil)
+	r := openTemp(t, artifactForm)
 	for i := range 20 {
 		published(t, r, fmt.Sprintf("example.com/a:%d", i), fmt.Sprint("layer", i), nil)
 	}

@@ -71,7 +71,7 @@ func TestCorruption(t *testing.T) {
 		"index not its own":   {sql("INSERT INTO meta VALUES ('unreconciled', '1')"), []string{"index is not reconciled"}, nil, nil},
 	} {
 		t.Run(what, func(t *testing.T) {
-			r := openTemp(t, nil)
+			r := openTemp(t, artifactForm)
 			a := published(t, r, name, layer, nil)
 			names := map[digest.Digest]string{digest.FromString(layer): "layer", a.Digest(): "manifest", digest.FromString("other"): "other"}
 			layerFile := blobFile(r, digest.FromString(layer))
@@ -116,7 +116,7 @@ func TestCorruption(t *testing.T) {
 				return
 			}
 			// What is damaged is never served, and an import of the same heals it.
-			from := openTemp(t, nil)
+			from := openTemp(t, artifactForm)
 			published(t, from, name, layer, nil)
 			archive := filepath.Join(t.TempDir(), "a.tar")
 			layout := filepath.Join(t.TempDir(), "layout")

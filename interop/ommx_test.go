@@ -68,7 +68,7 @@ func TestOMMXArchive(t *testing.T) {
 
 			mediaType, annotations, content := onlyLayer(t, a)
 			native := "ghcr.io/example/native:v1"
-			builder, err := r.NewOMMXBuilder(reference(t, native), &ocilocal.BuilderOptions{Format: ocilocal.FormatImageManifest})
+			builder, err := r.NewOMMXBuilder(reference(t, native), nil)
 			if err != nil {
 				t.Fatal(err)
 			}

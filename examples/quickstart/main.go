@@ -63,7 +63,7 @@ func run(ctx context.Context, dir, root string, args []string) error {
 	if err != nil {
 		return err
 	}
-	builder, err := registry.NewOMMXBuilder(ref, &ocilocal.BuilderOptions{Format: ocilocal.FormatImageManifest})
+	builder, err := registry.NewOMMXBuilder(ref, nil)
 	if err != nil {
 		return err
 	}
