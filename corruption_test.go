@@ -3,6 +3,7 @@ package ocilocal_test
 import (
 	"bytes"
 	"context"
+	"database/sql"
 	"errors"
 	"fmt"
 	"iter"
@@ -203,12 +204,11 @@ func TestCollectWithDamagedIndex(t *testing.T) {
 	}
 }
 
-// TestRebuildDamagedIndex flips bits in the index. Whatever they are, Rebuild ends with
-// a sound registry that has every artifact, under its name or, where that was lost, a new one.
-func TestRebuildDamagedIndex(t *testing.T) {
-	t.Parallel()
-	d := newDamagedRoot(t)
+// ids returns the manifest of each ref of the undamaged index.
+func (d *damagedRoot) ids(t *testing.T) map[string]digest.Digest {
+	t.Helper()
 	r := mustOpen(t, d.root)
+	defer mustClose(t, r)
 	ids := map[string]digest.Digest{}
 	for _, name := range d.refs {
 		desc, err := r.Resolve(t.Context(), ref(name))
@@ -217,7 +217,51 @@ func TestRebuildDamagedIndex(t *testing.T) {
 		}
 		ids[name] = desc.Digest
 	}
+	return ids
+}
+
+// rebuild rebuilds the root from whatever index it has. The result must be sound, and have every
+// artifact, under its name or, where that was lost, another. It must not know a name by another
+// artifact.
+func (d *damagedRoot) rebuild(t *testing.T, ids map[string]digest.Digest) {
+	t.Helper()
+	report, err := ocilocal.Rebuild(t.Context(), d.root, nil)
+	if errors.Is(err, ocilocal.ErrNewerSchema) {
+		return // nobody can know that it is damage
+	}
+	if err != nil || len(report.Left)+len(report.Quarantined) != 0 {
+		t.Errorf("%v, %+v", err, report)
+		return
+	}
+	r := mustOpen(t, d.root)
+	collect(t, r, atOnce)
+	for name, id := range ids {
+		if _, err := r.LoadDigest(t.Context(), id); err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+		if desc, err := r.Resolve(t.Context(), ref(name)); err == nil && desc.Digest != id {
+			t.Errorf("%s is another's name now", name)
+		}
+	}
+	if got := problems(t, r, nil, nil); len(got) != 0 {
+		t.Errorf("found %q", got)
+	}
+	if _, err := r.Backup(t.Context(), filepath.Join(t.TempDir(), "backup"), nil); err != nil {
+		t.Error(err)
+	}
 	mustClose(t, r)
+	broken, _ := filepath.Glob(filepath.Join(d.root, "index.sqlite3.broken*"))
+	for _, name := range broken {
+		os.Remove(name)
+	}
+}
+
+// TestRebuildDamagedIndex flips bits in the index. Whatever they are, Rebuild ends with
+// a sound registry that has every artifact.
+func TestRebuildDamagedIndex(t *testing.T) {
+	t.Parallel()
+	d := newDamagedRoot(t)
+	ids := d.ids(t)
 	seed := rand.Uint64()
 	rng := rand.New(rand.NewPCG(seed, 0))
 	for range scaled(10, 60, 2000) {
@@ -225,36 +269,64 @@ func TestRebuildDamagedIndex(t *testing.T) {
 		index := slices.Clone(d.index)
 		index[at] ^= 1 << bit
 		d.putIndex(t, index)
-		report, err := ocilocal.Rebuild(t.Context(), d.root, nil)
-		if errors.Is(err, ocilocal.ErrNewerSchema) {
-			continue // which one can't know to be damage
-		}
-		if err != nil || len(report.Left)+len(report.Quarantined) != 0 {
-			t.Fatalf("seed %d: bit %d of byte %d: %v, %+v", seed, bit, at, err, report)
-		}
-		r := mustOpen(t, d.root)
-		collect(t, r, atOnce)
-		for name, id := range ids {
-			if _, err := r.LoadDigest(t.Context(), id); err != nil {
-				t.Errorf("%s: %v", name, err)
-			}
-			if desc, err := r.Resolve(t.Context(), ref(name)); err == nil && desc.Digest != id {
-				t.Errorf("%s is another's name now", name)
-			}
-		}
-		if got := problems(t, r, nil, nil); len(got) != 0 {
-			t.Errorf("found %q", got)
-		}
-		if _, err := r.Backup(t.Context(), filepath.Join(t.TempDir(), "backup"), nil); err != nil {
-			t.Error(err)
-		}
-		mustClose(t, r)
-		if t.Failed() {
+		if d.rebuild(t, ids); t.Failed() {
 			t.Fatalf("seed %d: bit %d of byte %d", seed, bit, at)
 		}
-		broken, _ := filepath.Glob(filepath.Join(d.root, "index.sqlite3.broken*"))
-		for _, name := range broken {
-			os.Remove(name)
+	}
+}
+
+// TestRebuildDamagedRows gives each column of each table other values, in a row of each kind. A
+// flipped bit may do that, and SQLite's own checks then find the index sound.
+//
+// A ref that points at another manifest is left out: nothing tells it from a ref that was moved.
+func TestRebuildDamagedRows(t *testing.T) {
+	t.Parallel()
+	d := newDamagedRoot(t)
+	ids := d.ids(t)
+	values := map[string][]string{ // the likeliest to matter first
+		"INTEGER": {"-32321", "446", "9223372036854775807", "-1", "0", "1", "447", "-9223372036854775808"},
+		"TEXT":    {"'manifest'", "''", "'sha256:' || lower(hex(zeroblob(32)))", "'sha256:' || hex(zeroblob(32))", "'layer'", "'config'", "'{}'", "'x'"},
+	}
+	kinds := map[string][]string{
+		"blobs":     {"kind = 'config'", "kind = 'layer'", "kind = 'manifest'"},
+		"manifests": {"true"},
+		"members":   {"role = 'config'", "role = 'layer'"},
+		"refs":      {"true"},
+	}
+	keys := map[string]string{"blobs": "digest", "manifests": "digest", "members": "manifest, position", "refs": "name, reference"}
+	db, err := sql.Open("sqlite", filepath.Join(d.root, "index.sqlite3"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	type column struct{ table, name, kind string }
+	var columns []column
+	rows, err := db.Query(`SELECT t.name, c.name, c.type FROM sqlite_schema t, pragma_table_info(t.name) c WHERE t.type = 'table' AND t.name <> 'meta'`)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for rows.Next() {
+		var c column
+		if err := rows.Scan(&c.table, &c.name, &c.kind); err != nil {
+			t.Fatal(err)
+		}
+		columns = append(columns, c)
+	}
+	if err := errors.Join(rows.Err(), rows.Close(), db.Close()); err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range columns {
+		if kinds[c.table] == nil || values[c.kind] == nil {
+			t.Fatalf("no rows or values for %+v", c)
+		}
+		for _, row := range kinds[c.table] {
+			for _, value := range values[c.kind][:scaled(3, 8, 8)] {
+				d.putIndex(t, d.index)
+				execIndex(t, d.root, fmt.Sprintf(`UPDATE OR IGNORE %[1]s SET %[2]s = %[3]s WHERE (%[4]s) = (SELECT %[4]s FROM %[1]s WHERE %[5]s LIMIT 1)`,
+					c.table, c.name, value, keys[c.table], row))
+				if d.rebuild(t, ids); t.Failed() {
+					t.Fatalf("%s.%s is %s where %s", c.table, c.name, value, row)
+				}
+			}
 		}
 	}
 }

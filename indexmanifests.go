@@ -14,6 +14,9 @@ import (
 const (
 	sqlPutBlob = `INSERT INTO blobs (digest, size, kind, created) VALUES (?, ?, ?, ?)
 		ON CONFLICT (digest) DO UPDATE SET size = excluded.size WHERE size <> excluded.size`
+	// The role in which a manifest needs it; else that of blobs that nothing needs.
+	sqlNotManifest = `UPDATE blobs SET kind = coalesce((SELECT min(role) FROM members WHERE digest = ?1 AND role <> ?2), ?3)
+		WHERE digest = ?1 AND kind = ?2 AND NOT EXISTS (SELECT 1 FROM manifests WHERE digest = ?1)`
 	sqlBlobSize   = `SELECT size FROM blobs WHERE digest = ?`
 	sqlHasBlob    = `SELECT 1 FROM blobs WHERE digest = ?`
 	sqlHasAnyBlob = `SELECT 1 FROM blobs LIMIT 1`
@@ -43,6 +46,12 @@ func (t *indexTx) manifest(d digest.Digest) (desc ocispec.Descriptor, ok bool, e
 // putBlob records a blob. kind is the role it was first seen in.
 func (t *indexTx) putBlob(d digest.Digest, size int64, kind role, now time.Time) error {
 	_, err := t.exec(sqlPutBlob, string(d), size, string(kind), now.UnixMicro())
+	return err
+}
+
+// notManifest corrects the row of a blob that says it is a manifest, and is not one.
+func (t *indexTx) notManifest(d digest.Digest) error {
+	_, err := t.exec(sqlNotManifest, string(d), string(roleManifest), string(roleLayer))
 	return err
 }
 

@@ -25,8 +25,9 @@ const (
 // A checkedBlob is the row of a blob as verification takes it.
 type checkedBlob struct {
 	digest   digest.Digest // not checked
-	size     int64
-	manifest bool // by its own row, or by that among the manifests
+	recorded bool          // it has a row
+	size     int64         // by its row, and so any number
+	manifest bool          // by its own row, or by that among the manifests
 }
 
 // blobsAfter visits the blobs in the order of their digests, after one of them.
@@ -37,7 +38,7 @@ func (x *index) blobsAfter(ctx context.Context, after digest.Digest, visit func(
 		if err = rows.Scan(&b.digest, &b.size, &b.manifest); err == nil && b.digest <= last {
 			err = errOutOfOrder
 		}
-		last = b.digest
+		last, b.recorded = b.digest, true
 		return b, err
 	}, after: func(b checkedBlob) []any { return []any{kind, string(b.digest)} }}
 	return p.each(ctx, x, []any{kind, string(after)}, visit)

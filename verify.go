@@ -128,10 +128,10 @@ type verification struct {
 
 // A verifyEntry is a digest of the index or of blobs/, on its way to a worker and back.
 type verifyEntry struct {
-	checkedBlob // size −1 for no row
-	problems    chan []Problem
-	bytesRead   int64
-	err         error // of the index or the process; ends the verification. Read after problems
+	checkedBlob
+	problems  chan []Problem
+	bytesRead int64
+	err       error // of the index or the process; ends the verification. Read after problems
 }
 
 func (v *verification) run(ctx context.Context, found func(Problem) error) error {
@@ -245,7 +245,7 @@ func (v *verification) files(ctx context.Context, found func(Problem) error) (fi
 func (v *verification) entries(ctx context.Context, files []digest.Digest, visit func(checkedBlob) error) error {
 	unrecorded := func(below digest.Digest) error { // "" for all
 		for len(files) > 0 && (below == "" || files[0] < below) {
-			if err := visit(checkedBlob{digest: files[0], size: -1}); err != nil {
+			if err := visit(checkedBlob{digest: files[0]}); err != nil {
 				return err
 			}
 			files = files[1:]

@@ -82,13 +82,13 @@ func (v *verification) blob(ctx context.Context, e *verifyEntry) (problems []Pro
 		add(ProblemUnreadable, err)
 		return problems
 	}
-	if e.size < 0 {
+	if !e.recorded {
 		add(ProblemUnrecorded, errors.New("the index does not know it"))
 	}
 	if file.Mode().Perm() != 0o444 && runtime.GOOS != "windows" {
 		add(ProblemMode, fmt.Errorf("mode is %v", file.Mode()))
 	}
-	if e.size >= 0 && file.Size() != e.size {
+	if e.recorded && file.Size() != e.size {
 		add(ProblemSize, fmt.Errorf("%w: file has %d bytes, the index says %d", ErrSizeMismatch, file.Size(), e.size))
 	}
 	if e.manifest {
