@@ -33,6 +33,8 @@ type blobStore struct {
 	release func() error // drops the session's lock
 	perm    fs.FileMode  // the permissions that a new session has here
 	algDirs map[digest.Algorithm]bool
+
+	verified map[string]fs.FileInfo // files that this handle has verified, by name: see noteVerified
 }
 
 // copyBufferSize makes a large blob cost few system calls, and is small enough that bytes are still
@@ -100,15 +102,24 @@ func (s *blobStore) openFile(d digest.Digest, size int64) (*os.File, int64, erro
 	if err := checkDigest(d); err != nil {
 		return nil, 0, err
 	}
-	f, err := s.root.OpenFile(blobPath(d), os.O_RDONLY|openNoFollow, 0)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil, 0, fmt.Errorf("blob %s: %w", d, ErrNotFound)
-	}
+	f, got, err := s.openNamed(blobPath(d), d, size)
 	if err != nil {
 		// A link is not followed. It is damage, and healed like any other.
 		if _, bad := s.size(d); errors.Is(bad, ErrDigestMismatch) {
 			err = bad
 		}
+		return nil, 0, err
+	}
+	return f, got, nil
+}
+
+// openNamed is openFile for a file of any name below the root that holds d.
+func (s *blobStore) openNamed(name string, d digest.Digest, size int64) (*os.File, int64, error) {
+	f, err := s.root.OpenFile(name, os.O_RDONLY|openNoFollow, 0)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, 0, fmt.Errorf("blob %s: %w", d, ErrNotFound)
+	}
+	if err != nil {
 		return nil, 0, err
 	}
 	got, err := checkRegular(f)

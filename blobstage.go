@@ -77,15 +77,24 @@ func (s *blobStore) newStage() *stage {
 //
 // Errors: [ErrDigestMismatch], [ErrSizeMismatch], and any error from ctx, src or the file system.
 func (st *stage) put(ctx context.Context, src io.Reader, alg digest.Algorithm, want digest.Digest, size int64) (digest.Digest, int64, error) {
+	sf, err := st.receive(ctx, src, alg, want, size)
+	if err != nil {
+		return "", 0, err
+	}
+	return sf.digest, sf.size, st.add(ctx, sf)
+}
+
+// receive is put without taking the file into the stage: it is the caller's.
+func (st *stage) receive(ctx context.Context, src io.Reader, alg digest.Algorithm, want digest.Digest, size int64) (*stagedFile, error) {
 	if want != "" {
 		if err := checkDigest(want); err != nil {
-			return "", 0, err
+			return nil, err
 		}
 		alg = want.Algorithm()
 	}
 	f, err := st.create()
 	if err != nil {
-		return "", 0, err
+		return nil, err
 	}
 	w := &hashingWriter{file: f, hash: newHash(alg), store: st.store}
 	in := io.Reader(&ctxReader{ctx, src})
@@ -93,7 +102,7 @@ func (st *stage) put(ctx context.Context, src io.Reader, alg digest.Algorithm, w
 		in = io.LimitReader(in, size+1)
 	}
 	n, err := st.store.copy(w, in)
-	return st.complete(ctx, w, n, err, alg, want, size)
+	return st.complete(w, n, err, alg, want, size)
 }
 
 // putFile is put for a file whose digest and size are known. Where the kernel can,
@@ -117,13 +126,16 @@ func (st *stage) putFile(ctx context.Context, src *os.File, want digest.Digest, 
 	} else {
 		n, err = st.store.copy(w, io.LimitReader(&ctxReader{ctx, src}, size+1))
 	}
-	_, _, err = st.complete(ctx, w, n, err, want.Algorithm(), want, size)
-	return err
+	sf, err := st.complete(w, n, err, want.Algorithm(), want, size)
+	if err != nil {
+		return err
+	}
+	return st.add(ctx, sf)
 }
 
-// complete takes a file into the stage after n bytes of it were written. If its digest or size is
-// wrong, or err is set, it removes the file.
-func (st *stage) complete(ctx context.Context, w *hashingWriter, n int64, err error, alg digest.Algorithm, want digest.Digest, size int64) (digest.Digest, int64, error) {
+// complete finishes a file after n bytes of it were written. If its digest or size is wrong, or err
+// is set, it removes the file.
+func (st *stage) complete(w *hashingWriter, n int64, err error, alg digest.Algorithm, want digest.Digest, size int64) (*stagedFile, error) {
 	f := w.file
 	got := digest.NewDigest(alg, w.hash)
 	switch {
@@ -139,9 +151,9 @@ func (st *stage) complete(ctx context.Context, w *hashingWriter, n int64, err er
 	}
 	if err != nil {
 		f.Close()
-		return "", 0, errors.Join(err, st.store.root.Remove(f.name))
+		return nil, errors.Join(err, st.store.root.Remove(f.name))
 	}
-	return got, n, st.add(ctx, &stagedFile{name: f.name, digest: got, size: n, file: f})
+	return &stagedFile{name: f.name, digest: got, size: n, file: f}, nil
 }
 
 // putBytes is put for bytes in memory. It writes nothing if the store has a good blob of them.

@@ -22,6 +22,9 @@ import (
 //	tmp/partial/<digest>/    the pull that completes the blob; a collection when it is old and not
 //	                         locked. Mark: a digest for a name; a directory that has nothing but data.
 //	tmp/quarantine/<digest>  a collection when it is old. Mark: a digest for a name; a regular file.
+//	tmp/held/<period>/<repository>/<digest>
+//	                         a collection when the period is old: see heldDir. Mark: a number, a
+//	                         SHA-256 and a digest for names; a regular file.
 //
 // Directories are not removed with whatever is in them, but entry by entry, without entering a
 // directory, a link or a mount, and at last by a call that fails for a directory that is not empty.
@@ -213,7 +216,7 @@ func (s *blobStore) checkTmp() error {
 	var dirs []string
 	err = each(s.tmp, func(name string, fi fs.FileInfo) bool {
 		dirs = append(dirs, name)
-		return fi.IsDir() && (isTempName(name) || name == partialDir || name == quarantineDir)
+		return fi.IsDir() && (isTempName(name) || name == partialDir || name == quarantineDir || name == heldDir)
 	})
 	if err != nil {
 		return err
@@ -223,6 +226,9 @@ func (s *blobStore) checkTmp() error {
 			switch dir {
 			case partialDir:
 				return fi.IsDir() && isDigestName(name)
+			case heldDir:
+				_, period := periodEnd(name)
+				return fi.IsDir() && period
 			case quarantineDir:
 				return fi.Mode().IsRegular() && isDigestName(name)
 			}

@@ -55,6 +55,9 @@ var (
 	// missing, so it can't be published.
 	ErrIncomplete = errors.New("artifact is incomplete")
 
+	// ErrInUse: something in the repository needs the content, so it can't be deleted.
+	ErrInUse = errors.New("content is needed")
+
 	// ErrInvalidReference: the text is not a reference.
 	ErrInvalidReference = errors.New("invalid reference")
 	// ErrBareName: content that is imported has a name that is not a full reference, such as a tag,

@@ -24,6 +24,11 @@ type GCOptions struct {
 	// artifact, whether or not a ref points at it. An artifact that was replaced is then kept as
 	// long as the one that it was derived from.
 	DropReferrers bool
+	// Held is for how long blobs stay that were put into a repository and that no manifest there
+	// names: see [Repository.PutBlob]. Zero means 24 hours. It is at least that long, and up to six
+	// hours longer. The grace does not matter. [NoGrace] deletes them at once, and so breaks pushes
+	// that are under way.
+	Held time.Duration
 }
 
 // NoGrace, as [GCOptions.Grace], deletes unneeded content whatever its age.
@@ -38,6 +43,20 @@ func (o *GCOptions) grace() time.Duration {
 	}
 	return o.Grace
 }
+
+// heldBefore returns the moment before which a period must have ended for what was held in it to go.
+func (o *GCOptions) heldBefore(now time.Time) time.Time {
+	switch {
+	case o.Held == 0:
+		return now.Add(-defaultHeld)
+	case o.Held < 0:
+		return now.Add(heldPeriod)
+	}
+	return now.Add(-o.Held)
+}
+
+// defaultHeld is for how long what was put into a repository is held there.
+const defaultHeld = 24 * time.Hour
 
 // young reports whether a collection that began at began keeps content for its age. With [NoGrace]
 // it keeps what was written since it began, but not what a wrong clock has dated into the future.
@@ -199,6 +218,9 @@ func (r *LocalRegistry) sweepTmp(ctx context.Context, opts *GCOptions) error {
 		return err
 	}
 	began := time.Now()
+	if err := r.blobs.sweepHeld(ctx, opts.heldBefore(began)); err != nil {
+		return err
+	}
 	for dir, sweep := range map[string]func(name string) error{partialDir: r.blobs.sweepPartial, quarantineDir: r.blobs.sweepQuarantined} {
 		dir = path.Join(tmpDir, dir)
 		if fi, err := r.root.Lstat(dir); err != nil || !fi.IsDir() {

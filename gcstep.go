@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
 // A collection deletes in steps. Each step is one short write transaction, alone in its commit,
@@ -163,6 +164,16 @@ func (s *gcSweep) step(ctx context.Context, todo []int32, rows bool) (n int, err
 		n = 0
 	}
 	return n, err
+}
+
+// collectOne deletes a manifest if nothing needs it and nothing refers to it. It does not matter
+// whether its subject is kept. What it needs is left to the next collection.
+func (r *LocalRegistry) collectOne(ctx context.Context, desc ocispec.Descriptor) error {
+	g := &gcGraph{registry: r, opts: GCOptions{Grace: NoGrace, DropReferrers: true}, began: time.Now()}
+	g.nodes = []gcNode{{digest: desc.Digest, size: desc.Size, manifest: true, row: true, file: true, subject: -1}}
+	s := &gcSweep{gcGraph: g, gone: map[digest.Digest]bool{}, revived: map[digest.Digest]bool{}}
+	_, err := s.step(ctx, []int32{0}, true)
+	return err
 }
 
 // prepare makes sure, before the first file goes, that no hidden commit can come back that needs

@@ -31,7 +31,7 @@ var families = map[string]family{
 	"doc": {0, ""}, "errors": {0, ""}, "digest": {0, ""}, "reference": {0, ""}, "json": {0, ""}, "manifest": {0, ""}, "ommx": {0, ""}, "tasks": {0, ""}, "root": {0, ""},
 	"blob": {1, ""}, "index": {1, ""},
 	"registry": {2, ""}, "publish": {2, ""}, "ref": {2, ""}, "artifact": {2, ""}, "builder": {2, ""},
-	"graph": {2, ""}, "gc": {3, ""}, "verify": {3, ""}, "stats": {3, ""}, "lineage": {3, ""}, "convert": {3, ""}, "backup": {4, ""},
+	"graph": {2, ""}, "gc": {3, ""}, "repository": {3, ""}, "verify": {3, ""}, "stats": {3, ""}, "lineage": {3, ""}, "convert": {3, ""}, "backup": {4, ""},
 	"import": {4, ""}, "importoci": {4, "oci"}, "archive": {4, "archive"}, "importlegacy": {5, "ommx"}, "importommx": {6, "ommx"},
 	"export": {5, "export"}, "importload": {6, ""},
 	"remote": {2, "remote"}, "pull": {5, "remote"}, "push": {5, "remote"},

@@ -1,0 +1,324 @@
+package ocilocal
+
+import (
+	"context"
+	"crypto/rand"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path"
+	"strconv"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+)
+
+// A client sends the blobs of an artifact first and its manifest last. Until then no row of the
+// index says that they are needed, so below blobs/ the next collection would delete them. They wait
+// below tmp/ instead, each held for the repository that it was sent to:
+//
+//	tmp/held/<period>/<repository>/<algorithm>-<encoded>
+//
+// The files are complete and verified, and every process sees them. They are not durable: only the
+// publish of the manifest that names one syncs it and links it into blobs/. That saves an fsync and
+// a transaction for each blob. After a power cut a file can be damaged, so a publish reads it again
+// unless this handle has done so before, and takes a damaged one for missing.
+//
+// A held file stays when a manifest names it, because another client of the repository may have
+// been told that it is there. It is a second link to the bytes, and costs no space. Collections
+// remove whole periods that are old enough. Nothing is written into the directory of a period that
+// has ended, so a collection cannot remove a blob that has just been held again.
+
+// heldDir is where held blobs are, below tmp/.
+const heldDir = "held"
+
+// heldPeriod is for how long new blobs are held in the same directory.
+const heldPeriod = 6 * time.Hour
+
+// periodOf returns the directory name of the period that holds a moment.
+func periodOf(t time.Time) string {
+	return strconv.FormatInt(t.Unix()/int64(heldPeriod/time.Second), 10)
+}
+
+// periodEnd returns when a period ends, and false for a name that is not a period's.
+func periodEnd(name string) (time.Time, bool) {
+	n, err := strconv.ParseInt(name, 10, 64)
+	if err != nil || n < 0 || strconv.FormatInt(n, 10) != name || n > int64(1)<<40 {
+		return time.Time{}, false
+	}
+	return time.Unix((n+1)*int64(heldPeriod/time.Second), 0), true
+}
+
+// heldName is a repository's name as one part of a path. A name can be longer than that may be, and
+// have characters that some systems don't take.
+func heldName(repository string) string {
+	sum := sha256.Sum256([]byte(repository))
+	return hex.EncodeToString(sum[:])
+}
+
+func isHeldName(name string) bool {
+	return checkDigest(digest.NewDigestFromEncoded(digest.SHA256, name)) == nil
+}
+
+// hold moves a complete file of this root, below tmp/, to where blobs are held. verified says that
+// this handle has compared the bytes with d.
+func (s *blobStore) hold(repository, file string, d digest.Digest, verified bool) (err error) {
+	held := path.Join(s.tmp, heldDir)
+	for range 10 { // a collection may remove the directories in between
+		period := path.Join(held, periodOf(time.Now()))
+		dir := path.Join(period, heldName(repository))
+		name := path.Join(dir, digestName(d))
+		if err = s.root.Rename(file, name); err == nil {
+			if fi, err := s.root.Lstat(name); err == nil && verified {
+				s.noteVerified(name, fi)
+			}
+			return nil
+		}
+		if !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+		if _, missing := s.root.Lstat(file); missing != nil {
+			return missing
+		}
+		for _, dir := range []string{held, period, dir} {
+			if err := s.root.makeDir(dir, 0o700); err != nil && !errors.Is(err, fs.ErrNotExist) {
+				return err
+			}
+		}
+	}
+	return err
+}
+
+// holdLink holds a blob that is here under another name: below blobs/, or held for another
+// repository.
+func (s *blobStore) holdLink(ctx context.Context, repository, name string, d digest.Digest) error {
+	dir, err := s.enter()
+	if err != nil {
+		return err
+	}
+	link := path.Join(dir, rand.Text())
+	err = s.root.Link(name, link)
+	if linkUnsupported(err) {
+		f, err := s.root.OpenFile(name, os.O_RDONLY|openNoFollow, 0)
+		if err != nil {
+			return err
+		}
+		_, err = s.holdNew(ctx, repository, f, d.Algorithm(), d, -1)
+		return errors.Join(err, f.Close())
+	}
+	if err != nil {
+		return err
+	}
+	err = s.hold(repository, link, d, s.wasVerified(name))
+	// Renaming a link to the file that has the new name already leaves the old name.
+	return errors.Join(err, ignoreNotExist(s.root.Remove(link)))
+}
+
+// holdNew holds the bytes of src, and returns their descriptor. The arguments and the errors are
+// those of [stage.put].
+func (s *blobStore) holdNew(ctx context.Context, repository string, src io.Reader, alg digest.Algorithm, want digest.Digest, size int64) (ocispec.Descriptor, error) {
+	st := s.newStage()
+	sf, err := st.receive(ctx, src, alg, want, size)
+	if err != nil {
+		return ocispec.Descriptor{}, err
+	}
+	sf.file.start(0, 0) // on its way to the disk by the time that the manifest comes
+	err = sf.file.Close()
+	sf.file = nil
+	if err == nil {
+		err = s.hold(repository, sf.name, sf.digest, true)
+	}
+	if err != nil {
+		return ocispec.Descriptor{}, errors.Join(err, st.drop(sf))
+	}
+	return ocispec.Descriptor{MediaType: mediaTypeBlob, Digest: sf.digest, Size: sf.size}, nil
+}
+
+// mediaTypeBlob is the media type of content of which only the bytes are known.
+const mediaTypeBlob = "application/octet-stream"
+
+// heldFile returns the name and size of a held blob, and [ErrNotFound] if the repository holds none.
+func (s *blobStore) heldFile(repository string, d digest.Digest) (name string, size int64, err error) {
+	if err := checkDigest(d); err != nil {
+		return "", 0, err
+	}
+	newest := time.Time{}
+	err = s.eachHeld(repository, d, func(file string, end time.Time, fi fs.FileInfo) error {
+		if fi.Mode().IsRegular() && end.After(newest) {
+			name, size, newest = file, fi.Size(), end
+		}
+		return nil
+	})
+	if err == nil && name == "" {
+		err = fmt.Errorf("blob %s: %w", d, ErrNotFound)
+	}
+	return name, size, err
+}
+
+// eachHeld visits a held blob in each period that has it.
+func (s *blobStore) eachHeld(repository string, d digest.Digest, visit func(file string, end time.Time, fi fs.FileInfo) error) error {
+	held := path.Join(s.tmp, heldDir)
+	return s.root.eachEntry(context.Background(), held, func(period string) error {
+		end, ok := periodEnd(period)
+		if !ok {
+			return nil
+		}
+		file := path.Join(held, period, heldName(repository), digestName(d))
+		fi, err := s.root.Lstat(file)
+		if err == nil {
+			err = visit(file, end, fi)
+		}
+		return ignoreNotExist(err)
+	})
+}
+
+// releaseHeld removes a held blob from a repository, and reports whether there was one.
+func (s *blobStore) releaseHeld(repository string, d digest.Digest) (released bool, err error) {
+	err = s.eachHeld(repository, d, func(file string, _ time.Time, fi fs.FileInfo) error {
+		if !fi.Mode().IsRegular() {
+			return nil
+		}
+		released = true
+		return s.root.Remove(file)
+	})
+	return released, err
+}
+
+// sweepHeld removes the held blobs of every period that ended before a moment. It removes regular
+// files with names of ours, and then the directories if nothing else is in them.
+func (s *blobStore) sweepHeld(ctx context.Context, before time.Time) error {
+	held := path.Join(s.tmp, heldDir)
+	if fi, err := s.root.Lstat(held); err != nil || !fi.IsDir() {
+		return ignoreNotExist(err)
+	}
+	err := s.root.eachEntry(ctx, held, func(period string) error {
+		end, ok := periodEnd(period)
+		if !ok || end.After(before) {
+			return nil
+		}
+		period = path.Join(held, period)
+		if fi, err := s.root.Lstat(period); err != nil || !fi.IsDir() {
+			return ignoreNotExist(err)
+		}
+		err := s.root.eachEntry(ctx, period, func(repository string) error {
+			dir := path.Join(period, repository)
+			fi, err := s.root.Lstat(dir)
+			if err != nil || !fi.IsDir() || !isHeldName(repository) {
+				return ignoreNotExist(err)
+			}
+			return s.removeDir(dir, isDigestName)
+		})
+		return errors.Join(err, s.root.removeEmpty(period))
+	})
+	return errors.Join(err, s.root.removeEmpty(held))
+}
+
+// takeHeld takes a held blob into the stage: its bytes are verified, unless this handle has
+// verified the same file before, and are synced before they get their name below blobs/.
+//
+// Errors: [ErrNotFound] for a blob that is not held or is damaged, and any error from ctx or the
+// file system.
+func (st *stage) takeHeld(ctx context.Context, repository string, d digest.Digest) error {
+	if st.has(d) {
+		return nil
+	}
+	s := st.store
+	held, size, err := s.heldFile(repository, d)
+	if err != nil {
+		return err
+	}
+	dir, err := s.enter()
+	if err != nil {
+		return err
+	}
+	verified := s.wasVerified(held)
+	sf := &stagedFile{name: path.Join(dir, rand.Text()), digest: d, size: size}
+	switch err := s.root.Link(held, sf.name); {
+	case linkUnsupported(err):
+		f, err := s.root.OpenFile(held, os.O_RDONLY|openNoFollow, 0)
+		if err == nil {
+			_, _, err = st.put(ctx, f, "", d, size)
+			err = errors.Join(err, f.Close())
+		}
+		return notHeld(d, err)
+	case err != nil:
+		return notHeld(d, err)
+	}
+	if sf.file, err = s.root.openFile(sf.name, os.O_RDONLY, 0); err == nil {
+		sf.size, err = checkRegular(sf.file)
+	}
+	if err == nil && !verified {
+		_, err = s.verifier(ctx, sf.file, d, sf.size).WriteTo(io.Discard)
+	}
+	if err != nil {
+		if sf.file != nil {
+			err = errors.Join(err, sf.file.Close())
+		}
+		return notHeld(d, errors.Join(err, s.root.Remove(sf.name)))
+	}
+	return st.add(ctx, sf)
+}
+
+// notHeld makes [ErrNotFound] of the error for a held file that is gone or damaged.
+func notHeld(d digest.Digest, err error) error {
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, ErrDigestMismatch) || errors.Is(err, ErrSizeMismatch) {
+		return fmt.Errorf("blob %s: %w", d, ErrNotFound)
+	}
+	return err
+}
+
+// maxVerified bounds how many files a handle remembers as verified.
+const maxVerified = 4096
+
+// noteVerified remembers that this handle has verified a file, so that it need not read it again to
+// serve parts of it or to publish it. It holds for this very file, as long as nobody writes to it.
+func (s *blobStore) noteVerified(name string, fi fs.FileInfo) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.verified == nil || len(s.verified) >= maxVerified {
+		s.verified = map[string]fs.FileInfo{}
+	}
+	s.verified[name] = fi
+}
+
+// isVerified reports whether a file of a name is one that this handle has verified.
+func (s *blobStore) isVerified(name string, fi fs.FileInfo) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	was := s.verified[name]
+	return was != nil && os.SameFile(was, fi) && was.Size() == fi.Size() && was.ModTime().Equal(fi.ModTime())
+}
+
+// wasVerified is isVerified for the file that has the name now.
+func (s *blobStore) wasVerified(name string) bool {
+	fi, err := s.root.Lstat(name)
+	return err == nil && s.isVerified(name, fi)
+}
+
+// openVerified opens a file that holds d for reading at any place. It reads all of it first, unless
+// this handle has verified the same file before.
+func (s *blobStore) openVerified(ctx context.Context, name string, d digest.Digest) (*os.File, int64, error) {
+	f, size, err := s.openNamed(name, d, -1)
+	if err != nil {
+		return nil, 0, err
+	}
+	fi, err := f.Stat()
+	if err == nil && !s.isVerified(name, fi) {
+		// The same open file is verified and handed out, whatever its name comes to mean.
+		if _, err = s.verifier(ctx, f, d, size).WriteTo(io.Discard); err == nil {
+			_, err = f.Seek(0, io.SeekStart)
+		}
+		if err == nil {
+			s.noteVerified(name, fi)
+		}
+	}
+	if err != nil {
+		return nil, 0, errors.Join(err, f.Close())
+	}
+	return f, size, nil
+}

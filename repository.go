@@ -1,0 +1,345 @@
+package ocilocal
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"iter"
+
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+)
+
+// A Repository is a view of one name (registry/repository) in a registry, by which raw content is
+// put, read and deleted as over the distribution API. It is safe for concurrent use, and needs its
+// registry open.
+//
+// It shows what refs of the name lead to, what was put into it by digest, and the referrers of
+// these that are in the registry without a name. Other content of the registry is not found, even
+// if its digest is known.
+//
+// Its methods Fetch, Exists, Push, Resolve, Tag, Untag, Predecessors, Delete and Tags have the
+// signatures that oras-go asks of a target, so oras.Copy and oras.ExtendedCopy take it.
+type Repository struct {
+	registry *LocalRegistry
+	name     string
+}
+
+// Repository returns the view of a name, such as "localhost/org/app" or "ghcr.io/org/app". The name
+// is read as [ParseReference] reads the part before the tag. It need not have any content yet.
+//
+// Error: [ErrInvalidReference].
+func (r *LocalRegistry) Repository(name string) (*Repository, error) {
+	canonical, err := canonicalName(name)
+	if err != nil {
+		return nil, opError("look at repository", name, "", err)
+	}
+	return &Repository{registry: r, name: canonical}, nil
+}
+
+// Name returns the canonical name, registry and repository.
+func (p *Repository) Name() string { return p.name }
+
+// reference returns the Reference of a tag or digest here.
+func (p *Repository) reference(tagOrDigest string) (Reference, error) {
+	return referenceFromKey(p.name, tagOrDigest)
+}
+
+// begin keeps the registry open until end is called.
+func (p *Repository) begin(ctx context.Context) (end func(), err error) {
+	return p.registry.begin(ctx)
+}
+
+// shows reports whether the repository shows a published manifest or blob.
+func (p *Repository) shows(q queryer, d digest.Digest) (bool, error) {
+	return shown(q, p.name, d, true)
+}
+
+// locate returns the file and size of content that the repository shows: held, or below blobs/.
+// Errors: [ErrNotFound], [ErrInvalidDigest], and any error of the index or the file system.
+func (p *Repository) locate(d digest.Digest) (name string, size int64, err error) {
+	store := p.registry.blobs
+	name, size, err = store.heldFile(p.name, d)
+	if !errors.Is(err, ErrNotFound) {
+		return name, size, err
+	}
+	ok, err := p.shows(p.registry.index, d)
+	if err == nil && !ok {
+		err = fmt.Errorf("%s in %s: %w", d, p.name, ErrNotFound)
+	}
+	if err == nil {
+		size, err = store.size(d)
+	}
+	return blobPath(d), size, err
+}
+
+// manifest returns the descriptor of a manifest that the repository shows.
+func (p *Repository) manifest(q queryer, d digest.Digest) (ocispec.Descriptor, error) {
+	if err := checkDigest(d); err != nil {
+		return ocispec.Descriptor{}, err
+	}
+	desc, ok, err := manifestRow(q, d)
+	if err == nil && ok {
+		ok, err = p.shows(q, d)
+	}
+	if err == nil && !ok {
+		err = fmt.Errorf("manifest %s in %s: %w", d, p.name, ErrNotFound)
+	}
+	return desc, err
+}
+
+// Stat returns the descriptor of a manifest or blob: for a manifest with its media type and
+// artifact type, for a blob with the media type application/octet-stream. It reads no content.
+//
+// Errors: [ErrNotFound], [ErrInvalidDigest], [ErrCorruptIndex], [ErrIndexIO], and any error from
+// ctx or the file system.
+func (p *Repository) Stat(ctx context.Context, d digest.Digest) (_ ocispec.Descriptor, err error) {
+	desc, err := p.StatManifest(ctx, d)
+	if errors.Is(err, ErrNotFound) {
+		return p.StatBlob(ctx, d)
+	}
+	return desc, err
+}
+
+// StatManifest is Stat for manifests alone.
+func (p *Repository) StatManifest(ctx context.Context, d digest.Digest) (_ ocispec.Descriptor, err error) {
+	defer addOp(&err, "look for manifest in", p.name, d)
+	end, err := p.begin(ctx)
+	if err != nil {
+		return ocispec.Descriptor{}, err
+	}
+	defer end()
+	return p.manifest(p.registry.index, d)
+}
+
+// StatBlob is Stat that takes a manifest, too, for a blob.
+func (p *Repository) StatBlob(ctx context.Context, d digest.Digest) (_ ocispec.Descriptor, err error) {
+	defer addOp(&err, "look for blob in", p.name, d)
+	end, err := p.begin(ctx)
+	if err != nil {
+		return ocispec.Descriptor{}, err
+	}
+	defer end()
+	_, size, err := p.locate(d)
+	if err != nil {
+		return ocispec.Descriptor{}, err
+	}
+	return ocispec.Descriptor{MediaType: mediaTypeBlob, Digest: d, Size: size}, nil
+}
+
+// Exists reports whether the repository shows content of that digest and size.
+//
+// Errors are those of [Repository.Stat], except [ErrNotFound].
+func (p *Repository) Exists(ctx context.Context, desc ocispec.Descriptor) (bool, error) {
+	got, err := p.StatBlob(ctx, desc.Digest)
+	if errors.Is(err, ErrNotFound) {
+		return false, nil
+	}
+	return err == nil && got.Size == desc.Size, err
+}
+
+// Fetch returns a reader of a manifest or blob that verifies size and digest on the way, as
+// [LocalRegistry.OpenBlob] does. A Size of −1 is unknown. ctx governs the reads too.
+//
+// Errors, from the call or from Read: those of [Repository.Stat], [ErrSizeMismatch] and
+// [ErrDigestMismatch].
+func (p *Repository) Fetch(ctx context.Context, desc ocispec.Descriptor) (_ io.ReadCloser, err error) {
+	defer addOp(&err, "fetch from", p.name, desc.Digest)
+	end, err := p.begin(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer end()
+	name, _, err := p.locate(desc.Digest)
+	if err != nil {
+		return nil, err
+	}
+	store := p.registry.blobs
+	f, size, err := store.openNamed(name, desc.Digest, desc.Size)
+	if err != nil {
+		return nil, err
+	}
+	return store.verifier(ctx, f, desc.Digest, size), nil
+}
+
+// OpenFile returns a manifest or blob for access at any place. Its bytes are verified when this
+// handle of the registry opens it for the first time.
+//
+// Errors are those of [Repository.Stat], [ErrSizeMismatch] and [ErrDigestMismatch].
+func (p *Repository) OpenFile(ctx context.Context, d digest.Digest) (_ *BlobFile, err error) {
+	defer addOp(&err, "open in", p.name, d)
+	end, err := p.begin(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer end()
+	name, _, err := p.locate(d)
+	if err != nil {
+		return nil, err
+	}
+	f, size, err := p.registry.blobs.openVerified(ctx, name, d)
+	if err != nil {
+		return nil, err
+	}
+	return &BlobFile{f: f, size: size}, nil
+}
+
+// Resolve returns the descriptor of the manifest that a tag or digest of the repository names. It
+// reads only the index.
+//
+// Errors: [ErrNotFound], [ErrInvalidReference], [ErrCorruptIndex], [ErrIndexIO], and any error from
+// ctx.
+func (p *Repository) Resolve(ctx context.Context, reference string) (_ ocispec.Descriptor, err error) {
+	defer addOp(&err, "resolve in "+p.name, reference, "")
+	ref, err := p.reference(reference)
+	if err != nil {
+		return ocispec.Descriptor{}, err
+	}
+	end, err := p.begin(ctx)
+	if err != nil {
+		return ocispec.Descriptor{}, err
+	}
+	defer end()
+	if ref.Digest() != "" {
+		return p.manifest(p.registry.index, ref.Digest())
+	}
+	return p.registry.resolve(ref)
+}
+
+// Tag points a tag of the repository at a manifest that the repository shows. A tag that points
+// elsewhere is moved: [Repository.PutManifest] and [LocalRegistry.Tag] have policies. The digest of
+// the manifest, as reference, keeps the manifest until [Repository.Untag] or Delete.
+//
+// Errors: [ErrNotFound], [ErrInvalidReference], [ErrDigestMismatch] for another digest as
+// reference, and those of [LocalRegistry.Tag].
+func (p *Repository) Tag(ctx context.Context, desc ocispec.Descriptor, reference string) (err error) {
+	defer addOp(&err, "tag in "+p.name, reference, desc.Digest)
+	ref, err := p.reference(reference)
+	if err != nil {
+		return err
+	}
+	end, err := p.registry.beginWrite(ctx)
+	if err != nil {
+		return err
+	}
+	defer end()
+	if _, err := p.manifest(p.registry.index, desc.Digest); err != nil {
+		return err
+	}
+	_, err = p.registry.tag(ctx, desc.Digest, ref, &PublishOptions{Policy: Replace})
+	return err
+}
+
+// Tags calls fn with the tags of the repository after last, in order, a page at a time. last is ""
+// for all, and need not exist. fn may use the registry. Its error ends the listing.
+//
+// Errors: those of fn, [ErrCorruptIndex], [ErrIndexIO], and any error from ctx.
+func (p *Repository) Tags(ctx context.Context, last string, fn func(tags []string) error) error {
+	for {
+		page, err := p.TagList(ctx, last, listPage)
+		if err != nil {
+			return err
+		}
+		if len(page) > 0 {
+			if err := fn(page); err != nil {
+				return err
+			}
+			last = page[len(page)-1]
+		}
+		if len(page) < listPage {
+			return nil
+		}
+	}
+}
+
+// TagList returns at most limit tags of the repository after last, in order, which need not exist.
+//
+// Errors: [ErrCorruptIndex], [ErrIndexIO], and any error from ctx.
+func (p *Repository) TagList(ctx context.Context, last string, limit int) (tags []string, err error) {
+	defer addOp(&err, "list tags of", p.name, "")
+	for limit > len(tags) {
+		n := min(limit-len(tags), listPage)
+		page, err := p.registry.page(ctx, p.name, last, p.name+"\x00", n)
+		if err != nil {
+			return nil, err
+		}
+		for _, ref := range page {
+			last = ref.Reference.Tag()
+			if d := ref.Reference.Digest(); d != "" {
+				// Any number of refs by digest may follow. No tag lies between them.
+				last = string(d.Algorithm()) + ":~"
+				continue
+			}
+			tags = append(tags, last)
+		}
+		if len(page) < n {
+			break
+		}
+	}
+	return tags, nil
+}
+
+// Predecessors returns the manifests in the repository that point at desc: its referrers, with their
+// annotations, and the manifests that need it. Both are read from the index, in pages.
+//
+// Errors: [ErrInvalidDigest], [ErrCorruptIndex], [ErrIndexIO], and any error from ctx.
+func (p *Repository) Predecessors(ctx context.Context, desc ocispec.Descriptor) (found []ocispec.Descriptor, err error) {
+	for d, err := range p.Referrers(ctx, desc.Digest, nil) {
+		if err != nil {
+			return nil, err
+		}
+		found = append(found, d)
+	}
+	defer addOp(&err, "find predecessors in", p.name, desc.Digest)
+	end, err := p.begin(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer end()
+	x := p.registry.index
+	err = pointers(ctx, x, desc.Digest, false, func(d digest.Digest) error {
+		parent, err := p.manifest(x, d)
+		if errors.Is(err, ErrNotFound) {
+			return nil
+		}
+		found = append(found, parent)
+		return err
+	})
+	if err != nil {
+		return nil, err
+	}
+	return found, nil
+}
+
+// Referrers is [LocalRegistry.Referrers] of what the repository shows.
+func (p *Repository) Referrers(ctx context.Context, subject digest.Digest, opts *ReferrersOptions) iter.Seq2[ocispec.Descriptor, error] {
+	var o ReferrersOptions
+	if opts != nil {
+		o = *opts
+	}
+	limit := o.Limit
+	o.Limit = 0
+	return func(yield func(ocispec.Descriptor, error) bool) {
+		n := 0
+		for d, err := range p.registry.Referrers(ctx, subject, &o) {
+			shown := false
+			if err == nil {
+				err = p.registry.within(ctx, func() (err error) {
+					shown, err = p.shows(p.registry.index, d.Digest)
+					return opError("list referrers in", p.name, subject, err)
+				})
+			}
+			if err != nil {
+				yield(ocispec.Descriptor{}, err)
+				return
+			}
+			if !shown {
+				continue
+			}
+			if n++; !yield(d, nil) || n == limit {
+				return
+			}
+		}
+	}
+}

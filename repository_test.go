@@ -1,0 +1,261 @@
+package ocilocal_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/ocilocal/ocilocal"
+)
+
+func repository(t testing.TB, r *ocilocal.LocalRegistry, name string) *ocilocal.Repository {
+	t.Helper()
+	p, err := r.Repository(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return p
+}
+
+// blobOf returns the descriptor of a text as a blob.
+func blobOf(text string) ocispec.Descriptor {
+	return ocispec.Descriptor{MediaType: "text/plain", Digest: digest.FromString(text), Size: int64(len(text))}
+}
+
+// manifestOf returns the descriptor of a manifest's or index's text.
+func manifestOf(text string) ocispec.Descriptor {
+	d := blobOf(text)
+	d.MediaType = ocispec.MediaTypeImageManifest
+	if strings.Contains(text, `"manifests"`) {
+		d.MediaType = ocispec.MediaTypeImageIndex
+	}
+	return d
+}
+
+// push pushes content as oras does, the manifest last.
+func push(t testing.TB, p *ocilocal.Repository, manifest string, blobs ...string) ocispec.Descriptor {
+	t.Helper()
+	for _, b := range blobs {
+		if err := p.Push(t.Context(), blobOf(b), strings.NewReader(b)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	desc := manifestOf(manifest)
+	if err := p.Push(t.Context(), desc, strings.NewReader(manifest)); err != nil {
+		t.Fatal(err)
+	}
+	return desc
+}
+
+// pushImage pushes an image with one layer under a tag, or by digest.
+func pushImage(t testing.TB, p *ocilocal.Repository, tag, layer string) ocispec.Descriptor {
+	t.Helper()
+	manifest, config := image(layer)
+	desc := push(t, p, manifest, config, layer)
+	if tag != "" {
+		if err := p.Tag(t.Context(), desc, tag); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return desc
+}
+
+// fetched reads content through the view.
+func fetched(p *ocilocal.Repository, desc ocispec.Descriptor) (string, error) {
+	rc, err := p.Fetch(context.Background(), desc)
+	if err != nil {
+		return "", err
+	}
+	b, err := io.ReadAll(rc)
+	return string(b), errors.Join(err, rc.Close())
+}
+
+// TestRepository: what is pushed is shown by tag and digest, in this repository and in no other, and
+// survives a collection without grace.
+func TestRepository(t *testing.T) {
+	r := openTemp(t, nil)
+	p, other := repository(t, r, "localhost/org/app"), repository(t, r, "localhost/org/other")
+	manifest, config := image("layer")
+	desc := push(t, p, manifest, config, "layer")
+	shown := func(p *ocilocal.Repository, want bool) {
+		t.Helper()
+		for text, d := range map[string]ocispec.Descriptor{manifest: desc, config: blobOf(config), "layer": blobOf("layer")} {
+			ok, err := p.Exists(t.Context(), d)
+			if ok != want || err != nil {
+				t.Errorf("%s: %v, %v", d.Digest, ok, err)
+			}
+			got, err := fetched(p, d)
+			if want && (got != text || err != nil) || !want && !errors.Is(err, ocilocal.ErrNotFound) {
+				t.Errorf("%q, %v", got, err)
+			}
+			stat, err := p.Stat(t.Context(), d.Digest)
+			if want && (stat.Size != d.Size || err != nil) || !want && !errors.Is(err, ocilocal.ErrNotFound) {
+				t.Errorf("%+v, %v", stat, err)
+			}
+		}
+		got, err := p.Resolve(t.Context(), desc.Digest.String())
+		if want && (got.Digest != desc.Digest || got.MediaType != desc.MediaType || err != nil) || !want && !errors.Is(err, ocilocal.ErrNotFound) {
+			t.Errorf("%+v, %v", got, err)
+		}
+	}
+	shown(p, true)
+	shown(other, false)
+	collect(t, r, atOnce)
+	shown(p, true)
+	_, err := p.Resolve(t.Context(), "v1")
+	mustFail(t, err, ocilocal.ErrNotFound)
+	if err := p.Tag(t.Context(), desc, "v1"); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := p.Resolve(t.Context(), "v1"); err != nil || got.Digest != desc.Digest {
+		t.Errorf("%+v, %v", got, err)
+	}
+	if a, err := r.Load(t.Context(), ref("localhost/org/app:v1")); err != nil || a.Digest() != desc.Digest {
+		t.Errorf("%v, %v", a, err)
+	}
+	mustFail(t, other.Tag(t.Context(), desc, "v1"), ocilocal.ErrNotFound)
+	mustFail(t, p.Tag(t.Context(), blobOf("layer"), "v1"), ocilocal.ErrNotFound)
+	mustFail(t, p.DeleteBlob(t.Context(), blobOf("layer").Digest), ocilocal.ErrInUse)
+	mustFail(t, other.DeleteBlob(t.Context(), blobOf("layer").Digest), ocilocal.ErrNotFound)
+	mustFail(t, other.DeleteManifest(t.Context(), desc.Digest), ocilocal.ErrNotFound)
+
+	push(t, p, manifest, config, "layer") // again
+	if err := p.Untag(t.Context(), "v1"); err != nil {
+		t.Fatal(err)
+	}
+	mustFail(t, p.Untag(t.Context(), "v1"), ocilocal.ErrNotFound)
+	collect(t, r, atOnce)
+	shown(p, true)
+	if err := p.Delete(t.Context(), desc); err != nil {
+		t.Fatal(err)
+	}
+	mustFail(t, p.Delete(t.Context(), desc), ocilocal.ErrNotFound)
+	for _, text := range []string{config, "layer"} { // they were put by themselves as well
+		if err := p.Delete(t.Context(), blobOf(text)); err != nil {
+			t.Error(err)
+		}
+		mustFail(t, p.Delete(t.Context(), blobOf(text)), ocilocal.ErrNotFound)
+	}
+	shown(p, false)
+	collect(t, r, atOnce)
+	if names := blobNames(t, r); len(names) > 0 {
+		t.Errorf("%q are left", names)
+	}
+	_, err = r.Repository("localhost/UPPER")
+	mustFail(t, err, ocilocal.ErrInvalidReference)
+}
+
+// TestRepositoryTags lists in pages, past any number of manifests without a tag.
+func TestRepositoryTags(t *testing.T) {
+	r := openTemp(t, nil)
+	p := repository(t, r, "localhost/app")
+	n := scaled(1200, 10_000, 100_000)
+	desc := pushImage(t, p, "", "layer")
+	// Tags on both sides of the digests.
+	execIndex(t, r.Root(), fmt.Sprintf(`WITH RECURSIVE i (n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM i WHERE n < %d)
+		INSERT INTO refs (name, reference, manifest, media_type, artifact_type, size, updated)
+		SELECT name, iif(n %% 3 = 0, printf('sha256:%%064x', n), printf('%%s%%06d', iif(n %% 2, 'a', 'v'), n)), manifest, media_type, artifact_type, size, updated
+		FROM i, refs WHERE reference = '%s'`, n, desc.Digest))
+	var all []string
+	pages := 0
+	if err := p.Tags(t.Context(), "", func(tags []string) error {
+		all = append(all, tags...)
+		pages++
+		return nil
+	}); err != nil {
+		t.Fatal(err)
+	}
+	if len(all) != n-n/3 || !slices.IsSorted(all) || pages < 2 {
+		t.Errorf("%d tags in %d pages", len(all), pages)
+	}
+	for _, last := range []string{"a000005", "a00000x", "sha256", "v000004", "zzz"} {
+		want := all[min(len(all), indexAfter(all, last)):]
+		want = want[:min(len(want), 7)]
+		if got, err := p.TagList(t.Context(), last, 7); err != nil || !slices.Equal(got, want) {
+			t.Errorf("after %s: %q, %v, want %q", last, got, err, want)
+		}
+	}
+	stop := errors.New("stop")
+	if err := p.Tags(t.Context(), "", func([]string) error { return stop }); err != stop {
+		t.Error(err)
+	}
+}
+
+func indexAfter(sorted []string, last string) int {
+	i, found := slices.BinarySearch(sorted, last)
+	if found {
+		i++
+	}
+	return i
+}
+
+// TestRepositoryPredecessors: an image index and referrers lead to a manifest, as far as the
+// repository shows them. A referrer that was built without a name is shown with its subject.
+func TestRepositoryPredecessors(t *testing.T) {
+	r := openTemp(t, nil)
+	p, other := repository(t, r, "localhost/app"), repository(t, r, "localhost/other")
+	desc := pushImage(t, p, "v1", "layer")
+	pushImage(t, other, "v1", "layer")
+	index := push(t, p, imageIndexOf(jsonOf(desc)))
+	manifest, config := image("signature")
+	signature := push(t, p, referring(manifest, desc), config, "signature")
+	b, err := r.NewReferrerBuilder(desc, &ocilocal.BuilderOptions{ArtifactType: testType})
+	if err != nil {
+		t.Fatal(err)
+	}
+	built, err := b.Build(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	check := func(p *ocilocal.Repository, d ocispec.Descriptor, want ...digest.Digest) {
+		t.Helper()
+		found, err := p.Predecessors(t.Context(), d)
+		var got []digest.Digest
+		for _, d := range found {
+			got = append(got, d.Digest)
+		}
+		slices.Sort(got)
+		slices.Sort(want)
+		if err != nil || !slices.Equal(got, want) {
+			t.Errorf("%s: %q, %v, want %q", p.Name(), got, err, want)
+		}
+	}
+	check(p, desc, index.Digest, signature.Digest, built.Digest())
+	check(other, desc, built.Digest())
+	check(p, blobOf("layer"), desc.Digest)
+	check(p, index)
+	mustFail(t, p.DeleteManifest(t.Context(), desc.Digest), ocilocal.ErrInUse)
+	// A collection keeps referrers, so deleting one takes more than its name.
+	if err := p.DeleteManifest(t.Context(), signature.Digest); err != nil {
+		t.Fatal(err)
+	}
+	check(p, desc, index.Digest, built.Digest())
+	if err := p.DeleteManifest(t.Context(), built.Digest()); err != nil {
+		t.Fatal(err)
+	}
+	check(other, desc)
+	if err := p.DeleteManifest(t.Context(), index.Digest); err != nil {
+		t.Fatal(err)
+	}
+	check(p, desc)
+	if _, err := p.Resolve(t.Context(), "v1"); err != nil {
+		t.Error(err)
+	}
+}
+
+// jsonOf is a descriptor as JSON.
+func jsonOf(d ocispec.Descriptor) string {
+	return fmt.Sprintf(`{"mediaType":%q,"digest":%q,"size":%d}`, d.MediaType, d.Digest, d.Size)
+}
+
+// referring adds a subject to the text of a manifest.
+func referring(manifest string, subject ocispec.Descriptor) string {
+	return strings.TrimSuffix(manifest, "}") + `,"subject":` + jsonOf(subject) + "}"
+}

@@ -1,0 +1,133 @@
+package ocilocal
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+)
+
+// Untag deletes a tag. The repository still shows the manifest by its digest, until it is deleted.
+// A digest as reference ends that, if no tag leads to the manifest.
+//
+// Errors: [ErrNotFound], [ErrInvalidReference], [ErrReadOnly], [ErrBusy], and any error from ctx.
+func (p *Repository) Untag(ctx context.Context, reference string) (err error) {
+	defer addOp(&err, "untag in "+p.name, reference, "")
+	ref, err := p.reference(reference)
+	if err != nil {
+		return err
+	}
+	end, err := p.registry.beginWrite(ctx)
+	if err != nil {
+		return err
+	}
+	defer end()
+	return p.registry.write(ctx, func(tx *indexTx) error {
+		desc, _, ok, err := tx.resolved(p.name, reference)
+		if err == nil && !ok {
+			err = ErrNotFound
+		}
+		if err != nil {
+			return err
+		}
+		if err := tx.deleteRef(p.name, reference); err != nil || ref.Digest() != "" {
+			return err
+		}
+		return tx.putRef(p.name, string(desc.Digest), desc, time.Now())
+	})
+}
+
+// Delete deletes a manifest, if the media type is one of a manifest, and otherwise a blob. Errors are
+// those of [Repository.DeleteManifest] and [Repository.DeleteBlob].
+func (p *Repository) Delete(ctx context.Context, desc ocispec.Descriptor) error {
+	if formOf(desc.MediaType) != 0 {
+		return p.DeleteManifest(ctx, desc.Digest)
+	}
+	return p.DeleteBlob(ctx, desc.Digest)
+}
+
+// DeleteManifest deletes all tags of the repository that point at a manifest, and whatever else
+// keeps it here. The repository no longer shows the manifest. Its bytes, and those that only it
+// needs, go with the next collection.
+//
+// Errors:
+//   - [ErrNotFound]: the repository does not show the manifest
+//   - [ErrInUse], and nothing was deleted: an image index in the repository needs the manifest, or
+//     it is a referrer that has referrers
+//   - [ErrInvalidDigest], [ErrReadOnly], [ErrBusy], and any error from ctx or the file system
+func (p *Repository) DeleteManifest(ctx context.Context, d digest.Digest) (err error) {
+	defer addOp(&err, "delete manifest from", p.name, d)
+	end, err := p.registry.beginWrite(ctx)
+	if err != nil {
+		return err
+	}
+	defer end()
+	var desc ocispec.Descriptor
+	var subject digest.Digest
+	err = p.registry.write(ctx, func(tx *indexTx) (err error) {
+		if desc, err = p.manifest(tx, d); err != nil {
+			return err
+		}
+		references, err := referencesTo(tx, p.name, d)
+		if err != nil {
+			return err
+		}
+		for _, reference := range references {
+			if err := tx.deleteRef(p.name, reference); err != nil {
+				return err
+			}
+		}
+		needed, err := shown(tx, p.name, d, false)
+		if err != nil {
+			return err
+		}
+		if needed {
+			return fmt.Errorf("%w: an image index in %s has it", ErrInUse, p.name)
+		}
+		if subject, err = subjectOf(tx, d); err != nil || subject == "" {
+			return err
+		}
+		if still, err := p.shows(tx, d); !still || err != nil {
+			return err
+		}
+		return pointers(ctx, tx, d, true, func(other digest.Digest) error {
+			return fmt.Errorf("%w: %s refers to it", ErrInUse, other)
+		})
+	})
+	if err != nil || subject == "" {
+		return err
+	}
+	// A collection would keep it because of its subject.
+	return p.registry.collectOne(ctx, desc)
+}
+
+// DeleteBlob deletes a blob that was put into the repository, and that no manifest there needs.
+//
+// Errors:
+//   - [ErrNotFound]: the repository does not show the blob
+//   - [ErrInUse]: a manifest in the repository needs it; nothing was deleted
+//   - [ErrInvalidDigest], [ErrReadOnly], and any error from ctx, the index or the file system
+func (p *Repository) DeleteBlob(ctx context.Context, d digest.Digest) (err error) {
+	defer addOp(&err, "delete blob from", p.name, d)
+	end, err := p.registry.beginWrite(ctx)
+	if err != nil {
+		return err
+	}
+	defer end()
+	if err := checkDigest(d); err != nil {
+		return err
+	}
+	switch needed, err := p.shows(p.registry.index, d); {
+	case err != nil:
+		return err
+	case needed:
+		return fmt.Errorf("%w: a manifest in %s needs it", ErrInUse, p.name)
+	}
+	released, err := p.registry.blobs.releaseHeld(p.name, d)
+	if err == nil && !released {
+		err = fmt.Errorf("blob %s in %s: %w", d, p.name, ErrNotFound)
+	}
+	return err
+}

@@ -1,0 +1,227 @@
+package ocilocal_test
+
+import (
+	"context"
+	"errors"
+	"io"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"testing/iotest"
+
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/ocilocal/ocilocal"
+)
+
+// TestPutBlob: whatever is wrong with the bytes, nothing is kept. The digest and the size may be
+// unknown.
+func TestPutBlob(t *testing.T) {
+	r := openTemp(t, nil)
+	p := repository(t, r, "localhost/app")
+	good := digest.FromString("content")
+	cancelled, cancel := context.WithCancel(t.Context())
+	cancel()
+	failed := errors.New("read failed")
+	for what, c := range map[string]struct {
+		ctx  context.Context
+		src  io.Reader
+		want digest.Digest
+		size int64
+		err  error
+	}{
+		"wrong digest": {t.Context(), strings.NewReader("contents"), good, -1, ocilocal.ErrDigestMismatch},
+		"short":        {t.Context(), strings.NewReader("conten"), good, 7, ocilocal.ErrSizeMismatch},
+		"long":         {t.Context(), strings.NewReader("content and more"), good, 7, ocilocal.ErrSizeMismatch},
+		"no digest":    {t.Context(), strings.NewReader("x"), "sha256:x", -1, ocilocal.ErrInvalidDigest},
+		"cancelled":    {cancelled, strings.NewReader("content"), good, 7, context.Canceled},
+		"failing":      {t.Context(), io.MultiReader(strings.NewReader("con"), iotest.ErrReader(failed)), good, 7, failed},
+	} {
+		_, err := p.PutBlob(c.ctx, c.src, c.want, c.size)
+		if !errors.Is(err, c.err) {
+			t.Errorf("%s: %v", what, err)
+		}
+		if _, err := p.StatBlob(t.Context(), good); !errors.Is(err, ocilocal.ErrNotFound) {
+			t.Errorf("%s: it is there: %v", what, err)
+		}
+	}
+	for _, alg := range []digest.Algorithm{digest.SHA256, digest.SHA384, digest.SHA512} {
+		want := alg.FromString("content")
+		for range 2 {
+			got, err := p.PutBlob(t.Context(), strings.NewReader("content"), want, -1)
+			if err != nil || got.Digest != want || got.Size != 7 {
+				t.Errorf("%+v, %v", got, err)
+			}
+		}
+		if text, err := fetched(p, ocispec.Descriptor{Digest: want, Size: 7}); text != "content" || err != nil {
+			t.Errorf("%q, %v", text, err)
+		}
+	}
+	if got, err := p.PutBlob(t.Context(), strings.NewReader(""), "", -1); err != nil || got.Digest != digest.FromString("") || got.Size != 0 {
+		t.Errorf("%+v, %v", got, err)
+	}
+	if names := blobNames(t, r); len(names) > 0 {
+		t.Errorf("%q are below blobs/", names)
+	}
+}
+
+// TestPutManifest: a manifest comes after all that it needs, and is published by the policy.
+func TestPutManifest(t *testing.T) {
+	r := openTemp(t, nil)
+	p, other := repository(t, r, "localhost/app"), repository(t, r, "localhost/other")
+	manifest, config := image("layer")
+	desc := manifestOf(manifest)
+	put := func(p *ocilocal.Repository, raw string, opts *ocilocal.PutManifestOptions) (ocilocal.RefUpdate, error) {
+		return p.PutManifest(t.Context(), manifestOf(raw).MediaType, []byte(raw), opts)
+	}
+	tagged := &ocilocal.PutManifestOptions{Tag: "v1"}
+	_, err := put(p, manifest, tagged)
+	mustFail(t, err, ocilocal.ErrIncomplete)
+	for _, text := range []string{config, "layer"} {
+		if _, err := p.PutBlob(t.Context(), strings.NewReader(text), "", -1); err != nil {
+			t.Fatal(err)
+		}
+	}
+	_, err = put(other, manifest, tagged) // what another repository has does not count
+	mustFail(t, err, ocilocal.ErrIncomplete)
+	_, err = put(p, imageIndexOf(jsonOf(desc)), nil)
+	mustFail(t, err, ocilocal.ErrIncomplete)
+	_, err = put(p, strings.Replace(manifest, `"size":5`, `"size":6`, 1), nil)
+	mustFail(t, err, ocilocal.ErrSizeMismatch)
+	_, err = put(p, manifest, &ocilocal.PutManifestOptions{Digest: digest.FromString("x")})
+	mustFail(t, err, ocilocal.ErrDigestMismatch)
+	_, err = put(p, manifest, &ocilocal.PutManifestOptions{Tag: "-"})
+	mustFail(t, err, ocilocal.ErrInvalidReference)
+	_, err = put(p, manifest, &ocilocal.PutManifestOptions{PublishOptions: ocilocal.PublishOptions{Policy: ocilocal.Replace}})
+	mustFail(t, err, ocilocal.ErrInvalidArgument)
+	_, err = put(p, "{", nil)
+	mustFail(t, err, ocilocal.ErrInvalidManifest)
+	checkNoRefs(t, r)
+
+	if u, err := put(p, manifest, tagged); err != nil || u.Outcome != ocilocal.Inserted || u.Descriptor.Digest != desc.Digest {
+		t.Errorf("%+v, %v", u, err)
+	}
+	if u, err := put(p, manifest, tagged); err != nil || u.Outcome != ocilocal.Unchanged {
+		t.Errorf("%+v, %v", u, err)
+	}
+	second, _ := image(config)
+	u, err := put(p, second, tagged)
+	if mustFail(t, err, ocilocal.ErrConflict); u.Outcome != ocilocal.Conflicted {
+		t.Errorf("%+v", u)
+	}
+	tagged.Policy = ocilocal.Replace
+	if u, err := put(p, second, tagged); err != nil || u.Outcome != ocilocal.Replaced || u.Existing != desc.Digest {
+		t.Errorf("%+v, %v", u, err)
+	}
+	long := digest.SHA512.FromString(second)
+	if u, err := put(p, second, &ocilocal.PutManifestOptions{Digest: long}); err != nil || u.Descriptor.Digest != long {
+		t.Errorf("%+v, %v", u, err)
+	}
+	if text, err := fetched(p, ocispec.Descriptor{Digest: long, Size: int64(len(second))}); text != second || err != nil {
+		t.Errorf("%q, %v", text, err)
+	}
+}
+
+func checkNoRefs(t *testing.T, r *ocilocal.LocalRegistry) {
+	t.Helper()
+	if refs, err := refsOf(r); err != nil || len(refs) > 0 {
+		t.Errorf("%q, %v", refs, err)
+	}
+}
+
+// TestHeldBlobs: what PutBlob has acknowledged stays, for every process, through collections with no
+// grace and the death of the process, until the option says otherwise.
+func TestHeldBlobs(t *testing.T) {
+	root, a, b := twoHandles(t)
+	manifest, config := image("layer")
+	for _, text := range []string{config, "layer"} {
+		if _, err := repository(t, a, "localhost/app").PutBlob(t.Context(), strings.NewReader(text), "", -1); err != nil {
+			t.Fatal(err)
+		}
+	}
+	mustClose(t, a)
+	collect(t, b, atOnce)
+	collect(t, b, &ocilocal.GCOptions{Grace: ocilocal.NoGrace, Held: 1})
+	push(t, repository(t, b, "localhost/app"), manifest)
+	collect(t, b, &ocilocal.GCOptions{Grace: ocilocal.NoGrace, Held: ocilocal.NoGrace})
+	if _, err := os.Stat(filepath.Join(root, "tmp", "held")); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("tmp/held: %v", err)
+	}
+	if text, err := fetched(repository(t, b, "localhost/app"), blobOf("layer")); text != "layer" || err != nil {
+		t.Errorf("%q, %v", text, err)
+	}
+}
+
+// TestHeldBlobDamaged: a power cut can damage a held blob, which nobody has synced. Such a blob is
+// missing for a manifest, and putting it again heals it.
+func TestHeldBlobDamaged(t *testing.T) {
+	for what, damage := range map[string]func(name string) error{
+		"bytes": func(name string) error { return os.WriteFile(name, []byte("lAyer"), 0o644) },
+		"empty": func(name string) error { return os.WriteFile(name, nil, 0o644) },
+	} {
+		_, a, b := twoHandles(t)
+		manifest, config := image("layer")
+		p := repository(t, a, "localhost/app")
+		for _, text := range []string{config, "layer"} {
+			if _, err := p.PutBlob(t.Context(), strings.NewReader(text), "", -1); err != nil {
+				t.Fatal(err)
+			}
+		}
+		held, err := filepath.Glob(filepath.Join(a.Root(), "tmp/held/*/*/sha256-"+blobOf("layer").Digest.Encoded()))
+		if err != nil || len(held) != 1 {
+			t.Fatalf("%q, %v", held, err)
+		}
+		if err := errors.Join(os.Chmod(held[0], 0o644), damage(held[0])); err != nil {
+			t.Fatal(err)
+		}
+		for _, r := range []*ocilocal.LocalRegistry{a, b} {
+			p := repository(t, r, "localhost/app")
+			_, err := p.PutManifest(t.Context(), "", []byte(manifest), nil)
+			if !errors.Is(err, ocilocal.ErrIncomplete) {
+				t.Errorf("%s: %v", what, err)
+			}
+			if text, err := fetched(p, blobOf("layer")); err == nil {
+				t.Errorf("%s: %q", what, text)
+			}
+		}
+		push(t, p, manifest, "layer")
+	}
+}
+
+// TestMount: a repository gets a blob that another shows.
+func TestMount(t *testing.T) {
+	r := openTemp(t, nil)
+	a, b := repository(t, r, "localhost/a"), repository(t, r, "localhost/b")
+	pushImage(t, a, "v1", "layer")
+	if _, err := a.PutBlob(t.Context(), strings.NewReader("held"), "", -1); err != nil {
+		t.Fatal(err)
+	}
+	for _, text := range []string{"layer", "held"} {
+		_, err := b.Mount(t.Context(), blobOf(text).Digest, repository(t, r, "localhost/c"))
+		mustFail(t, err, ocilocal.ErrNotFound)
+		got, err := b.Mount(t.Context(), blobOf(text).Digest, a)
+		if err != nil || got.Size != int64(len(text)) {
+			t.Errorf("%+v, %v", got, err)
+		}
+		if got, err := fetched(b, blobOf(text)); got != text || err != nil {
+			t.Errorf("%q, %v", got, err)
+		}
+	}
+	if _, err := b.Mount(t.Context(), blobOf("{}").Digest, nil); err != nil {
+		t.Error(err)
+	}
+	_, err := b.Mount(t.Context(), blobOf("absent").Digest, nil)
+	mustFail(t, err, ocilocal.ErrNotFound)
+	// The bytes stay although no manifest of any repository needs them any more.
+	if err := a.Untag(t.Context(), "v1"); err != nil {
+		t.Fatal(err)
+	}
+	manifest, _ := image("layer")
+	if err := a.DeleteManifest(t.Context(), manifestOf(manifest).Digest); err != nil {
+		t.Fatal(err)
+	}
+	collect(t, r, atOnce)
+	push(t, b, manifest)
+}
