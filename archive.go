@@ -78,7 +78,7 @@ func (r *LocalRegistry) importArchive(ctx context.Context, src io.Reader, opts *
 	defer end()
 	im := r.newImporter(opts)
 	defer func() { r.logDiscard(im.stage.discard()) }()
-	im.fetch = func(_ context.Context, desc ocispec.Descriptor, _ role) error {
+	im.fetch = func(_ context.Context, desc ocispec.Descriptor, _ role, _ *meteredItem) error {
 		return fmt.Errorf("%w: blob %s (%s) is neither in the archive nor in the registry", ErrIncomplete, desc.Digest, printable(desc.MediaType))
 	}
 	contents, err := readArchive(ctx, src, im.putArchived)
@@ -92,32 +92,20 @@ func (r *LocalRegistry) importArchive(ctx context.Context, src io.Reader, opts *
 	return im.run(ctx, index)
 }
 
-// putArchived stages a blob of an archive. If the registry has the blob, and its file is good, then
-// the archive's copy is only read and checked, not written. Whether the blob is needed is known
-// later, so a copy with other bytes is only noted: see [importer.claim].
+// putArchived stages a blob of an archive. Whether it is needed is known later, so one whose bytes
+// are not its name's is only noted: see [importer.claim].
 func (im *importer) putArchived(ctx context.Context, d digest.Digest, src io.Reader, size int64) error {
-	have, err := im.stage.reuse(ctx, d, size)
-	if err != nil {
-		return err
+	if have, err := im.registry.blobs.size(d); !im.stage.has(d) && (err != nil || have != size) {
+		if err := im.charge(size); err != nil {
+			return err
+		}
 	}
-	if have {
-		_, err = im.registry.blobs.verifier(ctx, io.NopCloser(src), d, size).WriteTo(io.Discard)
-	} else if err = im.chargeNew(d, size); err == nil {
-		_, _, err = im.stage.put(ctx, src, "", d, size)
-	}
+	_, _, err := im.stage.put(ctx, src, "", d, size)
 	if errors.Is(err, ErrDigestMismatch) {
 		im.damaged[d] = true
 		return nil
 	}
 	return err
-}
-
-// chargeNew is charge for a blob that is only charged if the registry does not have a file for it.
-func (im *importer) chargeNew(d digest.Digest, size int64) error {
-	if have, err := im.registry.blobs.size(d); err == nil && have == size {
-		return nil
-	}
-	return im.charge(size)
 }
 
 // InspectArchive reads what an archive says of itself, without any registry.

@@ -220,7 +220,7 @@ func (b *backup) copyBatch(ctx context.Context, batch []ocispec.Descriptor, miss
 	if err := copies.wait(err); err != nil {
 		return nil, err
 	}
-	if err := st.settle(ctx, nil); err != nil {
+	if err := st.settle(ctx); err != nil {
 		return nil, err
 	}
 	written, _, bytes := st.counts()
@@ -239,7 +239,7 @@ func (b *backup) copyBlob(ctx context.Context, st *stage, desc ocispec.Descripto
 		return err, nil
 	}
 	defer f.Close()
-	err = st.putFile(ctx, f, desc.Digest, desc.Size)
+	err = st.putFile(ctx, f, desc.Digest, desc.Size, func(int) {})
 	if err == nil || processCondition(err) {
 		return nil, err
 	}

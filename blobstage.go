@@ -106,13 +106,14 @@ func (st *stage) receive(ctx context.Context, src io.Reader, alg digest.Algorith
 }
 
 // putFile is put for a file whose digest and size are known. Where the kernel can,
-// it copies a large one, or shares its blocks, and only the copy is read.
-func (st *stage) putFile(ctx context.Context, src *os.File, want digest.Digest, size int64) error {
+// it copies a large one, or shares its blocks, and only the copy is read. count is called with each
+// number of bytes that are copied.
+func (st *stage) putFile(ctx context.Context, src *os.File, want digest.Digest, size int64, count func(n int)) error {
 	if err := checkDigest(want); err != nil {
 		return err
 	}
 	if size < cloneChunk {
-		_, _, err := st.put(ctx, src, "", want, size)
+		_, _, err := st.put(ctx, src, "", want, size) // in an instant
 		return err
 	}
 	f, err := st.create()
@@ -122,9 +123,9 @@ func (st *stage) putFile(ctx context.Context, src *os.File, want digest.Digest, 
 	w := &hashingWriter{file: f, hash: newHash(want.Algorithm()), store: st.store}
 	var n int64
 	if kernelCopies(src, f.file) {
-		n, err = w.clone(ctx, src, size+1)
+		n, err = w.clone(ctx, src, size+1, count)
 	} else {
-		n, err = st.store.copy(w, io.LimitReader(&ctxReader{ctx, src}, size+1))
+		n, err = st.store.copy(w, io.LimitReader(&countedReader{&ctxReader{ctx, src}, count}, size+1))
 	}
 	sf, err := st.complete(w, n, err, want.Algorithm(), want, size)
 	if err != nil {

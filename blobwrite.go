@@ -36,8 +36,9 @@ func (w *hashingWriter) Write(p []byte) (int, error) {
 const cloneChunk = 4 << 20
 
 // clone copies at most limit bytes of src without taking them through this
-// process, and hashes what has arrived, one chunk while the next is on its way.
-func (w *hashingWriter) clone(ctx context.Context, src *os.File, limit int64) (n int64, err error) {
+// process, and hashes what has arrived, one chunk while the next is on its way. count is called with
+// the size of each chunk.
+func (w *hashingWriter) clone(ctx context.Context, src *os.File, limit int64, count func(n int)) (n int64, err error) {
 	hashed := make(chan error, 1)
 	hashed <- nil
 	for {
@@ -47,6 +48,7 @@ func (w *hashingWriter) clone(ctx context.Context, src *os.File, limit int64) (n
 		from := n
 		m, copyErr := w.file.copyFrom(src, min(cloneChunk, limit-n))
 		n += m
+		count(int(m))
 		if err = errors.Join(copyErr, <-hashed); err != nil || m == 0 {
 			hashed <- nil
 			break
@@ -58,6 +60,18 @@ func (w *hashingWriter) clone(ctx context.Context, src *os.File, limit int64) (n
 		}()
 	}
 	return n, errors.Join(err, <-hashed)
+}
+
+// A countedReader calls count with each number of bytes that are read of src.
+type countedReader struct {
+	src   io.Reader
+	count func(n int)
+}
+
+func (r *countedReader) Read(p []byte) (int, error) {
+	n, err := r.src.Read(p)
+	r.count(n)
+	return n, err
 }
 
 // A ctxReader is src until ctx ends, and then fails with the error of ctx.

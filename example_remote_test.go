@@ -2,6 +2,7 @@ package ocilocal_test
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"log"
@@ -9,6 +10,7 @@ import (
 	"path/filepath"
 
 	"github.com/opencontainers/go-digest"
+	"github.com/opencontainers/image-spec/specs-go"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/ocilocal/ocilocal"
@@ -248,25 +250,21 @@ func ExamplePullOptions_platform() {
 	defer server.Close()
 	from, done := scratch()
 	defer done()
-	index, err := from.NewIndexBuilder(server.ref("team/note:v1"), nil)
-	if err != nil {
-		log.Fatal(err)
-	}
-	defer index.Cancel()
+	index := ocispec.Index{Versioned: specs.Versioned{SchemaVersion: 2}, MediaType: ocispec.MediaTypeImageIndex}
 	for _, arch := range []string{"amd64", "arm64"} {
-		desc := note(from, server.host+"/team/note:"+arch, "for "+arch).Descriptor()
-		desc.Platform = &ocispec.Platform{OS: "linux", Architecture: arch}
-		if _, err := index.AddManifest(ctx, desc); err != nil {
+		a := note(from, server.host+"/team/note:"+arch, "for "+arch)
+		if _, err := from.Push(ctx, a.Reference(), nil); err != nil {
 			log.Fatal(err)
 		}
+		desc := a.Descriptor()
+		desc.Platform = &ocispec.Platform{OS: "linux", Architecture: arch}
+		index.Manifests = append(index.Manifests, desc)
 	}
-	built, err := index.Build(ctx)
+	raw, err := json.Marshal(index)
 	if err != nil {
 		log.Fatal(err)
 	}
-	if _, err := from.Push(ctx, built.Reference(), nil); err != nil {
-		log.Fatal(err)
-	}
+	server.putRaw("team/note", "v1", index.MediaType, raw)
 
 	r, doneToo := scratch()
 	defer doneToo()
@@ -286,4 +284,50 @@ func ExamplePullOptions_platform() {
 	}
 	fmt.Printf("%s, %d blobs\n", text, pulled.BlobsWritten)
 	// Output: for arm64, 3 blobs
+}
+
+// A program that draws a bar redraws it with each report. One that logs writes a line for each item.
+func ExampleProgress() {
+	ctx := context.Background()
+	server := serve() // a registry in this process
+	defer server.Close()
+	r, done := scratch()
+	defer done()
+	ref := server.ref("team/note:v1")
+	note(r, ref.String(), "one")
+
+	percent := int64(0)
+	bar := func(p ocilocal.Progress) {
+		if p.TotalBytes > 0 { // else it is not known yet
+			percent = 100 * p.Bytes / p.TotalBytes
+		}
+		if p.Item.Digest == "" { // a phase begins
+			fmt.Print(p.Phase, " ")
+		}
+	}
+	if _, err := r.Push(ctx, ref, &ocilocal.PushOptions{Progress: bar}); err != nil {
+		log.Fatal(err)
+	}
+	fmt.Println(percent, "%")
+
+	var transferred, skipped int
+	count := func(p ocilocal.Progress) {
+		switch {
+		case p.ItemSkipped:
+			skipped++
+		case p.ItemDone:
+			transferred++
+			log.Printf("%s: %s, %d bytes", p.Reference, p.Item.Digest, p.Item.Size)
+		case p.Phase == ocilocal.PhaseDone:
+			fmt.Println(p.Items, "items,", p.SkippedItems, "of them there already")
+		}
+	}
+	if _, err := r.Push(ctx, ref, &ocilocal.PushOptions{Progress: count}); err != nil {
+		log.Fatal(err)
+	}
+	fmt.Println(transferred, "transferred,", skipped, "skipped")
+	// Output:
+	// plan blobs publish done 100 %
+	// 3 items, 3 of them there already
+	// 0 transferred, 3 skipped
 }

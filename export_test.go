@@ -173,7 +173,7 @@ func NewerSchema(stmts ...string) *Options { return &Options{more: [][]string{st
 // raw, and no config or layer.
 func CollectClosures(ctx context.Context, r *LocalRegistry, entries []ocispec.Descriptor, raw map[string][]byte) error {
 	im := r.newImporter(nil)
-	im.fetch = func(ctx context.Context, desc ocispec.Descriptor, as role) error {
+	im.fetch = func(ctx context.Context, desc ocispec.Descriptor, as role, _ *meteredItem) error {
 		if as != roleManifest {
 			return nil
 		}
@@ -263,3 +263,11 @@ func RunTasks(ctx context.Context, most int, fns ...func(context.Context) error)
 
 // ReadBounded reads all of src.
 var ReadBounded = readBounded
+
+// --- progress ---
+
+// MeterItem begins the only item of a call that reports to fn.
+func MeterItem(fn func(Progress), desc ocispec.Descriptor) (count func(n int), end func()) {
+	item := newMeter(fn, Reference{}).item(desc)
+	return item.from(0), item.end
+}

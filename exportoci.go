@@ -253,7 +253,7 @@ func (x *export) writeBlobs(ctx context.Context, root *rootDir) (err error) {
 	if err := root.syncDir("."); err != nil {
 		return err
 	}
-	return st.settle(ctx, nil)
+	return st.settle(ctx)
 }
 
 // writeBlob stages a blob unless the layout has it.
@@ -270,5 +270,5 @@ func (x *export) writeBlob(ctx context.Context, st *stage, d ocispec.Descriptor)
 	if err != nil {
 		return err
 	}
-	return errors.Join(st.putFile(ctx, src, d.Digest, d.Size), src.Close())
+	return errors.Join(st.putFile(ctx, src, d.Digest, d.Size, func(int) {}), src.Close())
 }

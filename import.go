@@ -129,9 +129,13 @@ type importer struct {
 	accept func(*Manifest) error
 	// fetch stages a blob that neither the stage nor the registry has. Unless
 	// workers is 0, configs and layers are fetched several at once.
-	fetch   func(ctx context.Context, desc ocispec.Descriptor, as role) error
+	fetch   func(ctx context.Context, desc ocispec.Descriptor, as role, item *meteredItem) error
 	workers int
 	tasks   *tasks // under way; nil without workers
+	// later are the blobs that are brought when all manifests are read. So the call fails, or knows
+	// how much there is to do, before the first one comes.
+	later []pendingBlob
+	meter *meter
 	// look opens a manifest of the source without staging it. Nil: what the source has is staged.
 	look func(ctx context.Context, desc ocispec.Descriptor) (*verifier, error)
 	// whole reports whether the source, or the registry, has a manifest and all that it needs. If it
@@ -231,7 +235,42 @@ func (im *importer) collect(ctx context.Context, entries []ocispec.Descriptor, c
 	if im.opts.Referrers && len(pubs) == 1 {
 		result.Referrers, err = im.referrers(ctx, entries, &pubs[0])
 	}
+	if err == nil {
+		err = im.bringLater(ctx)
+	}
 	return pubs, result, err
+}
+
+// A pendingBlob is a config or layer that is needed.
+type pendingBlob struct {
+	mediaType string
+	digest    digest.Digest
+	size      int64
+	role      role
+}
+
+// bringLater brings the blobs that the manifests need.
+func (im *importer) bringLater(ctx context.Context) error {
+	im.meter.planned(PhaseBlobs)
+	later := im.later
+	im.later = nil
+	for _, b := range later {
+		desc := ocispec.Descriptor{MediaType: b.mediaType, Digest: b.digest, Size: b.size}
+		if im.stage.has(b.digest) { // it is a manifest, too
+			continue
+		}
+		bring := func() error { return im.bring(ctx, desc, b.role) }
+		var err error
+		if im.tasks != nil {
+			err = im.tasks.start(bring)
+		} else {
+			err = bring()
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // subjects adds to p the subjects of its manifests, the subjects of these, and so on, as far as
@@ -392,30 +431,45 @@ func (im *importer) read(ctx context.Context, desc ocispec.Descriptor, depth int
 	return p, children, nil
 }
 
-// blob makes sure that the stage has what desc names; a config or layer
-// perhaps not before the tasks are waited for.
+// blob makes sure that the stage has a manifest, or will have a config or layer.
 func (im *importer) blob(ctx context.Context, desc ocispec.Descriptor, as role) error {
 	asked, err := im.claim(desc)
 	if err != nil {
 		return err
 	}
-	if asked && (im.tasks == nil || as != roleManifest || im.stage.has(desc.Digest)) {
+	if !asked {
+		im.meter.plan(1, desc.Size)
+	}
+	switch {
+	case asked && (as != roleManifest || im.stage.has(desc.Digest)):
+		return nil
+	case as != roleManifest:
+		im.later = append(im.later, pendingBlob{desc.MediaType, desc.Digest, desc.Size, as})
 		return nil
 	}
-	bring := func() error {
-		ok, err := im.reuse(ctx, desc)
-		if ok || err != nil {
-			return err
-		}
-		if err := im.charge(desc.Size); err != nil {
-			return err
-		}
-		return im.fetch(ctx, desc, as)
+	return im.bring(ctx, desc, as)
+}
+
+// bring takes a blob from the registry if it can, and otherwise from the source.
+func (im *importer) bring(ctx context.Context, desc ocispec.Descriptor, as role) error {
+	item := im.meter.item(desc)
+	ok, err := im.reuse(ctx, desc)
+	if err != nil {
+		return err
 	}
-	if im.tasks != nil && as != roleManifest {
-		return im.tasks.start(bring)
+	if ok {
+		item.skip()
+		item.end()
+		return nil
 	}
-	return bring()
+	if err := im.charge(desc.Size); err != nil {
+		return err
+	}
+	if err := im.fetch(ctx, desc, as, item); err != nil {
+		return err
+	}
+	item.end()
+	return nil
 }
 
 // reuse takes a blob into the stage that the registry has, if it is whole and may be used.

@@ -56,13 +56,13 @@ func (r *LocalRegistry) importRegistry(ctx context.Context, src *LocalRegistry, 
 	defer func() { r.logDiscard(im.stage.discard()) }()
 	im.workers = diskWorkers
 	im.look = src.blobs.openDescriptor
-	im.fetch = func(ctx context.Context, desc ocispec.Descriptor, _ role) error {
+	im.fetch = func(ctx context.Context, desc ocispec.Descriptor, _ role, item *meteredItem) error {
 		f, _, err := src.blobs.openFile(desc.Digest, desc.Size)
 		if err != nil {
 			return incomplete(err)
 		}
 		defer f.Close()
-		if err := im.stage.putFile(ctx, f, desc.Digest, desc.Size); err != nil {
+		if err := im.stage.putFile(ctx, f, desc.Digest, desc.Size, item.from(0)); err != nil {
 			return fmt.Errorf("blob %s: %w", desc.Digest, err)
 		}
 		return nil

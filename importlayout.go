@@ -15,13 +15,13 @@ import (
 func (r *LocalRegistry) layoutImporter(l *layout, opts *ImportOptions) *importer {
 	im := r.newImporter(opts)
 	im.workers = diskWorkers
-	im.fetch = func(ctx context.Context, desc ocispec.Descriptor, _ role) error {
+	im.fetch = func(ctx context.Context, desc ocispec.Descriptor, _ role, item *meteredItem) error {
 		f, err := l.open(desc)
 		if err != nil {
 			return err
 		}
 		defer f.Close()
-		if err := im.stage.putFile(ctx, f, desc.Digest, desc.Size); err != nil {
+		if err := im.stage.putFile(ctx, f, desc.Digest, desc.Size, item.from(0)); err != nil {
 			return fmt.Errorf("blob %s of the layout: %w", desc.Digest, err)
 		}
 		return nil

@@ -18,7 +18,7 @@ import (
 // From then on it is here. ctx governs the call only. Errors are those of [LocalRegistry.Resolve], and for
 // content that had to be fetched those of [LocalRegistry.ImportLayout] or [LocalRegistry.Pull].
 func (r *LocalRegistry) Load(ctx context.Context, ref Reference) (*LocalArtifact, error) {
-	result, err := r.load(ctx, ref, nil)
+	result, err := r.load(ctx, ref, nil, nil)
 	if err != nil {
 		return nil, opError("load", ref.String(), "", err)
 	}
@@ -44,13 +44,17 @@ func (r *LocalRegistry) LoadWith(ctx context.Context, ref Reference, opts *PullO
 	if opts == nil {
 		opts = &PullOptions{}
 	}
-	result, err := r.load(ctx, ref, opts)
+	var result *LoadResult
+	err := attend(ctx, opts.Progress, ref, func(ctx context.Context, m *meter) (err error) {
+		result, err = r.load(ctx, ref, opts, m)
+		return err
+	})
 	return result, opError("load", ref.String(), "", err)
 }
 
 // load is Load if opts is nil, and otherwise LoadWith.
-func (r *LocalRegistry) load(ctx context.Context, ref Reference, opts *PullOptions) (*LoadResult, error) {
-	a, err := r.loadHere(ctx, ref, opts)
+func (r *LocalRegistry) load(ctx context.Context, ref Reference, opts *PullOptions, m *meter) (*LoadResult, error) {
+	a, err := r.loadHere(ctx, ref, opts, m)
 	if err != nil {
 		return nil, err
 	}
@@ -59,7 +63,7 @@ func (r *LocalRegistry) load(ctx context.Context, ref Reference, opts *PullOptio
 	}
 	a, err = r.fetchLegacy(ctx, ref)
 	if errors.Is(err, ErrConflict) { // another call has just put it here
-		a, err = r.loadHere(ctx, ref, opts)
+		a, err = r.loadHere(ctx, ref, opts, m)
 	}
 	if err != nil {
 		return nil, err
@@ -70,9 +74,9 @@ func (r *LocalRegistry) load(ctx context.Context, ref Reference, opts *PullOptio
 	if opts == nil && r.opts.Remote == nil || r.blobs.readOnly {
 		return nil, ErrNotFound
 	}
-	pulled, err := r.pull(ctx, ref, opts)
+	pulled, err := r.pull(ctx, ref, opts, m)
 	if errors.Is(err, ErrConflict) && opts == nil {
-		a, here := r.loadHere(ctx, ref, nil)
+		a, here := r.loadHere(ctx, ref, nil, nil)
 		if here != nil {
 			return nil, here
 		}
@@ -87,9 +91,9 @@ func (r *LocalRegistry) load(ctx context.Context, ref Reference, opts *PullOptio
 }
 
 // loadHere returns the artifact if it is here, and nil if it isn't.
-func (r *LocalRegistry) loadHere(ctx context.Context, ref Reference, opts *PullOptions) (*LocalArtifact, error) {
+func (r *LocalRegistry) loadHere(ctx context.Context, ref Reference, opts *PullOptions, m *meter) (*LocalArtifact, error) {
 	if opts != nil {
-		return r.pullHere(ctx, ref, opts)
+		return r.pullHere(ctx, ref, opts, m)
 	}
 	end, err := r.begin(ctx)
 	if err != nil {

@@ -28,7 +28,7 @@ type family struct {
 // families gives each family its rank: a file may use only names of files with the same
 // rank or a lower one. The longest matching prefix decides.
 var families = map[string]family{
-	"doc": {0, ""}, "errors": {0, ""}, "digest": {0, ""}, "reference": {0, ""}, "json": {0, ""}, "manifest": {0, ""}, "ommx": {0, ""}, "tasks": {0, ""}, "root": {0, ""},
+	"doc": {0, ""}, "errors": {0, ""}, "digest": {0, ""}, "reference": {0, ""}, "json": {0, ""}, "manifest": {0, ""}, "ommx": {0, ""}, "progress": {0, ""}, "tasks": {0, ""}, "root": {0, ""},
 	"blob": {1, ""}, "index": {1, ""},
 	"registry": {2, ""}, "publish": {2, ""}, "ref": {2, ""}, "artifact": {2, ""}, "builder": {2, ""},
 	"graph": {2, ""}, "gc": {3, ""}, "repository": {3, ""}, "verify": {3, ""}, "stats": {3, ""}, "lineage": {3, ""}, "convert": {3, ""}, "backup": {4, ""},

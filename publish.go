@@ -87,9 +87,6 @@ type publication struct {
 	// manifests are root, the manifests below it and the referrers that are published with it.
 	// Children come before parents.
 	manifests []pendingManifest
-	// also, if not nil, runs in the transaction before the rows are written, unless there is a
-	// conflict. Its error stops all publications.
-	also func(*indexTx) error
 	PublishOptions
 }
 
@@ -148,8 +145,7 @@ func (r *LocalRegistry) publish(ctx context.Context, st *stage, pubs []publicati
 	if conflicts == len(pubs) {
 		return updates, nil
 	}
-	recorded := func(d digest.Digest) (bool, error) { return hasBlob(r.index, d) }
-	if err := st.settle(ctx, recorded); err != nil {
+	if err := st.settle(ctx); err != nil {
 		return nil, err
 	}
 	err := r.write(ctx, func(tx *indexTx) error {
@@ -165,11 +161,6 @@ func (r *LocalRegistry) publish(ctx context.Context, st *stage, pubs []publicati
 			updates[i] = p.decide(existing)
 			if updates[i].Outcome == Conflicted {
 				continue
-			}
-			if p.also != nil {
-				if err := p.also(tx); err != nil {
-					return err
-				}
 			}
 			var root ocispec.Descriptor
 			for _, m := range p.manifests { // the root is not the last one if referrers came along

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -36,6 +37,9 @@ type PullOptions struct {
 	// by the sizes that manifests state. A pull that needs more fails with [ErrTooLarge]
 	// before it fetches the blob that is too much, and publishes nothing.
 	MaxBytes int64
+	// Progress, if not nil, is told how far the pull is. Calls that share a transfer are all told of it,
+	// each with its own reference.
+	Progress func(Progress)
 	// PublishOptions say what happens if the ref is here and points elsewhere, because it has moved in the remote
 	// registry for example. By default that is a conflict, and the ref stays. With the policy Replace it moves.
 	PublishOptions
@@ -86,11 +90,23 @@ type PullResult struct {
 //   - [ErrNotFound] if an image index has no manifest for the platform
 //   - [ErrReadOnly], [ErrNoSpace], [ErrBusy], and any error from ctx or the file system
 func (r *LocalRegistry) Pull(ctx context.Context, ref Reference, opts *PullOptions) (*PullResult, error) {
-	result, err := r.pull(ctx, ref, opts)
+	var result *PullResult
+	err := attend(ctx, opts.progress(), ref, func(ctx context.Context, m *meter) (err error) {
+		result, err = r.pull(ctx, ref, opts, m)
+		return err
+	})
 	return result, opError("pull", ref.String(), "", err)
 }
 
-func (r *LocalRegistry) pull(ctx context.Context, ref Reference, opts *PullOptions) (*PullResult, error) {
+// progress returns the function that is told how far a call is; nil for none.
+func (o *PullOptions) progress() func(Progress) {
+	if o == nil {
+		return nil
+	}
+	return o.Progress
+}
+
+func (r *LocalRegistry) pull(ctx context.Context, ref Reference, opts *PullOptions, m *meter) (*PullResult, error) {
 	end, err := r.begin(ctx)
 	if err != nil {
 		return nil, err
@@ -100,8 +116,14 @@ func (r *LocalRegistry) pull(ctx context.Context, ref Reference, opts *PullOptio
 	if err != nil {
 		return nil, err
 	}
+	p.meter = m
+	m.phase(PhasePlan)
 	result, err := p.run(ctx)
+	if err == nil && !p.transferred {
+		err = p.skipAll(ctx, result)
+	}
 	if err == nil && p.opts.Referrers {
+		m.phase(PhaseReferrers)
 		result.Referrers, err = p.pullReferrers(ctx, result)
 	}
 	return result, err
@@ -113,7 +135,10 @@ type puller struct {
 	repo     *remoteRepo
 	ref, as  Reference
 	opts     PullOptions
+	meter    *meter
 	update   *RefUpdate // set by the transfer that published for this call
+	// transferred is set if the call has waited for a transfer.
+	transferred bool
 }
 
 func (r *LocalRegistry) newPuller(ref Reference, opts *PullOptions) (*puller, error) {
@@ -137,7 +162,7 @@ func (r *LocalRegistry) newPuller(ref Reference, opts *PullOptions) (*puller, er
 }
 
 // pullHere is a pull that doesn't ask the remote registry. It returns nil if what is here isn't enough.
-func (r *LocalRegistry) pullHere(ctx context.Context, ref Reference, opts *PullOptions) (*LocalArtifact, error) {
+func (r *LocalRegistry) pullHere(ctx context.Context, ref Reference, opts *PullOptions, m *meter) (*LocalArtifact, error) {
 	end, err := r.begin(ctx)
 	if err != nil {
 		return nil, err
@@ -147,6 +172,8 @@ func (r *LocalRegistry) pullHere(ctx context.Context, ref Reference, opts *PullO
 	if err != nil {
 		return nil, err
 	}
+	p.meter = m
+	m.phase(PhasePlan)
 	verify := p.opts.Verify
 	p.opts.Verify = false
 	result, err := p.present(ctx)
@@ -158,7 +185,25 @@ func (r *LocalRegistry) pullHere(ctx context.Context, ref Reference, opts *PullO
 			return nil, err
 		}
 	}
-	return result.Artifact, nil
+	return result.Artifact, p.skipAll(ctx, result)
+}
+
+// skipAll reports that everything that the artifact needs was here.
+func (p *puller) skipAll(ctx context.Context, result *PullResult) error {
+	if p.meter == nil {
+		return nil
+	}
+	needs := p.registry.newClosure()
+	if _, err := needs.add(ctx, result.Update.Descriptor); err != nil {
+		return incomplete(err)
+	}
+	all := slices.Concat(needs.manifests, needs.blobs)
+	p.meter.planAll(all)
+	p.meter.planned(PhaseBlobs)
+	for _, desc := range all {
+		p.meter.skip(desc)
+	}
+	return nil
 }
 
 // intact reports whether the bytes of everything that a manifest needs are good.

@@ -21,7 +21,7 @@ type fetcher struct {
 }
 
 // fetch stages one blob or manifest.
-func (p *fetcher) fetch(ctx context.Context, desc ocispec.Descriptor, as role) error {
+func (p *fetcher) fetch(ctx context.Context, desc ocispec.Descriptor, as role, item *meteredItem) error {
 	if err := checkDigest(desc.Digest); err != nil {
 		return err
 	}
@@ -34,24 +34,28 @@ func (p *fetcher) fetch(ctx context.Context, desc ocispec.Descriptor, as role) e
 		return err
 	}
 	if desc.Size < keepPartial {
-		return p.fetchWhole(ctx, desc, p.meter(desc))
+		return p.fetchWhole(ctx, desc, item)
 	}
 	part, err := p.partial(ctx, desc)
-	if err != nil || p.stage.has(desc.Digest) {
+	if err != nil {
 		return err
 	}
+	if p.stage.has(desc.Digest) {
+		item.skip()
+		return nil
+	}
 	if part == nil {
-		return p.fetchWhole(ctx, desc, p.meter(desc))
+		return p.fetchWhole(ctx, desc, item)
 	}
 	if part.kept > 0 && p.registry.opts.SeparateRegistries {
 		// It is not known which registry sent these bytes, and this one must send all of them.
-		err := p.fetchWhole(ctx, desc, p.meter(desc))
+		err := p.fetchWhole(ctx, desc, item)
 		if err == nil {
 			part.have = 0 // close removes it
 		}
 		return errors.Join(err, part.close())
 	}
-	return errors.Join(p.resume(ctx, desc, part, p.meter(desc)), part.close())
+	return errors.Join(p.resume(ctx, desc, part, item), part.close())
 }
 
 // partial opens what an earlier transfer of a large blob left, and locks it. While another transfer of
@@ -107,9 +111,9 @@ func (p *fetcher) partial(ctx context.Context, desc ocispec.Descriptor) (*partia
 const keepPartial = 1 << 20
 
 // fetchWhole fetches a blob, from its beginning with each attempt.
-func (p *fetcher) fetchWhole(ctx context.Context, desc ocispec.Descriptor, from meter) error {
+func (p *fetcher) fetchWhole(ctx context.Context, desc ocispec.Descriptor, item *meteredItem) error {
 	for attempt := 1; ; attempt++ {
-		err := p.fetchOnce(ctx, desc, from)
+		err := p.fetchOnce(ctx, desc, item)
 		if err == nil {
 			return nil
 		}
@@ -119,24 +123,24 @@ func (p *fetcher) fetchWhole(ctx context.Context, desc ocispec.Descriptor, from 
 	}
 }
 
-func (p *fetcher) fetchOnce(ctx context.Context, desc ocispec.Descriptor, from meter) error {
+func (p *fetcher) fetchOnce(ctx context.Context, desc ocispec.Descriptor, item *meteredItem) error {
 	res, _, err := p.repo.blob(ctx, desc, 0)
 	if err != nil {
 		return err
 	}
 	defer res.Body.Close()
-	body := &countedBody{src: res.Body, count: from(0), coding: codingOf(res)}
+	body := &countedBody{src: res.Body, count: p.count(item, 0), coding: codingOf(res)}
 	_, _, err = p.stage.put(ctx, body, "", desc.Digest, desc.Size)
 	return p.repo.blobError(ctx, desc, body, err)
 }
 
 // resume fetches a blob from where part is. Attempts count anew whenever
 // the pull is a MiB further than it has ever been.
-func (p *fetcher) resume(ctx context.Context, desc ocispec.Descriptor, part *partial, from meter) error {
-	from(part.have)(0)
+func (p *fetcher) resume(ctx context.Context, desc ocispec.Descriptor, part *partial, item *meteredItem) error {
+	item.resume(part.have)
 	furthest := part.have
 	for attempt := 1; ; attempt++ {
-		err := p.resumeOnce(ctx, desc, part, from)
+		err := p.resumeOnce(ctx, desc, part, item)
 		if err == nil {
 			return nil
 		}
@@ -150,16 +154,16 @@ func (p *fetcher) resume(ctx context.Context, desc ocispec.Descriptor, part *par
 }
 
 // resumeOnce makes one request for what is missing.
-func (p *fetcher) resumeOnce(ctx context.Context, desc ocispec.Descriptor, part *partial, from meter) error {
+func (p *fetcher) resumeOnce(ctx context.Context, desc ocispec.Descriptor, part *partial, item *meteredItem) error {
 	if part.have < part.size {
-		if err := p.appendOnce(ctx, desc, part, from); err != nil {
+		if err := p.appendOnce(ctx, desc, part, item); err != nil {
 			return err
 		}
 	}
 	old := part.kept > 0
 	err := part.finish(ctx)
 	if old && errors.Is(err, ErrDigestMismatch) { // what an earlier pull left was no good
-		return p.resumeOnce(ctx, desc, part, from)
+		return p.resumeOnce(ctx, desc, part, item)
 	}
 	if errors.Is(err, ErrDigestMismatch) {
 		return p.repo.blobProblem(desc, err)
@@ -167,7 +171,7 @@ func (p *fetcher) resumeOnce(ctx context.Context, desc ocispec.Descriptor, part 
 	return err
 }
 
-func (p *fetcher) appendOnce(ctx context.Context, desc ocispec.Descriptor, part *partial, from meter) error {
+func (p *fetcher) appendOnce(ctx context.Context, desc ocispec.Descriptor, part *partial, item *meteredItem) error {
 	res, at, err := p.repo.blob(ctx, desc, part.have)
 	if err != nil {
 		return unsatisfied(part, err)
@@ -178,7 +182,7 @@ func (p *fetcher) appendOnce(ctx context.Context, desc ocispec.Descriptor, part 
 			return err
 		}
 	}
-	body := &countedBody{src: res.Body, count: from(part.have), coding: codingOf(res)}
+	body := &countedBody{src: res.Body, count: p.count(item, part.have), coding: codingOf(res)}
 	err = part.append(ctx, body)
 	if err == nil && part.have < part.size {
 		err = io.ErrUnexpectedEOF
@@ -194,14 +198,11 @@ func unsatisfied(part *partial, err error) error {
 	return err
 }
 
-// meter counts what comes of a blob.
-func (p *fetcher) meter(desc ocispec.Descriptor) meter {
-	from := p.repo.remote.meter(Progress{Reference: p.ref, Descriptor: desc})
-	return func(done int64) func(int) {
-		report := from(done)
-		return func(n int) {
-			p.received.Add(int64(n))
-			report(n)
-		}
+// count counts the bytes that an attempt receives of a blob from byte at on.
+func (p *fetcher) count(item *meteredItem, at int64) func(n int) {
+	report := item.from(at)
+	return func(n int) {
+		p.received.Add(int64(n))
+		report(n)
 	}
 }

@@ -6,7 +6,6 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
-	"slices"
 	"strings"
 	"sync/atomic"
 	"syscall"
@@ -233,51 +232,6 @@ func TestPullPlatformHere(t *testing.T) {
 				t.Errorf("%q", s.requests(""))
 			}
 		})
-	}
-}
-
-// Progress goes on across attempts that bring little each, and tells the end of blobs of which nothing more has to come.
-func TestProgressOfPieces(t *testing.T) {
-	s := newServer(t)
-	large, last := noise(1, 4<<20), noise(2, 100)
-	s.put(t, "org/model", "v1", large, last, []byte{})
-	s.cutAfter(700<<10, 5)
-	var told []int64
-	empty := 0
-	remote := &ocilocal.Remote{Progress: func(p ocilocal.Progress) {
-		if p.Descriptor.Size == int64(len(large)) {
-			told = append(told, p.Done)
-		} else if p.Descriptor.Size == 0 {
-			empty++
-		}
-	}}
-	r := openRemote(t, remote)
-	cut := s.override
-	s.override = func(w http.ResponseWriter, q *http.Request) bool {
-		if strings.HasSuffix(q.URL.Path, string(digest.FromBytes(last))) {
-			status(404)(w, q)
-			return true
-		}
-		return cut(w, q)
-	}
-	if _, err := r.Pull(t.Context(), s.ref("org/model:v1"), &ocilocal.PullOptions{Workers: 1}); !errors.Is(err, ocilocal.ErrNotFound) {
-		t.Fatal(err)
-	}
-	if !slices.IsSorted(told) || len(told) < 3 || told[len(told)-1] != int64(len(large)) {
-		t.Errorf("%d", told)
-	}
-	told, empty = nil, 0
-	s.behave()
-	if _, err := r.Pull(t.Context(), s.ref("org/model:v1"), nil); err != nil {
-		t.Fatal(err)
-	}
-	if !slices.Equal(told, []int64{int64(len(large))}) || empty != 1 {
-		t.Errorf("%d, %d ends of the empty blob", told, empty)
-	}
-	empty = 0
-	s.noMount = true
-	if _, err := r.Push(t.Context(), s.ref("org/model:v1"), &ocilocal.PushOptions{As: s.ref("org/other:v1")}); err != nil || empty != 1 {
-		t.Errorf("%v, %d ends of the empty blob", err, empty)
 	}
 }
 

@@ -73,6 +73,7 @@ func (p *puller) pullReferrer(ctx context.Context, subject digest.Digest, d ocis
 	im := p.registry.newImporter(&ImportOptions{MaxBytes: p.opts.MaxBytes, one: true})
 	defer func() { p.registry.logDiscard(im.stage.discard()) }()
 	im.added.Add(result.BytesWritten)
+	im.meter = p.meter
 	pubs, _, received, err := p.stageClosure(ctx, im, m)
 	if err != nil {
 		return nil, err

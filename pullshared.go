@@ -33,6 +33,7 @@ type sharedPull struct {
 	err      error         // set before done is closed
 	stats    *ImportResult // likewise
 	received int64         // likewise
+	meter    *meter        // of the transfer; the calls follow it
 
 	mu      sync.Mutex // guards what follows
 	waiting []*puller
@@ -50,16 +51,13 @@ type turn struct {
 // transfer brings the closure of a manifest in, together with other calls that want the same, and sets the ref.
 func (p *puller) transfer(ctx context.Context, m *Manifest) (*PullResult, error) {
 	for range 3 {
-		f, err := p.join(ctx, m)
+		f, unfollow, err := p.join(ctx, m)
 		if err != nil {
 			return nil, err
 		}
-		select {
-		case <-f.done:
-			f.leave(p)
-		case <-ctx.Done():
-			f.leave(p)
-			return nil, ctx.Err()
+		p.transferred = true
+		if err := f.wait(ctx, p, unfollow); err != nil {
+			return nil, err
 		}
 		switch {
 		case p.update != nil:
@@ -84,36 +82,38 @@ func (p *puller) transfer(ctx context.Context, m *Manifest) (*PullResult, error)
 	return nil, fmt.Errorf("%w: %s is collected again and again while it is pulled", ErrIncomplete, p.ref)
 }
 
-// join returns the transfer of a manifest that is under way, or starts one.
-func (p *puller) join(ctx context.Context, m *Manifest) (*sharedPull, error) {
+// join returns the transfer of a manifest that is under way, or starts one. The call is told how far the
+// transfer is until it calls unfollow.
+func (p *puller) join(ctx context.Context, m *Manifest) (_ *sharedPull, unfollow func(), err error) {
 	r := p.registry
 	key := fmt.Sprintf("%p %s %s %d %t", p.repo.remote, p.ref.Name(), m.Digest(), p.opts.MaxBytes, p.opts.Verify)
 	for {
-		f := &sharedPull{registry: r, key: key, done: make(chan struct{}), waiting: []*puller{p}}
+		f := &sharedPull{registry: r, key: key, done: make(chan struct{}), waiting: []*puller{p}, meter: newCount()}
 		own, cancel := context.WithCancel(context.WithoutCancel(ctx))
 		f.cancel = cancel
 		if other, there := r.pulls.LoadOrStore(key, f); there {
 			cancel()
 			if f = other.(*sharedPull); f.enter(p) {
-				return f, nil
+				return f, p.meter.follow(f.meter), nil
 			}
 			select { // it is about to end
 			case <-f.done:
 			case <-ctx.Done():
-				return nil, ctx.Err()
+				return nil, nil, ctx.Err()
 			}
 			continue
 		}
 		end, err := r.begin(ctx)
 		if err != nil {
 			f.end(err)
-			return nil, err
+			return nil, nil, err
 		}
+		unfollow := p.meter.follow(f.meter) // from the first report on
 		go func() {
 			defer end()
 			f.end(f.run(own, p, m))
 		}()
-		return f, nil
+		return f, unfollow, nil
 	}
 }
 
@@ -126,6 +126,18 @@ func (f *sharedPull) enter(p *puller) bool {
 	}
 	f.waiting = append(f.waiting, p)
 	return true
+}
+
+// wait returns when the transfer is done, or with the error of ctx.
+func (f *sharedPull) wait(ctx context.Context, p *puller, unfollow func()) error {
+	defer f.leave(p)
+	defer unfollow()
+	select {
+	case <-f.done:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
 }
 
 // leave ends the waiting of a call. The last one to leave ends the transfer, and waits until it has
@@ -189,11 +201,14 @@ func (f *sharedPull) run(ctx context.Context, first *puller, m *Manifest) error 
 	r := f.registry
 	im := r.newImporter(&ImportOptions{MaxBytes: first.opts.MaxBytes, one: true})
 	defer func() { r.logDiscard(im.stage.discard()) }()
+	im.meter = f.meter
+	f.meter.phase(PhasePlan)
 	pubs, stats, received, err := first.stageClosure(ctx, im, m)
 	if err != nil {
 		return err
 	}
 	f.stats, f.received = stats, received
+	f.meter.phase(PhasePublish)
 	for tried := []*puller(nil); ; {
 		own, t := f.next(ctx, tried)
 		if t == nil { // everybody has left, or has a conflict
@@ -236,11 +251,17 @@ func (p *puller) stageClosure(ctx context.Context, im *importer, m *Manifest) (p
 	if _, err := im.stage.putBytes(ctx, m.raw, m.Digest().Algorithm()); err != nil {
 		return nil, nil, 0, err
 	}
-	_, _, added := im.stage.counts()
+	written, _, added := im.stage.counts()
 	if err := im.charge(added); err != nil {
 		return nil, nil, 0, err
 	}
 	desc := m.Descriptor()
+	im.meter.plan(1, desc.Size)
+	if written > 0 {
+		im.meter.done(desc)
+	} else {
+		im.meter.skip(desc)
+	}
 	entries := []ocispec.Descriptor{{MediaType: desc.MediaType, Digest: desc.Digest, Size: desc.Size}}
 	pubs, stats, err = im.collect(ctx, entries, []namedEntry{{Descriptor: entries[0]}})
 	if err == nil {

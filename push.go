@@ -36,6 +36,8 @@ type PushOptions struct {
 	ChunkSize int64
 	// Workers is how many blobs are sent at a time. Zero means 4.
 	Workers int
+	// Progress, if not nil, is told how far the push is. Mounted blobs count as skipped.
+	Progress func(Progress)
 }
 
 // A PushResult tells what a push did.
@@ -68,11 +70,19 @@ type PushResult struct {
 //   - [ErrInvalidReference] for a bad tag, [ErrTooLarge] for too many referrers
 //   - [ErrDigestMismatch], and any error from ctx or the file system
 func (r *LocalRegistry) Push(ctx context.Context, ref Reference, opts *PushOptions) (*PushResult, error) {
-	result, err := r.push(ctx, ref, opts)
+	var result *PushResult
+	var progress func(Progress)
+	if opts != nil {
+		progress = opts.Progress
+	}
+	err := attend(ctx, progress, ref, func(ctx context.Context, m *meter) (err error) {
+		result, err = r.push(ctx, ref, opts, m)
+		return err
+	})
 	return result, opError("push", ref.String(), "", err)
 }
 
-func (r *LocalRegistry) push(ctx context.Context, ref Reference, opts *PushOptions) (*PushResult, error) {
+func (r *LocalRegistry) push(ctx context.Context, ref Reference, opts *PushOptions, m *meter) (*PushResult, error) {
 	end, err := r.begin(ctx)
 	if err != nil {
 		return nil, err
@@ -82,7 +92,7 @@ func (r *LocalRegistry) push(ctx context.Context, ref Reference, opts *PushOptio
 	if err != nil {
 		return nil, err
 	}
-	p := &pusher{closure: r.newClosure(), as: ref}
+	p := &pusher{closure: r.newClosure(), as: ref, meter: m}
 	if opts != nil {
 		p.opts = *opts
 	}
@@ -104,8 +114,10 @@ func (r *LocalRegistry) push(ctx context.Context, ref Reference, opts *PushOptio
 	if p.repo, err = remote.repo(p.as); err != nil {
 		return nil, err
 	}
+	m.phase(PhasePlan)
 	result, err := p.run(ctx, root)
 	if err == nil && p.opts.Referrers {
+		m.phase(PhaseReferrers)
 		result.Referrers, err = p.pushReferrers(ctx)
 		p.count(result)
 	}
@@ -115,9 +127,10 @@ func (r *LocalRegistry) push(ctx context.Context, ref Reference, opts *PushOptio
 // A pusher is one push.
 type pusher struct {
 	closure
-	repo *remoteRepo
-	as   Reference
-	opts PushOptions
+	repo  *remoteRepo
+	as    Reference
+	opts  PushOptions
+	meter *meter
 
 	// unsent holds the digests of blobs that the registry says it has, or has mounted.
 	unsent                 sync.Map
@@ -147,9 +160,18 @@ func (p *pusher) send(ctx context.Context, root ocispec.Descriptor, reference st
 	if err := p.collect(ctx, root); err != nil {
 		return err
 	}
+	p.meter.planAll(p.manifests[manifests:])
+	p.meter.planAll(p.blobs[blobs:])
+	isRoot := manifests == 0 // else it is a referrer
+	if isRoot {
+		p.meter.planned(PhaseBlobs)
+	}
 	before := p.sent.Load()
 	if err := p.sendBlobs(ctx, p.blobs[blobs:]); err != nil {
 		return err
+	}
+	if isRoot {
+		p.meter.phase(PhasePublish)
 	}
 	for _, desc := range p.manifests[manifests:] {
 		m, err := p.registry.readVerified(ctx, desc)
@@ -163,6 +185,7 @@ func (p *pusher) send(ctx context.Context, root ocispec.Descriptor, reference st
 				return err
 			}
 		}
+		skipped := true
 		for i, reference := range at {
 			if p.sent.Load() == before && p.there(ctx, reference, m.Descriptor()) {
 				if m.doc.Subject == nil || i > 0 {
@@ -173,6 +196,12 @@ func (p *pusher) send(ctx context.Context, root ocispec.Descriptor, reference st
 			if err := p.putManifest(ctx, reference, m); err != nil {
 				return err
 			}
+			skipped = false
+		}
+		if skipped {
+			p.meter.skip(desc)
+		} else {
+			p.meter.done(desc)
 		}
 	}
 	return nil
@@ -245,6 +274,7 @@ func (p *pusher) putManifest(ctx context.Context, reference string, m *Manifest)
 		} else {
 			p.mounted.Add(-1)
 		}
+		p.meter.unskip(c)
 		again++
 		if err := p.upload(ctx, c, nil); err != nil {
 			return err
@@ -295,6 +325,7 @@ func (p *pusher) sendBlob(ctx context.Context, desc ocispec.Descriptor) error {
 	if has == present {
 		p.unsent.Store(desc.Digest, present)
 		p.present.Add(1)
+		p.meter.skip(desc)
 		return nil
 	}
 	name, err := p.registry.index.otherName(desc.Digest, p.as.Registry()+"/", p.as.Name())
@@ -314,6 +345,7 @@ func (p *pusher) sendBlob(ctx context.Context, desc ocispec.Descriptor) error {
 		if done {
 			p.unsent.Store(desc.Digest, unknown)
 			p.mounted.Add(1)
+			p.meter.skip(desc)
 			return nil
 		}
 		session = s
@@ -329,22 +361,12 @@ func (p *pusher) sendBlob(ctx context.Context, desc ocispec.Descriptor) error {
 
 // upload sends a blob.
 func (p *pusher) upload(ctx context.Context, desc ocispec.Descriptor, session *uploadSession) error {
-	u := &upload{repo: p.repo, desc: desc, store: p.registry.blobs, chunk: p.opts.ChunkSize}
-	from := p.repo.remote.meter(Progress{Reference: p.as, Push: true, Descriptor: desc})
-	defer func() { from(0) }() // waits for a Progress under way; what a transport goes on reading isn't told
-	u.count = func(at int64) func(int) {
-		report := from(at)
-		if desc.Size == 0 { // nothing will be read
-			report(0)
-		}
-		return func(n int) {
-			p.bytes.Add(int64(n))
-			report(n)
-		}
-	}
+	u := &upload{repo: p.repo, desc: desc, store: p.registry.blobs, chunk: p.opts.ChunkSize, item: p.meter.item(desc)}
+	u.sent = func(n int) { p.bytes.Add(int64(n)) }
 	if err := u.run(ctx, session); err != nil {
 		return err
 	}
+	u.item.end()
 	p.sent.Add(1)
 	return nil
 }

@@ -4,7 +4,6 @@ import (
 	"cmp"
 	"log/slog"
 	"maps"
-	"math"
 	"net"
 	"net/http"
 	"net/netip"
@@ -12,8 +11,6 @@ import (
 	"strings"
 	"sync"
 	"time"
-
-	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
 // Limits on what comes from a remote registry. What passes one is [ErrTooLarge]
@@ -70,16 +67,13 @@ type Remote struct {
 	// StallTimeout ends a request that for this long brings or takes fewer than
 	// 4,096 bytes. Zero means 60 seconds. Registries get five times as long to answer an upload.
 	StallTimeout time.Duration
-	// Progress is told how far blobs are, by one goroutine at a time, at most once for each
-	// MiB and at the end of each blob, and not after the call has returned. It must not block. Nil: no reports.
-	Progress func(Progress)
 	// Warn is told each distinct warning of a registry once (distribution-spec, "Warnings"),
 	// by one goroutine at a time. It must not block. Nil discards them.
 	Warn func(host, text string)
 	// UserAgent is sent to registries. Empty means "ocilocal".
 	UserAgent string
 
-	telling sync.Mutex // held while Progress or Warn is called
+	telling sync.Mutex // held while Warn is called
 
 	mu     sync.Mutex // guards what follows
 	client *http.Client
@@ -88,16 +82,6 @@ type Remote struct {
 	hosts   map[string]*remoteHost
 	cache   map[tokenKey]*tokenEntry
 	warned  map[string]bool
-}
-
-// Progress tells how much of a blob was transferred.
-type Progress struct {
-	Reference  Reference
-	Push       bool // else it is a pull
-	Descriptor ocispec.Descriptor
-	// Done is the number of bytes so far, those of an earlier, interrupted pull
-	// included. It falls back when a blob has to be started again.
-	Done int64
 }
 
 // remoteHost is what a Remote knows of one registry.
@@ -112,42 +96,6 @@ type remoteHost struct {
 	challenges map[string]challenge // by repository: what it last asked for
 	addr       netip.Addr           // where it was last reached
 	away       *http.Client         // for requests that leave its origin
-}
-
-// A meter is told how far a blob is. Each attempt calls it with where it begins, and
-// what that returns with each number of bytes; then the attempt before isn't listened to any more.
-type meter func(done int64) func(n int)
-
-// meter tells Progress.
-func (r *Remote) meter(at Progress) meter {
-	if r.Progress == nil {
-		return func(int64) func(int) { return func(int) {} }
-	}
-	var mu sync.Mutex
-	attempt, told, ended := 0, int64(math.MaxInt64), false
-	return func(done int64) func(int) {
-		mu.Lock()
-		defer mu.Unlock()
-		attempt++
-		this := attempt
-		at.Done, told, ended = done, min(told, done), false
-		return func(n int) {
-			mu.Lock()
-			defer mu.Unlock()
-			if this != attempt {
-				return
-			}
-			at.Done += int64(n)
-			end := at.Done == at.Descriptor.Size
-			if at.Done-told < 1<<20 && (!end || ended) {
-				return
-			}
-			told, ended = at.Done, end
-			r.telling.Lock()
-			defer r.telling.Unlock()
-			r.Progress(at)
-		}
-	}
 }
 
 // plainHTTP applies r.PlainHTTP to a host with its port if it has one.

@@ -11,7 +11,6 @@ import (
 	"path"
 	"path/filepath"
 	"runtime"
-	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -531,94 +530,6 @@ func TestWarnOneAtATime(t *testing.T) {
 	wg.Wait()
 	if calls.Load() != requests {
 		t.Errorf("%d calls", calls.Load())
-	}
-}
-
-// TestProgress: one at a time, forward, to the end of each blob, and not too often.
-func TestProgress(t *testing.T) {
-	s := newServer(t)
-	var layers [][]byte
-	for i := range 6 {
-		layers = append(layers, noise(byte(i), 100+i*(1<<20)))
-	}
-	s.put(t, "org/model", "v1", layers...)
-	var inside atomic.Int64
-	done, calls := map[string]int64{}, 0
-	var push bool
-	remote := &ocilocal.Remote{Progress: func(p ocilocal.Progress) {
-		if inside.Add(1) != 1 {
-			t.Error("called by two at a time")
-		}
-		defer inside.Add(-1)
-		for range 1000 { // time for others to come
-			runtime.Gosched()
-		}
-		calls++
-		key := string(p.Descriptor.Digest)
-		if p.Done <= done[key] || p.Done > p.Descriptor.Size || p.Push != push || p.Reference.IsZero() {
-			t.Errorf("%+v after %d", p, done[key])
-		}
-		done[key] = p.Done
-	}}
-	r := openRemote(t, remote)
-	check := func(what string) {
-		t.Helper()
-		for _, l := range layers {
-			if n := done[string(digest.FromBytes(l))]; n != int64(len(l)) {
-				t.Errorf("%s: %d of %d", what, n, len(l))
-			}
-		}
-		if calls > 1+6+15 {
-			t.Errorf("%s: %d calls", what, calls)
-		}
-		clear(done)
-		calls = 0
-	}
-	if _, err := r.Pull(t.Context(), s.ref("org/model:v1"), &ocilocal.PullOptions{Workers: 6}); err != nil {
-		t.Fatal(err)
-	}
-	check("pull")
-	push, s.noMount = true, true
-	if _, err := r.Push(t.Context(), s.ref("org/model:v1"), &ocilocal.PushOptions{As: s.ref("org/other:v1"), Workers: 6}); err != nil {
-		t.Fatal(err)
-	}
-	check("push")
-}
-
-// A blob that has to be sent again falls back; it is never further than it is large.
-func TestProgressFallsBack(t *testing.T) {
-	for _, chunk := range []int64{0, 1_000_000} {
-		s := newServer(t)
-		var fails atomic.Int64
-		s.override = func(w http.ResponseWriter, r *http.Request) bool {
-			if (r.Method == "PUT" || r.Method == "PATCH") && r.ContentLength >= 1_000_000 && fails.Add(1) == 3 {
-				io.CopyN(io.Discard, r.Body, 999_999)
-				panic(http.ErrAbortHandler)
-			}
-			// Before that, it fails when all has arrived.
-			if r.Method == "PUT" && r.ContentLength >= 1_000_000 && fails.Load() < 3 {
-				io.Copy(io.Discard, r.Body)
-				status(500)(w, r)
-				return true
-			}
-			return false
-		}
-		var told []int64
-		remote := &ocilocal.Remote{Progress: func(p ocilocal.Progress) {
-			if p.Descriptor.Size > 2 {
-				told = append(told, p.Done)
-			}
-		}}
-		r := openRemote(t, remote)
-		const size = 5_500_000
-		pushed(t, r, s.ref("org/model:v1"), nil, nil, noise(1, size))
-		got, err := r.Push(t.Context(), s.ref("org/model:v1"), &ocilocal.PushOptions{ChunkSize: chunk})
-		if err != nil || len(told) == 0 || slices.Max(told) != size || told[len(told)-1] != size {
-			t.Errorf("%+v, %v: %d", got, err, told)
-		}
-		if chunk == 0 && slices.IsSorted(told) {
-			t.Errorf("it doesn't fall back: %d", told)
-		}
 	}
 }
 

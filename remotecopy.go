@@ -109,7 +109,7 @@ func (c *remoteCopy) blob(ctx context.Context, desc ocispec.Descriptor) error {
 		}
 	}
 	var buffers sync.Pool // for a method of verifier that isn't used
-	u := &upload{repo: c.to, desc: desc, count: func(int64) func(int) { return func(int) {} }}
+	u := &upload{repo: c.to, desc: desc}
 	u.open = func(ctx context.Context) (io.ReadCloser, error) {
 		res, _, err := c.from.blob(ctx, desc, 0)
 		if err != nil {

@@ -190,7 +190,8 @@ type upload struct {
 	store *blobStore
 	open  func(ctx context.Context) (io.ReadCloser, error) // if there is no store: the blob's verified bytes
 	chunk int64                                            // wanted size of chunks; 0 for one request
-	count meter
+	item  *meteredItem
+	sent  func(n int) // is called with each number of bytes that are read; may be nil
 
 	oddRange bool // asking a session after an odd Range didn't help
 }
@@ -283,13 +284,24 @@ func (u *upload) whole(ctx context.Context) (io.ReadCloser, error) {
 		if err != nil {
 			return nil, err
 		}
-		return &countedBody{src: src, count: u.count(0)}, nil
+		return u.counted(src, 0), nil
 	}
 	v, err := u.store.open(ctx, u.desc.Digest, u.desc.Size)
 	if err != nil {
 		return nil, incomplete(err)
 	}
-	return &countedBody{src: v, count: u.count(0)}, nil
+	return u.counted(v, 0), nil
+}
+
+// counted counts the bytes of an attempt to send the blob, or a chunk of it, that begins at byte at.
+func (u *upload) counted(src io.ReadCloser, at int64) *countedBody {
+	report := u.item.from(at)
+	return &countedBody{src: src, count: func(n int) {
+		if u.sent != nil {
+			u.sent(n)
+		}
+		report(n)
+	}}
 }
 
 // close sends what is left, and says what all of it is. It returns after the registry has the blob.
@@ -372,7 +384,7 @@ func (u *upload) sendChunk(ctx context.Context, s *uploadSession, f io.ReaderAt,
 			"Content-Range": {fmt.Sprintf("%d-%d", at, at+n-1)}, // without "bytes", unlike HTTP's
 		},
 		body: func() (io.ReadCloser, error) {
-			return &countedBody{src: io.NopCloser(&ctxReader{ctx, io.NewSectionReader(f, at, n)}), count: u.count(at)}, nil
+			return u.counted(io.NopCloser(&ctxReader{ctx, io.NewSectionReader(f, at, n)}), at), nil
 		},
 		size: n, actions: []string{"pull", "push"}, once: true, ok: any2xx,
 	}

@@ -55,13 +55,13 @@ func (p *repair) load(ctx context.Context, d digest.Digest) (*Manifest, []pendin
 		return nil, nil, nil, err
 	}
 	im := p.registry.newImporter(nil)
-	im.fetch = func(_ context.Context, desc ocispec.Descriptor, _ role) error {
+	im.fetch = func(_ context.Context, desc ocispec.Descriptor, _ role, _ *meteredItem) error {
 		return fmt.Errorf("%w: blob %s", ErrIncomplete, desc.Digest)
 	}
 	var list []pendingManifest
 	_, err = im.manifest(ctx, m.Descriptor(), 0, map[digest.Digest]bool{}, &list)
 	if err == nil {
-		err = im.stage.settle(ctx, nil)
+		err = im.stage.settle(ctx)
 	}
 	return m, list, im.stage, err
 }

@@ -105,8 +105,8 @@ func (p *repair) healFromRepository(ctx context.Context, ref Reference, desc oci
 	st := p.registry.blobs.newStage()
 	defer func() { p.registry.logDiscard(st.discard()) }()
 	from := &fetcher{registry: p.registry, repo: repo, ref: ref, stage: st}
-	if err := from.fetch(ctx, desc, as); err != nil {
+	if err := from.fetch(ctx, desc, as, nil); err != nil {
 		return err
 	}
-	return st.settle(ctx, nil)
+	return st.settle(ctx)
 }

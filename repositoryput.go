@@ -171,9 +171,7 @@ func (p *Repository) PutManifest(ctx context.Context, mediaType string, raw []by
 	if _, err := st.putBytes(ctx, m.raw, m.digest.Algorithm()); err != nil {
 		return u, err
 	}
-	pub := onlyManifest(ref, m, o.PublishOptions)
-	pub.also = func(tx *indexTx) error { return p.registry.checkMemberRows(ctx, tx, m) }
-	updates, err := p.registry.publish(ctx, st, []publication{pub})
+	updates, err := p.registry.publish(ctx, st, []publication{onlyManifest(ref, m, o.PublishOptions)})
 	if err != nil {
 		return u, err
 	}
@@ -213,7 +211,7 @@ func (p *Repository) takeChildren(ctx context.Context, st *stage, m *Manifest) e
 			return err
 		}
 	}
-	return p.registry.checkMembers(ctx, m)
+	return nil
 }
 
 // sizeAs returns an [ErrSizeMismatch] if a staged blob has another size than its descriptor says.
