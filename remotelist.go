@@ -103,6 +103,9 @@ func (p *remoteRepo) pages(ctx context.Context, first *url.URL, header http.Head
 			return err
 		}
 		more, err := visit(body, res)
+		if errors.Is(err, errStop) {
+			return err
+		}
 		if err != nil {
 			return answerProblem(c, res, err)
 		}

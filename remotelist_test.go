@@ -250,3 +250,34 @@ func TestPushHostileMount(t *testing.T) {
 		})
 	}
 }
+
+// A caller may stop in the middle of a list.
+func TestRemoteListsStop(t *testing.T) {
+	for _, noReferrers := range []bool{false, true} {
+		s := newServer(t)
+		s.noReferrers, s.pageSize = noReferrers, 1
+		r := openRemote(t, nil)
+		subject, _ := withSignatures(t, r, s, 2)
+		if _, err := r.Push(t.Context(), subject.Reference(), &ocilocal.PushOptions{Referrers: true, Tags: []string{"v2"}}); err != nil {
+			t.Fatal(err)
+		}
+		remote := &ocilocal.Remote{Retry: quick}
+		defer remote.CloseIdleConnections()
+		s.forget()
+		for tag, err := range remote.Tags(t.Context(), subject.Reference()) {
+			if tag == "" || err != nil {
+				t.Error(tag, err)
+			}
+			break
+		}
+		for d, err := range remote.Referrers(t.Context(), subject.Reference(), "") {
+			if d.Digest == "" || err != nil {
+				t.Error(d, err)
+			}
+			break
+		}
+		if n := len(s.requests("last=")); n > 0 {
+			t.Errorf("%d further pages were asked for", n)
+		}
+	}
+}
