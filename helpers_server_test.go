@@ -240,7 +240,8 @@ func (s *server) putManifest(w http.ResponseWriter, r *http.Request, repo, refer
 		}
 	}
 	for _, d := range m.Manifests() {
-		if _, ok := s.manifests[repo][string(d.Digest)]; !ok {
+		_, blob := s.blobs[repo+"@"+string(d.Digest)]
+		if _, ok := s.manifests[repo][string(d.Digest)]; !ok && !blob {
 			fail(w, 404, "MANIFEST_BLOB_UNKNOWN")
 			return
 		}

@@ -64,12 +64,14 @@ type remoteCopy struct {
 	seen     map[digest.Digest]bool
 }
 
-// manifest copies everything that a manifest needs, and then the manifest.
+// manifest copies everything that a manifest needs, and then the manifest. The blobs come first: when a member
+// is reached, blobs that were seen before are all there, so that it is put after each blob that it needs.
 func (c *remoteCopy) manifest(ctx context.Context, m *Manifest, reference string, depth int) error {
 	if depth > MaxIndexNesting {
 		return fmt.Errorf("%w: image indexes nested more than %d deep", ErrTooLarge, MaxIndexNesting)
 	}
 	t := newTasks(ctx, 4)
+	var members []ocispec.Descriptor
 	var err error
 	for i, child := range m.children() {
 		if c.seen[child.Digest] {
@@ -77,13 +79,10 @@ func (c *remoteCopy) manifest(ctx context.Context, m *Manifest, reference string
 		}
 		if c.seen[child.Digest] = true; len(c.seen) > MaxClosure {
 			err = fmt.Errorf("%w: an artifact of more than %d blobs", ErrTooLarge, MaxClosure)
-		} else if m.childRole(i) != roleManifest {
-			err = t.start(func() error { return c.blob(t.ctx, child) })
+		} else if m.childRole(i) == roleManifest {
+			members = append(members, child)
 		} else {
-			var of *Manifest
-			if of, err = c.from.manifest(t.ctx, string(child.Digest), child.MediaType); err == nil {
-				err = c.manifest(t.ctx, of, string(child.Digest), depth+1)
-			}
+			err = t.start(func() error { return c.blob(t.ctx, child) })
 		}
 		if err != nil {
 			break
@@ -91,6 +90,15 @@ func (c *remoteCopy) manifest(ctx context.Context, m *Manifest, reference string
 	}
 	if err := t.wait(err); err != nil {
 		return err
+	}
+	for _, d := range members {
+		of, err := c.from.manifest(ctx, string(d.Digest), d.MediaType)
+		if err == nil {
+			err = c.manifest(ctx, of, string(d.Digest), depth+1)
+		}
+		if err != nil {
+			return err
+		}
 	}
 	return c.to.putManifest(ctx, reference, m)
 }

@@ -104,3 +104,30 @@ func TestRemoteCopyRepeats(t *testing.T) {
 	_, err := remote.Copy(t.Context(), a.ref("org/model:v2"), b.ref("org/model:v2"), remote)
 	mustFail(t, err, ocilocal.ErrTooLarge)
 }
+
+// A blob that an index has directly is there before the member that needs it too is put.
+func TestRemoteCopyOrder(t *testing.T) {
+	a, b := newServer(t), newServer(t)
+	large := noise(1, 8<<20)
+	member := a.put(t, "org/model", "", large)
+	index := a.putRaw("org/model", "multi", ocispec.MediaTypeImageIndex, fmt.Appendf(nil,
+		`{"schemaVersion":2,"mediaType":%q,"manifests":[{"mediaType":"application/x-layer","digest":%q,"size":%d},{"mediaType":%q,"digest":%q,"size":%d}]}`,
+		ocispec.MediaTypeImageIndex, digest.FromBytes(large), len(large),
+		ocispec.MediaTypeImageManifest, member, len(a.manifests["org/model"][string(member)].body)))
+	early := false
+	a.override = func(_ http.ResponseWriter, q *http.Request) bool {
+		if strings.HasSuffix(q.URL.Path, string(member)) { // its turn has come
+			b.mu.Lock()
+			_, there := b.blobs["org/model@"+string(digest.FromBytes(large))]
+			b.mu.Unlock()
+			early = early || !there
+		}
+		return false
+	}
+	remote := &ocilocal.Remote{Retry: quick}
+	defer remote.CloseIdleConnections()
+	d, err := remote.Copy(t.Context(), a.ref("org/model:multi"), b.ref("org/model:multi"), remote)
+	if err != nil || d.Digest != index || early {
+		t.Errorf("%v, %v, a manifest before its blob: %t", d, err, early)
+	}
+}
