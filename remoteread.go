@@ -125,14 +125,21 @@ func manifestType(h http.Header, want string) (string, error) {
 // generalTypes are the media types that servers give to files of which they know nothing, or only that they are JSON.
 var generalTypes = []string{"", "application/json", "text/json", "text/plain", "application/octet-stream", "binary/octet-stream"}
 
-// head looks where a tag or digest is. HEAD is answered by registries, proxies and stores of which
-// some leave out what a descriptor needs, state a length of 0, or refuse what they answer to GET. So only a
-// complete answer of the registry itself is taken; after any other one, the manifest is asked for.
+// head asks for the descriptor of a tag or digest. Registries, proxies and stores answer HEAD. Some of
+// them leave out a part of the descriptor, state a length of 0, or refuse what they answer to GET. So only
+// a complete answer of the registry itself counts. After any other answer, also a failure of the server, the
+// manifest is asked for, and only that request is repeated.
 func (p *remoteRepo) head(ctx context.Context, reference string) (ocispec.Descriptor, error) {
 	c := p.manifestCall(http.MethodHead, reference)
-	res, err := p.do(ctx, c)
-	if e, ok := errors.AsType[*RemoteError](err); err != nil && (!ok || e.Status == 0 || e.TokenServer || e.Status == http.StatusTooManyRequests) {
-		return ocispec.Descriptor{}, err
+	res, err := p.try(ctx, c)
+	for attempt := 1; err != nil; attempt++ {
+		if e, ok := errors.AsType[*RemoteError](err); ok && e.Status != 0 && !e.TokenServer && e.Status != http.StatusTooManyRequests {
+			break
+		}
+		if err := p.remote.again(ctx, attempt, err); err != nil {
+			return ocispec.Descriptor{}, err
+		}
+		res, err = p.try(ctx, c)
 	}
 	if err == nil {
 		res.Body.Close()

@@ -146,3 +146,19 @@ func TestHeadLies(t *testing.T) {
 		nothingIn(t, r)
 	}
 }
+
+// A registry that fails is not asked twice as often because HEAD comes before GET.
+func TestResolveFails(t *testing.T) {
+	s := newServer(t)
+	s.override = func(w http.ResponseWriter, _ *http.Request) bool {
+		w.WriteHeader(503)
+		return true
+	}
+	remote := &ocilocal.Remote{Retry: quick}
+	defer remote.CloseIdleConnections()
+	_, err := remote.Resolve(t.Context(), s.ref("org/model:v1"))
+	mustFail(t, err, ocilocal.ErrTransport)
+	if n, heads := len(s.requests("")), len(s.requests("HEAD")); n != 7 || heads != 1 {
+		t.Errorf("%d requests, %d of HEAD", n, heads)
+	}
+}
