@@ -271,3 +271,13 @@ func MeterItem(fn func(Progress), desc ocispec.Descriptor) (count func(n int), e
 	item := newMeter(fn, Reference{}).item(desc)
 	return item.from(0), item.end
 }
+
+// RenewRemote is what happens after so many requests of one client have stalled. It returns how many clients
+// are retired.
+func RenewRemote(r *Remote, stalls int) int {
+	p, client := &remoteRepo{remote: r, host: r.host("example.com")}, r.httpClient()
+	for range stalls {
+		p.renew(client)
+	}
+	return len(r.retired)
+}

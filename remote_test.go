@@ -591,3 +591,11 @@ func TestLargeBlobsAreStreamed(t *testing.T) {
 		}
 	}
 }
+
+// Requests that stall together retire their client once, so that other retired clients keep their places.
+func TestRenewTogether(t *testing.T) {
+	remote := &ocilocal.Remote{}
+	if n := ocilocal.RenewRemote(remote, 16); n != 1 {
+		t.Errorf("%d clients are retired", n)
+	}
+}
