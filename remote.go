@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"net/netip"
 	"net/url"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -196,7 +197,9 @@ func (p *remoteRepo) renew(client *http.Client) {
 	p.host.mu.Unlock()
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.retired = append(r.retired, client)
+	if !slices.Contains(r.retired, client) { // requests that stall together have the same one
+		r.retired = append(r.retired, client)
+	}
 	for _, c := range r.retired { // those that stalled earlier have no request any more
 		c.CloseIdleConnections()
 	}
@@ -281,11 +284,15 @@ func (r *Remote) warn(host string, header http.Header, secrets []string) {
 		}
 		r.mu.Unlock()
 		if !seen {
-			r.telling.Lock()
-			r.Warn(host, text)
-			r.telling.Unlock()
+			r.tellWarning(host, text)
 		}
 	}
+}
+
+func (r *Remote) tellWarning(host, text string) {
+	r.telling.Lock()
+	defer r.telling.Unlock()
+	r.Warn(host, text)
 }
 
 // header returns h with the fields that every request has.

@@ -20,16 +20,21 @@ import (
 // list that its clients keep under a tag which they make from the subject's digest (distribution-spec,
 // "Referrers Tag Schema"). [remoteRepo.referrersAPI] decides which, for listing, pushing and deleting.
 //
-// The list is shared by all clients, and a registry doesn't merge what they write. Three rules keep
+// All clients share the list, and a registry does not merge their writes. Three rules protect the
 // entries of others:
 //
-//   - A list is created only where the registry itself has said that there is none. A proxy's page, a
-//     redirect's target or a token server can answer 404 too, and a list that is
-//     written after that would replace all that the real one holds.
+//   - A list is created only if the registry itself has said that there is none. A proxy, the target
+//     of a redirect or a token server can answer 404 too. A list written after such an answer would
+//     replace the real one with all its entries.
 //   - A write names the state that it is based on: If-Match with the ETag of the list that was read,
-//     If-None-Match for a list that is new.
-//   - Not every registry honours these. So the list is read again after each write, until it is as
-//     wanted: if somebody else has overwritten it, the change is made again, to their list.
+//     If-None-Match for a new list. A registry that honours both loses no entry.
+//   - Not every registry does. So the list is read again after each write. If another client has
+//     overwritten it, the change is made again, to that client's list.
+//
+// The third rule is not a guarantee. Suppose that a registry ignores conditions and two clients have
+// read the same list. If the second one writes after the first one has read its own entry back, that
+// entry is lost, and the first push has returned nil. The time between a client's read and its write
+// is the only protection then. Pushing the first artifact again adds its entry again.
 
 // Referrers lists the manifests in ref's repository whose subject is the one that ref
 // names, of one artifact type or, if that is "", of all (distribution-spec,
@@ -195,6 +200,18 @@ func (p *remoteRepo) referrersTag(ctx context.Context, subject digest.Digest) (*
 	}
 }
 
+// lists reports whether the registry lists d as a referrer of a subject. An error counts as no.
+func (p *remoteRepo) lists(ctx context.Context, subject, d digest.Digest) bool {
+	found := false
+	p.referrers(ctx, subject, "", func(listed ocispec.Descriptor) error {
+		if found = listed.Digest == d; found {
+			return errStop
+		}
+		return nil
+	})
+	return found
+}
+
 // addReferrer makes sure that m is listed as a referrer of its subject. It is called where the
 // answer to the push of m didn't say that the registry does so itself.
 func (p *remoteRepo) addReferrer(ctx context.Context, subject digest.Digest, m *Manifest) error {
@@ -257,7 +274,7 @@ func (p *remoteRepo) changeReferrers(ctx context.Context, subject digest.Digest,
 		case etag != "" && !strings.HasPrefix(etag, "W/"): // a weak one never matches (RFC 9110, section 13.1.1)
 			header.Set("If-Match", etag)
 		}
-		_, err = p.writeManifest(ctx, referrersTagName(subject), list, header)
+		_, _, err = p.sendManifest(ctx, referrersTagName(subject), list, header) // it is read again below
 		if e, ok := errors.AsType[*RemoteError](err); ok {
 			switch e.Status {
 			case http.StatusPreconditionFailed, http.StatusConflict: // somebody else has just changed it

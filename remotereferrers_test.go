@@ -293,3 +293,36 @@ func TestReferrersWeakETag(t *testing.T) {
 		t.Errorf("%q, %v", got, err)
 	}
 }
+
+// A registry says only that it took a list, and another client overwrites it at once: the lists are merged.
+func TestReferrersOverwritten(t *testing.T) {
+	s := newServer(t)
+	s.noReferrers = true
+	r := openRemote(t, nil)
+	subject, signatures := withSignatures(t, r, s, 2)
+	tag := "sha256-" + subject.Digest().Encoded()
+	var writes atomic.Int64
+	s.override = func(w http.ResponseWriter, q *http.Request) bool {
+		if q.Method != "PUT" || !strings.HasSuffix(q.URL.Path, tag) {
+			return false
+		}
+		b, _ := io.ReadAll(q.Body)
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		s.putRaw("org/model", tag, ocispec.MediaTypeImageIndex, b)
+		if writes.Add(1) == 1 {
+			d := signatures[1].Descriptor()
+			s.putRaw("org/model", tag, ocispec.MediaTypeImageIndex, fmt.Appendf(nil,
+				`{"schemaVersion":2,"mediaType":%q,"manifests":[{"mediaType":%q,"digest":%q,"size":%d}]}`,
+				ocispec.MediaTypeImageIndex, d.MediaType, d.Digest, d.Size))
+		}
+		w.WriteHeader(202)
+		return true
+	}
+	if _, err := r.Push(t.Context(), signatures[0].Reference(), nil); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := referrersOf(t, s.ref("org/model@"+string(subject.Digest()))); err != nil || len(got) != 2 {
+		t.Errorf("%q, %v", got, err)
+	}
+}

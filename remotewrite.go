@@ -50,7 +50,7 @@ func (r *Remote) tag(ctx context.Context, ref Reference, tags []string) (ocispec
 		return ocispec.Descriptor{}, err
 	}
 	for _, tag := range tags {
-		if _, err := p.writeManifest(ctx, tag, m, nil); err != nil {
+		if _, err := p.writeManifest(ctx, tag, m); err != nil {
 			return ocispec.Descriptor{}, explainManifest(m, err)
 		}
 	}
@@ -59,7 +59,7 @@ func (r *Remote) tag(ctx context.Context, ref Reference, tags []string) (ocispec
 
 // putManifest pushes a manifest's bytes under a tag or its digest.
 func (p *remoteRepo) putManifest(ctx context.Context, reference string, m *Manifest) error {
-	res, err := p.writeManifest(ctx, reference, m, nil)
+	res, err := p.writeManifest(ctx, reference, m)
 	if err != nil {
 		return explainManifest(m, err)
 	}
@@ -75,7 +75,22 @@ func (p *remoteRepo) putManifest(ctx context.Context, reference string, m *Manif
 }
 
 // writeManifest puts a manifest, and returns after the registry has it.
-func (p *remoteRepo) writeManifest(ctx context.Context, reference string, m *Manifest, header http.Header) (*http.Response, error) {
+func (p *remoteRepo) writeManifest(ctx context.Context, reference string, m *Manifest) (*http.Response, error) {
+	c, res, err := p.sendManifest(ctx, reference, m, nil)
+	if err != nil || created(res, m.Digest()) {
+		return res, err
+	}
+	switch got, err := p.head(ctx, reference); {
+	case err != nil:
+		return nil, err
+	case got.Digest != m.Digest():
+		return nil, answerProblem(c, res, fmt.Errorf("%w: the registry answered success, and has %s there, not %s", ErrProtocol, got.Digest, m.Digest()))
+	}
+	return res, nil
+}
+
+// sendManifest puts a manifest. Success is a claim of whoever answered: see [created].
+func (p *remoteRepo) sendManifest(ctx context.Context, reference string, m *Manifest, header http.Header) (*remoteCall, *http.Response, error) {
 	c := &remoteCall{
 		method: http.MethodPut, url: p.url("manifests", reference), header: header.Clone(),
 		body: bytesBody(m.raw), size: m.Size(), actions: []string{"pull", "push"}, ok: any2xx,
@@ -86,7 +101,7 @@ func (p *remoteRepo) writeManifest(ctx context.Context, reference string, m *Man
 	c.header.Set("Content-Type", m.MediaType())
 	res, err := p.do(ctx, c)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	res.Body.Close()
 	d, err := headerDigest(res.Header)
@@ -94,17 +109,9 @@ func (p *remoteRepo) writeManifest(ctx context.Context, reference string, m *Man
 		err = fmt.Errorf("%w: the registry says it took %s, not %s", ErrDigestMismatch, d, m.Digest())
 	}
 	if err != nil {
-		return nil, answerProblem(c, res, err)
+		return nil, nil, answerProblem(c, res, err)
 	}
-	if !created(res, m.Digest()) {
-		switch got, err := p.head(ctx, reference); {
-		case err != nil:
-			return nil, err
-		case got.Digest != m.Digest():
-			return nil, answerProblem(c, res, fmt.Errorf("%w: the registry answered success, and has %s there, not %s", ErrProtocol, got.Digest, m.Digest()))
-		}
-	}
-	return res, nil
+	return c, res, nil
 }
 
 // explainManifest says of a refused artifact manifest what can be done.
