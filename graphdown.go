@@ -2,7 +2,9 @@ package ocilocal
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"slices"
 
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -33,15 +35,20 @@ func (c *closure) add(ctx context.Context, desc ocispec.Descriptor) (*Manifest, 
 	return c.down(ctx, desc, 0, len(c.seen)+MaxClosure)
 }
 
-func (c *closure) down(ctx context.Context, desc ocispec.Descriptor, depth, most int) (*Manifest, error) {
+func (c *closure) down(ctx context.Context, desc ocispec.Descriptor, depth, most int) (m *Manifest, err error) {
 	if depth > MaxIndexNesting {
 		return nil, fmt.Errorf("%w: image indexes nested more than %d deep", ErrTooLarge, MaxIndexNesting)
 	}
-	m, err := c.registry.readVerified(ctx, desc)
+	m, err = c.registry.readVerified(ctx, desc)
 	if err != nil || c.seen[desc.Digest] {
 		return m, err
 	}
 	c.seen[desc.Digest] = true
+	defer func() {
+		if err != nil { // it is not in the closure
+			delete(c.seen, desc.Digest)
+		}
+	}()
 	for i, child := range m.children() {
 		if c.seen[child.Digest] {
 			continue
@@ -60,6 +67,31 @@ func (c *closure) down(ctx context.Context, desc ocispec.Descriptor, depth, most
 	}
 	c.manifests = append(c.manifests, desc)
 	return m, nil
+}
+
+// addReferrer adds a referrer with everything that it needs. A referrer is kept, not needed: a file of it
+// may be missing. Then addReferrer reports false, and the closure stays as it was.
+//
+// Errors are those of add, except [ErrNotFound], and those of checkSize.
+func (c *closure) addReferrer(ctx context.Context, desc ocispec.Descriptor) (here bool, err error) {
+	manifests, blobs := len(c.manifests), len(c.blobs)
+	_, err = c.add(ctx, desc)
+	for _, b := range c.blobs[blobs:] {
+		if err == nil {
+			err = c.registry.blobs.checkSize(b.Digest, b.Size)
+		}
+	}
+	if err == nil {
+		return true, nil
+	}
+	for _, d := range slices.Concat(c.manifests[manifests:], c.blobs[blobs:]) {
+		delete(c.seen, d.Digest)
+	}
+	c.manifests, c.blobs = c.manifests[:manifests], c.blobs[:blobs]
+	if errors.Is(err, ErrNotFound) {
+		return false, nil
+	}
+	return false, err
 }
 
 // A descent goes down from manifests to all that they need by the index's rows, and with subjects

@@ -85,12 +85,14 @@ type ImportedArtifact struct {
 
 // An ImportResult tells what an import did.
 type ImportResult struct {
-	Artifacts    []ImportedArtifact
-	Referrers    []ocispec.Descriptor // what ImportOptions.Referrers brought along
-	Skipped      []ocispec.Descriptor // entries of other media types or digest algorithms, and those that ImportOptions.Name left out
-	BlobsWritten int                  // blobs that the registry did not have
-	BlobsReused  int                  // blobs that it had
-	BytesWritten int64                // size of the former
+	Artifacts []ImportedArtifact
+	Referrers []ocispec.Descriptor // what ImportOptions.Referrers brought along
+	// Skipped are entries of other media types or digest algorithms, those that ImportOptions.Name left
+	// out, and of [LocalRegistry.ImportRegistry] referrers that the source doesn't have whole.
+	Skipped      []ocispec.Descriptor
+	BlobsWritten int   // blobs that the registry did not have
+	BlobsReused  int   // blobs that it had
+	BytesWritten int64 // size of the former
 
 	missingSubjects []ocispec.Descriptor // of the manifests that came in, those that are nowhere
 }

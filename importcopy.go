@@ -10,7 +10,8 @@ import (
 
 // ImportRegistry copies the artifact that ref names in another local registry into this one, with everything that it
 // needs. It keeps its reference, unless opts name another one. Files are copied by the kernel where it can, and each
-// is verified. With [ImportOptions.Referrers], the artifact's referrers in src come along. Both registries must stay open.
+// is verified. With [ImportOptions.Referrers], the artifact's referrers in src come along. Referrers that src doesn't
+// have whole are in ImportResult.Skipped. Both registries must stay open.
 //
 // ctx governs the call. Errors:
 //   - [ErrNotFound] or [ErrIncomplete] if src doesn't have it, or not all of it
@@ -46,9 +47,9 @@ func (r *LocalRegistry) importRegistry(ctx context.Context, src *LocalRegistry, 
 		root.Annotations = map[string]string{}
 	}
 	root.Annotations[ocispec.AnnotationRefName] = ref.String()
-	entries := []ocispec.Descriptor{root}
+	entries, skipped := []ocispec.Descriptor{root}, []ocispec.Descriptor(nil)
 	if o.Referrers {
-		if entries, err = src.withReferrers(ctx, root); err != nil {
+		if entries, skipped, err = src.withReferrers(ctx, root); err != nil {
 			return nil, err
 		}
 	}
@@ -67,7 +68,11 @@ func (r *LocalRegistry) importRegistry(ctx context.Context, src *LocalRegistry, 
 		}
 		return nil
 	}
-	return im.run(ctx, &layoutIndex{entries: entries})
+	result, err := im.run(ctx, &layoutIndex{entries: entries})
+	if result != nil {
+		result.Skipped = append(result.Skipped, skipped...)
+	}
+	return result, err
 }
 
 // openDescriptor is open of a descriptor's blob.
@@ -76,31 +81,37 @@ func (s *blobStore) openDescriptor(ctx context.Context, desc ocispec.Descriptor)
 }
 
 // withReferrers returns a manifest, the referrers of everything that it needs, and their referrers.
-func (r *LocalRegistry) withReferrers(ctx context.Context, root ocispec.Descriptor) ([]ocispec.Descriptor, error) {
+// Referrers that are not here whole are skipped.
+func (r *LocalRegistry) withReferrers(ctx context.Context, root ocispec.Descriptor) (list, skipped []ocispec.Descriptor, err error) {
 	needs := r.newClosure()
 	if _, err := needs.add(ctx, root); err != nil {
-		return nil, incomplete(err)
+		return nil, nil, incomplete(err)
 	}
-	list := []ocispec.Descriptor{root}
+	list = []ocispec.Descriptor{root}
 	for i := 0; i < len(needs.manifests); i++ { // it grows
 		var found []ocispec.Descriptor
 		for d, err := range r.Referrers(ctx, needs.manifests[i].Digest, nil) {
 			if err != nil {
-				return nil, err
+				return nil, nil, err
 			}
 			if found = append(found, d); len(list)+len(found) > MaxReferrers+1 {
-				return nil, fmt.Errorf("%w: more than %d referrers", ErrTooLarge, MaxReferrers)
+				return nil, nil, fmt.Errorf("%w: more than %d referrers", ErrTooLarge, MaxReferrers)
 			}
 		}
 		for _, d := range found {
 			if needs.seen[d.Digest] {
 				continue
 			}
-			if _, err := needs.add(ctx, d); err != nil {
-				return nil, fmt.Errorf("referrer %s: %w", d.Digest, incomplete(err))
+			here, err := needs.addReferrer(ctx, d)
+			switch {
+			case err != nil:
+				return nil, nil, fmt.Errorf("referrer %s: %w", d.Digest, err)
+			case here:
+				list = append(list, d)
+			default:
+				skipped = append(skipped, d)
 			}
-			list = append(list, d)
 		}
 	}
-	return list, nil
+	return list, skipped, nil
 }

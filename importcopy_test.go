@@ -1,6 +1,7 @@
 package ocilocal_test
 
 import (
+	"fmt"
 	"path/filepath"
 	"testing"
 
@@ -58,5 +59,25 @@ func TestImportReferrersKeepRef(t *testing.T) {
 	}
 	if got := mustResolve(t, dst, ref).Digest; got != subject.Digest() {
 		t.Errorf("the ref is at %s, want %s", got, subject.Digest())
+	}
+}
+
+// A referrer that the source doesn't have whole is left out, and the others come along.
+func TestImportRegistrySkipsReferrers(t *testing.T) {
+	src, dst := openTemp(t, nil), openTemp(t, nil)
+	ref := ocilocal.MustParseReference("example.com/model:v1")
+	subject := pushed(t, src, ref, nil, nil, noise(1, 100))
+	var all []*ocilocal.LocalArtifact
+	for i := range 3 {
+		all = append(all, pushed(t, src, ocilocal.MustParseReference(fmt.Sprint("example.com/model:sig", i)), nil, descOf(subject), noise(byte(10+i), 100)))
+	}
+	withoutFile(t, src, digest.FromBytes(noise(10, 100))) // the layer of the first
+	withoutFile(t, src, all[1].Digest())
+	got, err := dst.ImportRegistry(t.Context(), src, ref, &ocilocal.ImportOptions{Referrers: true})
+	if err != nil || len(got.Referrers) != 1 || got.Referrers[0].Digest != all[2].Digest() || len(got.Skipped) != 2 {
+		t.Errorf("%+v, %v", got, err)
+	}
+	if found := problems(t, dst, nil, nil); len(found) > 0 {
+		t.Errorf("%q", found)
 	}
 }

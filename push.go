@@ -27,7 +27,7 @@ type PushOptions struct {
 	// no way to do both in one step, so a writer in between can be overwritten. It doesn't concern Tags.
 	Expected digest.Digest
 	// Referrers takes the artifact's referrers along, such as signatures, and those of the referrers, as far
-	// as they are here. They are pushed by digest, after the artifact.
+	// as they are here: see PushResult.Skipped. They are pushed by digest, after the artifact.
 	Referrers bool
 	// ReferrerTypes, if not empty, are the artifact types of the referrers that Referrers takes along.
 	ReferrerTypes []string
@@ -45,6 +45,7 @@ type PushResult struct {
 	Reference    Reference            // there
 	Descriptor   ocispec.Descriptor   // of the manifest or image index
 	Referrers    []ocispec.Descriptor // the referrers that were pushed too
+	Skipped      []ocispec.Descriptor // referrers that were not, because they are not here whole
 	BlobsSent    int                  // blobs that were uploaded
 	BlobsMounted int                  // blobs that the registry took from another of its repositories
 	BlobsPresent int                  // blobs that the repository had
@@ -118,7 +119,7 @@ func (r *LocalRegistry) push(ctx context.Context, ref Reference, opts *PushOptio
 	result, err := p.run(ctx, root)
 	if err == nil && p.opts.Referrers {
 		m.phase(PhaseReferrers)
-		result.Referrers, err = p.pushReferrers(ctx)
+		err = p.pushReferrers(ctx, result)
 		p.count(result)
 	}
 	return result, err
@@ -139,7 +140,10 @@ type pusher struct {
 }
 
 func (p *pusher) run(ctx context.Context, root ocispec.Descriptor) (*PushResult, error) {
-	if err := p.send(ctx, root, cmp.Or(p.as.Tag(), string(root.Digest)), p.opts.Tags); err != nil {
+	if err := p.collect(ctx, root); err != nil {
+		return nil, err
+	}
+	if err := p.send(ctx, root, p.manifests, p.blobs, cmp.Or(p.as.Tag(), string(root.Digest)), p.opts.Tags); err != nil {
 		return nil, err
 	}
 	result := &PushResult{Reference: p.as, Descriptor: root}
@@ -153,27 +157,23 @@ func (p *pusher) count(result *PushResult) {
 	result.BytesSent = p.bytes.Load()
 }
 
-// send sends an artifact with everything that it needs and that wasn't sent before, and puts its manifest
-// under a tag or its digest, and under further tags.
-func (p *pusher) send(ctx context.Context, root ocispec.Descriptor, reference string, tags []string) error {
-	blobs, manifests := len(p.blobs), len(p.manifests)
-	if err := p.collect(ctx, root); err != nil {
-		return err
-	}
-	p.meter.planAll(p.manifests[manifests:])
-	p.meter.planAll(p.blobs[blobs:])
-	isRoot := manifests == 0 // else it is a referrer
+// send sends blobs, and then manifests, the last of which is root. It puts root under a tag or its digest, and
+// under further tags.
+func (p *pusher) send(ctx context.Context, root ocispec.Descriptor, manifests, blobs []ocispec.Descriptor, reference string, tags []string) error {
+	p.meter.planAll(manifests)
+	p.meter.planAll(blobs)
+	isRoot := len(manifests) == len(p.manifests) // else it is a referrer
 	if isRoot {
 		p.meter.planned(PhaseBlobs)
 	}
 	before := p.sent.Load()
-	if err := p.sendBlobs(ctx, p.blobs[blobs:]); err != nil {
+	if err := p.sendBlobs(ctx, blobs); err != nil {
 		return err
 	}
 	if isRoot {
 		p.meter.phase(PhasePublish)
 	}
-	for _, desc := range p.manifests[manifests:] {
+	for _, desc := range manifests {
 		m, err := p.registry.readVerified(ctx, desc)
 		if err != nil {
 			return incomplete(err)
@@ -188,7 +188,7 @@ func (p *pusher) send(ctx context.Context, root ocispec.Descriptor, reference st
 		skipped := true
 		for i, reference := range at {
 			if p.sent.Load() == before && p.there(ctx, reference, m.Descriptor()) {
-				if m.doc.Subject == nil || i > 0 {
+				if m.doc.Subject == nil || i > 0 || p.repo.lists(ctx, m.doc.Subject.Digest, m.Digest()) {
 					continue
 				}
 				reference = string(m.Digest()) // only the answer tells whether it is to be listed
@@ -223,32 +223,41 @@ func (p *pusher) checkExpected(ctx context.Context, root ocispec.Descriptor) err
 }
 
 // pushReferrers sends the referrers of everything that was sent, and of the referrers.
-func (p *pusher) pushReferrers(ctx context.Context) (pushed []ocispec.Descriptor, err error) {
+func (p *pusher) pushReferrers(ctx context.Context, result *PushResult) error {
 	p.opts.Expected = ""                    // it was about the artifact
 	for i := 0; i < len(p.manifests); i++ { // it grows
 		var found []ocispec.Descriptor
 		for d, err := range p.registry.Referrers(ctx, p.manifests[i].Digest, nil) {
 			if err != nil {
-				return pushed, err
+				return err
 			}
 			if !p.seen[d.Digest] && ofType(d, p.opts.ReferrerTypes) {
 				found = append(found, d)
 			}
-			if len(pushed)+len(found) > MaxReferrers {
-				return pushed, fmt.Errorf("%w: more than %d referrers", ErrTooLarge, MaxReferrers)
+			if len(result.Referrers)+len(result.Skipped)+len(found) > MaxReferrers {
+				return fmt.Errorf("%w: more than %d referrers", ErrTooLarge, MaxReferrers)
 			}
 		}
 		for _, d := range found {
 			if p.seen[d.Digest] {
 				continue
 			}
-			if err := p.send(ctx, d, string(d.Digest), nil); err != nil {
-				return pushed, fmt.Errorf("referrer %s: %w", d.Digest, err)
+			manifests, blobs := len(p.manifests), len(p.blobs)
+			here, err := p.addReferrer(ctx, d)
+			if err == nil && !here {
+				result.Skipped = append(result.Skipped, d)
+				continue
 			}
-			pushed = append(pushed, d)
+			if err == nil {
+				err = p.send(ctx, d, p.manifests[manifests:], p.blobs[blobs:], string(d.Digest), nil)
+			}
+			if err != nil {
+				return fmt.Errorf("referrer %s: %w", d.Digest, err)
+			}
+			result.Referrers = append(result.Referrers, d)
 		}
 	}
-	return pushed, nil
+	return nil
 }
 
 // ofType reports whether a referrer is of one of some artifact types, or none are given.

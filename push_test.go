@@ -2,7 +2,9 @@ package ocilocal_test
 
 import (
 	"errors"
+	"fmt"
 	"net/http"
+	"os"
 	"slices"
 	"strings"
 	"testing"
@@ -304,5 +306,69 @@ func TestReferrersTravel(t *testing.T) {
 		if got, err := some.Pull(t.Context(), subject.Reference(), &ocilocal.PullOptions{Referrers: true, ReferrerTypes: []string{"application/vnd.example.other"}}); err != nil || len(got.Referrers) != 1 {
 			t.Errorf("%+v, %v", got, err)
 		}
+	}
+}
+
+// withoutFile removes the file of a blob or manifest. Its rows stay, as after a collector that was killed.
+func withoutFile(t testing.TB, r *ocilocal.LocalRegistry, d digest.Digest) {
+	t.Helper()
+	if err := os.Remove(blobFile(r, d)); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// A referrer that isn't here whole is left out, and the others are pushed.
+func TestPushReferrersSkipped(t *testing.T) {
+	s := newServer(t)
+	r := openRemote(t, nil)
+	subject, signatures := withSignatures(t, r, s, 3)
+	withoutFile(t, r, digest.FromBytes(noise(100, 10))) // the layer of the first
+	withoutFile(t, r, signatures[1].Digest())
+	got, err := r.Push(t.Context(), subject.Reference(), &ocilocal.PushOptions{Referrers: true})
+	if err != nil || len(got.Referrers) != 1 || got.Referrers[0].Digest != signatures[2].Digest() || len(got.Skipped) != 2 {
+		t.Fatalf("%+v, %v", got, err)
+	}
+	if all, err := referrersOf(t, subject.Reference()); err != nil || len(all) != 1 {
+		t.Errorf("%q, %v", all, err)
+	}
+	// The artifact itself must be whole.
+	withoutFile(t, r, digest.FromBytes(noise(1, 10)))
+	_, err = r.Push(t.Context(), subject.Reference(), nil)
+	mustFail(t, err, ocilocal.ErrIncomplete)
+}
+
+// A login that may only read pushes an artifact with a subject, if it is there and listed as a referrer.
+func TestPushReadOnlyLogin(t *testing.T) {
+	for _, noReferrers := range []bool{false, true} {
+		t.Run(fmt.Sprint(noReferrers), func(t *testing.T) {
+			s := newServer(t)
+			s.noReferrers = noReferrers
+			r := openRemote(t, nil)
+			subject, signatures := withSignatures(t, r, s, 2)
+			for _, a := range append(signatures, subject) {
+				if _, err := r.Push(t.Context(), a.Reference(), nil); err != nil {
+					t.Fatal(err)
+				}
+			}
+			s.override = func(w http.ResponseWriter, q *http.Request) bool {
+				if q.Method == "GET" || q.Method == "HEAD" {
+					return false
+				}
+				fail(w, 403, "DENIED")
+				return true
+			}
+			for _, a := range append(signatures, subject) {
+				if _, err := r.Push(t.Context(), a.Reference(), &ocilocal.PushOptions{Referrers: true}); err != nil {
+					t.Error(err)
+				}
+			}
+			// One that is there and not listed can't be listed.
+			s.mu.Lock()
+			s.noReferrers = true
+			delete(s.manifests["org/model"], "sha256-"+subject.Digest().Encoded())
+			s.mu.Unlock()
+			_, err := r.Push(t.Context(), signatures[0].Reference(), nil)
+			mustFail(t, err, ocilocal.ErrDenied)
+		})
 	}
 }
