@@ -37,7 +37,9 @@ type LoadResult struct {
 // LoadWith is [LocalRegistry.Load] with options for the pull, which it makes even if [Options.Remote] isn't set. It
 // looks that everything that the artifact needs is here, by sizes, and fetches what is missing. With
 // [PullOptions.Platform], an image index that is here chooses the manifest. With [PullOptions.Verify], the bytes that
-// are here are hashed, and nothing is fetched if they are good. The result tells whether it was a hit.
+// are here are hashed, and nothing is fetched if they are good. The result tells whether it was a hit. After a hit
+// nobody is asked for referrers, whatever [PullOptions.Referrers] says: those that are here are listed by
+// [LocalRegistry.Referrers], and [LocalRegistry.Pull] brings others.
 //
 // Errors are those of Load.
 func (r *LocalRegistry) LoadWith(ctx context.Context, ref Reference, opts *PullOptions) (*LoadResult, error) {

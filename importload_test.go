@@ -69,3 +69,23 @@ func TestLoadWithFailure(t *testing.T) {
 		t.Errorf("%+v, %v", got, err)
 	}
 }
+
+// After a hit, nobody is asked for referrers.
+func TestLoadWithReferrers(t *testing.T) {
+	s := newServer(t)
+	r := openRemote(t, nil)
+	subject, _ := withSignatures(t, r, s, 1)
+	opts := &ocilocal.PullOptions{Referrers: true}
+	if _, err := r.Push(t.Context(), subject.Reference(), &ocilocal.PushOptions{Referrers: true}); err != nil {
+		t.Fatal(err)
+	}
+	there := openRemote(t, nil)
+	got, err := there.LoadWith(t.Context(), subject.Reference(), opts)
+	if err != nil || got.Hit || len(got.Pull.Referrers) != 1 {
+		t.Fatalf("%+v, %v", got, err)
+	}
+	s.forget()
+	if got, err = there.LoadWith(t.Context(), subject.Reference(), opts); err != nil || !got.Hit || len(s.requests("")) > 0 {
+		t.Errorf("%+v, %v, %q", got, err, s.requests(""))
+	}
+}
