@@ -137,6 +137,7 @@ type puller struct {
 	opts     PullOptions
 	meter    *meter
 	update   *RefUpdate // set by the transfer that published for this call
+	added    int64      // what counts for PullOptions.MaxBytes so far
 	// transferred is set if the call has waited for a transfer.
 	transferred bool
 }

@@ -21,7 +21,7 @@ type fetcher struct {
 }
 
 // fetch stages one blob or manifest.
-func (p *fetcher) fetch(ctx context.Context, desc ocispec.Descriptor, as role, item *meteredItem) error {
+func (p *fetcher) fetch(ctx context.Context, desc ocispec.Descriptor, as role, item *meteredItem) (err error) {
 	if err := checkDigest(desc.Digest); err != nil {
 		return err
 	}
@@ -47,15 +47,16 @@ func (p *fetcher) fetch(ctx context.Context, desc ocispec.Descriptor, as role, i
 	if part == nil {
 		return p.fetchWhole(ctx, desc, item)
 	}
+	defer func() { err = errors.Join(err, part.close()) }() // frees its lock, even if a function of the caller panics
 	if part.kept > 0 && p.registry.opts.SeparateRegistries {
 		// It is not known which registry sent these bytes, and this one must send all of them.
 		err := p.fetchWhole(ctx, desc, item)
 		if err == nil {
 			part.have = 0 // close removes it
 		}
-		return errors.Join(err, part.close())
+		return err
 	}
-	return errors.Join(p.resume(ctx, desc, part, item), part.close())
+	return p.resume(ctx, desc, part, item)
 }
 
 // partial opens what an earlier transfer of a large blob left, and locks it. While another transfer of

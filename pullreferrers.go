@@ -72,12 +72,13 @@ func (p *puller) pullReferrer(ctx context.Context, subject digest.Digest, d ocis
 	desc := m.Descriptor()
 	im := p.registry.newImporter(&ImportOptions{MaxBytes: p.opts.MaxBytes, one: true})
 	defer func() { p.registry.logDiscard(im.stage.discard()) }()
-	im.added.Add(result.BytesWritten)
+	im.added.Add(p.added)
 	im.meter = p.meter
 	pubs, _, received, err := p.stageClosure(ctx, im, m)
 	if err != nil {
 		return nil, err
 	}
+	p.added = im.added.Load()
 	if _, err := p.registry.publish(ctx, im.stage, pubs); err != nil {
 		return nil, err
 	}

@@ -34,6 +34,7 @@ type sharedPull struct {
 	stats    *ImportResult // likewise
 	received int64         // likewise
 	meter    *meter        // of the transfer; the calls follow it
+	added    int64         // likewise: what counts for PullOptions.MaxBytes
 
 	mu      sync.Mutex // guards what follows
 	waiting []*puller
@@ -65,11 +66,14 @@ func (p *puller) transfer(ctx context.Context, m *Manifest) (*PullResult, error)
 			if err == nil {
 				result.BlobsWritten, result.BlobsReused, result.BytesWritten = f.stats.BlobsWritten, f.stats.BlobsReused, f.stats.BytesWritten
 				result.BytesReceived = f.received
+				p.added += f.added
 			}
 			return result, err
 		case f.err != nil:
+			raise(f.err)
 			return nil, f.err
 		}
+		p.added += f.added
 		result, err := p.point(ctx, m.Digest())
 		if result != nil {
 			result.Shared = true
@@ -111,7 +115,7 @@ func (p *puller) join(ctx context.Context, m *Manifest) (_ *sharedPull, unfollow
 		unfollow := p.meter.follow(f.meter) // from the first report on
 		go func() {
 			defer end()
-			f.end(f.run(own, p, m))
+			settle(func() error { return f.run(own, p, m) }, f.end)
 		}()
 		return f, unfollow, nil
 	}
@@ -207,7 +211,7 @@ func (f *sharedPull) run(ctx context.Context, first *puller, m *Manifest) error 
 	if err != nil {
 		return err
 	}
-	f.stats, f.received = stats, received
+	f.stats, f.received, f.added = stats, received, im.added.Load()
 	f.meter.phase(PhasePublish)
 	for tried := []*puller(nil); ; {
 		own, t := f.next(ctx, tried)
@@ -217,9 +221,7 @@ func (f *sharedPull) run(ctx context.Context, first *puller, m *Manifest) error 
 		p := t.of
 		tried = append(tried, p)
 		pubs[0].ref, pubs[0].PublishOptions = p.as, p.opts.PublishOptions
-		updates, err := r.publish(own, im.stage, pubs)
-		left := own.Err() != nil
-		f.over(t)
+		updates, left, err := f.publish(own, t, im.stage, pubs)
 		if err != nil && left && ctx.Err() == nil { // the others go on
 			continue
 		}
@@ -232,6 +234,13 @@ func (f *sharedPull) run(ctx context.Context, first *puller, m *Manifest) error 
 			return nil
 		}
 	}
+}
+
+// publish publishes in a turn, which then is over. left says that the call whose turn it was has ended it.
+func (f *sharedPull) publish(ctx context.Context, t *turn, s *stage, pubs []publication) (updates []RefUpdate, left bool, err error) {
+	defer f.over(t)
+	updates, err = f.registry.publish(ctx, s, pubs)
+	return updates, ctx.Err() != nil, err
 }
 
 // errNobodyWaits ends a transfer that is of use to no call any more.

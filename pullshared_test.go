@@ -8,8 +8,10 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 
 	"github.com/opencontainers/go-digest"
@@ -273,4 +275,59 @@ func TestPullSharedLeft(t *testing.T) {
 		t.Errorf("the call that left has its ref: %v", err)
 	}
 	mustClose(t, r)
+}
+
+// A function of the caller that panics or ends its goroutine does so for each call that shares the transfer, and for
+// no other. The registry and the Remote go on.
+func TestPullSharedPanic(t *testing.T) {
+	for name, leave := range map[string]func(){"panic": func() { panic("the caller's own") }, "goexit": runtime.Goexit} {
+		t.Run(name, func(t *testing.T) {
+			s := newServer(t)
+			large := noise(1, 2<<20)
+			want := s.put(t, "org/model", "v1", large)
+			g := s.holdBack(large)
+			hold, asked := s.override, make(chan struct{})
+			s.override = func(w http.ResponseWriter, q *http.Request) bool {
+				hold(w, q)
+				if user, _, _ := q.BasicAuth(); user == "me" || !strings.Contains(q.URL.Path, "/blobs/") {
+					return false
+				}
+				w.Header().Set("WWW-Authenticate", "Basic realm=x") // so only the transfer asks for a credential
+				fail(w, 401, "UNAUTHORIZED")
+				return true
+			}
+			var bad atomic.Bool
+			bad.Store(true)
+			r := openRemote(t, &ocilocal.Remote{MaxPerHost: 1, Credentials: func(context.Context, string, string) (ocilocal.Credential, error) {
+				if bad.Load() {
+					<-asked
+					leave()
+				}
+				return ocilocal.Credential{Username: "me", Password: "x"}, nil
+			}})
+			var wg sync.WaitGroup
+			pull := func() {
+				defer func() {
+					v := recover()
+					if got := fmt.Sprint(v); (v != nil) != (name == "panic") || v != nil && !strings.Contains(got, "the caller's own") {
+						t.Errorf("%.100s", got)
+					}
+				}()
+				_, err := r.Pull(t.Context(), s.ref("org/model:v1"), nil)
+				if err == nil || !strings.Contains(err.Error(), "Goexit") {
+					t.Error(err)
+				}
+			}
+			wg.Go(pull)
+			close(g.open)
+			<-g.asked
+			close(asked)
+			wg.Wait()
+			bad.Store(false)
+			if got, err := r.Pull(t.Context(), s.ref("org/model:v1"), nil); err != nil || got.Artifact.Digest() != want {
+				t.Errorf("%+v, %v", got, err)
+			}
+			mustClose(t, r)
+		})
+	}
 }

@@ -130,16 +130,22 @@ func (p *remoteRepo) try(ctx context.Context, c *remoteCall) (*http.Response, er
 	case <-ctx.Done():
 		return nil, ctx.Err()
 	}
+	release, answered := sync.OnceFunc(func() { <-p.host.slots }), false
+	defer func() {
+		if !answered { // even if a function of the caller panics
+			release()
+		}
+	}()
 	c.repo = p
 	res, err := p.authorized(ctx, c)
 	if err == nil {
 		err = p.judge(c, res)
 	}
 	if err != nil {
-		<-p.host.slots
 		return nil, p.blame(p.conceal(err))
 	}
-	res.Body = &slotBody{ReadCloser: res.Body, release: sync.OnceFunc(func() { <-p.host.slots })}
+	answered = true
+	res.Body = &slotBody{ReadCloser: res.Body, release: release}
 	return res, nil
 }
 

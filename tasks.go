@@ -2,9 +2,11 @@ package ocilocal
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"iter"
+	"runtime/debug"
 	"sync"
 )
 
@@ -12,7 +14,7 @@ import (
 const diskWorkers = 4
 
 // tasks run functions side by side, a few at a time. The first error ends the others by their
-// context. One goroutine starts them, and waits.
+// context. One goroutine starts them, and waits. A panic of a task is one of wait.
 type tasks struct {
 	ctx    context.Context
 	cancel context.CancelCauseFunc
@@ -40,9 +42,11 @@ func (t *tasks) start(fn func() error) error {
 		if t.ctx.Err() != nil {
 			return
 		}
-		if err := fn(); err != nil {
-			t.cancel(err)
-		}
+		settle(fn, func(err error) {
+			if err != nil {
+				t.cancel(err)
+			}
+		})
 	})
 	return nil
 }
@@ -56,10 +60,53 @@ func (t *tasks) wait(err error) error {
 	t.wg.Wait()
 	first := context.Cause(t.ctx)
 	t.cancel(nil)
+	raise(first)
 	if t.caller.Err() != nil {
 		return t.caller.Err()
 	}
 	return first
+}
+
+// settle calls fn, and then done once with the error, however fn ends: a panic becomes a [*panicError],
+// and runtime.Goexit becomes errGoexit. Functions of callers, such as a [CredentialFunc], may do either on a
+// goroutine that the caller doesn't know, while others wait for what it does.
+func settle(fn func() error, done func(error)) {
+	err := errGoexit
+	defer func() {
+		switch v := recover().(type) {
+		case nil:
+		case *panicError: // of a task of this one
+			err = v
+		default:
+			err = &panicError{value: v, stack: debug.Stack()}
+		}
+		done(err)
+	}()
+	err = fn()
+}
+
+// errGoexit is the error of a function that has ended its goroutine. Tests do that by FailNow.
+var errGoexit = errors.New("function has ended its goroutine by runtime.Goexit")
+
+// A panicError is a panic on its way from one goroutine to those that wait for it, which raise it again.
+type panicError struct {
+	value any
+	stack []byte // where it happened
+}
+
+func (e *panicError) Error() string { return fmt.Sprintf("%v\n\n%s", e.value, e.stack) }
+
+// Unwrap returns the value of the panic if that is an error.
+func (e *panicError) Unwrap() error {
+	err, _ := e.value.(error)
+	return err
+}
+
+// raise panics if err is a panic of another goroutine.
+func raise(err error) {
+	if e, ok := err.(*panicError); ok {
+		panic(e)
+	}
 }
 
 // parallel calls do with each item, in so many goroutines at once, and returns when all calls have

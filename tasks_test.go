@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"io"
+	"runtime"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -55,5 +56,25 @@ func TestReadBounded(t *testing.T) {
 	broken := io.MultiReader(strings.NewReader("part"), iotest.ErrReader(io.ErrUnexpectedEOF))
 	if _, err := ocilocal.ReadBounded(broken, 10); err != io.ErrUnexpectedEOF {
 		t.Errorf("%v, want %v", err, io.ErrUnexpectedEOF)
+	}
+}
+
+// A panic of a task is one of the goroutine that waits, and a task that ends its goroutine is an error.
+func TestTasksPanic(t *testing.T) {
+	cause := errors.New("cause")
+	raised := func() (v any) {
+		defer func() { v = recover() }()
+		return ocilocal.RunTasks(t.Context(), 2, func(ctx context.Context) error {
+			<-ctx.Done()
+			return nil
+		}, func(context.Context) error { panic(cause) })
+	}
+	err, ok := raised().(error)
+	if !ok || !errors.Is(err, cause) || !strings.Contains(err.Error(), "TestTasksPanic") {
+		t.Error(err)
+	}
+	err = ocilocal.RunTasks(t.Context(), 1, func(context.Context) error { runtime.Goexit(); return nil })
+	if err == nil || !strings.Contains(err.Error(), "Goexit") {
+		t.Error(err)
 	}
 }
