@@ -185,8 +185,8 @@ func (p *Repository) OpenFile(ctx context.Context, d digest.Digest) (_ *BlobFile
 	return &BlobFile{f: f, size: size}, nil
 }
 
-// Resolve returns the descriptor of the manifest that a tag or digest of the repository names. It
-// reads only the index.
+// Resolve returns media type, digest and size of the manifest that a tag or digest of the repository
+// names. It reads only the index.
 //
 // Errors: [ErrNotFound], [ErrInvalidReference], [ErrCorruptIndex], [ErrIndexIO], and any error from
 // ctx.
@@ -201,10 +201,13 @@ func (p *Repository) Resolve(ctx context.Context, reference string) (_ ocispec.D
 		return ocispec.Descriptor{}, err
 	}
 	defer end()
+	var desc ocispec.Descriptor
 	if ref.Digest() != "" {
-		return p.manifest(p.registry.index, ref.Digest())
+		desc, err = p.manifest(p.registry.index, ref.Digest())
+	} else {
+		desc, err = p.registry.resolve(ref)
 	}
-	return p.registry.resolve(ref)
+	return ocispec.Descriptor{MediaType: desc.MediaType, Digest: desc.Digest, Size: desc.Size}, err
 }
 
 // Tag points a tag of the repository at a manifest that the repository shows. A tag that points
