@@ -64,7 +64,7 @@ type storeCheck struct {
 	collected bool             // nothing but what refs need may be there (I6)
 	blobs     map[string]int64 // digest → size of every file that hashes to its name
 	needed    map[string]bool  // what refs lead to
-	kept      map[string]bool  // what the subjects of that lead to
+	kept      map[string]bool  // what their subjects and referrers lead to
 	problems  []string
 }
 
@@ -296,6 +296,7 @@ func (c *storeCheck) index(want model) map[string]string {
 
 	// I6: after a collection there is nothing else.
 	if c.collected {
+		c.keepReferrers(types, sizes, rows, seen)
 		for d := range c.blobs {
 			if !c.needed[d] && !c.kept[d] {
 				c.bad("I6: blob %s is there and nothing needs it", d)
@@ -373,17 +374,44 @@ func (c *storeCheck) closure(ref, digest string, sizes map[string]string, rows m
 	}
 	if m.Subject != nil { // it may be absent, but a collection keeps one that is there
 		if _, there := c.blobs[m.Subject.Digest]; there {
-			// A killed collector may have left a part of it, with or without rows.
-			n, needed := len(c.problems), c.needed
-			if c.kept == nil {
-				c.kept = map[string]bool{}
-			}
-			c.needed = c.kept
-			c.closure(ref, m.Subject.Digest, sizes, rows, seen)
-			c.problems, c.needed = c.problems[:n], needed
+			c.keep(ref, m.Subject.Digest, sizes, rows, seen)
 		}
 	}
 	return m.Annotations[labelKey]
+}
+
+// keep adds a manifest that no ref leads to, and its closure, to what a collection keeps. A killed
+// collector may have left a part of it, with or without rows.
+func (c *storeCheck) keep(ref, digest string, sizes map[string]string, rows map[string][]string, seen map[string]bool) {
+	n, needed := len(c.problems), c.needed
+	if c.kept == nil {
+		c.kept = map[string]bool{}
+	}
+	c.needed = c.kept
+	c.closure(ref, digest, sizes, rows, seen)
+	c.problems, c.needed = c.problems[:n], needed
+}
+
+// keepReferrers keeps the manifests whose subject is kept, and theirs in turn.
+func (c *storeCheck) keepReferrers(types, sizes map[string]string, rows map[string][]string, seen map[string]bool) {
+	stays := func(digest string) bool { return c.needed[digest] || c.kept[digest] }
+	for more := true; more; {
+		more = false
+		for digest := range types {
+			if _, there := c.blobs[digest]; !there || stays(digest) {
+				continue
+			}
+			algorithm, encoded, _ := strings.Cut(digest, ":")
+			var m struct{ Subject struct{ Digest string } }
+			raw, err := os.ReadFile(filepath.Join(c.root, "blobs", algorithm, encoded))
+			if err := errors.Join(err, json.Unmarshal(raw, &m)); err != nil {
+				c.bad("I1: manifest %s: %v", digest, err)
+			} else if stays(m.Subject.Digest) {
+				c.keep("a referrer", digest, sizes, rows, seen)
+				more = true
+			}
+		}
+	}
 }
 
 // tmpEntries lists what lies directly below root/tmp.
