@@ -77,6 +77,8 @@ func (r *LocalRegistry) importArchive(ctx context.Context, src io.Reader, opts *
 	}
 	defer end()
 	im := r.newImporter(opts)
+	im.meter = newMeter(im.opts.Progress, im.opts.Reference) // all of it runs on this goroutine
+	im.meter.phase(PhaseRead)
 	defer func() { r.logDiscard(im.stage.discard()) }()
 	im.fetch = func(_ context.Context, desc ocispec.Descriptor, _ role, _ *meteredItem) error {
 		return fmt.Errorf("%w: blob %s (%s) is neither in the archive nor in the registry", ErrIncomplete, desc.Digest, printable(desc.MediaType))
@@ -89,21 +91,34 @@ func (r *LocalRegistry) importArchive(ctx context.Context, src io.Reader, opts *
 	if err != nil {
 		return nil, err
 	}
-	return im.run(ctx, index)
+	result, err := im.run(ctx, index)
+	if err == nil {
+		im.meter.finish()
+	}
+	return result, err
 }
 
 // putArchived stages a blob of an archive. Whether it is needed is known later, so one whose bytes
 // are not its name's is only noted: see [importer.claim].
 func (im *importer) putArchived(ctx context.Context, d digest.Digest, src io.Reader, size int64) error {
-	if have, err := im.registry.blobs.size(d); !im.stage.has(d) && (err != nil || have != size) {
-		if err := im.charge(size); err != nil {
+	var item *meteredItem
+	if !im.stage.has(d) {
+		im.meter.plan(1, size)
+		item = im.meter.item(ocispec.Descriptor{Digest: d, Size: size})
+		if have, err := im.registry.blobs.size(d); err == nil && have == size {
+			item.skip()
+		} else if err := im.charge(size); err != nil {
 			return err
 		}
 	}
-	_, _, err := im.stage.put(ctx, src, "", d, size)
+	_, _, err := im.stage.put(ctx, item.reader(src), "", d, size)
 	if errors.Is(err, ErrDigestMismatch) {
 		im.damaged[d] = true
+		item.drop()
 		return nil
+	}
+	if err == nil {
+		item.end()
 	}
 	return err
 }

@@ -62,18 +62,6 @@ func (w *hashingWriter) clone(ctx context.Context, src *os.File, limit int64, co
 	return n, errors.Join(err, <-hashed)
 }
 
-// A countedReader calls count with each number of bytes that are read of src.
-type countedReader struct {
-	src   io.Reader
-	count func(n int)
-}
-
-func (r *countedReader) Read(p []byte) (int, error) {
-	n, err := r.src.Read(p)
-	r.count(n)
-	return n, err
-}
-
 // A ctxReader is src until ctx ends, and then fails with the error of ctx.
 type ctxReader struct {
 	ctx context.Context

@@ -63,6 +63,8 @@ type ExportOptions struct {
 	Names ExportNames
 	// Gzip compresses an archive. A layout directory is never compressed.
 	Gzip bool
+	// Progress, if not nil, is told how far the export is.
+	Progress func(Progress)
 	// Overwrite lets [LocalRegistry.ExportArchiveFile] replace a file, and
 	// [LocalRegistry.ExportLayout] a name that stands for another digest.
 	Overwrite bool
@@ -105,13 +107,15 @@ func writeNew(dir *rootDir, temp, name string, overwrite bool, write func(io.Wri
 type export struct {
 	closure // its lists are sorted by digest in the end
 	opts    ExportOptions
+	meter   *meter
 	entries []ocispec.Descriptor   // of index.json, sorted
 	entered map[digest.Digest]bool // entries
 }
 
 // newExport gathers the closure of what is exported from the manifests.
-func (r *LocalRegistry) newExport(ctx context.Context, refs []Reference, opts *ExportOptions) (*export, error) {
-	x := &export{closure: r.newClosure(), entered: map[digest.Digest]bool{}}
+func (r *LocalRegistry) newExport(ctx context.Context, refs []Reference, opts *ExportOptions, m *meter) (*export, error) {
+	x := &export{closure: r.newClosure(), entered: map[digest.Digest]bool{}, meter: m}
+	m.phase(PhasePlan)
 	if opts != nil {
 		x.opts = *opts
 	}
@@ -154,6 +158,8 @@ func (r *LocalRegistry) newExport(ctx context.Context, refs []Reference, opts *E
 		}
 	}
 	x.sort()
+	m.planAll(x.manifests)
+	m.planAll(x.blobs)
 	return x, nil
 }
 

@@ -26,9 +26,13 @@ import (
 // [ErrDigestMismatch], [ErrSizeMismatch], [ErrClosed], ctx's, and
 // dst's. After an error what was written is no archive.
 func (r *LocalRegistry) ExportArchive(ctx context.Context, dst io.Writer, refs []Reference, opts *ExportOptions) error {
-	x, err := r.newExport(ctx, refs, opts)
+	m := exportMeter(opts)
+	x, err := r.newExport(ctx, refs, opts, m)
 	if err == nil {
 		err = x.archive(ctx, dst)
+	}
+	if err == nil {
+		m.finish()
 	}
 	return opError("export archive", "", "", err)
 }
@@ -44,7 +48,8 @@ func (r *LocalRegistry) ExportArchiveFile(ctx context.Context, name string, refs
 }
 
 func (r *LocalRegistry) exportArchiveFile(ctx context.Context, name string, refs []Reference, opts *ExportOptions) (err error) {
-	x, err := r.newExport(ctx, refs, opts)
+	m := exportMeter(opts)
+	x, err := r.newExport(ctx, refs, opts, m)
 	if err != nil {
 		return err
 	}
@@ -56,7 +61,25 @@ func (r *LocalRegistry) exportArchiveFile(ctx context.Context, name string, refs
 		return err
 	}
 	defer func() { err = errors.Join(err, dir.Close()) }()
-	return writeNew(dir, ".ocilocal-"+rand.Text(), filepath.Base(name), x.opts.Overwrite, func(w io.Writer) error { return x.archive(ctx, w) })
+	err = writeNew(dir, ".ocilocal-"+rand.Text(), filepath.Base(name), x.opts.Overwrite, func(w io.Writer) error {
+		err := x.archive(ctx, w)
+		if err == nil {
+			m.phase(PhasePublish)
+		}
+		return err
+	})
+	if err == nil {
+		m.finish()
+	}
+	return err
+}
+
+// exportMeter returns the meter of an export to an archive, all of which runs on one goroutine.
+func exportMeter(opts *ExportOptions) *meter {
+	if opts == nil {
+		return nil
+	}
+	return newMeter(opts.Progress, Reference{})
 }
 
 // archive writes all of it as a tar.
@@ -83,14 +106,17 @@ func (x *export) tar(ctx context.Context, dst io.Writer, index []byte) error {
 	if err := writeEntry(tw, ocispec.ImageIndexFile, bytes.NewReader(index), int64(len(index))); err != nil {
 		return err
 	}
+	x.meter.planned(PhaseBlobs)
 	for _, d := range slices.Concat(x.manifests, x.blobs) {
 		src, err := x.registry.OpenBlob(ctx, d)
 		if err != nil {
 			return err
 		}
-		if err := errors.Join(writeEntry(tw, blobPath(d.Digest), src, d.Size), src.Close()); err != nil {
+		item := x.meter.item(d)
+		if err := errors.Join(writeEntry(tw, blobPath(d.Digest), item.reader(src), d.Size), src.Close()); err != nil {
 			return err
 		}
+		item.end()
 	}
 	return tw.Close()
 }

@@ -36,11 +36,17 @@ const (
 // index.json is as it was, unless that came once it had been replaced, as when its directory
 // could not be synced. What an export that was killed has left, the next into the directory removes.
 func (r *LocalRegistry) ExportLayout(ctx context.Context, dir string, refs []Reference, opts *ExportOptions) error {
-	return opError("export layout", dir, "", r.exportLayout(ctx, dir, refs, opts))
+	if opts == nil {
+		opts = &ExportOptions{}
+	}
+	_, err := attend(ctx, opts.Progress, Reference{}, func(ctx context.Context, m *meter) (struct{}, error) {
+		return struct{}{}, r.exportLayout(ctx, dir, refs, opts, m)
+	})
+	return opError("export layout", dir, "", err)
 }
 
-func (r *LocalRegistry) exportLayout(ctx context.Context, dir string, refs []Reference, opts *ExportOptions) (err error) {
-	x, err := r.newExport(ctx, refs, opts)
+func (r *LocalRegistry) exportLayout(ctx context.Context, dir string, refs []Reference, opts *ExportOptions, m *meter) (err error) {
+	x, err := r.newExport(ctx, refs, opts, m)
 	if err != nil {
 		return err
 	}
@@ -72,6 +78,7 @@ func (r *LocalRegistry) exportLayout(ctx context.Context, dir string, refs []Ref
 	if err := x.writeBlobs(ctx, root); err != nil {
 		return err
 	}
+	m.phase(PhasePublish)
 	version, err := l.has(ocispec.ImageLayoutFile)
 	if err != nil {
 		return err
@@ -241,6 +248,7 @@ func (x *export) writeBlobs(ctx context.Context, root *rootDir) (err error) {
 	store.tmp = layoutTmp
 	st := store.newStage()
 	defer func() { err = errors.Join(err, st.discard(), store.close()) }()
+	x.meter.planned(PhaseBlobs)
 	copies := newTasks(ctx, diskWorkers)
 	for _, d := range slices.Concat(x.manifests, x.blobs) {
 		if err = copies.start(func() error { return x.writeBlob(copies.ctx, st, d) }); err != nil {
@@ -258,8 +266,13 @@ func (x *export) writeBlobs(ctx context.Context, root *rootDir) (err error) {
 
 // writeBlob stages a blob unless the layout has it.
 func (x *export) writeBlob(ctx context.Context, st *stage, d ocispec.Descriptor) error {
-	if ok, err := st.reuse(ctx, d.Digest, d.Size); ok || err != nil {
+	ok, err := st.reuse(ctx, d.Digest, d.Size)
+	if err != nil {
 		return err
+	}
+	if ok {
+		x.meter.skip(d)
+		return nil
 	}
 	end, err := x.registry.begin(ctx)
 	if err != nil {
@@ -270,5 +283,10 @@ func (x *export) writeBlob(ctx context.Context, st *stage, d ocispec.Descriptor)
 	if err != nil {
 		return err
 	}
-	return errors.Join(st.putFile(ctx, src, d.Digest, d.Size, func(int) {}), src.Close())
+	item := x.meter.item(d)
+	if err := errors.Join(st.putFile(ctx, src, d.Digest, d.Size, item.from(0)), src.Close()); err != nil {
+		return err
+	}
+	item.end()
+	return nil
 }

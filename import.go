@@ -62,6 +62,9 @@ type ImportOptions struct {
 	// they are written before index.json may be known. Zero is no limit. Beyond it, the import fails
 	// with [ErrTooLarge] before it has written more.
 	MaxBytes int64
+	// Progress, if not nil, is told how far the import is. The totals of an archive are known when it
+	// was read.
+	Progress func(Progress)
 	// PublishOptions say what happens if a ref exists. With one entry, a conflict is an error. With
 	// several, those that don't conflict are imported, and the others have the outcome
 	// [Conflicted]: see [ImportResult.Conflicts].
@@ -172,6 +175,7 @@ func (im *importer) run(ctx context.Context, index *layoutIndex) (*ImportResult,
 	if err := im.opts.checkNames(); err != nil {
 		return nil, err
 	}
+	im.meter.phase(PhasePlan)
 	if im.opts.AsIndex {
 		var err error
 		if index, err = im.stageIndex(ctx, index); err != nil {
@@ -193,6 +197,7 @@ func (im *importer) run(ctx context.Context, index *layoutIndex) (*ImportResult,
 	if err := im.stage.keepOnly(im.sizes); err != nil {
 		return nil, err
 	}
+	im.meter.phase(PhasePublish)
 	updates, err := im.registry.publish(ctx, im.stage, pubs)
 	if err != nil {
 		return nil, err

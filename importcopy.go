@@ -18,11 +18,16 @@ import (
 //   - [ErrDigestMismatch], [ErrSizeMismatch] for damaged content of src
 //   - otherwise those of [LocalRegistry.ImportLayout]
 func (r *LocalRegistry) ImportRegistry(ctx context.Context, src *LocalRegistry, ref Reference, opts *ImportOptions) (*ImportResult, error) {
-	result, err := r.importRegistry(ctx, src, ref, opts)
+	if opts == nil {
+		opts = &ImportOptions{}
+	}
+	result, err := attend(ctx, opts.Progress, ref, func(ctx context.Context, m *meter) (*ImportResult, error) {
+		return r.importRegistry(ctx, src, ref, opts, m)
+	})
 	return result, opError("import", ref.String(), "", err)
 }
 
-func (r *LocalRegistry) importRegistry(ctx context.Context, src *LocalRegistry, ref Reference, opts *ImportOptions) (*ImportResult, error) {
+func (r *LocalRegistry) importRegistry(ctx context.Context, src *LocalRegistry, ref Reference, opts *ImportOptions, m *meter) (*ImportResult, error) {
 	end, err := r.beginWrite(ctx)
 	if err != nil {
 		return nil, err
@@ -37,10 +42,7 @@ func (r *LocalRegistry) importRegistry(ctx context.Context, src *LocalRegistry, 
 	if err != nil {
 		return nil, err
 	}
-	o := ImportOptions{}
-	if opts != nil {
-		o = *opts
-	}
+	o := *opts
 	o.one, o.Rename, o.Select = true, true, string(root.Digest)
 	root.Annotations = maps.Clone(root.Annotations)
 	if root.Annotations == nil {
@@ -54,6 +56,7 @@ func (r *LocalRegistry) importRegistry(ctx context.Context, src *LocalRegistry, 
 		}
 	}
 	im := r.newImporter(&o)
+	im.meter = m
 	defer func() { r.logDiscard(im.stage.discard()) }()
 	im.workers = diskWorkers
 	im.look = src.blobs.openDescriptor

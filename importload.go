@@ -46,10 +46,8 @@ func (r *LocalRegistry) LoadWith(ctx context.Context, ref Reference, opts *PullO
 	if opts == nil {
 		opts = &PullOptions{}
 	}
-	var result *LoadResult
-	err := attend(ctx, opts.Progress, ref, func(ctx context.Context, m *meter) (err error) {
-		result, err = r.load(ctx, ref, opts, m)
-		return err
+	result, err := attend(ctx, opts.Progress, ref, func(ctx context.Context, m *meter) (*LoadResult, error) {
+		return r.load(ctx, ref, opts, m)
 	})
 	return result, opError("load", ref.String(), "", err)
 }

@@ -23,6 +23,15 @@ func (r *LocalRegistry) ImportLayout(ctx context.Context, dir string, opts *Impo
 }
 
 func (r *LocalRegistry) importLayout(ctx context.Context, dir string, opts *ImportOptions) (*ImportResult, error) {
+	if opts == nil {
+		opts = &ImportOptions{}
+	}
+	return attend(ctx, opts.Progress, opts.Reference, func(ctx context.Context, m *meter) (*ImportResult, error) {
+		return r.importLayoutMetered(ctx, dir, opts, m)
+	})
+}
+
+func (r *LocalRegistry) importLayoutMetered(ctx context.Context, dir string, opts *ImportOptions, m *meter) (*ImportResult, error) {
 	end, err := r.beginWrite(ctx)
 	if err != nil {
 		return nil, err
@@ -39,6 +48,7 @@ func (r *LocalRegistry) importLayout(ctx context.Context, dir string, opts *Impo
 		return nil, err
 	}
 	im := r.layoutImporter(l, opts)
+	im.meter = m
 	defer func() { r.logDiscard(im.stage.discard()) }()
 	return im.run(ctx, index)
 }

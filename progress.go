@@ -2,6 +2,7 @@ package ocilocal
 
 import (
 	"context"
+	"io"
 	"runtime"
 	"slices"
 	"sync"
@@ -328,16 +329,44 @@ func (i *meteredItem) from(at int64) func(n int) {
 	}
 }
 
+// reader returns a reader of src, from byte 0 of the item on, that counts.
+func (i *meteredItem) reader(src io.Reader) io.Reader {
+	if i == nil {
+		return src
+	}
+	return &countedReader{src, i.from(0)}
+}
+
+// A countedReader calls count with each number of bytes that are read of src.
+type countedReader struct {
+	src   io.Reader
+	count func(n int)
+}
+
+func (r *countedReader) Read(p []byte) (int, error) {
+	n, err := r.src.Read(p)
+	r.count(n)
+	return n, err
+}
+
 // move sets how far the item is. The meter's mu is held.
 func (i *meteredItem) move(at int64) {
 	i.meter.now.Bytes += at - i.at
 	i.at = at
 }
 
-// skip says that the bytes that nobody has counted were there.
+// skip says that the item was there already.
 func (i *meteredItem) skip() {
 	if i != nil {
 		i.skipped = true
+	}
+}
+
+// drop takes the item out of the plan: it is not there, or it is damaged.
+func (i *meteredItem) drop() {
+	if i != nil {
+		i.from(0)
+		i.meter.plan(-1, -i.desc.Size)
 	}
 }
 
@@ -352,11 +381,14 @@ func (i *meteredItem) end() {
 	i.attempt++
 	skipped := i.skipped || i.kept > 0 && i.kept == i.desc.Size
 	if skipped {
-		m.now.SkippedBytes += i.desc.Size - i.at
+		m.now.SkippedBytes += i.desc.Size - i.kept
 		m.now.SkippedItems++
 	}
 	i.move(i.desc.Size)
 	m.now.Items++
+	if m.now.TotalItems >= 0 { // something may have come that was not planned
+		m.now.TotalItems, m.now.TotalBytes = max(m.now.TotalItems, m.now.Items), max(m.now.TotalBytes, m.now.Bytes)
+	}
 	m.about(i.desc, i.at, true, skipped)
 	m.tell()
 }
@@ -369,12 +401,12 @@ func (i *meteredItem) end() {
 // wait. So do runs on a goroutine, and the caller's takes the reports from a queue. A slow fn does
 // not stop the workers. If fn panics, do is cancelled, and attend waits for it. If do
 // panics, or a function of the caller that do calls ends its goroutine, so does the caller's.
-func attend(ctx context.Context, fn func(Progress), ref Reference, do func(context.Context, *meter) error) (err error) {
+func attend[T any](ctx context.Context, fn func(Progress), ref Reference, do func(context.Context, *meter) (T, error)) (result T, err error) {
 	if fn == nil {
 		return do(ctx, nil)
 	}
 	ctx, cancel := context.WithCancel(ctx)
-	q := &progressQueue{ready: make(chan struct{}, 1)}
+	q := newProgressQueue(fn)
 	m := newMeter(q.put, ref)
 	var panicked any
 	returned := false
@@ -386,41 +418,45 @@ func attend(ctx context.Context, fn func(Progress), ref Reference, do func(conte
 				panicked = recover()
 			}
 		}()
-		err = do(ctx, m)
+		result, err = do(ctx, m)
 		returned = true
 	}()
 	defer func() {
 		cancel()
 		<-done
 	}()
-	for running := true; running; {
+	for {
 		select {
 		case <-q.ready:
+			q.deliver()
+			continue
 		case <-done:
-			running = false
-			switch {
-			case panicked != nil:
-				panic(panicked)
-			case !returned:
-				runtime.Goexit()
-			case err != nil:
-				return err
-			}
+		}
+		switch {
+		case panicked != nil:
+			panic(panicked)
+		case !returned:
+			runtime.Goexit()
+		case err == nil:
 			m.finish()
+			q.deliver()
 		}
-		for _, p := range q.takeAll() {
-			fn(p)
-		}
+		return result, err
 	}
-	return nil
 }
 
-// A progressQueue holds reports until the caller's goroutine takes them.
+// A progressQueue takes reports from any goroutine, and passes them on when the one that made the
+// call comes to fetch them.
 type progressQueue struct {
-	ready chan struct{} // has an element if the queue may have one
+	fn    func(Progress)
+	ready chan struct{} // has an element if there may be reports
 
 	mu      sync.Mutex // guards reports
 	reports []Progress
+}
+
+func newProgressQueue(fn func(Progress)) *progressQueue {
+	return &progressQueue{fn: fn, ready: make(chan struct{}, 1)}
 }
 
 // put adds a report. It replaces those at the end of the queue that are on the same item under way, so
@@ -442,11 +478,13 @@ func (q *progressQueue) put(p Progress) {
 	}
 }
 
-// takeAll empties the queue.
-func (q *progressQueue) takeAll() []Progress {
+// deliver passes on what is in the queue. The caller's goroutine calls it.
+func (q *progressQueue) deliver() {
 	q.mu.Lock()
-	defer q.mu.Unlock()
 	reports := q.reports
 	q.reports = nil
-	return reports
+	q.mu.Unlock()
+	for _, p := range reports {
+		q.fn(p)
+	}
 }

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"path/filepath"
 	"runtime"
 	"slices"
 	"strings"
@@ -436,4 +437,85 @@ func TestProgressThrottled(t *testing.T) {
 			}
 		}
 	})
+}
+
+// Exports and imports count the manifests and blobs of what they are given. When they are made again, all
+// is skipped where it can be.
+func TestProgressOfFiles(t *testing.T) {
+	r := openTemp(t, nil)
+	ref := ocilocal.MustParseReference("example.com/team/model:v1")
+	a := pushed(t, r, ref, nil, nil, noise(1, 9<<20), noise(2, 1000), []byte{})
+	size := a.Descriptor().Size + 9<<20 + 1000 + 2
+	dir := t.TempDir()
+	plan := []ocilocal.Phase{ocilocal.PhasePlan, ocilocal.PhaseBlobs, ocilocal.PhasePublish, ocilocal.PhaseDone}
+	read := append([]ocilocal.Phase{ocilocal.PhaseRead}, plan...)
+	archive := plan[:2:2]
+	archive = append(archive, ocilocal.PhaseDone)
+	layout, tar := filepath.Join(dir, "layout"), filepath.Join(dir, "a.tar")
+	into := openTemp(t, nil)
+	for _, c := range []struct {
+		name    string
+		do      func(fn func(ocilocal.Progress)) error
+		skipped int
+		phases  []ocilocal.Phase
+	}{
+		{"export layout", func(fn func(ocilocal.Progress)) error {
+			return r.ExportLayout(t.Context(), layout, []ocilocal.Reference{ref}, &ocilocal.ExportOptions{Progress: fn})
+		}, 0, plan},
+		{"export layout again", func(fn func(ocilocal.Progress)) error {
+			return r.ExportLayout(t.Context(), layout, []ocilocal.Reference{ref}, &ocilocal.ExportOptions{Progress: fn})
+		}, 5, plan},
+		{"export archive", func(fn func(ocilocal.Progress)) error {
+			return r.ExportArchive(t.Context(), io.Discard, []ocilocal.Reference{ref}, &ocilocal.ExportOptions{Progress: fn, Gzip: true})
+		}, 0, archive},
+		{"export archive file", func(fn func(ocilocal.Progress)) error {
+			return r.ExportArchiveFile(t.Context(), tar, []ocilocal.Reference{ref}, &ocilocal.ExportOptions{Progress: fn})
+		}, 0, plan},
+		{"import archive", func(fn func(ocilocal.Progress)) error {
+			_, err := openTemp(t, nil).ImportPath(t.Context(), tar, &ocilocal.ImportOptions{Progress: fn})
+			return err
+		}, 0, read},
+		{"import layout", func(fn func(ocilocal.Progress)) error {
+			_, err := openTemp(t, nil).ImportLayout(t.Context(), layout, &ocilocal.ImportOptions{Progress: fn})
+			return err
+		}, 0, plan},
+		{"copy", func(fn func(ocilocal.Progress)) error {
+			_, err := into.ImportRegistry(t.Context(), r, ref, &ocilocal.ImportOptions{Progress: fn})
+			return err
+		}, 0, plan},
+		{"copy again", func(fn func(ocilocal.Progress)) error {
+			_, err := into.ImportRegistry(t.Context(), r, ref, &ocilocal.ImportOptions{Progress: fn})
+			return err
+		}, 5, plan},
+		{"import layout again", func(fn func(ocilocal.Progress)) error {
+			_, err := into.LoadPath(t.Context(), layout, &ocilocal.ImportOptions{Progress: fn})
+			return err
+		}, 5, plan},
+		{"import archive again", func(fn func(ocilocal.Progress)) error {
+			_, err := into.ImportArchiveFile(t.Context(), tar, &ocilocal.ImportOptions{Progress: fn})
+			return err
+		}, 5, read},
+	} {
+		l := newProgressLog(t)
+		err := c.do(l.take)
+		p := l.ended(err)
+		if p.Items != 5 || p.Bytes != size || p.SkippedItems != c.skipped || c.skipped == 5 && p.SkippedBytes != size || c.skipped == 0 && p.SkippedBytes != 0 || !slices.Equal(l.phases(), c.phases) {
+			t.Errorf("%s: %+v, %v, phases %v", c.name, p, err, l.phases())
+		}
+		under := 0
+		for _, q := range l.reports {
+			if q.Item.Size == 9<<20 && !q.ItemDone {
+				under++
+			}
+		}
+		if under > 9 || c.skipped == 0 && under == 0 {
+			t.Errorf("%s: %d reports on the large blob under way", c.name, under)
+		}
+	}
+	// What fails says so last.
+	l := newProgressLog(t)
+	_, err := into.ImportArchive(t.Context(), strings.NewReader("not an archive"), &ocilocal.ImportOptions{Progress: l.take})
+	if l.ended(err); err == nil {
+		t.Error("it was imported")
+	}
 }

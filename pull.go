@@ -90,20 +90,13 @@ type PullResult struct {
 //   - [ErrNotFound] if an image index has no manifest for the platform
 //   - [ErrReadOnly], [ErrNoSpace], [ErrBusy], and any error from ctx or the file system
 func (r *LocalRegistry) Pull(ctx context.Context, ref Reference, opts *PullOptions) (*PullResult, error) {
-	var result *PullResult
-	err := attend(ctx, opts.progress(), ref, func(ctx context.Context, m *meter) (err error) {
-		result, err = r.pull(ctx, ref, opts, m)
-		return err
+	if opts == nil {
+		opts = &PullOptions{}
+	}
+	result, err := attend(ctx, opts.Progress, ref, func(ctx context.Context, m *meter) (*PullResult, error) {
+		return r.pull(ctx, ref, opts, m)
 	})
 	return result, opError("pull", ref.String(), "", err)
-}
-
-// progress returns the function that is told how far a call is; nil for none.
-func (o *PullOptions) progress() func(Progress) {
-	if o == nil {
-		return nil
-	}
-	return o.Progress
 }
 
 func (r *LocalRegistry) pull(ctx context.Context, ref Reference, opts *PullOptions, m *meter) (*PullResult, error) {

@@ -71,14 +71,11 @@ type PushResult struct {
 //   - [ErrInvalidReference] for a bad tag, [ErrTooLarge] for too many referrers
 //   - [ErrDigestMismatch], and any error from ctx or the file system
 func (r *LocalRegistry) Push(ctx context.Context, ref Reference, opts *PushOptions) (*PushResult, error) {
-	var result *PushResult
-	var progress func(Progress)
-	if opts != nil {
-		progress = opts.Progress
+	if opts == nil {
+		opts = &PushOptions{}
 	}
-	err := attend(ctx, progress, ref, func(ctx context.Context, m *meter) (err error) {
-		result, err = r.push(ctx, ref, opts, m)
-		return err
+	result, err := attend(ctx, opts.Progress, ref, func(ctx context.Context, m *meter) (*PushResult, error) {
+		return r.push(ctx, ref, opts, m)
 	})
 	return result, opError("push", ref.String(), "", err)
 }
@@ -93,10 +90,7 @@ func (r *LocalRegistry) push(ctx context.Context, ref Reference, opts *PushOptio
 	if err != nil {
 		return nil, err
 	}
-	p := &pusher{closure: r.newClosure(), as: ref, meter: m}
-	if opts != nil {
-		p.opts = *opts
-	}
+	p := &pusher{closure: r.newClosure(), as: ref, opts: *opts, meter: m}
 	if !p.opts.As.IsZero() {
 		p.as = p.opts.As
 	}
