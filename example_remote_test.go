@@ -331,3 +331,35 @@ func ExampleProgress() {
 	// 3 items, 3 of them there already
 	// 0 transferred, 3 skipped
 }
+
+// A mirror near by serves the content. The registry itself says where the tag is, and serves what the mirror does
+// not have.
+func ExampleRemote_mirrors() {
+	ctx := context.Background()
+	registry, mirror := serve(), serve()
+	defer registry.Close()
+	defer mirror.Close()
+	from, done := scratch()
+	defer done()
+	ref := registry.ref("team/note:v1")
+	note(from, ref.String(), "one")
+	for _, to := range []ocilocal.Reference{ref, mirror.ref("cache/team/note:any")} {
+		if _, err := from.Push(ctx, ref, &ocilocal.PushOptions{As: to}); err != nil {
+			log.Fatal(err)
+		}
+	}
+
+	r, doneToo := scratch()
+	defer doneToo()
+	remote := &ocilocal.Remote{Mirrors: map[string][]ocilocal.Mirror{
+		registry.host: {{Location: mirror.host + "/cache"}}, // for example "docker.io": {{Location: "mirror.gcr.io"}}
+	}}
+	defer remote.CloseIdleConnections()
+	pulled, err := r.Pull(ctx, ref, &ocilocal.PullOptions{Remote: remote})
+	if err != nil {
+		log.Fatal(err)
+	}
+	fmt.Println(pulled.Artifact.Reference() == ref, registry.served(), "bytes from the registry")
+	// Output:
+	// true 0 bytes from the registry
+}

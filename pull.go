@@ -151,7 +151,7 @@ func (r *LocalRegistry) newPuller(ref Reference, opts *PullOptions) (*puller, er
 		remote = r.remote
 	}
 	var err error
-	p.repo, err = remote.repo(ref)
+	p.repo, err = remote.source(ref)
 	return p, err
 }
 

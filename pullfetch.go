@@ -113,67 +113,79 @@ const keepPartial = 1 << 20
 
 // fetchWhole fetches a blob, from its beginning with each attempt.
 func (p *fetcher) fetchWhole(ctx context.Context, desc ocispec.Descriptor, item *meteredItem) error {
+	answered, err := p.repo.viaMirrors(ctx, false, func(mirror *remoteRepo) error { return p.fetchOnce(ctx, mirror, desc, item) })
+	if answered || err != nil {
+		return err
+	}
 	for attempt := 1; ; attempt++ {
-		err := p.fetchOnce(ctx, desc, item)
+		err := p.fetchOnce(ctx, p.repo, desc, item)
 		if err == nil {
 			return nil
 		}
-		if err := p.repo.remote.again(ctx, attempt, err); err != nil {
-			return err
+		if err := p.repo.again(ctx, attempt, err); err != nil {
+			return p.repo.despiteMirrors(err)
 		}
 	}
 }
 
-func (p *fetcher) fetchOnce(ctx context.Context, desc ocispec.Descriptor, item *meteredItem) error {
-	res, _, err := p.repo.blob(ctx, desc, 0)
+func (p *fetcher) fetchOnce(ctx context.Context, from *remoteRepo, desc ocispec.Descriptor, item *meteredItem) error {
+	res, _, err := from.blob(ctx, desc, 0)
 	if err != nil {
 		return err
 	}
 	defer res.Body.Close()
 	body := &countedBody{src: res.Body, count: p.count(item, 0), coding: codingOf(res)}
 	_, _, err = p.stage.put(ctx, body, "", desc.Digest, desc.Size)
-	return p.repo.blobError(ctx, desc, body, err)
+	return from.blobError(ctx, desc, body, err)
 }
 
 // resume fetches a blob from where part is. Attempts count anew whenever
 // the pull is a MiB further than it has ever been.
 func (p *fetcher) resume(ctx context.Context, desc ocispec.Descriptor, part *partial, item *meteredItem) error {
 	item.resume(part.have)
+	answered, err := p.repo.viaMirrors(ctx, false, func(mirror *remoteRepo) error {
+		part.kept = part.have // from elsewhere
+		return p.resumeOnce(ctx, mirror, desc, part, item)
+	})
+	if answered || err != nil {
+		return err
+	}
+	part.kept = part.have
 	furthest := part.have
 	for attempt := 1; ; attempt++ {
-		err := p.resumeOnce(ctx, desc, part, item)
+		err := p.resumeOnce(ctx, p.repo, desc, part, item)
 		if err == nil {
 			return nil
 		}
 		if part.have >= furthest+keepPartial {
 			furthest, attempt = part.have, 1
 		}
-		if err := p.repo.remote.again(ctx, attempt, err); err != nil {
-			return err
+		if err := p.repo.again(ctx, attempt, err); err != nil {
+			return p.repo.despiteMirrors(err)
 		}
 	}
 }
 
 // resumeOnce makes one request for what is missing.
-func (p *fetcher) resumeOnce(ctx context.Context, desc ocispec.Descriptor, part *partial, item *meteredItem) error {
+func (p *fetcher) resumeOnce(ctx context.Context, from *remoteRepo, desc ocispec.Descriptor, part *partial, item *meteredItem) error {
 	if part.have < part.size {
-		if err := p.appendOnce(ctx, desc, part, item); err != nil {
+		if err := p.appendOnce(ctx, from, desc, part, item); err != nil {
 			return err
 		}
 	}
 	old := part.kept > 0
 	err := part.finish(ctx)
-	if old && errors.Is(err, ErrDigestMismatch) { // what an earlier pull left was no good
-		return p.resumeOnce(ctx, desc, part, item)
+	if old && errors.Is(err, ErrDigestMismatch) { // what an earlier pull or a mirror left was no good
+		return p.resumeOnce(ctx, from, desc, part, item)
 	}
 	if errors.Is(err, ErrDigestMismatch) {
-		return p.repo.blobProblem(desc, err)
+		return from.blobProblem(desc, err)
 	}
 	return err
 }
 
-func (p *fetcher) appendOnce(ctx context.Context, desc ocispec.Descriptor, part *partial, item *meteredItem) error {
-	res, at, err := p.repo.blob(ctx, desc, part.have)
+func (p *fetcher) appendOnce(ctx context.Context, from *remoteRepo, desc ocispec.Descriptor, part *partial, item *meteredItem) error {
+	res, at, err := from.blob(ctx, desc, part.have)
 	if err != nil {
 		return unsatisfied(part, err)
 	}
@@ -188,7 +200,7 @@ func (p *fetcher) appendOnce(ctx context.Context, desc ocispec.Descriptor, part 
 	if err == nil && part.have < part.size {
 		err = io.ErrUnexpectedEOF
 	}
-	return p.repo.blobError(ctx, desc, body, err)
+	return from.blobError(ctx, desc, body, err)
 }
 
 // unsatisfied starts over if a registry says that what is missing doesn't exist (RFC 9110, section 15.5.17).

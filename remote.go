@@ -59,6 +59,22 @@ type Remote struct {
 	// loopback, 100.64.0.0/10, 198.18.0.0/15, 240.0.0.0/4). It must be safe for concurrent use.
 	// Nil allows none.
 	AllowAddress func(registry string, addr netip.Addr) bool
+	// Mirrors lists the mirrors of registries, by the host that references name: "docker.io", "ghcr.io".
+	//
+	// [LocalRegistry.Pull], [LocalRegistry.Load], [LocalRegistry.Repair], [Remote.Manifest] and [Remote.Resolve]
+	// ask a registry's mirrors before the registry, in this order: for blobs and for manifests by digest, which
+	// the digest proves, and for tags if [Mirror.Tags] is set. After any failure of a mirror, a 404 included, the
+	// next one is asked, and last the registry. So a mirror never makes a call fail, and never says that
+	// something is absent. A mirror that gives no answer, or a wrong one, is not asked for a minute.
+	//
+	// All other calls ask only the registry. Nothing is ever pushed to a mirror. Credentials, SendCredentials,
+	// PlainHTTP and AllowAddress are asked about the mirror's host; the registry's credentials don't reach it. A
+	// mirror gets the registry's host as the query parameter ns, so one mirror can serve several registries.
+	//
+	// A list here is like registry-mirrors of dockerd with {"docker.io": {{Location: …, Tags: true}}}, like the
+	// [host] tables of containerd's hosts.toml without the capability "push" (Tags is "resolve"), and like
+	// [[registry.mirror]] of containers-registries.conf with pull-from-mirror = "digest-only" (Tags: "all").
+	Mirrors map[string][]Mirror
 	// Retry decides on requests that may be repeated. Nil means [DefaultRetry].
 	Retry RetryFunc
 	// Logger records each repeated request at level Warn, with its error and the wait. Nil discards.
@@ -96,6 +112,7 @@ type remoteHost struct {
 	mu         sync.Mutex           // guards what follows
 	challenges map[string]challenge // by repository: what it last asked for
 	addr       netip.Addr           // where it was last reached
+	resting    time.Time            // until when it is not asked as a mirror
 	away       *http.Client         // for requests that leave its origin
 }
 
@@ -242,7 +259,12 @@ type remoteRepo struct {
 	ref    Reference
 	name   string // the repository
 
+	mirrors  []*remoteRepo // asked before it, in calls that read
+	mirrorOf string        // if it is one of a mirror: the host of the registry
+	tags     bool          // if it is one of a mirror: whether it may answer for tags
+
 	mu      sync.Mutex // guards what follows
+	failure string     // of a mirror: why it was passed over
 	asked   bool
 	cred    *Credential // a pointer, so that printing a remoteRepo doesn't print it
 	credErr error
@@ -259,7 +281,11 @@ func (r *Remote) repo(ref Reference) (*remoteRepo, error) {
 // url returns the address of something below /v2/<repository>/. The parts are
 // tags, digests and fixed words: nothing in them needs escaping.
 func (p *remoteRepo) url(parts ...string) *url.URL {
-	return p.host.base.JoinPath(append([]string{"v2", p.name}, parts...)...)
+	u := p.host.base.JoinPath(append([]string{"v2", p.name}, parts...)...)
+	if p.mirrorOf != "" {
+		u.RawQuery = url.Values{"ns": {p.mirrorOf}}.Encode() // as containerd's mirrors know it
+	}
+	return u
 }
 
 // warn reports the warnings in an answer (distribution-spec, "Warnings").

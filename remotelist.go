@@ -18,7 +18,7 @@ import (
 // media type, digest and size. Nothing is stored. Errors are those of [LocalRegistry.Pull]
 // that a remote registry causes.
 func (r *Remote) Resolve(ctx context.Context, ref Reference) (ocispec.Descriptor, error) {
-	p, err := r.repo(ref)
+	p, err := r.source(ref)
 	if err != nil {
 		return ocispec.Descriptor{}, opError("resolve remotely", ref.String(), "", err)
 	}
@@ -29,7 +29,7 @@ func (r *Remote) Resolve(ctx context.Context, ref Reference) (ocispec.Descriptor
 // Manifest fetches and verifies a manifest without storing it. Errors are
 // those of [Remote.Resolve].
 func (r *Remote) Manifest(ctx context.Context, ref Reference) (*Manifest, error) {
-	p, err := r.repo(ref)
+	p, err := r.source(ref)
 	if err != nil {
 		return nil, opError("fetch manifest", ref.String(), "", err)
 	}

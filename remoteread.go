@@ -30,7 +30,20 @@ func (p *remoteRepo) manifestCall(method, reference string) *remoteCall {
 }
 
 // manifest fetches a manifest by tag or digest. mediaType is what it must be; "" for whatever it is.
-func (p *remoteRepo) manifest(ctx context.Context, reference, mediaType string) (*Manifest, error) {
+func (p *remoteRepo) manifest(ctx context.Context, reference, mediaType string) (m *Manifest, err error) {
+	answered, err := p.viaMirrors(ctx, isTag(reference), func(mirror *remoteRepo) error {
+		m, err = mirror.ownManifest(ctx, reference, mediaType)
+		return err
+	})
+	if answered || err != nil {
+		return m, err
+	}
+	m, err = p.ownManifest(ctx, reference, mediaType)
+	return m, p.despiteMirrors(err)
+}
+
+// ownManifest is manifest without mirrors.
+func (p *remoteRepo) ownManifest(ctx context.Context, reference, mediaType string) (*Manifest, error) {
 	c := p.manifestCall(http.MethodGet, reference)
 	raw, res, err := p.doSmall(ctx, c, MaxManifestSize)
 	if err != nil {
@@ -129,14 +142,27 @@ var generalTypes = []string{"", "application/json", "text/json", "text/plain", "
 // them leave out a part of the descriptor, state a length of 0, or refuse what they answer to GET. So only
 // a complete answer of the registry itself counts. After any other answer, also a failure of the server, the
 // manifest is asked for, and only that request is repeated.
-func (p *remoteRepo) head(ctx context.Context, reference string) (ocispec.Descriptor, error) {
+func (p *remoteRepo) head(ctx context.Context, reference string) (desc ocispec.Descriptor, err error) {
+	answered, err := p.viaMirrors(ctx, true, func(mirror *remoteRepo) error {
+		desc, err = mirror.ownHead(ctx, reference)
+		return err
+	})
+	if answered || err != nil {
+		return desc, err
+	}
+	desc, err = p.ownHead(ctx, reference)
+	return desc, p.despiteMirrors(err)
+}
+
+// ownHead is head without mirrors.
+func (p *remoteRepo) ownHead(ctx context.Context, reference string) (ocispec.Descriptor, error) {
 	c := p.manifestCall(http.MethodHead, reference)
 	res, err := p.try(ctx, c)
 	for attempt := 1; err != nil; attempt++ {
 		if e, ok := errors.AsType[*RemoteError](err); ok && e.Status != 0 && !e.TokenServer && e.Status != http.StatusTooManyRequests {
 			break
 		}
-		if err := p.remote.again(ctx, attempt, err); err != nil {
+		if err := p.again(ctx, attempt, err); err != nil {
 			return ocispec.Descriptor{}, err
 		}
 		res, err = p.try(ctx, c)
@@ -160,7 +186,7 @@ func (p *remoteRepo) head(ctx context.Context, reference string) (ocispec.Descri
 			return ocispec.Descriptor{MediaType: given, Digest: d, Size: res.ContentLength}, nil
 		}
 	}
-	m, err := p.manifest(ctx, reference, "")
+	m, err := p.ownManifest(ctx, reference, "")
 	if err != nil {
 		return ocispec.Descriptor{}, err
 	}

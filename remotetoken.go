@@ -180,7 +180,7 @@ func (p *remoteRepo) fetchToken(ctx context.Context, ch challenge, scopes []stri
 			e.explainToken(p.host.name, cred)
 			e.clean(p.secrets())
 		}
-		if err := p.remote.again(ctx, attempt, err); err != nil {
+		if err := p.again(ctx, attempt, err); err != nil {
 			return a, err
 		}
 	}

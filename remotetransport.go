@@ -70,7 +70,7 @@ func (p *remoteRepo) do(ctx context.Context, c *remoteCall) (*http.Response, err
 		if err == nil || c.once {
 			return res, err
 		}
-		if err := p.remote.again(ctx, attempt, err); err != nil {
+		if err := p.again(ctx, attempt, err); err != nil {
 			return nil, err
 		}
 	}
@@ -89,7 +89,7 @@ func (p *remoteRepo) doSmall(ctx context.Context, c *remoteCall, limit int64) ([
 		if err == nil || c.once {
 			return b, res, err
 		}
-		if err := p.remote.again(ctx, attempt, err); err != nil {
+		if err := p.again(ctx, attempt, err); err != nil {
 			return nil, nil, err
 		}
 	}

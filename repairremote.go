@@ -98,7 +98,7 @@ func (p *repair) repositories(ctx context.Context, d digest.Digest) ([]Reference
 
 // healFromRepository takes one blob or manifest from a repository.
 func (p *repair) healFromRepository(ctx context.Context, ref Reference, desc ocispec.Descriptor, as role) error {
-	repo, err := p.opts.Remote.repo(ref)
+	repo, err := p.opts.Remote.source(ref)
 	if err != nil {
 		return err
 	}
