@@ -2,7 +2,6 @@ package ocilocal_test
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"log"
@@ -10,7 +9,6 @@ import (
 	"path/filepath"
 
 	"github.com/opencontainers/go-digest"
-	"github.com/opencontainers/image-spec/specs-go"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/ocilocal/ocilocal"
@@ -250,21 +248,25 @@ func ExamplePullOptions_platform() {
 	defer server.Close()
 	from, done := scratch()
 	defer done()
-	index := ocispec.Index{Versioned: specs.Versioned{SchemaVersion: 2}, MediaType: ocispec.MediaTypeImageIndex}
-	for _, arch := range []string{"amd64", "arm64"} {
-		a := note(from, server.host+"/team/note:"+arch, "for "+arch)
-		if _, err := from.Push(ctx, a.Reference(), nil); err != nil {
-			log.Fatal(err)
-		}
-		desc := a.Descriptor()
-		desc.Platform = &ocispec.Platform{OS: "linux", Architecture: arch}
-		index.Manifests = append(index.Manifests, desc)
-	}
-	raw, err := json.Marshal(index)
+	index, err := from.NewIndexBuilder(server.ref("team/note:v1"), nil)
 	if err != nil {
 		log.Fatal(err)
 	}
-	server.putRaw("team/note", "v1", index.MediaType, raw)
+	defer index.Cancel()
+	for _, arch := range []string{"amd64", "arm64"} {
+		desc := note(from, server.host+"/team/note:"+arch, "for "+arch).Descriptor()
+		desc.Platform = &ocispec.Platform{OS: "linux", Architecture: arch}
+		if _, err := index.AddManifest(ctx, desc); err != nil {
+			log.Fatal(err)
+		}
+	}
+	built, err := index.Build(ctx)
+	if err != nil {
+		log.Fatal(err)
+	}
+	if _, err := from.Push(ctx, built.Reference(), nil); err != nil {
+		log.Fatal(err)
+	}
 
 	r, doneToo := scratch()
 	defer doneToo()

@@ -88,6 +88,28 @@ func buildManifest(f ManifestFormat, spec manifestSpec) (*Manifest, error) {
 	return parseManifest(mediaType, w.buf)
 }
 
+// buildIndex writes the canonical image index of spec, whose layers are its manifests. Errors are
+// those of [ParseManifest], and [ErrInvalidArgument] for invalid UTF-8.
+func buildIndex(spec manifestSpec) (*Manifest, error) {
+	var w canonicalWriter
+	w.raw("{")
+	w.annotations(spec.annotations)
+	w.field("artifactType", spec.artifactType)
+	w.descriptors("manifests", spec.layers)
+	w.field("mediaType", ocispec.MediaTypeImageIndex)
+	w.key("schemaVersion")
+	w.int(2)
+	if spec.subject != nil {
+		w.key("subject")
+		w.descriptor(spec.subject)
+	}
+	w.raw("}")
+	if w.err != nil {
+		return nil, w.err
+	}
+	return parseManifest(ocispec.MediaTypeImageIndex, w.buf)
+}
+
 // A canonicalWriter writes JSON of which there is one spelling only: keys sorted
 // bytewise by the caller or, in maps, by [canonicalWriter.texts]; no white space;
 // integers only; and strings as Rust's serde_json writes them, so that the same

@@ -87,6 +87,9 @@ type publication struct {
 	// manifests are root, the manifests below it and the referrers that are published with it.
 	// Children come before parents.
 	manifests []pendingManifest
+	// also, if not nil, runs in the transaction before the rows are written, unless there is a
+	// conflict. Its error stops all publications.
+	also func(*indexTx) error
 	PublishOptions
 }
 
@@ -161,6 +164,11 @@ func (r *LocalRegistry) publish(ctx context.Context, st *stage, pubs []publicati
 			updates[i] = p.decide(existing)
 			if updates[i].Outcome == Conflicted {
 				continue
+			}
+			if p.also != nil {
+				if err := p.also(tx); err != nil {
+					return err
+				}
 			}
 			var root ocispec.Descriptor
 			for _, m := range p.manifests { // the root is not the last one if referrers came along

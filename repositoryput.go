@@ -171,7 +171,9 @@ func (p *Repository) PutManifest(ctx context.Context, mediaType string, raw []by
 	if _, err := st.putBytes(ctx, m.raw, m.digest.Algorithm()); err != nil {
 		return u, err
 	}
-	updates, err := p.registry.publish(ctx, st, []publication{onlyManifest(ref, m, o.PublishOptions)})
+	pub := onlyManifest(ref, m, o.PublishOptions)
+	pub.also = func(tx *indexTx) error { return p.registry.checkMemberRows(ctx, tx, m) }
+	updates, err := p.registry.publish(ctx, st, []publication{pub})
 	if err != nil {
 		return u, err
 	}
@@ -211,7 +213,7 @@ func (p *Repository) takeChildren(ctx context.Context, st *stage, m *Manifest) e
 			return err
 		}
 	}
-	return nil
+	return p.registry.checkMembers(ctx, m)
 }
 
 // sizeAs returns an [ErrSizeMismatch] if a staged blob has another size than its descriptor says.

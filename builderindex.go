@@ -1,0 +1,240 @@
+package ocilocal
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+)
+
+// IndexBuilderOptions govern what an [IndexBuilder] makes. Nil is the zero value.
+type IndexBuilderOptions struct {
+	// ArtifactType, if not empty, is the type of the image index.
+	ArtifactType string
+	// PublishOptions say what happens if the ref exists.
+	PublishOptions
+}
+
+// An IndexBuilder makes an image index: a list of manifests that the registry has, such as one image
+// for each platform. Nothing is visible until Build publishes it. It is safe for concurrent use;
+// manifests stand in the order in which the calls that added them returned.
+type IndexBuilder struct {
+	registry *LocalRegistry
+	ref      Reference
+	opts     IndexBuilderOptions
+
+	mu     sync.Mutex // guards what follows
+	spec   manifestSpec
+	done   bool      // built or cancelled
+	update RefUpdate // what Build did
+}
+
+// NewIndexBuilder starts an image index that will be published as ref. The caller ends it with
+// Build or Cancel. A deferred Cancel does nothing after Build has succeeded.
+//
+// Errors:
+//   - [ErrInvalidReference]: ref is zero, or has a digest, which cannot be known yet
+//   - [ErrInvalidArgument]: the artifact type is not a media type
+//   - [ErrReadOnly], [ErrClosed]
+func (r *LocalRegistry) NewIndexBuilder(ref Reference, opts *IndexBuilderOptions) (_ *IndexBuilder, err error) {
+	defer addOp(&err, "start build of index", ref.String(), "")
+	end, err := r.beginWrite(context.Background())
+	if err != nil {
+		return nil, err
+	}
+	defer end()
+	if err := ref.checkGiven(); err != nil {
+		return nil, err
+	}
+	if ref.Digest() != "" {
+		return nil, fmt.Errorf("%w: a digest can't be chosen for what is yet to be built", ErrInvalidReference)
+	}
+	b := &IndexBuilder{registry: r, ref: ref}
+	if opts != nil {
+		b.opts = *opts
+	}
+	if t := b.opts.ArtifactType; t != "" {
+		if err := checkTypeName("artifact type", t); err != nil {
+			return nil, err
+		}
+	}
+	b.spec.artifactType = b.opts.ArtifactType
+	return b, nil
+}
+
+// AddManifest adds a manifest, or an image index, that the registry has, and returns its descriptor.
+// desc needs only a Digest. Its Platform, Annotations, ArtifactType and URLs are written as they
+// are; MediaType and Size are the registry's. Until Build the manifest needs a ref, or a collection
+// may delete it.
+//
+// Errors:
+//   - [ErrNotFound]: the registry does not have the manifest
+//   - [ErrInvalidArgument]: desc contradicts the manifest, or an image index cannot have it
+//   - [ErrInvalidDigest], [ErrClosed] after Build or Cancel
+func (b *IndexBuilder) AddManifest(ctx context.Context, desc ocispec.Descriptor) (_ ocispec.Descriptor, err error) {
+	defer addOp(&err, "add manifest to index", b.ref.String(), desc.Digest)
+	end, err := b.registry.begin(ctx)
+	if err != nil {
+		return ocispec.Descriptor{}, err
+	}
+	defer end()
+	own, err := b.registry.resolveDigest(desc.Digest)
+	if err != nil {
+		return ocispec.Descriptor{}, err
+	}
+	if desc.MediaType != "" && desc.MediaType != own.MediaType || desc.Size != 0 && desc.Size != own.Size {
+		return ocispec.Descriptor{}, fmt.Errorf("%w: the manifest is of type %s and has %d bytes", ErrInvalidArgument, printable(own.MediaType), own.Size)
+	}
+	desc = cloneDescriptor(desc)
+	desc.MediaType, desc.Size, desc.Data = own.MediaType, own.Size, nil
+	if _, err := buildIndex(manifestSpec{layers: []ocispec.Descriptor{desc}}); err != nil {
+		return ocispec.Descriptor{}, fmt.Errorf("%w: %w", ErrInvalidArgument, err)
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.done {
+		return ocispec.Descriptor{}, ErrClosed
+	}
+	b.spec.layers = append(b.spec.layers, desc)
+	return cloneDescriptor(desc), nil
+}
+
+// SetAnnotation sets an annotation of the index. Errors are those of [Builder.SetAnnotation].
+func (b *IndexBuilder) SetAnnotation(key, value string) (err error) {
+	defer addOp(&err, "annotate index", b.ref.String(), "")
+	_, err = canonicalAnnotations(map[string]string{key: value})
+	if key == "" {
+		err = errors.New("its key is empty")
+	}
+	if err != nil {
+		return fmt.Errorf("%w: annotation: %w", ErrInvalidArgument, err)
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.done {
+		return ErrClosed
+	}
+	if b.spec.annotations == nil {
+		b.spec.annotations = map[string]string{}
+	}
+	b.spec.annotations[key] = value
+	return nil
+}
+
+// SetSubject makes the index refer to another manifest, which need not be in the registry. Errors
+// are those of [Builder.SetSubject].
+func (b *IndexBuilder) SetSubject(desc ocispec.Descriptor) (err error) {
+	defer addOp(&err, "set subject of index", b.ref.String(), desc.Digest)
+	if err := checkPlaceable(&desc); err != nil {
+		return fmt.Errorf("%w: %w", ErrInvalidManifest, err)
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.done {
+		return ErrClosed
+	}
+	desc = cloneDescriptor(desc)
+	b.spec.subject = &desc
+	return nil
+}
+
+// Build seals the index and publishes it in one step. When it returns nil, the index is durable and
+// visible, and the builder is closed. Otherwise nothing is published, and the builder is unchanged.
+// Equal input gives equal bytes, and so an equal digest, in whatever order annotations were set.
+//
+// Errors:
+//   - [*ConflictError]
+//   - [ErrIncomplete]: a manifest, or something that it needs, is no longer there
+//   - [ErrTooLarge]: a limit is passed, such as [MaxIndexNesting]
+//   - [ErrClosed], [ErrBusy], [ErrNoSpace], and any error from ctx or the file system
+func (b *IndexBuilder) Build(ctx context.Context) (_ *LocalArtifact, err error) {
+	defer addOp(&err, "build index", b.ref.String(), "")
+	r := b.registry
+	end, err := r.begin(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer end()
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.done {
+		return nil, ErrClosed
+	}
+	m, err := buildIndex(b.spec)
+	if err != nil {
+		return nil, err
+	}
+	if err := r.checkMembers(ctx, m); err != nil {
+		return nil, err
+	}
+	st := r.blobs.newStage()
+	defer func() { r.logDiscard(st.discard()) }()
+	if _, err := st.putBytes(ctx, m.raw, digest.SHA256); err != nil {
+		return nil, err
+	}
+	p := onlyManifest(b.ref, m, b.opts.PublishOptions)
+	p.also = func(tx *indexTx) error { return r.checkMemberRows(ctx, tx, m) }
+	updates, err := r.publish(ctx, st, []publication{p})
+	if err != nil {
+		return nil, err
+	}
+	b.update = updates[0]
+	if err := b.update.conflict(b.opts.Expected); err != nil {
+		return nil, err
+	}
+	b.done = true
+	return r.newArtifact(b.ref, m.Descriptor(), m), nil
+}
+
+// Update tells what Build did to the ref, or would not do to it in a conflict. It is zero before.
+func (b *IndexBuilder) Update() RefUpdate {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.update
+}
+
+// Cancel closes the builder. After Build has succeeded, or a second time, it does nothing.
+func (b *IndexBuilder) Cancel() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.done = true
+}
+
+// checkMembers checks the manifests below an image index whose members are published: each is read
+// and verified, and they must not be nested too deep.
+func (r *LocalRegistry) checkMembers(ctx context.Context, m *Manifest) error {
+	c := r.newClosure()
+	for i, d := range m.children() {
+		if m.childRole(i) != roleManifest {
+			continue
+		}
+		if _, err := c.down(ctx, d, 1, MaxClosure); err != nil {
+			return incomplete(err)
+		}
+	}
+	return nil
+}
+
+// checkMemberRows looks, in the transaction that publishes an image index, that the manifests below
+// it are still recorded with all that they need. A collection may have begun to delete them.
+func (r *LocalRegistry) checkMemberRows(ctx context.Context, tx *indexTx, m *Manifest) error {
+	for i, d := range m.children() {
+		if m.childRole(i) != roleManifest {
+			continue
+		}
+		desc, ok, err := tx.manifest(d.Digest)
+		if err == nil && !ok {
+			err = fmt.Errorf("%w: manifest %s: %w", ErrIncomplete, d.Digest, ErrNotFound)
+		}
+		if err == nil {
+			err = r.checkClosure(ctx, tx, desc)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
