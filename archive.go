@@ -98,20 +98,26 @@ func (r *LocalRegistry) importArchive(ctx context.Context, src io.Reader, opts *
 	return result, err
 }
 
-// putArchived stages a blob of an archive. Whether it is needed is known later, so one whose bytes
-// are not its name's is only noted: see [importer.claim].
+// putArchived stages a blob of an archive. If the registry has the blob, and its file is good, then
+// the archive's copy is only read and checked, not written. Whether the blob is needed is known
+// later, so a copy with other bytes is only noted: see [importer.claim].
 func (im *importer) putArchived(ctx context.Context, d digest.Digest, src io.Reader, size int64) error {
+	staged := im.stage.has(d)
+	have, err := im.stage.reuse(ctx, d, size)
+	if err != nil {
+		return err
+	}
 	var item *meteredItem
-	if !im.stage.has(d) {
+	if !staged {
 		im.meter.plan(1, size)
 		item = im.meter.item(ocispec.Descriptor{Digest: d, Size: size})
-		if have, err := im.registry.blobs.size(d); err == nil && have == size {
-			item.skip()
-		} else if err := im.charge(size); err != nil {
-			return err
-		}
 	}
-	_, _, err := im.stage.put(ctx, item.reader(src), "", d, size)
+	if have {
+		item.skip()
+		_, err = im.registry.blobs.verifier(ctx, io.NopCloser(src), d, size).WriteTo(io.Discard)
+	} else if err = im.chargeNew(d, size); err == nil {
+		_, _, err = im.stage.put(ctx, item.reader(src), "", d, size)
+	}
 	if errors.Is(err, ErrDigestMismatch) {
 		im.damaged[d] = true
 		item.drop()
@@ -121,6 +127,14 @@ func (im *importer) putArchived(ctx context.Context, d digest.Digest, src io.Rea
 		item.end()
 	}
 	return err
+}
+
+// chargeNew is charge for a blob that is only charged if the registry does not have a file for it.
+func (im *importer) chargeNew(d digest.Digest, size int64) error {
+	if have, err := im.registry.blobs.size(d); err == nil && have == size {
+		return nil
+	}
+	return im.charge(size)
 }
 
 // InspectArchive reads what an archive says of itself, without any registry.

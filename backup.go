@@ -220,7 +220,7 @@ func (b *backup) copyBatch(ctx context.Context, batch []ocispec.Descriptor, miss
 	if err := copies.wait(err); err != nil {
 		return nil, err
 	}
-	if err := st.settle(ctx); err != nil {
+	if err := st.settle(ctx, nil); err != nil {
 		return nil, err
 	}
 	written, _, bytes := st.counts()

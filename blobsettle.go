@@ -19,8 +19,10 @@ import (
 //
 //   - A power cut loses a name before its directory is synced, and bytes before the file is. So the
 //     order is: fsync of the file, link, fsync of the directory. A blob that the store has is
-//     synced as well, and its directory too, because the process that linked it may not have come
-//     to that yet.
+//     synced as well, because the process that linked it may not have come to that yet. If the
+//     index has a row for the blob, it has: a row is written only after settle. Then the file is
+//     not synced again. The directory is, because a collector that dies leaves rows without files,
+//     and another publisher may have linked such a file just now.
 //   - A collector deletes files that no row refers to. It does so with the index's write lock held,
 //     and recheck looks under the same lock, in the transaction that writes the rows. A file that
 //     went before is linked again, from the name that the stage keeps below tmp/. One that is there
@@ -28,8 +30,9 @@ import (
 //   - Another publisher stages the same bytes. The first link wins, and the others find a good
 //     file. Only a file that does not hash to its name is replaced.
 
-// settle gives every staged blob its name below blobs/, durably.
-func (st *stage) settle(ctx context.Context) error {
+// settle gives every staged blob its name below blobs/, durably. recorded reports whether the index
+// has a row for a blob. It may be nil if nothing is known of rows.
+func (st *stage) settle(ctx context.Context, recorded func(digest.Digest) (bool, error)) error {
 	st.mu.Lock()
 	defer st.mu.Unlock()
 	if st.failed != nil {
@@ -52,8 +55,7 @@ func (st *stage) settle(ctx context.Context) error {
 			dirs[alg] = true
 		}
 		if sf.reused {
-			// The process that linked it may not have synced it yet, and our commit relies on it.
-			if err := st.syncReused(blobPath(sf.digest)); err != nil {
+			if err := st.settleReused(blobPath(sf.digest), sf.digest, recorded); err != nil {
 				return err
 			}
 			continue
@@ -151,6 +153,33 @@ func (st *stage) relink(sf *stagedFile) error {
 	return err
 }
 
+// settleReused makes the file of a blob that the store had durable, and young for a collection.
+func (st *stage) settleReused(name string, d digest.Digest, recorded func(digest.Digest) (bool, error)) error {
+	if recorded == nil {
+		return st.syncReused(name)
+	}
+	durable, err := recorded(d)
+	if err != nil {
+		return err
+	}
+	if !durable {
+		return st.syncReused(name)
+	}
+	fi, err := st.store.root.Lstat(name)
+	if err == nil {
+		st.refresh(name, fi)
+	}
+	return ignoreNotExist(err) // collected: recheck brings it back
+}
+
+// refresh gives an old file a new time, so that a collection's grace holds for it. That is a
+// courtesy, and fails on another user's file.
+func (st *stage) refresh(name string, fi fs.FileInfo) {
+	if time.Since(fi.ModTime()) > time.Hour {
+		st.store.root.Chtimes(name, time.Now())
+	}
+}
+
 // syncReused syncs a file that another publisher made: below blobs/, or a link to it below tmp/.
 func (st *stage) syncReused(name string) error {
 	f, err := st.store.root.openFile(name, os.O_RDONLY, 0)
@@ -160,10 +189,8 @@ func (st *stage) syncReused(name string) error {
 	if err != nil {
 		return err
 	}
-	// The new time makes a collection's grace hold for it. That is a courtesy, and fails on
-	// another user's file.
-	if fi, err := f.Stat(); err == nil && time.Since(fi.ModTime()) > time.Hour {
-		st.store.root.Chtimes(name, time.Now())
+	if fi, err := f.Stat(); err == nil {
+		st.refresh(name, fi)
 	}
 	return st.fail(errors.Join(f.sync(), f.Close()))
 }

@@ -143,9 +143,8 @@ func TestDurableOrder(t *testing.T) {
 						again++
 					}
 				}
-				if again != len(layers)+1 || // and the empty config
-					rec.last("fsyncdir blobs/sha256", commit) < 0 {
-					t.Errorf("of %d blobs that were there %d are synced again before the commit: %q", len(layers)+1, again, rec.ops)
+				if again > 0 || rec.last("fsyncdir blobs/sha256", commit) < 0 {
+					t.Errorf("%d blobs that have rows are synced again, or their directory is not: %q", again, rec.ops)
 				}
 			}
 			if t.Failed() {

@@ -261,7 +261,7 @@ func (x *export) writeBlobs(ctx context.Context, root *rootDir) (err error) {
 	if err := root.syncDir("."); err != nil {
 		return err
 	}
-	return st.settle(ctx)
+	return st.settle(ctx, nil)
 }
 
 // writeBlob stages a blob unless the layout has it.

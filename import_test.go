@@ -7,11 +7,14 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"os"
+	"path/filepath"
 	"runtime"
 	"strings"
 	"sync"
 	"testing"
 
+	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/ocilocal/ocilocal"
@@ -110,6 +113,83 @@ func TestImportMaxBytes(t *testing.T) {
 			// The registry has all of it now, so nothing counts.
 			if got, err := in(r, 1); err != nil || got.BlobsReused != 3 {
 				t.Errorf("again, with a limit of 1: %+v, %v", got, err)
+			}
+		})
+	}
+}
+
+// TestImportAgain: an import of content that is here reads it, but writes and syncs no blob. A blob
+// that is damaged here, or gone, is written again, and no other.
+func TestImportAgain(t *testing.T) {
+	t.Parallel()
+	from := openTemp(t, nil)
+	var refs []ocilocal.Reference
+	for i := range 3 {
+		a, err := build(t, from, fmt.Sprintf("example.com/again:v%d", i), nil, "shared", fmt.Sprint("own ", i), string(noise(byte(i), 200<<10)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		refs = append(refs, a.Reference())
+	}
+	var archive bytes.Buffer
+	dir := filepath.Join(t.TempDir(), "layout")
+	if err := errors.Join(from.ExportArchive(t.Context(), &archive, refs, nil), from.ExportLayout(t.Context(), dir, refs, nil)); err != nil {
+		t.Fatal(err)
+	}
+	for source, load := range map[string]func(r *ocilocal.LocalRegistry) (*ocilocal.ImportResult, error){
+		"archive": func(r *ocilocal.LocalRegistry) (*ocilocal.ImportResult, error) {
+			return r.ImportArchive(t.Context(), bytes.NewReader(archive.Bytes()), nil)
+		},
+		"layout": func(r *ocilocal.LocalRegistry) (*ocilocal.ImportResult, error) {
+			return r.ImportLayout(t.Context(), dir, nil)
+		},
+		"registry": func(r *ocilocal.LocalRegistry) (*ocilocal.ImportResult, error) {
+			return r.ImportRegistry(t.Context(), from, refs[0], nil)
+		},
+	} {
+		t.Run(source, func(t *testing.T) {
+			r := openTemp(t, nil)
+			first, err := load(r)
+			if err != nil {
+				t.Fatal(err)
+			}
+			large := digest.FromBytes(noise(0, 200<<10))
+			for _, c := range []struct {
+				what    string
+				damage  func() error
+				written int
+			}{
+				{"whole", func() error { return nil }, 0},
+				{"damaged", func() error { rewrite(t, blobFile(r, large), flipBit); return nil }, 1},
+				{"gone", func() error { return os.Remove(blobFile(r, large)) }, 1},
+				{"whole again", func() error { return nil }, 0},
+			} {
+				if err := c.damage(); err != nil {
+					t.Fatal(err)
+				}
+				rec := &record{}
+				ocilocal.SetFault(r, rec.fault)
+				got, err := load(r)
+				ocilocal.SetFault(r, nil)
+				if err != nil {
+					t.Fatal(c.what, err)
+				}
+				if got.BlobsWritten != c.written || got.BlobsWritten+got.BlobsReused != first.BlobsWritten {
+					t.Errorf("%s: %d blobs written, %d reused", c.what, got.BlobsWritten, got.BlobsReused)
+				}
+				ops := map[string]int{}
+				for _, op := range rec.ops {
+					verb, name, _ := strings.Cut(op, " ")
+					if strings.HasPrefix(name, "tmp/") || strings.HasPrefix(name, "blobs/") {
+						ops[verb]++
+					}
+				}
+				if ops["create"] != c.written || ops["fsync"] != c.written || (ops["write"] > 0) != (c.written > 0) {
+					t.Errorf("%s: %v", c.what, ops)
+				}
+				if found := problems(t, r, nil, nil); len(found) > 0 {
+					t.Errorf("%s: %q", c.what, found)
+				}
 			}
 		})
 	}

@@ -148,7 +148,8 @@ func (r *LocalRegistry) publish(ctx context.Context, st *stage, pubs []publicati
 	if conflicts == len(pubs) {
 		return updates, nil
 	}
-	if err := st.settle(ctx); err != nil {
+	recorded := func(d digest.Digest) (bool, error) { return hasBlob(r.index, d) }
+	if err := st.settle(ctx, recorded); err != nil {
 		return nil, err
 	}
 	err := r.write(ctx, func(tx *indexTx) error {

@@ -66,7 +66,7 @@ func (p *repair) healFrom(ctx context.Context, source string) (bad, err error) {
 	if h.own != nil || processCondition(bad) {
 		return nil, errors.Join(h.own, bad)
 	}
-	if err := h.stage.settle(ctx); err != nil {
+	if err := h.stage.settle(ctx, nil); err != nil {
 		return bad, err
 	}
 	for _, d := range h.found {

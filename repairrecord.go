@@ -61,7 +61,7 @@ func (p *repair) load(ctx context.Context, d digest.Digest) (*Manifest, []pendin
 	var list []pendingManifest
 	_, err = im.manifest(ctx, m.Descriptor(), 0, map[digest.Digest]bool{}, &list)
 	if err == nil {
-		err = im.stage.settle(ctx)
+		err = im.stage.settle(ctx, nil)
 	}
 	return m, list, im.stage, err
 }

@@ -108,5 +108,5 @@ func (p *repair) healFromRepository(ctx context.Context, ref Reference, desc oci
 	if err := from.fetch(ctx, desc, as, nil); err != nil {
 		return err
 	}
-	return st.settle(ctx)
+	return st.settle(ctx, nil)
 }

@@ -233,7 +233,7 @@ func TestScheduleReadCollected(t *testing.T) {
 	if _, err := b.Remove(t.Context(), artifact.Reference()); err != nil {
 		t.Fatal(err)
 	}
-	if err := collecting(b, 1, 1, 0)(); err != nil {
+	if err := collecting(b, 1, 2, 0)(); err != nil {
 		t.Fatal(err)
 	}
 	rest, err := io.ReadAll(early)
@@ -266,7 +266,7 @@ func withdrawing(t *testing.T, call func(r *ocilocal.LocalRegistry, ref ocilocal
 	if _, err := b.Remove(t.Context(), ref); err != nil {
 		t.Fatal(err)
 	}
-	if err := collecting(b, 1, 2, 0)(); err != nil {
+	if err := collecting(b, 1, 3, 0)(); err != nil {
 		t.Error(err)
 	}
 	close(held.let)
