@@ -272,6 +272,9 @@ func MeterItem(fn func(Progress), desc ocispec.Descriptor) (count func(n int), e
 	return item.from(0), item.end
 }
 
+// OwnTransport is the transport of a Remote without a Client.
+var OwnTransport = ownTransport
+
 // RenewRemote is what happens after so many requests of one client have stalled. It returns how many clients
 // are retired.
 func RenewRemote(r *Remote, stalls int) int {

@@ -2,6 +2,7 @@ package ocilocal
 
 import (
 	"cmp"
+	"context"
 	"log/slog"
 	"maps"
 	"net"
@@ -187,6 +188,10 @@ func ownTransport() *http.Transport {
 		IdleConnTimeout:     90 * time.Second,
 		TLSHandshakeTimeout: 10 * time.Second,
 		DisableCompression:  true,
+		// Otherwise the error would be a text without a kind.
+		OnProxyConnectResponse: func(_ context.Context, _ *url.URL, _ *http.Request, res *http.Response) error {
+			return proxyError(res.StatusCode)
+		},
 		// A dead connection is noticed after half a minute, although nobody closes it.
 		HTTP2:                  &http.HTTP2Config{SendPingTimeout: 15 * time.Second, PingTimeout: 15 * time.Second, WriteByteTimeout: 30 * time.Second},
 		MaxResponseHeaderBytes: maxHeaderSize,

@@ -132,8 +132,24 @@ func (e *RemoteError) kind(own bool) error {
 	return ErrRejected
 }
 
-// errProxyLogin is the cause of a 407, which comes from a proxy and not from the registry.
-var errProxyLogin = fmt.Errorf("%w: the proxy wants credentials", ErrTransport)
+// The causes of answers that come from a proxy and not from the registry.
+var (
+	errProxyLogin   = fmt.Errorf("%w: the proxy wants credentials", ErrTransport)
+	errProxyRefuses = fmt.Errorf("%w: the proxy refuses to connect to the registry", ErrTransport)
+)
+
+// proxyError returns the error for a proxy's answer to CONNECT.
+func proxyError(status int) error {
+	switch {
+	case status == http.StatusOK:
+		return nil
+	case status == http.StatusProxyAuthRequired:
+		return errProxyLogin
+	case status >= 400 && status < 500:
+		return fmt.Errorf("%w, with status %d", errProxyRefuses, status)
+	}
+	return fmt.Errorf("proxy answers %d when it is to connect to the registry", status)
+}
 
 // answerError makes an error of an answer that is none of those that were asked for, and closes its
 // body. Only the registry and its token server are quoted: another host may be one that only this
@@ -280,7 +296,7 @@ func transportError(method string, u *url.URL, err error) *RemoteError {
 	reason := connectReason(err)
 	e.final = reason != nil
 	switch {
-	case errors.Is(err, ErrProtocol):
+	case errors.Is(err, ErrProtocol), errors.Is(err, errProxyLogin), errors.Is(err, errProxyRefuses):
 		e.Err, e.final = err, true
 	case errors.Is(err, http.ErrSchemeMismatch):
 		e.Err, e.final = fmt.Errorf("%w (it speaks no TLS: see Remote.PlainHTTP)", e.Err), true

@@ -2,10 +2,12 @@ package ocilocal_test
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"net/netip"
 	"net/url"
 	"path"
@@ -614,4 +616,79 @@ func TestSilentConnections(t *testing.T) {
 			t.Errorf("HTTP/2 %v: the blob came from elsewhere", http2)
 		}
 	}
+}
+
+// Requests go through a proxy, and CONNECT leads to a TLS registry. The refusal of a proxy is not one of the registry,
+// and is not repeated.
+func TestProxies(t *testing.T) {
+	plain := newServer(t)
+	secure := serve()
+	secure.Server.Close()
+	secure.Server = httptest.NewTLSServer(secure)
+	defer secure.Close()
+	const plainHost, secureHost = "plain.test", "secure.test"
+	want := plain.put(t, "org/model", "v1", noise(1, 100))
+	secure.put(t, "org/model", "v1", noise(1, 100))
+	refusal := 0
+	var asked atomic.Int64
+	proxy := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		asked.Add(1)
+		if refusal != 0 {
+			w.Header().Set("Proxy-Authenticate", "Basic realm=proxy")
+			w.WriteHeader(refusal)
+			return
+		}
+		if r.Method != http.MethodConnect {
+			plain.ServeHTTP(w, r)
+			return
+		}
+		to, err := net.Dial("tcp", secure.Listener.Addr().String())
+		if err != nil {
+			w.WriteHeader(502)
+			return
+		}
+		defer to.Close()
+		conn, _, err := w.(http.Hijacker).Hijack()
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		defer conn.Close()
+		io.WriteString(conn, "HTTP/1.1 200 OK\r\n\r\n")
+		go io.Copy(to, conn)
+		io.Copy(conn, to)
+	}))
+	defer proxy.Close()
+	client := func() *ocilocal.Remote {
+		transport := ocilocal.OwnTransport()
+		transport.Proxy = func(*http.Request) (*url.URL, error) { return url.Parse(proxy.URL) }
+		transport.TLSClientConfig = secure.Client().Transport.(*http.Transport).TLSClientConfig.Clone()
+		transport.TLSClientConfig.ServerName = "example.com" // as the test certificate has it
+		remote := &ocilocal.Remote{Retry: quick, Client: &http.Client{Transport: transport}, PlainHTTP: func(host string) bool { return host == plainHost }}
+		t.Cleanup(remote.CloseIdleConnections)
+		return remote
+	}
+	for _, host := range []string{plainHost, secureHost} {
+		before := asked.Load()
+		got, err := openRemote(t, client()).Pull(t.Context(), ocilocal.MustParseReference(host+"/org/model:v1"), nil)
+		if err != nil || got.Artifact.Digest() != want || asked.Load() == before {
+			t.Errorf("%s: %+v, %v, %d requests through the proxy", host, got, err, asked.Load()-before)
+		}
+	}
+	for _, c := range []struct {
+		status   int
+		text     string
+		requests int64
+	}{{407, "the proxy wants credentials", 1}, {403, "the proxy refuses", 1}, {503, "proxy answers 503", 6}} {
+		refusal = c.status
+		asked.Store(0)
+		_, err := client().Manifest(t.Context(), ocilocal.MustParseReference(secureHost+"/org/model:v1"))
+		mustFail(t, err, ocilocal.ErrTransport)
+		if errors.Is(err, ocilocal.ErrDenied) || !strings.Contains(err.Error(), c.text) || asked.Load() != c.requests {
+			t.Errorf("%d: %d requests, %v", c.status, asked.Load(), err)
+		}
+	}
+	refusal = 407
+	_, err := client().Manifest(t.Context(), ocilocal.MustParseReference(plainHost+"/org/model:v1"))
+	mustFail(t, err, ocilocal.ErrTransport)
 }
