@@ -4,7 +4,9 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"net"
 	"net/http"
+	"net/http/httptest"
 	"os"
 	"path"
 	"testing"
@@ -310,4 +312,68 @@ func TestCloseEndsConnections(t *testing.T) {
 	if left := before.leftBehind(); left != "" {
 		t.Error(left)
 	}
+}
+
+// Older and odd forms of content come in as they are, also from a registry at an IPv6 address. Docker's first form,
+// which says nothing of sizes, is refused.
+func TestPullForms(t *testing.T) {
+	s := newServer(t)
+	config, layer := []byte(`{"architecture":"amd64","os":"linux"}`), noise(1, 500)
+	s.mu.Lock()
+	for _, b := range [][]byte{config, layer, {}} {
+		s.blobs["org/model@"+string(digest.FromBytes(b))] = b
+	}
+	desc := func(mediaType string, b []byte) string {
+		return fmt.Sprintf(`{"mediaType":%q,"digest":%q,"size":%d}`, mediaType, digest.FromBytes(b), len(b))
+	}
+	image := func(layers string) []byte {
+		return fmt.Appendf(nil, `{"schemaVersion":2,"mediaType":%q,"config":%s,"layers":%s}`,
+			ocilocal.MediaTypeDockerManifest, desc("application/vnd.docker.container.image.v1+json", config), layers)
+	}
+	one := image("[" + desc("application/vnd.docker.image.rootfs.diff.tar.gzip", layer) + "]")
+	list := fmt.Appendf(nil, `{"schemaVersion":2,"mediaType":%q,"manifests":[%s]}`, ocilocal.MediaTypeDockerManifestList, desc(ocilocal.MediaTypeDockerManifest, one))
+	want := map[string]digest.Digest{
+		"docker": s.putRaw("org/model", "docker", ocilocal.MediaTypeDockerManifest, one),
+		"list":   s.putRaw("org/model", "list", ocilocal.MediaTypeDockerManifestList, list),
+		"null":   s.putRaw("org/model", "null", ocilocal.MediaTypeDockerManifest, image("null")),
+		"empty":  s.putRaw("org/model", "empty", ocilocal.MediaTypeDockerManifest, image("["+desc("application/octet-stream", nil)+"]")),
+	}
+	first := []byte(`{"schemaVersion":1,"name":"org/model","tag":"x","fsLayers":[],"history":[]}`)
+	s.putRaw("org/model", "first", "application/vnd.docker.distribution.manifest.v1+prettyjws", first)
+	s.putRaw("org/model", "first-as-json", "application/json", first)
+	s.mu.Unlock()
+	r := openRemote(t, nil)
+	for tag, d := range want {
+		if got, err := r.Pull(t.Context(), s.ref("org/model:"+tag), nil); err != nil || got.Artifact.Digest() != d {
+			t.Errorf("%s: %+v, %v", tag, got, err)
+		}
+	}
+	// A layer without bytes goes out again.
+	to := s.ref("org/copy:v1")
+	if _, err := r.Push(t.Context(), s.ref("org/model:empty"), &ocilocal.PushOptions{As: to, ChunkSize: 10}); err != nil {
+		t.Error(err)
+	}
+	if b, ok := s.blobs["org/copy@"+string(digest.FromBytes(nil))]; !ok || len(b) > 0 {
+		t.Errorf("%q, %v", b, ok)
+	}
+	_, err := r.Pull(t.Context(), s.ref("org/model:first"), nil)
+	mustFail(t, err, ocilocal.ErrUnsupportedMediaType)
+	_, err = r.Pull(t.Context(), s.ref("org/model:first-as-json"), nil)
+	mustFail(t, err, ocilocal.ErrInvalidManifest)
+
+	t.Run("IPv6", func(t *testing.T) {
+		six, err := net.Listen("tcp6", "[::1]:0")
+		if err != nil {
+			t.Skip("no IPv6 here:", err)
+		}
+		other := httptest.NewUnstartedServer(s)
+		other.Listener.Close()
+		other.Listener = six
+		other.Start()
+		defer other.Close()
+		ref := ocilocal.MustParseReference(six.Addr().String() + "/org/model:docker")
+		if got, err := r.Pull(t.Context(), ref, nil); err != nil || got.Artifact.Digest() != want["docker"] {
+			t.Errorf("%+v, %v", got, err)
+		}
+	})
 }

@@ -141,7 +141,7 @@ var generalTypes = []string{"", "application/json", "text/json", "text/plain", "
 // head asks for the descriptor of a tag or digest. Registries, proxies and stores answer HEAD. Some of
 // them leave out a part of the descriptor, state a length of 0, or refuse what they answer to GET. So only
 // a complete answer of the registry itself counts. After any other answer, also a failure of the server, the
-// manifest is asked for, and only that request is repeated.
+// manifest is asked for, and only that request is repeated. Its answer has a body, which says why it fails.
 func (p *remoteRepo) head(ctx context.Context, reference string) (desc ocispec.Descriptor, err error) {
 	answered, err := p.viaMirrors(ctx, true, func(mirror *remoteRepo) error {
 		desc, err = mirror.ownHead(ctx, reference)
@@ -159,7 +159,7 @@ func (p *remoteRepo) ownHead(ctx context.Context, reference string) (ocispec.Des
 	c := p.manifestCall(http.MethodHead, reference)
 	res, err := p.try(ctx, c)
 	for attempt := 1; err != nil; attempt++ {
-		if e, ok := errors.AsType[*RemoteError](err); ok && e.Status != 0 && !e.TokenServer && e.Status != http.StatusTooManyRequests {
+		if e, ok := errors.AsType[*RemoteError](err); ok && e.Status != 0 && !e.TokenServer {
 			break
 		}
 		if err := p.again(ctx, attempt, err); err != nil {
