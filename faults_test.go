@@ -127,6 +127,8 @@ var flows = []flow{
 	}, effect: map[string]string{newRef: "imported"}},
 	{name: "pull", seeded: true, keeps: true, run: pullFlow, effect: map[string]string{newRef: "imported"}},
 	{name: "pull without links", seeded: true, keeps: true, always: noLinks, run: pullFlow, effect: map[string]string{newRef: "imported"}},
+	{name: "put", seeded: true, run: putFlow, effect: map[string]string{newRef: "imported"}},
+	{name: "put without links", seeded: true, always: noLinks, run: putFlow, effect: map[string]string{newRef: "imported"}},
 	{name: "export layout new", seeded: true, exports: true, run: exportLayoutFlow},
 	{name: "export layout add", seeded: true, exports: true, beside: othersLayout, run: exportLayoutFlow},
 	{name: "export layout add without links", seeded: true, exports: true, always: noLinks, beside: othersLayout, run: exportLayoutFlow},
@@ -180,6 +182,26 @@ func pullFlow(r *ocilocal.LocalRegistry) error {
 		As: ocilocal.MustParseReference(newRef), Workers: 1,
 		Remote: &ocilocal.Remote{Retry: quick, Client: &http.Client{Transport: registry}},
 	})
+	return err
+}
+
+// putFlow puts an artifact by its raw content. The root has one of its blobs.
+func putFlow(r *ocilocal.LocalRegistry) error {
+	ctx := context.Background()
+	p, err := r.Repository("example.com/fault/new")
+	if err != nil {
+		return err
+	}
+	config, layer, shared := "{}", string(noise(34, 5000)), string(keptLayers[0])
+	for _, blob := range []string{config, layer, shared} {
+		if _, err := p.PutBlob(ctx, strings.NewReader(blob), "", -1); err != nil {
+			return err
+		}
+	}
+	_, err = p.PutManifest(ctx, ocispec.MediaTypeImageManifest, fmt.Appendf(nil,
+		`{"schemaVersion":2,"artifactType":%q,"config":%s,"layers":[%s,%s],"annotations":{%q:"imported"}}`,
+		testType, desc("application/vnd.oci.empty.v1+json", config), desc("a/b", layer), desc("a/b", shared), labelKey),
+		&ocilocal.PutManifestOptions{Tag: "v1"})
 	return err
 }
 

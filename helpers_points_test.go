@@ -45,8 +45,8 @@ func pointFromArgs(args []string) (p point, err error) {
 	return p, err
 }
 
-// randomText is a random part of a temporary file's name.
-var randomText = regexp.MustCompile(`[A-Z2-7]{26}`)
+// randomText is a random part of a temporary file's name, or the time of a directory of held blobs.
+var randomText = regexp.MustCompile(`[A-Z2-7]{26}|\bheld/[0-9]+`)
 
 // pointCounter names the points that a seam passes. Names are relative to base where they are
 // below it, and their random parts are "*", so that each run has the same names.

@@ -29,6 +29,7 @@ func TestRealSyncs(t *testing.T) {
 			"publish new":           {3, 0}, // two layers and the manifest
 			"publish dedup":         {1, 0}, // the manifest; the layers and the config have rows
 			"publish without links": {2, 0},
+			"put":                   {2, 0}, // the new layer and the manifest; the layer and the config have rows
 			"first open":            {5, 0}, // the id, which is made beside tmp/, the index, a layer, the config, the manifest
 		}[f.name]
 		if want.tmp == 0 {

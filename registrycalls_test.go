@@ -83,13 +83,22 @@ func TestUseAfterClose(t *testing.T) {
 			_, err := r.NewReferrerBuilder(ocispec.Descriptor{MediaType: ocispec.MediaTypeImageManifest, Digest: d, Size: 1}, nil)
 			return err
 		},
-		"LoadDigest":        func() error { _, err := r.LoadDigest(ctx, d); return err },
-		"HasBlob":           func() error { _, err := r.HasBlob(ctx, d); return err },
-		"OpenBlob":          func() error { _, err := r.OpenBlob(ctx, layers[0]); return err },
-		"OpenBlobFile":      func() error { _, err := r.OpenBlobFile(ctx, layers[0]); return err },
-		"Tag":               func() error { _, err := r.Tag(ctx, d, ref, nil); return err },
-		"Remove":            func() error { _, err := r.Remove(ctx, ref); return err },
-		"NewBuilder":        func() error { _, err := r.NewBuilder(ref, nil); return err },
+		"LoadDigest":      func() error { _, err := r.LoadDigest(ctx, d); return err },
+		"HasBlob":         func() error { _, err := r.HasBlob(ctx, d); return err },
+		"OpenBlob":        func() error { _, err := r.OpenBlob(ctx, layers[0]); return err },
+		"OpenBlobFile":    func() error { _, err := r.OpenBlobFile(ctx, layers[0]); return err },
+		"Tag":             func() error { _, err := r.Tag(ctx, d, ref, nil); return err },
+		"Remove":          func() error { _, err := r.Remove(ctx, ref); return err },
+		"NewBuilder":      func() error { _, err := r.NewBuilder(ref, nil); return err },
+		"NewIndexBuilder": func() error { _, err := r.NewIndexBuilder(ref, nil); return err },
+		"Repository": func() error {
+			p, err := r.Repository(ref.Name())
+			if err != nil {
+				return err
+			}
+			_, err = p.Stat(ctx, d)
+			return err
+		},
 		"NewOMMXBuilder":    func() error { _, err := r.NewOMMXBuilder(ref, nil); return err },
 		"NewGitHubBuilder":  func() error { _, err := r.NewGitHubBuilder("o", "r", "n", "v1", nil); return err },
 		"ImportArchive":     func() error { _, err := r.ImportArchive(ctx, bytes.NewReader(nil), nil); return err },
@@ -139,6 +148,46 @@ func TestUseAfterClose(t *testing.T) {
 		if calls[m.Name] == nil && m.Name != "Root" && m.Name != "ID" {
 			t.Errorf("this test doesn't call %s", m.Name)
 		}
+	}
+	p, err := r.Repository(ref.Name())
+	if err != nil {
+		t.Fatal(err)
+	}
+	desc := built.Descriptor()
+	view := map[string]func() error{
+		"Stat":         func() error { _, err := p.Stat(ctx, d); return err },
+		"StatManifest": func() error { _, err := p.StatManifest(ctx, d); return err },
+		"StatBlob":     func() error { _, err := p.StatBlob(ctx, d); return err },
+		"Exists":       func() error { _, err := p.Exists(ctx, desc); return err },
+		"Fetch":        func() error { _, err := p.Fetch(ctx, desc); return err },
+		"OpenFile":     func() error { _, err := p.OpenFile(ctx, d); return err },
+		"Resolve":      func() error { _, err := p.Resolve(ctx, "v1"); return err },
+		"Tag":          func() error { return p.Tag(ctx, desc, "v1") },
+		"Untag":        func() error { return p.Untag(ctx, "v1") },
+		"Tags":         func() error { return p.Tags(ctx, "", func([]string) error { return nil }) },
+		"TagList":      func() error { _, err := p.TagList(ctx, "", 1); return err },
+		"Predecessors": func() error { _, err := p.Predecessors(ctx, desc); return err },
+		"Referrers": func() (last error) {
+			for _, err := range p.Referrers(ctx, d, nil) {
+				last = err
+			}
+			return last
+		},
+		"PutBlob":        func() error { _, err := p.PutBlob(ctx, strings.NewReader("x"), "", -1); return err },
+		"PutManifest":    func() error { _, err := p.PutManifest(ctx, "", []byte("{}"), nil); return err },
+		"Push":           func() error { return p.Push(ctx, layers[0], strings.NewReader("layer")) },
+		"Mount":          func() error { _, err := p.Mount(ctx, d, nil); return err },
+		"Delete":         func() error { return p.Delete(ctx, desc) },
+		"DeleteManifest": func() error { return p.DeleteManifest(ctx, d) },
+		"DeleteBlob":     func() error { return p.DeleteBlob(ctx, d) },
+	}
+	for m := range reflect.TypeFor[*ocilocal.Repository]().Methods() {
+		if view[m.Name] == nil && m.Name != "Name" {
+			t.Errorf("this test doesn't call Repository.%s", m.Name)
+		}
+	}
+	for name, call := range view {
+		calls["Repository."+name] = call
 	}
 	maps.Copy(calls, map[string]func() error{
 		"Manifest":  func() error { _, err := artifact.Manifest(ctx); return err },
