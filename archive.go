@@ -70,71 +70,38 @@ func (r *LocalRegistry) importArchiveFile(ctx context.Context, name string, opts
 	return r.importArchive(ctx, f, opts)
 }
 
-func (r *LocalRegistry) importArchive(ctx context.Context, src io.Reader, opts *ImportOptions) (_ *ImportResult, err error) {
+func (r *LocalRegistry) importArchive(ctx context.Context, src io.Reader, opts *ImportOptions) (*ImportResult, error) {
+	if opts == nil {
+		opts = &ImportOptions{}
+	}
+	return attend(ctx, opts.Progress, opts.Reference, func(ctx context.Context, m *meter) (*ImportResult, error) {
+		return r.importArchiveMetered(ctx, src, opts, m)
+	})
+}
+
+func (r *LocalRegistry) importArchiveMetered(ctx context.Context, src io.Reader, opts *ImportOptions, m *meter) (*ImportResult, error) {
 	end, err := r.beginWrite(ctx)
 	if err != nil {
 		return nil, err
 	}
 	defer end()
 	im := r.newImporter(opts)
-	im.meter = newMeter(im.opts.Progress, im.opts.Reference) // all of it runs on this goroutine
+	im.meter = m
 	im.meter.phase(PhaseRead)
 	defer func() { r.logDiscard(im.stage.discard()) }()
 	im.fetch = func(_ context.Context, desc ocispec.Descriptor, _ role, _ *meteredItem) error {
 		return fmt.Errorf("%w: blob %s (%s) is neither in the archive nor in the registry", ErrIncomplete, desc.Digest, printable(desc.MediaType))
 	}
-	contents, err := readArchive(ctx, src, im.putArchived)
-	if err != nil {
+	blobs := newArchiveBlobs(ctx, im)
+	contents, err := readArchive(ctx, src, blobs.put)
+	if err = blobs.wait(err); err != nil {
 		return nil, err
 	}
 	index, err := contents.index()
 	if err != nil {
 		return nil, err
 	}
-	result, err := im.run(ctx, index)
-	if err == nil {
-		im.meter.finish()
-	}
-	return result, err
-}
-
-// putArchived stages a blob of an archive. If the registry has the blob, and its file is good, then
-// the archive's copy is only read and checked, not written. Whether the blob is needed is known
-// later, so a copy with other bytes is only noted: see [importer.claim].
-func (im *importer) putArchived(ctx context.Context, d digest.Digest, src io.Reader, size int64) error {
-	staged := im.stage.has(d)
-	have, err := im.stage.reuse(ctx, d, size)
-	if err != nil {
-		return err
-	}
-	var item *meteredItem
-	if !staged {
-		im.meter.plan(1, size)
-		item = im.meter.item(ocispec.Descriptor{Digest: d, Size: size})
-	}
-	if have {
-		item.skip()
-		_, err = im.registry.blobs.verifier(ctx, io.NopCloser(src), d, size).WriteTo(io.Discard)
-	} else if err = im.chargeNew(d, size); err == nil {
-		_, _, err = im.stage.put(ctx, item.reader(src), "", d, size)
-	}
-	if errors.Is(err, ErrDigestMismatch) {
-		im.damaged[d] = true
-		item.drop()
-		return nil
-	}
-	if err == nil {
-		item.end()
-	}
-	return err
-}
-
-// chargeNew is charge for a blob that is only charged if the registry does not have a file for it.
-func (im *importer) chargeNew(d digest.Digest, size int64) error {
-	if have, err := im.registry.blobs.size(d); err == nil && have == size {
-		return nil
-	}
-	return im.charge(size)
+	return im.run(ctx, index)
 }
 
 // InspectArchive reads what an archive says of itself, without any registry.

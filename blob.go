@@ -1,6 +1,7 @@
 package ocilocal
 
 import (
+	"bytes"
 	"context"
 	"crypto/rand"
 	"errors"
@@ -10,6 +11,7 @@ import (
 	"os"
 	"path"
 	"sync"
+	"time"
 
 	"github.com/opencontainers/go-digest"
 )
@@ -158,6 +160,30 @@ func (s *blobStore) verify(ctx context.Context, d digest.Digest, size int64) err
 	defer r.Close()
 	_, err = r.WriteTo(io.Discard)
 	return err
+}
+
+// verifyFile is verify, and returns when the file was written. If same is not nil, the file must
+// have these bytes instead: then nothing is hashed. They may be copyBufferSize bytes at most.
+func (s *blobStore) verifyFile(ctx context.Context, d digest.Digest, size int64, same []byte) (written time.Time, err error) {
+	f, size, err := s.openFile(d, size)
+	if err != nil {
+		return written, err
+	}
+	defer f.Close()
+	if fi, err := f.Stat(); err == nil {
+		written = fi.ModTime()
+	}
+	if same == nil {
+		_, err = s.verifier(ctx, f, d, size).WriteTo(io.Discard)
+		return written, err
+	}
+	buf := s.buffers.Get().(*[]byte)
+	defer s.buffers.Put(buf)
+	n, err := io.ReadFull(f, (*buf)[:len(same)])
+	if err == nil && !bytes.Equal((*buf)[:n], same) {
+		err = fmt.Errorf("blob %s: %w", d, ErrDigestMismatch)
+	}
+	return written, err
 }
 
 // copy is io.Copy with one of the store's buffers.

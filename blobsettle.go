@@ -55,7 +55,7 @@ func (st *stage) settle(ctx context.Context, recorded func(digest.Digest) (bool,
 			dirs[alg] = true
 		}
 		if sf.reused {
-			if err := st.settleReused(blobPath(sf.digest), sf.digest, recorded); err != nil {
+			if err := st.settleReused(sf, recorded); err != nil {
 				return err
 			}
 			continue
@@ -154,28 +154,26 @@ func (st *stage) relink(sf *stagedFile) error {
 }
 
 // settleReused makes the file of a blob that the store had durable, and young for a collection.
-func (st *stage) settleReused(name string, d digest.Digest, recorded func(digest.Digest) (bool, error)) error {
-	if recorded == nil {
-		return st.syncReused(name)
+func (st *stage) settleReused(sf *stagedFile, recorded func(digest.Digest) (bool, error)) error {
+	durable := false
+	if recorded != nil {
+		var err error
+		if durable, err = recorded(sf.digest); err != nil {
+			return err
+		}
 	}
-	durable, err := recorded(d)
-	if err != nil {
-		return err
-	}
+	name := blobPath(sf.digest)
 	if !durable {
 		return st.syncReused(name)
 	}
-	fi, err := st.store.root.Lstat(name)
-	if err == nil {
-		st.refresh(name, fi)
-	}
-	return ignoreNotExist(err) // collected: recheck brings it back
+	st.refresh(name, sf.written)
+	return nil
 }
 
 // refresh gives an old file a new time, so that a collection's grace holds for it. That is a
-// courtesy, and fails on another user's file.
-func (st *stage) refresh(name string, fi fs.FileInfo) {
-	if time.Since(fi.ModTime()) > time.Hour {
+// courtesy, and fails on another user's file, and on one that was collected.
+func (st *stage) refresh(name string, written time.Time) {
+	if time.Since(written) > time.Hour {
 		st.store.root.Chtimes(name, time.Now())
 	}
 }
@@ -190,14 +188,14 @@ func (st *stage) syncReused(name string) error {
 		return err
 	}
 	if fi, err := f.Stat(); err == nil {
-		st.refresh(name, fi)
+		st.refresh(name, fi.ModTime())
 	}
 	return st.fail(errors.Join(f.sync(), f.Close()))
 }
 
 // dedup turns sf into a reused blob if the store has the same bytes.
 func (st *stage) dedup(ctx context.Context, sf *stagedFile) error {
-	have, _ := st.borrow(ctx, sf.digest, sf.size) // a failure costs only an fsync
+	have, _ := st.borrow(ctx, sf.digest, sf.size, nil) // a failure costs only an fsync
 	if have == nil {
 		return ctx.Err()
 	}

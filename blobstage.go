@@ -15,6 +15,7 @@ import (
 	"path"
 	"slices"
 	"sync"
+	"time"
 
 	"github.com/opencontainers/go-digest"
 )
@@ -64,6 +65,8 @@ type stagedFile struct {
 	size   int64
 	file   *rootFile // nil once it is being synced, and for a blob that was there already
 	reused bool      // the bytes were in the store already
+	// written is when the file of a reused blob was written; zero if that is not known.
+	written time.Time
 	// partial is the directory that keeps the file until the store has it; "" for none.
 	partial string
 }
@@ -157,6 +160,33 @@ func (st *stage) complete(w *hashingWriter, n int64, err error, alg digest.Algor
 	return &stagedFile{name: f.name, digest: got, size: n, file: f}, nil
 }
 
+// putBytesAs is put for the few bytes, at most copyBufferSize, that should hash to d. If the stage or
+// the store has them, it writes nothing and reports true.
+func (st *stage) putBytesAs(ctx context.Context, b []byte, d digest.Digest) (had bool, err error) {
+	size := int64(len(b))
+	var sf *stagedFile
+	if !st.has(d) {
+		if sf, err = st.borrow(ctx, d, size, b); err != nil {
+			return false, err
+		}
+		if sf == nil {
+			_, _, err = st.put(ctx, bytes.NewReader(b), "", d, size)
+			return false, err
+		}
+	}
+	got := digestOf(d.Algorithm(), b)
+	switch {
+	case got == d && sf != nil:
+		err = st.add(ctx, sf)
+	case got != d:
+		err = fmt.Errorf("%w: bytes hash to %s, want %s", ErrDigestMismatch, got, d)
+		if sf != nil { // the store has the same wrong bytes
+			err = errors.Join(err, st.drop(sf))
+		}
+	}
+	return true, err
+}
+
 // putBytes is put for bytes in memory. It writes nothing if the store has a good blob of them.
 func (st *stage) putBytes(ctx context.Context, b []byte, alg digest.Algorithm) (digest.Digest, error) {
 	d := digestOf(alg, b)
@@ -207,16 +237,18 @@ func (st *stage) reuse(ctx context.Context, d digest.Digest, size int64) (bool, 
 	if st.has(d) {
 		return true, nil
 	}
-	sf, err := st.borrow(ctx, d, size)
+	sf, err := st.borrow(ctx, d, size, nil)
 	if sf == nil || err != nil {
 		return false, err
 	}
 	return true, st.add(ctx, sf)
 }
 
-// borrow links a blob of the store into tmp/. It returns nil if the blob is missing or damaged.
-func (st *stage) borrow(ctx context.Context, d digest.Digest, size int64) (*stagedFile, error) {
-	if err := st.store.verify(ctx, d, size); processCondition(err) {
+// borrow links a blob of the store into tmp/. It returns nil if the blob is missing or damaged. If
+// same is not nil, a blob with other bytes than these is damaged, and nothing is hashed.
+func (st *stage) borrow(ctx context.Context, d digest.Digest, size int64, same []byte) (*stagedFile, error) {
+	written, err := st.store.verifyFile(ctx, d, size, same)
+	if processCondition(err) {
 		return nil, err
 	} else if err != nil {
 		return nil, nil
@@ -225,7 +257,7 @@ func (st *stage) borrow(ctx context.Context, d digest.Digest, size int64) (*stag
 	if err != nil {
 		return nil, err
 	}
-	sf := &stagedFile{name: path.Join(dir, rand.Text()), digest: d, size: size, reused: true}
+	sf := &stagedFile{name: path.Join(dir, rand.Text()), digest: d, size: size, reused: true, written: written}
 	switch err := st.store.root.Link(blobPath(d), sf.name); {
 	case errors.Is(err, fs.ErrNotExist): // collected in between
 		return nil, nil
