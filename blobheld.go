@@ -177,6 +177,36 @@ func (s *blobStore) eachHeld(repository string, d digest.Digest, visit func(file
 	})
 }
 
+// heldAnywhere is heldFile for whatever repository holds the blob.
+func (s *blobStore) heldAnywhere(ctx context.Context, d digest.Digest) (name string, size int64, err error) {
+	if err := checkDigest(d); err != nil {
+		return "", 0, err
+	}
+	held := path.Join(s.tmp, heldDir)
+	err = s.root.eachEntry(ctx, held, func(period string) error {
+		if _, ok := periodEnd(period); !ok {
+			return nil
+		}
+		period = path.Join(held, period)
+		return s.root.eachEntry(ctx, period, func(repository string) error {
+			file := path.Join(period, repository, digestName(d))
+			fi, err := s.root.Lstat(file)
+			if err == nil && fi.Mode().IsRegular() && isHeldName(repository) {
+				name, size = file, fi.Size()
+				return errStop
+			}
+			return ignoreNotExist(err)
+		})
+	})
+	if err == errStop {
+		return name, size, nil
+	}
+	if err == nil {
+		err = fmt.Errorf("blob %s: %w", d, ErrNotFound)
+	}
+	return "", 0, err
+}
+
 // releaseHeld removes a held blob from a repository, and reports whether there was one.
 func (s *blobStore) releaseHeld(repository string, d digest.Digest) (released bool, err error) {
 	err = s.eachHeld(repository, d, func(file string, _ time.Time, fi fs.FileInfo) error {

@@ -25,6 +25,10 @@ import (
 //	tmp/held/<period>/<repository>/<digest>
 //	                         a collection when the period is old: see heldDir. Mark: a number, a
 //	                         SHA-256 and a digest for names; a regular file.
+//	tmp/upload/<id>-<repository>/
+//	                         the request that ends the upload; a collection, or a request that begins
+//	                         one, when it is old and not locked: see incoming. Mark: a name by rand.Text
+//	                         and a SHA-256; a directory that has nothing but data.
 //
 // Directories are not removed with whatever is in them, but entry by entry, without entering a
 // directory, a link or a mount, and at last by a call that fails for a directory that is not empty.
@@ -216,7 +220,7 @@ func (s *blobStore) checkTmp() error {
 	var dirs []string
 	err = each(s.tmp, func(name string, fi fs.FileInfo) bool {
 		dirs = append(dirs, name)
-		return fi.IsDir() && (isTempName(name) || name == partialDir || name == quarantineDir || name == heldDir)
+		return fi.IsDir() && (isTempName(name) || name == partialDir || name == quarantineDir || name == heldDir || name == uploadDir)
 	})
 	if err != nil {
 		return err
@@ -226,6 +230,8 @@ func (s *blobStore) checkTmp() error {
 			switch dir {
 			case partialDir:
 				return fi.IsDir() && isDigestName(name)
+			case uploadDir:
+				return fi.IsDir() && isUploadName(name)
 			case heldDir:
 				_, period := periodEnd(name)
 				return fi.IsDir() && period

@@ -2,6 +2,7 @@ package ocilocal
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"path"
 	"time"
@@ -221,6 +222,9 @@ func (r *LocalRegistry) sweepTmp(ctx context.Context, opts *GCOptions) error {
 	if err := r.blobs.sweepHeld(ctx, opts.heldBefore(began)); err != nil {
 		return err
 	}
+	if err := r.sweepUploads(ctx, opts.heldBefore(began)); err != nil {
+		return err
+	}
 	for dir, sweep := range map[string]func(name string) error{partialDir: r.blobs.sweepPartial, quarantineDir: r.blobs.sweepQuarantined} {
 		dir = path.Join(tmpDir, dir)
 		if fi, err := r.root.Lstat(dir); err != nil || !fi.IsDir() {
@@ -248,4 +252,19 @@ func (r *LocalRegistry) sweepTmp(ctx context.Context, opts *GCOptions) error {
 		}
 	}
 	return nil
+}
+
+// sweepUploads removes the uploads that have had no byte since a moment.
+func (r *LocalRegistry) sweepUploads(ctx context.Context, before time.Time) error {
+	dir := path.Join(tmpDir, uploadDir)
+	if fi, err := r.root.Lstat(dir); err != nil || !fi.IsDir() {
+		return ignoreNotExist(err)
+	}
+	err := r.root.eachEntry(ctx, dir, func(name string) error {
+		if name = path.Join(dir, name); r.blobs.uploadIdleSince(name, before) {
+			return r.blobs.sweepUpload(name)
+		}
+		return nil
+	})
+	return errors.Join(err, r.root.removeEmpty(dir))
 }

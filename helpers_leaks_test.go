@@ -90,7 +90,9 @@ func watchRoot(t testing.TB, root string) (closed func()) {
 		}
 		for _, pattern := range []string{"tmp/*", "index.sqlite3-*"} {
 			left, _ := filepath.Glob(filepath.Join(root, pattern))
-			left = slices.DeleteFunc(left, func(name string) bool { return filepath.Base(name) == "held" }) // it outlives processes
+			left = slices.DeleteFunc(left, func(name string) bool {
+				return filepath.Base(name) == "held" || filepath.Base(name) == "upload" // they outlive processes
+			})
 			if len(left) > 0 {
 				t.Errorf("after the last Close there is %q", left)
 			}

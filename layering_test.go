@@ -35,7 +35,7 @@ var families = map[string]family{
 	"import": {4, ""}, "importoci": {4, "oci"}, "archive": {4, "archive"}, "importlegacy": {5, "ommx"}, "importommx": {6, "ommx"},
 	"export": {5, "export"}, "importload": {6, ""},
 	"remote": {2, "remote"}, "pull": {5, "remote"}, "push": {5, "remote"},
-	"repair": {7, ""},
+	"repair": {7, ""}, "serve": {5, "serve"},
 }
 
 // lowestPart is the highest rank on which the ways in and out are built.
@@ -83,7 +83,7 @@ var owners = map[string][]string{
 	"modernc.org/sqlite/lib": {"index"},
 	"archive/tar":            {"archive", "export"},
 	"compress/gzip":          {"archive", "export"},
-	"net/http":               {"remote"},
+	"net/http":               {"remote", "serve"},
 	"net":                    {"remote"},
 	"os/exec":                {"remotecredential"},
 	"os": {"root", "blob", "registry", "publish", "ref", "repair", "backup", "remotecredential",

@@ -6,6 +6,8 @@ import (
 	"io"
 	"io/fs"
 	"maps"
+	"net/http"
+	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"reflect"
@@ -72,7 +74,15 @@ func TestUseAfterClose(t *testing.T) {
 			}
 			return last
 		},
-		"Close":          func() error { return r.Close() },
+		"Close": func() error { return r.Close() },
+		"Handler": func() error {
+			w := httptest.NewRecorder()
+			r.Handler(nil).ServeHTTP(w, httptest.NewRequest("GET", "/v2/a/tags/list", nil))
+			if w.Code == http.StatusServiceUnavailable {
+				return ocilocal.ErrClosed
+			}
+			return nil
+		},
 		"Resolve":        func() error { _, err := r.Resolve(ctx, ref); return err },
 		"ResolveDigest":  func() error { _, err := r.ResolveDigest(ctx, d); return err },
 		"Exists":         func() error { _, err := r.Exists(ctx, ref); return err },

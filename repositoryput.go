@@ -86,6 +86,8 @@ func (p *Repository) Mount(ctx context.Context, d digest.Digest, from *Repositor
 		name, size, err = from.locate(d)
 	} else if size, err = store.size(d); err == nil {
 		name = blobPath(d)
+	} else if errors.Is(err, ErrNotFound) {
+		name, size, err = store.heldAnywhere(ctx, d)
 	}
 	if err == nil {
 		err = store.holdLink(ctx, p.name, name, d)

@@ -1,0 +1,291 @@
+package ocilocal
+
+import (
+	"errors"
+	"fmt"
+	"net/http"
+	"strings"
+	"sync"
+	"time"
+)
+
+// HandlerOptions govern [LocalRegistry.Handler]. Nil is the zero value, which suits a test that
+// listens on a loopback address: everybody who reaches the server may do everything.
+type HandlerOptions struct {
+	// Host is the host of the local names that are served: repository org/app of the server is
+	// Host/org/app in the registry. Empty means localhost, whatever address and port the server has.
+	Host string
+	// Name, if not nil, returns the local name of a repository, in place of Host. It sees the
+	// request, and so its Host header and its query, as containerd's ?ns=docker.io. The repository
+	// has the form that the distribution specification demands. An error answers the request with
+	// 404. Name must not read the body. With a Name there is no catalog.
+	Name func(r *http.Request, repository string) (string, error)
+	// Authorize, if not nil, decides about each request before anything is done. repository is as
+	// the client names it, and empty for ActionPing and ActionCatalog. Nil allows the action. A
+	// [*ChallengeError] answers 401 with its challenge, and any other error answers 403. The text of
+	// the error is not sent. A mount asks for ActionPull of the other repository, too.
+	Authorize func(r *http.Request, repository string, action Action) error
+	// ReadOnly refuses pushes and deletions with 405.
+	ReadOnly bool
+	// MaxBlobSize, if positive, is how many bytes a blob may have that is pushed.
+	MaxBlobSize int64
+	// MaxUploads is how many uploads may have been begun and not ended, in all processes. Zero means
+	// 1000. A further one is answered with 429, once UploadAge frees no place.
+	MaxUploads int
+	// UploadAge is after how long without a byte an upload makes place for another. Zero means 24
+	// hours. Collections remove old uploads as well: see [GCOptions.Held].
+	UploadAge time.Duration
+	// MinChunk, if positive, is the size of chunks that clients are asked for.
+	MinChunk int64
+	// StallTimeout ends requests that make no progress: a client must send or take 4 KiB in that time.
+	// Zero means one minute, and a negative value is no limit.
+	StallTimeout time.Duration
+}
+
+// An Action is what a request asks of a repository.
+type Action int
+
+const (
+	// ActionPing asks whether there is a registry: GET /v2/.
+	ActionPing Action = iota + 1
+	// ActionPull reads manifests, blobs, tags and referrers.
+	ActionPull
+	// ActionPush writes manifests, tags and blobs.
+	ActionPush
+	// ActionDelete deletes manifests, tags or blobs.
+	ActionDelete
+	// ActionCatalog lists the repositories.
+	ActionCatalog
+)
+
+// String returns the action in lower case.
+func (a Action) String() string {
+	switch a {
+	case ActionPing:
+		return "ping"
+	case ActionPull:
+		return "pull"
+	case ActionPush:
+		return "push"
+	case ActionDelete:
+		return "delete"
+	case ActionCatalog:
+		return "catalog"
+	}
+	return "none"
+}
+
+// A ChallengeError is the answer of [HandlerOptions.Authorize] to a client that must authenticate.
+// It matches [ErrUnauthorized].
+type ChallengeError struct {
+	// Challenge is the value of WWW-Authenticate, such as `Basic realm="registry"`.
+	Challenge string
+}
+
+func (e *ChallengeError) Error() string { return "client must authenticate" }
+
+// Is reports whether target is [ErrUnauthorized].
+func (e *ChallengeError) Is(target error) bool { return target == ErrUnauthorized }
+
+const (
+	defaultHost         = "localhost"
+	defaultMaxUploads   = 1000
+	defaultStallTimeout = time.Minute
+)
+
+// handler is the distribution API on one registry. Between requests it keeps only what a later
+// request can do without.
+type handler struct {
+	registry *LocalRegistry
+	opts     HandlerOptions
+
+	mu     sync.Mutex
+	hashes map[string]uploadHash // of uploads, by id: see takeHash
+}
+
+// Handler returns a handler that serves the registry by the API of the OCI distribution
+// specification 1.1: pull, push, deletion, tags, referrers and the catalog, below /v2/.
+//
+// Any number of handlers and processes can serve one root, behind any load balancer: an upload may
+// continue in another process. A manifest that was acknowledged with 201 is durable with all that
+// it needs. No client receives all bytes of damaged content, or a part of a blob that was not
+// verified. [Repository] says how long content without a tag stays.
+//
+// The handler answers 503 after [LocalRegistry.Close]. A registry that is open read-only is served
+// read-only.
+func (r *LocalRegistry) Handler(opts *HandlerOptions) http.Handler {
+	h := &handler{registry: r, hashes: map[string]uploadHash{}}
+	if opts != nil {
+		h.opts = *opts
+	}
+	if h.opts.Host == "" {
+		h.opts.Host = defaultHost
+	}
+	if h.opts.MaxUploads == 0 {
+		h.opts.MaxUploads = defaultMaxUploads
+	}
+	if h.opts.UploadAge == 0 {
+		h.opts.UploadAge = defaultHeld
+	}
+	if h.opts.StallTimeout == 0 {
+		h.opts.StallTimeout = defaultStallTimeout
+	}
+	if r.blobs.readOnly {
+		h.opts.ReadOnly = true
+	}
+	return h
+}
+
+// An exchange is one request and its answer.
+type exchange struct {
+	*handler
+	w http.ResponseWriter
+	r *http.Request
+	serveRoute
+	repo *Repository // nil for endpoints without a repository
+}
+
+// ServeHTTP implements [http.Handler].
+func (h *handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	w.Header().Set("Docker-Distribution-API-Version", "registry/2.0")
+	w.Header().Set("X-Content-Type-Options", "nosniff")
+	x := &exchange{handler: h, w: w, r: r}
+	if r.Body != nil && r.Body != http.NoBody {
+		x.body(0).stall.begin() // also for a body that nobody reads: the server does, at the end
+	}
+	route, err := parseRoute(r.URL.Path)
+	if err == nil {
+		x.serveRoute = route
+		err = x.serve()
+	}
+	if err != nil {
+		x.fail(err)
+	}
+}
+
+// An endpoint is what one method does with one kind of path.
+type endpoint struct {
+	action Action
+	serve  func(x *exchange) error
+}
+
+// endpoints are all that the handler can do.
+var endpoints = map[routeKind]map[string]endpoint{
+	routeBase:    {"GET": {ActionPing, (*exchange).ping}},
+	routeCatalog: {"GET": {ActionCatalog, (*exchange).catalog}},
+	routeTags:    {"GET": {ActionPull, (*exchange).tags}},
+	routeManifest: {
+		"GET":    {ActionPull, (*exchange).getManifest},
+		"PUT":    {ActionPush, (*exchange).putManifest},
+		"DELETE": {ActionDelete, (*exchange).deleteManifest},
+	},
+	routeBlob: {
+		"GET":    {ActionPull, (*exchange).getBlob},
+		"DELETE": {ActionDelete, (*exchange).deleteBlob},
+	},
+	routeReferrers: {"GET": {ActionPull, (*exchange).referrers}},
+	routeUploads:   {"POST": {ActionPush, (*exchange).beginUpload}},
+	routeUpload: {
+		"GET":    {ActionPush, (*exchange).uploadStatus},
+		"PATCH":  {ActionPush, (*exchange).patchUpload},
+		"PUT":    {ActionPush, (*exchange).putUpload},
+		"DELETE": {ActionPush, (*exchange).cancelUpload},
+	},
+}
+
+func (x *exchange) serve() error {
+	method := x.r.Method
+	if method == "HEAD" {
+		method = "GET"
+	}
+	e, ok := endpoints[x.kind][method]
+	if !ok {
+		allowed := make([]string, 0, 4)
+		for m := range endpoints[x.kind] {
+			if allowed = append(allowed, m); m == "GET" {
+				allowed = append(allowed, "HEAD")
+			}
+		}
+		x.w.Header().Set("Allow", strings.Join(allowed, ", "))
+		return serveErrorf(http.StatusMethodNotAllowed, codeUnsupported, "this method is not supported here")
+	}
+	if err := x.authorize(x.name, e.action); err != nil {
+		return err
+	}
+	if x.opts.ReadOnly && (e.action == ActionPush || e.action == ActionDelete) {
+		return serveErrorf(http.StatusMethodNotAllowed, codeUnsupported, "the registry is read-only")
+	}
+	if x.name != "" {
+		var err error
+		if x.repo, err = x.repository(x.name); err != nil {
+			return err
+		}
+	}
+	return e.serve(x)
+}
+
+// authorize asks the hook.
+func (x *exchange) authorize(repository string, action Action) error {
+	if x.opts.Authorize == nil {
+		return nil
+	}
+	err := x.opts.Authorize(x.r, repository, action)
+	if err == nil {
+		return nil
+	}
+	if challenge, ok := errors.AsType[*ChallengeError](err); ok {
+		x.w.Header().Set("WWW-Authenticate", challenge.Challenge)
+		return serveErrorf(http.StatusUnauthorized, codeUnauthorized, "authentication required")
+	}
+	return serveErrorf(http.StatusForbidden, codeDenied, "access denied")
+}
+
+// repository returns the view of a repository that the client names.
+func (x *exchange) repository(repository string) (*Repository, error) {
+	name := x.opts.Host + "/" + repository
+	if x.opts.Name != nil {
+		var err error
+		if name, err = x.opts.Name(x.r, repository); err != nil {
+			return nil, serveErrorf(http.StatusNotFound, codeNameUnknown, "repository is not known to the registry")
+		}
+	}
+	p, err := x.registry.Repository(name)
+	if err != nil {
+		return nil, serveErrorf(http.StatusBadRequest, codeNameInvalid, "invalid repository name")
+	}
+	return p, nil
+}
+
+func (x *exchange) ping() error {
+	if _, err := x.registry.begin(x.r.Context()); err != nil {
+		return err
+	}
+	x.registry.calls.Done()
+	return x.json(map[string]string{})
+}
+
+// url returns the address of another resource of the repository. It has the prefix at which the
+// handler is mounted, and the parameters of the request that are not the API's, such as ns.
+func (x *exchange) url(suffix string, query ...string) string {
+	prefix := ""
+	given, _, _ := strings.Cut(x.r.RequestURI, "?")
+	if p, ok := strings.CutSuffix(given, x.r.URL.EscapedPath()); ok && strings.HasPrefix(p, "/") && !strings.HasPrefix(p, "//") {
+		prefix = p
+	}
+	q := x.r.URL.Query()
+	for _, own := range []string{"digest", "mount", "from", "n", "last", "artifactType"} {
+		q.Del(own)
+	}
+	for i := 0; i < len(query); i += 2 {
+		q.Set(query[i], query[i+1])
+	}
+	path := prefix + "/v2/" + suffix
+	if len(q) > 0 {
+		path += "?" + q.Encode()
+	}
+	return path
+}
+
+// blobURL and uploadURL return addresses of the repository.
+func (x *exchange) blobURL(d fmt.Stringer) string { return x.url(x.name + "/blobs/" + d.String()) }
+func (x *exchange) uploadURL(id string) string    { return x.url(x.name + "/blobs/uploads/" + id) }

@@ -1,0 +1,191 @@
+package ocilocal
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/http"
+	"strconv"
+)
+
+// The error codes of the distribution specification.
+const (
+	codeBlobUnknown         = "BLOB_UNKNOWN"
+	codeUploadInvalid       = "BLOB_UPLOAD_INVALID"
+	codeUploadUnknown       = "BLOB_UPLOAD_UNKNOWN"
+	codeDigestInvalid       = "DIGEST_INVALID"
+	codeManifestBlobUnknown = "MANIFEST_BLOB_UNKNOWN"
+	codeManifestInvalid     = "MANIFEST_INVALID"
+	codeManifestUnknown     = "MANIFEST_UNKNOWN"
+	codeNameInvalid         = "NAME_INVALID"
+	codeNameUnknown         = "NAME_UNKNOWN"
+	codeSizeInvalid         = "SIZE_INVALID"
+	codeUnauthorized        = "UNAUTHORIZED"
+	codeDenied              = "DENIED"
+	codeUnsupported         = "UNSUPPORTED"
+	codeTooManyRequests     = "TOOMANYREQUESTS"
+	codeUnknown             = "UNKNOWN" // not in the specification: a failure of the server
+)
+
+// A serveError is an answer that is an error. Its message is safe to send.
+type serveError struct {
+	status  int
+	code    string
+	message string
+}
+
+func (e *serveError) Error() string { return e.message }
+
+func serveErrorf(status int, code, format string, args ...any) error {
+	return &serveError{status, code, fmt.Sprintf(format, args...)}
+}
+
+// A damagedError is about content of the registry that a client asked for. The client has not sent
+// what is wrong.
+type damagedError struct{ err error }
+
+func (e *damagedError) Error() string { return e.err.Error() }
+func (e *damagedError) Unwrap() error { return e.err }
+
+// damaged makes a [damagedError] of an error that says that content is damaged.
+func damaged(err error) error {
+	if errors.Is(err, ErrDigestMismatch) || errors.Is(err, ErrSizeMismatch) {
+		return &damagedError{err}
+	}
+	return err
+}
+
+// serverErrors are the errors for which the client is not to blame, and their answers.
+var serverErrors = []struct {
+	is      error
+	status  int
+	message string
+}{
+	{ErrClosed, http.StatusServiceUnavailable, "registry is closed"},
+	{ErrBusy, http.StatusServiceUnavailable, "registry is busy"},
+	{context.Canceled, http.StatusServiceUnavailable, "request was cancelled"},
+	{context.DeadlineExceeded, http.StatusServiceUnavailable, "request took too long"},
+	{ErrNoSpace, http.StatusInsufficientStorage, "registry has no space left"},
+}
+
+// clientErrors are the errors of a client's making, and their answers. The first match counts.
+var clientErrors = []struct {
+	is     error
+	status int
+	code   string
+}{
+	{ErrReadOnly, http.StatusMethodNotAllowed, codeUnsupported},
+	{ErrTooLarge, http.StatusRequestEntityTooLarge, codeSizeInvalid},
+	{ErrIncomplete, http.StatusBadRequest, codeManifestBlobUnknown},
+	{ErrUnsupportedMediaType, http.StatusBadRequest, codeManifestInvalid},
+	{ErrInvalidManifest, http.StatusBadRequest, codeManifestInvalid},
+	{ErrArtifactType, http.StatusForbidden, codeDenied},
+	{ErrInUse, http.StatusConflict, codeDenied},
+	{ErrDigestMismatch, http.StatusBadRequest, codeDigestInvalid},
+	{ErrInvalidDigest, http.StatusBadRequest, codeDigestInvalid},
+	{ErrSizeMismatch, http.StatusBadRequest, codeSizeInvalid},
+	{ErrInvalidReference, http.StatusBadRequest, codeNameInvalid},
+}
+
+// timeoutError is an error of a connection, which may be that a deadline has passed.
+type timeoutError interface {
+	error
+	Timeout() bool
+}
+
+// answer returns what the client is told about an error. The text of an error of the file system or
+// of the index is not for clients.
+func (x *exchange) answer(err error) *serveError {
+	if e, ok := errors.AsType[*serveError](err); ok {
+		return e
+	}
+	if timeout, ok := errors.AsType[timeoutError](err); ok && timeout.Timeout() && !errors.Is(err, context.DeadlineExceeded) {
+		return &serveError{http.StatusRequestTimeout, codeUnknown, "request made no progress"}
+	}
+	for _, e := range serverErrors {
+		if errors.Is(err, e.is) {
+			return &serveError{e.status, codeUnknown, e.message}
+		}
+	}
+	if _, ok := errors.AsType[*damagedError](err); ok {
+		return &serveError{http.StatusInternalServerError, codeUnknown, "content is damaged"}
+	}
+	for _, e := range clientErrors {
+		if errors.Is(err, e.is) {
+			if outer, ok := errors.AsType[*Error](err); ok {
+				err = outer.Err
+			}
+			return &serveError{e.status, e.code, boundText(err.Error())}
+		}
+	}
+	if errors.Is(err, ErrNotFound) {
+		switch x.kind {
+		case routeManifest:
+			return &serveError{http.StatusNotFound, codeManifestUnknown, "manifest is not known to the registry"}
+		case routeUpload:
+			return &serveError{http.StatusNotFound, codeUploadUnknown, "upload is not known to the registry"}
+		case routeBlob, routeUploads:
+			return &serveError{http.StatusNotFound, codeBlobUnknown, "blob is not known to the registry"}
+		}
+		return &serveError{http.StatusNotFound, codeNameUnknown, "repository is not known to the registry"}
+	}
+	return &serveError{http.StatusInternalServerError, codeUnknown, "internal error"}
+}
+
+// fail answers with an error.
+func (x *exchange) fail(err error) {
+	e := x.answer(err)
+	if e.status >= 500 && x.r.Context().Err() == nil {
+		x.registry.opts.Logger.Error("serving failed", slog.String("method", x.r.Method), slog.String("path", x.r.URL.Path), slog.Any("error", err))
+	}
+	h := x.w.Header()
+	for _, name := range []string{"ETag", "Docker-Content-Digest", "Accept-Ranges"} {
+		h.Del(name)
+	}
+	if e.status == http.StatusTooManyRequests || e.status == http.StatusServiceUnavailable {
+		h.Set("Retry-After", "1")
+	}
+	type entry struct {
+		Code    string `json:"code"`
+		Message string `json:"message"`
+	}
+	body, _ := json.Marshal(struct {
+		Errors []entry `json:"errors"`
+	}{[]entry{{e.code, e.message}}}) // strings can always be marshalled
+	x.respond(e.status, "application/json", body)
+}
+
+// json answers with a document.
+func (x *exchange) json(v any) error {
+	body, err := json.Marshal(v)
+	if err != nil {
+		return err
+	}
+	x.respond(http.StatusOK, "application/json", body)
+	return nil
+}
+
+// respond sends a whole answer.
+func (x *exchange) respond(status int, mediaType string, body []byte) {
+	h := x.w.Header()
+	h.Set("Content-Type", mediaType)
+	h.Set("Content-Length", strconv.Itoa(len(body)))
+	x.w.WriteHeader(status)
+	if x.r.Method != "HEAD" {
+		_ = x.send(func(w *serveWriter) error {
+			_, err := w.Write(body)
+			return err
+		})
+	}
+}
+
+// empty sends an answer without a body.
+func (x *exchange) empty(status int) error {
+	if status != http.StatusNoContent {
+		x.w.Header().Set("Content-Length", "0")
+	}
+	x.w.WriteHeader(status)
+	return nil
+}

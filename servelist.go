@@ -1,0 +1,156 @@
+package ocilocal
+
+import (
+	"encoding/json"
+	"net/http"
+	"net/url"
+	"strconv"
+
+	"github.com/opencontainers/go-digest"
+	"github.com/opencontainers/image-spec/specs-go"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+)
+
+// The most that a page has. A client may ask for fewer.
+const (
+	maxServedPage      = 1000 // names
+	maxServedReferrers = 500
+	maxReferrersSize   = 3 << 20 // bytes of their descriptors: clients take 4 MiB
+)
+
+// pageSize returns how many entries the client wants, at most limit.
+func pageSize(q url.Values, limit int) (int, error) {
+	s := q.Get("n")
+	if s == "" {
+		return limit, nil
+	}
+	n, ok := parseCount(s)
+	if !ok {
+		return 0, serveErrorf(http.StatusBadRequest, codeUnsupported, "n is not a number")
+	}
+	return int(min(n, int64(limit))), nil
+}
+
+// next sets the link to the next page.
+func (x *exchange) next(suffix string, query ...string) {
+	x.w.Header().Set("Link", "<"+x.url(suffix, query...)+`>; rel="next"`)
+}
+
+// tags serves the list of a repository's tags.
+func (x *exchange) tags() error {
+	q := x.r.URL.Query()
+	n, err := pageSize(q, maxServedPage)
+	if err != nil {
+		return err
+	}
+	last := q.Get("last")
+	if len(last) > maxTagLen {
+		last = last[:maxTagLen+1] // it is in the same place of the order
+	}
+	tags := []string{}
+	if n > 0 {
+		page, err := x.repo.TagList(x.r.Context(), last, n+1)
+		if err != nil {
+			return err
+		}
+		tags = append(tags, page...)
+	}
+	if len(tags) == 0 {
+		known, err := x.registry.page(x.r.Context(), x.repo.name, "", x.repo.name+"\x00", 1)
+		if err == nil && len(known) == 0 {
+			err = ErrNotFound
+		}
+		if err != nil {
+			return err
+		}
+	}
+	if len(tags) > n {
+		tags = tags[:n]
+		x.next(x.name+"/tags/list", "n", strconv.Itoa(n), "last", tags[n-1])
+	}
+	return x.json(struct {
+		Name string   `json:"name"`
+		Tags []string `json:"tags"`
+	}{x.name, tags})
+}
+
+// catalog serves the list of repositories. Those that are not below the served host are not in it.
+func (x *exchange) catalog() error {
+	if x.opts.Name != nil {
+		return serveErrorf(http.StatusNotFound, codeUnsupported, "there is no catalog")
+	}
+	q := x.r.URL.Query()
+	n, err := pageSize(q, maxServedPage)
+	if err != nil {
+		return err
+	}
+	prefix := x.opts.Host + "/"
+	list := &ListOptions{Prefix: prefix, Limit: n + 1}
+	if last := q.Get("last"); last != "" {
+		if len(last) > maxNameLen {
+			return serveErrorf(http.StatusBadRequest, codeNameInvalid, "last is not a repository")
+		}
+		if list.After, err = referenceFromKey(prefix+last, defaultTag); err != nil {
+			return serveErrorf(http.StatusBadRequest, codeNameInvalid, "last is not a repository")
+		}
+	}
+	names := []string{}
+	if n > 0 {
+		for name, err := range x.registry.Repositories(x.r.Context(), list) {
+			if err != nil {
+				return err
+			}
+			names = append(names, name[len(prefix):])
+		}
+	}
+	if len(names) > n {
+		names = names[:n]
+		x.next("_catalog", "n", strconv.Itoa(n), "last", names[n-1])
+	}
+	return x.json(struct {
+		Repositories []string `json:"repositories"`
+	}{names})
+}
+
+// referrers serves the manifests of the repository that have a subject, in pages by their digests.
+func (x *exchange) referrers() error {
+	q := x.r.URL.Query()
+	n, err := pageSize(q, maxServedReferrers)
+	if err != nil {
+		return err
+	}
+	opts := &ReferrersOptions{ArtifactType: q.Get("artifactType"), After: digest.Digest(q.Get("last"))}
+	if opts.After != "" && checkDigest(opts.After) != nil {
+		return serveErrorf(http.StatusBadRequest, codeDigestInvalid, "last is not a digest")
+	}
+	n = max(n, 1)
+	index := ocispec.Index{Versioned: specs.Versioned{SchemaVersion: 2}, MediaType: ocispec.MediaTypeImageIndex, Manifests: []ocispec.Descriptor{}}
+	size := 0
+	for d, err := range x.repo.Referrers(x.r.Context(), x.digest, opts) {
+		if err != nil {
+			return err
+		}
+		one, err := json.Marshal(d)
+		if err != nil {
+			return err
+		}
+		if size += len(one); len(index.Manifests) == n || size > maxReferrersSize && len(index.Manifests) > 0 {
+			query := []string{"n", strconv.Itoa(n), "last", string(index.Manifests[len(index.Manifests)-1].Digest)}
+			if opts.ArtifactType != "" {
+				query = append(query, "artifactType", opts.ArtifactType)
+			}
+			x.next(x.name+"/referrers/"+string(x.digest), query...)
+			break
+		}
+		index.Manifests = append(index.Manifests, d)
+	}
+	if opts.ArtifactType != "" {
+		x.w.Header().Set("OCI-Filters-Applied", "artifactType")
+	}
+	body, err := json.Marshal(index)
+	if err != nil {
+		return err
+	}
+	x.respond(http.StatusOK, ocispec.MediaTypeImageIndex, body)
+	return nil
+}

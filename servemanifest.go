@@ -1,0 +1,107 @@
+package ocilocal
+
+import (
+	"errors"
+	"io"
+	"mime"
+	"net/http"
+
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+)
+
+// reference is the tag or digest in the path.
+func (x *exchange) reference() string {
+	if x.tag != "" {
+		return x.tag
+	}
+	return string(x.digest)
+}
+
+// getManifest serves GET and HEAD of a manifest. HEAD reads only the index.
+func (x *exchange) getManifest() error {
+	desc, err := x.repo.Resolve(x.r.Context(), x.reference())
+	if err != nil {
+		return err
+	}
+	if x.unchanged(desc.Digest) {
+		return nil
+	}
+	if x.r.Method == "HEAD" {
+		x.describe(desc.Digest, desc.MediaType, desc.Size)
+		x.w.WriteHeader(http.StatusOK)
+		return nil
+	}
+	raw, err := x.readManifest(desc)
+	if err != nil {
+		return damaged(err)
+	}
+	x.describe(desc.Digest, desc.MediaType, desc.Size)
+	x.respond(http.StatusOK, desc.MediaType, raw)
+	return nil
+}
+
+// readManifest reads and verifies a manifest of the repository.
+func (x *exchange) readManifest(desc ocispec.Descriptor) ([]byte, error) {
+	src, err := x.repo.Fetch(x.r.Context(), desc)
+	if err != nil {
+		return nil, err
+	}
+	raw, err := io.ReadAll(io.LimitReader(src, MaxManifestSize+1))
+	return raw, errors.Join(err, src.Close())
+}
+
+// putManifest serves PUT of a manifest, by tag or by digest.
+func (x *exchange) putManifest() error {
+	mediaType := x.r.Header.Get("Content-Type")
+	if mediaType != "" {
+		var err error
+		if mediaType, _, err = mime.ParseMediaType(mediaType); err != nil {
+			return serveErrorf(http.StatusBadRequest, codeManifestInvalid, "invalid Content-Type")
+		}
+	}
+	if x.r.ContentLength > MaxManifestSize {
+		return tooLargeManifest(int(min(x.r.ContentLength, 1<<30)))
+	}
+	raw, err := io.ReadAll(x.body(MaxManifestSize))
+	if err != nil {
+		return x.bodyError(err)
+	}
+	m, err := parseManifest(mediaType, raw)
+	if err != nil {
+		return err
+	}
+	opts := &PutManifestOptions{Tag: x.tag, Digest: x.digest}
+	if x.tag != "" {
+		opts.Policy = Replace
+	}
+	u, err := x.repo.PutManifest(x.r.Context(), mediaType, raw, opts)
+	if errors.Is(err, ErrNotFound) && !errors.Is(err, ErrIncomplete) {
+		err = errors.Join(ErrIncomplete, err)
+	}
+	if err != nil {
+		return err
+	}
+	h := x.w.Header()
+	h.Set("Location", x.url(x.name+"/manifests/"+string(u.Descriptor.Digest)))
+	h.Set("Docker-Content-Digest", string(u.Descriptor.Digest))
+	if subject, ok := m.Subject(); ok {
+		h.Set("OCI-Subject", string(subject.Digest))
+	}
+	if m.form == formArtifact {
+		h.Set("Warning", `299 - "OCI artifact manifests are not part of image-spec 1.1: many clients can't read them"`)
+	}
+	return x.empty(http.StatusCreated)
+}
+
+// deleteManifest serves DELETE of a tag, or of a manifest with all tags of the repository.
+func (x *exchange) deleteManifest() (err error) {
+	if x.tag != "" {
+		err = x.repo.Untag(x.r.Context(), x.tag)
+	} else {
+		err = x.repo.DeleteManifest(x.r.Context(), x.digest)
+	}
+	if err != nil {
+		return err
+	}
+	return x.empty(http.StatusAccepted)
+}

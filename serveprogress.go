@@ -1,0 +1,121 @@
+package ocilocal
+
+import (
+	"errors"
+	"io"
+	"net/http"
+	"time"
+)
+
+// A client that sends or takes bytes very slowly, or none at all, would keep a connection, an open
+// file and perhaps an upload for as long as it likes. A deadline for the whole request would end
+// large blobs on slow networks. So each request must make some progress: the deadline of the
+// connection moves on whenever minProgress bytes have passed.
+const minProgress = 4 << 10
+
+// A stall moves one deadline of a connection. A connection that has none, as in a test, has no limit.
+type stall struct {
+	set     func(time.Time) error
+	timeout time.Duration
+	passed  int // bytes since the deadline was moved
+}
+
+// begin sets the deadline for the first bytes.
+func (s *stall) begin() {
+	if s.timeout > 0 {
+		_ = s.set(time.Now().Add(s.timeout))
+	}
+}
+
+func (s *stall) progress(n int) {
+	if s.passed += n; s.passed >= minProgress {
+		s.passed = 0
+		s.begin()
+	}
+}
+
+// end removes the deadline. It would also end the wait for the next request.
+func (s *stall) end() {
+	if s.timeout > 0 {
+		_ = s.set(time.Time{})
+	}
+}
+
+// serveBody is the body of a request.
+type serveBody struct {
+	src   io.Reader
+	stall stall
+	limit int64 // how many bytes more may come
+}
+
+// body returns the body of the request. After limit bytes it fails with [ErrTooLarge].
+func (x *exchange) body(limit int64) *serveBody {
+	b := &serveBody{src: x.r.Body, limit: limit}
+	b.stall = stall{set: http.NewResponseController(x.w).SetReadDeadline, timeout: x.opts.StallTimeout}
+	b.stall.begin()
+	return b
+}
+
+func (b *serveBody) Read(p []byte) (int, error) {
+	n, err := b.src.Read(p)
+	if err == io.EOF {
+		// With the deadline in force the server would take the connection for broken while the
+		// answer is being worked out.
+		b.stall.end()
+	} else {
+		b.stall.progress(n)
+	}
+	if b.limit -= int64(n); b.limit < 0 {
+		return 0, serveErrorf(http.StatusRequestEntityTooLarge, codeSizeInvalid, "body is too large")
+	}
+	return n, err
+}
+
+// sendChunk is how much is written between two looks at the deadline.
+const sendChunk = 256 << 10
+
+// serveWriter is the body of an answer.
+type serveWriter struct {
+	w     http.ResponseWriter
+	stall stall
+}
+
+// send calls write with the body of the answer.
+func (x *exchange) send(write func(*serveWriter) error) error {
+	control := http.NewResponseController(x.w)
+	w := &serveWriter{w: x.w, stall: stall{set: control.SetWriteDeadline, timeout: x.opts.StallTimeout}}
+	w.stall.begin()
+	defer w.stall.end()
+	err := write(w)
+	if err == nil {
+		err = control.Flush() // within the deadline
+	}
+	if errors.Is(err, http.ErrNotSupported) {
+		err = nil
+	}
+	return err
+}
+
+func (w *serveWriter) Write(p []byte) (written int, err error) {
+	for {
+		n, err := w.w.Write(p[:min(len(p), sendChunk)])
+		written += n
+		w.stall.progress(n)
+		if p = p[n:]; err != nil || len(p) == 0 {
+			return written, err
+		}
+	}
+}
+
+// sendFile writes n bytes of a file. The kernel copies them where it can.
+func (w *serveWriter) sendFile(f io.Reader, n int64) error {
+	for n > 0 {
+		m, err := io.CopyN(w.w, f, min(n, sendChunk))
+		if err != nil {
+			return err
+		}
+		w.stall.progress(int(m))
+		n -= m
+	}
+	return nil
+}
