@@ -5,6 +5,7 @@ import (
 	"errors"
 	"io"
 	"net/http"
+	"net/netip"
 	"slices"
 	"strings"
 	"testing"
@@ -380,3 +381,84 @@ func TestOMMXPushAndPull(t *testing.T) {
 		})
 	}
 }
+
+// Tags, copies and referrers that travel, and each server as the mirror of one that has no blobs to give.
+func TestTagCopyAndMirror(t *testing.T) {
+	eachServer(t, func(t *testing.T, s *server) {
+		r, remote := newRegistry(t), s.remote(t)
+		buildImage(t, r, imageName)
+		image, err := r.Resolve(t.Context(), reference(t, imageName))
+		if err != nil {
+			t.Fatal(err)
+		}
+		b, err := r.NewReferrerBuilder(image, &ocilocal.BuilderOptions{ArtifactType: artifactType, Format: ocilocal.FormatImageManifest})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer b.Cancel()
+		if _, err := b.AddLayerBytes(t.Context(), "text/plain", []byte("signature"), nil); err != nil {
+			t.Fatal(err)
+		}
+		signature := build(t, b)
+		as := reference(t, s.host+"/one/image:v1")
+		opts := &ocilocal.PushOptions{Remote: remote, As: as, Tags: []string{"v2"}, Referrers: true}
+		for range 2 {
+			if got, err := r.Push(t.Context(), reference(t, imageName), opts); err != nil || len(got.Referrers) != 1 {
+				t.Fatalf("%+v, %v", got, err)
+			}
+		}
+		if _, err := remote.Tag(t.Context(), as, "v3"); err != nil {
+			t.Error(err)
+		}
+		for _, tag := range []string{"v2", "v3"} {
+			if d, err := remote.Resolve(t.Context(), reference(t, s.host+"/one/image:"+tag)); err != nil || d.Digest != image.Digest {
+				t.Errorf("%s: %v, %v", tag, d, err)
+			}
+		}
+		copied := reference(t, s.host+"/two/image:v1")
+		if d, err := remote.Copy(t.Context(), as, copied, nil); err != nil || d.Digest != image.Digest {
+			t.Error(d, err)
+		}
+		here := newRegistry(t)
+		if got, err := here.Pull(t.Context(), as, &ocilocal.PullOptions{Remote: remote, Referrers: true}); err != nil || len(got.Referrers) != 1 || got.Referrers[0].Digest != signature.Digest() {
+			t.Errorf("%+v, %v", got, err)
+		}
+
+		// The registry has manifests only. So the blobs can only be the mirror's.
+		origin := reference(t, "origin.test/image:v1")
+		base := s.client().Transport.(*http.Transport)
+		t.Cleanup(base.CloseIdleConnections)
+		proxy := &http.Client{Transport: roundTripper(func(q *http.Request) (*http.Response, error) {
+			if q.URL.Host != "origin.test" {
+				return base.RoundTrip(q)
+			}
+			if strings.Contains(q.URL.Path, "/blobs/") {
+				return nil, errors.New("the registry itself was asked for a blob")
+			}
+			to := q.Clone(q.Context())
+			to.URL.Scheme, to.URL.Host = "http", s.host
+			to.Host = s.host
+			if s.tls {
+				to.URL.Scheme = "https"
+			}
+			to.URL.Path = strings.Replace(q.URL.Path, "/v2/image/", "/v2/one/image/", 1)
+			return base.RoundTrip(to)
+		})}
+		through := s.remote(t)
+		through.Client = proxy
+		credential := ocilocal.Credential{Username: user, Password: password}
+		if s.auth {
+			through.Credentials = ocilocal.FirstCredential(ocilocal.StaticCredential(s.host, credential), ocilocal.StaticCredential("origin.test", credential))
+			through.AllowAddress = func(string, netip.Addr) bool { return true }
+		}
+		through.Mirrors = map[string][]ocilocal.Mirror{"origin.test": {{Location: s.host + "/one"}}}
+		last := newRegistry(t)
+		if got, err := last.Pull(t.Context(), origin, &ocilocal.PullOptions{Remote: through}); err != nil || got.Artifact.Digest() != image.Digest {
+			t.Errorf("%+v, %v", got, err)
+		}
+	})
+}
+
+type roundTripper func(*http.Request) (*http.Response, error)
+
+func (f roundTripper) RoundTrip(q *http.Request) (*http.Response, error) { return f(q) }
