@@ -65,15 +65,19 @@ func (x *index) readAll() error {
 	return nil
 }
 
-// sound reports whether SQLite finds no damage.
-func (x *index) sound() (sound bool, err error) {
-	err = x.aside(func(conn *sql.Conn) error {
-		var text string
-		err := conn.QueryRowContext(context.Background(), "PRAGMA integrity_check(1)").Scan(&text)
-		sound = text == "ok"
-		return err
-	})
-	return sound, err
+// sound reports whether SQLite finds no damage. A read that fails for a moment looks like damage to
+// it, so a finding counts only if a second check makes the same.
+func (x *index) sound() (bool, error) {
+	var found [2]string
+	for i := range found {
+		err := x.aside(func(conn *sql.Conn) error {
+			return conn.QueryRowContext(context.Background(), "PRAGMA integrity_check(1)").Scan(&found[i])
+		})
+		if err != nil || found[i] == "ok" {
+			return err == nil, err
+		}
+	}
+	return found[0] != found[1], nil
 }
 
 // aside runs do with a connection that is not the pool's, all of whose connections may be busy.
