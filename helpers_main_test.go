@@ -6,12 +6,14 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"flag"
 	"fmt"
 	"io"
 	"os"
 	"os/exec"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/ocilocal/ocilocal"
 )
@@ -42,8 +44,15 @@ func TestMain(m *testing.M) {
 		}
 		os.Exit(0)
 	}
-	os.Exit(runChecked(m))
+	flag.Parse()
+	remove := tempInMemory()
+	code := runChecked(m)
+	remove()
+	os.Exit(code)
 }
+
+// tempInMemory lets the quick tests keep their files in memory, where a system allows it.
+var tempInMemory = func() (remove func()) { return func() {} }
 
 // A worker is a running child process.
 type worker struct {
@@ -235,6 +244,44 @@ func deepLevel() int {
 
 // scaled picks a number of rounds by the level: quick, the gate's, or the full form's.
 func scaled(quick, gate, full int) int { return []int{quick, gate, full}[deepLevel()] }
+
+// aloneEnv is set in a process that runs one test for ranAlone.
+const aloneEnv = "OCILOCAL_TEST_ALONE"
+
+// ranAlone runs the calling test in a process of its own, beside other tests, and then returns
+// true. In that process it returns false. A test begins with it if it measures its process (memory,
+// goroutines, descriptors) or changes it (environment, directory), and takes long: otherwise no
+// test could run beside it.
+func ranAlone(t *testing.T) bool {
+	t.Helper()
+	if os.Getenv(aloneEnv) == t.Name() {
+		return false
+	}
+	t.Parallel()
+	exe, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	pattern := "^" + t.Name() + "$"
+	if _, sub, ok := strings.Cut(flag.Lookup("test.run").Value.String(), "/"); ok {
+		pattern += "/" + sub
+	}
+	cmd := exec.CommandContext(t.Context(), exe, "-test.v", "-test.run", pattern)
+	if end, ok := t.Deadline(); ok {
+		cmd.Args = append(cmd.Args, "-test.timeout", time.Until(end).String())
+	}
+	cmd.Env = append(os.Environ(), aloneEnv+"="+t.Name())
+	out, err := cmd.CombinedOutput()
+	switch {
+	case err != nil:
+		t.Errorf("in a process of its own: %v\n%s", err, out)
+	case !bytes.Contains(out, []byte("\n--- PASS: "+t.Name())):
+		t.Skipf("in a process of its own:\n%s", out)
+	default:
+		t.Logf("in a process of its own:\n%s", out)
+	}
+	return true
+}
 
 // needsDeep skips a test that has no quick form.
 func needsDeep(t *testing.T, why string) {

@@ -62,6 +62,7 @@ func descriptorsWorker(_ *bufio.Scanner, args []string) error {
 // TestFewDescriptors: a process without enough descriptors finds no damage, loses nothing in a
 // backup, and moves nothing away.
 func TestFewDescriptors(t *testing.T) {
+	t.Parallel()
 	r := soundRegistry(t, scaled(20, 60, 200))
 	root := r.Root()
 	mustClose(t, r)
