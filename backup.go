@@ -23,6 +23,9 @@ type BackupOptions struct {
 	AllowNetworkFS bool
 	// AllowOtherOwner is [Options.AllowOtherOwner] for the backup.
 	AllowOtherOwner bool
+	// Progress, if not nil, is told how far the backup is. Its counts begin again if something was
+	// collected meanwhile. Blobs that cannot be copied leave the totals.
+	Progress func(Progress)
 }
 
 // A BackupReport says what a backup did.
@@ -65,25 +68,29 @@ type BackupFailure struct {
 //   - [ErrBusy] if collections, here or there, kept deleting what was being copied
 //   - those of [Open], [ErrNoSpace], and any error from ctx or the file system
 func (r *LocalRegistry) Backup(ctx context.Context, dir string, opts *BackupOptions) (*BackupReport, error) {
-	report, err := r.backup(ctx, dir, opts)
+	if opts == nil {
+		opts = &BackupOptions{}
+	}
+	report, err := attend(ctx, opts.Progress, Reference{}, func(ctx context.Context, m *meter) (*BackupReport, error) {
+		return r.backup(ctx, dir, opts, m)
+	})
 	return report, opError("back up to", dir, "", err)
 }
 
-func (r *LocalRegistry) backup(ctx context.Context, dir string, opts *BackupOptions) (report *BackupReport, err error) {
+func (r *LocalRegistry) backup(ctx context.Context, dir string, opts *BackupOptions, m *meter) (report *BackupReport, err error) {
 	end, err := r.begin(ctx)
 	if err != nil {
 		return nil, err
 	}
 	defer end()
-	if opts == nil {
-		opts = &BackupOptions{}
-	}
 	if err := r.checkTarget(dir, blobsDir, tmpDir, indexFile, idFile); err != nil {
 		return nil, err
 	}
 	report = &BackupReport{}
 	for range maxBackupAttempts {
-		if err = r.backupOnce(ctx, dir, opts, report); !errors.Is(err, errCollected) {
+		m.restart()
+		m.phase(PhasePlan)
+		if err = r.backupOnce(ctx, dir, opts, report, m); !errors.Is(err, errCollected) {
 			return report, err
 		}
 		report = &BackupReport{BlobsCopied: report.BlobsCopied, BytesCopied: report.BytesCopied}
@@ -111,13 +118,14 @@ type backup struct {
 	overwrite      bool
 	snapshot       *index
 	report         *BackupReport
+	meter          *meter
 }
 
 // errCollected ends an attempt whose snapshot needs blobs that were collected, in the source or in
 // the target.
 var errCollected = errors.New("something was collected while it was being copied")
 
-func (r *LocalRegistry) backupOnce(ctx context.Context, dir string, opts *BackupOptions, report *BackupReport) (err error) {
+func (r *LocalRegistry) backupOnce(ctx context.Context, dir string, opts *BackupOptions, report *BackupReport, m *meter) (err error) {
 	target, err := open(ctx, dir, &Options{Logger: r.opts.Logger, BusyTimeout: r.opts.BusyTimeout,
 		AllowNetworkFS: opts.AllowNetworkFS, AllowOtherOwner: opts.AllowOtherOwner, id: r.id, fault: r.opts.fault}, false)
 	if err != nil {
@@ -131,7 +139,7 @@ func (r *LocalRegistry) backupOnce(ctx context.Context, dir string, opts *Backup
 	if err != nil {
 		return err
 	}
-	b := &backup{source: r, target: target, overwrite: opts.Overwrite, report: report}
+	b := &backup{source: r, target: target, overwrite: opts.Overwrite, report: report, meter: m}
 	if err := b.checkMark(target.index); err != nil { // before the work; merge does it again
 		return err
 	}
@@ -147,6 +155,7 @@ func (r *LocalRegistry) backupOnce(ctx context.Context, dir string, opts *Backup
 		err = target.index.attach(name)
 	}
 	if err == nil {
+		m.phase(PhasePublish)
 		err = target.writeAlone(ctx, func(tx *indexTx) error { return b.merge(ctx, tx) })
 	}
 	if err != nil {
@@ -166,14 +175,17 @@ func (b *backup) copyBlobs(ctx context.Context) error {
 	var todo []ocispec.Descriptor
 	algs := map[digest.Algorithm]bool{}
 	err := b.snapshot.blobRows(ctx, func(row blobRow) error {
+		desc := ocispec.Descriptor{Digest: row.digest, Size: row.size}
+		b.meter.plan(1, row.size)
 		switch err := b.target.blobs.checkSize(row.digest, row.size); {
 		case err == nil:
+			b.meter.skip(desc)
 			b.report.BlobsPresent++
 			algs[row.digest.Algorithm()] = true
 		case processCondition(err):
 			return err
 		default:
-			todo = append(todo, ocispec.Descriptor{Digest: row.digest, Size: row.size})
+			todo = append(todo, desc)
 		}
 		return nil
 	})
@@ -187,6 +199,7 @@ func (b *backup) copyBlobs(ctx context.Context) error {
 			return err
 		}
 	}
+	b.meter.planned(PhaseBlobs)
 	var missing []BackupFailure
 	for batch := range slices.Chunk(todo, backupBatch) {
 		if missing, err = b.copyBatch(ctx, batch, missing); err != nil {
@@ -205,8 +218,14 @@ func (b *backup) copyBatch(ctx context.Context, batch []ocispec.Descriptor, miss
 	var err error
 	for _, desc := range batch {
 		err = copies.start(func() error {
-			bad, err := b.copyBlob(copies.ctx, st, desc)
-			if bad != nil {
+			item := b.meter.item(desc)
+			bad, err := b.copyBlob(copies.ctx, st, desc, item.from(0))
+			switch {
+			case err != nil:
+			case bad == nil:
+				item.end()
+			default:
+				item.drop()
 				mu.Lock()
 				defer mu.Unlock()
 				missing = append(missing, BackupFailure{Digest: desc.Digest, Err: bad})
@@ -230,7 +249,7 @@ func (b *backup) copyBatch(ctx context.Context, batch []ocispec.Descriptor, miss
 }
 
 // copyBlob stages one blob. bad is a fault of the blob in the source, never of the process.
-func (b *backup) copyBlob(ctx context.Context, st *stage, desc ocispec.Descriptor) (bad, err error) {
+func (b *backup) copyBlob(ctx context.Context, st *stage, desc ocispec.Descriptor, count func(n int)) (bad, err error) {
 	f, _, err := b.source.blobs.openFile(desc.Digest, desc.Size)
 	if processCondition(err) {
 		return nil, err
@@ -239,7 +258,7 @@ func (b *backup) copyBlob(ctx context.Context, st *stage, desc ocispec.Descripto
 		return err, nil
 	}
 	defer f.Close()
-	err = st.putFile(ctx, f, desc.Digest, desc.Size, func(int) {})
+	err = st.putFile(ctx, f, desc.Digest, desc.Size, count)
 	if err == nil || processCondition(err) {
 		return nil, err
 	}

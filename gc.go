@@ -30,6 +30,9 @@ type GCOptions struct {
 	// hours longer. The grace does not matter. [NoGrace] deletes them at once, and so breaks pushes
 	// that are under way.
 	Held time.Duration
+	// Progress, if not nil, is told how far the collection is. Items are the blobs and manifests that it
+	// deletes, and skipped ones those that came into use before their turn.
+	Progress func(Progress)
 }
 
 // NoGrace, as [GCOptions.Grace], deletes unneeded content whatever its age.
@@ -140,14 +143,18 @@ func (r *LocalRegistry) collect(ctx context.Context, opts *GCOptions, del bool) 
 	if opts != nil {
 		o = *opts
 	}
+	m := newMeter(o.Progress, Reference{}) // it is used on this goroutine only
+	m.phase(PhasePlan)
 	g, err := r.mark(ctx, o)
 	if err != nil {
 		return nil, err
 	}
+	g.meter = m
 	if g.report.Unreconciled, err = r.unreconciled(ctx); err != nil {
 		return nil, err
 	}
 	if !del {
+		m.finish()
 		return &g.report, nil
 	}
 	if err := g.unsafe(); err != nil {
@@ -156,7 +163,11 @@ func (r *LocalRegistry) collect(ctx context.Context, opts *GCOptions, del bool) 
 	if err := g.sweep(ctx); err != nil {
 		return &g.report, err
 	}
-	return &g.report, r.sweepTmp(ctx, &o)
+	if err := r.sweepTmp(ctx, &o); err != nil {
+		return &g.report, err
+	}
+	m.finish()
+	return &g.report, nil
 }
 
 // unsafe returns an [ErrUnsafe] if the mark may have missed something that is needed.

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
 // The mark decides what a collection keeps. It reads the whole index and the names in blobs/, in
@@ -64,10 +65,17 @@ func (n *gcNode) count() (manifest bool, size int64) {
 	return n.manifest, size
 }
 
+// descriptor returns the digest of n and the size of its file.
+func (n *gcNode) descriptor() ocispec.Descriptor {
+	_, size := n.count()
+	return ocispec.Descriptor{Digest: n.digest, Size: size}
+}
+
 // A gcGraph is a mark: the nodes, by number, and the report.
 type gcGraph struct {
 	registry   *LocalRegistry
 	opts       GCOptions
+	meter      *meter
 	began      time.Time
 	nodes      []gcNode
 	ids        map[digest.Digest]int32

@@ -64,6 +64,7 @@ type gcSweep struct {
 // sweep deletes the orphans, step by step.
 func (g *gcGraph) sweep(ctx context.Context) error {
 	s := &gcSweep{gcGraph: g, todo: g.orphans(), gone: map[digest.Digest]bool{}, revived: map[digest.Digest]bool{}}
+	s.plan()
 	sweptTmp := false
 	for len(s.todo) > 0 {
 		before := len(s.gone)
@@ -86,6 +87,7 @@ func (g *gcGraph) sweep(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
+		s.tell(s.todo[:n])
 		s.todo, s.freed = s.todo[n:], max(0, s.freed-n)
 		if len(s.todo) == 0 {
 			break
@@ -97,6 +99,26 @@ func (g *gcGraph) sweep(ctx context.Context) error {
 		}
 	}
 	return nil
+}
+
+// plan counts the orphans for the reports of progress.
+func (s *gcSweep) plan() {
+	for _, i := range s.todo {
+		s.meter.plan(1, s.nodes[i].descriptor().Size)
+	}
+	s.meter.planned(PhaseDelete)
+}
+
+// tell reports nodes whose turn is over, outside of the transaction, because the caller's function runs then.
+func (s *gcSweep) tell(nodes []int32) {
+	for _, i := range nodes {
+		desc := s.nodes[i].descriptor()
+		if s.revived[desc.Digest] {
+			s.meter.skip(desc)
+		} else {
+			s.meter.done(desc)
+		}
+	}
 }
 
 // step deletes as many of todo, in order, as fit into one short transaction, and returns their

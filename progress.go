@@ -66,6 +66,10 @@ const (
 	PhasePlan Phase = "plan"
 	// PhaseBlobs: blobs are transferred, copied or checked.
 	PhaseBlobs Phase = "blobs"
+	// PhaseRepair: a repair heals blobs and corrects rows.
+	PhaseRepair Phase = "repair"
+	// PhaseCheck: a repair checks everything again.
+	PhaseCheck Phase = "check"
 	// PhaseDelete: a collection deletes.
 	PhaseDelete Phase = "delete"
 	// PhasePublish: the result is made durable and visible: refs here, manifests in a remote
@@ -78,7 +82,7 @@ const (
 )
 
 // phases are all phases, in order.
-var phases = []Phase{PhaseRead, PhasePlan, PhaseBlobs, PhaseDelete, PhasePublish, PhaseReferrers, PhaseDone}
+var phases = []Phase{PhaseRead, PhasePlan, PhaseBlobs, PhaseRepair, PhaseCheck, PhaseDelete, PhasePublish, PhaseReferrers, PhaseDone}
 
 // Between two reports on an item under way, one of these must pass.
 const (
@@ -195,6 +199,17 @@ func (m *meter) plan(items int, bytes int64) {
 	if m.now.TotalItems >= 0 {
 		m.now.TotalItems, m.now.TotalBytes = m.items, m.bytes
 	}
+}
+
+// left replaces the plan: so much is to be done from now on.
+func (m *meter) left(items int, bytes int64) {
+	if m == nil {
+		return
+	}
+	m.mu.Lock()
+	m.items, m.bytes = m.now.Items, m.now.Bytes
+	m.mu.Unlock()
+	m.plan(items, bytes)
 }
 
 // planAll is plan for each of the descriptors.
@@ -337,6 +352,22 @@ func (i *meteredItem) reader(src io.Reader) io.Reader {
 	return &countedReader{src, i.from(0)}
 }
 
+// writer returns a writer that counts what is written, from byte 0 of the item on, and discards it.
+func (i *meteredItem) writer() io.Writer {
+	if i == nil {
+		return io.Discard
+	}
+	return discardCounted(i.from(0))
+}
+
+// A discardCounted is [io.Discard] that counts.
+type discardCounted func(n int)
+
+func (count discardCounted) Write(p []byte) (int, error) {
+	count(len(p))
+	return len(p), nil
+}
+
 // A countedReader calls count with each number of bytes that are read of src.
 type countedReader struct {
 	src   io.Reader
@@ -387,7 +418,8 @@ func (i *meteredItem) end() {
 	i.move(i.desc.Size)
 	m.now.Items++
 	if m.now.TotalItems >= 0 { // something may have come that was not planned
-		m.now.TotalItems, m.now.TotalBytes = max(m.now.TotalItems, m.now.Items), max(m.now.TotalBytes, m.now.Bytes)
+		m.items, m.bytes = max(m.items, m.now.Items), max(m.bytes, m.now.Bytes)
+		m.now.TotalItems, m.now.TotalBytes = m.items, m.bytes
 	}
 	m.about(i.desc, i.at, true, skipped)
 	m.tell()
@@ -427,7 +459,7 @@ func attend[T any](ctx context.Context, fn func(Progress), ref Reference, do fun
 	}()
 	for {
 		select {
-		case <-q.ready:
+		case <-q.news():
 			q.deliver()
 			continue
 		case <-done:
@@ -478,8 +510,19 @@ func (q *progressQueue) put(p Progress) {
 	}
 }
 
-// deliver passes on what is in the queue. The caller's goroutine calls it.
+// news returns the channel that has an element if there may be reports; nil for a nil queue.
+func (q *progressQueue) news() <-chan struct{} {
+	if q == nil {
+		return nil
+	}
+	return q.ready
+}
+
+// deliver passes on what is in the queue. The caller's goroutine calls it. A nil queue has nothing.
 func (q *progressQueue) deliver() {
+	if q == nil {
+		return
+	}
 	q.mu.Lock()
 	reports := q.reports
 	q.reports = nil

@@ -23,6 +23,9 @@ type RepairOptions struct {
 	// From are references whose repositories Remote asks, in order. Nil means the repositories of
 	// the refs here that lead to a wanted blob.
 	From []Reference
+	// Progress, if not nil, is told how far the repair is. Items are those of two verifications, before
+	// and after, and the blobs that are healed.
+	Progress func(Progress)
 	// AllowOtherOwner is [Options.AllowOtherOwner] for the root that [Rebuild] opens. Repair has no
 	// use for it.
 	AllowOtherOwner bool
@@ -67,7 +70,11 @@ type SourceFailure struct {
 //     source, and a [*RemoteError] of a registry
 func (r *LocalRegistry) Repair(ctx context.Context, opts *RepairOptions) (*RepairReport, error) {
 	p := newRepair(r, opts)
-	return &p.report, opError("repair", "", "", p.run(ctx))
+	_, err := attend(ctx, p.opts.Progress, Reference{}, func(ctx context.Context, m *meter) (struct{}, error) {
+		p.meter = m
+		return struct{}{}, p.run(ctx)
+	})
+	return &p.report, opError("repair", "", "", err)
 }
 
 func newRepair(r *LocalRegistry, opts *RepairOptions) *repair {
@@ -104,6 +111,7 @@ type repair struct {
 	rows     []digest.Digest        // manifests whose rows are wrong
 	salvage  string                 // the damaged index whose refs are kept; "" for none
 	lacks    map[digest.Digest]lack // missing blobs that unrecorded manifests need
+	meter    *meter
 
 	sourceErr error // the first of a source
 	remoteErr error // the first of a registry
@@ -124,10 +132,11 @@ func (p *repair) run(ctx context.Context) error {
 			return err
 		}
 	}
-	problems, err := p.verify(ctx)
+	problems, err := p.verify(ctx, 2)
 	if err != nil {
 		return err
 	}
+	p.meter.phase(PhaseRepair)
 	if err := p.sort(ctx, problems); err != nil {
 		return err
 	}
@@ -174,7 +183,8 @@ func (p *repair) run(ctx context.Context) error {
 			return err
 		}
 	}
-	left, err := p.verify(ctx)
+	p.meter.phase(PhaseCheck)
+	left, err := p.verify(ctx, 1)
 	if err != nil {
 		return err
 	}
@@ -191,8 +201,9 @@ func (p *repair) run(ctx context.Context) error {
 	return errors.Join(p.sourceErr, p.remoteErr)
 }
 
-func (p *repair) verify(ctx context.Context) (problems []Problem, err error) {
-	v := &verification{registry: p.registry}
+// verify finds the problems. times is how often that will be done, this time included.
+func (p *repair) verify(ctx context.Context, times int) (problems []Problem, err error) {
+	v := &verification{registry: p.registry, meter: p.meter, times: times}
 	err = v.run(ctx, func(b Problem) error {
 		problems = append(problems, b)
 		return nil

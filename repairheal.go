@@ -87,11 +87,17 @@ func (h *healing) put(ctx context.Context, d digest.Digest, src io.Reader, size 
 	if ok, h.own = h.rightSize(d, size); !ok || h.own != nil {
 		return h.own
 	}
-	in := &sourceReader{src: src}
+	h.meter.plan(1, size)
+	item := h.meter.item(ocispec.Descriptor{Digest: d, Size: size})
+	in := &sourceReader{src: item.reader(src)}
 	_, _, err := h.stage.put(ctx, in, "", d, size)
-	switch {
-	case err == nil:
+	if err == nil {
+		item.end()
 		h.found = append(h.found, d)
+		return nil
+	}
+	item.drop()
+	switch {
 	case errors.Is(err, ErrDigestMismatch) || errors.Is(err, ErrSizeMismatch):
 		return nil
 	case in.err == nil:

@@ -25,14 +25,16 @@ import (
 //   - [ErrNewerSchema]
 //   - those of [Open] and [LocalRegistry.Repair]
 func Rebuild(ctx context.Context, dir string, opts *RepairOptions) (*RepairReport, error) {
-	report, err := rebuild(ctx, dir, opts)
-	return report, opError("rebuild", dir, "", err)
-}
-
-func rebuild(ctx context.Context, dir string, opts *RepairOptions) (*RepairReport, error) {
 	if opts == nil {
 		opts = &RepairOptions{}
 	}
+	report, err := attend(ctx, opts.Progress, Reference{}, func(ctx context.Context, m *meter) (*RepairReport, error) {
+		return rebuild(ctx, dir, opts, m)
+	})
+	return report, opError("rebuild", dir, "", err)
+}
+
+func rebuild(ctx context.Context, dir string, opts *RepairOptions, m *meter) (*RepairReport, error) {
 	dir, err := resolveDir(dir)
 	var root *rootDir
 	if err == nil {
@@ -63,6 +65,7 @@ func rebuild(ctx context.Context, dir string, opts *RepairOptions) (*RepairRepor
 		}
 		if err == nil && !damaged {
 			p := newRepair(r, opts)
+			p.meter = m
 			if mark, _ := meta(r.index, metaUnreconciled); mark != "" {
 				p.salvage = salvagePath(root, dir, lastAside(root))
 			}
@@ -100,7 +103,9 @@ func rebuild(ctx context.Context, dir string, opts *RepairOptions) (*RepairRepor
 	if r, err = Open(ctx, dir, &Options{AllowOtherOwner: opts.AllowOtherOwner, fault: opts.fault, adopt: true}); err != nil {
 		return nil, err
 	}
+	m.restart()
 	p := newRepair(r, opts)
+	p.meter = m
 	p.report.Healed, p.report.Quarantined = before.Healed, before.Quarantined
 	p.salvage = salvagePath(root, dir, aside)
 	err = p.run(ctx)

@@ -105,8 +105,12 @@ func (p *repair) healFromRepository(ctx context.Context, ref Reference, desc oci
 	st := p.registry.blobs.newStage()
 	defer func() { p.registry.logDiscard(st.discard()) }()
 	from := &fetcher{registry: p.registry, repo: repo, ref: ref, stage: st}
-	if err := from.fetch(ctx, desc, as, nil); err != nil {
+	p.meter.plan(1, desc.Size)
+	item := p.meter.item(desc)
+	if err := from.fetch(ctx, desc, as, item); err != nil {
+		item.drop()
 		return err
 	}
+	item.end()
 	return st.settle(ctx, nil)
 }

@@ -17,17 +17,13 @@ import (
 type VerifyOptions struct {
 	// Quick compares sizes, and reads no blobs except manifests.
 	Quick bool
-	// After, if not empty, continues after that digest: the last one that Progress reported.
+	// After, if not empty, continues after that digest: that of the last item that Progress reported as
+	// done.
 	After digest.Digest
-	// Progress, if not nil, is called after each digest, by one goroutine at a time.
-	Progress func(VerifyProgress)
-}
-
-// VerifyProgress says how far a verification is.
-type VerifyProgress struct {
-	Digest      digest.Digest // the last one that was checked
-	Done, Total int           // digests. Total counts files, and grows with each missing blob
-	Bytes       int64         // read so far
+	// Progress, if not nil, is told how far the verification is. Items are digests of files and of rows.
+	// They are done in the order of their digests, and then all their problems have been yielded. With
+	// Quick, bytes are not counted.
+	Progress func(Progress)
 }
 
 // ProblemKind is the kind of a problem that [LocalRegistry.Verify] finds.
@@ -100,7 +96,7 @@ func (p Problem) String() string {
 // An error is yielded once, at the end. It is of ctx, the index or the file system, or a condition
 // of the process, such as too many open files. None of these is ever reported as damage.
 func (r *LocalRegistry) Verify(ctx context.Context, opts *VerifyOptions) iter.Seq2[Problem, error] {
-	v := &verification{registry: r}
+	v := &verification{registry: r, times: 1}
 	if opts != nil {
 		v.opts = *opts
 	}
@@ -108,12 +104,20 @@ func (r *LocalRegistry) Verify(ctx context.Context, opts *VerifyOptions) iter.Se
 		end, err := r.begin(ctx)
 		if err == nil {
 			defer end()
+			if v.opts.Progress != nil {
+				v.reports = newProgressQueue(v.opts.Progress)
+				v.meter = newMeter(v.reports.put, Reference{})
+			}
 			err = v.run(ctx, func(p Problem) error {
 				if !yield(p, nil) {
 					return errStop
 				}
 				return nil
 			})
+		}
+		if err == nil {
+			v.meter.finish()
+			v.reports.deliver()
 		}
 		if err != nil && !errors.Is(err, errStop) {
 			yield(Problem{}, opError("verify", "", "", err))
@@ -124,17 +128,22 @@ func (r *LocalRegistry) Verify(ctx context.Context, opts *VerifyOptions) iter.Se
 type verification struct {
 	registry *LocalRegistry
 	opts     VerifyOptions
+	meter    *meter
+	reports  *progressQueue // of meter; nil if another goroutine delivers them
+	times    int            // that everything will be checked, this time included
 }
 
 // A verifyEntry is a digest of the index or of blobs/, on its way to a worker and back.
 type verifyEntry struct {
 	checkedBlob
-	problems  chan []Problem
-	bytesRead int64
-	err       error // of the index or the process; ends the verification. Read after problems
+	problems chan []Problem
+	item     *meteredItem // nil without a meter. Read after problems
+	err      error        // of the index or the process; ends the verification. Read after problems
 }
 
 func (v *verification) run(ctx context.Context, found func(Problem) error) error {
+	v.meter.phase(PhasePlan)
+	v.reports.deliver()
 	if v.opts.After == "" {
 		if err := v.index(ctx, found); err != nil {
 			return err
@@ -144,6 +153,7 @@ func (v *verification) run(ctx context.Context, found func(Problem) error) error
 	if err != nil {
 		return err
 	}
+	v.meter.planned(PhaseBlobs)
 	// Workers check entries in any order. The loop below takes the results in the entries' order.
 	ctx, cancel := context.WithCancel(ctx)
 	var wg sync.WaitGroup
@@ -174,30 +184,34 @@ func (v *verification) run(ctx context.Context, found func(Problem) error) error
 			return nil
 		})
 	})
-	progress := VerifyProgress{Total: len(files)}
 	for e := range order {
-		select {
-		case <-ctx.Done():
-			return ctx.Err()
-		case problems := <-e.problems:
-			if err := cmp.Or(ctx.Err(), e.err); err != nil {
-				return err // the problems may follow from it
-			}
-			for _, p := range problems {
-				if err := found(p); err != nil {
-					return err
-				}
+		problems, err := v.result(ctx, e)
+		if err != nil {
+			return err
+		}
+		for _, p := range problems {
+			if err := found(p); err != nil {
+				return err
 			}
 		}
-		progress.Done++
-		progress.Total = max(progress.Total, progress.Done)
-		progress.Digest = e.digest
-		progress.Bytes += e.bytesRead
-		if v.opts.Progress != nil {
-			v.opts.Progress(progress)
-		}
+		e.item.end()
+		v.reports.deliver()
 	}
 	return cmp.Or(ctx.Err(), failed)
+}
+
+// result waits for the problems of an entry, and delivers reports meanwhile.
+func (v *verification) result(ctx context.Context, e *verifyEntry) ([]Problem, error) {
+	for {
+		select {
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		case <-v.reports.news():
+			v.reports.deliver()
+		case problems := <-e.problems:
+			return problems, cmp.Or(ctx.Err(), e.err) // the problems may follow from e.err
+		}
+	}
 }
 
 // index looks for problems that do not concern a single blob.
@@ -228,17 +242,28 @@ func (v *verification) index(ctx context.Context, found func(Problem) error) err
 
 // files returns the digests of blobs/, sorted, and finds the entries that are not blobs.
 func (v *verification) files(ctx context.Context, found func(Problem) error) (files []digest.Digest, err error) {
+	bytes := int64(0)
 	err = v.registry.blobs.walk(ctx, func(e blobEntry) error {
 		switch {
 		case e.digest > v.opts.After:
 			files = append(files, e.digest)
+			bytes += v.counted(e.info.Size())
 		case e.digest == "" && v.opts.After == "":
 			return found(Problem{Kind: ProblemForeign, Path: e.path, Err: errors.New("its name or kind is not a blob's")})
 		}
 		return nil
 	})
 	slices.Sort(files)
+	v.meter.left(v.times*len(files), int64(v.times)*bytes)
 	return files, err
+}
+
+// counted returns how many bytes of a file of this size are counted.
+func (v *verification) counted(size int64) int64 {
+	if v.opts.Quick {
+		return 0
+	}
+	return size
 }
 
 // entries visits the digests of the index and of blobs/, in order.

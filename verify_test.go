@@ -112,9 +112,13 @@ func TestVerifyResumes(t *testing.T) {
 	for _, d := range victims {
 		os.Chmod(blobFile(r, d), 0o600)
 	}
-	var last ocilocal.VerifyProgress
+	var last ocilocal.Progress
 	var seen []digest.Digest
-	for p, err := range r.Verify(t.Context(), &ocilocal.VerifyOptions{Progress: func(p ocilocal.VerifyProgress) { last = p }}) {
+	for p, err := range r.Verify(t.Context(), &ocilocal.VerifyOptions{Progress: func(p ocilocal.Progress) {
+		if p.ItemDone {
+			last = p
+		}
+	}}) {
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -122,11 +126,11 @@ func TestVerifyResumes(t *testing.T) {
 			break // the eleventh is not done with
 		}
 	}
-	if last.Done != 10 || last.Total != 40 || last.Digest != seen[9] || last.Bytes == 0 {
+	if last.Items != 10 || last.TotalItems != 40 || last.Item.Digest != seen[9] || last.Bytes == 0 {
 		t.Errorf("%+v", last)
 	}
 	seen = seen[:10]
-	for p, err := range r.Verify(t.Context(), &ocilocal.VerifyOptions{After: last.Digest}) {
+	for p, err := range r.Verify(t.Context(), &ocilocal.VerifyOptions{After: last.Item.Digest}) {
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -4,11 +4,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"runtime"
 
 	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
 // again looks a second time at what seems to be wrong, with the write lock held where that is
@@ -62,6 +62,7 @@ func (v *verification) blob(ctx context.Context, e *verifyEntry) (problems []Pro
 		add(ProblemIndex, fmt.Errorf("row of a blob: %w", err))
 		return problems
 	}
+	e.item = v.meter.item(ocispec.Descriptor{Digest: e.digest})
 	file, err := r.root.Lstat(blobPath(e.digest))
 	if errors.Is(err, fs.ErrNotExist) || err == nil && !file.Mode().IsRegular() {
 		var recorded, needed bool
@@ -82,6 +83,7 @@ func (v *verification) blob(ctx context.Context, e *verifyEntry) (problems []Pro
 		add(ProblemUnreadable, err)
 		return problems
 	}
+	e.item = v.meter.item(ocispec.Descriptor{Digest: e.digest, Size: v.counted(file.Size())})
 	if !e.recorded {
 		add(ProblemUnrecorded, errors.New("the index does not know it"))
 	}
@@ -99,9 +101,8 @@ func (v *verification) blob(ctx context.Context, e *verifyEntry) (problems []Pro
 	}
 	src, err := r.blobs.open(ctx, e.digest, -1)
 	if err == nil {
-		_, err = src.WriteTo(io.Discard)
+		_, err = src.WriteTo(e.item.writer())
 		src.Close()
-		e.bytesRead = file.Size()
 	}
 	switch {
 	case err == nil || errors.Is(err, ErrNotFound): // collected since
@@ -159,7 +160,6 @@ func (v *verification) manifest(ctx context.Context, e *verifyEntry, size int64)
 	case err != nil:
 		return problem(ProblemUnreadable, err)
 	}
-	e.bytesRead = desc.Size
 	differ, err := rowsDiffer(ctx, r.index, m)
 	if differ != "" {
 		err = v.again(ctx, func(q queryer) error {
