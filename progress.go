@@ -491,12 +491,12 @@ func newProgressQueue(fn func(Progress)) *progressQueue {
 	return &progressQueue{fn: fn, ready: make(chan struct{}, 1)}
 }
 
-// put adds a report. It replaces those at the end of the queue that are on the same item under way, so
-// the queue has at most a few reports for each item that is done.
+// put adds a report. On an item under way, it replaces one at the end of the queue, so the queue has at
+// most a few reports for each item that is done.
 func (q *progressQueue) put(p Progress) {
 	q.mu.Lock()
 	last := len(q.reports)
-	for i := last - 1; i >= 0 && q.reports[i].Item.Digest != "" && !q.reports[i].ItemDone; i-- {
+	for i := last - 1; i >= 0 && !p.ItemDone && q.reports[i].Item.Digest != "" && !q.reports[i].ItemDone; i-- {
 		if q.reports[i].Item.Digest == p.Item.Digest {
 			q.reports = slices.Delete(q.reports, i, i+1)
 			break
