@@ -98,6 +98,9 @@ var servers = map[string]func(t *testing.T) *server{
 		})
 		return inProcess(t, &server{referrers: true}, o)
 	},
+	"ocilocal": func(t *testing.T) *server {
+		return inProcess(t, &server{artifactManifests: true, referrers: true}, newRegistry(t).Handler(nil))
+	},
 }
 
 // eachServer runs a test against every kind of registry.
