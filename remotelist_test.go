@@ -36,45 +36,6 @@ func TestRemoteListsTooMany(t *testing.T) {
 	}
 }
 
-// A token is longer than what messages quote of a header: what is left of it where they are cut is hidden too.
-func TestHostileEcho(t *testing.T) {
-	token := "hush" + strings.Repeat("-hush", 200)
-	for name, header := range map[string][]string{
-		"Content-Encoding": {"Content-Encoding"}, "Content-Type": {"Content-Type"}, "digest": {"Docker-Content-Digest"},
-		"Location": {"Location"}, "Warning": {"Warning"}, "Link": {"Link"},
-	} {
-		for _, before := range []string{"", "x", strings.Repeat("x", 190), strings.Repeat("x", 290), "sha256:", "a/", "https://other.test/", "https://", "299 - \"" + strings.Repeat("x", 150)} {
-			in := newInternet(t)
-			s := in.registry("https://registry.test", "203.0.113.1")
-			in.site("https://other.test", "203.0.113.2", http.HandlerFunc(status(500)))
-			s.override = func(w http.ResponseWriter, r *http.Request) bool {
-				shown := strings.TrimPrefix(r.Header.Get("Authorization"), "Bearer ")
-				if shown == "" {
-					w.Header().Set("WWW-Authenticate", `Bearer realm="https://registry.test/token"`)
-					w.WriteHeader(401)
-					return true
-				}
-				w.Header().Set(header[0], before+shown)
-				if header[0] == "Location" {
-					w.WriteHeader(302)
-				}
-				io.WriteString(w, `{"tags":[]}`)
-				return true
-			}
-			remote := in.remote(s.host, ocilocal.Credential{RegistryToken: token})
-			_, err := remote.Manifest(t.Context(), s.ref("org/model:v1"))
-			if err == nil {
-				t.Errorf("%s: no error", name)
-			}
-			in.quiet(err)
-			for _, err := range remote.Tags(t.Context(), s.ref("org/model:v1")) {
-				in.quiet(err)
-			}
-			in.noSecretSeen(registrySite, "other.test:443") // where the registry itself has sent it
-		}
-	}
-}
-
 // Coded answers, cut off or not, are refused, whether or not the client could decode them.
 func TestHostileCodings(t *testing.T) {
 	if ranAlone(t) {
