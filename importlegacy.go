@@ -53,12 +53,15 @@ type LegacyOptions struct {
 	Name func(claimed string, ref Reference) (Reference, error)
 }
 
-// name applies Name to an entry. err says why claimed is not a reference.
-func (o *LegacyOptions) name(claimed string, ref Reference, err error) (Reference, error) {
-	if o.Name == nil {
+// A legacyNamer is LegacyOptions.Name.
+type legacyNamer func(claimed string, ref Reference) (Reference, error)
+
+// name applies the function, if there is one, to an entry. err says why claimed is not a reference.
+func (fn legacyNamer) name(claimed string, ref Reference, err error) (Reference, error) {
+	if fn == nil {
 		return ref, err
 	}
-	named, refused := o.Name(claimed, ref)
+	named, refused := fn(claimed, ref)
 	switch {
 	case refused != nil:
 		return Reference{}, refused
@@ -121,6 +124,35 @@ func (r *LocalRegistry) ImportLegacy(ctx context.Context, root string, opts *Leg
 	return report, opError("import legacy registry", root, "", err)
 }
 
+// ImportLegacyEntry imports the one entry of an OMMX v2 local registry that is called ref, and sets
+// ref. opts say what happens if ref points elsewhere. [LocalRegistry.Load] does the same for
+// [Options.LegacyRoot], if ref is not here. The tree is never written to.
+//
+// Errors:
+//   - [ErrNotFound]: the tree has no such entry
+//   - [*ConflictError], together with the update
+//   - those of [LocalRegistry.ImportLayout], [ErrArtifactType] for an artifact that is not of type
+//     [ArtifactTypeOMMX], and the file system's for root itself
+func (r *LocalRegistry) ImportLegacyEntry(ctx context.Context, root string, ref Reference, opts *PublishOptions) (u RefUpdate, err error) {
+	defer addOp(&err, "import legacy entry", ref.String(), "")
+	if err := ref.checkGiven(); err != nil {
+		return u, err
+	}
+	end, err := r.beginWrite(ctx)
+	if err != nil {
+		return u, err
+	}
+	defer end()
+	if opts == nil {
+		opts = &PublishOptions{}
+	}
+	u, found, err := r.legacyEntry(ctx, root, ref, *opts)
+	if err == nil && !found {
+		err = fmt.Errorf("%w in the legacy registry %s", ErrNotFound, root)
+	}
+	return u, err
+}
+
 func (r *LocalRegistry) importLegacy(ctx context.Context, dir string, opts *LegacyOptions, report *LegacyReport) error {
 	end, err := r.beginWrite(ctx)
 	if err != nil {
@@ -141,7 +173,7 @@ func (r *LocalRegistry) importLegacy(ctx context.Context, dir string, opts *Lega
 	}
 	for _, entry := range entries {
 		report.Scanned++
-		u, err := r.importLegacyEntry(ctx, root, entry, Reference{}, opts)
+		u, err := r.importLegacyEntry(ctx, root, entry, Reference{}, opts.Name, PublishOptions{Policy: opts.Policy})
 		if fatal(err) {
 			return err
 		}
@@ -193,8 +225,9 @@ func legacyEntries(ctx context.Context, root *rootDir, report *LegacyReport) ([]
 	return entries, nil
 }
 
-// importLegacyEntry imports one layout directory of the tree. ref, if not zero, is whom it is asked for.
-func (r *LocalRegistry) importLegacyEntry(ctx context.Context, root *rootDir, entry string, ref Reference, opts *LegacyOptions) (RefUpdate, error) {
+// importLegacyEntry imports one layout directory of the tree. If ref is not zero, the entry must be
+// called so. Otherwise rename, if it is not nil, decides about its name.
+func (r *LocalRegistry) importLegacyEntry(ctx context.Context, root *rootDir, entry string, ref Reference, rename legacyNamer, opts PublishOptions) (RefUpdate, error) {
 	sub, err := root.below(entry)
 	if err != nil {
 		return RefUpdate{}, err
@@ -208,7 +241,7 @@ func (r *LocalRegistry) importLegacyEntry(ctx context.Context, root *rootDir, en
 	descs := index.entries
 	named, err := legacyName(entry, descs)
 	if ref.IsZero() {
-		named, err = opts.name(entry, named, err)
+		named, err = rename.name(entry, named, err)
 	}
 	if err != nil {
 		return RefUpdate{}, err
@@ -220,7 +253,7 @@ func (r *LocalRegistry) importLegacyEntry(ctx context.Context, root *rootDir, en
 	} else if pin := ref.Digest(); pin != "" && named.Digest() == "" && len(descs) == 1 && descs[0].Digest != pin {
 		return RefUpdate{}, fmt.Errorf("%w: it is %s", ErrNotFound, descs[0].Digest)
 	}
-	im := r.importAs(l, ref, opts.Policy)
+	im := r.importAs(l, ref, opts)
 	im.accept = func(m *Manifest) error {
 		if m.ArtifactType() != ArtifactTypeOMMX {
 			return fmt.Errorf("%w: %s is not %s", ErrArtifactType, printable(m.ArtifactType()), ArtifactTypeOMMX)
@@ -232,8 +265,8 @@ func (r *LocalRegistry) importLegacyEntry(ctx context.Context, root *rootDir, en
 }
 
 // importAs returns an importer for the one entry of a layout, which is to be called ref.
-func (r *LocalRegistry) importAs(l *layout, ref Reference, policy Policy) *importer {
-	return r.layoutImporter(l, &ImportOptions{Reference: ref, Rename: true, PublishOptions: PublishOptions{Policy: policy}, one: true})
+func (r *LocalRegistry) importAs(l *layout, ref Reference, opts PublishOptions) *importer {
+	return r.layoutImporter(l, &ImportOptions{Reference: ref, Rename: true, PublishOptions: opts, one: true})
 }
 
 // runOne imports one entry and discards the stage. It returns what became of the ref, and the subjects that are missing.
@@ -311,12 +344,21 @@ func (r *LocalRegistry) fetchLegacy(ctx context.Context, ref Reference) (*LocalA
 		return nil, err
 	}
 	defer end()
-	root, err := openRoot(r.opts.LegacyRoot, r.root.fault)
-	if errors.Is(err, fs.ErrNotExist) {
+	u, found, err := r.legacyEntry(ctx, r.opts.LegacyRoot, ref, PublishOptions{})
+	if !found && (err == nil || errors.Is(err, fs.ErrNotExist)) {
 		return nil, nil
 	}
 	if err != nil {
 		return nil, err
+	}
+	return r.newArtifact(ref, u.Descriptor, nil), nil
+}
+
+// legacyEntry imports the entry of a legacy root that is called ref, if there is one.
+func (r *LocalRegistry) legacyEntry(ctx context.Context, dir string, ref Reference, opts PublishOptions) (u RefUpdate, found bool, err error) {
+	root, err := openRoot(dir, r.root.fault)
+	if err != nil {
+		return u, false, err
 	}
 	defer root.Close()
 	for _, entry := range legacyPaths(ref) {
@@ -324,19 +366,18 @@ func (r *LocalRegistry) fetchLegacy(ctx context.Context, ref Reference) (*LocalA
 		if err == nil && !found {
 			continue
 		}
-		var update RefUpdate
 		if err == nil {
-			update, err = r.importLegacyEntry(ctx, root, entry, ref, &LegacyOptions{})
+			u, err = r.importLegacyEntry(ctx, root, entry, ref, nil, opts)
 		}
 		switch {
 		case errors.Is(err, ErrNotFound):
 			continue
 		case err != nil:
-			return nil, fmt.Errorf("legacy entry %s: %w", printable(entry), err)
+			return u, true, fmt.Errorf("legacy entry %s: %w", printable(entry), err)
 		}
-		return r.newArtifact(ref, update.Descriptor, nil), nil
+		return u, true, nil
 	}
-	return nil, nil
+	return RefUpdate{}, false, nil
 }
 
 // hasDir reports whether there is a directory of this name and no symbolic link on the way to it.

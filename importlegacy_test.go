@@ -519,3 +519,33 @@ func TestImportLegacyStray(t *testing.T) {
 		t.Errorf("%+v, %v", report, err)
 	}
 }
+
+// TestImportLegacyEntry: one entry comes in under the policy that the caller chooses.
+func TestImportLegacyEntry(t *testing.T) {
+	const at = "example.com/one/__v1"
+	root := legacyTree(t, map[string]string{at: "example.com/one:v1", "example.com/one/__v2": ""})
+	r := openTemp(t, nil)
+	own := published(t, r, "example.com/one:v1", "own", nil)
+	u, err := r.ImportLegacyEntry(t.Context(), root, own.Reference(), nil)
+	if !errors.Is(err, ocilocal.ErrConflict) || u.Outcome != ocilocal.Conflicted || u.Existing != own.Digest() {
+		t.Errorf("%+v, %v", u, err)
+	}
+	for _, opts := range []*ocilocal.PublishOptions{{Policy: ocilocal.Replace}, {Expected: own.Digest()}} {
+		if _, err := r.Tag(t.Context(), own.Digest(), own.Reference(), &ocilocal.PublishOptions{Policy: ocilocal.Replace}); err != nil {
+			t.Fatal(err)
+		}
+		u, err = r.ImportLegacyEntry(t.Context(), root, own.Reference(), opts)
+		if err != nil || u.Outcome != ocilocal.Replaced || u.Descriptor.Digest != legacyDigest(at, "example.com/one:v1") {
+			t.Errorf("%+v: %+v, %v", opts, u, err)
+		}
+	}
+	if ok, err := r.Exists(t.Context(), ref("example.com/one:v2")); ok || err != nil {
+		t.Errorf("another entry came in: %v", err)
+	}
+	_, err = r.ImportLegacyEntry(t.Context(), root, ref("example.com/one:v3"), nil)
+	mustFail(t, err, ocilocal.ErrNotFound)
+	_, err = r.ImportLegacyEntry(t.Context(), root, ocilocal.Reference{}, nil)
+	mustFail(t, err, ocilocal.ErrInvalidReference)
+	_, err = r.ImportLegacyEntry(t.Context(), filepath.Join(root, "none"), ref("example.com/one:v1"), nil)
+	mustFail(t, err, os.ErrNotExist)
+}

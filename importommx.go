@@ -95,7 +95,7 @@ func (r *LocalRegistry) importOMMXRef(ctx context.Context, l *layout, o ommxRef,
 	if strings.ContainsAny(o.name, "@") {
 		ref, err = Reference{}, fmt.Errorf("%w: name %s has a digest", ErrInvalidReference, printable(o.name))
 	}
-	if ref, err = opts.name(o.name+":"+o.reference, ref, err); err != nil {
+	if ref, err = legacyNamer(opts.Name).name(o.name+":"+o.reference, ref, err); err != nil {
 		return RefUpdate{}, nil, err
 	}
 	desc := ocispec.Descriptor{Digest: digest.Digest(o.manifest), MediaType: "a manifest"}
@@ -104,7 +104,7 @@ func (r *LocalRegistry) importOMMXRef(ctx context.Context, l *layout, o ommxRef,
 		return RefUpdate{}, nil, err
 	}
 	desc.MediaType, desc.Size = m.MediaType(), m.Size()
-	im := r.importAs(l, ref, opts.Policy)
+	im := r.importAs(l, ref, PublishOptions{Policy: opts.Policy})
 	im.whole = func(ctx context.Context, desc ocispec.Descriptor) (bool, error) { return r.hasWhole(ctx, l, desc, 0) }
 	return im.runOne(ctx, []ocispec.Descriptor{desc})
 }

@@ -1,10 +1,12 @@
 package ocilocal
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"fmt"
 	"iter"
+	"slices"
 	"strings"
 	"time"
 )
@@ -59,8 +61,8 @@ func isAnonymousTag(tag string) bool {
 }
 
 // AnonymousRefs lists this registry's anonymous artifacts, those of the earliest
-// name first, as [LocalRegistry.Refs] does. The names that another registry has
-// made up, and that were imported with them, are not among them. Errors too are as there.
+// name first, as [LocalRegistry.Refs] does. [LocalRegistry.OtherAnonymousRefs] lists the names that
+// another registry made up. Errors too are as there.
 func (r *LocalRegistry) AnonymousRefs(ctx context.Context) iter.Seq2[Ref, error] {
 	return func(yield func(Ref, error) bool) {
 		for ref, err := range r.Refs(ctx, &ListOptions{Name: r.anonymousName()}) {
@@ -71,6 +73,36 @@ func (r *LocalRegistry) AnonymousRefs(ctx context.Context) iter.Seq2[Ref, error]
 	}
 }
 
+// OtherAnonymousRefs lists the refs whose names other registries made up, and that imports or pulls
+// brought here, as [LocalRegistry.Refs] does: anonymous artifacts of registries of this package, and
+// anonymous artifacts, experiments and checkpoints of OMMX v3 registries, such as
+// 0123abcd.ommx.local/checkpoint:7. Errors too are as there.
+func (r *LocalRegistry) OtherAnonymousRefs(ctx context.Context) iter.Seq2[Ref, error] {
+	return func(yield func(Ref, error) bool) {
+		for name, err := range r.Repositories(ctx, nil) {
+			if err != nil {
+				yield(Ref{}, err)
+				return
+			}
+			if !r.isOthersName(name) {
+				continue
+			}
+			for ref, err := range r.Refs(ctx, &ListOptions{Name: name}) {
+				if !yield(ref, err) {
+					return
+				}
+			}
+		}
+	}
+}
+
+// isOthersName reports whether another registry made up the references of this name.
+func (r *LocalRegistry) isOthersName(name string) bool {
+	host, repository, _ := strings.Cut(name, "/")
+	return isOMMXLocalName(host, repository) ||
+		strings.HasSuffix(host, localHostSuffix) && repository == "anonymous" && host != r.localHost()
+}
+
 // defaultGrace is the age below which collecting and pruning leave things alone.
 const defaultGrace = 24 * time.Hour
 
@@ -79,13 +111,15 @@ type PruneOptions struct {
 	// OlderThan is how long ago a ref must have been written to be removed. Zero
 	// means 24 hours; less than zero, such as [NoGrace], removes all.
 	OlderThan time.Duration
+	// Others removes the refs of [LocalRegistry.OtherAnonymousRefs] too.
+	Others bool
 }
 
 // prunePage is how many refs are removed in one transaction at most.
 const prunePage = 100
 
-// PruneAnonymous removes this registry's anonymous refs that are old enough,
-// and returns them in the order of their names. A ref that is moved meanwhile stays. The artifacts
+// PruneAnonymous removes this registry's anonymous refs that are old enough, with
+// [PruneOptions.Others] also those that other registries made up, and returns them in the order of their names. A ref that is moved meanwhile stays. The artifacts
 // stay until garbage collection, and [LocalRegistry.Tag] restores a ref until then. Of several that
 // prune at the same time, each ref is returned by one.
 //
@@ -98,12 +132,36 @@ func (r *LocalRegistry) PruneAnonymous(ctx context.Context, opts *PruneOptions) 
 		return nil, err
 	}
 	defer end()
-	age := defaultGrace
-	if opts != nil && opts.OlderThan != 0 {
-		age = opts.OlderThan
+	if opts == nil {
+		opts = &PruneOptions{}
 	}
+	names := []string{r.anonymousName()}
+	if opts.Others {
+		for name, err := range r.Repositories(ctx, nil) {
+			if err != nil {
+				return nil, err
+			}
+			if r.isOthersName(name) {
+				names = append(names, name)
+			}
+		}
+		slices.Sort(names)
+	}
+	for _, name := range names {
+		gone, err := r.pruneName(ctx, name, cmp.Or(opts.OlderThan, defaultGrace))
+		removed = append(removed, gone...)
+		if err != nil {
+			return removed, err
+		}
+	}
+	return removed, nil
+}
+
+// pruneName removes the anonymous refs of one name that are older than age, or all if that is negative.
+func (r *LocalRegistry) pruneName(ctx context.Context, prunedName string, age time.Duration) (removed []Ref, err error) {
 	young := time.Now().Add(-age)
-	name, reference, below := (&ListOptions{Name: r.anonymousName()}).bounds()
+	ours := prunedName == r.anonymousName()
+	name, reference, below := (&ListOptions{Name: prunedName}).bounds()
 	for ctx.Err() == nil {
 		page, err := r.index.list(name, reference, below, prunePage)
 		if err != nil {
@@ -111,7 +169,7 @@ func (r *LocalRegistry) PruneAnonymous(ctx context.Context, opts *PruneOptions) 
 		}
 		var old []Ref
 		for _, ref := range page {
-			if isAnonymousTag(ref.Reference.Tag()) && (age < 0 || ref.Updated.Before(young)) {
+			if (!ours || isAnonymousTag(ref.Reference.Tag())) && (age < 0 || ref.Updated.Before(young)) {
 				old = append(old, ref)
 			}
 		}

@@ -452,3 +452,56 @@ func TestAnonymousProcesses(t *testing.T) {
 		t.Error(p, err)
 	}
 }
+
+// TestOtherAnonymousRefs: names that other registries made up are listed and pruned, and no others.
+func TestOtherAnonymousRefs(t *testing.T) {
+	r := openTemp(t, nil)
+	own := mustAnonymous(t, r, "own")
+	var others []string
+	for i, name := range []string{
+		"0123456789abcdef.ocilocal.local/anonymous:20260102T030405.000006Z-abcdefghij234",
+		"1a2b3c4d.ommx.local/anonymous:1", "1a2b3c4d.ommx.local/checkpoint:7", "1a2b3c4d.ommx.local/experiment:x",
+	} {
+		published(t, r, name, fmt.Sprint(i), nil)
+		others = append(others, name)
+	}
+	kept := []string{
+		"example.com/anonymous:v1", "ommx.local/checkpoint:1", "a.b.ommx.local/checkpoint:1", "1a2b3c4d.ommx.local/model:v1",
+		"1a2b3c4d.ommx.local.example/checkpoint:1", "0123456789abcdef.ocilocal.local/recovered:v1",
+	}
+	for _, name := range kept {
+		published(t, r, name, "kept", nil)
+	}
+	var got []string
+	for ref, err := range r.OtherAnonymousRefs(t.Context()) {
+		if err != nil {
+			t.Fatal(err)
+		}
+		got = append(got, ref.Reference.String())
+	}
+	if !slices.Equal(got, others) {
+		t.Errorf("listed %q", got)
+	}
+	for range r.OtherAnonymousRefs(t.Context()) {
+		break // may be left early
+	}
+	if removed, err := r.PruneAnonymous(t.Context(), &ocilocal.PruneOptions{Others: true}); err != nil || len(removed) > 0 {
+		t.Errorf("young ones: %v, %v", removed, err)
+	}
+	removed, err := r.PruneAnonymous(t.Context(), &ocilocal.PruneOptions{Others: true, OlderThan: ocilocal.NoGrace})
+	want := append(others, own.Reference().String())
+	got = nil
+	for _, ref := range removed {
+		got = append(got, ref.Reference.String())
+	}
+	slices.Sort(got)
+	slices.Sort(want)
+	if err != nil || !slices.Equal(got, want) {
+		t.Errorf("removed %q, %v", got, err)
+	}
+	for _, name := range kept {
+		if ok, err := r.Exists(t.Context(), ref(name)); !ok || err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}

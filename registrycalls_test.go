@@ -68,6 +68,12 @@ func TestUseAfterClose(t *testing.T) {
 		},
 		"NewAnonymousBuilder": func() error { _, err := r.NewAnonymousBuilder(nil); return err },
 		"PruneAnonymous":      func() error { _, err := r.PruneAnonymous(ctx, nil); return err },
+		"OtherAnonymousRefs": func() (last error) {
+			for _, err := range r.OtherAnonymousRefs(ctx) {
+				last = err
+			}
+			return last
+		},
 		"AnonymousRefs": func() (last error) {
 			for _, err := range r.AnonymousRefs(ctx) {
 				last = err
@@ -83,12 +89,13 @@ func TestUseAfterClose(t *testing.T) {
 			}
 			return nil
 		},
-		"Resolve":        func() error { _, err := r.Resolve(ctx, ref); return err },
-		"ResolveDigest":  func() error { _, err := r.ResolveDigest(ctx, d); return err },
-		"Exists":         func() error { _, err := r.Exists(ctx, ref); return err },
-		"Load":           func() error { _, err := r.Load(ctx, ref); return err },
-		"LoadWith":       func() error { _, err := r.LoadWith(ctx, ref, nil); return err },
-		"ImportRegistry": func() error { _, err := r.ImportRegistry(ctx, openTemp(t, nil), ref, nil); return err },
+		"Resolve":           func() error { _, err := r.Resolve(ctx, ref); return err },
+		"ResolveDigest":     func() error { _, err := r.ResolveDigest(ctx, d); return err },
+		"Exists":            func() error { _, err := r.Exists(ctx, ref); return err },
+		"Load":              func() error { _, err := r.Load(ctx, ref); return err },
+		"LoadWith":          func() error { _, err := r.LoadWith(ctx, ref, nil); return err },
+		"ImportRegistry":    func() error { _, err := r.ImportRegistry(ctx, openTemp(t, nil), ref, nil); return err },
+		"ImportLegacyEntry": func() error { _, err := r.ImportLegacyEntry(ctx, filepath.Dir(archive), ref, nil); return err },
 		"NewReferrerBuilder": func() error {
 			_, err := r.NewReferrerBuilder(ocispec.Descriptor{MediaType: ocispec.MediaTypeImageManifest, Digest: d, Size: 1}, nil)
 			return err
