@@ -8,10 +8,11 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// ImportRegistry copies the artifact that ref names in another local registry into this one, with everything that it
-// needs. It keeps its reference, unless opts name another one. Files are copied by the kernel where it can, and each
-// is verified. With [ImportOptions.Referrers], the artifact's referrers in src come along. Referrers that src doesn't
-// have whole are in ImportResult.Skipped. Both registries must stay open.
+// ImportRegistry copies the artifact that ref names in another local registry into this one, with
+// everything that it needs. It keeps its reference, unless opts name another one. Files are copied
+// by the kernel where it can, and each is verified. With [ImportOptions.Referrers], the artifact's
+// referrers in src come along. Referrers that src doesn't have whole are in ImportResult.Skipped.
+// Both registries must stay open.
 //
 // ctx governs the call. Errors:
 //   - [ErrNotFound] or [ErrIncomplete] if src doesn't have it, or not all of it

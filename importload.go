@@ -8,15 +8,16 @@ import (
 	"path/filepath"
 )
 
-// Load returns the artifact that ref names, from here if it can. If the ref is here, only the
-// index is read; the artifact reads its manifest when asked for it. Whether the ref has moved in its
+// Load returns the artifact that ref names, from here if it can. If the ref is here, only the index
+// is read; the artifact reads its manifest when asked for it. Whether the ref has moved in its
 // remote registry isn't asked: [LocalRegistry.Pull] does that. If the ref isn't here:
 //
 //   - if [Options.LegacyRoot] is set, its one entry there is imported;
 //   - if that has none, and [Options.Remote] is set, it is pulled.
 //
-// From then on it is here. ctx governs the call only. Errors are those of [LocalRegistry.Resolve], and for
-// content that had to be fetched those of [LocalRegistry.ImportLayout] or [LocalRegistry.Pull].
+// From then on it is here. ctx governs the call only. Errors are those of [LocalRegistry.Resolve],
+// and for content that had to be fetched those of [LocalRegistry.ImportLayout] or
+// [LocalRegistry.Pull].
 func (r *LocalRegistry) Load(ctx context.Context, ref Reference) (*LocalArtifact, error) {
 	result, err := r.load(ctx, ref, nil, nil)
 	if err != nil {
@@ -34,11 +35,12 @@ type LoadResult struct {
 	Pull *PullResult
 }
 
-// LoadWith is [LocalRegistry.Load] with options for the pull, which it makes even if [Options.Remote] isn't set. It
-// looks that everything that the artifact needs is here, by sizes, and fetches what is missing. With
-// [PullOptions.Platform], an image index that is here chooses the manifest. With [PullOptions.Verify], the bytes that
-// are here are hashed, and nothing is fetched if they are good. The result tells whether it was a hit. After a hit
-// nobody is asked for referrers, whatever [PullOptions.Referrers] says: those that are here are listed by
+// LoadWith is [LocalRegistry.Load] with options for the pull, which it makes even if
+// [Options.Remote] isn't set. It looks that everything that the artifact needs is here, by sizes,
+// and fetches what is missing. With [PullOptions.Platform], an image index that is here chooses the
+// manifest. With [PullOptions.Verify], the bytes that are here are hashed, and nothing is fetched
+// if they are good. The result tells whether it was a hit. After a hit nobody is asked for
+// referrers, whatever [PullOptions.Referrers] says: those that are here are listed by
 // [LocalRegistry.Referrers], and [LocalRegistry.Pull] brings others.
 //
 // Errors are those of Load.
@@ -134,8 +136,8 @@ func (r *LocalRegistry) loadPath(ctx context.Context, path string, opts *ImportO
 	return r.newArtifact(a.Update.Reference, a.Descriptor, nil), nil
 }
 
-// ImportPath is [LocalRegistry.ImportLayout] of a directory and [LocalRegistry.ImportArchiveFile] of a
-// file, told apart by what it is and not by its name. Errors and ctx are theirs.
+// ImportPath is [LocalRegistry.ImportLayout] of a directory and [LocalRegistry.ImportArchiveFile]
+// of a file, told apart by what it is and not by its name. Errors and ctx are theirs.
 func (r *LocalRegistry) ImportPath(ctx context.Context, path string, opts *ImportOptions) (*ImportResult, error) {
 	result, err := r.importPath(ctx, path, opts)
 	return result, opError("import", path, "", err)

@@ -17,31 +17,34 @@ type PullOptions struct {
 	Remote *Remote
 	// As, if not zero, is the artifact's name here. Otherwise it keeps its reference.
 	As Reference
-	// Platform, if not nil, chooses one manifest of an image index, which is
-	// then pulled without the index. Empty fields fit anything, and a variant that image-spec
-	// takes for granted may be left out: linux/arm64/v8 is linux/arm64. Content that is not an index is
-	// pulled as it is. A reference with a digest names the index: then As must name the manifest.
+	// Platform, if not nil, chooses one manifest of an image index, which is then pulled without
+	// the index. Empty fields fit anything, and a variant that image-spec takes for granted may be
+	// left out: linux/arm64/v8 is linux/arm64. Content that is not an index is pulled as it is. A
+	// reference with a digest names the index: then As must name the manifest.
 	Platform *ocispec.Platform
-	// Verify hashes everything that the artifact needs and that is here, and fetches damaged
-	// blobs again. Otherwise blobs that are here count by their sizes, unless others have to be fetched.
+	// Verify hashes everything that the artifact needs and that is here, and fetches damaged blobs
+	// again. Otherwise blobs that are here count by their sizes, unless others have to be fetched.
 	Verify bool
-	// Referrers brings the artifact's referrers along, such as signatures, and those of the referrers, as the
-	// remote registry lists them. They get no refs: a collection deletes them unless it keeps referrers.
-	// A pull with Referrers asks the registry for them even if nothing else has changed.
+	// Referrers brings the artifact's referrers along, such as signatures, and those of the
+	// referrers, as the remote registry lists them. They get no refs: a collection deletes them
+	// unless it keeps referrers. A pull with Referrers asks the registry for them even if nothing
+	// else has changed.
 	Referrers bool
-	// ReferrerTypes, if not empty, are the artifact types of the referrers that Referrers brings along.
+	// ReferrerTypes, if not empty, are the artifact types of the referrers that Referrers brings
+	// along.
 	ReferrerTypes []string
 	// Workers is how many blobs are fetched at a time. Zero means 4.
 	Workers int
-	// MaxBytes, if positive, is how many bytes of manifests and blobs the pull may add to the registry,
-	// by the sizes that manifests state. A pull that needs more fails with [ErrTooLarge]
+	// MaxBytes, if positive, is how many bytes of manifests and blobs the pull may add to the
+	// registry, by the sizes that manifests state. A pull that needs more fails with [ErrTooLarge]
 	// before it fetches the blob that is too much, and publishes nothing.
 	MaxBytes int64
-	// Progress, if not nil, is told how far the pull is. Calls that share a transfer are all told of it,
-	// each with its own reference.
+	// Progress, if not nil, is told how far the pull is. Calls that share a transfer are all told
+	// of it, each with its own reference.
 	Progress func(Progress)
-	// PublishOptions say what happens if the ref is here and points elsewhere, because it has moved in the remote
-	// registry for example. By default that is a conflict, and the ref stays. With the policy Replace it moves.
+	// PublishOptions say what happens if the ref is here and points elsewhere, because it has moved
+	// in the remote registry for example. By default that is a conflict, and the ref stays. With
+	// the policy Replace it moves.
 	PublishOptions
 }
 
@@ -64,29 +67,30 @@ type PullResult struct {
 	BytesReceived int64
 }
 
-// Pull makes the registry hold the artifact that ref names in its remote registry, and points the ref at it.
-// It asks the remote registry where a tag points now; [LocalRegistry.Load] doesn't if the
-// ref is here. It fetches manifests first, then the blobs that are missing, several at a time, each verified
-// while it is written. Manifests keep their bytes; image indexes come in whole.
+// Pull makes the registry hold the artifact that ref names in its remote registry, and points the
+// ref at it. It asks the remote registry where a tag points now; [LocalRegistry.Load] doesn't if
+// the ref is here. It fetches manifests first, then the blobs that are missing, several at a time,
+// each verified while it is written. Manifests keep their bytes; image indexes come in whole.
 //
-// If nothing has changed, a pull costs one request, and none for a reference with a digest. If the tag has moved,
-// the policy decides: see [PublishOptions]. A conflict fetches nothing.
+// If nothing has changed, a pull costs one request, and none for a reference with a digest. If the
+// tag has moved, the policy decides: see [PublishOptions]. A conflict fetches nothing.
 //
-// An interrupted blob is resumed where it stopped. The bytes that a failed or killed pull received of
-// blobs of 1 MiB or more are not fetched again by the next one, even of another process;
-// they are hashed again before they count. Nothing is visible before everything is here. Then the ref is set in
-// one step, as by any other import. Content that the policy or [Options.ArtifactTypes] is certain
-// to refuse is not fetched.
+// An interrupted blob is resumed where it stopped. The bytes that a failed or killed pull received
+// of blobs of 1 MiB or more are not fetched again by the next one, even of another process; they
+// are hashed again before they count. Nothing is visible before everything is here. Then the ref is
+// set in one step, as by any other import. Content that the policy or [Options.ArtifactTypes] is
+// certain to refuse is not fetched.
 //
-// Calls at the same time share transfers. Within a process, pulls of the same manifest from the same
-// repository with the same Remote and options fetch it once. Different pulls and processes fetch a
-// blob of 1 MiB or more once. A call whose ctx ends doesn't stop the others.
+// Calls at the same time share transfers. Within a process, pulls of the same manifest from the
+// same repository with the same Remote and options fetch it once. Different pulls and processes
+// fetch a blob of 1 MiB or more once. A call whose ctx ends doesn't stop the others.
 //
 // ctx governs the call only. Errors:
-//   - [*RemoteError] for failures of the remote registry or the network, with one of the sentinels that it lists
+//   - [*RemoteError] for failures of the remote registry or the network, with one of the sentinels
+//     that it lists
 //   - [*ConflictError] together with the result
-//   - [ErrDigestMismatch], [ErrSizeMismatch], [ErrInvalidManifest], [ErrUnsupportedMediaType], [ErrTooLarge],
-//     [ErrArtifactType] for content that is refused
+//   - [ErrDigestMismatch], [ErrSizeMismatch], [ErrInvalidManifest], [ErrUnsupportedMediaType],
+//     [ErrTooLarge], [ErrArtifactType] for content that is refused
 //   - [ErrNotFound] if an image index has no manifest for the platform
 //   - [ErrReadOnly], [ErrNoSpace], [ErrBusy], and any error from ctx or the file system
 func (r *LocalRegistry) Pull(ctx context.Context, ref Reference, opts *PullOptions) (*PullResult, error) {
@@ -155,7 +159,8 @@ func (r *LocalRegistry) newPuller(ref Reference, opts *PullOptions) (*puller, er
 	return p, err
 }
 
-// pullHere is a pull that doesn't ask the remote registry. It returns nil if what is here isn't enough.
+// pullHere is a pull that doesn't ask the remote registry. It returns nil if what is here isn't
+// enough.
 func (r *LocalRegistry) pullHere(ctx context.Context, ref Reference, opts *PullOptions, m *meter) (*LocalArtifact, error) {
 	end, err := r.begin(ctx)
 	if err != nil {
@@ -252,7 +257,8 @@ func (p *puller) run(ctx context.Context) (*PullResult, error) {
 	return p.bring(ctx, m)
 }
 
-// bring points the ref at a manifest that the remote registry has sent, after everything that it needs is here.
+// bring points the ref at a manifest that the remote registry has sent, after everything that it
+// needs is here.
 func (p *puller) bring(ctx context.Context, m *Manifest) (*PullResult, error) {
 	if result, err := p.settled(ctx, m.Descriptor()); result != nil || err != nil {
 		return result, err
@@ -266,8 +272,8 @@ func (p *puller) bring(ctx context.Context, m *Manifest) (*PullResult, error) {
 	if err := p.registry.acceptType(m.Descriptor()); err != nil {
 		return nil, err
 	}
-	// A ref points at content that is here only after the registry has sent the manifest itself. A digest
-	// in a header proves nothing: it would let a registry name whatever is here.
+	// A ref points at content that is here only after the registry has sent the manifest itself. A
+	// digest in a header proves nothing: it would let a registry name whatever is here.
 	if !p.registry.opts.SeparateRegistries && !p.opts.Verify {
 		if result, err := p.point(ctx, m.Digest()); result != nil || err != nil {
 			return result, err
@@ -276,9 +282,9 @@ func (p *puller) bring(ctx context.Context, m *Manifest) (*PullResult, error) {
 	return p.transfer(ctx, m)
 }
 
-// settled returns the result if nothing has to be fetched for a manifest: the ref points at it already and
-// it is here with all it needs, or publishing it is certain to be a conflict. The policy is applied
-// again when it is published.
+// settled returns the result if nothing has to be fetched for a manifest: the ref points at it
+// already and it is here with all it needs, or publishing it is certain to be a conflict. The
+// policy is applied again when it is published.
 func (p *puller) settled(ctx context.Context, root ocispec.Descriptor) (*PullResult, error) {
 	desc, ok, err := p.registry.index.resolve(p.as.key())
 	if err != nil {
@@ -295,9 +301,9 @@ func (p *puller) settled(ctx context.Context, root ocispec.Descriptor) (*PullRes
 	return p.result(u, nil)
 }
 
-// present returns the artifact if it is here under the reference itself or, unless registries are kept
-// apart, under another one, and nil if it isn't. Then the digest of the reference, or else its ref here, tells
-// what it is; the remote registry isn't asked.
+// present returns the artifact if it is here under the reference itself or, unless registries are
+// kept apart, under another one, and nil if it isn't. Then the digest of the reference, or else its
+// ref here, tells what it is; the remote registry isn't asked.
 func (p *puller) present(ctx context.Context) (*PullResult, error) {
 	if p.opts.Verify {
 		return nil, nil
@@ -315,7 +321,8 @@ func (p *puller) present(ctx context.Context) (*PullResult, error) {
 		}
 	}
 	if p.opts.Platform != nil {
-		// An image index that is here says which manifest is asked for. If there is none, the registry may know.
+		// An image index that is here says which manifest is asked for. If there is none, the
+		// registry may know.
 		m, err := p.registry.readVerified(ctx, desc)
 		if err == nil && m.IsIndex() {
 			if chosen, err := choosePlatform(m, p.opts.Platform); err == nil {
@@ -329,8 +336,8 @@ func (p *puller) present(ctx context.Context) (*PullResult, error) {
 	return p.point(ctx, desc.Digest)
 }
 
-// configFits reports whether the config of a manifest that is here says that it is for the wanted platform
-// (image-spec config.md). Otherwise only the image index can tell.
+// configFits reports whether the config of a manifest that is here says that it is for the wanted
+// platform (image-spec config.md). Otherwise only the image index can tell.
 func (p *puller) configFits(ctx context.Context, m *Manifest) bool {
 	config, ok := m.Config()
 	if !ok || config.Size > MaxManifestSize {

@@ -59,16 +59,17 @@ func (p *fetcher) fetch(ctx context.Context, desc ocispec.Descriptor, as role, i
 	return p.resume(ctx, desc, part, item)
 }
 
-// partial opens what an earlier transfer of a large blob left, and locks it. While another transfer of
-// the blob is under way, by this process or another one, it waits for the lock: what the other one
-// received then counts here too. The other one may end in three ways:
+// partial opens what an earlier transfer of a large blob left, and locks it. While another transfer
+// of the blob is under way, by this process or another one, it waits for the lock: what the other
+// one received then counts here too. The other one may end in three ways:
 //
 //   - it has published the blob: the blob is staged from the store, and partial returns nil;
 //   - it has the whole blob and is still busy with others: the file is hashed and used as it is;
 //   - it has failed, or was killed, which frees the lock: the transfer goes on where it stopped.
 //
-// One that receives nothing for the stall timeout is not waited for. Then partial returns nil too, and the
-// blob must be fetched without keeping it. No transfer waits while it holds a lock, so none waits for ever.
+// One that receives nothing for the stall timeout is not waited for. Then partial returns nil too,
+// and the blob must be fetched without keeping it. No transfer waits while it holds a lock, so none
+// waits for ever.
 func (p *fetcher) partial(ctx context.Context, desc ocispec.Descriptor) (*partial, error) {
 	limit := cmp.Or(max(p.repo.remote.StallTimeout, 0), time.Minute)
 	deadline, size := time.Now().Add(limit), int64(-1)
@@ -203,7 +204,8 @@ func (p *fetcher) appendOnce(ctx context.Context, from *remoteRepo, desc ocispec
 	return from.blobError(ctx, desc, body, err)
 }
 
-// unsatisfied starts over if a registry says that what is missing doesn't exist (RFC 9110, section 15.5.17).
+// unsatisfied starts over if a registry says that what is missing doesn't exist (RFC 9110, section
+// 15.5.17).
 func unsatisfied(part *partial, err error) error {
 	if e, ok := errors.AsType[*RemoteError](err); ok && e.Status == 416 && part.have > 0 {
 		return errors.Join(part.reset(), &RemoteError{Method: e.Method, URL: e.URL, Status: e.Status, again: true, Err: e.Err})

@@ -17,11 +17,12 @@ import (
 //	   │                                   │
 //	   └──◀── done, or the call's ctx ◀────┘        calls for which it didn't publish set their refs themselves
 //
-// The transfer belongs to none of the calls: it runs until it is done, or the last one that waits has left.
-// So a call whose context ends doesn't stop the others, and a call that is alone ends its transfer. To set a ref
-// in the same step as the content is published, the transfer does it for one call that waits; whose ref that
-// is depends on chance, but each call's own policy decides about its own ref. If that is a
-// conflict, the next call's ref is tried, since nothing of a conflict becomes visible.
+// The transfer belongs to none of the calls: it runs until it is done, or the last one that waits
+// has left. So a call whose context ends doesn't stop the others, and a call that is alone ends its
+// transfer. To set a ref in the same step as the content is published, the transfer does it for one
+// call that waits; whose ref that is depends on chance, but each call's own policy decides about
+// its own ref. If that is a conflict, the next call's ref is tried, since nothing of a conflict
+// becomes visible.
 //
 // Calls share only what they could have fetched themselves: the key holds the client, and so the
 // credentials, the repository, and the options that say what is fetched.
@@ -49,7 +50,8 @@ type turn struct {
 	done   chan struct{}
 }
 
-// transfer brings the closure of a manifest in, together with other calls that want the same, and sets the ref.
+// transfer brings the closure of a manifest in, together with other calls that want the same, and
+// sets the ref.
 func (p *puller) transfer(ctx context.Context, m *Manifest) (*PullResult, error) {
 	for range 3 {
 		f, unfollow, err := p.join(ctx, m)
@@ -86,8 +88,8 @@ func (p *puller) transfer(ctx context.Context, m *Manifest) (*PullResult, error)
 	return nil, fmt.Errorf("%w: %s is collected again and again while it is pulled", ErrIncomplete, p.ref)
 }
 
-// join returns the transfer of a manifest that is under way, or starts one. The call is told how far the
-// transfer is until it calls unfollow.
+// join returns the transfer of a manifest that is under way, or starts one. The call is told how
+// far the transfer is until it calls unfollow.
 func (p *puller) join(ctx context.Context, m *Manifest) (_ *sharedPull, unfollow func(), err error) {
 	r := p.registry
 	key := fmt.Sprintf("%p %s %s %d %t", p.repo.remote, p.ref.Name(), m.Digest(), p.opts.MaxBytes, p.opts.Verify)
@@ -145,8 +147,8 @@ func (f *sharedPull) wait(ctx context.Context, p *puller, unfollow func()) error
 }
 
 // leave ends the waiting of a call. The last one to leave ends the transfer, and waits until it has
-// cleaned up. One for which the transfer is publishing ends that, and waits for it: no ref of a call is set
-// after the call has returned.
+// cleaned up. One for which the transfer is publishing ends that, and waits for it: no ref of a
+// call is set after the call has returned.
 func (f *sharedPull) leave(p *puller) {
 	f.mu.Lock()
 	f.waiting = slices.DeleteFunc(f.waiting, func(other *puller) bool { return other == p })
@@ -175,8 +177,8 @@ func (f *sharedPull) end(err error) {
 	close(f.done)
 }
 
-// next begins the turn of the first call that still waits and isn't among those that were tried, with the context
-// of the turn. If there is none, nobody may join any more.
+// next begins the turn of the first call that still waits and isn't among those that were tried,
+// with the context of the turn. If there is none, nobody may join any more.
 func (f *sharedPull) next(ctx context.Context, tried []*puller) (context.Context, *turn) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -200,7 +202,8 @@ func (f *sharedPull) over(t *turn) {
 	close(t.done)
 }
 
-// run brings the closure in, with the repository and the number of workers of the call that came first.
+// run brings the closure in, with the repository and the number of workers of the call that came
+// first.
 func (f *sharedPull) run(ctx context.Context, first *puller, m *Manifest) error {
 	r := f.registry
 	im := r.newImporter(&ImportOptions{MaxBytes: first.opts.MaxBytes, one: true})
@@ -236,7 +239,8 @@ func (f *sharedPull) run(ctx context.Context, first *puller, m *Manifest) error 
 	}
 }
 
-// publish publishes in a turn, which then is over. left says that the call whose turn it was has ended it.
+// publish publishes in a turn, which then is over. left says that the call whose turn it was has
+// ended it.
 func (f *sharedPull) publish(ctx context.Context, t *turn, s *stage, pubs []publication) (updates []RefUpdate, left bool, err error) {
 	defer f.over(t)
 	updates, err = f.registry.publish(ctx, s, pubs)
@@ -246,8 +250,8 @@ func (f *sharedPull) publish(ctx context.Context, t *turn, s *stage, pubs []publ
 // errNobodyWaits ends a transfer that is of use to no call any more.
 var errNobodyWaits = errors.New("nobody waits for the transfer")
 
-// stageClosure stages a manifest that the remote registry has sent, with everything that it needs, and returns the
-// publication of it.
+// stageClosure stages a manifest that the remote registry has sent, with everything that it needs,
+// and returns the publication of it.
 func (p *puller) stageClosure(ctx context.Context, im *importer, m *Manifest) (pubs []publication, stats *ImportResult, received int64, err error) {
 	r := p.registry
 	from := &fetcher{registry: r, repo: p.repo, ref: p.ref, stage: im.stage}

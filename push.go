@@ -17,19 +17,22 @@ import (
 type PushOptions struct {
 	// Remote is the client to push with. Nil means [Options.Remote].
 	Remote *Remote
-	// As, if not zero, is the artifact's name in the remote registry, and names that registry. Otherwise
-	// the artifact keeps its reference.
+	// As, if not zero, is the artifact's name in the remote registry, and names that registry.
+	// Otherwise the artifact keeps its reference.
 	As Reference
 	// Tags are further tags that the artifact gets in the same repository.
 	Tags []string
-	// Expected, if not empty, is the digest that the remote tag must point at. A tag that points elsewhere, or is
-	// absent, is a [*ConflictError]. The registry is asked just before the tag is written. Registries offer
-	// no way to do both in one step, so a writer in between can be overwritten. It doesn't concern Tags.
+	// Expected, if not empty, is the digest that the remote tag must point at. A tag that points
+	// elsewhere, or is absent, is a [*ConflictError]. The registry is asked just before the tag is
+	// written. Registries offer no way to do both in one step, so a writer in between can be
+	// overwritten. It doesn't concern Tags.
 	Expected digest.Digest
-	// Referrers takes the artifact's referrers along, such as signatures, and those of the referrers, as far
-	// as they are here: see PushResult.Skipped. They are pushed by digest, after the artifact.
+	// Referrers takes the artifact's referrers along, such as signatures, and those of the
+	// referrers, as far as they are here: see PushResult.Skipped. They are pushed by digest, after
+	// the artifact.
 	Referrers bool
-	// ReferrerTypes, if not empty, are the artifact types of the referrers that Referrers takes along.
+	// ReferrerTypes, if not empty, are the artifact types of the referrers that Referrers takes
+	// along.
 	ReferrerTypes []string
 	// ChunkSize, if positive, uploads blobs larger than that in chunks of so many bytes. Otherwise
 	// a blob goes in one request, unless the registry wants chunks.
@@ -60,14 +63,16 @@ type PushResult struct {
 // registry has no referrers API (distribution-spec, "Unavailable Referrers API").
 //
 // Push overwrites the remote tag, whatever it points at: see [PushOptions]. It returns nil only if
-// the registry has everything. Pushing again sends the part that is missing. Damaged bytes are never sent whole.
+// the registry has everything. Pushing again sends the part that is missing. Damaged bytes are
+// never sent whole.
 //
 // ctx governs the call. Errors:
 //   - [ErrNotFound] or [ErrIncomplete] if something isn't here
-//   - [*RemoteError] for failures of the registry or the network, with one of the sentinels that it lists
+//   - [*RemoteError] for failures of the registry or the network, with one of the sentinels that it
+//     lists
 //   - [*ConflictError] if the remote tag isn't at PushOptions.Expected
-//   - [ErrUnsupportedManifest] if the registry doesn't take an artifact manifest: build the artifact as an
-//     image manifest ([FormatImageManifest]) or [LocalRegistry.Convert] it
+//   - [ErrUnsupportedManifest] if the registry doesn't take an artifact manifest: build the
+//     artifact as an image manifest ([FormatImageManifest]) or [LocalRegistry.Convert] it
 //   - [ErrInvalidReference] for a bad tag, [ErrTooLarge] for too many referrers
 //   - [ErrDigestMismatch], and any error from ctx or the file system
 func (r *LocalRegistry) Push(ctx context.Context, ref Reference, opts *PushOptions) (*PushResult, error) {
@@ -151,8 +156,8 @@ func (p *pusher) count(result *PushResult) {
 	result.BytesSent = p.bytes.Load()
 }
 
-// send sends blobs, and then manifests, the last of which is root. It puts root under a tag or its digest, and
-// under further tags.
+// send sends blobs, and then manifests, the last of which is root. It puts root under a tag or its
+// digest, and under further tags.
 func (p *pusher) send(ctx context.Context, root ocispec.Descriptor, manifests, blobs []ocispec.Descriptor, reference string, tags []string) error {
 	p.meter.planAll(manifests)
 	p.meter.planAll(blobs)
@@ -259,8 +264,9 @@ func ofType(d ocispec.Descriptor, types []string) bool {
 	return len(types) == 0 || slices.Contains(types, d.ArtifactType)
 }
 
-// putManifest pushes a manifest. A registry, or a cache in front of it, may have said that blobs are there
-// which aren't. The answer to the manifest says so. Then those that weren't sent are sent.
+// putManifest pushes a manifest. A registry, or a cache in front of it, may have said that blobs
+// are there which aren't. The answer to the manifest says so. Then those that weren't sent are
+// sent.
 func (p *pusher) putManifest(ctx context.Context, reference string, m *Manifest) error {
 	err := p.repo.putManifest(ctx, reference, m)
 	if e, ok := errors.AsType[*RemoteError](err); !ok || !e.unknownBlob() {
@@ -289,7 +295,8 @@ func (p *pusher) putManifest(ctx context.Context, reference string, m *Manifest)
 	return p.repo.putManifest(ctx, reference, m)
 }
 
-// there reports whether a tag or digest is what it is to be already. An error only means that it has to be written.
+// there reports whether a tag or digest is what it is to be already. An error only means that it
+// has to be written.
 func (p *pusher) there(ctx context.Context, reference string, desc ocispec.Descriptor) bool {
 	got, err := p.repo.head(ctx, reference)
 	return err == nil && got.Digest == desc.Digest && got.Size == desc.Size && got.MediaType == desc.MediaType

@@ -35,9 +35,9 @@ const (
 // copied, once it is in use. It is safe for concurrent use; share one, since it
 // keeps tokens and connections.
 //
-// A credential goes to the registry it is for, or to the token server that
-// this registry names if that is an https address which is not private unless the registry's is,
-// and nowhere else: not across a redirect, an upload location or a link that leads to another scheme, host or port.
+// A credential goes to the registry it is for, or to the token server that this registry names if
+// that is an https address which is not private unless the registry's is, and nowhere else: not
+// across a redirect, an upload location or a link that leads to another scheme, host or port.
 type Remote struct {
 	// Client makes the requests: its transport, timeout and cookie jar count,
 	// its CheckRedirect doesn't. Nil means a transport of this Remote's own, with proxies from
@@ -60,25 +60,30 @@ type Remote struct {
 	// loopback, 100.64.0.0/10, 198.18.0.0/15, 240.0.0.0/4). It must be safe for concurrent use.
 	// Nil allows none.
 	AllowAddress func(registry string, addr netip.Addr) bool
-	// Mirrors lists the mirrors of registries, by the host that references name: "docker.io", "ghcr.io".
+	// Mirrors lists the mirrors of registries, by the host that references name: "docker.io",
+	// "ghcr.io".
 	//
-	// [LocalRegistry.Pull], [LocalRegistry.Load], [LocalRegistry.Repair], [Remote.Manifest] and [Remote.Resolve]
-	// ask a registry's mirrors before the registry, in this order: for blobs and for manifests by digest, which
-	// the digest proves, and for tags if [Mirror.Tags] is set. After any failure of a mirror, a 404 included, the
-	// next one is asked, and last the registry. So a mirror never makes a call fail, and never says that
-	// something is absent. A mirror that gives no answer, or a wrong one, is not asked for a minute.
+	// [LocalRegistry.Pull], [LocalRegistry.Load], [LocalRegistry.Repair], [Remote.Manifest] and
+	// [Remote.Resolve] ask a registry's mirrors before the registry, in this order: for blobs and
+	// for manifests by digest, which the digest proves, and for tags if [Mirror.Tags] is set. After
+	// any failure of a mirror, a 404 included, the next one is asked, and last the registry. So a
+	// mirror never makes a call fail, and never says that something is absent. A mirror that gives
+	// no answer, or a wrong one, is not asked for a minute.
 	//
-	// All other calls ask only the registry. Nothing is ever pushed to a mirror. Credentials, SendCredentials,
-	// PlainHTTP and AllowAddress are asked about the mirror's host; the registry's credentials don't reach it. A
-	// mirror gets the registry's host as the query parameter ns, so one mirror can serve several registries.
+	// All other calls ask only the registry. Nothing is ever pushed to a mirror. Credentials,
+	// SendCredentials, PlainHTTP and AllowAddress are asked about the mirror's host; the registry's
+	// credentials don't reach it. A mirror gets the registry's host as the query parameter ns, so
+	// one mirror can serve several registries.
 	//
-	// A list here is like registry-mirrors of dockerd with {"docker.io": {{Location: …, Tags: true}}}, like the
-	// [host] tables of containerd's hosts.toml without the capability "push" (Tags is "resolve"), and like
-	// [[registry.mirror]] of containers-registries.conf with pull-from-mirror = "digest-only" (Tags: "all").
+	// A list here is like registry-mirrors of dockerd with {"docker.io": {{Location: …, Tags:
+	// true}}}, like the [host] tables of containerd's hosts.toml without the capability "push"
+	// (Tags is "resolve"), and like [[registry.mirror]] of containers-registries.conf with
+	// pull-from-mirror = "digest-only" (Tags: "all").
 	Mirrors map[string][]Mirror
 	// Retry decides on requests that may be repeated. Nil means [DefaultRetry].
 	Retry RetryFunc
-	// Logger records each repeated request at level Warn, with its error and the wait. Nil discards.
+	// Logger records each repeated request at level Warn, with its error and the wait. Nil
+	// discards.
 	Logger *slog.Logger
 	// MaxPerHost is how many requests to one registry run at a time. Zero means 16.
 	MaxPerHost int

@@ -10,8 +10,8 @@ import (
 	"strings"
 )
 
-// credential asks r.Credentials once. A source that fails leaves the call without a credential, which
-// may be enough: the failure is kept for [remoteRepo.blame]. The error is the context's.
+// credential asks r.Credentials once. A source that fails leaves the call without a credential,
+// which may be enough: the failure is kept for [remoteRepo.blame]. The error is the context's.
 func (p *remoteRepo) credential(ctx context.Context) (*Credential, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -112,7 +112,8 @@ func (p *remoteRepo) authorized(ctx context.Context, c *remoteCall) (*http.Respo
 }
 
 // introduce finds out how the registry wants to be shown a credential, if [Remote.SendCredentials]
-// says not to wait until it asks. The entry point /v2/ asks in registries that hide everything else.
+// says not to wait until it asks. The entry point /v2/ asks in registries that hide everything
+// else.
 func (p *remoteRepo) introduce(ctx context.Context) error {
 	if p.remote.SendCredentials == nil || !p.remote.SendCredentials(p.host.name) {
 		return nil
@@ -253,7 +254,8 @@ func (p *remoteRepo) answer(ctx context.Context, c *remoteCall, ch challenge, re
 		a, err := p.fetchToken(ctx, ch, scopes, cred)
 		if e, ok := errors.AsType[*RemoteError](err); ok && e.Status >= 400 && e.Status < 500 && e.Status != http.StatusTooManyRequests &&
 			!slices.Equal(scopes, own.list()) {
-			// The server may refuse what the challenge or a mount adds: a placeholder, another repository.
+			// The server may refuse what the challenge or a mount adds: a placeholder, another
+			// repository.
 			if a, again := p.fetchToken(ctx, ch, own.list(), cred); again == nil {
 				return a, nil
 			}

@@ -11,13 +11,15 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// Copy copies the artifact that from names to where to says, in the same or another remote registry, without
-// storing it. dst is the client of to's registry; nil means r. Blobs that are there already are not
-// transferred, and those of the same registry are mounted if it allows that. Each blob is verified on its way, and the
-// last byte of a bad one is not sent. A tag that exists is overwritten. It returns the manifest's descriptor.
+// Copy copies the artifact that from names to where to says, in the same or another remote
+// registry, without storing it. dst is the client of to's registry; nil means r. Blobs that are
+// there already are not transferred, and those of the same registry are mounted if it allows that.
+// Each blob is verified on its way, and the last byte of a bad one is not sent. A tag that exists
+// is overwritten. It returns the manifest's descriptor.
 //
-// ctx governs the call. Errors are those of [Remote.Resolve] and [LocalRegistry.Push] that a remote registry causes;
-// [ErrTooLarge] if the destination takes a blob only in chunks: then pull and push.
+// ctx governs the call. Errors are those of [Remote.Resolve] and [LocalRegistry.Push] that a remote
+// registry causes; [ErrTooLarge] if the destination takes a blob only in chunks: then pull and
+// push.
 func (r *Remote) Copy(ctx context.Context, from, to Reference, dst *Remote) (ocispec.Descriptor, error) {
 	desc, err := r.copy(ctx, from, to, dst)
 	return desc, opError("copy to "+to.String(), from.String(), "", err)
@@ -30,8 +32,8 @@ func (r *Remote) copy(ctx context.Context, from, to Reference, dst *Remote) (des
 		dst = r
 	}
 	if src == dst {
-		// A request that sends a blob waits for the one that receives it. If both took their slots from one
-		// host, enough copies at a time could wait for each other for ever.
+		// A request that sends a blob waits for the one that receives it. If both took their slots
+		// from one host, enough copies at a time could wait for each other for ever.
 		src = &Remote{Client: r.Client, Credentials: r.Credentials, PlainHTTP: r.PlainHTTP, Retry: r.Retry, MaxPerHost: r.MaxPerHost,
 			StallTimeout: r.StallTimeout, UserAgent: r.UserAgent, AllowAddress: r.AllowAddress,
 			SendCredentials: r.SendCredentials, Logger: r.Logger}
@@ -64,8 +66,9 @@ type remoteCopy struct {
 	seen     map[digest.Digest]bool
 }
 
-// manifest copies everything that a manifest needs, and then the manifest. The blobs come first: when a member
-// is reached, blobs that were seen before are all there, so that it is put after each blob that it needs.
+// manifest copies everything that a manifest needs, and then the manifest. The blobs come first:
+// when a member is reached, blobs that were seen before are all there, so that it is put after each
+// blob that it needs.
 func (c *remoteCopy) manifest(ctx context.Context, m *Manifest, reference string, depth int) error {
 	if depth > MaxIndexNesting {
 		return fmt.Errorf("%w: image indexes nested more than %d deep", ErrTooLarge, MaxIndexNesting)
@@ -130,7 +133,8 @@ func (c *remoteCopy) blob(ctx context.Context, desc ocispec.Descriptor) error {
 	return u.run(ctx, session)
 }
 
-// A copiedBody is a blob on its way from one registry to another. Its errors say that the source failed.
+// A copiedBody is a blob on its way from one registry to another. Its errors say that the source
+// failed.
 type copiedBody struct {
 	repo     *remoteRepo
 	ctx      context.Context

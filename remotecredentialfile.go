@@ -140,8 +140,8 @@ func parseCredentialFile(b []byte) (*credentialFile, error) {
 	return f, nil
 }
 
-// dockerHubKeys are the hosts under which credentials for Docker Hub are kept. Helpers are asked for
-// the first.
+// dockerHubKeys are the hosts under which credentials for Docker Hub are kept. Helpers are asked
+// for the first.
 var dockerHubKeys = []string{"https://index.docker.io/v1/", "docker.io", "index.docker.io", "registry-1.docker.io"}
 
 // find returns the credential for a repository. If there is none, it returns the failures of all
@@ -225,7 +225,8 @@ func (f *credentialFile) entry(host, repository string) (Credential, error) {
 // repositories for which the entry is, "" for all. A name that can't be read has no registry.
 //
 // Docker has written the address of an API ("https://index.docker.io/v1/"), podman writes
-// "quay.io/org". The paths v1 and v2 are those of the API, and what follows them is not a repository.
+// "quay.io/org". The paths v1 and v2 are those of the API, and what follows them is not a
+// repository.
 func credentialKey(key string) (host, path string) {
 	rest, scheme := key, ""
 	if i := strings.Index(key, "://"); i >= 0 {

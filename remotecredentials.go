@@ -56,8 +56,8 @@ func (c Credential) MarshalJSON() ([]byte, error) { return json.Marshal(c.String
 // The function must be safe for concurrent use.
 type CredentialFunc func(ctx context.Context, host, repository string) (Credential, error)
 
-// StaticCredential returns a function that has one credential for one registry, such as "ghcr.io" or
-// "localhost:5000", and none for others. The host may have every spelling that [ParseReference]
+// StaticCredential returns a function that has one credential for one registry, such as "ghcr.io"
+// or "localhost:5000", and none for others. The host may have every spelling that [ParseReference]
 // takes, and that of an address: "index.docker.io" and "https://index.docker.io/v1/" are docker.io.
 // If the text is not a host, the function returns [ErrInvalidArgument] whenever it is asked.
 func StaticCredential(host string, c Credential) CredentialFunc {
@@ -85,9 +85,9 @@ func credentialHost(host string) (string, error) {
 
 // FirstCredential returns a function that asks each of sources in turn and returns the first
 // credential that is not anonymous: a [StaticCredential] for one registry before
-// [DefaultCredentials] for all others, for example. A source that fails does not stop the search. If
-// no source has a credential, the function returns the errors of those that failed, joined, and a
-// Credential whose Source says where it has looked. The context's error ends the search.
+// [DefaultCredentials] for all others, for example. A source that fails does not stop the search.
+// If no source has a credential, the function returns the errors of those that failed, joined, and
+// a Credential whose Source says where it has looked. The context's error ends the search.
 func FirstCredential(sources ...CredentialFunc) CredentialFunc {
 	sources = slices.Clone(sources)
 	return func(ctx context.Context, host, repository string) (Credential, error) {
@@ -124,8 +124,8 @@ func joined(list []error) error {
 	return err
 }
 
-// DefaultCredentials returns a function that looks where users' credentials usually are, each time it
-// is called. The first source that has one is taken:
+// DefaultCredentials returns a function that looks where users' credentials usually are, each time
+// it is called. The first source that has one is taken:
 //
 //   - the environment variables OMMX_BASIC_AUTH_DOMAIN, _USERNAME and _PASSWORD, for the one
 //     registry that the first names;

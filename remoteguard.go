@@ -58,7 +58,8 @@ var addressKinds = []struct {
 	{netip.MustParsePrefix("fec0::/10"), kindSpecial},
 }
 
-// embedded are the IPv6 prefixes whose addresses stand for an IPv4 address, which begins at byte at.
+// embedded are the IPv6 prefixes whose addresses stand for an IPv4 address, which begins at byte
+// at.
 var embedded = []struct {
 	prefix netip.Prefix
 	at     int

@@ -11,10 +11,11 @@ import (
 // maxLinkLen bounds the address of a page.
 const maxLinkLen = 8 << 10
 
-// nextPage returns the address in a Link of relation "next" (RFC 8288), nil if there is none.
-// Pages are asked of one origin only, the registry's. A registry behind a proxy may state an address
-// with the scheme, host, port or prefix that it has on the inside. If such an address ends with the path
-// that was asked, the list goes on there, on the registry's own origin. Any other address elsewhere is an error.
+// nextPage returns the address in a Link of relation "next" (RFC 8288), nil if there is none. Pages
+// are asked of one origin only, the registry's. A registry behind a proxy may state an address with
+// the scheme, host, port or prefix that it has on the inside. If such an address ends with the path
+// that was asked, the list goes on there, on the registry's own origin. Any other address elsewhere
+// is an error.
 func nextPage(at *url.URL, h http.Header) (*url.URL, error) {
 	text, err := parseLink(h.Values("Link"))
 	if err != nil || text == "" {

@@ -119,8 +119,9 @@ func (p *remoteRepo) pages(ctx context.Context, first *url.URL, header http.Head
 	return nil
 }
 
-// Tags lists the tags of ref's repository, in the registry's order; ref's own tag and
-// digest don't matter. Tags that no reference could have are left out. An error is yielded once, at the end; errors are those of [Remote.Resolve].
+// Tags lists the tags of ref's repository, in the registry's order; ref's own tag and digest don't
+// matter. Tags that no reference could have are left out. An error is yielded once, at the end;
+// errors are those of [Remote.Resolve].
 func (r *Remote) Tags(ctx context.Context, ref Reference) iter.Seq2[string, error] {
 	return func(yield func(string, error) bool) {
 		p, err := r.repo(ref)

@@ -14,9 +14,9 @@ import (
 
 // A Mirror is a registry that has copies of another registry's content: see [Remote.Mirrors].
 type Mirror struct {
-	// Location is the mirror's host, with its port, and the path below which it has the repositories.
-	// "mirror.example.com:5000/hub" has docker.io/library/alpine under the name hub/library/alpine.
-	// It has no scheme: [Remote.PlainHTTP] decides on that.
+	// Location is the mirror's host, with its port, and the path below which it has the
+	// repositories. "mirror.example.com:5000/hub" has docker.io/library/alpine under the name
+	// hub/library/alpine. It has no scheme: [Remote.PlainHTTP] decides on that.
 	Location string
 	// Tags lets the mirror say where tags point. No digest proves such an answer: it may be old, or
 	// wrong. Otherwise tags are resolved by the registry itself, at the cost of one request.
@@ -25,18 +25,19 @@ type Mirror struct {
 
 // How mirrors are used.
 //
-// The problem: a mirror may be down, behind, incomplete or bad, and a pull must be as good as without
-// it. A cache that answers 404 only says that it has not got the content. One that gives no answer can
-// take half a minute to fail, for each of many blobs.
+// The problem: a mirror may be down, behind, incomplete or bad, and a pull must be as good as
+// without it. A cache that answers 404 only says that it has not got the content. One that gives no
+// answer can take half a minute to fail, for each of many blobs.
 //
-// The rule: only requests that read manifests and blobs go to mirrors, and only if the digest proves
-// the answer, or the mirror may answer for tags. Everything else asks the registry: whether something
-// is there, lists, and all that a push does. Each mirror is asked once. After any failure the next one
-// is asked, and last the registry, with retries; its answer is the answer of the call. A mirror that
-// fails by itself rests for a minute, in which no call of the Remote asks it.
+// The rule: only requests that read manifests and blobs go to mirrors, and only if the digest
+// proves the answer, or the mirror may answer for tags. Everything else asks the registry: whether
+// something is there, lists, and all that a push does. Each mirror is asked once. After any failure
+// the next one is asked, and last the registry, with retries; its answer is the answer of the call.
+// A mirror that fails by itself rests for a minute, in which no call of the Remote asks it.
 //
 // It is safe because a mirror is a [remoteRepo] of its own. Credentials, tokens, redirects and the
-// addresses that it may lead to are judged by the mirror's host, so nothing of the registry reaches it.
+// addresses that it may lead to are judged by the mirror's host, so nothing of the registry reaches
+// it.
 
 // mirrorRest is how long a mirror is not asked after it has failed.
 const mirrorRest = time.Minute
@@ -74,9 +75,9 @@ func (m Mirror) of(ref Reference) (Reference, error) {
 	return at, nil
 }
 
-// viaMirrors calls ask with one mirror after the other until one has answered. It returns false if none has:
-// then the registry must be asked. tag says that no digest proves the answer. The error is one for
-// which no mirror is to blame, such as the end of ctx or a full disk.
+// viaMirrors calls ask with one mirror after the other until one has answered. It returns false if
+// none has: then the registry must be asked. tag says that no digest proves the answer. The error
+// is one for which no mirror is to blame, such as the end of ctx or a full disk.
 func (p *remoteRepo) viaMirrors(ctx context.Context, tag bool, ask func(m *remoteRepo) error) (answered bool, err error) {
 	for _, m := range p.mirrors {
 		if tag && !m.tags || m.host.rests() {
@@ -103,8 +104,8 @@ func (p *remoteRepo) viaMirrors(ctx context.Context, tag bool, ask func(m *remot
 	return false, nil
 }
 
-// despiteMirrors adds to an error of the registry what became of its mirrors. Only their texts count: a
-// mirror's 404, for example, does not make the error [ErrNotFound].
+// despiteMirrors adds to an error of the registry what became of its mirrors. Only their texts
+// count: a mirror's 404, for example, does not make the error [ErrNotFound].
 func (p *remoteRepo) despiteMirrors(err error) error {
 	if _, ok := errors.AsType[*RemoteError](err); !ok {
 		return err

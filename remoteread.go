@@ -29,7 +29,8 @@ func (p *remoteRepo) manifestCall(method, reference string) *remoteCall {
 	}
 }
 
-// manifest fetches a manifest by tag or digest. mediaType is what it must be; "" for whatever it is.
+// manifest fetches a manifest by tag or digest. mediaType is what it must be; "" for whatever it
+// is.
 func (p *remoteRepo) manifest(ctx context.Context, reference, mediaType string) (m *Manifest, err error) {
 	answered, err := p.viaMirrors(ctx, isTag(reference), func(mirror *remoteRepo) error {
 		m, err = mirror.ownManifest(ctx, reference, mediaType)
@@ -65,15 +66,15 @@ func (p *remoteRepo) ownManifest(ctx context.Context, reference, mediaType strin
 	return m, nil
 }
 
-// ownAnswer reports whether an error is an answer of the registry itself, and not of a token server or of
-// a host that a redirect led to.
+// ownAnswer reports whether an error is an answer of the registry itself, and not of a token server
+// or of a host that a redirect led to.
 func (p *remoteRepo) ownAnswer(e *RemoteError) bool {
 	u, err := url.Parse(e.URL)
 	return err == nil && e.Status != 0 && !e.TokenServer && sameOrigin(u, p.host.base)
 }
 
-// saysAbsent reports whether err is the registry's answer that it doesn't have something. It is certain
-// if the answer has the specification's form; otherwise a proxy may have given it.
+// saysAbsent reports whether err is the registry's answer that it doesn't have something. It is
+// certain if the answer has the specification's form; otherwise a proxy may have given it.
 func (p *remoteRepo) saysAbsent(err error) (absent, certain bool) {
 	e, ok := errors.AsType[*RemoteError](err)
 	if !ok || !errors.Is(e, ErrNotFound) || !p.ownAnswer(e) {
@@ -135,13 +136,15 @@ func manifestType(h http.Header, want string) (string, error) {
 	return given, nil
 }
 
-// generalTypes are the media types that servers give to files of which they know nothing, or only that they are JSON.
+// generalTypes are the media types that servers give to files of which they know nothing, or only
+// that they are JSON.
 var generalTypes = []string{"", "application/json", "text/json", "text/plain", "application/octet-stream", "binary/octet-stream"}
 
-// head asks for the descriptor of a tag or digest. Registries, proxies and stores answer HEAD. Some of
-// them leave out a part of the descriptor, state a length of 0, or refuse what they answer to GET. So only
-// a complete answer of the registry itself counts. After any other answer, also a failure of the server, the
-// manifest is asked for, and only that request is repeated. Its answer has a body, which says why it fails.
+// head asks for the descriptor of a tag or digest. Registries, proxies and stores answer HEAD. Some
+// of them leave out a part of the descriptor, state a length of 0, or refuse what they answer to
+// GET. So only a complete answer of the registry itself counts. After any other answer, also a
+// failure of the server, the manifest is asked for, and only that request is repeated. Its answer
+// has a body, which says why it fails.
 func (p *remoteRepo) head(ctx context.Context, reference string) (desc ocispec.Descriptor, err error) {
 	answered, err := p.viaMirrors(ctx, true, func(mirror *remoteRepo) error {
 		desc, err = mirror.ownHead(ctx, reference)

@@ -17,29 +17,30 @@ import (
 )
 
 // A registry tells the referrers of a manifest in one of two ways: by the referrers API, or by a
-// list that its clients keep under a tag which they make from the subject's digest (distribution-spec,
-// "Referrers Tag Schema"). [remoteRepo.referrersAPI] decides which, for listing, pushing and deleting.
+// list that its clients keep under a tag which they make from the subject's digest
+// (distribution-spec, "Referrers Tag Schema"). [remoteRepo.referrersAPI] decides which, for
+// listing, pushing and deleting.
 //
 // All clients share the list, and a registry does not merge their writes. Three rules protect the
 // entries of others:
 //
-//   - A list is created only if the registry itself has said that there is none. A proxy, the target
-//     of a redirect or a token server can answer 404 too. A list written after such an answer would
-//     replace the real one with all its entries.
-//   - A write names the state that it is based on: If-Match with the ETag of the list that was read,
-//     If-None-Match for a new list. A registry that honours both loses no entry.
+//   - A list is created only if the registry itself has said that there is none. A proxy, the
+//     target of a redirect or a token server can answer 404 too. A list written after such an
+//     answer would replace the real one with all its entries.
+//   - A write names the state that it is based on: If-Match with the ETag of the list that was
+//     read, If-None-Match for a new list. A registry that honours both loses no entry.
 //   - Not every registry does. So the list is read again after each write. If another client has
 //     overwritten it, the change is made again, to that client's list.
 //
-// The third rule is not a guarantee. Suppose that a registry ignores conditions and two clients have
-// read the same list. If the second one writes after the first one has read its own entry back, that
-// entry is lost, and the first push has returned nil. The time between a client's read and its write
-// is the only protection then. Pushing the first artifact again adds its entry again.
+// The third rule is not a guarantee. Suppose that a registry ignores conditions and two clients
+// have read the same list. If the second one writes after the first one has read its own entry
+// back, that entry is lost, and the first push has returned nil. The time between a client's read
+// and its write is the only protection then. Pushing the first artifact again adds its entry again.
 
-// Referrers lists the manifests in ref's repository whose subject is the one that ref
-// names, of one artifact type or, if that is "", of all (distribution-spec,
-// "Listing Referrers"). A tag is resolved first. A registry without that API is asked for the referrers tag.
-// An error is yielded once, at the end; errors are those of [Remote.Resolve].
+// Referrers lists the manifests in ref's repository whose subject is the one that ref names, of one
+// artifact type or, if that is "", of all (distribution-spec, "Listing Referrers"). A tag is
+// resolved first. A registry without that API is asked for the referrers tag. An error is yielded
+// once, at the end; errors are those of [Remote.Resolve].
 func (r *Remote) Referrers(ctx context.Context, ref Reference, artifactType string) iter.Seq2[ocispec.Descriptor, error] {
 	return func(yield func(ocispec.Descriptor, error) bool) {
 		p, err := r.repo(ref)
@@ -104,10 +105,10 @@ type referrersAnswer struct {
 }
 
 // referrersAPI lists a subject's referrers by the referrers API. It is the one place that decides
-// whether a registry has that API. A registry has it if its own first answer is an image index with a list
-// in it. Without the API, registries answer with many statuses, pages of HTML, or a redirect to a
-// page where people log in; those aren't errors, and mean that the tag has to be used. A failure of the
-// registry or of its token server is an error: it says nothing of the API.
+// whether a registry has that API. A registry has it if its own first answer is an image index with
+// a list in it. Without the API, registries answer with many statuses, pages of HTML, or a redirect
+// to a page where people log in; those aren't errors, and mean that the tag has to be used. A
+// failure of the registry or of its token server is an error: it says nothing of the API.
 func (p *remoteRepo) referrersAPI(ctx context.Context, subject digest.Digest, artifactType string, each func([]ocispec.Descriptor) error) (referrersAnswer, error) {
 	u := p.url("referrers", string(subject))
 	if artifactType != "" {
@@ -177,8 +178,8 @@ func referrersTagName(subject digest.Digest) string {
 	return string(subject.Algorithm()) + "-" + enc[:min(len(enc), 64)]
 }
 
-// referrersTag fetches the list under the referrers tag and its ETag. It returns nil if there is none, as
-// the registry itself says: in the specification's form, or twice.
+// referrersTag fetches the list under the referrers tag and its ETag. It returns nil if there is
+// none, as the registry itself says: in the specification's form, or twice.
 func (p *remoteRepo) referrersTag(ctx context.Context, subject digest.Digest) (*Manifest, string, error) {
 	c := p.manifestCall(http.MethodGet, referrersTagName(subject))
 	for look := 1; ; look++ {
@@ -226,8 +227,8 @@ func (p *remoteRepo) addReferrer(ctx context.Context, subject digest.Digest, m *
 	return p.changeReferrers(ctx, subject, func(list *Manifest) (*Manifest, error) { return withReferrer(list, m) })
 }
 
-// removeReferrer takes d out of the referrers tag of its subject, unless the registry has the referrers API
-// (distribution-spec, "Deleting Manifests").
+// removeReferrer takes d out of the referrers tag of its subject, unless the registry has the
+// referrers API (distribution-spec, "Deleting Manifests").
 func (p *remoteRepo) removeReferrer(ctx context.Context, subject, d digest.Digest) error {
 	api, err := p.referrersAPI(ctx, subject, "", func([]ocispec.Descriptor) error { return nil })
 	if api.has || err != nil && !p.fails(err) {
@@ -243,8 +244,8 @@ func (p *remoteRepo) fails(err error) bool {
 	return ok && p.ownAnswer(e) && e.Status >= 500
 }
 
-// changeReferrers writes what change makes of the list under the referrers tag, until change finds nothing
-// to do and returns nil. One goroutine of a host does so at a time.
+// changeReferrers writes what change makes of the list under the referrers tag, until change finds
+// nothing to do and returns nil. One goroutine of a host does so at a time.
 func (p *remoteRepo) changeReferrers(ctx context.Context, subject digest.Digest, change func(*Manifest) (*Manifest, error)) error {
 	select {
 	case p.host.referrers <- struct{}{}:

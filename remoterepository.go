@@ -9,14 +9,15 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// A RemoteRepository is one repository of a remote registry, for calls that need no tag. It is safe for concurrent use.
+// A RemoteRepository is one repository of a remote registry, for calls that need no tag. It is safe
+// for concurrent use.
 type RemoteRepository struct {
 	remote *Remote
 	ref    Reference // with the default tag, which is not used
 }
 
-// Repository returns the repository of a name such as "ghcr.io/org/model", by [ParseReference]'s rules. Nothing is asked.
-// Errors: [ErrInvalidReference], also for a name with a tag or digest.
+// Repository returns the repository of a name such as "ghcr.io/org/model", by [ParseReference]'s
+// rules. Nothing is asked. Errors: [ErrInvalidReference], also for a name with a tag or digest.
 func (r *Remote) Repository(name string) (*RemoteRepository, error) {
 	ref, err := ParseReference(name)
 	if err == nil {
@@ -38,7 +39,8 @@ func (p *RemoteRepository) Tags(ctx context.Context) iter.Seq2[string, error] {
 	return p.remote.Tags(ctx, p.ref)
 }
 
-// Referrers is [Remote.Referrers] of a digest in the repository. [ErrInvalidDigest] is yielded for a bad one.
+// Referrers is [Remote.Referrers] of a digest in the repository. [ErrInvalidDigest] is yielded for
+// a bad one.
 func (p *RemoteRepository) Referrers(ctx context.Context, subject digest.Digest, artifactType string) iter.Seq2[ocispec.Descriptor, error] {
 	ref, err := p.ref.WithDigest(subject)
 	if err != nil {

@@ -21,8 +21,8 @@ import (
 // The rule: [Remote.again] is the only place that asks the policy and waits. Each level that can
 // repeat its step calls it with the error of that step. Four facts travel with a failure:
 //
-//   - RemoteError.final: repeating cannot help, although no status says so, because the answer broke
-//     the protocol or its content is wrong. The function that makes the error sets it.
+//   - RemoteError.final: repeating cannot help, although no status says so, because the answer
+//     broke the protocol or its content is wrong. The function that makes the error sets it.
 //     [RemoteError.Temporary] reads it.
 //   - RemoteError.again: repeating will help, whatever the status says, because the step begins
 //     differently next time. An upload sets it when its session is gone. Temporary reads it first.
@@ -36,15 +36,16 @@ import (
 // It is safe because an error is owned by the goroutine of its call, and the fields only ever
 // forbid attempts, except again, which counts against the policy of the outer step.
 
-// A RetryFunc decides whether a request that has failed attempt times, last with err, is sent again,
-// and after which wait. err is a [*RemoteError] in most cases. The function is not asked when the
-// call's context has ended. It must be safe for concurrent use.
+// A RetryFunc decides whether a request that has failed attempt times, last with err, is sent
+// again, and after which wait. err is a [*RemoteError] in most cases. The function is not asked
+// when the call's context has ended. It must be safe for concurrent use.
 type RetryFunc func(attempt int, err error) (wait time.Duration, again bool)
 
 const (
 	// maxRetryWait is the longest wait to which DefaultRetry agrees.
 	maxRetryWait = time.Minute
-	// maxRefused is how often DefaultRetry tries again when nobody listens. It takes 1.35 seconds at most.
+	// maxRefused is how often DefaultRetry tries again when nobody listens. It takes 1.35 seconds
+	// at most.
 	maxRefused = 2
 )
 
@@ -112,8 +113,8 @@ func (r *Remote) again(ctx context.Context, attempt int, err error) error {
 // maxServerWait bounds the wait that a Retry-After can ask for, so that no sum overflows.
 const maxServerWait = 365 * 24 * time.Hour
 
-// parseRetryAfter reads seconds or a date (RFC 9110, section 10.2.3). Anything else, or a date in the
-// past, is 0.
+// parseRetryAfter reads seconds or a date (RFC 9110, section 10.2.3). Anything else, or a date in
+// the past, is 0.
 func parseRetryAfter(s string, now time.Time) time.Duration {
 	if n, err := strconv.ParseUint(s, 10, 63); err == nil || errors.Is(err, strconv.ErrRange) {
 		return time.Duration(min(n, uint64(maxServerWait/time.Second))) * time.Second

@@ -26,8 +26,9 @@ import (
 //
 //   - Text of a server is cleaned where it is read (serverText), before it is cut. That finds whole
 //     secrets, in every spelling that an answer is likely to use (spellings).
-//   - An error is cleaned where it leaves a request (conceal, clean). By then all that this call has
-//     shown is known, and texts that others have cut are searched for beginnings of secrets (hideCut).
+//   - An error is cleaned where it leaves a request (conceal, clean). By then all that this call
+//     has shown is known, and texts that others have cut are searched for beginnings of secrets
+//     (hideCut).
 //   - A cleaned error keeps no error that it was made from. It keeps a text and those causes whose
 //     own texts are the same whoever has caused them (fixedCauses).
 //
@@ -144,8 +145,8 @@ func timedOut(err error) bool {
 	return ok && t.Timeout()
 }
 
-// fixedCauses returns the causes of err whose texts are the same whoever caused them: sentinels, and
-// the numbers of the system.
+// fixedCauses returns the causes of err whose texts are the same whoever caused them: sentinels,
+// and the numbers of the system.
 func fixedCauses(err error) []error {
 	var list []error
 	for _, fixed := range fixedErrors {

@@ -14,20 +14,20 @@ import (
 // A watch ends a request that stalls.
 //
 // The problem: net/http has no timeout for a transfer that makes no progress. One for the whole
-// request would end large blobs on slow lines. A deadline for each read would accept a registry that
-// sends one byte now and then, for ever.
+// request would end large blobs on slow lines. A deadline for each read would accept a registry
+// that sends one byte now and then, for ever.
 //
 // The rule: within the stall timeout, at least trickle bytes must move. The time runs only while
-// this side waits for the registry: start lets it run, and pause or count stop it, so a slow disk or
-// a slow caller does not count. When trickle bytes have moved, the full time is available again. The
-// wait for the answer to a body lasts longer, by a factor, because the registry may have much to
-// hash; time that passes then counts less by the same factor.
+// this side waits for the registry: start lets it run, and pause or count stop it, so a slow disk
+// or a slow caller does not count. When trickle bytes have moved, the full time is available again.
+// The wait for the answer to a body lasts longer, by a factor, because the registry may have much
+// to hash; time that passes then counts less by the same factor.
 //
 // It is safe because the watch only cancels the context of its own request, with errStalled as the
 // cause. So a stall is told from the end of the caller's context, and is a failure that may be
 // repeated, on new connections (renew). The body of a request and its answer can overlap: the
-// transport may still send while the answer is read. Both use one watch, under its mutex, and either
-// keeps it quiet.
+// transport may still send while the answer is read. Both use one watch, under its mutex, and
+// either keeps it quiet.
 type watch struct {
 	ctx    context.Context
 	cancel context.CancelCauseFunc

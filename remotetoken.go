@@ -124,7 +124,8 @@ func parseToken(body []byte) (a tokenAnswer, err error) {
 			return a, errors.New("has a token that can't be sent in a header")
 		}
 	}
-	// A minute is what the protocol says when the server doesn't. Some go early, since clocks and wires differ.
+	// A minute is what the protocol says when the server doesn't. Some go early, since clocks and
+	// wires differ.
 	seconds := 60.0
 	says, ok := doc.ExpiresIn.(float64)
 	if text, isText := doc.ExpiresIn.(string); isText {

@@ -17,44 +17,51 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// A blob goes up in one request if it can, and otherwise in chunks (distribution-spec, "Pushing Blobs"):
+// A blob goes up in one request if it can, and otherwise in chunks (distribution-spec, "Pushing
+// Blobs"):
 //
 //	POST  …/blobs/uploads/           opens a session; each answer says where the session goes on
 //	PATCH <session>                  sends a chunk                          ┐ for each chunk
 //	GET   <session>                  asks how far it is, after a failure    ┘
 //	PUT   <session>?digest=<digest>  sends the rest, or all, and ends it
 //
-// The digest that ends an upload proves every byte before it. So what happens on the way may be taken
-// leniently: a wrong guess costs requests, never bytes.
+// The digest that ends an upload proves every byte before it. So what happens on the way may be
+// taken leniently: a wrong guess costs requests, never bytes.
 //
-//   - Any 2xx is success. The Range in the answer to a chunk is a hint. It is followed if it says that
-//     a part of the chunk arrived. If it contradicts what was sent, as it does with
-//     several registries, the session is asked once how far it is; after that the chunk counts as arrived.
-//   - A chunk whose answer was lost, or was 416, has arrived as far as the session says when asked. The
-//     upload goes on there, be that forward or back.
-//   - A body that is refused as too large goes in smaller ones: a whole blob in chunks, a chunk in quarters.
-//     Proxies cut off a body that is too large for them, or answer 502. After the second such failure
-//     a body counts as too large. 416 means too large where the session is as far as it should be.
-//   - A session may get lost. Then the blob starts over with a new one, as often as the retry policy says.
+//   - Any 2xx is success. The Range in the answer to a chunk is a hint. It is followed if it says
+//     that a part of the chunk arrived. If it contradicts what was sent, as it does with several
+//     registries, the session is asked once how far it is; after that the chunk counts as arrived.
+//   - A chunk whose answer was lost, or was 416, has arrived as far as the session says when asked.
+//     The upload goes on there, be that forward or back.
+//   - A body that is refused as too large goes in smaller ones: a whole blob in chunks, a chunk in
+//     quarters. Proxies cut off a body that is too large for them, or answer 502. After the second
+//     such failure a body counts as too large. 416 means too large where the session is as far as
+//     it should be.
+//   - A session may get lost. Then the blob starts over with a new one, as often as the retry
+//     policy says.
 //
-// It ends, because chunks must advance by half their size on average, and pieces do not get smaller than leastChunk.
+// It ends, because chunks must advance by half their size on average, and pieces do not get smaller
+// than leastChunk.
 
 // defaultChunk is the size of chunks when the registry wants some and doesn't say how large.
 const defaultChunk = 16 << 20
 
-// leastChunk is the size from which on a body that a registry finds too large is tried in smaller pieces.
+// leastChunk is the size from which on a body that a registry finds too large is tried in smaller
+// pieces.
 const leastChunk = 64 << 10
 
-// An uploadSession is where the next request of an upload goes. The address is the server's: it is used as it is.
+// An uploadSession is where the next request of an upload goes. The address is the server's: it is
+// used as it is.
 type uploadSession struct {
 	url *url.URL
-	// least is the size that chunks other than the last must have; 0 if the registry doesn't want chunks.
+	// least is the size that chunks other than the last must have; 0 if the registry doesn't want
+	// chunks.
 	least int64
 }
 
-// nextSession reads where an upload goes on. A registry behind a proxy may state an address without the
-// TLS or the port of the proxy. Nothing goes there: if the address has the path of an upload to the
-// same repository, the upload goes on at the registry's own origin.
+// nextSession reads where an upload goes on. A registry behind a proxy may state an address without
+// the TLS or the port of the proxy. Nothing goes there: if the address has the path of an upload to
+// the same repository, the upload goes on at the registry's own origin.
 func nextSession(c *remoteCall, res *http.Response) (*uploadSession, error) {
 	text := res.Header.Get("Location")
 	base := c.repo.host.base
@@ -100,9 +107,10 @@ const (
 	present
 )
 
-// hasBlob asks whether the repository has a blob. Only an answer with the right length says so. Any other one
-// means that the blob has to be uploaded. Stores behind a registry, for example, refuse HEAD for what they have,
-// and have blobs that broke off; a page where people log in is an answer of 200 too.
+// hasBlob asks whether the repository has a blob. Only an answer with the right length says so. Any
+// other one means that the blob has to be uploaded. Stores behind a registry, for example, refuse
+// HEAD for what they have, and have blobs that broke off; a page where people log in is an answer
+// of 200 too.
 func (p *remoteRepo) hasBlob(ctx context.Context, desc ocispec.Descriptor) (presence, error) {
 	c := &remoteCall{method: http.MethodHead, url: p.url("blobs", string(desc.Digest)), actions: []string{"pull", "push"}, ok: any2xx}
 	res, err := p.do(ctx, c)
@@ -127,8 +135,9 @@ func (p *remoteRepo) hasBlob(ctx context.Context, desc ocispec.Descriptor) (pres
 	return present, nil
 }
 
-// checkSize makes sure of a blob that was uploaded although the registry seemed to have it, with another length. HEAD
-// may be answered with no length, or by a cache. Then what GET is answered with counts.
+// checkSize makes sure of a blob that was uploaded although the registry seemed to have it, with
+// another length. HEAD may be answered with no length, or by a cache. Then what GET is answered
+// with counts.
 func (p *remoteRepo) checkSize(ctx context.Context, desc ocispec.Descriptor) error {
 	has, err := p.hasBlob(ctx, desc)
 	if err != nil || has == present {
@@ -196,7 +205,8 @@ type upload struct {
 	oddRange bool // asking a session after an odd Range didn't help
 }
 
-// run uploads the blob, in a session that may be open already. Each attempt after that opens its own.
+// run uploads the blob, in a session that may be open already. Each attempt after that opens its
+// own.
 func (u *upload) run(ctx context.Context, s *uploadSession) error {
 	for attempt := 1; ; attempt++ {
 		err := u.try(ctx, s)
@@ -293,7 +303,8 @@ func (u *upload) whole(ctx context.Context) (io.ReadCloser, error) {
 	return u.counted(v, 0), nil
 }
 
-// counted counts the bytes of an attempt to send the blob, or a chunk of it, that begins at byte at.
+// counted counts the bytes of an attempt to send the blob, or a chunk of it, that begins at byte
+// at.
 func (u *upload) counted(src io.ReadCloser, at int64) *countedBody {
 	report := u.item.from(at)
 	return &countedBody{src: src, count: func(n int) {
@@ -355,7 +366,8 @@ func (u *upload) chunks(ctx context.Context, s *uploadSession, size int64) error
 	}
 	defer f.Close()
 	at := int64(0)
-	// A registry that takes a byte of each chunk, or lets an upload go to and fro, must not be followed for ever.
+	// A registry that takes a byte of each chunk, or lets an upload go to and fro, must not be
+	// followed for ever.
 	enough := func() int64 { return 2*((u.desc.Size-at)/size+1) + 2*maxRetries }
 	for left := enough(); at < u.desc.Size; left-- {
 		if left == 0 {
@@ -429,7 +441,8 @@ func temporary(err error) bool {
 	return ok && e.Temporary()
 }
 
-// arrived reads the answer to a chunk of n bytes from at on. It returns the byte with which the upload goes on.
+// arrived reads the answer to a chunk of n bytes from at on. It returns the byte with which the
+// upload goes on.
 func (u *upload) arrived(ctx context.Context, c *remoteCall, s *uploadSession, res *http.Response, at, n int64) (end int64, err error) {
 	if err := s.goOn(c, res); err != nil {
 		return 0, err
@@ -474,8 +487,8 @@ func (u *upload) where(ctx context.Context, s *uploadSession) (end int64, known 
 	return last + 1, true, nil
 }
 
-// rangeEnd returns the byte after those that the Range in the answer to a chunk says are there, if that is
-// a part of the chunk's n bytes from at on, or all of them.
+// rangeEnd returns the byte after those that the Range in the answer to a chunk says are there, if
+// that is a part of the chunk's n bytes from at on, or all of them.
 func rangeEnd(text string, at, n int64) (end int64, ok bool) {
 	first, last, ok := parseRange(text)
 	end = last + 1
@@ -494,8 +507,8 @@ func parseRange(text string) (first, last int64, ok bool) {
 	return first, last, ok && err1 == nil && err2 == nil && first <= last && last < math.MaxInt64
 }
 
-// abandon tells the registry that an upload won't go on. That it can't be told doesn't matter: it finds out.
-// A caller who has ended the call doesn't wait long for it.
+// abandon tells the registry that an upload won't go on. That it can't be told doesn't matter: it
+// finds out. A caller who has ended the call doesn't wait long for it.
 func (u *upload) abandon(ctx context.Context, s *uploadSession) {
 	own, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
 	defer cancel()

@@ -12,13 +12,13 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// any2xx are the statuses of success. Registries differ in which of them they answer. So each is taken, and
-// one that isn't the specification's is looked into before it counts: see [created].
+// any2xx are the statuses of success. Registries differ in which of them they answer. So each is
+// taken, and one that isn't the specification's is looked into before it counts: see [created].
 var any2xx = []int{http.StatusOK, http.StatusCreated, http.StatusAccepted, http.StatusNonAuthoritativeInfo, http.StatusNoContent}
 
-// created reports whether an answer says that a manifest or blob was created, as only a registry says it.
-// A proxy's page, for example, is an answer of 200 in HTML. After an answer that doesn't say so,
-// the registry is asked whether it has the content.
+// created reports whether an answer says that a manifest or blob was created, as only a registry
+// says it. A proxy's page, for example, is an answer of 200 in HTML. After an answer that doesn't
+// say so, the registry is asked whether it has the content.
 func created(res *http.Response, d digest.Digest) bool {
 	if digest.Digest(res.Header.Get("Docker-Content-Digest")) == d {
 		return true
@@ -27,9 +27,9 @@ func created(res *http.Response, d digest.Digest) bool {
 	return res.StatusCode == http.StatusCreated && given != "text/html"
 }
 
-// Tag gives the manifest that ref names further tags in its repository, without transferring blobs. A tag that
-// exists is overwritten. It returns the manifest's descriptor. Errors are those of [Remote.Resolve], and
-// [ErrInvalidReference] for a bad tag, before anything is written.
+// Tag gives the manifest that ref names further tags in its repository, without transferring blobs.
+// A tag that exists is overwritten. It returns the manifest's descriptor. Errors are those of
+// [Remote.Resolve], and [ErrInvalidReference] for a bad tag, before anything is written.
 func (r *Remote) Tag(ctx context.Context, ref Reference, tags ...string) (ocispec.Descriptor, error) {
 	desc, err := r.tag(ctx, ref, tags)
 	return desc, opError("tag remotely", ref.String(), "", err)
@@ -64,7 +64,8 @@ func (p *remoteRepo) putManifest(ctx context.Context, reference string, m *Manif
 		return explainManifest(m, err)
 	}
 	subject := m.doc.Subject
-	// Without this header the registry has no referrers API (distribution-spec, "Pushing Manifests with Subject").
+	// Without this header the registry has no referrers API (distribution-spec, "Pushing Manifests
+	// with Subject").
 	if subject == nil || res.Header.Get("OCI-Subject") != "" {
 		return nil
 	}
@@ -133,7 +134,8 @@ func explainManifest(m *Manifest, err error) error {
 	return err
 }
 
-// unknownBlob reports whether a manifest was refused because the registry lacks something that it needs.
+// unknownBlob reports whether a manifest was refused because the registry lacks something that it
+// needs.
 func (e *RemoteError) unknownBlob() bool {
 	return slices.Contains([]int{http.StatusBadRequest, http.StatusNotFound, http.StatusUnprocessableEntity}, e.Status) &&
 		e.has("MANIFEST_BLOB_UNKNOWN", "BLOB_UNKNOWN")
