@@ -7,11 +7,14 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"maps"
 	"net/http"
 	"net/http/httptest"
+	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"testing/iotest"
@@ -72,7 +75,9 @@ var flows = []flow{
 		effect: map[string]string{newRef: "after"}},
 	{name: "first open without links", always: noLinks, run: publishFlow(newRef, ocilocal.KeepExisting, noise(31, 2000)),
 		effect: map[string]string{newRef: "after"}},
-	{name: "publish new", seeded: true, run: publishFlow(newRef, ocilocal.KeepExisting, noise(31, 2000), noise(32, 2<<20)),
+	{name: "publish new", seeded: true, run: func(r *ocilocal.LocalRegistry) error {
+		return publishFlow(newRef, ocilocal.KeepExisting, noise(31, 2000), noise(32, 2<<20))(r)
+	},
 		effect: map[string]string{newRef: "after"}},
 	{name: "publish dedup", seeded: true, run: publishFlow(newRef, ocilocal.KeepExisting, keptLayers...),
 		effect: map[string]string{newRef: "after"}},
@@ -231,6 +236,25 @@ func (f *flow) prepare(t *testing.T) (root string) {
 	if !f.seeded {
 		return root
 	}
+	seed := &flowSeeds[0]
+	if f.orphan {
+		seed = &flowSeeds[1]
+	}
+	seed.once.Do(func() {
+		made := filepath.Join(t.TempDir(), "root")
+		f.seed(t, made)
+		seed.read(t, made)
+	})
+	seed.write(t, root)
+	if f.damage {
+		rewrite(t, filepath.Join(root, "blobs", "sha256", digest.FromBytes(keptLayers[0]).Encoded()), flipBit)
+	}
+	return root
+}
+
+// seed makes the root that a flow finds, without the damage.
+func (f *flow) seed(t *testing.T, root string) {
+	t.Helper()
 	r := mustOpen(t, root)
 	for ref, label := range f.before() {
 		if _, err := publishLabelled(r, ref, label, ocilocal.KeepExisting, keptLayers...); err != nil {
@@ -249,10 +273,64 @@ func (f *flow) prepare(t *testing.T) (root string) {
 		}
 	}
 	mustClose(t, r)
-	if f.damage {
-		rewrite(t, blobFile(r, digest.FromBytes(keptLayers[0])), flipBit)
+}
+
+// flowSeeds are the roots that flows find: without orphans, and with them. Each is made once, since
+// flows need thousands of copies.
+var flowSeeds [2]struct {
+	once sync.Once
+	savedRoot
+}
+
+// A savedRoot is a closed registry in memory.
+type savedRoot []savedFile
+
+type savedFile struct {
+	name string // below the root, "." for the root
+	mode fs.FileMode
+	body []byte
+}
+
+func (s *savedRoot) read(t *testing.T, root string) {
+	t.Helper()
+	err := filepath.WalkDir(root, func(p string, e fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		rel, err := filepath.Rel(root, p)
+		if err != nil {
+			return err
+		}
+		fi, err := e.Info()
+		if err != nil {
+			return err
+		}
+		f := savedFile{name: rel, mode: fi.Mode()}
+		if !fi.IsDir() {
+			f.body, err = os.ReadFile(p)
+		}
+		*s = append(*s, f)
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
 	}
-	return root
+}
+
+// write makes a copy of the registry.
+func (s savedRoot) write(t *testing.T, root string) {
+	t.Helper()
+	for _, f := range s {
+		var err error
+		if name := filepath.Join(root, f.name); f.mode.IsDir() {
+			err = os.Mkdir(name, f.mode.Perm())
+		} else {
+			err = os.WriteFile(name, f.body, f.mode.Perm())
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
 }
 
 // labels reads the refs of all flows. The flow itself may have damaged a layer.
