@@ -4,12 +4,14 @@ import (
 	"bytes"
 	"context"
 	"database/sql"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"iter"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -156,12 +158,15 @@ func TestCollectWithDamagedIndex(t *testing.T) {
 		}
 	}
 	var flips []int // byte offsets
-	for at := range len(d.index) - 71 {
-		if bytes.HasPrefix(d.index[at:], []byte("sha256:")) && at%3 < scaled(1, 3, 3) {
-			flips = append(flips, at+7+at%64)
+	for name := range blobs {
+		id := rowBytes(digest.NewDigestFromEncoded(digest.SHA256, filepath.Base(name)))
+		for at := range len(d.index) - len(id) {
+			if bytes.HasPrefix(d.index[at:], id) {
+				flips = append(flips, at+1+at%32)
+			}
 		}
 	}
-	if len(flips) < 50 {
+	if len(flips) < 70 { // in content and its index, in manifests, and in refs
 		t.Fatalf("%d digests", len(flips))
 	}
 	seed := rand.Uint64()
@@ -284,16 +289,20 @@ func TestRebuildDamagedRows(t *testing.T) {
 	d := newDamagedRoot(t)
 	ids := d.ids(t)
 	values := map[string][]string{ // the likeliest to matter first
-		"INTEGER": {"-32321", "446", "9223372036854775807", "-1", "0", "1", "447", "-9223372036854775808"},
-		"TEXT":    {"'manifest'", "''", "'sha256:' || lower(hex(zeroblob(32)))", "'sha256:' || hex(zeroblob(32))", "'layer'", "'config'", "'{}'", "'x'"},
+		"INTEGER": {"-32321", "3", "0", "446", "9223372036854775807", "-1", "1", "2", "447", "NULL", "-9223372036854775808"},
+		"TEXT":    {"''", "'x'", "'{}'", "'application/vnd.oci.image.layer.v1.tar'"},
+		"BLOB":    {"x''", "unhex(printf('01%064d', 0))", "unhex(printf('02%096d', 0))", "x'01ff'"},
 	}
 	kinds := map[string][]string{
-		"blobs":     {"kind = 'config'", "kind = 'layer'", "kind = 'manifest'"},
+		"types":     {"true"},
+		"content":   {"kind = 1", "kind = 2", "kind = 3"},
 		"manifests": {"true"},
-		"members":   {"role = 'config'", "role = 'layer'"},
+		"members":   {"role = 1", "role = 2"},
 		"refs":      {"true"},
+		"unnamed":   {}, // without rows
+		"holds":     {},
 	}
-	keys := map[string]string{"blobs": "digest", "manifests": "digest", "members": "manifest, position", "refs": "name, reference"}
+	keys := map[string]string{"types": "id", "content": "id", "manifests": "id", "members": "manifest, position", "refs": "name, reference"}
 	db, err := sql.Open("sqlite", filepath.Join(d.root, "index.sqlite3"))
 	if err != nil {
 		t.Fatal(err)
@@ -319,9 +328,9 @@ func TestRebuildDamagedRows(t *testing.T) {
 			t.Fatalf("no rows or values for %+v", c)
 		}
 		for _, row := range kinds[c.table] {
-			for _, value := range values[c.kind][:scaled(3, 8, 8)] {
+			for _, value := range values[c.kind][:min(scaled(3, 20, 20), len(values[c.kind]))] {
 				d.putIndex(t, d.index)
-				execIndex(t, d.root, fmt.Sprintf(`UPDATE OR IGNORE %[1]s SET %[2]s = %[3]s WHERE (%[4]s) = (SELECT %[4]s FROM %[1]s WHERE %[5]s LIMIT 1)`,
+				execIndex(t, d.root, fmt.Sprintf(`PRAGMA ignore_check_constraints = ON; UPDATE OR IGNORE %[1]s SET %[2]s = %[3]s WHERE (%[4]s) = (SELECT %[4]s FROM %[1]s WHERE %[5]s LIMIT 1)`,
 					c.table, c.name, value, keys[c.table], row))
 				if d.rebuild(t, ids); t.Failed() {
 					t.Fatalf("%s.%s is %s where %s", c.table, c.name, value, row)
@@ -337,11 +346,12 @@ func TestIndexOutOfOrder(t *testing.T) {
 	t.Parallel()
 	d := newDamagedRoot(t)
 	for _, ref := range d.refs {
-		key := []byte(strings.Replace(ref, ":", "", 1) + "sha256:") // as the values stand in the row
-		at := bytes.Index(d.index, key)
-		if at < 0 {
+		key := regexp.MustCompile(strings.Replace(ref, ":", "", 1) + `(?s:.?)\x01`) // as the values stand in the row: a small id, 1 in no byte, and a digest
+		where := key.FindIndex(d.index)
+		if where == nil {
 			t.Fatalf("the index has no row %q", key)
 		}
+		at := where[0]
 		for bit := range 3 {
 			index := slices.Clone(d.index)
 			index[at+len("example.com/damage/n")] ^= 1 << bit
@@ -359,40 +369,82 @@ func TestIndexOutOfOrderPages(t *testing.T) {
 	root := filepath.Join(t.TempDir(), "root")
 	r := mustOpen(t, root)
 	const rows = `WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 2500),
-		d (i, digest, name) AS (SELECT i, printf('sha256:f%063d', i), printf('example.com/n%04d', i) FROM n) `
-	execIndex(t, root, rows+`INSERT INTO blobs SELECT digest, 1, 'manifest', 0 FROM d`)
-	execIndex(t, root, rows+`INSERT INTO manifests SELECT digest, 'application/x', 'application/x', 1, '', '', '{}', 0 FROM d`)
-	execIndex(t, root, rows+`INSERT INTO members SELECT digest, 0, 'layer', digest, 'application/x', 1, '{}' FROM d`)
-	execIndex(t, root, rows+`INSERT INTO refs SELECT name, 'v1', digest, 'application/x', 'application/x', 1, 0 FROM d`)
+		d (i, digest, name) AS (SELECT i, unhex(printf('01f%063d', i)), printf('example.com/in/order/n%04d', i) FROM n) `
+	execIndex(t, root, `INSERT INTO types VALUES (1, 'application/x')`)
+	execIndex(t, root, rows+`INSERT INTO content (id, digest, size, kind, created) SELECT i, digest, 1, 3, 0 FROM d`)
+	execIndex(t, root, rows+`INSERT INTO manifests SELECT i, digest, 1, 1, NULL, '{}', 0 FROM d`)
+	execIndex(t, root, rows+`INSERT INTO members SELECT i, 0, 2, i, 1, 1, '{"a":"b"}' FROM d`)
+	execIndex(t, root, rows+`INSERT INTO refs SELECT name, 'v1', i, digest, 1, 1, 1, 0, 0, 0, '' FROM d`)
 	mustClose(t, r)
 	dontWatch(root)
 	name := filepath.Join(root, "index.sqlite3")
-	index, err := os.ReadFile(name)
+	sound, err := os.ReadFile(name)
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, i := range []int{500, 1000, 2000} { // pages have 500 or 1,000 rows
-		from := fmt.Appendf(nil, "sha256:f%063d", i)
-		index = bytes.ReplaceAll(index, from, fmt.Appendf(nil, "sha256:0%063d", i))
-		index = bytes.ReplaceAll(index, fmt.Appendf(nil, "example.com/n%04d", i), fmt.Appendf(nil, "example.com/a%04d", i))
-	}
-	if err := os.WriteFile(name, index, 0o600); err != nil {
-		t.Fatal(err)
+	digestOf := func(first byte, i int) []byte {
+		b, _ := hex.DecodeString(fmt.Sprintf("01%c%063d", first, i))
+		return b
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
-	r = mustOpen(t, root)
-	for what, call := range map[string]func() error{
-		"GCReport": func() error { _, err := r.GCReport(ctx, nil); return err },
-		"Verify":   func() error { return last(r.Verify(ctx, &ocilocal.VerifyOptions{Quick: true})) },
-		"Refs":     func() error { return last(r.Refs(ctx, nil)) },
-		"Names":    func() error { return last(r.Repositories(ctx, nil)) },
+	calls := map[string]func(r *ocilocal.LocalRegistry) error{
+		"GCReport": func(r *ocilocal.LocalRegistry) error { _, err := r.GCReport(ctx, nil); return err },
+		"Verify": func(r *ocilocal.LocalRegistry) error {
+			return last(r.Verify(ctx, &ocilocal.VerifyOptions{Quick: true}))
+		},
+		"Refs":  func(r *ocilocal.LocalRegistry) error { return last(r.Refs(ctx, nil)) },
+		"Names": func(r *ocilocal.LocalRegistry) error { return last(r.Repositories(ctx, nil)) },
+	}
+	for what, c := range map[string]struct {
+		from, to func(i int) []byte // in the i-th row
+		tables   int                // that have these bytes
+		notice   []string           // calls that must; others need only end
+	}{
+		"names": {
+			func(i int) []byte { return fmt.Appendf(nil, "example.com/in/order/n%04d", i) },
+			func(i int) []byte { return fmt.Appendf(nil, "example.com/in/order/a%04d", i) }, 2, // and the index of refs
+			[]string{"Refs", "Names"},
+		},
+		"digests": {
+			func(i int) []byte { return digestOf('f', i) },
+			func(i int) []byte { return digestOf('0', i) }, 4, // and the index of content
+			[]string{"Verify"},
+		},
+		// A row begins with its id, the length of its header, and the types of an id and a digest.
+		"ids of content and manifests": {
+			func(i int) []byte { return append(rowID(i), 8, 0, 78) },
+			func(i int) []byte { return append(rowID(0), 8, 0, 78) }, 2,
+			[]string{"GCReport"},
+		},
+		"ids of members": {
+			func(i int) []byte { return []byte{8, 2, 8, 1, 2, 9, 9, 31, byte(i >> 8), byte(i), 2} },
+			func(i int) []byte { return []byte{8, 2, 8, 1, 2, 9, 9, 31, 0, 0, 2} }, 1,
+			nil,
+		},
 	} {
-		if err := call(); !errors.Is(err, ocilocal.ErrCorruptIndex) {
-			t.Errorf("%s: %v", what, err)
+		index := slices.Clone(sound)
+		for _, i := range []int{500, 1000, 2000} { // pages have 500 or 1,000 rows. None of these may be in an inner node
+			if n := bytes.Count(index, c.from(i)); n < c.tables {
+				t.Fatalf("%s: row %d is there %d times", what, i, n)
+			}
+			index = bytes.ReplaceAll(index, c.from(i), c.to(i))
 		}
+		if err := os.WriteFile(name, index, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		r := mustOpen(t, root)
+		for call, run := range calls {
+			if err := run(r); !errors.Is(err, ocilocal.ErrCorruptIndex) && (err != nil || slices.Contains(c.notice, call)) {
+				t.Errorf("%s: %s: %v", what, call, err)
+			}
+		}
+		r.Close() // which may say that the index is damaged
 	}
 }
+
+// rowID returns the id of a row as SQLite writes it, in two bytes.
+func rowID(i int) []byte { return []byte{0x80 | byte(i>>7), byte(i & 0x7f)} }
 
 // last returns the error that ends a listing.
 func last[T any](listing iter.Seq2[T, error]) (err error) {

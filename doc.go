@@ -23,7 +23,7 @@
 //
 // # On disk
 //
-//	root/index.sqlite3         SQLite in WAL mode; application_id 0x6f63696c, user_version 1
+//	root/index.sqlite3         SQLite in WAL mode; application_id 0x6f63696c, user_version 2
 //	root/index.sqlite3-wal     SQLite's log, a part of the index; -shm beside it is its shared memory
 //	root/index.sqlite3.broken  a damaged index that Rebuild moved away; also .broken2, …
 //	root/id                    the root's id, which the index holds too
@@ -42,6 +42,8 @@
 //
 // A newer version of this package opens what an older one has made: [Open] migrates the index.
 // An older version refuses a newer index with [ErrNewerSchema]. A released schema never changes.
+// The index stores digests as bytes and names them by numbers. For people who look at it with the
+// program sqlite3, the views readable_refs and readable_content have digests as text.
 //
 // Digests are sha256 (which builders make), sha384 and sha512, in lower case; everything else is
 // refused before it becomes a path. No path in the index is absolute: a root that nobody has open

@@ -8,6 +8,7 @@ import (
 	"bytes"
 	"context"
 	"database/sql"
+	"errors"
 	"fmt"
 	"io"
 	"slices"
@@ -164,8 +165,106 @@ func IndexLeading(r *LocalRegistry) bool {
 	return r.index.leading
 }
 
+// An IndexTx is a transaction of an index.
+type IndexTx struct{ tx *indexTx }
+
+// IndexRows runs fn in a write transaction of r's index.
+func IndexRows(ctx context.Context, r *LocalRegistry, fn func(IndexTx) error) error {
+	return r.index.write(ctx, func(tx *indexTx) error { return fn(IndexTx{tx}) })
+}
+
+// InternType returns the number of a media type.
+func (t IndexTx) InternType(text string) (int64, error) { return t.tx.internType(text) }
+
+// SetHold has a repository hold content.
+func (t IndexTx) SetHold(name string, d digest.Digest, since time.Time) error {
+	return t.tx.setHold(name, d, since)
+}
+
+// DropHold removes a hold.
+func (t IndexTx) DropHold(name string, d digest.Digest) (bool, error) { return t.tx.dropHold(name, d) }
+
+// SetUnnamed lists a manifest as imported by digest.
+func (t IndexTx) SetUnnamed(d digest.Digest, entry string, since time.Time) error {
+	return t.tx.setUnnamed(d, entry, since)
+}
+
+// DropUnnamed takes a manifest out of that list.
+func (t IndexTx) DropUnnamed(d digest.Digest) error { return t.tx.dropUnnamed(d) }
+
+// SetRefEntry sets what else an index.json says of a ref.
+func (t IndexTx) SetRefEntry(ref Reference, entry string) error {
+	name, reference := ref.key()
+	return t.tx.setRefEntry(name, reference, entry)
+}
+
+// Delete removes the rows of a manifest or blob.
+func (t IndexTx) Delete(d digest.Digest) error { return t.tx.delete(d) }
+
+// Holds returns the holds of a digest, then those of a repository, then all.
+func Holds(ctx context.Context, r *LocalRegistry, d digest.Digest, name string) (of, in, all []string, err error) {
+	text := func(h holdRow) string { return fmt.Sprint(h.name, " ", h.digest, " ", h.since.UnixMicro()) }
+	rows, err := holdsOf(r.index, d)
+	for _, h := range rows {
+		of = append(of, text(h))
+	}
+	if err == nil {
+		err = holdsIn(ctx, r.index, name, func(h holdRow) error { in = append(in, text(h)); return nil })
+	}
+	if err == nil {
+		err = holds(ctx, r.index, func(h holdRow) error { all = append(all, text(h)); return nil })
+	}
+	return of, in, all, err
+}
+
+// Unnamed returns the manifests that were imported by digest.
+func Unnamed(ctx context.Context, r *LocalRegistry) (all []string, err error) {
+	err = unnamedManifests(ctx, r.index, func(u unnamedRow) error {
+		all = append(all, fmt.Sprint(u.digest, " ", u.since.UnixMicro(), " ", u.entry))
+		return nil
+	})
+	return all, err
+}
+
+// RefDetails returns what the index says of a ref besides its descriptor.
+func RefDetails(r *LocalRegistry, ref Reference) (created, moved, used time.Time, entry string, ok bool, err error) {
+	name, reference := ref.key()
+	d, ok, err := refDetails(r.index, name, reference)
+	return d.created, d.moved, d.used, d.entry, ok, err
+}
+
+// Members lists what a manifest directly names, by its rows.
+func Members(r *LocalRegistry, d digest.Digest) (all []string, err error) {
+	err = members(r.index, d, func(m member) error {
+		all = append(all, fmt.Sprint(m.role, " ", m.desc.Digest, " ", m.desc.MediaType, " ", m.desc.Size, " absent=", m.absent))
+		return nil
+	})
+	return all, err
+}
+
+// PublishAbsent publishes a manifest some of whose blobs need not be here.
+func PublishAbsent(ctx context.Context, r *LocalRegistry, ref Reference, m *Manifest, entry string, absent ...digest.Digest) error {
+	st := r.blobs.newStage()
+	_, err := st.putBytes(ctx, m.Bytes(), digest.SHA256)
+	if err == nil {
+		p := onlyManifest(ref, m, PublishOptions{Policy: Replace})
+		p.absent, p.entry = map[digest.Digest]bool{}, entry
+		for _, d := range absent {
+			p.absent[d] = true
+		}
+		_, err = r.publish(ctx, st, []publication{p})
+	}
+	return errors.Join(err, st.discard())
+}
+
+// DigestBytes and DigestFromBytes convert a digest to and from its form in the index.
+var (
+	DigestBytes     = digestBytes
+	DigestFromBytes = digestFromBytes
+)
+
 // NewerSchema returns options for a program that knows one schema version more.
-func NewerSchema(stmts ...string) *Options { return &Options{more: [][]string{stmts}} }
+func NewerSchema(stmts ...string) *Options { return &Options{more: stmts} }
 
 // --- import ---
 

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"database/sql"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
@@ -127,6 +128,23 @@ func execIndex(t testing.TB, root, statement string, args ...any) {
 	}
 }
 
+// sqlDigest is the SQL literal of a SHA-256 digest, as the index stores it.
+func sqlDigest(d digest.Digest) string { return "x'01" + d.Encoded() + "'" }
+
+// rowBytes returns a SHA-256 digest as the index stores it.
+func rowBytes(d digest.Digest) []byte {
+	b, err := hex.DecodeString("01" + d.Encoded())
+	if err != nil {
+		panic(err)
+	}
+	return b
+}
+
+// sqlID is the SQL for the id that a digest has in the index.
+func sqlID(d digest.Digest) string {
+	return "(SELECT id FROM content WHERE digest = " + sqlDigest(d) + ")"
+}
+
 func openAgain(t testing.TB, r *ocilocal.LocalRegistry) *ocilocal.LocalRegistry {
 	t.Helper()
 	other, err := ocilocal.Open(t.Context(), r.Root(), nil)
@@ -155,9 +173,10 @@ func TestGCManyReferrers(t *testing.T) {
 	dontWatch(r.Root())
 	n := scaled(600, 3000, 3000)
 	rows := fmt.Sprintf(`WITH RECURSIVE n (i) AS (SELECT 0 UNION ALL SELECT i + 1 FROM n WHERE i < %d),
-		d (i, digest) AS (SELECT i, printf('sha256:%%064d', i) FROM n) `, n)
-	execIndex(t, r.Root(), rows+`INSERT INTO blobs SELECT digest, 1, 'manifest', 0 FROM d`)
-	execIndex(t, r.Root(), rows+`INSERT INTO manifests SELECT digest, 'application/x', 'application/x', 1, '', iif(i = 0, '', printf('sha256:%064d', 0)), '{}', 0 FROM d`)
+		d (i, digest) AS (SELECT i, unhex(printf('01%%064d', i)) FROM n) `, n)
+	execIndex(t, r.Root(), `INSERT INTO types VALUES (1, 'application/x')`)
+	execIndex(t, r.Root(), rows+`INSERT INTO content (id, digest, size, kind, created) SELECT i + 1, digest, 1, 3, 0 FROM d`)
+	execIndex(t, r.Root(), rows+`INSERT INTO manifests SELECT i + 1, digest, 1, 1, iif(i = 0, NULL, 1), '{}', 0 FROM d`)
 	if err := os.MkdirAll(filepath.Join(r.Root(), "blobs", "sha256"), 0o755); err != nil {
 		t.Fatal(err)
 	}
@@ -170,7 +189,7 @@ func TestGCManyReferrers(t *testing.T) {
 	ocilocal.SetFault(r, func(op, name string) error {
 		if op == "readdir" && name == "blobs" && !used { // between the reading of the index and the deletion
 			used = true
-			execIndex(t, r.Root(), rows+`INSERT INTO refs SELECT 'example.com/a', 'v1', digest, 'application/x', 'application/x', 1, 0 FROM d WHERE i = 500`)
+			execIndex(t, r.Root(), rows+`INSERT INTO refs SELECT 'example.com/a', 'v1', i + 1, digest, 1, 1, 1, 0, 0, 0, '' FROM d WHERE i = 500`)
 		}
 		return nil
 	})

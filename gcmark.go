@@ -135,7 +135,7 @@ func (r *LocalRegistry) graph(ctx context.Context, opts GCOptions) (*gcGraph, er
 	}); err != nil {
 		return nil, err
 	}
-	if err := x.memberRows(ctx, func(manifest digest.Digest, kind role, d digest.Digest) {
+	if err := x.memberRows(ctx, func(manifest digest.Digest, kind role, d digest.Digest, _ bool) {
 		parent, child := g.id(manifest), g.id(d)
 		g.nodes[parent].needs = append(g.nodes[parent].needs, child)
 		g.nodes[child].named = g.nodes[child].named || kind == roleManifest

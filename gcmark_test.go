@@ -121,7 +121,7 @@ func TestGCGrace(t *testing.T) {
 // age changes when a blob was recorded, behind the library's back.
 func age(t testing.TB, r *ocilocal.LocalRegistry, d digest.Digest, at time.Time) {
 	t.Helper()
-	execIndex(t, r.Root(), "UPDATE blobs SET created = ? WHERE digest = ?", at.UnixMicro(), string(d))
+	execIndex(t, r.Root(), "UPDATE content SET created = ? WHERE digest = "+sqlDigest(d), at.UnixMicro())
 }
 
 // TestGCUnsafe damages what a root needs, each time in another way. Nothing may be deleted.
@@ -150,16 +150,16 @@ func TestGCUnsafe(t *testing.T) {
 			}
 		},
 		"row of a layer lost": func(t *testing.T, r *ocilocal.LocalRegistry, a *ocilocal.LocalArtifact) {
-			execIndex(t, r.Root(), "DELETE FROM members WHERE manifest = ?", string(a.Digest()))
+			execIndex(t, r.Root(), "DELETE FROM members WHERE manifest = "+sqlID(a.Digest()))
 		},
 		"row of the subject lost": func(t *testing.T, r *ocilocal.LocalRegistry, a *ocilocal.LocalArtifact) {
-			execIndex(t, r.Root(), "UPDATE manifests SET subject = '' WHERE digest = ?", string(a.Digest()))
+			execIndex(t, r.Root(), "UPDATE manifests SET subject = NULL WHERE id = "+sqlID(a.Digest()))
 		},
 		"ref without a manifest": func(t *testing.T, r *ocilocal.LocalRegistry, _ *ocilocal.LocalArtifact) {
-			execIndex(t, r.Root(), "UPDATE refs SET manifest = ? WHERE reference = '1'", string(digest.FromString("bits flipped")))
+			execIndex(t, r.Root(), "UPDATE refs SET manifest = 1000, digest = "+sqlDigest(digest.FromString("bits flipped"))+" WHERE reference = '1'")
 		},
 		"index empty beside blobs": func(t *testing.T, r *ocilocal.LocalRegistry, _ *ocilocal.LocalArtifact) {
-			for _, table := range []string{"refs", "members", "manifests", "blobs"} {
+			for _, table := range []string{"refs", "members", "manifests", "content"} {
 				execIndex(t, r.Root(), "DELETE FROM "+table)
 			}
 			for _, d := range blobNames(t, r) {
@@ -204,7 +204,7 @@ func TestGCUnsafe(t *testing.T) {
 	// What the first publish has left, if it was killed, can be collected.
 	r := openTemp(t, nil)
 	published(t, r, "example.com/a:1", "one", nil)
-	for _, table := range []string{"refs", "members", "manifests", "blobs"} {
+	for _, table := range []string{"refs", "members", "manifests", "content"} {
 		execIndex(t, r.Root(), "DELETE FROM "+table)
 	}
 	collect(t, r, atOnce)

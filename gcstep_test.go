@@ -223,7 +223,7 @@ func TestCollectorLetsWritersIn(t *testing.T) {
 			text := fmt.Sprint("orphan ", i)
 			d := digest.FromString(text)
 			errs = append(errs, os.WriteFile(blobFile(r, d), []byte(text), 0o444),
-				exec(fmt.Sprintf("INSERT INTO blobs VALUES ('%s', %d, 'layer', 0)", d, len(text))))
+				exec(fmt.Sprintf("INSERT INTO content (digest, size, kind, created) VALUES (%s, %d, 2, 0)", sqlDigest(d), len(text))))
 		}
 		return errors.Join(errs...)
 	}); err != nil {

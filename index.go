@@ -15,30 +15,32 @@ import (
 // It is safe for concurrent use. All SQL of the package is in the files of this family:
 //
 //	indexdb.go         how SQLite opens a database, and what its errors mean
-//	indexschema.go     tables, migrations, and the check that a database is ours
+//	indexschema.go     tables, versions, and the check that a database is ours
 //	indexrows.go       queries: one row, rows, pages
 //	indexcommit.go     transactions, which callers share
 //	indexrefs.go       rows of refs
 //	indexmanifests.go  rows of blobs, manifests and their members
+//	indexkept.go       rows of content that is kept without a ref
 //
 // and in the others, named for the feature that they serve.
 type index struct {
 	readers *sql.DB
 	writer  *indexTx // nil in a read-only registry; of the goroutine that leads, see write
 	busy    time.Duration
-	schema  [][]string // migrations, except in tests
+	schema  []schemaVersion // schemas, except in tests
 	db      database
 
 	damaged atomic.Bool // explain has found the index damaged
 
-	mu      sync.Mutex           // guards what follows
-	stmts   map[string]*sql.Stmt // on readers
-	queue   []*writeRequest
-	leading bool // some goroutine is committing, and will look at queue when done
+	mu        sync.Mutex           // guards what follows
+	stmts     map[string]*sql.Stmt // on readers
+	typeTexts map[int64]string     // rows of types, which never change
+	queue     []*writeRequest
+	leading   bool // some goroutine is committing, and will look at queue when done
 }
 
 // openIndex opens an index, which must exist, and brings an older one up to date.
-func openIndex(ctx context.Context, db database, busy time.Duration, schema [][]string) (*index, error) {
+func openIndex(ctx context.Context, db database, busy time.Duration, schema []schemaVersion) (*index, error) {
 	x, err := openUnchecked(db, busy, schema)
 	if err != nil {
 		return nil, err
@@ -58,8 +60,8 @@ func openIndex(ctx context.Context, db database, busy time.Duration, schema [][]
 }
 
 // openUnchecked opens a database that may be damaged, or another program's.
-func openUnchecked(db database, busy time.Duration, schema [][]string) (*index, error) {
-	x := &index{busy: busy, schema: schema, db: db, stmts: map[string]*sql.Stmt{}}
+func openUnchecked(db database, busy time.Duration, schema []schemaVersion) (*index, error) {
+	x := &index{busy: busy, schema: schema, db: db, stmts: map[string]*sql.Stmt{}, typeTexts: map[int64]string{}}
 	var err error
 	if x.readers, err = x.readerPool("query_only(1)"); err != nil {
 		return nil, err
@@ -72,7 +74,8 @@ func openUnchecked(db database, busy time.Duration, schema [][]string) (*index, 
 			return nil, errors.Join(err, x.close())
 		}
 		pool.SetMaxOpenConns(1)
-		x.writer = &indexTx{pool: pool, stmts: map[string]*sql.Stmt{}, newest: len(schema), explainer: x.explain}
+		x.writer = &indexTx{pool: pool, stmts: map[string]*sql.Stmt{}, newest: len(schema), explainer: x.explain,
+			types: map[string]int64{}, newTypes: map[string]int64{}}
 	}
 	return x, nil
 }

@@ -12,21 +12,55 @@ import (
 // Statements of backups. The snapshot is a private copy of the source's index. It is attached to
 // the target's index under the name other.
 const (
-	sqlMakeLeftOut = `CREATE TABLE left_out (name TEXT NOT NULL, reference TEXT NOT NULL, PRIMARY KEY (name, reference)) STRICT, WITHOUT ROWID`
-	sqlLeaveOut    = `INSERT OR IGNORE INTO left_out SELECT name, reference FROM refs WHERE manifest = ?`
-	sqlUnref       = `DELETE FROM refs WHERE manifest = ?`
+	sqlMakeLeftOut        = `CREATE TABLE left_out (name TEXT NOT NULL, reference TEXT NOT NULL, PRIMARY KEY (name, reference)) STRICT, WITHOUT ROWID`
+	sqlMakeLeftOutContent = `CREATE TABLE left_out_content (digest BLOB NOT NULL PRIMARY KEY) STRICT, WITHOUT ROWID`
+	sqlLeaveOutContent    = `INSERT OR IGNORE INTO left_out_content VALUES (?)`
+	sqlLeaveOut           = `INSERT OR IGNORE INTO left_out SELECT name, reference FROM refs WHERE manifest = (SELECT id FROM content WHERE digest = ?)`
+	sqlUnref              = `DELETE FROM refs WHERE manifest = (SELECT id FROM content WHERE digest = ?)`
+	sqlUnhold             = `DELETE FROM holds WHERE content = (SELECT id FROM content WHERE digest = ?)`
 
-	sqlOtherBlobs = `SELECT digest, size FROM other.blobs WHERE digest > ? ORDER BY digest LIMIT ?`
+	sqlOtherBlobs = `SELECT id, digest, size FROM other.content WHERE id > ? AND present ORDER BY id LIMIT ?`
 
-	sqlMergeBlobs     = `INSERT OR IGNORE INTO main.blobs SELECT * FROM other.blobs`
-	sqlMergeManifests = `INSERT OR IGNORE INTO main.manifests SELECT * FROM other.manifests`
-	sqlMergeMembers   = `INSERT OR IGNORE INTO main.members SELECT * FROM other.members`
-	sqlMergeGone      = `DELETE FROM main.refs AS r WHERE NOT EXISTS (SELECT 1 FROM other.refs o WHERE o.name = r.name AND o.reference = r.reference)
+	// The ids of the two databases have nothing to do with each other. So each id is replaced by that of
+	// the same digest, or text, in main. A row of content here that the snapshot has too says afterwards
+	// that the blob is here, if either said so.
+	sqlMergeTypes   = `INSERT OR IGNORE INTO main.types (text) SELECT text FROM other.types ORDER BY id`
+	sqlMergeContent = `INSERT INTO main.content (digest, size, kind, created, present, unneeded) SELECT digest, size, kind, created, present, unneeded FROM other.content WHERE true ORDER BY id
+		ON CONFLICT (digest) DO UPDATE SET size = excluded.size, kind = excluded.kind, created = excluded.created, present = excluded.present
+		WHERE NOT main.content.present AND (excluded.present OR main.content.size = -1 AND excluded.size <> -1)`
+	sqlMergeManifests = `INSERT OR IGNORE INTO main.manifests (id, digest, media_type, artifact_type, subject, annotations, created)
+		SELECT (SELECT id FROM main.content WHERE digest = m.digest), m.digest,
+		(SELECT id FROM main.types WHERE text = (SELECT text FROM other.types WHERE id = m.media_type)),
+		(SELECT id FROM main.types WHERE text = (SELECT text FROM other.types WHERE id = m.artifact_type)),
+		(SELECT id FROM main.content WHERE digest = (SELECT digest FROM other.content WHERE id = m.subject)), m.annotations, m.created
+		FROM other.manifests m ORDER BY m.id`
+	sqlMergeMembers = `INSERT OR IGNORE INTO main.members (manifest, position, role, content, media_type, size, annotations)
+		SELECT (SELECT id FROM main.content WHERE digest = (SELECT digest FROM other.content WHERE id = m.manifest)), m.position, m.role,
+		(SELECT id FROM main.content WHERE digest = (SELECT digest FROM other.content WHERE id = m.content)),
+		(SELECT id FROM main.types WHERE text = (SELECT text FROM other.types WHERE id = m.media_type)), m.size, m.annotations
+		FROM other.members m ORDER BY m.manifest, m.position`
+	sqlMergeGone = `DELETE FROM main.refs AS r WHERE NOT EXISTS (SELECT 1 FROM other.refs o WHERE o.name = r.name AND o.reference = r.reference)
 		AND NOT EXISTS (SELECT 1 FROM other.left_out o WHERE o.name = r.name AND o.reference = r.reference)`
-	sqlMergeRefs = `INSERT OR REPLACE INTO main.refs SELECT * FROM (SELECT * FROM other.refs EXCEPT SELECT * FROM main.refs)`
+	// A ref that was only used is not one that was set.
+	sqlMergeRefs = `INSERT OR REPLACE INTO main.refs (name, reference, manifest, digest, size, media_type, artifact_type, created, moved, used, entry)
+		SELECT o.name, o.reference, (SELECT id FROM main.content WHERE digest = o.digest), o.digest, o.size,
+		(SELECT id FROM main.types WHERE text = (SELECT text FROM other.types WHERE id = o.media_type)),
+		(SELECT id FROM main.types WHERE text = (SELECT text FROM other.types WHERE id = o.artifact_type)), o.created, o.moved, o.used, o.entry
+		FROM other.refs o WHERE NOT EXISTS (SELECT 1 FROM main.refs r WHERE r.name = o.name AND r.reference = o.reference AND r.digest = o.digest
+		AND r.created = o.created AND r.moved = o.moved AND r.entry = o.entry)`
+	sqlMergeUsed = `UPDATE main.refs SET used = o.used FROM other.refs o WHERE o.name = refs.name AND o.reference = refs.reference AND o.used <> refs.used`
+	// The same for manifests and blobs that are kept without a ref.
+	sqlMergeGoneUnnamed = `DELETE FROM main.unnamed AS u WHERE NOT EXISTS (SELECT 1 FROM other.content o WHERE o.digest = (SELECT digest FROM main.content WHERE id = u.manifest)
+		AND o.id IN (SELECT manifest FROM other.unnamed)) AND (SELECT digest FROM main.content WHERE id = u.manifest) NOT IN (SELECT digest FROM other.left_out_content)`
+	sqlMergeUnnamed = `INSERT OR REPLACE INTO main.unnamed (manifest, since, entry)
+		SELECT (SELECT id FROM main.content WHERE digest = (SELECT digest FROM other.content WHERE id = u.manifest)), u.since, u.entry FROM other.unnamed u`
+	sqlMergeGoneHolds = `DELETE FROM main.holds AS h WHERE NOT EXISTS (SELECT 1 FROM other.content o WHERE o.digest = (SELECT digest FROM main.content WHERE id = h.content)
+		AND EXISTS (SELECT 1 FROM other.holds WHERE name = h.name AND content = o.id)) AND (SELECT digest FROM main.content WHERE id = h.content) NOT IN (SELECT digest FROM other.left_out_content)`
+	sqlMergeHolds = `INSERT OR REPLACE INTO main.holds (name, content, since)
+		SELECT h.name, (SELECT id FROM main.content WHERE digest = (SELECT digest FROM other.content WHERE id = h.content)), h.since FROM other.holds h`
 
 	// The sum has the time of each ref's last change in it, so any change shows.
-	sqlRefsMark = `SELECT count(*), coalesce(sum(updated % 1000000007), 0),
+	sqlRefsMark = `SELECT count(*), coalesce(sum(moved % 1000000007 + length(entry)), 0),
 		coalesce((SELECT value FROM main.meta WHERE key = ?), '') FROM main.refs`
 )
 
@@ -39,9 +73,13 @@ func refsMark(q queryer) (mark, last string, refs int, err error) {
 	return fmt.Sprintf("%d.%d", refs, sum), last, refs, err
 }
 
-// makeLeftOut makes the table in which a snapshot keeps the refs that leaveOut takes out.
+// makeLeftOut makes the tables in which a snapshot keeps what leaveOut takes out: the refs, and the
+// digests.
 func (t *indexTx) makeLeftOut() error {
 	_, err := t.exec(sqlMakeLeftOut)
+	if err == nil {
+		_, err = t.exec(sqlMakeLeftOutContent)
+	}
 	return err
 }
 
@@ -55,9 +93,16 @@ func (t *indexTx) leaveOut(all []digest.Digest) (refs []Reference, err error) {
 		}
 		refs = append(refs, named...)
 	}
-	for _, text := range []string{sqlLeaveOut, sqlUnref, sqlDeleteManifest, sqlDeleteBlob} { // rows that point at others first
+	for _, text := range []string{sqlLeaveOut, sqlLeaveOutContent, sqlUnref, sqlUnhold} {
 		for _, m := range all {
-			if _, err := t.exec(text, string(m)); err != nil {
+			if _, err := t.exec(text, digestBytes(m)); err != nil {
+				return nil, err
+			}
+		}
+	}
+	for _, remove := range []func(digest.Digest) error{t.deleteManifest, t.deleteBlob} { // rows that point at others first
+		for _, m := range all {
+			if err := remove(m); err != nil {
 				return nil, err
 			}
 		}
@@ -68,17 +113,18 @@ func (t *indexTx) leaveOut(all []digest.Digest) (refs []Reference, err error) {
 // otherBlobs visits the blobs of the attached snapshot.
 func (t *indexTx) otherBlobs(ctx context.Context, visit func(d digest.Digest, size int64) error) error {
 	type row struct {
+		id     int64
 		digest digest.Digest
 		size   int64
 	}
 	p := paging[row]{text: sqlOtherBlobs, size: 1000, scan: func(rows *sql.Rows) (r row, err error) {
-		var s string
-		if err = rows.Scan(&s, &r.size); err == nil {
-			r.digest, err = rowDigest(s)
+		var b sql.RawBytes
+		if err = rows.Scan(&r.id, &b, &r.size); err == nil {
+			r.digest, err = digestFromBytes(b)
 		}
 		return r, err
-	}, after: func(r row) []any { return []any{string(r.digest)} }}
-	return p.each(ctx, t, []any{""}, func(r row) error { return visit(r.digest, r.size) })
+	}, after: func(r row) []any { return []any{r.id} }}
+	return p.each(ctx, t, []any{int64(0)}, func(r row) error { return visit(r.digest, r.size) })
 }
 
 // merge copies all rows of the attached snapshot, and makes the refs those of the snapshot. It
@@ -87,7 +133,11 @@ func (t *indexTx) merge(ctx context.Context) (set, removed int64, err error) {
 	for _, step := range []struct {
 		text string
 		rows *int64
-	}{{sqlMergeBlobs, new(int64)}, {sqlMergeManifests, new(int64)}, {sqlMergeMembers, new(int64)}, {sqlMergeGone, &removed}, {sqlMergeRefs, &set}} {
+	}{
+		{sqlMergeTypes, new(int64)}, {sqlMergeContent, new(int64)}, {sqlMergeManifests, new(int64)}, {sqlMergeMembers, new(int64)},
+		{sqlMergeGone, &removed}, {sqlMergeRefs, &set}, {sqlMergeUsed, new(int64)},
+		{sqlMergeGoneUnnamed, new(int64)}, {sqlMergeUnnamed, new(int64)}, {sqlMergeGoneHolds, new(int64)}, {sqlMergeHolds, new(int64)},
+	} {
 		if err := ctx.Err(); err != nil {
 			return 0, 0, err
 		}

@@ -179,8 +179,7 @@ func (t *indexTx) runAll(batch []*writeRequest) error {
 	if err := t.stamp(); err != nil {
 		return err
 	}
-	_, err := t.exec("COMMIT")
-	return err
+	return t.commit()
 }
 
 // run runs one request in its savepoint. failed is the request's error, err the transaction's.
@@ -192,6 +191,7 @@ func (t *indexTx) run(r *writeRequest) (failed, err error) {
 		return nil, err
 	}
 	if failed = r.fn(t); failed != nil {
+		clear(t.newTypes)
 		if _, err := t.exec("ROLLBACK TO request"); err != nil {
 			if noTransaction(err) {
 				err = nil

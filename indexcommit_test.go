@@ -145,7 +145,7 @@ func TestSharedCommit(t *testing.T) {
 		}, ocilocal.ErrIndexIO, "last"},
 		"COMMIT fails": {func(exec func(string) error) error {
 			return errors.Join(exec("PRAGMA defer_foreign_keys = ON"),
-				exec("INSERT INTO refs (name, reference, manifest, media_type, artifact_type, size, updated) VALUES ('a', 'b', 'none', '', '', 0, 0)"))
+				exec("INSERT INTO refs (name, reference, manifest, digest, size, media_type, artifact_type, created, moved) VALUES ('a', 'b', 1000, x'', 0, 1000, 1000, 0, 0)"))
 		}, ocilocal.ErrIndexIO, "last"},
 		"panic": {func(func(string) error) error { panic("second") }, errors.ErrUnsupported, "last"},
 		"exit":  {func(func(string) error) error { runtime.Goexit(); return nil }, errors.ErrUnsupported, "last"},

@@ -12,18 +12,27 @@ import (
 // Statements of garbage collection.
 const (
 	// The table itself is read, and not its index, which may lack a row when it is damaged.
-	sqlRefTargets   = `SELECT name, reference, manifest FROM refs WHERE (name, reference) > (?, ?) ORDER BY name, reference LIMIT ?`
-	sqlManifestRows = `SELECT digest, subject FROM manifests WHERE digest > ? ORDER BY digest LIMIT ?`
-	sqlMemberRows   = `SELECT manifest, position, role, digest FROM members WHERE (manifest, position) > (?, ?) ORDER BY manifest, position LIMIT ?`
-	sqlBlobRows     = `SELECT digest, size, kind, created FROM blobs WHERE digest > ? ORDER BY digest LIMIT ?`
+	sqlRefTargets   = `SELECT name, reference, digest FROM refs WHERE (name, reference) > (?, ?) ORDER BY name, reference LIMIT ?`
+	sqlManifestRows = `SELECT m.id, m.digest, s.digest FROM manifests m LEFT JOIN content s ON s.id = m.subject WHERE m.id > ? ORDER BY m.id LIMIT ?`
+	sqlMemberRows   = `SELECT m.manifest, m.position, p.digest, m.role, c.digest, c.present FROM members m LEFT JOIN content p ON p.id = m.manifest LEFT JOIN content c ON c.id = m.content
+		WHERE (m.manifest, m.position) > (?, ?) ORDER BY m.manifest, m.position LIMIT ?`
+	sqlBlobRows = `SELECT id, digest, size, kind, created FROM content WHERE id > ? AND present ORDER BY id LIMIT ?`
 
 	// Each looks in one statement, so that no commit comes in between.
-	sqlDangling     = `SELECT manifest FROM refs r NOT INDEXED WHERE NOT EXISTS (SELECT 1 FROM manifests m WHERE m.digest = r.manifest)`
-	sqlLostManifest = `SELECT 1 WHERE NOT EXISTS (SELECT 1 FROM manifests WHERE digest = ?1)
-		AND (EXISTS (SELECT 1 FROM blobs WHERE digest = ?1 AND kind = ?2) OR EXISTS (SELECT 1 FROM members WHERE digest = ?1 AND role = ?2))`
+	sqlDangling     = `SELECT digest FROM refs r NOT INDEXED WHERE NOT EXISTS (SELECT 1 FROM manifests m WHERE m.id = r.manifest AND m.digest = r.digest)`
+	sqlLostManifest = `SELECT 1 FROM content c WHERE digest = ?1 AND present AND NOT EXISTS (SELECT 1 FROM manifests WHERE id = c.id)
+		AND (kind = ?2 OR EXISTS (SELECT 1 FROM members WHERE content = c.id AND role = ?2))`
 
-	sqlDeleteManifest = `DELETE FROM manifests WHERE digest = ?`
-	sqlDeleteBlob     = `DELETE FROM blobs WHERE digest = ?`
+	// Rows of content that is not here, and that only the manifest ?1 names: they go with it.
+	sqlOnlyNames = `SELECT c.id FROM (SELECT content FROM members WHERE manifest = ?1 UNION SELECT subject FROM manifests WHERE id = ?1) n
+		CROSS JOIN content c WHERE c.id = n.content AND NOT c.present
+		AND NOT EXISTS (SELECT 1 FROM members WHERE content = c.id AND manifest <> ?1) AND NOT EXISTS (SELECT 1 FROM manifests WHERE subject = c.id AND id <> ?1)
+		AND NOT EXISTS (SELECT 1 FROM holds WHERE content = c.id)`
+	sqlDeleteManifest = `DELETE FROM manifests WHERE id = ?`
+	// A blob that is only a subject now is one that is not here.
+	sqlKeepSubject = `UPDATE content SET present = 0, size = -1 WHERE id = ?1 AND EXISTS (SELECT 1 FROM manifests WHERE subject = ?1)
+		AND NOT EXISTS (SELECT 1 FROM members WHERE content = ?1) AND NOT EXISTS (SELECT 1 FROM holds WHERE content = ?1)`
+	sqlDeleteContent = `DELETE FROM content WHERE id = ?`
 )
 
 // refTargets visits the manifest of each ref.
@@ -33,9 +42,9 @@ func (x *index) refTargets(ctx context.Context, visit func(digest.Digest)) error
 		target          digest.Digest
 	}
 	p := paging[row]{text: sqlRefTargets, size: gcPage, scan: func(rows *sql.Rows) (r row, err error) {
-		var s string
-		if err = rows.Scan(&r.name, &r.reference, &s); err == nil {
-			r.target, err = rowDigest(s)
+		var b sql.RawBytes
+		if err = rows.Scan(&r.name, &r.reference, &b); err == nil {
+			r.target, err = digestFromBytes(b)
 		}
 		return r, err
 	}, after: func(r row) []any { return []any{r.name, r.reference} }}
@@ -51,7 +60,7 @@ const gcPage = 1000
 // lostManifest reports whether d has no row among the manifests although its own
 // blob's row, or that of an index above it, says that it is one.
 func lostManifest(q queryer, d digest.Digest) (bool, error) {
-	return exists(q, sqlLostManifest, string(d), string(roleManifest))
+	return exists(q, sqlLostManifest, digestBytes(d), roleNumber(roleManifest))
 }
 
 // dangling returns the manifests that refs point at and that have no row.
@@ -61,43 +70,58 @@ func (x *index) dangling(ctx context.Context) ([]digest.Digest, error) {
 
 // manifestRows visits every manifest with its subject.
 func (x *index) manifestRows(ctx context.Context, visit func(d, subject digest.Digest)) error {
-	type row struct{ d, subject digest.Digest }
+	type row struct {
+		id         int64
+		d, subject digest.Digest
+	}
 	p := paging[row]{text: sqlManifestRows, size: gcPage, scan: func(rows *sql.Rows) (r row, err error) {
-		var s, subject string
-		if err = rows.Scan(&s, &subject); err == nil {
-			r.d, err = rowDigest(s)
+		var b, subject sql.RawBytes
+		if err = rows.Scan(&r.id, &b, &subject); err == nil {
+			r.d, err = digestFromBytes(b)
 		}
-		if err == nil && subject != "" {
-			r.subject, err = rowDigest(subject)
+		if err == nil && subject != nil {
+			r.subject, err = digestFromBytes(subject)
 		}
 		return r, err
-	}, after: func(r row) []any { return []any{string(r.d)} }}
-	return p.each(ctx, x, []any{""}, func(r row) error {
+	}, after: func(r row) []any { return []any{r.id} }}
+	return p.each(ctx, x, []any{int64(0)}, func(r row) error {
 		visit(r.d, r.subject)
 		return nil
 	})
 }
 
-// memberRows visits every pair of a manifest and what it needs, a manifest's one after the other.
-func (x *index) memberRows(ctx context.Context, visit func(manifest digest.Digest, kind role, d digest.Digest)) error {
+// memberRows visits every pair of a manifest and what it names, a manifest's one after the other, and
+// says of each whether it is recorded as absent. It leaves out a pair of which one has lost its row in a damaged index: nothing says what it was.
+func (x *index) memberRows(ctx context.Context, visit func(manifest digest.Digest, kind role, d digest.Digest, absent bool)) error {
 	type row struct {
-		manifest, d digest.Digest
+		id          int64 // of manifest
 		position    int
 		kind        role
+		manifest, d digest.Digest
+		absent      bool
 	}
+	var last row
 	p := paging[row]{text: sqlMemberRows, size: gcPage, scan: func(rows *sql.Rows) (r row, err error) {
-		var manifest, kind, s string
-		if err = rows.Scan(&manifest, &r.position, &kind, &s); err == nil {
-			r.kind = role(kind)
-			r.d, err = rowDigest(s)
+		var b, manifest sql.RawBytes
+		var kind int
+		var present sql.NullBool
+		if err = rows.Scan(&r.id, &r.position, &manifest, &kind, &b, &present); err != nil || b == nil || manifest == nil {
+			return r, err
+		}
+		r.kind, r.absent = numberedRole(kind), !present.Bool
+		if r.manifest = last.manifest; r.id != last.id {
+			r.manifest, err = digestFromBytes(manifest)
 		}
 		if err == nil {
-			r.manifest, err = rowDigest(manifest)
+			r.d, err = digestFromBytes(b)
 		}
+		last = r
 		return r, err
-	}, after: func(r row) []any { return []any{string(r.manifest), r.position} }}
-	return p.each(ctx, x, []any{"", -1}, func(r row) error {
-		visit(r.manifest, r.kind, r.d)
+	}, after: func(r row) []any { return []any{r.id, r.position} }}
+	return p.each(ctx, x, []any{int64(0), -1}, func(r row) error {
+		if r.manifest != "" {
+			visit(r.manifest, r.kind, r.d, r.absent)
+		}
 		return nil
 	})
 }
@@ -108,28 +132,68 @@ type blobRow struct {
 	size    int64
 	kind    role
 	created time.Time
+	id      int64
 }
 
-// blobRows visits every blob's row, manifests' too.
+// blobRows visits the row of every blob that is here, manifests' too.
 func (x *index) blobRows(ctx context.Context, visit func(blobRow) error) error {
 	p := paging[blobRow]{text: sqlBlobRows, size: gcPage, scan: func(rows *sql.Rows) (r blobRow, err error) {
-		var s, kind string
+		var b sql.RawBytes
+		var kind int
 		var micro int64
-		if err = rows.Scan(&s, &r.size, &kind, &micro); err == nil {
-			r.kind, r.created = role(kind), time.UnixMicro(micro)
-			r.digest, err = rowDigest(s)
+		if err = rows.Scan(&r.id, &b, &r.size, &kind, &micro); err == nil {
+			r.kind, r.created = numberedRole(kind), time.UnixMicro(micro)
+			r.digest, err = digestFromBytes(b)
 		}
 		return r, err
-	}, after: func(r blobRow) []any { return []any{string(r.digest)} }}
-	return p.each(ctx, x, []any{""}, visit)
+	}, after: func(r blobRow) []any { return []any{r.id} }}
+	return p.each(ctx, x, []any{int64(0)}, visit)
 }
 
-// delete removes the rows of a manifest with its members, or of a blob.
+// delete removes the rows of a manifest with its members, or of a blob. No manifest may need it, and
+// no ref or hold may point at it.
 func (t *indexTx) delete(d digest.Digest) error {
-	if _, err := t.exec(sqlDeleteManifest, string(d)); err != nil {
+	if err := t.deleteManifest(d); err != nil {
 		return err
 	}
-	_, err := t.exec(sqlDeleteBlob, string(d))
+	return t.deleteBlob(d)
+}
+
+// deleteManifest removes the rows that say that d is a manifest, if there are any, and leaves that
+// of its blob. The rows of absent members and subjects that only this manifest names go with it.
+func (t *indexTx) deleteManifest(d digest.Digest) error {
+	id, err := contentID(t, d)
+	if id == 0 || err != nil {
+		return err
+	}
+	named, err := readRows(context.Background(), t, sqlOnlyNames, 0, []any{id}, func(rows *sql.Rows) (id int64, err error) {
+		return id, rows.Scan(&id)
+	})
+	if err != nil {
+		return err
+	}
+	if _, err := t.exec(sqlDeleteManifest, id); err != nil {
+		return err
+	}
+	for _, id := range named {
+		if _, err := t.exec(sqlDeleteContent, id); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// deleteBlob removes the row of a blob, unless that is the subject of a manifest: then the row says
+// from now on that the blob is not here.
+func (t *indexTx) deleteBlob(d digest.Digest) error {
+	id, err := contentID(t, d)
+	if id == 0 || err != nil {
+		return err
+	}
+	n, err := t.exec(sqlKeepSubject, id)
+	if n == 0 && err == nil {
+		_, err = t.exec(sqlDeleteContent, id)
+	}
 	return err
 }
 
@@ -138,7 +202,7 @@ const (
 	sqlSmallCache  = `PRAGMA cache_size = 1`
 	sqlFill        = `INSERT INTO meta (key, value) VALUES ('displace', '')`
 	sqlEmptyCache  = `PRAGMA shrink_memory`
-	sqlOtherPages  = `SELECT EXISTS (SELECT 1 FROM members), EXISTS (SELECT 1 FROM blobs)`
+	sqlOtherPages  = `SELECT EXISTS (SELECT 1 FROM members), EXISTS (SELECT 1 FROM content)`
 	sqlUnfill      = `DELETE FROM meta WHERE key = 'displace'`
 	sqlWriterCache = `PRAGMA cache_size = -16000`
 
@@ -166,8 +230,8 @@ func (t *indexTx) displace() error {
 		}
 	}
 	if err == nil {
-		var members, blobs bool
-		_, err = t.row(sqlOtherPages, nil, &members, &blobs)
+		var members, content bool
+		_, err = t.row(sqlOtherPages, nil, &members, &content)
 	}
 	if err == nil {
 		_, err = t.exec(sqlUnfill)

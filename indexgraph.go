@@ -3,6 +3,7 @@ package ocilocal
 import (
 	"context"
 	"database/sql"
+	"encoding/hex"
 	"encoding/json"
 
 	"github.com/opencontainers/go-digest"
@@ -10,21 +11,24 @@ import (
 
 const (
 	// All that leads to ?1, itself included: the manifests that need it; with ?2 those whose
-	// subject it is; and with ?3 the subjects of these. A manifest of the JSON array ?4 is led to
-	// only by what needs it. A ref counts unless it is (?5, ?6), or of the name ?5 if ?6 is ''.
-	sqlAbove = `WITH RECURSIVE up (d) AS (SELECT ?1
-		UNION SELECT m.manifest FROM up JOIN members m ON m.digest = up.d
-		UNION SELECT m.digest FROM up JOIN manifests m ON m.subject = up.d AND m.subject <> '' WHERE ?2 AND up.d NOT IN (SELECT value FROM json_each(?4))
-		UNION SELECT m.subject FROM up JOIN manifests m ON m.digest = up.d WHERE ?3 AND m.subject <> '' AND up.d NOT IN (SELECT value FROM json_each(?4)))
-		SELECT d, EXISTS (SELECT 1 FROM refs WHERE manifest = d AND NOT (name = ?5 AND ?6 IN ('', reference))) FROM up`
+	// subject it is; and with ?3 the subjects of these. A manifest of the JSON array ?4, of the
+	// hexadecimal digits of digests as the index stores them, is led to only by what needs it. A ref
+	// counts unless it is (?5, ?6), or of the name ?5 if ?6 is ''. CROSS JOIN: each is found from up.
+	sqlAbove = `WITH RECURSIVE missing (id) AS MATERIALIZED (SELECT c.id FROM json_each(?4) j CROSS JOIN content c WHERE c.digest = unhex(j.value)),
+		up (id) AS (SELECT id FROM content WHERE digest = ?1
+		UNION SELECT m.manifest FROM up CROSS JOIN members m WHERE m.content = up.id
+		UNION SELECT m.id FROM up CROSS JOIN manifests m WHERE ?2 AND m.subject = up.id AND up.id NOT IN (SELECT id FROM missing)
+		UNION SELECT m.subject FROM up CROSS JOIN manifests m WHERE ?3 AND m.id = up.id AND m.subject IS NOT NULL AND up.id NOT IN (SELECT id FROM missing))
+		SELECT c.digest, EXISTS (SELECT 1 FROM refs WHERE manifest = up.id AND NOT (name = ?5 AND ?6 IN ('', reference))) FROM up CROSS JOIN content c WHERE c.id = up.id`
 
-	// The manifests after ?3 that need ?1, and with ?2 those whose subject it is.
-	sqlPointers = `SELECT manifest FROM members WHERE digest = ?1 AND manifest > ?3
-		UNION SELECT digest FROM manifests WHERE ?2 AND subject = ?1 AND subject <> '' AND digest > ?3 ORDER BY 1 LIMIT ?4`
+	// The manifests after ?2 that need ?1, and those whose subject it is: each in the order of an index.
+	sqlNeeders = `SELECT m.manifest, c.digest FROM members m CROSS JOIN content c
+		WHERE m.content = (SELECT id FROM content WHERE digest = ?1) AND m.manifest > ?2 AND c.id = m.manifest ORDER BY m.manifest LIMIT ?3`
+	sqlSubjectOf = `SELECT id, digest FROM manifests WHERE subject = (SELECT id FROM content WHERE digest = ?1) AND digest > ?2 ORDER BY digest LIMIT ?3`
 
-	sqlHasRef  = `SELECT 1 FROM refs WHERE manifest = ? LIMIT 1`
-	sqlRefsTo  = `SELECT name, reference FROM refs WHERE manifest = ?`
-	sqlSubject = `SELECT subject FROM manifests WHERE digest = ?`
+	sqlHasRef  = `SELECT 1 FROM refs WHERE manifest = (SELECT id FROM content WHERE digest = ?) LIMIT 1`
+	sqlRefsTo  = `SELECT name, reference FROM refs WHERE manifest = (SELECT id FROM content WHERE digest = ?)`
+	sqlSubject = `SELECT s.digest FROM content c JOIN manifests m ON m.id = c.id JOIN content s ON s.id = m.subject WHERE c.digest = ?`
 )
 
 // ways are those by which a climb goes up.
@@ -39,46 +43,72 @@ type ways struct {
 // above visits d and all that leads to it, and says of each whether a ref points at it.
 // visit must not query: rows are open meanwhile. [errStop] ends it.
 func above(ctx context.Context, q queryer, d digest.Digest, w *ways, visit func(d digest.Digest, ref bool) error) error {
-	missing, err := json.Marshal(append([]digest.Digest{}, w.missing...))
+	missing := make([]string, 0, len(w.missing))
+	for _, d := range w.missing {
+		missing = append(missing, hex.EncodeToString(digestBytes(d)))
+	}
+	list, err := json.Marshal(missing)
 	if err != nil {
 		return err
 	}
-	args := []any{string(d), w.subjects, w.referrers, string(missing), w.name, w.reference}
+	found := false
+	args := []any{digestBytes(d), w.subjects, w.referrers, string(list), w.name, w.reference}
 	err = eachRow(ctx, q, sqlAbove, args, func(rows *sql.Rows) error {
-		var s string
+		found = true
+		var b sql.RawBytes
 		var ref bool
-		if err := rows.Scan(&s, &ref); err != nil {
+		if err := rows.Scan(&b, &ref); err != nil {
 			return err
 		}
-		d, err := rowDigest(s)
+		d, err := digestFromBytes(b)
 		if err == nil {
 			err = visit(d, ref)
 		}
 		return err
 	})
+	if err == nil && !found {
+		err = visit(d, false) // it has no row, so nothing leads to it
+	}
 	if err == errStop {
 		err = nil
 	}
 	return err
 }
 
-// pointers visits the manifests that need d, and with subjects those that have it as their subject.
-// [errStop] ends it.
+// pointers visits the manifests that need d, and with subjects those that have it as their subject,
+// some of them twice. [errStop] ends it.
 func pointers(ctx context.Context, q queryer, d digest.Digest, subjects bool, visit func(manifest digest.Digest) error) error {
-	p := paging[digest.Digest]{text: sqlPointers, size: 100, scan: scanDigest, after: func(m digest.Digest) []any {
-		return []any{string(d), subjects, string(m)}
-	}}
-	return p.each(ctx, q, []any{string(d), subjects, ""}, visit)
+	type row struct {
+		id int64
+		d  digest.Digest
+	}
+	scan := func(rows *sql.Rows) (r row, err error) {
+		r.id, r.d, err = scanIDDigest(rows)
+		return r, err
+	}
+	stopped := false
+	each := func(r row) error {
+		err := visit(r.d)
+		stopped = err == errStop
+		return err
+	}
+	b := digestBytes(d)
+	needers := paging[row]{text: sqlNeeders, size: 100, scan: scan, after: func(r row) []any { return []any{b, r.id} }}
+	if err := needers.each(ctx, q, []any{b, int64(0)}, each); err != nil || stopped || !subjects {
+		return err
+	}
+	referrers := paging[row]{text: sqlSubjectOf, size: 100, scan: scan, after: func(r row) []any { return []any{b, digestBytes(r.d)} }}
+	return referrers.each(ctx, q, []any{b, []byte{}}, each)
 }
 
 // hasRef reports whether a ref points at d.
 func hasRef(q queryer, d digest.Digest) (bool, error) {
-	return exists(q, sqlHasRef, string(d))
+	return exists(q, sqlHasRef, digestBytes(d))
 }
 
 // refsTo returns the refs that point at d.
 func refsTo(q queryer, d digest.Digest) ([]Reference, error) {
-	return readRows(context.Background(), q, sqlRefsTo, 0, []any{string(d)}, func(rows *sql.Rows) (Reference, error) {
+	return readRows(context.Background(), q, sqlRefsTo, 0, []any{digestBytes(d)}, func(rows *sql.Rows) (Reference, error) {
 		var name, reference string
 		if err := rows.Scan(&name, &reference); err != nil {
 			return Reference{}, err
@@ -88,7 +118,11 @@ func refsTo(q queryer, d digest.Digest) ([]Reference, error) {
 }
 
 // subjectOf returns the subject of a manifest, "" if it has none or isn't here.
-func subjectOf(q queryer, d digest.Digest) (subject digest.Digest, err error) {
-	_, err = q.row(sqlSubject, []any{string(d)}, &subject)
-	return subject, err
+func subjectOf(q queryer, d digest.Digest) (digest.Digest, error) {
+	var b []byte
+	ok, err := q.row(sqlSubject, []any{digestBytes(d)}, &b)
+	if !ok || err != nil {
+		return "", err
+	}
+	return digestFromBytes(b)
 }

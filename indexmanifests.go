@@ -12,29 +12,44 @@ import (
 )
 
 const (
-	sqlPutBlob = `INSERT INTO blobs (digest, size, kind, created) VALUES (?, ?, ?, ?)
-		ON CONFLICT (digest) DO UPDATE SET size = excluded.size WHERE size <> excluded.size`
+	// A blob that is put is here. Until then its row is of an absent member or of a subject.
+	sqlPutBlob = `INSERT INTO content (digest, size, kind, created, present) VALUES (?, ?, ?, ?, 1)
+		ON CONFLICT (digest) DO UPDATE SET size = excluded.size, kind = iif(present, kind, excluded.kind),
+		created = iif(present, created, excluded.created), present = 1 WHERE size <> excluded.size OR NOT present`
+	sqlPutAbsent = `INSERT INTO content (digest, size, kind, created, present) VALUES (?, ?, ?, ?, 0)
+		ON CONFLICT (digest) DO UPDATE SET size = excluded.size, kind = excluded.kind WHERE size = -1`
+	sqlPutSubject = `INSERT INTO content (digest, size, kind, created, present) VALUES (?, -1, ?, ?, 0) ON CONFLICT (digest) DO NOTHING`
 	// The role in which a manifest needs it; else that of blobs that nothing needs.
-	sqlNotManifest = `UPDATE blobs SET kind = coalesce((SELECT min(role) FROM members WHERE digest = ?1 AND role <> ?2), ?3)
-		WHERE digest = ?1 AND kind = ?2 AND NOT EXISTS (SELECT 1 FROM manifests WHERE digest = ?1)`
-	sqlBlobSize   = `SELECT size FROM blobs WHERE digest = ?`
-	sqlHasBlob    = `SELECT 1 FROM blobs WHERE digest = ?`
-	sqlHasAnyBlob = `SELECT 1 FROM blobs LIMIT 1`
+	sqlNotManifest = `UPDATE content AS c SET kind = coalesce((SELECT min(role) FROM members WHERE content = c.id AND role <> ?2), ?3)
+		WHERE digest = ?1 AND kind = ?2 AND NOT EXISTS (SELECT 1 FROM manifests WHERE id = c.id)`
+	sqlContentID  = `SELECT id FROM content WHERE digest = ?`
+	sqlBlobSize   = `SELECT size FROM content WHERE digest = ? AND present`
+	sqlHasBlob    = `SELECT 1 FROM content WHERE digest = ? AND present`
+	sqlHasAnyBlob = `SELECT 1 FROM content WHERE present LIMIT 1`
 
-	sqlPutManifest = `INSERT INTO manifests (digest, media_type, artifact_type, size, config, subject, annotations, created)
-		VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (digest) DO NOTHING`
-	sqlPutMember      = `INSERT INTO members (manifest, position, role, digest, media_type, size, annotations) VALUES (?, ?, ?, ?, ?, ?, ?)`
-	sqlUpdateManifest = `UPDATE manifests SET media_type = ?2, artifact_type = ?3, size = ?4, config = ?5, subject = ?6, annotations = ?7 WHERE digest = ?1`
-	sqlDeleteMembers  = `DELETE FROM members WHERE manifest = ?`
-	sqlUpdateRefs     = `UPDATE refs SET media_type = m.media_type, artifact_type = m.artifact_type, size = m.size
-		FROM manifests m WHERE m.digest = ?1 AND refs.manifest = ?1`
+	sqlPutManifest = `INSERT INTO manifests (id, digest, media_type, artifact_type, subject, annotations, created)
+		VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO NOTHING`
+	sqlPutMember = `INSERT INTO members (manifest, position, role, content, media_type, size, annotations)
+		VALUES (?, ?, ?, (SELECT id FROM content WHERE digest = ?), ?, ?, ?)`
+	sqlUpdateManifest = `UPDATE manifests SET digest = ?2, media_type = ?3, artifact_type = ?4, subject = ?5, annotations = ?6 WHERE id = ?1`
+	sqlDeleteMembers  = `DELETE FROM members WHERE manifest = (SELECT id FROM content WHERE digest = ?)`
+	sqlUpdateRefs     = `UPDATE refs SET digest = c.digest, media_type = m.media_type, artifact_type = m.artifact_type, size = c.size
+		FROM manifests m JOIN content c ON c.id = m.id WHERE m.id = ?1 AND refs.manifest = ?1`
 
-	sqlResolveDigest = `SELECT media_type, digest, size, artifact_type, created FROM manifests WHERE digest = ?`
-	sqlMembers       = `SELECT position, role, digest, media_type, size FROM members WHERE manifest = ? AND position >= ? ORDER BY position LIMIT ?`
-	// A page of referrers starts after the digest ?3. The second condition lets
-	// SQLite use the partial index, which is in the order asked for.
-	sqlReferrers = `SELECT media_type, digest, size, artifact_type, annotations FROM manifests
-		WHERE subject = ?1 AND subject <> '' AND (?2 = '' OR artifact_type = ?2) AND digest > ?3 ORDER BY digest LIMIT ?4`
+	sqlPutType = `INSERT INTO types (text) VALUES (?) RETURNING id`
+	sqlTypeID  = `SELECT id FROM types WHERE text = ?`
+	sqlType    = `SELECT text FROM types WHERE id = ?`
+
+	sqlResolveDigest = `SELECT (SELECT text FROM types WHERE id = m.media_type), m.digest, c.size, (SELECT text FROM types WHERE id = m.artifact_type), m.created
+		FROM content c JOIN manifests m ON m.id = c.id WHERE c.digest = ?`
+	sqlMembers = `SELECT m.position, m.role, c.digest, (SELECT text FROM types WHERE id = m.media_type), m.size, c.present
+		FROM members m LEFT JOIN content c ON c.id = m.content
+		WHERE m.manifest = (SELECT id FROM content WHERE digest = ?) AND m.position >= ? ORDER BY m.position LIMIT ?`
+	// A page of referrers starts after the digest ?3. The index is in the order asked for.
+	sqlReferrers = `SELECT (SELECT text FROM types WHERE id = m.media_type), m.digest, c.size, (SELECT text FROM types WHERE id = m.artifact_type), m.annotations
+		FROM manifests m LEFT JOIN content c ON c.id = m.id
+		WHERE m.subject = (SELECT id FROM content WHERE digest = ?1) AND (?2 = '' OR m.artifact_type = (SELECT id FROM types WHERE text = ?2))
+		AND m.digest > ?3 ORDER BY m.digest LIMIT ?4`
 )
 
 // manifest returns the descriptor of a manifest row.
@@ -43,22 +58,85 @@ func (t *indexTx) manifest(d digest.Digest) (desc ocispec.Descriptor, ok bool, e
 	return desc, ok, err
 }
 
-// putBlob records a blob. kind is the role it was first seen in.
+// putBlob records a blob, which is here. kind is the role it was first seen in.
 func (t *indexTx) putBlob(d digest.Digest, size int64, kind role, now time.Time) error {
-	_, err := t.exec(sqlPutBlob, string(d), size, string(kind), now.UnixMicro())
+	_, err := t.exec(sqlPutBlob, digestBytes(d), size, roleNumber(kind), now.UnixMicro())
+	return err
+}
+
+// putAbsent records that a manifest names a blob which need not be here. A blob that is recorded
+// as being here stays so.
+func (t *indexTx) putAbsent(d digest.Digest, size int64, kind role, now time.Time) error {
+	_, err := t.exec(sqlPutAbsent, digestBytes(d), size, roleNumber(kind), now.UnixMicro())
 	return err
 }
 
 // notManifest corrects the row of a blob that says it is a manifest, and is not one.
 func (t *indexTx) notManifest(d digest.Digest) error {
-	_, err := t.exec(sqlNotManifest, string(d), string(roleManifest), string(roleLayer))
+	_, err := t.exec(sqlNotManifest, digestBytes(d), roleNumber(roleManifest), roleNumber(roleLayer))
 	return err
+}
+
+// contentID returns the id of a digest's row, 0 if it has none.
+func contentID(q queryer, d digest.Digest) (id int64, err error) {
+	_, err = q.row(sqlContentID, []any{digestBytes(d)}, &id)
+	return id, err
+}
+
+// internType returns the number of a media type or artifact type.
+//
+// What the transaction has read or written becomes known to the handle when it is committed: see
+// [indexTx.types]. Before, it may be of a call whose part is undone.
+func (t *indexTx) internType(text string) (id int64, err error) {
+	if id = t.types[text]; id == 0 {
+		id = t.newTypes[text]
+	}
+	if id != 0 {
+		return id, nil
+	}
+	found, err := t.row(sqlTypeID, []any{text}, &id)
+	if err == nil && !found {
+		_, err = t.row(sqlPutType, []any{text}, &id)
+	}
+	if err != nil {
+		return 0, err
+	}
+	t.newTypes[text] = id
+	return id, nil
+}
+
+// typeText returns the media type or artifact type with a number that a row had. No rows may be
+// open. The index remembers it, since a row of types never changes.
+func (x *index) typeText(number any) (text string, err error) {
+	id, ok := number.(int64)
+	if !ok {
+		return "", fmt.Errorf("%w: %v is not the number of a type", ErrCorruptIndex, number)
+	}
+	x.mu.Lock()
+	text, ok = x.typeTexts[id]
+	x.mu.Unlock()
+	if ok {
+		return text, nil
+	}
+	if ok, err = x.row(sqlType, []any{id}, &text); !ok && err == nil {
+		err = fmt.Errorf("%w: there is no type with the number %d", ErrCorruptIndex, id)
+	}
+	if err != nil {
+		return "", err
+	}
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	if len(x.typeTexts) >= maxTypes {
+		clear(x.typeTexts)
+	}
+	x.typeTexts[id] = text
+	return text, nil
 }
 
 // putManifest records a manifest and its members, unless it is recorded already, and returns the
 // recorded descriptor. Its own blob and its members' must be recorded before.
 func (t *indexTx) putManifest(m *Manifest, now time.Time) (desc ocispec.Descriptor, err error) {
-	row, err := manifestColumns(m)
+	row, err := t.manifestColumns(m, now)
 	if err != nil {
 		return desc, err
 	}
@@ -70,36 +148,60 @@ func (t *indexTx) putManifest(m *Manifest, now time.Time) (desc ocispec.Descript
 		desc, _, err = manifestRow(t, m.Digest())
 		return desc, err
 	}
-	return m.Descriptor(), t.putMembers(m)
+	return m.Descriptor(), t.putMembers(m, row[0])
 }
 
 // putMembers records the members of a manifest that has none.
-func (t *indexTx) putMembers(m *Manifest) error {
-	for i := range m.children() {
-		row, err := memberColumns(m, i)
+func (t *indexTx) putMembers(m *Manifest, id any) error {
+	for i, c := range m.children() {
+		annotations, err := canonicalAnnotations(c.Annotations)
 		if err != nil {
 			return err
 		}
-		if _, err := t.exec(sqlPutMember, row...); err != nil {
+		mediaType, err := t.internType(c.MediaType)
+		if err != nil {
+			return err
+		}
+		if _, err := t.exec(sqlPutMember, id, i, roleNumber(m.childRole(i)), digestBytes(c.Digest), mediaType, c.Size, annotations); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-// manifestColumns returns the columns of a manifest's row, except its time.
-func manifestColumns(m *Manifest) ([]any, error) {
-	annotations, err := canonicalAnnotations(m.doc.Annotations)
-	config, _ := m.Config()
-	subject, _ := m.Subject()
-	return []any{string(m.Digest()), m.MediaType(), m.ArtifactType(), m.Size(), string(config.Digest), string(subject.Digest), annotations}, err
+// manifestColumns returns the columns of a manifest's row, except its time. Its blob must be
+// recorded before. Its subject is recorded here, as one that is not here, unless there is a row.
+func (t *indexTx) manifestColumns(m *Manifest, now time.Time) (row []any, err error) {
+	row = []any{nil, digestBytes(m.Digest()), nil, nil, nil, nil}
+	id, err := contentID(t, m.Digest())
+	if err == nil && id == 0 {
+		err = fmt.Errorf("%w: manifest %s has no row as a blob", ErrCorruptIndex, m.Digest())
+	}
+	row[0] = id
+	if err == nil {
+		row[2], err = t.internType(m.MediaType())
+	}
+	if err == nil {
+		row[3], err = t.internType(m.ArtifactType())
+	}
+	if subject, ok := m.Subject(); ok && err == nil {
+		row[4], err = t.putSubject(subject.Digest, now)
+	}
+	if err == nil {
+		row[5], err = canonicalAnnotations(m.doc.Annotations)
+	}
+	return row, err
 }
 
-// memberColumns returns the columns of the row for a manifest's i-th child.
-func memberColumns(m *Manifest, i int) ([]any, error) {
-	c := m.children()[i]
-	annotations, err := canonicalAnnotations(c.Annotations)
-	return []any{string(m.Digest()), i, string(m.childRole(i)), string(c.Digest), c.MediaType, c.Size, annotations}, err
+// putSubject returns the id of a subject's row, which it makes if need be.
+func (t *indexTx) putSubject(d digest.Digest, now time.Time) (id int64, err error) {
+	if id, err = contentID(t, d); id != 0 || err != nil {
+		return id, err
+	}
+	if _, err := t.exec(sqlPutSubject, digestBytes(d), roleNumber(roleManifest), now.UnixMicro()); err != nil {
+		return 0, err
+	}
+	return contentID(t, d)
 }
 
 // A member is a descriptor that a manifest needs, as the index has it.
@@ -107,17 +209,24 @@ type member struct {
 	position int
 	role     role
 	desc     ocispec.Descriptor
+	absent   bool // recorded as one that need not be here
 }
 
 // members visits what a manifest directly needs, in the manifest's order.
 func members(q queryer, d digest.Digest, visit func(member) error) error {
+	id := digestBytes(d)
 	p := paging[member]{text: sqlMembers, size: 100, scan: func(rows *sql.Rows) (m member, err error) {
-		var kind string
-		err = rows.Scan(&m.position, &kind, &m.desc.Digest, &m.desc.MediaType, &m.desc.Size)
-		m.role = role(kind)
+		var kind int
+		var b sql.RawBytes
+		var mediaType sql.NullString
+		var present sql.NullBool
+		if err = rows.Scan(&m.position, &kind, &b, &mediaType, &m.desc.Size, &present); err == nil {
+			m.role, m.desc.MediaType, m.absent = numberedRole(kind), mediaType.String, !present.Bool
+			m.desc.Digest, err = digestFromBytes(b)
+		}
 		return m, err
-	}, after: func(m member) []any { return []any{string(d), m.position + 1} }}
-	return p.each(context.Background(), q, []any{string(d), 0}, visit)
+	}, after: func(m member) []any { return []any{id, m.position + 1} }}
+	return p.each(context.Background(), q, []any{id, 0}, visit)
 }
 
 // resolveDigest returns a manifest's descriptor.
@@ -138,7 +247,7 @@ func checkFound(asked, found digest.Digest) error {
 // manifestRow returns a manifest's descriptor.
 func manifestRow(q queryer, d digest.Digest) (desc ocispec.Descriptor, ok bool, err error) {
 	var row descriptorRow
-	if ok, err = q.row(sqlResolveDigest, []any{string(d)}, row.dest()...); ok && err == nil {
+	if ok, err = q.row(sqlResolveDigest, []any{digestBytes(d)}, row.dest()...); ok && err == nil {
 		if desc, _, err = row.value(); err == nil {
 			err = checkFound(d, desc.Digest)
 		}
@@ -148,8 +257,9 @@ func manifestRow(q queryer, d digest.Digest) (desc ocispec.Descriptor, ok bool, 
 
 // replaceManifest corrects the rows of a recorded manifest, and those of the refs that
 // point at it. Its members' blobs must be recorded before.
-func (t *indexTx) replaceManifest(m *Manifest) error {
-	row, err := manifestColumns(m)
+func (t *indexTx) replaceManifest(m *Manifest, now time.Time) error {
+	clear(t.types) // a type's own row may be what is wrong
+	row, err := t.manifestColumns(m, now)
 	if err != nil {
 		return err
 	}
@@ -159,27 +269,32 @@ func (t *indexTx) replaceManifest(m *Manifest) error {
 	if err := t.deleteMembers(m.Digest()); err != nil {
 		return err
 	}
-	if err := t.putMembers(m); err != nil {
+	if err := t.putMembers(m, row[0]); err != nil {
 		return err
 	}
-	_, err = t.exec(sqlUpdateRefs, string(m.Digest()))
+	_, err = t.exec(sqlUpdateRefs, row[0])
 	return err
 }
 
 // deleteMembers removes the members of a manifest.
 func (t *indexTx) deleteMembers(d digest.Digest) error {
-	_, err := t.exec(sqlDeleteMembers, string(d))
+	_, err := t.exec(sqlDeleteMembers, digestBytes(d))
 	return err
 }
 
 // referrers returns one page of the manifests with that subject, after a digest.
 func (x *index) referrers(subject digest.Digest, artifactType string, after digest.Digest, n int) ([]ocispec.Descriptor, error) {
-	return readRows(context.Background(), x, sqlReferrers, n, []any{string(subject), artifactType, string(after), n}, func(rows *sql.Rows) (d ocispec.Descriptor, err error) {
-		var annotations []byte
-		if err := rows.Scan(&d.MediaType, &d.Digest, &d.Size, &d.ArtifactType, &annotations); err != nil {
+	var row descriptorRow
+	dest := row.dest()
+	var annotations []byte
+	dest[4] = &annotations
+	row.micro = int64(0)
+	args := []any{digestBytes(subject), artifactType, digestBytes(after), n}
+	return readRows(context.Background(), x, sqlReferrers, n, args, func(rows *sql.Rows) (d ocispec.Descriptor, err error) {
+		if err := rows.Scan(dest...); err != nil {
 			return d, err
 		}
-		if err = checkDigest(d.Digest); err == nil {
+		if d, _, err = row.value(); err == nil {
 			err = json.Unmarshal(annotations, &d.Annotations)
 		}
 		if err != nil {
@@ -189,18 +304,18 @@ func (x *index) referrers(subject digest.Digest, artifactType string, after dige
 	})
 }
 
-// blobSize returns the size that a blob's row says, 0 if it has none.
+// blobSize returns the size that a blob's row says, 0 if it has none or the blob is absent.
 func blobSize(q queryer, d digest.Digest) (size int64, err error) {
-	_, err = q.row(sqlBlobSize, []any{string(d)}, &size)
+	_, err = q.row(sqlBlobSize, []any{digestBytes(d)}, &size)
 	return size, err
 }
 
-// hasBlob reports whether the index has a row for a blob.
+// hasBlob reports whether the index says that a blob is here.
 func hasBlob(q queryer, d digest.Digest) (bool, error) {
-	return exists(q, sqlHasBlob, string(d))
+	return exists(q, sqlHasBlob, digestBytes(d))
 }
 
-// hasAnyBlob reports whether the index has a row for any blob.
+// hasAnyBlob reports whether the index says of any blob that it is here.
 func hasAnyBlob(q queryer) (bool, error) {
 	return exists(q, sqlHasAnyBlob)
 }

@@ -15,30 +15,42 @@ import (
 const (
 	// In a damaged index, whose rows are out of order, SQLite finds other rows than it is asked
 	// for. So the keys are read back and compared.
-	sqlGetRef    = `SELECT name, reference, manifest FROM refs WHERE name = ? AND reference = ?`
-	sqlPutRef    = `INSERT OR REPLACE INTO refs (name, reference, manifest, media_type, artifact_type, size, updated) VALUES (?, ?, ?, ?, ?, ?, ?)`
+	sqlGetRef = `SELECT name, reference, digest FROM refs WHERE name = ? AND reference = ?`
+	sqlPutRef = `INSERT INTO refs (name, reference, manifest, digest, size, media_type, artifact_type, created, moved, entry)
+		VALUES (?1, ?2, (SELECT id FROM content WHERE digest = ?3), ?3, ?4, ?5, ?6, ?7, ?7, ?8)
+		ON CONFLICT (name, reference) DO UPDATE SET manifest = excluded.manifest, digest = excluded.digest, size = excluded.size,
+		media_type = excluded.media_type, artifact_type = excluded.artifact_type, moved = excluded.moved, entry = excluded.entry`
 	sqlDeleteRef = `DELETE FROM refs WHERE name = ? AND reference = ?`
 
 	// A ref's row repeats the descriptor of its manifest, which cannot change. So a listing of
-	// 100,000 refs is one scan, and not 100,000 look-ups by random digests.
-	sqlResolve = `SELECT name, reference, media_type, manifest, size, artifact_type, updated FROM refs WHERE name = ? AND reference = ?`
+	// 100,000 refs is one scan, and not 100,000 look-ups. The types are few: see [index.typeText].
+	sqlResolve = `SELECT name, reference, (SELECT text FROM types WHERE id = media_type), digest, size, (SELECT text FROM types WHERE id = artifact_type), moved
+		FROM refs WHERE name = ? AND reference = ?`
 	// A page starts after (?1, ?2) and stays below the upper bound ?3 of the names.
-	sqlList = `SELECT name, reference, media_type, manifest, size, artifact_type, updated FROM refs
+	sqlList = `SELECT name, reference, media_type, digest, size, artifact_type, moved FROM refs
 		WHERE (name, reference) > (?1, ?2) AND name < ?3 ORDER BY name, reference LIMIT ?4`
 	sqlNames = `SELECT DISTINCT name FROM refs WHERE name >= ?1 AND name > ?2 AND name < ?3 ORDER BY name LIMIT ?4`
 
+	sqlRefDetail   = `SELECT name, reference, created, moved, used, entry FROM refs WHERE name = ? AND reference = ?`
+	sqlSetRefEntry = `UPDATE refs SET entry = ?3 WHERE name = ?1 AND reference = ?2`
+
 	// At most 1,000 manifests are looked at, since every manifest may need the same blob.
-	sqlOtherName = `SELECT r.name FROM (SELECT manifest FROM members WHERE digest = ?1 LIMIT 1000) m JOIN refs r ON r.manifest = m.manifest
-		WHERE r.name >= ?2 AND r.name < ?3 AND r.name <> ?4 LIMIT 1`
+	sqlOtherName = `SELECT r.name FROM (SELECT manifest FROM members WHERE content = (SELECT id FROM content WHERE digest = ?1) LIMIT 1000) m
+		JOIN refs r ON r.manifest = m.manifest WHERE r.name >= ?2 AND r.name < ?3 AND r.name <> ?4 LIMIT 1`
 )
 
 // ref returns the digest that a ref points at, "" if there is no such ref.
 func (t *indexTx) ref(name, reference string) (d digest.Digest, err error) {
 	var key refKey
-	if _, err = t.row(sqlGetRef, []any{name, reference}, &key.name, &key.reference, &d); err == nil && d != "" {
-		err = key.check(name, reference)
+	var b []byte
+	ok, err := t.row(sqlGetRef, []any{name, reference}, &key.name, &key.reference, &b)
+	if !ok || err != nil {
+		return "", err
 	}
-	return d, err
+	if err := key.check(name, reference); err != nil {
+		return "", err
+	}
+	return digestFromBytes(b)
 }
 
 // refKey is the key of a row of refs, as it was read.
@@ -52,10 +64,47 @@ func (k refKey) check(name, reference string) error {
 	return fmt.Errorf("%w: looking for ref %s finds %s", ErrCorruptIndex, printable(name+":"+reference), printable(k.name+":"+k.reference))
 }
 
-// putRef points a ref at a manifest, whose rows must exist.
-func (t *indexTx) putRef(name, reference string, d ocispec.Descriptor, now time.Time) error {
-	_, err := t.exec(sqlPutRef, name, reference, string(d.Digest), d.MediaType, d.ArtifactType, d.Size, now.UnixMicro())
+// putRef points a ref at a manifest, whose rows must exist. entry is what else an index.json says of
+// the ref, "" for nothing: it belongs to what the ref points at, and moves with it.
+func (t *indexTx) putRef(name, reference string, d ocispec.Descriptor, entry string, now time.Time) error {
+	mediaType, err := t.internType(d.MediaType)
+	if err != nil {
+		return err
+	}
+	artifactType, err := t.internType(d.ArtifactType)
+	if err != nil {
+		return err
+	}
+	_, err = t.exec(sqlPutRef, name, reference, digestBytes(d.Digest), d.Size, mediaType, artifactType, now.UnixMicro(), entry)
 	return err
+}
+
+// setRefEntry replaces what else an index.json says of a ref.
+func (t *indexTx) setRefEntry(name, reference, entry string) error {
+	_, err := t.exec(sqlSetRefEntry, name, reference, entry)
+	return err
+}
+
+// A refDetail is what the index says of a ref besides its descriptor.
+type refDetail struct {
+	created, moved time.Time
+	used           time.Time // zero if not known
+	entry          string
+}
+
+// refDetails returns the refDetail of a ref, if there is such a ref.
+func refDetails(q queryer, name, reference string) (detail refDetail, ok bool, err error) {
+	var key refKey
+	var created, moved, used int64
+	ok, err = q.row(sqlRefDetail, []any{name, reference}, &key.name, &key.reference, &created, &moved, &used, &detail.entry)
+	if !ok || err != nil {
+		return refDetail{}, false, err
+	}
+	detail.created, detail.moved = time.UnixMicro(created), time.UnixMicro(moved)
+	if used != 0 {
+		detail.used = time.UnixMicro(used)
+	}
+	return detail, true, key.check(name, reference)
 }
 
 // deleteRef removes a ref, if there is one.
@@ -79,11 +128,20 @@ func (x *index) resolve(name, reference string) (desc ocispec.Descriptor, ok boo
 func (x *index) list(name, reference, below string, n int) ([]Ref, error) {
 	var row descriptorRow
 	var refName, refReference string
+	var b sql.RawBytes
 	dest := append([]any{&refName, &refReference}, row.dest()...)
-	return readRows(context.Background(), x, sqlList, n, []any{name, reference, below, n}, func(rows *sql.Rows) (r Ref, err error) {
+	dest[3] = &b
+	type types struct{ media, artifact any }
+	of := make([]types, 0, n) // their numbers, until the rows are closed
+	failed := func(err error) error {
+		return fmt.Errorf("%w: row of ref %s: %w", ErrCorruptIndex, printable(refName+":"+refReference), err)
+	}
+	page, err := readRows(context.Background(), x, sqlList, n, []any{name, reference, below, n}, func(rows *sql.Rows) (r Ref, err error) {
 		if err := rows.Scan(dest...); err != nil {
 			return r, err
 		}
+		of = append(of, types{row.mediaType, row.artifactType})
+		row.digest, row.mediaType, row.artifactType = b, "", ""
 		if r.Reference, err = referenceFromKey(refName, refReference); err == nil {
 			r.Descriptor, r.Updated, err = row.value()
 		}
@@ -92,10 +150,21 @@ func (x *index) list(name, reference, below string, n int) ([]Ref, error) {
 		}
 		name, reference = refName, refReference
 		if err != nil {
-			err = fmt.Errorf("%w: row of ref %s: %w", ErrCorruptIndex, printable(refName+":"+refReference), err)
+			err = failed(err)
 		}
 		return r, err
 	})
+	for i := range page {
+		d := &page[i].Descriptor
+		if d.MediaType, err = x.typeText(of[i].media); err == nil {
+			d.ArtifactType, err = x.typeText(of[i].artifact)
+		}
+		if err != nil {
+			refName, refReference = page[i].Reference.key()
+			return nil, failed(err)
+		}
+	}
+	return page, err
 }
 
 // refRow returns a ref's descriptor and when it was last changed.
@@ -132,6 +201,6 @@ func (x *index) names(from, after, below string, n int) ([]string, error) {
 // with prefix, which ends with a '/', and is not the one in not.
 func (x *index) otherName(d digest.Digest, prefix, not string) (name string, err error) {
 	above := prefix[:len(prefix)-1] + "0" // the character after '/'
-	_, err = x.row(sqlOtherName, []any{string(d), prefix, above, not}, &name)
+	_, err = x.row(sqlOtherName, []any{digestBytes(d), prefix, above, not}, &name)
 	return name, err
 }

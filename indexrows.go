@@ -1,9 +1,12 @@
 package ocilocal
 
 import (
+	"bytes"
 	"cmp"
 	"context"
+	"crypto/sha512"
 	"database/sql"
+	"encoding/hex"
 	"fmt"
 	"slices"
 	"strings"
@@ -112,6 +115,8 @@ func ascends(before, after []any) bool {
 		switch b := before[i].(type) {
 		case string:
 			c = strings.Compare(after[i].(string), b)
+		case []byte:
+			c = bytes.Compare(after[i].([]byte), b)
 		case int:
 			c = cmp.Compare(after[i].(int), b)
 		case int64:
@@ -130,7 +135,33 @@ func exists(q queryer, text string, args ...any) (bool, error) {
 	return q.row(text, args, &one)
 }
 
-// rowDigest checks a digest that a row holds, before anything relies on it.
+// digestAlgorithms are the algorithms in the index, each at the place that is its number there.
+var digestAlgorithms = [...]digest.Algorithm{1: digest.SHA256, 2: digest.SHA384, 3: digest.SHA512}
+
+// digestBytes returns a digest as the index stores it: one byte for the algorithm, then the hash.
+// These bytes are in the same order as the texts. For "", and for all else that is not a digest, it
+// returns no bytes, which are below and unequal to every digest.
+func digestBytes(d digest.Digest) []byte {
+	if checkDigest(d) != nil {
+		return []byte{}
+	}
+	b, _ := hex.DecodeString(d.Encoded())
+	return append([]byte{byte(slices.Index(digestAlgorithms[:], d.Algorithm()))}, b...)
+}
+
+// digestFromBytes returns the digest that a row holds. Errors: [ErrCorruptIndex].
+func digestFromBytes(b []byte) (digest.Digest, error) {
+	if len(b) > 0 && 0 < b[0] && int(b[0]) < len(digestAlgorithms) {
+		if alg := digestAlgorithms[b[0]]; len(b) == 1+alg.Size() {
+			text := make([]byte, 0, len(digest.SHA512)+1+2*sha512.Size) // on the stack: listings come by here often
+			text = append(append(text, alg...), ':')
+			return digest.Digest(hex.AppendEncode(text, b[1:])), nil
+		}
+	}
+	return "", fmt.Errorf("%w: %x is not a digest", ErrCorruptIndex, b[:min(len(b), 70)])
+}
+
+// rowDigest checks a digest that a row of another program's index, or of schema version 1, holds.
 func rowDigest(s string) (digest.Digest, error) {
 	if err := checkDigest(digest.Digest(s)); err != nil {
 		return "", fmt.Errorf("%w: %w", ErrCorruptIndex, err)
@@ -140,18 +171,41 @@ func rowDigest(s string) (digest.Digest, error) {
 
 // scanDigest reads a row that is one digest.
 func scanDigest(rows *sql.Rows) (digest.Digest, error) {
-	var s string
-	if err := rows.Scan(&s); err != nil {
+	var b sql.RawBytes // only as long as the row
+	if err := rows.Scan(&b); err != nil {
 		return "", err
 	}
-	return rowDigest(s)
+	return digestFromBytes(b)
 }
 
-// A descriptorRow takes the five columns that make a manifest's descriptor, the
-// last a time. Its fields are what database/sql fills without reflection.
+// scanIDDigest reads a row that is the id of a row of content, or of manifests, and its digest.
+func scanIDDigest(rows *sql.Rows) (id int64, d digest.Digest, err error) {
+	var b sql.RawBytes
+	if err = rows.Scan(&id, &b); err == nil {
+		d, err = digestFromBytes(b)
+	}
+	return id, d, err
+}
+
+// roles are the roles in the index, each at the place that is its number there.
+var roles = [...]role{1: roleConfig, 2: roleLayer, 3: roleManifest}
+
+// roleNumber returns the number of a role.
+func roleNumber(r role) int { return slices.Index(roles[:], r) }
+
+// numberedRole returns the role that a row says. That of a damaged row is like no other.
+func numberedRole(n int) role {
+	if 0 < n && n < len(roles) {
+		return roles[n]
+	}
+	return role(fmt.Sprintf("role %d", n))
+}
+
+// A descriptorRow takes the five columns that make a manifest's descriptor, the last a time. Its
+// fields are what database/sql fills without reflection. In a damaged index any may be NULL.
 type descriptorRow struct {
-	mediaType, digest, artifactType string
-	size, micro                     any
+	mediaType, artifactType, size, micro any
+	digest                               []byte
 }
 
 func (d *descriptorRow) dest() []any {
@@ -164,9 +218,15 @@ func (d *descriptorRow) value() (desc ocispec.Descriptor, at time.Time, err erro
 	if !ok || !ok2 || size < 0 {
 		return desc, at, fmt.Errorf("%w: size %v or time %v is not a number in its range", ErrCorruptIndex, d.size, d.micro)
 	}
-	if err := checkDigest(digest.Digest(d.digest)); err != nil {
-		return desc, at, fmt.Errorf("%w: %w", ErrCorruptIndex, err)
+	mediaType, ok := d.mediaType.(string)
+	artifactType, ok2 := d.artifactType.(string)
+	if !ok || !ok2 {
+		return desc, at, fmt.Errorf("%w: media type %v or artifact type %v is not a text", ErrCorruptIndex, d.mediaType, d.artifactType)
 	}
-	desc = ocispec.Descriptor{MediaType: d.mediaType, Digest: digest.Digest(d.digest), Size: size, ArtifactType: d.artifactType}
+	found, err := digestFromBytes(d.digest)
+	if err != nil {
+		return desc, at, err
+	}
+	desc = ocispec.Descriptor{MediaType: mediaType, Digest: found, Size: size, ArtifactType: artifactType}
 	return desc, time.UnixMicro(micro), nil
 }

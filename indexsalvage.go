@@ -3,6 +3,7 @@ package ocilocal
 import (
 	"context"
 	"database/sql"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"slices"
@@ -11,7 +12,8 @@ import (
 )
 
 const (
-	sqlSalvage = `SELECT name, reference, manifest FROM refs WHERE (name, reference) > (?, ?) ORDER BY name, reference LIMIT ?`
+	sqlSalvage1 = `SELECT name, reference, manifest, '' FROM refs WHERE (name, reference) > (?, ?) ORDER BY name, reference LIMIT ?`
+	sqlSalvage2 = `SELECT name, reference, digest, entry FROM refs WHERE (name, reference) > (?, ?) ORDER BY name, reference LIMIT ?`
 
 	// A virtual table and a view have no root page.
 	sqlTableText   = `SELECT count(*), coalesce(min(type = 'table' AND rootpage > 0 AND substr(sql, 1, 13) = 'CREATE TABLE '), 0) FROM sqlite_schema WHERE name = ? COLLATE NOCASE`
@@ -40,19 +42,40 @@ func (x *index) checkTable(ctx context.Context, name string, columns ...string) 
 	return err
 }
 
-// salvageRefs visits the refs that can still be read from a damaged index, until the damage.
-// The index at path must exist, and may be anybody's.
+// salvages are the columns of refs in each schema version, and the query that reads them. What the
+// index says of its version may be damaged, so the columns tell the versions apart.
+var salvages = [...]struct {
+	columns []string
+	text    string
+}{
+	{[]string{"name", "reference", "manifest", "media_type", "artifact_type", "size", "updated"}, sqlSalvage1},
+	{[]string{"name", "reference", "manifest", "digest", "size", "media_type", "artifact_type", "created", "moved", "used", "entry"}, sqlSalvage2},
+}
+
+// A salvagedRef is a ref that can still be read from a damaged index.
+type salvagedRef struct {
+	Reference
+	manifest digest.Digest
+	entry    string // JSON, "" for none
+}
+
+// salvageRefs visits the refs that can still be read from a damaged index of any schema version,
+// until the damage. The index at path must exist, and may be anybody's.
 //
 // Errors: those of visit and ctx, and all that kept the index from being read, except damage.
-func salvageRefs(ctx context.Context, path string, visit func(Reference, digest.Digest) error) (err error) {
+func salvageRefs(ctx context.Context, path string, visit func(salvagedRef) error) (err error) {
 	x, err := openUnchecked(database{path: path, mode: indexQueryOnly}, 0, nil)
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, x.close()) }()
-	err = x.checkTable(ctx, "refs", "name", "reference", "manifest", "media_type", "artifact_type", "size", "updated")
-	if err == nil {
-		err = x.salvagedRefs(ctx, visit)
+	for _, s := range salvages {
+		if err = x.checkTable(ctx, "refs", s.columns...); err == nil {
+			err = x.salvagedRefs(ctx, s.text, visit)
+			break
+		} else if !errors.Is(err, ErrCorruptIndex) {
+			break
+		}
 	}
 	if errors.Is(err, ErrCorruptIndex) {
 		return nil
@@ -61,18 +84,36 @@ func salvageRefs(ctx context.Context, path string, visit func(Reference, digest.
 }
 
 // salvagedRefs visits the rows of refs that are refs.
-func (x *index) salvagedRefs(ctx context.Context, visit func(Reference, digest.Digest) error) error {
-	type row struct{ name, reference, manifest string }
-	p := paging[row]{text: sqlSalvage, size: 100, scan: func(rows *sql.Rows) (r row, err error) {
-		err = rows.Scan(&r.name, &r.reference, &r.manifest)
+func (x *index) salvagedRefs(ctx context.Context, text string, visit func(salvagedRef) error) error {
+	type row struct {
+		name, reference string
+		manifest        any
+		entry           string
+	}
+	p := paging[row]{text: text, size: 100, scan: func(rows *sql.Rows) (r row, err error) {
+		err = rows.Scan(&r.name, &r.reference, &r.manifest, &r.entry)
 		return r, err
 	}, after: func(r row) []any { return []any{r.name, r.reference} }}
 	return p.each(ctx, x, []any{"", ""}, func(r row) error {
 		ref, err := referenceFromKey(r.name, r.reference)
-		d, bad := rowDigest(r.manifest)
-		if err != nil || bad != nil {
+		if err != nil {
 			return nil
 		}
-		return visit(ref, d)
+		found := salvagedRef{Reference: ref}
+		switch m := r.manifest.(type) {
+		case string:
+			found.manifest, err = rowDigest(m)
+		case []byte:
+			found.manifest, err = digestFromBytes(m)
+		default:
+			return nil
+		}
+		if err != nil {
+			return nil
+		}
+		if json.Valid([]byte(r.entry)) {
+			found.entry = r.entry
+		}
+		return visit(found)
 	})
 }

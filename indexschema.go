@@ -14,16 +14,21 @@ import (
 // indexAppID is PRAGMA application_id of our index files: "ocil".
 const indexAppID = 0x6f63696c
 
-// migrations take the index from one schema version to the next. PRAGMA user_version is how many of
-// them it has had. A list that was released never changes, and a new version appends one. The
-// statements have the exact text that SQLite keeps, because checkSchema compares it.
-//
-//	meta       facts about the index: see the constants metaID, …
-//	blobs      a row for each blob and each manifest. kind is the role in which it was first seen, created when
-//	manifests  a row for each manifest, which repeats what queries need of the document
-//	members    the descriptors that a manifest needs, in its order: config, layers, or other manifests
-//	refs       the refs, each with the descriptor that it points at
-var migrations = [...][]string{{
+// A schemaVersion is one version of the index's schema. PRAGMA user_version says which one an index
+// has. A version that was released never changes, and a new one is appended.
+type schemaVersion struct {
+	// objects are the statements that make its tables, indexes and views. They have the exact text
+	// that SQLite keeps, because checkSchema compares it.
+	objects []string
+	// upgrade brings an index of the version before to this one. It leaves exactly objects.
+	upgrade []string
+}
+
+// schemas are all versions, from version 1 on.
+var schemas = [...]schemaVersion{{objects: schema1[:]}, {objects: schema2[:], upgrade: upgradeTo2[:]}}
+
+// schema1 named everything by the text of its digest.
+var schema1 = [...]string{
 	`CREATE TABLE meta (key TEXT NOT NULL PRIMARY KEY, value TEXT NOT NULL) STRICT, WITHOUT ROWID`,
 	`CREATE TABLE blobs (digest TEXT NOT NULL PRIMARY KEY, size INTEGER NOT NULL, kind TEXT NOT NULL, created INTEGER NOT NULL) STRICT, WITHOUT ROWID`,
 	`CREATE TABLE manifests (digest TEXT NOT NULL PRIMARY KEY REFERENCES blobs (digest), media_type TEXT NOT NULL, artifact_type TEXT NOT NULL, size INTEGER NOT NULL, config TEXT NOT NULL, subject TEXT NOT NULL, annotations TEXT NOT NULL, created INTEGER NOT NULL) STRICT, WITHOUT ROWID`,
@@ -32,12 +37,52 @@ var migrations = [...][]string{{
 	`CREATE INDEX members_by_digest ON members (digest)`,
 	`CREATE TABLE refs (name TEXT NOT NULL, reference TEXT NOT NULL, manifest TEXT NOT NULL REFERENCES manifests (digest), media_type TEXT NOT NULL, artifact_type TEXT NOT NULL, size INTEGER NOT NULL, updated INTEGER NOT NULL, PRIMARY KEY (name, reference)) STRICT, WITHOUT ROWID`,
 	`CREATE INDEX refs_by_manifest ON refs (manifest)`,
-}}
+}
+
+// schema2 stores a digest as bytes (see [digestBytes]), and names it by an integer elsewhere. Only
+// manifests and refs repeat it, for the listings.
+// All times are in microseconds since 1970, 0 for "not known".
+//
+//	meta       facts about the index: see the constants metaID, …
+//	types      media types and artifact types. A row never changes and is never deleted, so that a handle may remember it
+//	content    a row for each blob and each manifest that is here or is named by a manifest that is. kind is the role in
+//	           which it was first seen, created when, and unneeded since when nothing needs it. present is 0 for an
+//	           absent member and for a subject that is not here; such a subject's size is -1, since nothing vouches for it
+//	manifests  a row for each manifest that is here, which repeats the parts of the document that queries need
+//	           and the digest, so that the referrers of a subject are in the order of theirs
+//	members    the descriptors that a manifest needs, in its order: config, layers, or other manifests
+//	refs       the refs, each with the descriptor that it points at, so that a listing is one scan: created is when the
+//	           ref was made, moved when it last began to point where it does, used when it was last asked for.
+//	           entry is what else an index.json said of it: canonical JSON, '' for nothing
+//	unnamed    manifests that were imported by digest, without a ref
+//	holds      content that no ref leads to and that a repository keeps for a while, by the repository's name
+//
+// The views are for people who look at an index with the program sqlite3. No statement of the
+// package uses them.
+var schema2 = [...]string{
+	`CREATE TABLE meta (key TEXT NOT NULL PRIMARY KEY, value TEXT NOT NULL) STRICT, WITHOUT ROWID`,
+	`CREATE TABLE types (id INTEGER PRIMARY KEY, text TEXT NOT NULL UNIQUE) STRICT`,
+	`CREATE TABLE content (id INTEGER PRIMARY KEY, digest BLOB NOT NULL UNIQUE CHECK (length(digest) IN (33, 49, 65)), size INTEGER NOT NULL, kind INTEGER NOT NULL, created INTEGER NOT NULL, present INTEGER NOT NULL DEFAULT 1 CHECK (present IN (0, 1)), unneeded INTEGER NOT NULL DEFAULT 0, CHECK (size >= 0 OR size = -1 AND present = 0)) STRICT`,
+	`CREATE TABLE manifests (id INTEGER PRIMARY KEY REFERENCES content (id), digest BLOB NOT NULL, media_type INTEGER NOT NULL REFERENCES types (id), artifact_type INTEGER NOT NULL REFERENCES types (id), subject INTEGER REFERENCES content (id), annotations TEXT NOT NULL, created INTEGER NOT NULL) STRICT`,
+	`CREATE INDEX manifests_by_subject ON manifests (subject, digest) WHERE subject IS NOT NULL`,
+	`CREATE TABLE members (manifest INTEGER NOT NULL REFERENCES manifests (id) ON DELETE CASCADE, position INTEGER NOT NULL, role INTEGER NOT NULL, content INTEGER NOT NULL REFERENCES content (id), media_type INTEGER NOT NULL REFERENCES types (id), size INTEGER NOT NULL, annotations TEXT NOT NULL, PRIMARY KEY (manifest, position)) STRICT, WITHOUT ROWID`,
+	`CREATE INDEX members_by_content ON members (content)`,
+	`CREATE TABLE refs (name TEXT NOT NULL, reference TEXT NOT NULL, manifest INTEGER NOT NULL REFERENCES manifests (id), digest BLOB NOT NULL, size INTEGER NOT NULL, media_type INTEGER NOT NULL REFERENCES types (id), artifact_type INTEGER NOT NULL REFERENCES types (id), created INTEGER NOT NULL, moved INTEGER NOT NULL, used INTEGER NOT NULL DEFAULT 0, entry TEXT NOT NULL DEFAULT '', PRIMARY KEY (name, reference)) STRICT, WITHOUT ROWID`,
+	`CREATE INDEX refs_by_manifest ON refs (manifest)`,
+	`CREATE TABLE unnamed (manifest INTEGER PRIMARY KEY REFERENCES manifests (id) ON DELETE CASCADE, since INTEGER NOT NULL, entry TEXT NOT NULL DEFAULT '') STRICT`,
+	`CREATE TABLE holds (name TEXT NOT NULL, content INTEGER NOT NULL REFERENCES content (id), since INTEGER NOT NULL, PRIMARY KEY (name, content)) STRICT, WITHOUT ROWID`,
+	`CREATE INDEX holds_by_content ON holds (content)`,
+	`CREATE VIEW readable_refs AS SELECT name, reference, ` + readableDigest + ` AS manifest, size, (SELECT text FROM types WHERE id = media_type) AS media_type, (SELECT text FROM types WHERE id = artifact_type) AS artifact_type, datetime(created / 1000000, 'unixepoch') AS created, datetime(moved / 1000000, 'unixepoch') AS moved, entry FROM refs`,
+	`CREATE VIEW readable_content AS SELECT id, ` + readableDigest + ` AS digest, size, CASE kind WHEN 1 THEN 'config' WHEN 2 THEN 'layer' WHEN 3 THEN 'manifest' END AS kind, present, datetime(created / 1000000, 'unixepoch') AS created FROM content`,
+}
+
+// readableDigest is the text of the column digest.
+const readableDigest = `CASE hex(substr(digest, 1, 1)) WHEN '01' THEN 'sha256' WHEN '02' THEN 'sha384' WHEN '03' THEN 'sha512' END || ':' || lower(hex(substr(digest, 2)))`
 
 // createIndex makes a complete index at path, a private place that no other process looks at. The
 // caller gives it its name. So nobody ever sees half of an index, and nobody else takes part in the
 // switch to a write-ahead log, for which SQLite does not wait as busy_timeout says.
-func createIndex(ctx context.Context, path, id string, schema [][]string, unreconciled bool) (err error) {
+func createIndex(ctx context.Context, path, id string, schema []schemaVersion, unreconciled bool) (err error) {
 	db, err := (&database{path: path, private: true}).pool("rwc")
 	if err != nil {
 		return err
@@ -45,9 +90,7 @@ func createIndex(ctx context.Context, path, id string, schema [][]string, unreco
 	db.SetMaxOpenConns(1)
 	defer func() { err = errors.Join(err, indexError(db.Close())) }()
 	stmts := []string{fmt.Sprintf("PRAGMA application_id = %d", indexAppID)}
-	for _, m := range schema {
-		stmts = append(stmts, m...)
-	}
+	stmts = append(stmts, schema[len(schema)-1].objects...)
 	stmts = append(stmts, setVersion(len(schema)))
 	tx, err := db.BeginTx(ctx, nil)
 	if err != nil {
@@ -77,26 +120,6 @@ func createIndex(ctx context.Context, path, id string, schema [][]string, unreco
 
 func setVersion(n int) string { return fmt.Sprintf("PRAGMA user_version = %d", n) }
 
-// migrate brings the index to this program's schema version, unless another process was faster.
-func (x *index) migrate(ctx context.Context) error {
-	return x.writeAlone(ctx, func(tx *indexTx) error {
-		version, err := tx.version()
-		if err != nil {
-			return err
-		}
-		var stmts []string
-		for _, m := range x.schema[version:] {
-			stmts = append(stmts, m...)
-		}
-		for _, s := range append(stmts, setVersion(len(x.schema))) {
-			if _, err := tx.exec(s); err != nil {
-				return err
-			}
-		}
-		return nil
-	})
-}
-
 // version returns the index's schema version, and a [*SchemaError] if this program does not know
 // it.
 func (t *indexTx) version() (version int, err error) {
@@ -106,8 +129,8 @@ func (t *indexTx) version() (version int, err error) {
 	return version, err
 }
 
-// checkSchema refuses a database that is not ours, that is newer, or that holds an object which the
-// migrations did not make: a planted trigger could change what our statements do. It
+// checkSchema refuses a database that is not ours, that is newer, or that holds an object which is
+// not its version's: a planted trigger could change what our statements do. It
 // returns the schema's version.
 //
 // Errors: [ErrForeignIndex], [*SchemaError], [ErrCorruptIndex], [ErrIndexIO].
@@ -117,6 +140,11 @@ func (x *index) checkSchema(ctx context.Context) (version int, err error) {
 		return 0, unrecognised(x.openError(err))
 	}
 	defer conn.Close()
+	// All is read at one moment: another process may be bringing the index up to date.
+	if _, err := conn.ExecContext(ctx, "BEGIN"); err != nil {
+		return 0, unrecognised(x.openError(err))
+	}
+	defer conn.ExecContext(context.WithoutCancel(ctx), "ROLLBACK")
 	var app int
 	if err := conn.QueryRowContext(ctx, "PRAGMA application_id").Scan(&app); err != nil {
 		return 0, unrecognised(x.openError(err))
@@ -137,10 +165,8 @@ func (x *index) checkSchema(ctx context.Context) (version int, err error) {
 		return 0, fmt.Errorf("%w: schema version is %d", ErrForeignIndex, version)
 	}
 	want := map[string]bool{}
-	for _, m := range x.schema[:version] {
-		for _, s := range m {
-			want[s] = true
-		}
+	for _, s := range x.schema[version-1].objects {
+		want[s] = true
 	}
 	rows, err := conn.QueryContext(ctx, "SELECT type, name, tbl_name, coalesce(sql, '') FROM sqlite_schema")
 	if err != nil {
@@ -160,7 +186,7 @@ func (x *index) checkSchema(ctx context.Context) (version int, err error) {
 		if !want[text] {
 			return 0, fmt.Errorf("%w: its schema has %s, which ocilocal did not make", ErrForeignIndex, printable(name))
 		}
-		words := strings.Fields(text) // CREATE TABLE name …, or CREATE INDEX name ON table …
+		words := strings.Fields(text) // CREATE TABLE name …, CREATE VIEW name …, or CREATE INDEX name ON table …
 		on := words[2]
 		if kind == "index" {
 			on = words[4]

@@ -2,6 +2,7 @@ package ocilocal_test
 
 import (
 	"errors"
+	"fmt"
 	"path/filepath"
 	"sync"
 	"testing"
@@ -22,7 +23,7 @@ func TestMigratedWhileOpen(t *testing.T) {
 			t.Errorf("build: %v", err)
 		}
 	}
-	alterIndex(t, filepath.Join(r.Root(), "index.sqlite3"), "PRAGMA user_version = 1")
+	alterIndex(t, filepath.Join(r.Root(), "index.sqlite3"), "PRAGMA user_version = 2")
 	if _, err := build(t, r, "example.com/a:v2", nil, "y"); err != nil {
 		t.Error(err)
 	}
@@ -36,13 +37,14 @@ func TestMigration(t *testing.T) {
 	root := t.TempDir()
 	old := mustOpen(t, root)
 	a := published(t, old, "example.com/a:v1", "layer", nil)
+	const known = 2 // schema version of this program
 	version := func(want int) {
 		t.Helper()
-		if writer, _, err := ocilocal.IndexPragma(old, "user_version"); want > 1 {
-			if e, ok := errors.AsType[*ocilocal.SchemaError](err); !ok || e.Found != want || e.Supported != 1 {
+		if writer, _, err := ocilocal.IndexPragma(old, "user_version"); want > known {
+			if e, ok := errors.AsType[*ocilocal.SchemaError](err); !ok || e.Found != want || e.Supported != known {
 				t.Errorf("an older program writes to version %d: %v", want, err)
 			}
-		} else if err != nil || writer != "1" {
+		} else if err != nil || writer != fmt.Sprint(want) {
 			t.Errorf("version is %s, %v", writer, err)
 		}
 	}
@@ -52,11 +54,11 @@ func TestMigration(t *testing.T) {
 	if _, err := ocilocal.Open(ctx, root, ocilocal.NewerSchema(table, "CREATE TABLE refs (a)")); !errors.Is(err, ocilocal.ErrCorruptIndex) {
 		t.Errorf("a migration that fails: %v", err)
 	}
-	version(1)
+	version(known)
 	if _, err := ocilocal.Open(ctx, root, ocilocal.NewerSchema(table, "CREATE TABLE extra (a)")); err == nil {
 		t.Error("a migration that fails in its second statement succeeds")
 	}
-	version(1)
+	version(known)
 	var wg sync.WaitGroup
 	for range 8 {
 		wg.Go(func() {
@@ -72,7 +74,7 @@ func TestMigration(t *testing.T) {
 		})
 	}
 	wg.Wait()
-	version(2)
+	version(known + 1)
 	mustClose(t, old)
 	if _, err := ocilocal.Open(ctx, root, nil); !errors.Is(err, ocilocal.ErrNewerSchema) {
 		t.Errorf("an older program opens it: %v", err)

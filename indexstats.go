@@ -7,13 +7,14 @@ import (
 )
 
 const (
-	sqlTotals    = `SELECT count(*), coalesce(sum(size), 0), (SELECT count(*) FROM manifests) FROM blobs` // of one moment
+	sqlTotals    = `SELECT count(*), coalesce(sum(size), 0), (SELECT count(*) FROM manifests) FROM content WHERE present` // of one moment
 	sqlRefTotals = `SELECT count(*), count(DISTINCT name) FROM refs`
 
-	// Both are merges of two scans. A manifest's own row in blobs is left out
-	// of the second: where it has a ref, no member names it.
-	sqlNoRef     = `SELECT digest FROM manifests EXCEPT SELECT manifest FROM refs ORDER BY 1`
-	sqlNoPointer = `SELECT digest FROM blobs WHERE kind <> ?1 EXCEPT SELECT digest FROM members ORDER BY 1`
+	// Each is a merge of two scans, and then a look-up for each row that is left. A manifest's own
+	// row in content is left out of the second: where it has a ref, no member names it. Without its
+	// LIMIT, SQLite drops the order of a subquery, and with it the merge.
+	sqlNoRef     = `SELECT m.digest FROM (SELECT id FROM manifests EXCEPT SELECT manifest FROM refs ORDER BY 1 LIMIT -1) o CROSS JOIN manifests m WHERE m.id = o.id`
+	sqlNoPointer = `SELECT c.digest FROM (SELECT id FROM content WHERE kind <> ?1 AND present EXCEPT SELECT content FROM members ORDER BY 1 LIMIT -1) o CROSS JOIN content c WHERE c.id = o.id`
 )
 
 // totals returns how many blobs there are, manifests included, their bytes, and how many manifests.
@@ -35,5 +36,5 @@ func (x *index) withoutRef(ctx context.Context) ([]digest.Digest, error) {
 
 // withoutPointer returns the blobs, other than manifests, that no manifest needs.
 func (x *index) withoutPointer(ctx context.Context) ([]digest.Digest, error) {
-	return readRows(ctx, x, sqlNoPointer, 0, []any{string(roleManifest)}, scanDigest)
+	return readRows(ctx, x, sqlNoPointer, 0, []any{roleNumber(roleManifest)}, scanDigest)
 }

@@ -5,6 +5,7 @@ import (
 	"database/sql"
 	"database/sql/driver"
 	"errors"
+	"maps"
 
 	"modernc.org/sqlite"
 	sqlite3 "modernc.org/sqlite/lib"
@@ -20,6 +21,8 @@ type indexTx struct {
 	conn      *sql.Conn            // nil before the first transaction, and after one that could not be ended
 	stmts     map[string]*sql.Stmt // on conn
 	changes   int64                // rows that conn had changed when it last committed
+	types     map[string]int64     // ids of committed rows of types, which never change
+	newTypes  map[string]int64     // those that this transaction has read or written
 	newest    int                  // schema version that this program knows
 	explainer func(error) error    // the index's
 }
@@ -42,7 +45,24 @@ func (t *indexTx) begin() error {
 		return err
 	}
 	_, err := t.exec("BEGIN IMMEDIATE")
+	clear(t.newTypes)
 	return err
+}
+
+// maxTypes is how many types a handle remembers. Another program may use any number of them.
+const maxTypes = 1000
+
+// commit makes the transaction durable.
+func (t *indexTx) commit() error {
+	_, err := t.exec("COMMIT")
+	if err != nil {
+		return err
+	}
+	if len(t.types)+len(t.newTypes) > maxTypes {
+		clear(t.types)
+	}
+	maps.Copy(t.types, t.newTypes)
+	return nil
 }
 
 // rollback ends a transaction that can't be committed. Should even that fail,

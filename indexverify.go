@@ -1,6 +1,7 @@
 package ocilocal
 
 import (
+	"bytes"
 	"context"
 	"database/sql"
 	"errors"
@@ -13,35 +14,41 @@ import (
 
 // Statements of verification.
 const (
-	sqlManifestColumns = `SELECT digest, media_type, artifact_type, size, config, subject, annotations FROM manifests WHERE digest = ?`
-	sqlMemberColumns   = `SELECT manifest, position, role, digest, media_type, size, annotations FROM members
-		WHERE manifest = ? AND position >= ? ORDER BY position LIMIT ?`
-	sqlBlobsAfter = `SELECT digest, size, kind = ?1 OR EXISTS (SELECT 1 FROM manifests m WHERE m.digest = b.digest)
-		FROM blobs b WHERE digest > ?2 ORDER BY digest LIMIT ?3`
-	sqlCheckRefs = `SELECT r.name, r.reference, r.manifest, m.digest IS NULL OR r.media_type <> m.media_type OR r.artifact_type <> m.artifact_type OR r.size <> m.size
-		FROM refs r LEFT JOIN manifests m ON m.digest = r.manifest WHERE (r.name, r.reference) > (?, ?) ORDER BY r.name, r.reference LIMIT ?`
+	sqlManifestColumns = `SELECT m.digest, (SELECT text FROM types WHERE id = m.media_type), (SELECT text FROM types WHERE id = m.artifact_type),
+		c.size, s.digest, m.annotations FROM content c JOIN manifests m ON m.id = c.id LEFT JOIN content s ON s.id = m.subject WHERE c.digest = ?`
+	sqlMemberColumns = `SELECT m.position, m.role, c.digest, (SELECT text FROM types WHERE id = m.media_type), m.size, m.annotations
+		FROM members m LEFT JOIN content c ON c.id = m.content
+		WHERE m.manifest = (SELECT id FROM content WHERE digest = ?) AND m.position >= ? ORDER BY m.position LIMIT ?`
+	sqlBlobsAfter = `SELECT c.digest, c.size, c.kind = ?1 OR m.id IS NOT NULL, coalesce(m.digest <> c.digest, 0)
+		FROM content c LEFT JOIN manifests m ON m.id = c.id WHERE c.digest > ?2 AND c.present ORDER BY c.digest LIMIT ?3`
+	sqlCheckRefs = `SELECT r.name, r.reference, r.digest, m.id IS NULL OR c.id IS NULL OR r.media_type <> m.media_type OR r.artifact_type <> m.artifact_type
+		OR r.size <> c.size, coalesce(r.digest <> m.digest, 0)
+		FROM refs r LEFT JOIN manifests m ON m.id = r.manifest LEFT JOIN content c ON c.id = r.manifest
+		WHERE (r.name, r.reference) > (?, ?) ORDER BY r.name, r.reference LIMIT ?`
 )
 
 // A checkedBlob is the row of a blob as verification takes it.
 type checkedBlob struct {
 	digest   digest.Digest // not checked
-	recorded bool          // it has a row
+	recorded bool          // its row says that it is here
 	size     int64         // by its row, and so any number
 	manifest bool          // by its own row, or by that among the manifests
+	torn     bool          // its row among the manifests has another digest
 }
 
-// blobsAfter visits the blobs in the order of their digests, after one of them.
+// blobsAfter visits the blobs that are here in the order of their digests, after one of them.
 func (x *index) blobsAfter(ctx context.Context, after digest.Digest, visit func(checkedBlob) error) error {
-	last := after
-	kind := string(roleManifest)
+	last := digestBytes(after)
+	kind := roleNumber(roleManifest)
 	p := paging[checkedBlob]{text: sqlBlobsAfter, size: 1000, scan: func(rows *sql.Rows) (b checkedBlob, err error) {
-		if err = rows.Scan(&b.digest, &b.size, &b.manifest); err == nil && b.digest <= last {
+		var id []byte
+		if err = rows.Scan(&id, &b.size, &b.manifest, &b.torn); err == nil && bytes.Compare(id, last) <= 0 {
 			err = errOutOfOrder
 		}
-		last, b.recorded = b.digest, true
+		last, b.recorded, b.digest = id, true, digest.Digest(columnText(id))
 		return b, err
-	}, after: func(b checkedBlob) []any { return []any{kind, string(b.digest)} }}
-	return p.each(ctx, x, []any{kind, string(after)}, visit)
+	}, after: func(checkedBlob) []any { return []any{kind, last} }}
+	return p.each(ctx, x, []any{kind, last}, visit)
 }
 
 // rowsDiffer describes the first difference between a manifest and its rows, "" if there is none. A
@@ -57,18 +64,22 @@ func rowsDiffer(ctx context.Context, q queryer, m *Manifest) (string, error) {
 			return "", err
 		}
 		for i := range got {
-			if fmt.Sprint(got[i]) != fmt.Sprint(want[i]) {
-				return fmt.Sprintf("%s is %s, should be %s", names[i], printable(fmt.Sprint(got[i])), printable(fmt.Sprint(want[i]))), nil
+			found := columnText(got[i])
+			if want := fmt.Sprint(want[i]); found != want {
+				return fmt.Sprintf("%s is %s, should be %s", names[i], printable(found), printable(want)), nil
 			}
 		}
 		return "", nil
 	}
-	want, err := manifestColumns(m)
+	annotations, err := canonicalAnnotations(m.doc.Annotations)
 	if err != nil {
 		return "", err
 	}
-	found, err := readRows(ctx, q, sqlManifestColumns, 1, []any{string(m.Digest())}, func(rows *sql.Rows) (string, error) {
-		return compare(rows, want, "digest", "media type", "artifact type", "size", "config", "subject", "annotations")
+	subject, _ := m.Subject()
+	want := []any{m.Digest(), m.MediaType(), m.ArtifactType(), m.Size(), subject.Digest, annotations}
+	id := digestBytes(m.Digest())
+	found, err := readRows(ctx, q, sqlManifestColumns, 1, []any{id}, func(rows *sql.Rows) (string, error) {
+		return compare(rows, want, "digest", "media type", "artifact type", "size", "subject", "annotations")
 	})
 	if err != nil || len(found) == 0 || found[0] != "" {
 		return strings.Join(found, ""), err
@@ -80,17 +91,19 @@ func rowsDiffer(ctx context.Context, q queryer, m *Manifest) (string, error) {
 		if n++; n > len(m.children()) {
 			return fmt.Sprintf("more than %d members", len(m.children())), nil
 		}
-		want, err := memberColumns(m, n-1)
+		c := m.children()[n-1]
+		annotations, err := canonicalAnnotations(c.Annotations)
 		if err != nil {
 			return "", err
 		}
-		differ, err := compare(rows, want, "manifest", "position", "role", "digest", "media type", "size", "annotations")
+		want := []any{n - 1, roleNumber(m.childRole(n - 1)), c.Digest, c.MediaType, c.Size, annotations}
+		differ, err := compare(rows, want, "position", "number of its role", "digest", "media type", "size", "annotations")
 		if differ != "" {
 			differ = fmt.Sprintf("member %d: %s", n-1, differ)
 		}
 		return differ, err
-	}, after: func(string) []any { return []any{string(m.Digest()), n} }}
-	err = p.each(ctx, q, []any{string(m.Digest()), 0}, func(text string) error {
+	}, after: func(string) []any { return []any{id, n} }}
+	err = p.each(ctx, q, []any{id, 0}, func(text string) error {
 		if differ = text; differ != "" {
 			return errStop
 		}
@@ -116,28 +129,48 @@ func rowsDiffer(ctx context.Context, q queryer, m *Manifest) (string, error) {
 	return differ, nil
 }
 
+// columnText returns a column's value for a comparison. A BLOB is a digest, and NULL is none.
+func columnText(v any) string {
+	switch v := v.(type) {
+	case nil:
+		return ""
+	case []byte:
+		if d, err := digestFromBytes(v); err == nil {
+			return string(d)
+		}
+		return fmt.Sprintf("%x", v)
+	}
+	return fmt.Sprint(v)
+}
+
 // badRefs visits the refs that nobody could have made, whose manifest has no row, or
 // whose columns differ from those of the manifest that they repeat.
 func (x *index) badRefs(ctx context.Context, visit func(Reference, digest.Digest, error) error) error {
 	type row struct {
-		name, reference, manifest string
-		bad                       bool
+		name, reference string
+		digest          []byte
+		bad, torn       bool
 	}
 	p := paging[row]{text: sqlCheckRefs, size: 1000, scan: func(rows *sql.Rows) (r row, err error) {
-		err = rows.Scan(&r.name, &r.reference, &r.manifest, &r.bad)
+		err = rows.Scan(&r.name, &r.reference, &r.digest, &r.bad, &r.torn)
 		return r, err
 	}, after: func(r row) []any { return []any{r.name, r.reference} }}
 	return p.each(ctx, x, []any{"", ""}, func(r row) error {
 		ref, bad := referenceFromKey(r.name, r.reference)
+		d, invalid := digestFromBytes(r.digest)
 		switch {
+		case bad == nil && invalid != nil:
+			ref, bad = Reference{}, fmt.Errorf("row of ref %s: %w", printable(r.name+":"+r.reference), invalid)
 		case bad != nil:
 			bad = fmt.Errorf("%w: row of ref %s: %w", ErrCorruptIndex, printable(r.name+":"+r.reference), bad)
+		case r.torn:
+			ref, bad = Reference{}, fmt.Errorf("%w: row of ref %s: it points at one manifest, and has the digest of another", ErrCorruptIndex, printable(r.name+":"+r.reference))
 		case r.bad:
-			bad = fmt.Errorf("%w: the index has no manifest %s, or has it with other columns", ErrCorruptIndex, printable(r.manifest))
+			bad = fmt.Errorf("%w: the index has no manifest %s, or has it with other columns", ErrCorruptIndex, d)
 		default:
 			return nil
 		}
-		return visit(ref, digest.Digest(r.manifest), bad)
+		return visit(ref, d, bad)
 	})
 }
 

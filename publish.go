@@ -90,6 +90,11 @@ type publication struct {
 	// also, if not nil, runs in the transaction before the rows are written, unless there is a
 	// conflict. Its error stops all publications.
 	also func(*indexTx) error
+	// absent are digests that the manifests name and that need not be here: their rows say so,
+	// unless they are here already.
+	absent map[digest.Digest]bool
+	// entry is what else an index.json says of the ref: canonical JSON, "" for nothing.
+	entry string
 	PublishOptions
 }
 
@@ -173,7 +178,7 @@ func (r *LocalRegistry) publish(ctx context.Context, st *stage, pubs []publicati
 			}
 			var root ocispec.Descriptor
 			for _, m := range p.manifests { // the root is not the last one if referrers came along
-				desc, err := record(ctx, tx, st, m, checked, now)
+				desc, err := record(ctx, tx, st, m, p.absent, checked, now)
 				if err != nil {
 					return err
 				}
@@ -182,7 +187,7 @@ func (r *LocalRegistry) publish(ctx context.Context, st *stage, pubs []publicati
 				}
 			}
 			if o := updates[i].Outcome; o == Inserted || o == Replaced {
-				if err := tx.putRef(name, reference, root, now); err != nil {
+				if err := tx.putRef(name, reference, root, p.entry, now); err != nil {
 					return err
 				}
 			}
@@ -244,9 +249,9 @@ func (o PublishOptions) outcome(existing, incoming digest.Digest) Outcome {
 }
 
 // record writes the rows of one manifest after looking that its bytes and
-// those of its config and layers are there. Child manifests come before it. It
-// returns the descriptor that the index has for it.
-func record(ctx context.Context, tx *indexTx, st *stage, p pendingManifest, checked map[digest.Digest]bool, now time.Time) (ocispec.Descriptor, error) {
+// those of its config and layers are there, except those in absent. Child manifests come before it.
+// It returns the descriptor that the index has for it.
+func record(ctx context.Context, tx *indexTx, st *stage, p pendingManifest, absent, checked map[digest.Digest]bool, now time.Time) (ocispec.Descriptor, error) {
 	blob := func(d digest.Digest, size int64, kind role) error {
 		if checked[d] {
 			return nil
@@ -265,7 +270,11 @@ func record(ctx context.Context, tx *indexTx, st *stage, p pendingManifest, chec
 		return ocispec.Descriptor{}, err
 	}
 	for i, c := range m.children() {
-		if err := blob(c.Digest, c.Size, m.childRole(i)); err != nil {
+		put := blob
+		if absent[c.Digest] {
+			put = func(d digest.Digest, size int64, kind role) error { return tx.putAbsent(d, size, kind, now) }
+		}
+		if err := put(c.Digest, c.Size, m.childRole(i)); err != nil {
 			return ocispec.Descriptor{}, err
 		}
 	}

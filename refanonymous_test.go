@@ -66,7 +66,7 @@ func referencesOf(refs []ocilocal.Ref) (list []ocilocal.Reference) {
 func aged(t *testing.T, r *ocilocal.LocalRegistry, by time.Duration, like string) {
 	t.Helper()
 	err := ocilocal.IndexWrite(t.Context(), r, func(exec func(string) error) error {
-		return exec(fmt.Sprintf("UPDATE refs SET updated = updated - %d WHERE reference LIKE '%s'", by.Microseconds(), like))
+		return exec(fmt.Sprintf("UPDATE refs SET moved = moved - %d WHERE reference LIKE '%s'", by.Microseconds(), like))
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -242,8 +242,8 @@ func TestPruneAnonymousMoved(t *testing.T) {
 			close(holding)
 			<-let
 			return errors.Join(
-				exec(update("manifest = (SELECT manifest FROM refs ORDER BY reference LIMIT 1)", refs[1])),
-				exec(update("updated = updated + 1", refs[2])),
+				exec(update("(manifest, digest) = (SELECT manifest, digest FROM refs ORDER BY reference LIMIT 1)", refs[1])),
+				exec(update("moved = moved + 1", refs[2])),
 				exec("DELETE FROM refs WHERE reference = '"+refs[3].Tag()+"'"))
 		})
 	}()

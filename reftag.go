@@ -66,7 +66,7 @@ func (r *LocalRegistry) tag(ctx context.Context, d digest.Digest, ref Reference,
 		if u.Outcome == Unchanged {
 			return nil
 		}
-		return tx.putRef(name, reference, desc, time.Now())
+		return tx.putRef(name, reference, desc, "", time.Now())
 	})
 	if err != nil && u.Outcome != Conflicted {
 		u = RefUpdate{}

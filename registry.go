@@ -59,10 +59,10 @@ type Options struct {
 	// Logger gets events that no call can return as an error. Nil discards them.
 	Logger *slog.Logger
 
-	fault faultFunc  // for rootDir
-	adopt bool       // take blobs/ for the registry's although the directory has no id: only Rebuild may
-	id    string     // of a root that is created; "" makes a random one
-	more  [][]string // migrations after those that there are, for tests
+	fault faultFunc // for rootDir
+	adopt bool      // take blobs/ for the registry's although the directory has no id: only Rebuild may
+	id    string    // of a root that is created; "" makes a random one
+	more  []string  // makes a schema version after those that there are, for tests
 }
 
 // A LocalRegistry is an open root directory. Any number of goroutines may use
@@ -233,7 +233,13 @@ func open(ctx context.Context, dir string, opts *Options, readOnly bool) (_ *Loc
 	return r, nil
 }
 
-func (r *LocalRegistry) schema() [][]string { return append(migrations[:], r.opts.more...) }
+func (r *LocalRegistry) schema() []schemaVersion {
+	if more := r.opts.more; len(more) > 0 {
+		newest := schemas[len(schemas)-1].objects
+		return append(schemas[:], schemaVersion{objects: append(slices.Clip(newest), more...), upgrade: more})
+	}
+	return schemas[:]
+}
 
 // openIndex opens the index, in the mode that the root allows.
 func (r *LocalRegistry) openIndex(ctx context.Context, readOnly bool) (*index, error) {

@@ -128,7 +128,7 @@ func TestRefusedRootUntouched(t *testing.T) {
 		"table's name in other letters": {sqlOn("PRAGMA writable_schema = ON", "UPDATE sqlite_schema SET name = 'mAnifests' WHERE name = 'manifests'"), ocilocal.ErrCorruptIndex},
 		"index of another table":        {sqlOn("PRAGMA writable_schema = ON", "UPDATE sqlite_schema SET tbl_name = 'Refs' WHERE name = 'refs_by_manifest'"), ocilocal.ErrCorruptIndex},
 		"lacks a table":                 {sqlOn("DROP TABLE refs"), ocilocal.ErrForeignIndex},
-		"lacks an index":                {sqlOn("DROP INDEX members_by_digest"), ocilocal.ErrForeignIndex},
+		"lacks an index":                {sqlOn("DROP INDEX members_by_content"), ocilocal.ErrForeignIndex},
 		"text":                          {fresh(strings.Repeat("not a database\n", 1000)), ocilocal.ErrForeignIndex},
 		"short text":                    {fresh("hello"), ocilocal.ErrForeignIndex},
 		"empty":                         {fresh(""), ocilocal.ErrForeignIndex},

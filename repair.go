@@ -170,7 +170,7 @@ func (p *repair) run(ctx context.Context) error {
 		return err
 	}
 	if p.salvage != "" {
-		err := salvageRefs(ctx, p.salvage, func(ref Reference, d digest.Digest) error { return p.name(ctx, d, ref) })
+		err := salvageRefs(ctx, p.salvage, func(s salvagedRef) error { return p.name(ctx, s.manifest, s.Reference, s.entry) })
 		if err != nil {
 			return fmt.Errorf("refs of the index that was set aside (%s): %w", p.salvage, err)
 		}
@@ -256,7 +256,12 @@ func (p *repair) sort(ctx context.Context, problems []Problem) error {
 			if !impossible(b) {
 				p.rows = append(p.rows, b.Digest)
 			}
-		case ProblemUnrecorded: // if manifests need it, its row was lost
+		case ProblemUnrecorded: // if manifests need it or it is one, its row was lost or says that it is not here
+			if _, manifest, err := p.registry.index.resolveDigest(b.Digest); err != nil {
+				return err
+			} else if manifest {
+				p.rows = append(p.rows, b.Digest)
+			}
 			if err := pointers(ctx, p.registry.index, b.Digest, true, func(d digest.Digest) error {
 				p.rows = append(p.rows, d)
 				return nil

@@ -36,11 +36,11 @@ func (p *repair) rewrite(ctx context.Context, d digest.Digest) error {
 		}
 		checked := map[digest.Digest]bool{}
 		for _, pending := range list {
-			if _, err := record(ctx, tx, st, pending, checked, time.Now()); err != nil {
+			if _, err := record(ctx, tx, st, pending, nil, checked, time.Now()); err != nil {
 				return err
 			}
 		}
-		return tx.replaceManifest(m)
+		return tx.replaceManifest(m, time.Now())
 	})
 	if err == nil {
 		p.report.Rewritten = append(p.report.Rewritten, d)
@@ -198,7 +198,7 @@ func (p *repair) reconcile(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
-		if err := p.name(ctx, d, ref); err != nil {
+		if err := p.name(ctx, d, ref, ""); err != nil {
 			return err
 		}
 	}
@@ -208,11 +208,16 @@ func (p *repair) reconcile(ctx context.Context) error {
 	return p.registry.write(ctx, func(tx *indexTx) error { return tx.deleteMeta(metaUnreconciled) })
 }
 
-// name gives a manifest a ref, unless the manifest is not whole or the ref points elsewhere.
-func (p *repair) name(ctx context.Context, d digest.Digest, ref Reference) error {
+// name gives a manifest a ref with an entry, unless the manifest is not whole or the ref points
+// elsewhere.
+func (p *repair) name(ctx context.Context, d digest.Digest, ref Reference, entry string) error {
 	u, err := p.registry.tag(ctx, d, ref, nil)
 	if errors.Is(err, ErrConflict) || errors.Is(err, ErrDigestMismatch) {
 		return nil
+	}
+	if err == nil && entry != "" {
+		name, reference := ref.key()
+		err = p.registry.write(ctx, func(tx *indexTx) error { return tx.setRefEntry(name, reference, entry) })
 	}
 	if err == nil {
 		p.report.Recovered = append(p.report.Recovered, Ref{Reference: ref, Descriptor: u.Descriptor, Updated: time.Now()})

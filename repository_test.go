@@ -160,8 +160,8 @@ func TestRepositoryTags(t *testing.T) {
 	desc := pushImage(t, p, "", "layer")
 	// Tags on both sides of the digests.
 	execIndex(t, r.Root(), fmt.Sprintf(`WITH RECURSIVE i (n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM i WHERE n < %d)
-		INSERT INTO refs (name, reference, manifest, media_type, artifact_type, size, updated)
-		SELECT name, iif(n %% 3 = 0, printf('sha256:%%064x', n), printf('%%s%%06d', iif(n %% 2, 'a', 'v'), n)), manifest, media_type, artifact_type, size, updated
+		INSERT INTO refs (name, reference, manifest, digest, size, media_type, artifact_type, created, moved)
+		SELECT name, iif(n %% 3 = 0, printf('sha256:%%064x', n), printf('%%s%%06d', iif(n %% 2, 'a', 'v'), n)), manifest, digest, size, media_type, artifact_type, created, moved
 		FROM i, refs WHERE reference = '%s'`, n, desc.Digest))
 	var all []string
 	pages := 0

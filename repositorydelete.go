@@ -35,7 +35,7 @@ func (p *Repository) Untag(ctx context.Context, reference string) (err error) {
 		if err := tx.deleteRef(p.name, reference); err != nil || ref.Digest() != "" {
 			return err
 		}
-		return tx.putRef(p.name, string(desc.Digest), desc, time.Now())
+		return tx.putRef(p.name, string(desc.Digest), desc, "", time.Now())
 	})
 }
 

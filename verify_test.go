@@ -50,7 +50,7 @@ func TestVerifyHoldsNoConnection(t *testing.T) {
 	r := openTemp(t, nil)
 	dontWatch(r.Root())
 	published(t, r, "example.com/a:v1", "layer", nil)
-	execIndex(t, r.Root(), "UPDATE refs SET media_type = 'x'")
+	execIndex(t, r.Root(), "UPDATE refs SET media_type = artifact_type")
 	var inside, done sync.WaitGroup
 	n := max(2, runtime.NumCPU())
 	inside.Add(n)

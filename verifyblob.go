@@ -63,6 +63,9 @@ func (v *verification) blob(ctx context.Context, e *verifyEntry) (problems []Pro
 		return problems
 	}
 	e.item = v.meter.item(ocispec.Descriptor{Digest: e.digest})
+	if e.torn {
+		add(ProblemIndex, fmt.Errorf("%w: the rows of blob %s and of its manifest have different digests", ErrCorruptIndex, e.digest))
+	}
 	file, err := r.root.Lstat(blobPath(e.digest))
 	if errors.Is(err, fs.ErrNotExist) || err == nil && !file.Mode().IsRegular() {
 		var recorded, needed bool
@@ -146,14 +149,22 @@ func (v *verification) manifest(ctx context.Context, e *verifyEntry, size int64)
 		}
 		return failed(err) // or was collected since
 	}
+	invalid := func(err error) bool {
+		return errors.Is(err, ErrInvalidManifest) || errors.Is(err, ErrUnsupportedMediaType) || errors.Is(err, ErrTooLarge)
+	}
 	desc.Size = size // what the row says is compared below
 	m, err := r.readVerified(ctx, desc)
+	if invalid(err) { // unless it is the row's media type that is wrong
+		if other, bad := r.readVerified(ctx, ocispec.Descriptor{Digest: e.digest, Size: size}); bad == nil && other.MediaType() != desc.MediaType {
+			m, err = other, nil
+		}
+	}
 	switch {
 	case errors.Is(err, ErrNotFound): // collected since
 		return nil
 	case errors.Is(err, ErrDigestMismatch) || errors.Is(err, ErrSizeMismatch):
 		return problem(ProblemDigest, err)
-	case errors.Is(err, ErrInvalidManifest) || errors.Is(err, ErrUnsupportedMediaType) || errors.Is(err, ErrTooLarge):
+	case invalid(err):
 		return problem(ProblemManifest, err)
 	case processCondition(err):
 		return failed(err)

@@ -59,14 +59,14 @@ func TestCorruption(t *testing.T) {
 		"file without row": {func(t *testing.T, r *ocilocal.LocalRegistry, l, _ string) {
 			write(t, blobFile(r, digest.FromString("other")), "other")
 		}, []string{"blob is unrecorded other"}, nil, nil},
-		"row: other size":     {sql("UPDATE blobs SET size = size + 1 WHERE kind = 'layer'"), []string{"blob has another size layer"}, nil, nil},
-		"row: manifest size":  {sql("UPDATE manifests SET size = size + 1"), []string{"ref is dangling manifest", "index contradicts manifest manifest"}, nil, nil},
-		"row: artifact type":  {sql("UPDATE manifests SET artifact_type = 'x'"), []string{"ref is dangling manifest", "index contradicts manifest manifest"}, nil, nil},
+		"row: other size":     {sql("UPDATE content SET size = size + 1 WHERE kind = 2"), []string{"blob has another size layer"}, nil, nil},
+		"row: manifest size":  {sql("UPDATE content SET size = size + 1 WHERE kind = 3"), []string{"ref is dangling manifest", "blob has another size manifest", "index contradicts manifest manifest"}, nil, nil},
+		"row: artifact type":  {sql("UPDATE manifests SET artifact_type = media_type"), []string{"ref is dangling manifest", "index contradicts manifest manifest"}, nil, nil},
 		"row: annotations":    {sql("UPDATE members SET annotations = '{}x'"), []string{"index contradicts manifest manifest"}, nil, nil},
 		"row: member lost":    {sql("DELETE FROM members"), []string{"index contradicts manifest manifest"}, nil, nil},
-		"row: member doubled": {sql("INSERT INTO members SELECT manifest, 1, role, digest, media_type, size, annotations FROM members"), []string{"index contradicts manifest manifest"}, nil, nil},
-		"row: ref altered":    {sql("UPDATE refs SET media_type = 'x'"), []string{"ref is dangling manifest"}, nil, nil},
-		"row: blob lost":      {sql("DELETE FROM blobs WHERE kind = 'layer'"), []string{"index is damaged", "blob is unrecorded layer"}, nil, nil},
+		"row: member doubled": {sql("INSERT INTO members SELECT manifest, 1, role, content, media_type, size, annotations FROM members"), []string{"index contradicts manifest manifest"}, nil, nil},
+		"row: ref altered":    {sql("UPDATE refs SET media_type = artifact_type"), []string{"ref is dangling manifest"}, nil, nil},
+		"row: blob lost":      {sql("DELETE FROM content WHERE kind = 2"), []string{"index is damaged", "blob is unrecorded layer", "index contradicts manifest manifest"}, nil, nil},
 		"row: manifest lost":  {sql("DELETE FROM manifests"), []string{"index is damaged", "index is damaged", "ref is dangling manifest", "index contradicts manifest manifest"}, nil, nil},
 		"index not its own":   {sql("INSERT INTO meta VALUES ('unreconciled', '1')"), []string{"index is not reconciled"}, nil, nil},
 	} {

@@ -1,0 +1,113 @@
+package ocilocal
+
+import (
+	"context"
+	"database/sql"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+)
+
+// A manifest or blob can be kept without a ref: by a hold of the repository that it was put into,
+// until that is dropped or too old; or, as a manifest that was imported by digest, in the list of
+// those. The rows only say so. Collection decides what they are worth.
+
+const (
+	sqlSetHold  = `INSERT INTO holds (name, content, since) SELECT ?1, id, ?3 FROM content WHERE digest = ?2 ON CONFLICT (name, content) DO UPDATE SET since = excluded.since`
+	sqlDropHold = `DELETE FROM holds WHERE name = ? AND content = (SELECT id FROM content WHERE digest = ?)`
+	sqlHoldsOf  = `SELECT h.name, h.content, c.digest, h.since FROM content c CROSS JOIN holds h WHERE c.digest = ? AND h.content = c.id ORDER BY h.name`
+	sqlHoldsIn  = `SELECT h.name, h.content, c.digest, h.since FROM holds h CROSS JOIN content c WHERE h.name = ? AND h.content > ? AND c.id = h.content ORDER BY h.content LIMIT ?`
+	sqlHolds    = `SELECT h.name, h.content, c.digest, h.since FROM holds h CROSS JOIN content c WHERE (h.name, h.content) > (?, ?) AND c.id = h.content ORDER BY h.name, h.content LIMIT ?`
+
+	sqlSetUnnamed  = `INSERT INTO unnamed (manifest, since, entry) SELECT id, ?2, ?3 FROM content WHERE digest = ?1 ON CONFLICT (manifest) DO UPDATE SET since = excluded.since, entry = excluded.entry`
+	sqlDropUnnamed = `DELETE FROM unnamed WHERE manifest = (SELECT id FROM content WHERE digest = ?)`
+	sqlUnnamed     = `SELECT u.manifest, m.digest, u.since, u.entry FROM unnamed u CROSS JOIN manifests m WHERE u.manifest > ? AND m.id = u.manifest ORDER BY u.manifest LIMIT ?`
+)
+
+// A holdRow says that a repository keeps content that no ref may lead to.
+type holdRow struct {
+	name   string // of the repository: registry/repository
+	digest digest.Digest
+	since  time.Time
+	id     int64
+}
+
+func scanHold(rows *sql.Rows) (h holdRow, err error) {
+	var b sql.RawBytes
+	var micro int64
+	if err = rows.Scan(&h.name, &h.id, &b, &micro); err == nil {
+		h.since = time.UnixMicro(micro)
+		h.digest, err = digestFromBytes(b)
+	}
+	return h, err
+}
+
+// setHold has a repository hold recorded content since a time, which replaces that of a hold which
+// it has already. Errors: [ErrNotFound] for content without a row.
+func (t *indexTx) setHold(name string, d digest.Digest, since time.Time) error {
+	n, err := t.exec(sqlSetHold, name, digestBytes(d), since.UnixMicro())
+	if n == 0 && err == nil {
+		err = ErrNotFound
+	}
+	return err
+}
+
+// dropHold removes a repository's hold, and reports whether there was one.
+func (t *indexTx) dropHold(name string, d digest.Digest) (bool, error) {
+	n, err := t.exec(sqlDropHold, name, digestBytes(d))
+	return n > 0, err
+}
+
+// holdsOf returns all holds of a digest.
+func holdsOf(q queryer, d digest.Digest) ([]holdRow, error) {
+	return readRows(context.Background(), q, sqlHoldsOf, 0, []any{digestBytes(d)}, scanHold)
+}
+
+// holdsIn visits a repository's holds.
+func holdsIn(ctx context.Context, q queryer, name string, visit func(holdRow) error) error {
+	p := paging[holdRow]{text: sqlHoldsIn, size: gcPage, scan: scanHold, after: func(h holdRow) []any { return []any{name, h.id} }}
+	return p.each(ctx, q, []any{name, int64(0)}, visit)
+}
+
+// holds visits all holds.
+func holds(ctx context.Context, q queryer, visit func(holdRow) error) error {
+	p := paging[holdRow]{text: sqlHolds, size: gcPage, scan: scanHold, after: func(h holdRow) []any { return []any{h.name, h.id} }}
+	return p.each(ctx, q, []any{"", int64(0)}, visit)
+}
+
+// An unnamedRow is a manifest that was imported by digest.
+type unnamedRow struct {
+	digest digest.Digest
+	since  time.Time
+	entry  string // what else an index.json said of it: canonical JSON, "" for nothing
+	id     int64
+}
+
+// setUnnamed records that a manifest, whose rows must exist, was imported by digest.
+func (t *indexTx) setUnnamed(d digest.Digest, entry string, since time.Time) error {
+	n, err := t.exec(sqlSetUnnamed, digestBytes(d), since.UnixMicro(), entry)
+	if n == 0 && err == nil {
+		err = ErrNotFound
+	}
+	return err
+}
+
+// dropUnnamed takes a manifest out of the list of those that were imported by digest.
+func (t *indexTx) dropUnnamed(d digest.Digest) error {
+	_, err := t.exec(sqlDropUnnamed, digestBytes(d))
+	return err
+}
+
+// unnamedManifests visits the manifests that were imported by digest.
+func unnamedManifests(ctx context.Context, q queryer, visit func(unnamedRow) error) error {
+	p := paging[unnamedRow]{text: sqlUnnamed, size: gcPage, scan: func(rows *sql.Rows) (u unnamedRow, err error) {
+		var b sql.RawBytes
+		var micro int64
+		if err = rows.Scan(&u.id, &b, &micro, &u.entry); err == nil {
+			u.since = time.UnixMicro(micro)
+			u.digest, err = digestFromBytes(b)
+		}
+		return u, err
+	}, after: func(u unnamedRow) []any { return []any{u.id} }}
+	return p.each(ctx, q, []any{int64(0)}, visit)
+}
