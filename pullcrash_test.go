@@ -33,30 +33,36 @@ func pullWorker(in *bufio.Scanner, args []string) error {
 	return r.Close()
 }
 
-// Two processes pull the same at once: both have it, and no error.
-func TestPullTwoProcesses(t *testing.T) {
+// Processes pull the same at once. All have it, without an error, and receive and store each large blob once.
+func TestPullProcesses(t *testing.T) {
 	t.Parallel()
-	for range scaled(2, 5, 50) {
+	for i := range scaled(3, 6, 50) {
+		processes := []int{2, 2, 4}[i%3]
+		size := []int{3 << 20, 3 << 20, scaled(5, 32, 32) << 20}[i%3]
 		s := newServer(t)
-		want := s.put(t, "org/model", "v1", noise(1, 100), noise(2, 3<<20), noise(3, 2<<20))
-		// Neither gets the manifest before both have asked for it.
-		var both sync.WaitGroup
-		both.Add(2)
+		want := s.put(t, "org/model", "v1", noise(1, 100), noise(2, size), noise(3, 2<<20))
+		// None gets the manifest before all have asked for it.
+		var all sync.WaitGroup
+		all.Add(processes)
 		s.override = func(_ http.ResponseWriter, r *http.Request) bool {
 			if strings.Contains(r.URL.Path, "/manifests/") && r.Method == "GET" {
-				both.Done()
-				both.Wait()
+				all.Done()
+				all.Wait()
 			}
 			return false
 		}
 		root := filepath.Join(t.TempDir(), "root")
-		ws := []*worker{startWorker(t, "pull", root), startWorker(t, "pull", root)}
+		var ws []*worker
+		for range processes {
+			ws = append(ws, startWorker(t, "pull", root))
+		}
 		for _, w := range ws {
 			w.expect("ready")
 		}
 		for _, w := range ws {
 			w.send(s.ref("org/model:v1").String())
 		}
+		peak := peakSize(t, root)
 		outcomes := map[string]int{}
 		for _, w := range ws {
 			got := w.expect("pulled")
@@ -66,12 +72,16 @@ func TestPullTwoProcesses(t *testing.T) {
 			}
 			w.finish()
 		}
-		if outcomes["inserted"] != 1 || outcomes["unchanged"] != 1 {
+		if outcomes["inserted"] != 1 || outcomes["unchanged"] != processes-1 {
 			t.Errorf("%v", outcomes)
 		}
-		// Large blobs are sent once: the second process goes on with what the first one has.
-		if n := s.served(); n < 5<<20 || n > 5<<20+2*102 {
+		// Large blobs are sent once: the others go on with what the first process has.
+		whole := int64(size + 2<<20)
+		if n := s.served(); n < whole || n > whole+int64(processes)*102 {
 			t.Errorf("%d bytes were served", n)
+		}
+		if n := peak(); n > whole*11/10+1<<20 {
+			t.Errorf("%d bytes were stored at a time, of %d", n, whole)
 		}
 		r := mustOpen(t, root)
 		if found := problems(t, r, nil, nil); len(found) > 0 {

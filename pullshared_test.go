@@ -5,14 +5,17 @@ import (
 	"database/sql"
 	"errors"
 	"fmt"
+	"io/fs"
 	"net/http"
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -99,6 +102,74 @@ func TestPullShared(t *testing.T) {
 				mustClose(t, r)
 			}
 		})
+	}
+}
+
+// Sixteen calls for an artifact of 32 MiB receive, and have on the disk at any time, little more than that.
+func TestPullSharedStores(t *testing.T) {
+	const calls = 16
+	s := newServer(t)
+	size := scaled(4, 32, 32) << 20
+	large := noise(1, size)
+	s.put(t, "org/model", "v1", large)
+	g := s.holdBack(large)
+	r := openRemote(t, nil)
+	peak := peakSize(t, r.Root())
+	var wg sync.WaitGroup
+	for i := range calls {
+		wg.Go(func() {
+			o := &ocilocal.PullOptions{As: ocilocal.MustParseReference(fmt.Sprint("example.com/own:v", i))}
+			if _, err := r.Pull(t.Context(), s.ref("org/model:v1"), o); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	for range calls {
+		<-g.asked
+	}
+	close(g.open)
+	wg.Wait()
+	if n := s.served(); n > int64(size)*11/10 {
+		t.Errorf("%d bytes were received for %d", n, size)
+	}
+	if n := peak(); n > int64(size)*11/10 {
+		t.Errorf("%d bytes were stored for %d", n, size)
+	}
+}
+
+// peakSize adds up the files of blobs/ and tmp/ again and again until peak is called, which returns the largest sum.
+func peakSize(t testing.TB, root string) (peak func() int64) {
+	largest, stop, done := int64(0), make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(done)
+		for last := false; !last; {
+			select {
+			case <-stop:
+				last = true
+			case <-time.After(time.Millisecond):
+			}
+			sum := int64(0)
+			var counted []fs.FileInfo
+			for _, dir := range []string{"blobs", "tmp"} {
+				filepath.WalkDir(filepath.Join(root, dir), func(_ string, e fs.DirEntry, err error) error {
+					if err == nil && e.Type().IsRegular() {
+						fi, err := e.Info()
+						if err != nil || slices.ContainsFunc(counted, func(other fs.FileInfo) bool { return os.SameFile(fi, other) }) {
+							return nil // it is gone, or another name of a file
+						}
+						counted = append(counted, fi)
+						sum += fi.Size()
+					}
+					return nil
+				})
+			}
+			largest = max(largest, sum)
+		}
+	}()
+	return func() int64 {
+		close(stop)
+		<-done
+		return largest
 	}
 }
 
