@@ -7,11 +7,14 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"runtime/debug"
+	"slices"
 	"strconv"
 	"sync"
+	"time"
 
 	"github.com/opencontainers/go-digest"
 )
@@ -97,6 +100,42 @@ func PlainPublish(dir string, i int) error {
 		err = errors.Join(err, os.Remove(filepath.Join(dir, "t", name)))
 	}
 	return err
+}
+
+// PeakDisk adds up the files below dir, those with several names once, every five milliseconds until peak is called. It
+// returns the largest sum.
+func PeakDisk(dir string) (peak func() int64) {
+	var largest int64
+	stop, done := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(done)
+		for last := false; !last; {
+			select {
+			case <-stop:
+				last = true
+			case <-time.After(5 * time.Millisecond):
+			}
+			var counted []fs.FileInfo
+			var sum int64
+			filepath.WalkDir(dir, func(_ string, e fs.DirEntry, err error) error {
+				if err != nil || !e.Type().IsRegular() {
+					return nil
+				}
+				fi, err := e.Info()
+				if err == nil && !slices.ContainsFunc(counted, func(other fs.FileInfo) bool { return os.SameFile(fi, other) }) {
+					counted = append(counted, fi)
+					sum += fi.Size()
+				}
+				return nil
+			})
+			largest = max(largest, sum)
+		}
+	}()
+	return func() int64 {
+		close(stop)
+		<-done
+		return largest
+	}
 }
 
 // PeakMemory runs fn and returns by how many bytes the process's resident

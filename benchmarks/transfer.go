@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 
 	"github.com/google/go-containerregistry/pkg/name"
 	ggcr "github.com/google/go-containerregistry/pkg/v1"
@@ -47,6 +48,8 @@ type Transfer struct {
 	// PullAgain is Pull when all is there, and the registry is to be asked whether that is so.
 	PullAgain func(ctx context.Context, store string, names []string) error
 	Push      func(ctx context.Context, store string, names []string) error
+	// PullMany is Pull of one artifact by so many goroutines at once, which share one open store.
+	PullMany func(ctx context.Context, store, name string, callers int) error
 }
 
 // Transfers are the compared libraries.
@@ -56,13 +59,13 @@ var Transfers = []Transfer{
 		ImportDir: ours(importDir), ImportTar: ours(importTar),
 		ExportDir: ourExport((*ocilocal.LocalRegistry).ExportLayout),
 		ExportTar: ourExport((*ocilocal.LocalRegistry).ExportArchiveFile),
-		Pull:      pull(nil), PullAgain: pull(nil), Push: push,
+		Pull:      pull(nil), PullAgain: pull(nil), Push: push, PullMany: pullMany,
 	},
 	{
 		Name:      "oras-go",
 		ImportDir: orasCopy(openOCI, openOCI), ImportTar: orasCopy(openOCITar, openOCI),
 		ExportDir: orasCopy(openOCI, openOCI),
-		Pull:      orasRemote(orasPull), PullAgain: orasRemote(orasPull), Push: orasRemote(orasPush),
+		Pull:      orasRemote(orasPull), PullAgain: orasRemote(orasPull), Push: orasRemote(orasPush), PullMany: orasPullMany,
 	},
 	{
 		Name: "ggcr", Unverified: true,
@@ -186,6 +189,31 @@ func ourRemote(do func(context.Context, *ocilocal.LocalRegistry, ocilocal.Refere
 	}
 }
 
+func pullMany(ctx context.Context, store, name string, callers int) error {
+	remote := &ocilocal.Remote{}
+	defer remote.CloseIdleConnections()
+	r, err := ocilocal.Open(ctx, store, &ocilocal.Options{Remote: remote})
+	if err != nil {
+		return err
+	}
+	err = atOnce(callers, func() error {
+		_, err := r.Pull(ctx, ocilocal.MustParseReference(name), nil)
+		return err
+	})
+	return errors.Join(err, r.Close())
+}
+
+// atOnce calls do in so many goroutines.
+func atOnce(callers int, do func() error) error {
+	errs := make([]error, callers)
+	var wg sync.WaitGroup
+	for i := range callers {
+		wg.Go(func() { errs[i] = do() })
+	}
+	wg.Wait()
+	return errors.Join(errs...)
+}
+
 func openOCI(ctx context.Context, dir string) (oras.ReadOnlyTarget, error) {
 	return oci.NewWithContext(ctx, dir)
 }
@@ -238,6 +266,19 @@ func orasRemote(do func(ctx context.Context, store *oci.Store, repo *remote.Repo
 func orasPull(ctx context.Context, store *oci.Store, repo *remote.Repository, tag string) error {
 	_, err := oras.Copy(ctx, repo, tag, store, tag, oras.DefaultCopyOptions)
 	return err
+}
+
+func orasPullMany(ctx context.Context, dir, name string, callers int) error {
+	store, err := oci.NewWithContext(ctx, dir)
+	if err != nil {
+		return err
+	}
+	repo, err := remote.NewRepository(repository(name))
+	if err != nil {
+		return err
+	}
+	repo.PlainHTTP = true
+	return atOnce(callers, func() error { return orasPull(ctx, store, repo, tag(name)) })
 }
 
 func orasPush(ctx context.Context, store *oci.Store, repo *remote.Repository, tag string) error {

@@ -173,7 +173,56 @@ func measure(parent, only string, quick bool) error {
 	if err := m.remote(fmt.Sprintf("8 layers × %d MiB", layers>>20), 1, 8, layers); err != nil {
 		return err
 	}
-	return m.remote(fmt.Sprintf("%d artifacts × 4 KiB", small), small, 1, 4<<10)
+	if err := m.remote(fmt.Sprintf("%d artifacts × 4 KiB", small), small, 1, 4<<10); err != nil {
+		return err
+	}
+	return m.many("16 callers pull one artifact", 16, layers)
+}
+
+// many measures callers that pull one artifact of one layer at once: the time, the bytes on the wire, and the bytes that
+// were on the disk at a time.
+func (m *measurer) many(name string, callers int, size int64) error {
+	name += fmt.Sprintf(", one layer of %d MiB", size>>20)
+	if !m.wanted(name) {
+		return nil
+	}
+	s, err := start()
+	if err != nil {
+		return err
+	}
+	defer s.stop()
+	w, err := benchmarks.NewWork(m.ctx, m.fresh("work"), s.addr+"/bench/artifact", 0, 1, 1, size)
+	if err != nil {
+		return err
+	}
+	if err := benchmarks.Transfers[0].Push(m.ctx, w.Store, w.Names); err != nil {
+		return err
+	}
+	stored := map[string]int64{}
+	if err := m.task(name, 1, func(t benchmarks.Transfer) (*job, error) {
+		if t.PullMany == nil {
+			return &job{}, nil
+		}
+		dir := m.fresh("pull")
+		var peak func() int64
+		begin := func() { peak = benchmarks.PeakDisk(dir) }
+		return &job{do: func() error { return t.PullMany(m.ctx, dir, w.Names[0], callers) }, server: s, begin: begin, end: func() error {
+			stored[t.Name] = max(stored[t.Name], peak())
+			return nil
+		}}, nil
+	}); err != nil {
+		return err
+	}
+	fmt.Printf("| the same: MB on the disk at a time ")
+	for _, t := range benchmarks.Transfers {
+		if n, ok := stored[t.Name]; ok {
+			fmt.Printf("| %.2f ", float64(n)/1e6)
+		} else {
+			fmt.Print("| – ")
+		}
+	}
+	fmt.Println("| | | |")
+	return nil
 }
 
 func (m *measurer) fresh(name string) string {
@@ -304,6 +353,7 @@ func (m *measurer) remote(what string, n, layers int, size int64) error {
 type job struct {
 	do     func() error
 	server *server      // whose bytes are counted; nil without
+	begin  func()       // to be called just before; nil for nothing
 	end    func() error // to be called afterwards; nil for nothing
 }
 
@@ -359,6 +409,9 @@ func (j *job) run() (d time.Duration, grown, wire int64, err error) {
 	benchmarks.SyncAll()
 	if j.server != nil {
 		j.server.bytes()
+	}
+	if j.begin != nil {
+		j.begin()
 	}
 	grown, err = benchmarks.PeakMemory(func() error {
 		began := time.Now()
