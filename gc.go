@@ -25,10 +25,10 @@ type GCOptions struct {
 	// artifact, whether or not a ref points at it. An artifact that was replaced is then kept as
 	// long as the one that it was derived from.
 	DropReferrers bool
-	// Held is for how long blobs stay that were put into a repository and that no manifest there
-	// names: see [Repository.PutBlob]. Zero means 24 hours. It is at least that long, and up to six
-	// hours longer. The grace does not matter. [NoGrace] deletes them at once, and so breaks pushes
-	// that are under way.
+	// Held is for how long a [Repository] holds blobs that no manifest there names, and manifests
+	// without a tag. Zero means 24 hours. Blobs stay up to six hours longer, and a manifest stays as
+	// long as its subject. The grace does not matter. [NoGrace] deletes them at once, and so breaks
+	// pushes that are under way.
 	Held time.Duration
 	// Progress, if not nil, is told how far the collection is. Items are the blobs and manifests that it
 	// deletes, and skipped ones those that came into use before their turn.
@@ -48,7 +48,7 @@ func (o *GCOptions) grace() time.Duration {
 	return o.Grace
 }
 
-// heldBefore returns the moment before which a period must have ended for what was held in it to go.
+// heldBefore returns the moment before which something must have been held for the last time to go.
 func (o *GCOptions) heldBefore(now time.Time) time.Time {
 	switch {
 	case o.Held == 0:
@@ -70,7 +70,7 @@ func (o *GCOptions) young(written, began time.Time) bool {
 
 // A GCReport says what a collection found and did.
 type GCReport struct {
-	Roots     int   // manifests that refs point at, and the digests of GCOptions.Protect
+	Roots     int   // manifests that refs point at or repositories hold, and the digests of GCOptions.Protect
 	Reachable Count // content that is kept: the roots, their needs, subjects and referrers
 	Orphans   Count // content that nothing keeps
 	Deferred  Count // content that only the grace keeps, its own or that of something that needs it

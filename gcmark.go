@@ -36,6 +36,8 @@ type gcNode struct {
 	absent    bool      // the index has it as a manifest, and blobs/ does not
 	bad       bool      // the file's size is not the row's
 	ref       bool      // a ref points at it
+	held      bool      // a repository holds it
+	expired   bool      // a repository holds it, for too long
 	protected bool      // GCOptions.Protect lists it
 	hold      hold
 	needs     []int32 // of a manifest, by its rows
@@ -51,7 +53,7 @@ const (
 	holdYoung                // it is younger than the grace, or something that leads to it is
 	holdReferrer             // it refers to a kept manifest, or something that leads to it
 	holdSubject              // it is the subject of a kept manifest or protected, or needed by one that is
-	holdNeeded               // a ref points at it, or at something that needs it
+	holdNeeded               // a ref points at it or a repository holds it, or something that needs it
 )
 
 // live reports whether a collection keeps n whatever its age.
@@ -77,6 +79,7 @@ type gcGraph struct {
 	opts       GCOptions
 	meter      *meter
 	began      time.Time
+	heldSince  time.Time // holds that began later count
 	nodes      []gcNode
 	ids        map[digest.Digest]int32
 	report     GCReport
@@ -113,6 +116,7 @@ func (r *LocalRegistry) mark(ctx context.Context, opts GCOptions) (*gcGraph, err
 // graph reads the index into a gcGraph.
 func (r *LocalRegistry) graph(ctx context.Context, opts GCOptions) (*gcGraph, error) {
 	g := &gcGraph{registry: r, opts: opts, began: time.Now(), ids: map[digest.Digest]int32{}}
+	g.heldSince = opts.heldBefore(g.began)
 	x := r.index
 	for _, d := range opts.Protect {
 		if err := checkDigest(d); err != nil {
@@ -123,6 +127,18 @@ func (r *LocalRegistry) graph(ctx context.Context, opts GCOptions) (*gcGraph, er
 	if err := x.refTargets(ctx, func(d digest.Digest) {
 		n := &g.nodes[g.id(d)]
 		n.ref, n.named = true, true
+	}); err != nil {
+		return nil, err
+	}
+	if err := holds(ctx, x, func(h holdRow) error {
+		n := &g.nodes[g.id(h.digest)]
+		n.named = true
+		if h.since.After(g.heldSince) {
+			n.held = true
+		} else {
+			n.expired = true
+		}
+		return nil
 	}); err != nil {
 		return nil, err
 	}
@@ -200,7 +216,7 @@ func (g *gcGraph) follow() {
 			switch {
 			case n.hold > h && h >= holdReferrer:
 				todo = append(todo, int32(i)) // to go from it by the ways of h
-			case h == holdNeeded && n.ref,
+			case h == holdNeeded && (n.ref || n.held),
 				h == holdSubject && n.protected && !n.absent,
 				h == holdYoung && g.opts.young(n.age, g.began):
 				visit(int32(i))
@@ -353,7 +369,7 @@ func (g *gcGraph) sameRows(n *gcNode, m *Manifest) error {
 func (g *gcGraph) count() {
 	for i := range g.nodes {
 		n := &g.nodes[i]
-		if n.ref || n.protected {
+		if n.ref || n.held || n.protected {
 			g.report.Roots++
 		}
 		switch {

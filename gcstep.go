@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"slices"
 	"time"
 
 	"github.com/opencontainers/go-digest"
@@ -46,6 +47,9 @@ const (
 	gcPause = 2 * busyPoll
 )
 
+// gcHolds is of how many manifests the holds are removed in one transaction.
+const gcHolds = 100
+
 // gcRoom is how much a step without rows frees: enough to displace a commit and to delete some
 // rows. Once the disk was full, a step with rows frees as much before its time counts: where one
 // file is all that a slow machine deletes in that time, the commit can need more than that frees.
@@ -65,6 +69,9 @@ type gcSweep struct {
 func (g *gcGraph) sweep(ctx context.Context) error {
 	s := &gcSweep{gcGraph: g, todo: g.orphans(), gone: map[digest.Digest]bool{}, revived: map[digest.Digest]bool{}}
 	s.plan()
+	if err := s.dropHolds(ctx); err != nil {
+		return err
+	}
 	sweptTmp := false
 	for len(s.todo) > 0 {
 		before := len(s.gone)
@@ -119,6 +126,43 @@ func (s *gcSweep) tell(nodes []int32) {
 			s.meter.done(desc)
 		}
 	}
+}
+
+// dropHolds removes the rows of holds that are too old, of manifests that nothing else keeps. As long
+// as something else does, such as the subject of a held signature, the rows stay: they say that the
+// repository shows the manifest. On a full disk nothing is removed, and what is held stays until
+// the next collection.
+func (s *gcSweep) dropHolds(ctx context.Context) error {
+	var expired []digest.Digest
+	for _, i := range s.todo {
+		if n := &s.nodes[i]; n.expired {
+			expired = append(expired, n.digest)
+		}
+	}
+	for page := range slices.Chunk(expired, gcHolds) {
+		err := s.registry.writeAlone(ctx, func(tx *indexTx) error {
+			up := s.climb(context.Background(), tx)
+			for _, d := range page {
+				if led, err := up.led(d); led || err != nil {
+					if err != nil {
+						return err
+					}
+					continue
+				}
+				if err := tx.expireHolds(d, s.heldSince); err != nil {
+					return err
+				}
+			}
+			return nil
+		})
+		if errors.Is(err, ErrNoSpace) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // step deletes as many of todo, in order, as fit into one short transaction, and returns their
@@ -192,6 +236,7 @@ func (s *gcSweep) step(ctx context.Context, todo []int32, rows bool) (n int, err
 // whether its subject is kept. What it needs is left to the next collection.
 func (r *LocalRegistry) collectOne(ctx context.Context, desc ocispec.Descriptor) error {
 	g := &gcGraph{registry: r, opts: GCOptions{Grace: NoGrace, DropReferrers: true}, began: time.Now()}
+	g.heldSince = g.opts.heldBefore(g.began)
 	g.nodes = []gcNode{{digest: desc.Digest, size: desc.Size, manifest: true, row: true, file: true, subject: -1}}
 	s := &gcSweep{gcGraph: g, gone: map[digest.Digest]bool{}, revived: map[digest.Digest]bool{}}
 	_, err := s.step(ctx, []int32{0}, true)
@@ -267,6 +312,6 @@ func (s *gcSweep) stillDead(tx *indexTx, n *gcNode, up *climb, rows bool) (bool,
 
 // climb goes up by all the ways by which this collection keeps things.
 func (g *gcGraph) climb(ctx context.Context, q queryer) *climb {
-	return &climb{ctx: ctx, q: q, ways: ways{subjects: true, referrers: !g.opts.DropReferrers},
+	return &climb{ctx: ctx, q: q, ways: ways{subjects: true, referrers: !g.opts.DropReferrers, heldSince: g.heldSince},
 		protected: g.opts.Protect, present: g.registry.blobs.present}
 }

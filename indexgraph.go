@@ -5,6 +5,7 @@ import (
 	"database/sql"
 	"encoding/hex"
 	"encoding/json"
+	"time"
 
 	"github.com/opencontainers/go-digest"
 )
@@ -13,20 +14,22 @@ const (
 	// All that leads to ?1, itself included: the manifests that need it; with ?2 those whose
 	// subject it is; and with ?3 the subjects of these. A manifest of the JSON array ?4, of the
 	// hexadecimal digits of digests as the index stores them, is led to only by what needs it. A ref
-	// counts unless it is (?5, ?6), or of the name ?5 if ?6 is ''. CROSS JOIN: each is found from up.
+	// counts unless it is (?5, ?6), or of the name ?5 if ?6 is ''. A hold counts if it is younger
+	// than ?7. CROSS JOIN: each is found from up.
 	sqlAbove = `WITH RECURSIVE missing (id) AS MATERIALIZED (SELECT c.id FROM json_each(?4) j CROSS JOIN content c WHERE c.digest = unhex(j.value)),
 		up (id) AS (SELECT id FROM content WHERE digest = ?1
 		UNION SELECT m.manifest FROM up CROSS JOIN members m WHERE m.content = up.id
 		UNION SELECT m.id FROM up CROSS JOIN manifests m WHERE ?2 AND m.subject = up.id AND up.id NOT IN (SELECT id FROM missing)
 		UNION SELECT m.subject FROM up CROSS JOIN manifests m WHERE ?3 AND m.id = up.id AND m.subject IS NOT NULL AND up.id NOT IN (SELECT id FROM missing))
-		SELECT c.digest, EXISTS (SELECT 1 FROM refs WHERE manifest = up.id AND NOT (name = ?5 AND ?6 IN ('', reference))) FROM up CROSS JOIN content c WHERE c.id = up.id`
+		SELECT c.digest, EXISTS (SELECT 1 FROM refs WHERE manifest = up.id AND NOT (name = ?5 AND ?6 IN ('', reference)))
+			OR EXISTS (SELECT 1 FROM holds WHERE content = up.id AND since > ?7) FROM up CROSS JOIN content c WHERE c.id = up.id`
 
 	// The manifests after ?2 that need ?1, and those whose subject it is: each in the order of an index.
 	sqlNeeders = `SELECT m.manifest, c.digest FROM members m CROSS JOIN content c
 		WHERE m.content = (SELECT id FROM content WHERE digest = ?1) AND m.manifest > ?2 AND c.id = m.manifest ORDER BY m.manifest LIMIT ?3`
 	sqlSubjectOf = `SELECT id, digest FROM manifests WHERE subject = (SELECT id FROM content WHERE digest = ?1) AND digest > ?2 ORDER BY digest LIMIT ?3`
 
-	sqlHasRef  = `SELECT 1 FROM refs WHERE manifest = (SELECT id FROM content WHERE digest = ?) LIMIT 1`
+	sqlHasRef  = `SELECT 1 FROM content c WHERE digest = ? AND (EXISTS (SELECT 1 FROM refs WHERE manifest = c.id) OR EXISTS (SELECT 1 FROM holds WHERE content = c.id))`
 	sqlRefsTo  = `SELECT name, reference FROM refs WHERE manifest = (SELECT id FROM content WHERE digest = ?)`
 	sqlSubject = `SELECT s.digest FROM content c JOIN manifests m ON m.id = c.id JOIN content s ON s.id = m.subject WHERE c.digest = ?`
 )
@@ -37,7 +40,9 @@ type ways struct {
 	referrers bool // and so is what refers to it
 	// name and reference are a ref to leave out, or all refs of a name if reference is "".
 	name, reference string
-	missing         []digest.Digest // manifests without a file, which only what needs them leads to
+	// heldSince is the time after which a hold must have begun to count as a ref does. Zero: all do.
+	heldSince time.Time
+	missing   []digest.Digest // manifests without a file, which only what needs them leads to
 }
 
 // above visits d and all that leads to it, and says of each whether a ref points at it.
@@ -52,7 +57,11 @@ func above(ctx context.Context, q queryer, d digest.Digest, w *ways, visit func(
 		return err
 	}
 	found := false
-	args := []any{digestBytes(d), w.subjects, w.referrers, string(list), w.name, w.reference}
+	since := int64(-1)
+	if !w.heldSince.IsZero() {
+		since = w.heldSince.UnixMicro()
+	}
+	args := []any{digestBytes(d), w.subjects, w.referrers, string(list), w.name, w.reference, since}
 	err = eachRow(ctx, q, sqlAbove, args, func(rows *sql.Rows) error {
 		found = true
 		var b sql.RawBytes
@@ -101,7 +110,7 @@ func pointers(ctx context.Context, q queryer, d digest.Digest, subjects bool, vi
 	return referrers.each(ctx, q, []any{b, []byte{}}, each)
 }
 
-// hasRef reports whether a ref points at d.
+// hasRef reports whether a ref points at d, or a repository holds it.
 func hasRef(q queryer, d digest.Digest) (bool, error) {
 	return exists(q, sqlHasRef, digestBytes(d))
 }

@@ -7,23 +7,62 @@ import (
 	"github.com/opencontainers/go-digest"
 )
 
+// A repository shows what its refs and holds lead to. There are two ways to find out whether it
+// shows a digest. Going up, from the digest to the manifests that need it, takes as long as these are
+// many: usually one or two, but every artifact without a config needs the blob "{}". Going down,
+// from all that the repository has, takes as long as that is large. So a search goes up for a while,
+// and then down.
+
 const (
-	// Whether a ref of the name ?2 leads to ?1: through the manifests that need it, and with ?3 from
-	// a manifest without a ref that no manifest needs to its subject. The rows come one by one, so
-	// the first ref ends the search.
-	sqlShown = `WITH RECURSIVE up (id) AS (SELECT id FROM content WHERE digest = ?1
+	// What leads to ?1, itself included, at most ?4 rows, and of each whether a ref or hold of the
+	// name ?2 points at it: the manifests that need it, and with ?3 the subject of a manifest that
+	// nothing names.
+	sqlShownUp = `WITH RECURSIVE up (id) AS (SELECT id FROM content WHERE digest = ?1
 		UNION SELECT m.manifest FROM up CROSS JOIN members m WHERE m.content = up.id
-		UNION SELECT m.subject FROM up CROSS JOIN manifests m WHERE ?3 AND m.id = up.id AND m.subject IS NOT NULL
-			AND NOT EXISTS (SELECT 1 FROM refs WHERE manifest = up.id) AND NOT EXISTS (SELECT 1 FROM members WHERE content = up.id))
-		SELECT 1 FROM up WHERE EXISTS (SELECT 1 FROM refs WHERE manifest = up.id AND name = ?2) LIMIT 1`
+		UNION SELECT m.subject FROM up CROSS JOIN manifests m WHERE ?3 AND m.id = up.id AND m.subject IS NOT NULL AND ` + nameless + ` LIMIT ?4)
+		SELECT EXISTS (SELECT 1 FROM refs WHERE manifest = up.id AND name = ?2) OR EXISTS (SELECT 1 FROM holds WHERE content = up.id AND name = ?2) FROM up`
+
+	// Whether one of the manifests that the name ?2 leads to needs ?1.
+	sqlShownDown = `WITH RECURSIVE down (id) AS (SELECT manifest FROM refs WHERE name = ?2
+		UNION SELECT content FROM holds WHERE name = ?2
+		UNION SELECT m.content FROM down CROSS JOIN members m WHERE m.manifest = down.id AND m.role = 3
+		UNION SELECT m.id FROM down CROSS JOIN manifests m WHERE ?3 AND m.subject = down.id AND ` + nameless + `)
+		SELECT 1 FROM content c CROSS JOIN down CROSS JOIN members m WHERE c.digest = ?1 AND m.content = c.id AND m.manifest = down.id LIMIT 1`
+
+	// A manifest m that has no ref, that no repository holds, and that no other one needs.
+	nameless = `NOT EXISTS (SELECT 1 FROM refs WHERE manifest = m.id)
+		AND NOT EXISTS (SELECT 1 FROM members WHERE content = m.id) AND NOT EXISTS (SELECT 1 FROM holds WHERE content = m.id)`
 
 	sqlNamesOf = `SELECT reference FROM refs WHERE manifest = (SELECT id FROM content WHERE digest = ?1) AND name = ?2`
 )
 
-// shown reports whether a ref of a name leads to d. With subjects, a manifest that nothing names is
-// led to by its subject.
+// maxShownUp is how many rows a search goes up.
+const maxShownUp = 200
+
+// shown reports whether a ref or hold of a name leads to d. With subjects, a manifest that nothing
+// names is led to by its subject.
 func shown(q queryer, name string, d digest.Digest, subjects bool) (bool, error) {
-	return exists(q, sqlShown, digestBytes(d), name, subjects)
+	n, found := 0, false
+	err := eachRow(context.Background(), q, sqlShownUp, []any{digestBytes(d), name, subjects, maxShownUp}, func(rows *sql.Rows) error {
+		n++
+		err := rows.Scan(&found)
+		if found {
+			err = errStop
+		}
+		return err
+	})
+	if err != nil && err != errStop || found || n < maxShownUp {
+		return found, ignoreStop(err)
+	}
+	return exists(q, sqlShownDown, digestBytes(d), name, subjects)
+}
+
+// ignoreStop is err, unless that is [errStop].
+func ignoreStop(err error) error {
+	if err == errStop {
+		return nil
+	}
+	return err
 }
 
 // referencesTo returns the tags and digests by which refs of a name point at d.

@@ -13,11 +13,12 @@ import (
 // those. The rows only say so. Collection decides what they are worth.
 
 const (
-	sqlSetHold  = `INSERT INTO holds (name, content, since) SELECT ?1, id, ?3 FROM content WHERE digest = ?2 ON CONFLICT (name, content) DO UPDATE SET since = excluded.since`
-	sqlDropHold = `DELETE FROM holds WHERE name = ? AND content = (SELECT id FROM content WHERE digest = ?)`
-	sqlHoldsOf  = `SELECT h.name, h.content, c.digest, h.since FROM content c CROSS JOIN holds h WHERE c.digest = ? AND h.content = c.id ORDER BY h.name`
-	sqlHoldsIn  = `SELECT h.name, h.content, c.digest, h.since FROM holds h CROSS JOIN content c WHERE h.name = ? AND h.content > ? AND c.id = h.content ORDER BY h.content LIMIT ?`
-	sqlHolds    = `SELECT h.name, h.content, c.digest, h.since FROM holds h CROSS JOIN content c WHERE (h.name, h.content) > (?, ?) AND c.id = h.content ORDER BY h.name, h.content LIMIT ?`
+	sqlSetHold     = `INSERT INTO holds (name, content, since) SELECT ?1, id, ?3 FROM content WHERE digest = ?2 ON CONFLICT (name, content) DO UPDATE SET since = excluded.since`
+	sqlDropHold    = `DELETE FROM holds WHERE name = ? AND content = (SELECT id FROM content WHERE digest = ?)`
+	sqlExpireHolds = `DELETE FROM holds WHERE content = (SELECT id FROM content WHERE digest = ?) AND since <= ?`
+	sqlHoldsOf     = `SELECT h.name, h.content, c.digest, h.since FROM content c CROSS JOIN holds h WHERE c.digest = ? AND h.content = c.id ORDER BY h.name`
+	sqlHoldsIn     = `SELECT h.name, h.content, c.digest, h.since FROM holds h CROSS JOIN content c WHERE h.name = ? AND h.content > ? AND c.id = h.content ORDER BY h.content LIMIT ?`
+	sqlHolds       = `SELECT h.name, h.content, c.digest, h.since FROM holds h CROSS JOIN content c WHERE (h.name, h.content) > (?, ?) AND c.id = h.content ORDER BY h.name, h.content LIMIT ?`
 
 	sqlSetUnnamed  = `INSERT INTO unnamed (manifest, since, entry) SELECT id, ?2, ?3 FROM content WHERE digest = ?1 ON CONFLICT (manifest) DO UPDATE SET since = excluded.since, entry = excluded.entry`
 	sqlDropUnnamed = `DELETE FROM unnamed WHERE manifest = (SELECT id FROM content WHERE digest = ?)`
@@ -56,6 +57,12 @@ func (t *indexTx) setHold(name string, d digest.Digest, since time.Time) error {
 func (t *indexTx) dropHold(name string, d digest.Digest) (bool, error) {
 	n, err := t.exec(sqlDropHold, name, digestBytes(d))
 	return n > 0, err
+}
+
+// expireHolds removes the holds of a digest that did not begin after a time.
+func (t *indexTx) expireHolds(d digest.Digest, before time.Time) error {
+	_, err := t.exec(sqlExpireHolds, digestBytes(d), before.UnixMicro())
+	return err
 }
 
 // holdsOf returns all holds of a digest.

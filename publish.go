@@ -90,6 +90,8 @@ type publication struct {
 	// also, if not nil, runs in the transaction before the rows are written, unless there is a
 	// conflict. Its error stops all publications.
 	also func(*indexTx) error
+	// hold is the name of a repository that holds the root, "" for none.
+	hold string
 	// absent are digests that the manifests name and that need not be here: their rows say so,
 	// unless they are here already.
 	absent map[digest.Digest]bool
@@ -184,6 +186,11 @@ func (r *LocalRegistry) publish(ctx context.Context, st *stage, pubs []publicati
 				}
 				if desc.Digest == p.root.Digest {
 					root = desc
+				}
+			}
+			if p.hold != "" {
+				if err := tx.setHold(p.hold, p.root.Digest, now); err != nil {
+					return err
 				}
 			}
 			if o := updates[i].Outcome; o == Inserted || o == Replaced {

@@ -43,35 +43,38 @@ func (r *LocalRegistry) tag(ctx context.Context, d digest.Digest, ref Reference,
 	if opts != nil {
 		o = *opts
 	}
-	err = r.write(ctx, func(tx *indexTx) error {
-		desc, ok, err := tx.manifest(d)
-		if err != nil {
-			return err
-		}
-		if !ok {
-			return ErrNotFound
-		}
-		name, reference := ref.key()
-		existing, err := tx.ref(name, reference)
-		if err != nil {
-			return err
-		}
-		u = RefUpdate{Reference: ref, Descriptor: desc, Existing: existing, Outcome: o.outcome(existing, d)}
-		if u.Outcome == Conflicted {
-			return u.conflict(o.Expected)
-		}
-		if err := r.checkClosure(ctx, tx, desc); err != nil {
-			return err
-		}
-		if u.Outcome == Unchanged {
-			return nil
-		}
-		return tx.putRef(name, reference, desc, "", time.Now())
+	err = r.write(ctx, func(tx *indexTx) (err error) {
+		u, err = r.tagIn(ctx, tx, d, ref, o)
+		return err
 	})
 	if err != nil && u.Outcome != Conflicted {
 		u = RefUpdate{}
 	}
 	return u, err
+}
+
+// tagIn is the part of tag that is done in a transaction.
+func (r *LocalRegistry) tagIn(ctx context.Context, tx *indexTx, d digest.Digest, ref Reference, o PublishOptions) (u RefUpdate, err error) {
+	desc, ok, err := tx.manifest(d)
+	if err != nil {
+		return u, err
+	}
+	if !ok {
+		return u, ErrNotFound
+	}
+	name, reference := ref.key()
+	existing, err := tx.ref(name, reference)
+	if err != nil {
+		return u, err
+	}
+	u = RefUpdate{Reference: ref, Descriptor: desc, Existing: existing, Outcome: o.outcome(existing, d)}
+	if u.Outcome == Conflicted {
+		return u, u.conflict(o.Expected)
+	}
+	if err := r.checkClosure(ctx, tx, desc); err != nil || u.Outcome == Unchanged {
+		return u, err
+	}
+	return u, tx.putRef(name, reference, desc, "", time.Now())
 }
 
 // Remove deletes a ref and returns the descriptor that it pointed at. A ref with a tag and a

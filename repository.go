@@ -46,6 +46,14 @@ func (p *Repository) reference(tagOrDigest string) (Reference, error) {
 	return referenceFromKey(p.name, tagOrDigest)
 }
 
+// tag returns the Reference of a tag here.
+func (p *Repository) tag(tag string) (Reference, error) {
+	if err := checkTag(tag); err != nil {
+		return Reference{}, err
+	}
+	return p.reference(tag)
+}
+
 // begin keeps the registry open until end is called.
 func (p *Repository) begin(ctx context.Context) (end func(), err error) {
 	return p.registry.begin(ctx)
@@ -212,7 +220,7 @@ func (p *Repository) Resolve(ctx context.Context, reference string) (_ ocispec.D
 
 // Tag points a tag of the repository at a manifest that the repository shows. A tag that points
 // elsewhere is moved: [Repository.PutManifest] and [LocalRegistry.Tag] have policies. The digest of
-// the manifest, as reference, keeps the manifest until [Repository.Untag] or Delete.
+// the manifest, as reference, keeps the manifest until [Repository.Untag] or [Repository.Delete].
 //
 // Errors: [ErrNotFound], [ErrInvalidReference], [ErrDigestMismatch] for another digest as
 // reference, and those of [LocalRegistry.Tag].
@@ -227,11 +235,19 @@ func (p *Repository) Tag(ctx context.Context, desc ocispec.Descriptor, reference
 		return err
 	}
 	defer end()
-	if _, err := p.manifest(p.registry.index, desc.Digest); err != nil {
-		return err
+	if pin := ref.Digest(); pin != "" && pin != desc.Digest {
+		return fmt.Errorf("%w: %s names another digest", ErrDigestMismatch, ref)
 	}
-	_, err = p.registry.tag(ctx, desc.Digest, ref, &PublishOptions{Policy: Replace})
-	return err
+	return p.registry.write(ctx, func(tx *indexTx) error {
+		if _, err := p.manifest(tx, desc.Digest); err != nil {
+			return err
+		}
+		if err := p.holdReplaced(tx, ref, desc.Digest); err != nil {
+			return err
+		}
+		_, err := p.registry.tagIn(ctx, tx, desc.Digest, ref, PublishOptions{Policy: Replace})
+		return err
+	})
 }
 
 // Tags calls fn with the tags of the repository after last, in order, a page at a time. last is ""

@@ -158,6 +158,9 @@ func TestRepositoryTags(t *testing.T) {
 	p := repository(t, r, "localhost/app")
 	n := scaled(1200, 10_000, 100_000)
 	desc := pushImage(t, p, "", "layer")
+	if err := p.Tag(t.Context(), desc, desc.Digest.String()); err != nil {
+		t.Fatal(err)
+	}
 	// Tags on both sides of the digests.
 	execIndex(t, r.Root(), fmt.Sprintf(`WITH RECURSIVE i (n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM i WHERE n < %d)
 		INSERT INTO refs (name, reference, manifest, digest, size, media_type, artifact_type, created, moved)
@@ -258,4 +261,49 @@ func jsonOf(d ocispec.Descriptor) string {
 // referring adds a subject to the text of a manifest.
 func referring(manifest string, subject ocispec.Descriptor) string {
 	return strings.TrimSuffix(manifest, "}") + `,"subject":` + jsonOf(subject) + "}"
+}
+
+// TestRepositorySharedBlob: a blob that very many artifacts of other repositories need is found in
+// this one, too, as a member of an image index and of a referrer without a name, and only there.
+func TestRepositorySharedBlob(t *testing.T) {
+	r := openTemp(t, nil)
+	other, p, none := repository(t, r, "localhost/other"), repository(t, r, "localhost/app"), repository(t, r, "localhost/none")
+	for i := range 250 {
+		manifest, config := image(fmt.Sprint("layer ", i))
+		push(t, other, manifest, config, fmt.Sprint("layer ", i))
+	}
+	desc := pushImage(t, p, "", "of this one")
+	index := push(t, p, imageIndexOf(jsonOf(desc)))
+	if err := p.Tag(t.Context(), index, "v1"); err != nil {
+		t.Fatal(err)
+	}
+	collect(t, r, &ocilocal.GCOptions{Held: -1, Grace: 0}) // no blob is held any more
+	execIndex(t, r.Root(), "DELETE FROM holds WHERE name = 'localhost/app'")
+	for p, want := range map[*ocilocal.Repository]bool{p: true, none: false} {
+		if ok, err := p.Exists(t.Context(), blobOf("{}")); ok != want || err != nil {
+			t.Errorf("%s: %v, %v", p.Name(), ok, err)
+		}
+	}
+	execIndex(t, r.Root(), "DELETE FROM refs WHERE name = 'localhost/app'")
+	if ok, err := p.Exists(t.Context(), blobOf("{}")); ok || err != nil {
+		t.Errorf("%v, %v", ok, err)
+	}
+	subject, err := r.NewBuilder(ref("localhost/app:v2"), &ocilocal.BuilderOptions{ArtifactType: testType, Format: ocilocal.FormatArtifactManifest})
+	if err != nil {
+		t.Fatal(err)
+	}
+	built, err := subject.Build(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	referrer, err := r.NewReferrerBuilder(built.Descriptor(), &ocilocal.BuilderOptions{ArtifactType: testType, Format: ocilocal.FormatImageManifest})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := referrer.Build(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if ok, err := p.Exists(t.Context(), blobOf("{}")); !ok || err != nil {
+		t.Errorf("%v, %v", ok, err)
+	}
 }

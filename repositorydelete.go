@@ -9,14 +9,13 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// Untag deletes a tag. The repository still shows the manifest by its digest, until it is deleted.
-// A digest as reference ends that, if no tag leads to the manifest.
+// Untag deletes a tag. The repository still shows the manifest by its digest, for [GCOptions.Held].
+// A digest as reference ends what [Repository.Tag] with that digest has begun.
 //
 // Errors: [ErrNotFound], [ErrInvalidReference], [ErrReadOnly], [ErrBusy], and any error from ctx.
 func (p *Repository) Untag(ctx context.Context, reference string) (err error) {
 	defer addOp(&err, "untag in "+p.name, reference, "")
-	ref, err := p.reference(reference)
-	if err != nil {
+	if _, err := p.reference(reference); err != nil {
 		return err
 	}
 	end, err := p.registry.beginWrite(ctx)
@@ -32,10 +31,10 @@ func (p *Repository) Untag(ctx context.Context, reference string) (err error) {
 		if err != nil {
 			return err
 		}
-		if err := tx.deleteRef(p.name, reference); err != nil || ref.Digest() != "" {
+		if err := tx.deleteRef(p.name, reference); err != nil {
 			return err
 		}
-		return tx.putRef(p.name, string(desc.Digest), desc, "", time.Now())
+		return tx.setHold(p.name, desc.Digest, time.Now())
 	})
 }
 
@@ -78,6 +77,9 @@ func (p *Repository) DeleteManifest(ctx context.Context, d digest.Digest) (err e
 			if err := tx.deleteRef(p.name, reference); err != nil {
 				return err
 			}
+		}
+		if _, err := tx.dropHold(p.name, d); err != nil {
+			return err
 		}
 		needed, err := shown(tx, p.name, d, false)
 		if err != nil {

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"time"
 
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -113,8 +114,10 @@ type PutManifestOptions struct {
 // repository: see [Repository.PutBlob]. When it returns nil, the manifest and all its content are
 // durable. mediaType is as for [ParseManifest], which says what is accepted.
 //
-// A manifest that is put by digest has no tag, but the repository keeps it until it is deleted.
-// Putting one that is there is harmless.
+// A manifest without a tag is held by the repository: if it is put by digest, and when its tag is
+// moved or deleted. It stays for [GCOptions.Held], as long as its subject, and as long as an image
+// index in the repository needs it. [Repository.Tag] with its digest keeps it for good. Putting one
+// that is there is harmless.
 //
 // Errors:
 //   - [ErrIncomplete]: a config, layer or manifest that it needs is not in the repository
@@ -152,18 +155,14 @@ func (p *Repository) PutManifest(ctx context.Context, mediaType string, raw []by
 		}
 		m.digest = o.Digest
 	}
-	reference := o.Tag
-	if reference == "" {
-		if o.PublishOptions != (PublishOptions{}) {
-			return u, fmt.Errorf("%w: PutManifestOptions.PublishOptions is set without a tag", ErrInvalidArgument)
+	var ref Reference
+	switch {
+	case o.Tag != "":
+		if ref, err = p.tag(o.Tag); err != nil {
+			return u, err
 		}
-		reference = string(m.digest)
-	} else if err := checkTag(o.Tag); err != nil {
-		return u, err
-	}
-	ref, err := p.reference(reference)
-	if err != nil {
-		return u, err
+	case o.PublishOptions != (PublishOptions{}):
+		return u, fmt.Errorf("%w: PutManifestOptions.PublishOptions is set without a tag", ErrInvalidArgument)
 	}
 	st := p.registry.blobs.newStage()
 	defer func() { p.registry.logDiscard(st.discard()) }()
@@ -174,12 +173,32 @@ func (p *Repository) PutManifest(ctx context.Context, mediaType string, raw []by
 		return u, err
 	}
 	pub := onlyManifest(ref, m, o.PublishOptions)
-	pub.also = func(tx *indexTx) error { return p.registry.checkMemberRows(ctx, tx, m) }
+	pub.also = func(tx *indexTx) error {
+		if err := p.holdReplaced(tx, ref, m.digest); err != nil {
+			return err
+		}
+		return p.registry.checkMemberRows(ctx, tx, m)
+	}
+	if o.Tag == "" {
+		pub.hold = p.name
+	}
 	updates, err := p.registry.publish(ctx, st, []publication{pub})
 	if err != nil {
 		return u, err
 	}
 	return updates[0], updates[0].conflict(o.Expected)
+}
+
+// holdReplaced holds the manifest that a tag is about to be moved from.
+func (p *Repository) holdReplaced(tx *indexTx, ref Reference, to digest.Digest) error {
+	if ref.IsZero() {
+		return nil
+	}
+	from, err := tx.ref(ref.key())
+	if err != nil || from == "" || from == to {
+		return err
+	}
+	return tx.setHold(p.name, from, time.Now())
 }
 
 // takeChildren takes what a manifest needs into the stage where it is held. The rest must be

@@ -144,7 +144,10 @@ func TestHeldBlobs(t *testing.T) {
 	mustClose(t, a)
 	collect(t, b, atOnce)
 	collect(t, b, &ocilocal.GCOptions{Grace: ocilocal.NoGrace, Held: 1})
-	push(t, repository(t, b, "localhost/app"), manifest)
+	desc := push(t, repository(t, b, "localhost/app"), manifest)
+	if err := repository(t, b, "localhost/app").Tag(t.Context(), desc, "v1"); err != nil {
+		t.Fatal(err)
+	}
 	collect(t, b, &ocilocal.GCOptions{Grace: ocilocal.NoGrace, Held: ocilocal.NoGrace})
 	if _, err := os.Stat(filepath.Join(root, "tmp", "held")); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("tmp/held: %v", err)
@@ -224,4 +227,114 @@ func TestMount(t *testing.T) {
 	}
 	collect(t, r, atOnce)
 	push(t, b, manifest)
+}
+
+// expire makes all that repositories hold too old.
+func expire(t *testing.T, r *ocilocal.LocalRegistry) {
+	t.Helper()
+	execIndex(t, r.Root(), "UPDATE holds SET since = 1")
+}
+
+// showsManifests checks which manifests a repository shows.
+func showsManifests(t *testing.T, p *ocilocal.Repository, want bool, manifests ...ocispec.Descriptor) {
+	t.Helper()
+	for _, d := range manifests {
+		if _, err := p.StatManifest(t.Context(), d.Digest); (err == nil) != want || err != nil && !errors.Is(err, ocilocal.ErrNotFound) {
+			t.Errorf("%s: %v, want it shown: %v", d.Digest, err, want)
+		}
+	}
+}
+
+// TestHeldManifests: a manifest without a tag stays until it is too old, through every collection
+// before: one that was put by digest, one whose tag was moved, and one whose tag was deleted.
+func TestHeldManifests(t *testing.T) {
+	_, a, b := twoHandles(t)
+	p, other := repository(t, a, "localhost/app"), repository(t, b, "localhost/app")
+	byDigest := pushImage(t, p, "", "by digest")
+	moved, untagged, put := pushImage(t, p, "moved", "moved"), pushImage(t, p, "untagged", "untagged"), pushImage(t, p, "put", "put")
+	expire(t, a) // their first holds, before they were tagged
+	if err := p.Tag(t.Context(), byDigest, "moved"); err != nil {
+		t.Fatal(err)
+	}
+	if err := p.Untag(t.Context(), "untagged"); err != nil {
+		t.Fatal(err)
+	}
+	manifest, config := image("instead")
+	for _, text := range []string{config, "instead"} {
+		if _, err := p.PutBlob(t.Context(), strings.NewReader(text), "", -1); err != nil {
+			t.Fatal(err)
+		}
+	}
+	opts := &ocilocal.PutManifestOptions{Tag: "put", PublishOptions: ocilocal.PublishOptions{Policy: ocilocal.Replace}}
+	if _, err := p.PutManifest(t.Context(), "", []byte(manifest), opts); err != nil {
+		t.Fatal(err)
+	}
+	collect(t, b, atOnce)
+	showsManifests(t, other, true, byDigest, moved, untagged, put)
+	for text, err := range a.Verify(t.Context(), nil) {
+		t.Error(text, err)
+	}
+	expire(t, a)
+	report := collect(t, b, atOnce)
+	if report.Deleted.Manifests != 3 || report.Revived > 0 {
+		t.Errorf("%+v", report)
+	}
+	showsManifests(t, other, true, byDigest, manifestOf(manifest))
+	showsManifests(t, other, false, moved, untagged, put)
+	if err := p.DeleteManifest(t.Context(), byDigest.Digest); err != nil {
+		t.Fatal(err)
+	}
+	if report := collect(t, b, atOnce); report.Deleted.Manifests != 1 {
+		t.Errorf("%+v", report)
+	}
+	mustClose(t, a)
+	mustClose(t, b)
+	checkCollected(t, b.Root(), model{"localhost/app:put": {""}})
+}
+
+// TestHeldReferrers: a referrer that a repository holds stays there as long as its subject, which it
+// does not keep itself.
+func TestHeldReferrers(t *testing.T) {
+	r := openTemp(t, nil)
+	p := repository(t, r, "localhost/app")
+	subject := pushImage(t, p, "v1", "image")
+	var referrers []ocispec.Descriptor
+	last := subject
+	for _, layer := range []string{"signature", "stamp"} {
+		manifest, config := image(layer)
+		last = push(t, p, referring(manifest, last), config, layer)
+		referrers = append(referrers, last)
+	}
+	expire(t, r)
+	collect(t, r, atOnce)
+	showsManifests(t, p, true, append(referrers, subject)...)
+	if err := p.DeleteManifest(t.Context(), subject.Digest); err != nil {
+		t.Fatal(err)
+	}
+	report := collect(t, r, atOnce)
+	if report.Deleted.Manifests != 3 || report.Revived > 0 {
+		t.Errorf("%+v", report)
+	}
+	showsManifests(t, p, false, append(referrers, subject)...)
+	mustClose(t, r)
+	checkCollected(t, r.Root(), model{})
+}
+
+// TestHeldElsewhere: what one repository deletes, another still holds.
+func TestHeldElsewhere(t *testing.T) {
+	r := openTemp(t, nil)
+	a, b := repository(t, r, "localhost/a"), repository(t, r, "localhost/b")
+	desc := pushImage(t, a, "", "layer")
+	pushImage(t, b, "", "layer")
+	manifest, config := image("signature")
+	signature := push(t, a, referring(manifest, desc), config, "signature")
+	push(t, b, referring(manifest, desc), config, "signature")
+	for _, d := range []ocispec.Descriptor{signature, desc} {
+		if err := a.DeleteManifest(t.Context(), d.Digest); err != nil {
+			t.Fatal(err)
+		}
+	}
+	collect(t, r, atOnce)
+	showsManifests(t, a, false, desc, signature)
+	showsManifests(t, b, true, desc, signature)
 }

@@ -5,6 +5,7 @@ import (
 	"context"
 	"fmt"
 	"sync"
+	"time"
 
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -115,7 +116,7 @@ func (r *LocalRegistry) deadRows(ctx context.Context) (c Count, err error) {
 // orphans counts the rows that no ref leads to, by going up from the candidates: manifests without
 // a ref, blobs that no manifest needs, and blobs that only such manifests need.
 func (x *index) orphans(ctx context.Context, noRef, noPointer []digest.Digest) (c Count, err error) {
-	up := climb{ctx: ctx, q: x, ways: ways{subjects: true, referrers: true}}
+	up := climb{ctx: ctx, q: x, ways: keptByDefault()}
 	counted := map[digest.Digest]bool{}
 	count := func(d digest.Digest) error {
 		if counted[d] {
@@ -221,7 +222,12 @@ type usage struct {
 }
 
 func newUsage(ctx context.Context, x *index) *usage {
-	return &usage{descent: descent{q: x, subjects: true}, index: x, others: climb{ctx: ctx, q: x, ways: ways{subjects: true, referrers: true}}}
+	return &usage{descent: descent{q: x, subjects: true}, index: x, others: climb{ctx: ctx, q: x, ways: keptByDefault()}}
+}
+
+// keptByDefault are the ways by which a collection without options keeps things.
+func keptByDefault() ways {
+	return ways{subjects: true, referrers: true, heldSince: (&GCOptions{}).heldBefore(time.Now())}
 }
 
 // add counts a manifest, its needs and its subjects, and the referrers of those that would go. What
