@@ -30,6 +30,7 @@
 //	root/blobs/<alg>/<hex>     complete, verified, read-only files
 //	root/tmp/<session>/        what an open handle is writing; locked as long as it lives
 //	root/tmp/partial/          what interrupted pulls have received, for the next one to resume
+//	root/tmp/held/             blobs that were put into a repository, until they are too old
 //	root/tmp/quarantine/       damaged files that Repair could not heal
 //
 // [Open] makes a registry only where the names id, tmp and blobs are free; otherwise it fails with
@@ -112,6 +113,15 @@
 // name, ImportOptions.Name restricts names, ImportOptions.Reference chooses one, and
 // ImportOptions.IgnoreNames sets none. A name that is only a tag is [ErrBareName] unless ImportOptions.Repository
 // completes it. Content without any name is stored by digest, and [ImportResult.Unnamed] lists it.
+//
+// # Raw content
+//
+// [LocalRegistry.Repository] is a view of one name, by which content is put, read and deleted as over
+// the distribution API. It shows what the refs of the name lead to and what it holds, and nothing
+// else of the registry. A blob that was put is held for the repository, below tmp/, until it is too
+// old: it is visible to every process at once, and becomes durable with the manifest that needs it.
+// A manifest that was put is durable with all that it needs. One without a tag is held by a row of
+// the index. Holds keep content as refs do, until [GCOptions.Held] has passed and nothing else keeps it.
 //
 // # Errors
 //

@@ -3,10 +3,12 @@ package ocilocal_test
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"testing/iotest"
 
@@ -337,4 +339,69 @@ func TestHeldElsewhere(t *testing.T) {
 	collect(t, r, atOnce)
 	showsManifests(t, a, false, desc, signature)
 	showsManifests(t, b, true, desc, signature)
+}
+
+// TestPutBesideCollector: while another handle collects with no grace, all that puts acknowledge
+// stays: blobs before their manifest, manifests without a tag, and those that have lost it.
+func TestPutBesideCollector(t *testing.T) {
+	_, a, b := twoHandles(t)
+	stop := make(chan struct{})
+	collected := make(chan error, 1)
+	go func() {
+		for {
+			if _, err := b.GC(context.Background(), atOnce); err != nil {
+				collected <- err
+				return
+			}
+			select {
+			case <-stop:
+				collected <- nil
+				return
+			default:
+			}
+		}
+	}()
+	var wg sync.WaitGroup
+	all := make([]map[string]ocispec.Descriptor, 3)
+	for w := range all {
+		all[w] = map[string]ocispec.Descriptor{}
+		wg.Go(func() {
+			p, err := a.Repository(fmt.Sprint("localhost/app", w%2))
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			for i := range scaled(15, 100, 2000) {
+				layer := fmt.Sprintf("layer %d of %d", i, w)
+				manifest, config := image(layer)
+				for _, text := range []string{config, layer, manifest} {
+					d := blobOf(text)
+					if text == manifest {
+						d = manifestOf(text)
+					}
+					if err := p.Push(context.Background(), d, strings.NewReader(text)); err != nil {
+						t.Errorf("push of %s: %v", text, err)
+						return
+					}
+					all[w][text] = d
+				}
+				if err := p.Tag(context.Background(), manifestOf(manifest), "latest"); err != nil {
+					t.Errorf("tag: %v", err)
+				}
+			}
+		})
+	}
+	wg.Wait()
+	close(stop)
+	if err := <-collected; err != nil {
+		t.Error(err)
+	}
+	for w := range all {
+		p := repository(t, b, fmt.Sprint("localhost/app", w%2))
+		for text, d := range all[w] {
+			if got, err := fetched(p, d); got != text || err != nil {
+				t.Errorf("%q, %v", got, err)
+			}
+		}
+	}
 }
