@@ -11,36 +11,36 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// PullOptions say how an artifact is pulled, and what happens to the ref. Nil is the zero value.
+// PullOptions govern how an artifact is pulled, and when its ref may move. Nil is the zero value.
 type PullOptions struct {
 	// Remote is the client to pull with. Nil means [Options.Remote].
 	Remote *Remote
-	// As, if not zero, is the artifact's name here. Otherwise it keeps its reference.
+	// As, if not zero, is the name that the artifact gets here. Otherwise it keeps its reference.
 	As Reference
-	// Platform, if not nil, chooses one manifest of an image index, which is then pulled without
-	// the index. Empty fields fit anything, and a variant that image-spec takes for granted may be
-	// left out: linux/arm64/v8 is linux/arm64. Content that is not an index is pulled as it is. A
-	// reference with a digest names the index: then As must name the manifest.
+	// Platform, if not nil, chooses one manifest of an image index. That manifest is pulled without
+	// the index. Empty fields match anything. A default variant of image-spec may be left out:
+	// linux/arm64/v8 is linux/arm64. Content that is not an index is pulled as it is. If the
+	// reference has a digest, that is the digest of the index, and As must name the manifest.
 	Platform *ocispec.Platform
 	// Verify hashes everything that the artifact needs and that is here, and fetches damaged blobs
-	// again. Otherwise blobs that are here count by their sizes, unless others have to be fetched.
+	// again. Otherwise the size of a blob that is here is enough, unless other blobs have to be
+	// fetched.
 	Verify bool
-	// Referrers brings the artifact's referrers along, such as signatures, and those of the
-	// referrers, as the remote registry lists them. They get no refs: a collection deletes them
-	// unless it keeps referrers. A pull with Referrers asks the registry for them even if nothing
-	// else has changed.
+	// Referrers also pulls the artifact's referrers, such as signatures, and the referrers of
+	// these, as the remote registry lists them. They get no refs. Collections keep them with the
+	// artifact: see [GCOptions]. A pull with Referrers asks for them even if nothing else has
+	// changed.
 	Referrers bool
-	// ReferrerTypes, if not empty, are the artifact types of the referrers that Referrers brings
-	// along.
+	// ReferrerTypes, if not empty, restricts Referrers to these artifact types.
 	ReferrerTypes []string
 	// Workers is how many blobs are fetched at a time. Zero means 4.
 	Workers int
-	// MaxBytes, if positive, is how many bytes of manifests and blobs the pull may add to the
-	// registry, by the sizes that manifests state. A pull that needs more fails with [ErrTooLarge]
-	// before it fetches the blob that is too much, and publishes nothing.
+	// MaxBytes, if positive, bounds how many bytes of manifests and blobs the pull may add to the
+	// registry, by the sizes that manifests state. A pull that needs more fails with [ErrTooLarge].
+	// It publishes nothing, and does not fetch the blob that passes the bound.
 	MaxBytes int64
-	// Progress, if not nil, is told how far the pull is. Calls that share a transfer are all told
-	// of it, each with its own reference.
+	// Progress, if not nil, is called with reports on the pull. Calls that share a transfer all get
+	// reports on it, each with its own reference.
 	Progress func(Progress)
 	// PublishOptions say what happens if the ref is here and points elsewhere, because it has moved
 	// in the remote registry for example. By default that is a conflict, and the ref stays. With
@@ -48,42 +48,43 @@ type PullOptions struct {
 	PublishOptions
 }
 
-// A PullResult tells what a pull did.
+// A PullResult says what a pull did.
 type PullResult struct {
 	// Artifact is the artifact that the ref names now; nil after a conflict.
 	Artifact *LocalArtifact
-	// Update tells what became of the ref.
+	// Update says what happened to the ref.
 	Update RefUpdate
 	// Referrers are the referrers that are here now because of PullOptions.Referrers.
 	Referrers []ocispec.Descriptor
-	// Shared is set if another call of this process fetched the content, and this one
-	// waited for it. Then the counts are zero.
+	// Shared is set if another call of this process fetched the content, and this call waited for
+	// it. Then the counts are zero.
 	Shared       bool
 	BlobsWritten int   // blobs that the registry did not have
 	BlobsReused  int   // blobs that it had
 	BytesWritten int64 // size of the former
-	// BytesReceived counts bytes of blobs that came over the network. It is less than
-	// BytesWritten where an interrupted pull was resumed, or another process fetched a blob.
+	// BytesReceived counts the bytes of blobs that came over the network. It is less than
+	// BytesWritten if an interrupted pull was resumed, or if another process fetched a blob.
 	BytesReceived int64
 }
 
 // Pull makes the registry hold the artifact that ref names in its remote registry, and points the
-// ref at it. It asks the remote registry where a tag points now; [LocalRegistry.Load] doesn't if
-// the ref is here. It fetches manifests first, then the blobs that are missing, several at a time,
-// each verified while it is written. Manifests keep their bytes; image indexes come in whole.
+// ref at it. It asks the remote registry where a tag points now, while [LocalRegistry.Load] is
+// content with a ref that is here. It fetches manifests first, then the missing blobs, several at a
+// time. Each is verified while it is written. Manifests keep their bytes. Image indexes come in
+// whole.
 //
 // If nothing has changed, a pull costs one request, and none for a reference with a digest. If the
 // tag has moved, the policy decides: see [PublishOptions]. A conflict fetches nothing.
 //
-// An interrupted blob is resumed where it stopped. The bytes that a failed or killed pull received
-// of blobs of 1 MiB or more are not fetched again by the next one, even of another process; they
-// are hashed again before they count. Nothing is visible before everything is here. Then the ref is
-// set in one step, as by any other import. Content that the policy or [Options.ArtifactTypes] is
-// certain to refuse is not fetched.
+// An interrupted blob is resumed where it stopped. If a pull fails or is killed, the next one, also
+// of another process, does not fetch the received bytes of a blob of 1 MiB or more again. It hashes
+// them before they count. Nothing is visible before everything is here. Then the ref is set in one
+// step, as by any other import. Content that the policy or [Options.ArtifactTypes] is certain to
+// refuse is not fetched.
 //
-// Calls at the same time share transfers. Within a process, pulls of the same manifest from the
-// same repository with the same Remote and options fetch it once. Different pulls and processes
-// fetch a blob of 1 MiB or more once. A call whose ctx ends doesn't stop the others.
+// Concurrent calls share transfers. Within a process, pulls of the same manifest from the same
+// repository with the same Remote and options fetch it once. Different pulls and processes fetch a
+// blob of 1 MiB or more once. A call whose ctx ends does not stop the others.
 //
 // ctx governs the call only. Errors:
 //   - [*RemoteError] for failures of the remote registry or the network, with one of the sentinels
@@ -159,8 +160,8 @@ func (r *LocalRegistry) newPuller(ref Reference, opts *PullOptions) (*puller, er
 	return p, err
 }
 
-// pullHere is a pull that doesn't ask the remote registry. It returns nil if what is here isn't
-// enough.
+// pullHere is a pull that does not ask the remote registry. It returns nil if the registry lacks
+// something.
 func (r *LocalRegistry) pullHere(ctx context.Context, ref Reference, opts *PullOptions, m *meter) (*LocalArtifact, error) {
 	end, err := r.begin(ctx)
 	if err != nil {
@@ -257,8 +258,8 @@ func (p *puller) run(ctx context.Context) (*PullResult, error) {
 	return p.bring(ctx, m)
 }
 
-// bring points the ref at a manifest that the remote registry has sent, after everything that it
-// needs is here.
+// bring points the ref at a manifest that the remote registry has sent, after it has fetched
+// everything that the manifest needs.
 func (p *puller) bring(ctx context.Context, m *Manifest) (*PullResult, error) {
 	if result, err := p.settled(ctx, m.Descriptor()); result != nil || err != nil {
 		return result, err
@@ -282,9 +283,9 @@ func (p *puller) bring(ctx context.Context, m *Manifest) (*PullResult, error) {
 	return p.transfer(ctx, m)
 }
 
-// settled returns the result if nothing has to be fetched for a manifest: the ref points at it
-// already and it is here with all it needs, or publishing it is certain to be a conflict. The
-// policy is applied again when it is published.
+// settled returns the result if nothing has to be fetched for a manifest. There are two such cases:
+// the ref points at it already and nothing is missing, or publishing it is certain to be a
+// conflict. The policy is applied again when the manifest is published.
 func (p *puller) settled(ctx context.Context, root ocispec.Descriptor) (*PullResult, error) {
 	desc, ok, err := p.registry.index.resolve(p.as.key())
 	if err != nil {
@@ -301,9 +302,9 @@ func (p *puller) settled(ctx context.Context, root ocispec.Descriptor) (*PullRes
 	return p.result(u, nil)
 }
 
-// present returns the artifact if it is here under the reference itself or, unless registries are
-// kept apart, under another one, and nil if it isn't. Then the digest of the reference, or else its
-// ref here, tells what it is; the remote registry isn't asked.
+// present returns the artifact if it is here under its reference, and nil if it is not. Unless
+// registries are kept apart, another reference with the same digest is enough. The remote registry
+// is not asked.
 func (p *puller) present(ctx context.Context) (*PullResult, error) {
 	if p.opts.Verify {
 		return nil, nil
@@ -336,8 +337,8 @@ func (p *puller) present(ctx context.Context) (*PullResult, error) {
 	return p.point(ctx, desc.Digest)
 }
 
-// configFits reports whether the config of a manifest that is here says that it is for the wanted
-// platform (image-spec config.md). Otherwise only the image index can tell.
+// configFits reports whether the config of a manifest that is here names the wanted platform
+// (image-spec config.md). Otherwise only the image index can tell.
 func (p *puller) configFits(ctx context.Context, m *Manifest) bool {
 	config, ok := m.Config()
 	if !ok || config.Size > MaxManifestSize {
@@ -352,13 +353,13 @@ func (p *puller) configFits(ctx context.Context, m *Manifest) bool {
 	return json.NewDecoder(src).Decode(&got) == nil && fitsPlatform(p.opts.Platform, &got)
 }
 
-// whole reports whether everything that a manifest needs is here, as far as sizes tell.
+// whole reports whether everything that a manifest needs is here, judged by sizes.
 func (p *puller) whole(ctx context.Context, desc ocispec.Descriptor) bool {
 	return p.registry.checkClosure(ctx, p.registry.index, desc) == nil
 }
 
-// point gives the ref to a manifest that is here with all it needs, and
-// returns nil if it isn't. Nothing is written if the ref has it already.
+// point gives the ref to a manifest that is here with everything it needs. It returns nil if
+// something is missing. If the ref points at the manifest already, nothing is written.
 func (p *puller) point(ctx context.Context, d digest.Digest) (*PullResult, error) {
 	r := p.registry
 	desc, ok, err := r.index.resolveDigest(d)
@@ -378,7 +379,7 @@ func (p *puller) point(ctx context.Context, d digest.Digest) (*PullResult, error
 	return result, err
 }
 
-// result makes a result of a ref's update.
+// result returns the result for an update of the ref.
 func (p *puller) result(u RefUpdate, err error) (*PullResult, error) {
 	switch {
 	case u.Outcome == Conflicted:

@@ -59,17 +59,19 @@ func (p *fetcher) fetch(ctx context.Context, desc ocispec.Descriptor, as role, i
 	return p.resume(ctx, desc, part, item)
 }
 
-// partial opens what an earlier transfer of a large blob left, and locks it. While another transfer
-// of the blob is under way, by this process or another one, it waits for the lock: what the other
-// one received then counts here too. The other one may end in three ways:
+// partial opens the bytes that an earlier transfer of a large blob left, and locks them. If another
+// transfer of the blob is under way, in this process or another one, partial waits for the lock.
+// The bytes that the other transfer has received then count here, too. That transfer may end in
+// three ways:
 //
-//   - it has published the blob: the blob is staged from the store, and partial returns nil;
-//   - it has the whole blob and is still busy with others: the file is hashed and used as it is;
-//   - it has failed, or was killed, which frees the lock: the transfer goes on where it stopped.
+//   - It has published the blob. Then the blob is staged from the store, and partial returns nil.
+//   - It has the whole blob and is busy with other blobs. Then the file is hashed and used.
+//   - It has failed, or was killed, which frees the lock. Then this transfer goes on where it
+//     stopped.
 //
-// One that receives nothing for the stall timeout is not waited for. Then partial returns nil too,
-// and the blob must be fetched without keeping it. No transfer waits while it holds a lock, so none
-// waits for ever.
+// If the other transfer receives nothing for the stall timeout, partial returns nil, too. Then the
+// blob must be fetched without keeping it. No transfer waits while it holds a lock, so none waits
+// for ever.
 func (p *fetcher) partial(ctx context.Context, desc ocispec.Descriptor) (*partial, error) {
 	limit := cmp.Or(max(p.repo.remote.StallTimeout, 0), time.Minute)
 	deadline, size := time.Now().Add(limit), int64(-1)
@@ -109,10 +111,10 @@ func (p *fetcher) partial(ctx context.Context, desc ocispec.Descriptor) (*partia
 	}
 }
 
-// keepPartial is from which size on a blob's bytes outlive an interrupted pull.
+// keepPartial is the size from which on the bytes of a blob outlive an interrupted pull.
 const keepPartial = 1 << 20
 
-// fetchWhole fetches a blob, from its beginning with each attempt.
+// fetchWhole fetches a blob, with each attempt from its beginning.
 func (p *fetcher) fetchWhole(ctx context.Context, desc ocispec.Descriptor, item *meteredItem) error {
 	answered, err := p.repo.viaMirrors(ctx, false, func(mirror *remoteRepo) error { return p.fetchOnce(ctx, mirror, desc, item) })
 	if answered || err != nil {
@@ -129,6 +131,7 @@ func (p *fetcher) fetchWhole(ctx context.Context, desc ocispec.Descriptor, item 
 	}
 }
 
+// fetchOnce makes one attempt to fetch a blob from the registry or a mirror.
 func (p *fetcher) fetchOnce(ctx context.Context, from *remoteRepo, desc ocispec.Descriptor, item *meteredItem) error {
 	res, _, err := from.blob(ctx, desc, 0)
 	if err != nil {
@@ -140,8 +143,8 @@ func (p *fetcher) fetchOnce(ctx context.Context, from *remoteRepo, desc ocispec.
 	return from.blobError(ctx, desc, body, err)
 }
 
-// resume fetches a blob from where part is. Attempts count anew whenever
-// the pull is a MiB further than it has ever been.
+// resume fetches the rest of a blob. Whenever the blob is a MiB further than ever before, the
+// attempts count from one again: a line that breaks now and then does not end a large transfer.
 func (p *fetcher) resume(ctx context.Context, desc ocispec.Descriptor, part *partial, item *meteredItem) error {
 	item.resume(part.have)
 	answered, err := p.repo.viaMirrors(ctx, false, func(mirror *remoteRepo) error {
@@ -167,7 +170,8 @@ func (p *fetcher) resume(ctx context.Context, desc ocispec.Descriptor, part *par
 	}
 }
 
-// resumeOnce makes one request for what is missing.
+// resumeOnce makes one request for the missing bytes. If the bytes are wrong as a whole, and a part
+// of them came from elsewhere, it fetches all of them from this source.
 func (p *fetcher) resumeOnce(ctx context.Context, from *remoteRepo, desc ocispec.Descriptor, part *partial, item *meteredItem) error {
 	if part.have < part.size {
 		if err := p.appendOnce(ctx, from, desc, part, item); err != nil {
@@ -185,6 +189,7 @@ func (p *fetcher) resumeOnce(ctx context.Context, from *remoteRepo, desc ocispec
 	return err
 }
 
+// appendOnce makes one request, and appends the answer to the bytes that are here.
 func (p *fetcher) appendOnce(ctx context.Context, from *remoteRepo, desc ocispec.Descriptor, part *partial, item *meteredItem) error {
 	res, at, err := from.blob(ctx, desc, part.have)
 	if err != nil {
@@ -204,8 +209,8 @@ func (p *fetcher) appendOnce(ctx context.Context, from *remoteRepo, desc ocispec
 	return from.blobError(ctx, desc, body, err)
 }
 
-// unsatisfied starts over if a registry says that what is missing doesn't exist (RFC 9110, section
-// 15.5.17).
+// unsatisfied discards the bytes that are here if a registry says that the missing ones do not
+// exist (RFC 9110, section 15.5.17). The next attempt begins at the first byte.
 func unsatisfied(part *partial, err error) error {
 	if e, ok := errors.AsType[*RemoteError](err); ok && e.Status == 416 && part.have > 0 {
 		return errors.Join(part.reset(), &RemoteError{Method: e.Method, URL: e.URL, Status: e.Status, again: true, Err: e.Err})

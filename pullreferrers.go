@@ -8,9 +8,9 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// pullReferrers brings in the referrers of an artifact that was pulled, and of the manifests that
-// it needs, and of the referrers. A list of referrers is a claim: a manifest counts if its own
-// subject is the one that was asked for.
+// pullReferrers fetches the referrers of a pulled artifact, of the manifests that it needs, and of
+// these referrers. A list of referrers is a claim: a manifest counts only if its own subject is the
+// right one.
 func (p *puller) pullReferrers(ctx context.Context, result *PullResult) (pulled []ocispec.Descriptor, err error) {
 	if p.registry.blobs.readOnly {
 		return nil, ErrReadOnly
@@ -49,9 +49,9 @@ func (p *puller) pullReferrers(ctx context.Context, result *PullResult) (pulled 
 	return pulled, nil
 }
 
-// pullReferrer brings in one manifest if subject is its subject, and returns nil if it isn't, or if
-// the registry says, in the specification's form or twice, that it doesn't have it: lists go on
-// naming what was deleted.
+// pullReferrer fetches one manifest if its subject is the right one, and returns nil otherwise. It
+// also returns nil if the registry does not have the manifest, because lists still name deleted
+// manifests. A 404 counts if it has the specification's form, or if the registry answers it twice.
 func (p *puller) pullReferrer(ctx context.Context, subject digest.Digest, d ocispec.Descriptor, result *PullResult) (*ocispec.Descriptor, error) {
 	if err := checkDigest(d.Digest); err != nil {
 		return nil, err

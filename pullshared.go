@@ -50,8 +50,8 @@ type turn struct {
 	done   chan struct{}
 }
 
-// transfer brings the closure of a manifest in, together with other calls that want the same, and
-// sets the ref.
+// transfer fetches everything that a manifest needs, together with other calls that want the same,
+// and sets the ref.
 func (p *puller) transfer(ctx context.Context, m *Manifest) (*PullResult, error) {
 	for range 3 {
 		f, unfollow, err := p.join(ctx, m)
@@ -123,7 +123,7 @@ func (p *puller) join(ctx context.Context, m *Manifest) (_ *sharedPull, unfollow
 	}
 }
 
-// enter makes a call wait for f. It returns false if that is too late.
+// enter makes a call wait for f. It returns false if f is about to end.
 func (f *sharedPull) enter(p *puller) bool {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -134,7 +134,7 @@ func (f *sharedPull) enter(p *puller) bool {
 	return true
 }
 
-// wait returns when the transfer is done, or with the error of ctx.
+// wait returns when the transfer is done. If ctx ends before that, wait returns its error.
 func (f *sharedPull) wait(ctx context.Context, p *puller, unfollow func()) error {
 	defer f.leave(p)
 	defer unfollow()
@@ -146,9 +146,9 @@ func (f *sharedPull) wait(ctx context.Context, p *puller, unfollow func()) error
 	}
 }
 
-// leave ends the waiting of a call. The last one to leave ends the transfer, and waits until it has
-// cleaned up. One for which the transfer is publishing ends that, and waits for it: no ref of a
-// call is set after the call has returned.
+// leave ends the waiting of a call. The last call to leave ends the transfer, and waits until it
+// has cleaned up. A call for which the transfer is publishing ends that, and waits for the end: no
+// ref is set for a call that has returned.
 func (f *sharedPull) leave(p *puller) {
 	f.mu.Lock()
 	f.waiting = slices.DeleteFunc(f.waiting, func(other *puller) bool { return other == p })
@@ -177,8 +177,8 @@ func (f *sharedPull) end(err error) {
 	close(f.done)
 }
 
-// next begins the turn of the first call that still waits and isn't among those that were tried,
-// with the context of the turn. If there is none, nobody may join any more.
+// next begins the turn of the first waiting call that was not tried before, and returns the context
+// of the turn. If there is none, no call may join any more.
 func (f *sharedPull) next(ctx context.Context, tried []*puller) (context.Context, *turn) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -202,8 +202,9 @@ func (f *sharedPull) over(t *turn) {
 	close(t.done)
 }
 
-// run brings the closure in, with the repository and the number of workers of the call that came
-// first.
+// run fetches the closure and publishes it. The first call decides on the repository and the number
+// of workers. Its error is the error of every waiting call, except those for which it has
+// published.
 func (f *sharedPull) run(ctx context.Context, first *puller, m *Manifest) error {
 	r := f.registry
 	im := r.newImporter(&ImportOptions{MaxBytes: first.opts.MaxBytes, one: true})
@@ -239,8 +240,8 @@ func (f *sharedPull) run(ctx context.Context, first *puller, m *Manifest) error 
 	}
 }
 
-// publish publishes in a turn, which then is over. left says that the call whose turn it was has
-// ended it.
+// publish publishes for the call whose turn it is, and ends the turn. left says that the call has
+// left meanwhile.
 func (f *sharedPull) publish(ctx context.Context, t *turn, s *stage, pubs []publication) (updates []RefUpdate, left bool, err error) {
 	defer f.over(t)
 	updates, err = f.registry.publish(ctx, s, pubs)

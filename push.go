@@ -13,7 +13,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// PushOptions say where an artifact goes. Nil is the zero value.
+// PushOptions govern where an artifact goes, and what goes with it. Nil is the zero value.
 type PushOptions struct {
 	// Remote is the client to push with. Nil means [Options.Remote].
 	Remote *Remote
@@ -25,25 +25,24 @@ type PushOptions struct {
 	// Expected, if not empty, is the digest that the remote tag must point at. A tag that points
 	// elsewhere, or is absent, is a [*ConflictError]. The registry is asked just before the tag is
 	// written. Registries offer no way to do both in one step, so a writer in between can be
-	// overwritten. It doesn't concern Tags.
+	// overwritten. Expected does not concern Tags.
 	Expected digest.Digest
-	// Referrers takes the artifact's referrers along, such as signatures, and those of the
-	// referrers, as far as they are here: see PushResult.Skipped. They are pushed by digest, after
-	// the artifact.
+	// Referrers also pushes the artifact's referrers, such as signatures, and the referrers of
+	// these. They are pushed by digest, after the artifact. Referrers that are not here whole are
+	// skipped: see PushResult.Skipped.
 	Referrers bool
-	// ReferrerTypes, if not empty, are the artifact types of the referrers that Referrers takes
-	// along.
+	// ReferrerTypes, if not empty, restricts Referrers to these artifact types.
 	ReferrerTypes []string
-	// ChunkSize, if positive, uploads blobs larger than that in chunks of so many bytes. Otherwise
-	// a blob goes in one request, unless the registry wants chunks.
+	// ChunkSize, if positive, uploads larger blobs in chunks of so many bytes. Otherwise a blob
+	// goes in one request, unless the registry asks for chunks.
 	ChunkSize int64
 	// Workers is how many blobs are sent at a time. Zero means 4.
 	Workers int
-	// Progress, if not nil, is told how far the push is. Mounted blobs count as skipped.
+	// Progress, if not nil, is called with reports on the push. Mounted blobs count as skipped.
 	Progress func(Progress)
 }
 
-// A PushResult tells what a push did.
+// A PushResult says what a push did.
 type PushResult struct {
 	Reference    Reference            // there
 	Descriptor   ocispec.Descriptor   // of the manifest or image index
@@ -55,25 +54,25 @@ type PushResult struct {
 	BytesSent    int64                // of blobs
 }
 
-// Push sends the artifact that ref names to its remote registry: first the blobs that the
-// repository doesn't have, several at a time, then the manifests, an
-// image index after its members. If another local ref says that a blob is in another
-// repository of that registry, the blob is mounted from there. Manifests keep their
-// bytes. A manifest with a subject is added to the subject's referrers tag if the
-// registry has no referrers API (distribution-spec, "Unavailable Referrers API").
+// Push sends the artifact that ref names to its remote registry. It sends the blobs that the
+// repository does not have, several at a time, and then the manifests, members before their image
+// index. If another local ref says that a blob is in another repository of that registry, the blob
+// is mounted from there. Manifests keep their bytes. If the registry has no referrers API, a
+// manifest with a subject is added to the list under the subject's referrers tag
+// (distribution-spec, "Unavailable Referrers API").
 //
-// Push overwrites the remote tag, whatever it points at: see [PushOptions]. It returns nil only if
-// the registry has everything. Pushing again sends the part that is missing. Damaged bytes are
-// never sent whole.
+// Push overwrites the remote tag, wherever it points: see [PushOptions]. It returns nil only if the
+// registry has everything. Pushing again sends only the missing parts. Damaged bytes are never sent
+// whole.
 //
 // ctx governs the call. Errors:
-//   - [ErrNotFound] or [ErrIncomplete] if something isn't here
+//   - [ErrNotFound] or [ErrIncomplete] if the artifact is not here, or not whole
 //   - [*RemoteError] for failures of the registry or the network, with one of the sentinels that it
 //     lists
-//   - [*ConflictError] if the remote tag isn't at PushOptions.Expected
-//   - [ErrUnsupportedManifest] if the registry doesn't take an artifact manifest: build the
-//     artifact as an image manifest ([FormatImageManifest]) or [LocalRegistry.Convert] it
-//   - [ErrInvalidReference] for a bad tag, [ErrTooLarge] for too many referrers
+//   - [*ConflictError] if the remote tag is not at PushOptions.Expected
+//   - [ErrUnsupportedManifest] if the registry refuses artifact manifests: build the artifact as an
+//     image manifest ([FormatImageManifest]) or [LocalRegistry.Convert] it
+//   - [ErrInvalidReference] for a malformed tag, [ErrTooLarge] for too many referrers
 //   - [ErrDigestMismatch], and any error from ctx or the file system
 func (r *LocalRegistry) Push(ctx context.Context, ref Reference, opts *PushOptions) (*PushResult, error) {
 	if opts == nil {
@@ -259,14 +258,14 @@ func (p *pusher) pushReferrers(ctx context.Context, result *PushResult) error {
 	return nil
 }
 
-// ofType reports whether a referrer is of one of some artifact types, or none are given.
+// ofType reports whether a referrer has one of some artifact types. No types means all.
 func ofType(d ocispec.Descriptor, types []string) bool {
 	return len(types) == 0 || slices.Contains(types, d.ArtifactType)
 }
 
-// putManifest pushes a manifest. A registry, or a cache in front of it, may have said that blobs
-// are there which aren't. The answer to the manifest says so. Then those that weren't sent are
-// sent.
+// putManifest pushes a manifest. The registry, or a cache in front of it, may have claimed to have
+// a blob that it lacks. The answer to the manifest then says so, and the blobs that were not sent
+// are sent.
 func (p *pusher) putManifest(ctx context.Context, reference string, m *Manifest) error {
 	err := p.repo.putManifest(ctx, reference, m)
 	if e, ok := errors.AsType[*RemoteError](err); !ok || !e.unknownBlob() {
@@ -295,14 +294,14 @@ func (p *pusher) putManifest(ctx context.Context, reference string, m *Manifest)
 	return p.repo.putManifest(ctx, reference, m)
 }
 
-// there reports whether a tag or digest is what it is to be already. An error only means that it
-// has to be written.
+// there reports whether a tag or digest is at the manifest already. An error only means that the
+// manifest has to be written.
 func (p *pusher) there(ctx context.Context, reference string, desc ocispec.Descriptor) bool {
 	got, err := p.repo.head(ctx, reference)
 	return err == nil && got.Digest == desc.Digest && got.Size == desc.Size && got.MediaType == desc.MediaType
 }
 
-// collect lists what the artifact needs, and looks that its blobs are there.
+// collect lists everything that the artifact needs, and checks that its blobs are here.
 func (p *pusher) collect(ctx context.Context, root ocispec.Descriptor) error {
 	if _, err := p.add(ctx, root); err != nil {
 		return incomplete(err)
