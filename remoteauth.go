@@ -10,8 +10,9 @@ import (
 	"strings"
 )
 
-// credential asks r.Credentials once. A source that fails leaves the call without a credential,
-// which may be enough: the failure is kept for [remoteRepo.blame]. The error is the context's.
+// credential returns the credential of the call. It asks [Remote.Credentials] once. If that fails,
+// the call goes on without a credential, which may be enough, and [remoteRepo.blame] adds the
+// failure to a later refusal. The only error is the one of ctx.
 func (p *remoteRepo) credential(ctx context.Context) (*Credential, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -37,8 +38,8 @@ func (p *remoteRepo) credential(ctx context.Context) (*Credential, error) {
 	return p.cred, nil
 }
 
-// blame adds the failure of a source of credentials to the error of a request that the registry or
-// its token server has refused.
+// blame adds the failure of the credential source to an error with which the registry or its token
+// server has refused a request.
 func (p *remoteRepo) blame(err error) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -49,8 +50,13 @@ func (p *remoteRepo) blame(err error) error {
 	return fmt.Errorf("%w (credentials for %s: %w)", err, p.host.name, p.credErr)
 }
 
-// authorized sends c, with the authorization that the registry is known to want, and answers a
-// challenge of the registry itself: a 401, or a 403 that says that the token allows too little.
+// authorized sends c and answers challenges.
+//
+// If the registry is known to want an authorization, c carries it at once. A challenge is a 401, or
+// a 403 that says that the token allows too little. Only the registry's own challenge is answered:
+// a host to which a redirect leads gets no credential, whatever it asks for. Each answer must
+// differ from the one before, and their number is bounded. So a registry that refuses every token
+// does not keep the call for ever.
 func (p *remoteRepo) authorized(ctx context.Context, c *remoteCall) (*http.Response, error) {
 	var auth authorization
 	if sameOrigin(c.url, p.host.base) {
@@ -111,9 +117,9 @@ func (p *remoteRepo) authorized(ctx context.Context, c *remoteCall) (*http.Respo
 	}
 }
 
-// introduce finds out how the registry wants to be shown a credential, if [Remote.SendCredentials]
-// says not to wait until it asks. The entry point /v2/ asks in registries that hide everything
-// else.
+// introduce finds out how the registry wants to see a credential, if [Remote.SendCredentials] says
+// not to wait for a challenge. It asks the entry point /v2/, where even registries that hide
+// everything else send one.
 func (p *remoteRepo) introduce(ctx context.Context) error {
 	if p.remote.SendCredentials == nil || !p.remote.SendCredentials(p.host.name) {
 		return nil
@@ -143,8 +149,9 @@ func (p *remoteRepo) introduce(ctx context.Context) error {
 	return nil
 }
 
-// widened returns a challenge for a token that allows all writing, in place of the one that a
-// registry leaves out when a token allows too little. It reports false for requests that only read.
+// widened returns a challenge for a token that allows reading and writing. It replaces the one that
+// some registries leave out when a token allows too little. It reports false for requests that only
+// read.
 func (p *remoteRepo) widened(c *remoteCall, auth authorization) (challenge, bool) {
 	ch, ok := p.host.challenge(p.name)
 	if !ok || ch.scheme != "bearer" || c.method == http.MethodGet || c.method == http.MethodHead {
@@ -155,7 +162,7 @@ func (p *remoteRepo) widened(c *remoteCall, auth authorization) (challenge, bool
 	return ch, !auth.fits(ch)
 }
 
-// denied explains a 401 that nothing more can be done about.
+// denied explains a 401 that no other credential or token can change.
 func (p *remoteRepo) denied(ctx context.Context, refused *RemoteError, auth authorization) error {
 	cred, err := p.credential(ctx)
 	if err != nil {
@@ -178,6 +185,8 @@ func (p *remoteRepo) denied(ctx context.Context, refused *RemoteError, auth auth
 	return refused
 }
 
+// challenge returns the last challenge for a repository. Later requests answer it without waiting
+// for another one.
 func (h *remoteHost) challenge(repository string) (challenge, bool) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -185,6 +194,7 @@ func (h *remoteHost) challenge(repository string) (challenge, bool) {
 	return c, ok
 }
 
+// remember keeps the challenge of a repository. The number of them is bounded.
 func (h *remoteHost) remember(repository string, c challenge) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -194,13 +204,14 @@ func (h *remoteHost) remember(repository string, c challenge) {
 	h.challenges[repository] = c
 }
 
+// forget drops the challenge of a repository, after it could not be answered.
 func (h *remoteHost) forget(repository string) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	delete(h.challenges, repository)
 }
 
-// authorization is an answer to a challenge.
+// An authorization is an answer to a challenge.
 type authorization struct {
 	header        string
 	bearer, basic bool
@@ -208,7 +219,8 @@ type authorization struct {
 	realm, scope  string // of the token
 }
 
-// fits reports whether a token was got from where, and for what, the challenge says.
+// fits reports whether the token came from the realm of the challenge, for all of its scope. Such a
+// token cannot be improved by asking again.
 func (a authorization) fits(c challenge) bool {
 	want := scope{}
 	want.add(c.params["scope"])
@@ -222,8 +234,9 @@ func (a authorization) fits(c challenge) bool {
 	return a.realm == c.params["realm"]
 }
 
-// answer makes the Authorization for c that a challenge asks for; rejected is
-// the one that the registry didn't take. An empty header means that there is none.
+// answer makes the Authorization header for c that a challenge asks for. rejected is the header
+// that the registry has refused, and empty if there was none. Without a suitable credential the
+// result has an empty header.
 func (p *remoteRepo) answer(ctx context.Context, c *remoteCall, ch challenge, rejected string) (authorization, error) {
 	cred, err := p.credential(ctx)
 	if err != nil {

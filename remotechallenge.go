@@ -5,7 +5,7 @@ import (
 	"strings"
 )
 
-// A challenge is one of the ways in which a registry says it can be authenticated to.
+// A challenge is one way to authenticate that a registry offers.
 type challenge struct {
 	scheme string            // lower-case: "basic", "bearer"
 	params map[string]string // by lower-case name
@@ -16,9 +16,9 @@ const (
 	maxChallengeLen = 4 << 10
 )
 
-// parseChallenges reads WWW-Authenticate fields (RFC 9110, section 11.6.1). What
-// can be read in two ways, such as a parameter that is there twice, ends the
-// reading of its field: an attacker must not choose which reading counts.
+// parseChallenges reads WWW-Authenticate fields (RFC 9110, section 11.6.1). A part with two
+// possible readings, such as a duplicate parameter, ends the reading of its field. Otherwise an
+// attacker who controls a part of the field could choose the reading that counts.
 func parseChallenges(fields []string) []challenge {
 	var all []challenge
 	for _, f := range fields[:min(len(fields), maxChallenges)] {
@@ -37,7 +37,7 @@ func parseChallenges(fields []string) []challenge {
 	return all
 }
 
-// choose returns the challenge to answer: bearer before basic.
+// chooseChallenge returns the challenge to answer: bearer if there is one, or else basic.
 func chooseChallenge(all []challenge) (challenge, bool) {
 	for _, scheme := range []string{"bearer", "basic"} {
 		if i := slices.IndexFunc(all, func(c challenge) bool { return c.scheme == scheme }); i >= 0 {
@@ -47,12 +47,14 @@ func chooseChallenge(all []challenge) (challenge, bool) {
 	return challenge{}, false
 }
 
+// A challengeScanner reads a field from left to right. text is the rest that was not read yet.
 type challengeScanner struct {
 	text string
 	next string // the scheme of the next challenge, when it was read already
 }
 
-// challenge reads a scheme and its parameters.
+// challenge reads a scheme and its parameters. A name without a '=' after it is the scheme of the
+// next challenge, which only its successor can tell: it is kept in next.
 func (s *challengeScanner) challenge() (c challenge, ok bool) {
 	scheme := s.next
 	s.next = ""
@@ -87,7 +89,8 @@ func (s *challengeScanner) challenge() (c challenge, ok bool) {
 
 func (s *challengeScanner) skip(chars string) { s.text = strings.TrimLeft(s.text, chars) }
 
-// token reads a token (RFC 9110, section 5.6.2), "" if there is none.
+// token reads a token (RFC 9110, section 5.6.2). It returns "" if the text begins with something
+// else.
 func (s *challengeScanner) token() string {
 	n := 0
 	for n < len(s.text) && isTokenChar(s.text[n]) {
@@ -102,7 +105,7 @@ func isTokenChar(c byte) bool {
 	return isLowerAlnum(c) || 'A' <= c && c <= 'Z' || strings.IndexByte("!#$%&'*+-.^_`|~", c) >= 0
 }
 
-// value reads a token or a quoted string.
+// value reads a token or a quoted string. It reports false for a string without an end.
 func (s *challengeScanner) value() (string, bool) {
 	if !strings.HasPrefix(s.text, `"`) {
 		t := s.token()

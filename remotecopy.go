@@ -11,21 +11,19 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// Copy copies the artifact that from names to where to says, in the same or another remote
-// registry, without storing it. dst is the client of to's registry; nil means r. Blobs that are
-// there already are not transferred, and those of the same registry are mounted if it allows that.
-// Each blob is verified on its way, and the last byte of a bad one is not sent. A tag that exists
-// is overwritten. It returns the manifest's descriptor.
+// Copy copies an artifact from one remote reference to another, in the same registry or in two,
+// without storing it. dst is the client of the registry of to. Nil means r.
 //
-// ctx governs the call. Errors are those of [Remote.Resolve] and [LocalRegistry.Push] that a remote
-// registry causes; [ErrTooLarge] if the destination takes a blob only in chunks: then pull and
-// push.
-func (r *Remote) Copy(ctx context.Context, from, to Reference, dst *Remote) (ocispec.Descriptor, error) {
-	desc, err := r.copy(ctx, from, to, dst)
-	return desc, opError("copy to "+to.String(), from.String(), "", err)
-}
-
-func (r *Remote) copy(ctx context.Context, from, to Reference, dst *Remote) (desc ocispec.Descriptor, err error) {
+// Blobs that the destination has are not transferred. Within one registry they are mounted if the
+// registry allows that. Each blob is verified on its way: the last byte of a bad one is not sent.
+// Copy overwrites an existing tag. It returns the descriptor of the manifest.
+//
+// ctx governs the call. Errors:
+//   - [*RemoteError], as for [Remote.Resolve] of from and [LocalRegistry.Push] to to
+//   - [ErrTooLarge] if the destination takes a blob only in chunks: then pull and push
+//   - [ErrDigestMismatch] if the source has other bytes, or to names another digest
+func (r *Remote) Copy(ctx context.Context, from, to Reference, dst *Remote) (desc ocispec.Descriptor, err error) {
+	defer addOp(&err, "copy to "+to.String(), from.String(), "")
 	c := &remoteCopy{seen: map[digest.Digest]bool{}}
 	src := r
 	if dst == nil {
@@ -66,9 +64,9 @@ type remoteCopy struct {
 	seen     map[digest.Digest]bool
 }
 
-// manifest copies everything that a manifest needs, and then the manifest. The blobs come first:
-// when a member is reached, blobs that were seen before are all there, so that it is put after each
-// blob that it needs.
+// manifest copies everything that a manifest needs, and then the manifest. It waits for the
+// manifest's own blobs before it begins with the members. So when a member is put, all blobs that
+// were seen before are at the destination, also those that the member shares with its index.
 func (c *remoteCopy) manifest(ctx context.Context, m *Manifest, reference string, depth int) error {
 	if depth > MaxIndexNesting {
 		return fmt.Errorf("%w: image indexes nested more than %d deep", ErrTooLarge, MaxIndexNesting)
@@ -133,8 +131,7 @@ func (c *remoteCopy) blob(ctx context.Context, desc ocispec.Descriptor) error {
 	return u.run(ctx, session)
 }
 
-// A copiedBody is a blob on its way from one registry to another. Its errors say that the source
-// failed.
+// A copiedBody is a blob on its way from one registry to another. Its errors name the source.
 type copiedBody struct {
 	repo     *remoteRepo
 	ctx      context.Context

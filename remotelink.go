@@ -11,11 +11,12 @@ import (
 // maxLinkLen bounds the address of a page.
 const maxLinkLen = 8 << 10
 
-// nextPage returns the address in a Link of relation "next" (RFC 8288), nil if there is none. Pages
-// are asked of one origin only, the registry's. A registry behind a proxy may state an address with
-// the scheme, host, port or prefix that it has on the inside. If such an address ends with the path
-// that was asked, the list goes on there, on the registry's own origin. Any other address elsewhere
-// is an error.
+// nextPage returns the address in a Link of relation "next" (RFC 8288), and nil if there is none.
+//
+// Only the registry's own origin is asked for pages. A registry behind a proxy may state an address
+// with the scheme, host, port or prefix that it has on the inside. If such an address ends with the
+// path of the request, the list goes on at that path of the registry's own origin. Any other
+// address elsewhere is an error.
 func nextPage(at *url.URL, h http.Header) (*url.URL, error) {
 	text, err := parseLink(h.Values("Link"))
 	if err != nil || text == "" {
@@ -37,9 +38,9 @@ func nextPage(at *url.URL, h http.Header) (*url.URL, error) {
 	return u, nil
 }
 
-// parseLink returns the target of the first link with relation "next", "" if
-// there is none, or an empty one: registries send that with the last page. A field that
-// can't be read is an error, because the list might go on.
+// parseLink returns the target of the first link with relation "next". It returns "" if there is
+// none, and for an empty target, which some registries send with the last page. An unreadable field
+// is an error, because the list might go on.
 func parseLink(fields []string) (string, error) {
 	for _, f := range fields {
 		s := challengeScanner{text: f}
@@ -58,8 +59,8 @@ func parseLink(fields []string) (string, error) {
 	return "", nil
 }
 
-// link reads one link with its parameters, of which only the first "rel" counts. Some registries
-// leave out the brackets round a target.
+// link reads one link with its parameters. Only the first "rel" counts. Some registries leave out
+// the brackets around the target.
 func (s *challengeScanner) link() (target string, next, ok bool) {
 	if rest, bracket := strings.CutPrefix(s.text, "<"); bracket {
 		if target, s.text, ok = strings.Cut(rest, ">"); !ok {
@@ -89,7 +90,7 @@ func (s *challengeScanner) link() (target string, next, ok bool) {
 	return target, next, true
 }
 
-// until reads up to one of some characters, or all that is left.
+// until reads up to one of some characters, or to the end.
 func (s *challengeScanner) until(chars string) string {
 	n := strings.IndexAny(s.text, chars)
 	if n < 0 {

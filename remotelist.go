@@ -14,41 +14,51 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// Resolve asks ref's registry for the descriptor of the manifest that ref names:
-// media type, digest and size. Nothing is stored. Errors are those of [LocalRegistry.Pull]
-// that a remote registry causes.
-func (r *Remote) Resolve(ctx context.Context, ref Reference) (ocispec.Descriptor, error) {
+// Resolve asks a remote registry for the descriptor of the manifest that ref names: its media type,
+// digest and size. Nothing is stored. The bytes of the manifest are not verified.
+//
+// ctx governs the call. Errors:
+//   - [*RemoteError] for failures of the registry or the network, with one of the sentinels that it
+//     lists
+//   - [ErrInvalidReference] for a zero ref, [ErrInvalidArgument] for a malformed [Mirror]
+//   - any error from ctx
+func (r *Remote) Resolve(ctx context.Context, ref Reference) (_ ocispec.Descriptor, err error) {
+	defer addOp(&err, "resolve remotely", ref.String(), "")
 	p, err := r.source(ref)
 	if err != nil {
-		return ocispec.Descriptor{}, opError("resolve remotely", ref.String(), "", err)
+		return ocispec.Descriptor{}, err
 	}
-	desc, err := p.head(ctx, p.reference())
-	return desc, opError("resolve remotely", ref.String(), "", err)
+	return p.head(ctx, p.reference())
 }
 
-// Manifest fetches and verifies a manifest without storing it. Errors are
-// those of [Remote.Resolve].
-func (r *Remote) Manifest(ctx context.Context, ref Reference) (*Manifest, error) {
+// Manifest fetches and verifies a manifest without storing it. Its errors are those of
+// [Remote.Resolve], and [ErrDigestMismatch], [ErrInvalidManifest], [ErrUnsupportedMediaType] or
+// [ErrTooLarge] for a manifest that is refused.
+func (r *Remote) Manifest(ctx context.Context, ref Reference) (_ *Manifest, err error) {
+	defer addOp(&err, "fetch manifest", ref.String(), "")
 	p, err := r.source(ref)
 	if err != nil {
-		return nil, opError("fetch manifest", ref.String(), "", err)
+		return nil, err
 	}
-	m, err := p.manifest(ctx, p.reference(), "")
-	return m, opError("fetch manifest", ref.String(), "", err)
+	return p.manifest(ctx, p.reference(), "")
 }
 
-// Delete deletes a tag, or, if ref has a digest, a manifest with all tags that point at
-// it. A manifest with a subject is taken out of the subject's referrers tag if the registry
-// has no referrers API. Registries may refuse either: [errors.ErrUnsupported]. Further errors are
-// those of [Remote.Resolve].
-func (r *Remote) Delete(ctx context.Context, ref Reference) error {
+// Delete deletes a tag. If ref has a digest, Delete deletes the manifest with all tags that point
+// at it. If the registry has no referrers API, a manifest with a subject is also removed from the
+// list under the subject's referrers tag.
+//
+// Registries may refuse either: [errors.ErrUnsupported]. The other errors are those of
+// [Remote.Resolve].
+func (r *Remote) Delete(ctx context.Context, ref Reference) (err error) {
+	defer addOp(&err, "delete remotely", ref.String(), "")
 	p, err := r.repo(ref)
-	if err == nil {
-		err = p.delete(ctx, p.reference())
+	if err != nil {
+		return err
 	}
-	return opError("delete remotely", ref.String(), "", err)
+	return p.delete(ctx, p.reference())
 }
 
+// delete deletes a tag or a manifest by digest.
 func (p *remoteRepo) delete(ctx context.Context, reference string) error {
 	var subject *ocispec.Descriptor
 	if checkDigest(digest.Digest(reference)) == nil {
@@ -80,7 +90,7 @@ func (p *remoteRepo) delete(ctx context.Context, reference string) error {
 	return nil
 }
 
-// reference is what stands behind manifests/: the digest, or else the tag.
+// reference returns the last part of a manifest's address: the digest, or else the tag.
 func (p *remoteRepo) reference() string { return cmp.Or(string(p.ref.Digest()), p.ref.Tag()) }
 
 // maxListBody bounds one page of tags or referrers.
@@ -89,7 +99,8 @@ const maxListBody = MaxManifestSize
 // maxListed bounds how many tags or referrers are listed in all.
 const maxListed = 1_000_000
 
-// pages asks for a list, page by page, and calls visit with each page's body and answer.
+// pages asks for a list page by page, and calls visit with the body and the answer of each page. It
+// ends when visit returns false or there is no next page. [errStop] of visit is returned as it is.
 func (p *remoteRepo) pages(ctx context.Context, first *url.URL, header http.Header, visit func(body []byte, res *http.Response) (more bool, err error)) error {
 	seen := map[string]bool{}
 	for u := first; u != nil; {
@@ -119,9 +130,10 @@ func (p *remoteRepo) pages(ctx context.Context, first *url.URL, header http.Head
 	return nil
 }
 
-// Tags lists the tags of ref's repository, in the registry's order; ref's own tag and digest don't
-// matter. Tags that no reference could have are left out. An error is yielded once, at the end;
-// errors are those of [Remote.Resolve].
+// Tags lists the tags of a remote repository in the registry's order. The tag and the digest of ref
+// do not matter. Tags that no [Reference] can have are left out.
+//
+// An error is yielded once, at the end. Errors are those of [Remote.Resolve].
 func (r *Remote) Tags(ctx context.Context, ref Reference) iter.Seq2[string, error] {
 	return func(yield func(string, error) bool) {
 		p, err := r.repo(ref)

@@ -7,7 +7,8 @@ import (
 	"strings"
 )
 
-// origin is what a credential belongs to: scheme, host and port, in one spelling.
+// origin returns the scheme, host and port of an address in one spelling. Credentials belong to an
+// origin: they never go to another one.
 func origin(u *url.URL) string {
 	port := u.Port()
 	if port == "" {
@@ -17,10 +18,12 @@ func origin(u *url.URL) string {
 	return strings.ToLower(u.Scheme) + "://" + net.JoinHostPort(host, port)
 }
 
+// sameOrigin reports whether two addresses have the same origin.
 func sameOrigin(a, b *url.URL) bool { return origin(a) == origin(b) }
 
-// redirected returns the address that an answer names for what was asked of
-// base, if going there is safe at all. The text is the server's.
+// redirected returns the address to which a server sends a request for base, if it is safe to go
+// there at all: an http or https address without user information, and no step from https to http.
+// header names the field of the answer, and text is its value.
 func redirected(base *url.URL, header, text string) (*url.URL, error) {
 	if text == "" {
 		return nil, fmt.Errorf("%w: answer without %s", ErrProtocol, header)
@@ -41,7 +44,7 @@ func redirected(base *url.URL, header, text string) (*url.URL, error) {
 	return u, nil
 }
 
-// publicURL prints an address without what may be secret in it.
+// publicURL prints an address without its query and user information, which may be secret.
 func publicURL(u *url.URL) string {
 	return printable((&url.URL{Scheme: u.Scheme, Host: u.Host, Path: u.Path}).String())
 }

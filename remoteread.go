@@ -29,8 +29,8 @@ func (p *remoteRepo) manifestCall(method, reference string) *remoteCall {
 	}
 }
 
-// manifest fetches a manifest by tag or digest. mediaType is what it must be; "" for whatever it
-// is.
+// manifest fetches a manifest by tag or digest. mediaType is the type that it must have, and "" if
+// any type is right.
 func (p *remoteRepo) manifest(ctx context.Context, reference, mediaType string) (m *Manifest, err error) {
 	answered, err := p.viaMirrors(ctx, isTag(reference), func(mirror *remoteRepo) error {
 		m, err = mirror.ownManifest(ctx, reference, mediaType)
@@ -66,15 +66,16 @@ func (p *remoteRepo) ownManifest(ctx context.Context, reference, mediaType strin
 	return m, nil
 }
 
-// ownAnswer reports whether an error is an answer of the registry itself, and not of a token server
-// or of a host that a redirect led to.
+// ownAnswer reports whether the registry itself gave the answer that e describes, and not a token
+// server or the target of a redirect.
 func (p *remoteRepo) ownAnswer(e *RemoteError) bool {
 	u, err := url.Parse(e.URL)
 	return err == nil && e.Status != 0 && !e.TokenServer && sameOrigin(u, p.host.base)
 }
 
-// saysAbsent reports whether err is the registry's answer that it doesn't have something. It is
-// certain if the answer has the specification's form; otherwise a proxy may have given it.
+// saysAbsent reports whether err is the registry's answer that something does not exist. The answer
+// is certain if it has the form of the specification. Otherwise it may come from a proxy, and
+// callers ask a second time.
 func (p *remoteRepo) saysAbsent(err error) (absent, certain bool) {
 	e, ok := errors.AsType[*RemoteError](err)
 	if !ok || !errors.Is(e, ErrNotFound) || !p.ownAnswer(e) {
@@ -83,7 +84,8 @@ func (p *remoteRepo) saysAbsent(err error) (absent, certain bool) {
 	return true, e.has("MANIFEST_UNKNOWN", "NAME_UNKNOWN", "BLOB_UNKNOWN", "MANIFEST_BLOB_UNKNOWN", "NOT_FOUND")
 }
 
-// manifestDigest hashes a manifest. It must be what was asked for, or what the registry says.
+// manifestDigest hashes a manifest. The digest must be the one that was asked for, or else the one
+// in the answer's header if there is one.
 func manifestDigest(reference string, h http.Header, raw []byte) (digest.Digest, error) {
 	want := digest.Digest(reference)
 	if checkDigest(want) != nil {
@@ -101,8 +103,8 @@ func manifestDigest(reference string, h http.Header, raw []byte) (digest.Digest,
 	return want, nil
 }
 
-// headerDigest returns the digest that an answer says it has, "" if it says
-// none, or one of an algorithm that this package doesn't know.
+// headerDigest returns the digest in the header of an answer. It returns "" if there is none, or if
+// its algorithm is unknown to this package.
 func headerDigest(h http.Header) (digest.Digest, error) {
 	d := digest.Digest(h.Get("Docker-Content-Digest"))
 	err := checkDigest(d)
@@ -115,8 +117,8 @@ func headerDigest(h http.Header) (digest.Digest, error) {
 	return d, nil
 }
 
-// manifestType returns the media type of an answer, "" if it is a general one
-// and want is "": then the document must say what it is.
+// manifestType returns the media type of an answer. A general type counts as want. If want is "",
+// the result is "" and the document itself must say what it is.
 func manifestType(h http.Header, want string) (string, error) {
 	text := h.Get("Content-Type")
 	first, _, _ := strings.Cut(text, ",")
@@ -140,11 +142,13 @@ func manifestType(h http.Header, want string) (string, error) {
 // that they are JSON.
 var generalTypes = []string{"", "application/json", "text/json", "text/plain", "application/octet-stream", "binary/octet-stream"}
 
-// head asks for the descriptor of a tag or digest. Registries, proxies and stores answer HEAD. Some
-// of them leave out a part of the descriptor, state a length of 0, or refuse what they answer to
-// GET. So only a complete answer of the registry itself counts. After any other answer, also a
-// failure of the server, the manifest is asked for, and only that request is repeated. Its answer
-// has a body, which says why it fails.
+// head asks for the descriptor of a tag or digest.
+//
+// The problem: registries, proxies and stores answer HEAD. Some of them leave out a part of the
+// descriptor, state a length of 0, or refuse what they answer to GET. The rule: only a complete
+// answer of the registry itself counts. After any other answer, even after a failure, head asks for
+// the manifest, and repeats only that request. The answer to GET has a body, which says why it
+// fails.
 func (p *remoteRepo) head(ctx context.Context, reference string) (desc ocispec.Descriptor, err error) {
 	answered, err := p.viaMirrors(ctx, true, func(mirror *remoteRepo) error {
 		desc, err = mirror.ownHead(ctx, reference)
@@ -197,8 +201,8 @@ func (p *remoteRepo) ownHead(ctx context.Context, reference string) (ocispec.Des
 	return ocispec.Descriptor{MediaType: desc.MediaType, Digest: desc.Digest, Size: desc.Size}, nil
 }
 
-// blob asks once for a blob, from a byte on. It returns the answer, and at which byte that begins:
-// a registry may send the whole blob (RFC 9110, section 14.2).
+// blob asks once for a blob from byte from on. It returns the answer and the byte at which the
+// answer begins, because a registry may send the whole blob instead (RFC 9110, section 14.2).
 func (p *remoteRepo) blob(ctx context.Context, desc ocispec.Descriptor, from int64) (*http.Response, int64, error) {
 	c := &remoteCall{
 		method: http.MethodGet, url: p.url("blobs", string(desc.Digest)),
@@ -230,8 +234,8 @@ func (p *remoteRepo) blob(ctx context.Context, desc ocispec.Descriptor, from int
 	return res, from, nil
 }
 
-// checkContentRange returns the end (exclusive) of what a Content-Range says, which must
-// begin at from in something of that size (RFC 9110, section 14.4).
+// checkContentRange returns the end (exclusive) of a Content-Range. The range must begin at from in
+// content of that size (RFC 9110, section 14.4).
 func checkContentRange(text string, from, size int64) (end int64, err error) {
 	bad := fmt.Errorf("%w: Content-Range %s for bytes %d to %d", ErrProtocol, printable(text), from, size-1)
 	text, ok := strings.CutPrefix(text, "bytes ")
@@ -252,13 +256,15 @@ func checkContentRange(text string, from, size int64) (end int64, err error) {
 	return b + 1, nil
 }
 
-// parseDecimal reads digits only, unlike strconv, which takes signs.
+// parseDecimal reads digits only, unlike strconv, which accepts signs.
 func parseDecimal(s string) (int64, error) {
 	n, err := strconv.ParseUint(s, 10, 63)
 	return int64(n), err
 }
 
-// blobError tells a body that broke off from what went wrong here.
+// blobError explains the failure of storing a blob. A body that broke off is a failure of the
+// network, and may be repeated. Wrong bytes are a failure of the registry. Any other error, such as
+// a full disk, is returned as it is.
 func (p *remoteRepo) blobError(ctx context.Context, desc ocispec.Descriptor, body *countedBody, err error) error {
 	u := p.url("blobs", string(desc.Digest))
 	switch {
@@ -276,7 +282,7 @@ func (p *remoteRepo) blobError(ctx context.Context, desc ocispec.Descriptor, bod
 	return err
 }
 
-// blobProblem says that a blob's bytes are not what they should be.
+// blobProblem returns the error for a blob with wrong bytes.
 func (p *remoteRepo) blobProblem(desc ocispec.Descriptor, err error) error {
 	u := p.url("blobs", string(desc.Digest))
 	return &RemoteError{Method: "GET", URL: publicURL(u), Status: 200, final: true, Err: fmt.Errorf("blob %s: %w", desc.Digest, err)}

@@ -13,21 +13,21 @@ import (
 
 // A watch ends a request that stalls.
 //
-// The problem: net/http has no timeout for a transfer that makes no progress. One for the whole
-// request would end large blobs on slow lines. A deadline for each read would accept a registry
-// that sends one byte now and then, for ever.
+// The problem: net/http has no timeout for a transfer that makes no progress. A timeout for the
+// whole request would end large blobs on slow lines. A deadline for each read would accept a
+// registry that sends one byte now and then, for ever.
 //
 // The rule: within the stall timeout, at least trickle bytes must move. The time runs only while
-// this side waits for the registry: start lets it run, and pause or count stop it, so a slow disk
-// or a slow caller does not count. When trickle bytes have moved, the full time is available again.
-// The wait for the answer to a body lasts longer, by a factor, because the registry may have much
-// to hash; time that passes then counts less by the same factor.
+// this side waits for the registry. So start lets the time run, and pause stops it: a slow disk or
+// a slow caller does not count. When trickle bytes have moved, the full time is available again.
+// The wait for the answer to an upload may last longer by a factor, because the registry may have
+// much to hash. Time that passes then counts less by the same factor.
 //
 // It is safe because the watch only cancels the context of its own request, with errStalled as the
-// cause. So a stall is told from the end of the caller's context, and is a failure that may be
-// repeated, on new connections (renew). The body of a request and its answer can overlap: the
-// transport may still send while the answer is read. Both use one watch, under its mutex, and
-// either keeps it quiet.
+// cause. So a stall differs from the end of the caller's context. It may be repeated, on new
+// connections (renew). The body of a request and its answer can overlap, because the transport may
+// still send while the answer is read. Both use one watch, under its mutex, and bytes of either
+// keep it quiet.
 type watch struct {
 	ctx    context.Context
 	cancel context.CancelCauseFunc
@@ -46,6 +46,8 @@ const trickle = 4096
 
 var errStalled = errors.New("connection stalls")
 
+// newWatch returns a watch whose time does not run yet. ctx is the caller's. limit is the stall
+// timeout, and a minute if it is not positive.
 func newWatch(ctx context.Context, limit time.Duration) *watch {
 	w := &watch{limit: cmp.Or(max(limit, 0), time.Minute), factor: 1}
 	w.ctx, w.cancel = context.WithCancelCause(ctx)
@@ -65,9 +67,11 @@ func (w *watch) start(factor time.Duration) {
 	}
 }
 
-// pause stops it, and counts n bytes.
+// pause stops the time.
 func (w *watch) pause() { w.count(0, false) }
 
+// count takes the time that has passed from the time that is left, and counts n bytes. Then the
+// time runs on if running is set, and stops otherwise.
 func (w *watch) count(n int, running bool) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -91,7 +95,7 @@ func (w *watch) count(n int, running bool) {
 	}
 }
 
-// stalled returns the error of a request that the watch has ended.
+// stalled returns the error of a request that the watch has ended, and nil for any other request.
 func (w *watch) stalled() error {
 	if context.Cause(w.ctx) == errStalled {
 		return fmt.Errorf("%w: less than %d bytes moved in %v", errStalled, trickle, w.limit)
@@ -99,12 +103,14 @@ func (w *watch) stalled() error {
 	return nil
 }
 
+// end stops the time and ends the request. A request must have an end, because its context holds
+// resources.
 func (w *watch) end(cause error) {
 	w.pause()
 	w.cancel(cause)
 }
 
-// watchedBody is the body of an answer.
+// A watchedBody is the body of an answer. The time runs during each Read.
 type watchedBody struct {
 	src    io.ReadCloser
 	watch  *watch
@@ -137,8 +143,9 @@ func (b *watchedBody) Close() error {
 	return b.src.Close()
 }
 
-// sentBody is the body of a request. What goes out keeps the watch quiet. A transport
-// may close it while it reads: what comes of that is not a failure of src.
+// A sentBody is the body of a request. The time runs on between reads, since the transport then
+// sends. The transport may close the body while it reads, and read after that: such failures are
+// not those of src.
 type sentBody struct {
 	src   io.ReadCloser
 	watch *watch
@@ -169,14 +176,15 @@ func (b *sentBody) Close() error {
 	return b.src.Close()
 }
 
+// failed returns the error of src, and nil if src is not to blame.
 func (b *sentBody) failed() error {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	return b.err
 }
 
-// patience is how many times the stall timeout a registry has for its answer:
-// after an upload it may have much to hash and to copy.
+// patience returns by which factor a registry has more time than usual to answer: after an upload
+// it may have much to hash and to copy.
 func patience(c *remoteCall) time.Duration {
 	if c.body != nil {
 		return 5

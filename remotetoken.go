@@ -17,11 +17,12 @@ import (
 	"time"
 )
 
-// A scope is what a token is for (distribution-spec's token protocol): for each
-// resource, such as "repository:org/model", its actions.
+// A scope says what a token is for (distribution-spec's token protocol): the actions for each
+// resource, such as "repository:org/model".
 type scope map[string][]string
 
-// add takes in scopes as text: "type:name:action,action", separated by spaces.
+// add adds scopes in their text form: "type:name:action,action", separated by spaces. The numbers
+// of resources and actions are bounded, because a server may have sent the text.
 func (s scope) add(text string) {
 	for one := range strings.FieldsSeq(text) {
 		i := strings.LastIndexByte(one, ':')
@@ -36,7 +37,7 @@ func (s scope) add(text string) {
 	}
 }
 
-// list returns the scopes, in the one spelling that equal ones have.
+// list returns the scopes as text. Equal scopes have equal lists.
 func (s scope) list() []string {
 	var all []string
 	for resource, actions := range s {
@@ -46,10 +47,12 @@ func (s scope) list() []string {
 	return all
 }
 
-// tokenKey says what a token is good for. A token is never used for another.
+// A tokenKey says what a token is good for. A token is never used for another key: not for another
+// registry, another token server, a wider scope or another user.
 type tokenKey struct{ origin, realm, service, scope, user string }
 
-// identity tells credentials apart without holding one.
+// identity returns a hash that differs for different credentials, so that keys of the cache hold no
+// secret.
 func (c *Credential) identity() string {
 	h := sha256.New()
 	for _, s := range []string{c.Username, c.Password, c.IdentityToken} {
@@ -58,15 +61,17 @@ func (c *Credential) identity() string {
 	return string(h.Sum(nil))
 }
 
-// A tokenEntry is kept by pointer, so that printing a Remote doesn't print it.
+// A tokenEntry is a cached token. It is kept by pointer, so that printing a Remote does not print
+// the token.
 type tokenEntry struct {
 	lock    chan struct{} // one place: who has it, may look and fetch
 	token   string
 	expires time.Time
 }
 
-// token returns the token for key, fetching one if there is none, or if it is
-// rejected, or expires soon. Callers with the same key wait for one fetch.
+// token returns the token for key. It fetches one if there is none, if the one in the cache is the
+// rejected one, or if that expires soon. Calls with the same key wait for one fetch. fresh says
+// that this call has fetched it.
 func (r *Remote) token(ctx context.Context, key tokenKey, rejected string, fetch func() (tokenAnswer, error)) (token string, fresh bool, err error) {
 	r.mu.Lock()
 	if r.cache == nil || len(r.cache) >= maxRemembered {
@@ -96,13 +101,14 @@ func (r *Remote) token(ctx context.Context, key tokenKey, rejected string, fetch
 	return e.token, true, nil
 }
 
-// tokenAnswer is a token server's answer.
+// A tokenAnswer is the answer of a token server.
 type tokenAnswer struct {
 	token    string
 	lifetime time.Duration
 }
 
-// parseToken reads the body of a token server's answer.
+// parseToken reads the body of a token server's answer. It is lenient about the fields beside the
+// token. Its errors quote nothing of the body.
 func parseToken(body []byte) (a tokenAnswer, err error) {
 	var doc struct {
 		Token       any `json:"token"`
@@ -139,7 +145,9 @@ func parseToken(body []byte) (a tokenAnswer, err error) {
 	return a, nil
 }
 
-// fetchToken asks the token server that a challenge names.
+// fetchToken asks the token server that a challenge names for a token of some scopes. With an
+// identity token it posts a form, as OAuth2 demands. Otherwise it sends the user name and the
+// password to the realm, which checkRealm has accepted.
 func (p *remoteRepo) fetchToken(ctx context.Context, ch challenge, scopes []string, cred *Credential) (a tokenAnswer, err error) {
 	realm, err := p.checkRealm(ctx, ch.params["realm"])
 	if err != nil {
@@ -187,7 +195,8 @@ func (p *remoteRepo) fetchToken(ctx context.Context, ch challenge, scopes []stri
 	}
 }
 
-// explainToken says whose credentials a token server refused.
+// explainToken says whose credential the token server of host has refused. Such a refusal is not
+// repeated.
 func (e *RemoteError) explainToken(host string, cred *Credential) {
 	switch e.Status {
 	case http.StatusBadRequest, http.StatusUnauthorized, http.StatusForbidden:
@@ -200,7 +209,8 @@ func (e *RemoteError) explainToken(host string, cred *Credential) {
 	}
 }
 
-// askTokenServer makes one request for a token, following redirects on the same origin only.
+// askTokenServer makes one request for a token. It follows redirects within the token server's
+// origin only, because the request may carry a credential.
 func (p *remoteRepo) askTokenServer(ctx context.Context, c *remoteCall) (a tokenAnswer, err error) {
 	u := c.url
 	for hops := 0; ; hops++ {
@@ -230,7 +240,9 @@ func (p *remoteRepo) askTokenServer(ctx context.Context, c *remoteCall) (a token
 	}
 }
 
-// checkRealm returns the address of the token server that a registry names, if it may name it.
+// checkRealm returns the address of the token server that a registry names, if the registry may
+// name it: https, or http where the registry itself is plain, and an address that the guard allows.
+// It is the only check between a challenge and a password.
 func (p *remoteRepo) checkRealm(ctx context.Context, realm string) (*url.URL, error) {
 	refuse := func(format string, args ...any) error {
 		return &RemoteError{Method: http.MethodGet, URL: publicURL(p.host.base), TokenServer: true, final: true,
@@ -260,6 +272,7 @@ func (p *remoteRepo) checkRealm(ctx context.Context, realm string) (*url.URL, er
 	return u, nil
 }
 
+// basic returns the user name and the password in the form of basic authentication (RFC 7617).
 func basic(c *Credential) string {
 	return base64.StdEncoding.EncodeToString([]byte(c.Username + ":" + c.Password))
 }

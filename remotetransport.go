@@ -13,12 +13,12 @@ import (
 	"sync"
 )
 
-// A remoteCall is one request to a repository, with all that is needed to send it again.
+// A remoteCall is one request to a repository, with everything that is needed to repeat it.
 type remoteCall struct {
 	method string
 	url    *url.URL
 	header http.Header
-	// body opens the request's body anew for each attempt; nil for none.
+	// body opens the request's body for each attempt. Nil means that there is none.
 	body func() (io.ReadCloser, error)
 	size int64
 	// actions are what the token must allow: "pull", "push", "delete".
@@ -35,7 +35,8 @@ type remoteCall struct {
 	repo *remoteRepo // whose secrets no message may hold
 }
 
-// A strictTransport refuses answers that [http.Client] or its users would stumble over.
+// A strictTransport refuses answers that [http.Client] mishandles: a switch to another protocol,
+// whose reader no context ends, and a malformed Location, which the client would quote in full.
 type strictTransport struct{ next http.RoundTripper }
 
 func (s strictTransport) RoundTrip(req *http.Request) (*http.Response, error) {
@@ -62,8 +63,8 @@ func (s strictTransport) CloseIdleConnections() {
 	(&http.Client{Transport: s.next}).CloseIdleConnections()
 }
 
-// do sends c, as often as the retry policy says, and returns an answer with one
-// of the statuses c.ok. Its body must be closed: it holds one of the host's slots until then.
+// do sends c as often as the retry policy says, and returns an answer with one of the statuses
+// c.ok. The caller must close its body, which holds one of the host's slots until then.
 func (p *remoteRepo) do(ctx context.Context, c *remoteCall) (*http.Response, error) {
 	for attempt := 1; ; attempt++ {
 		res, err := p.try(ctx, c)
@@ -76,8 +77,8 @@ func (p *remoteRepo) do(ctx context.Context, c *remoteCall) (*http.Response, err
 	}
 }
 
-// doSmall is do for an answer of at most limit bytes, which it reads and which
-// may be cut off and asked for again.
+// doSmall is do for an answer of at most limit bytes. It reads and closes the body. A body that
+// breaks off is asked for again.
 func (p *remoteRepo) doSmall(ctx context.Context, c *remoteCall, limit int64) ([]byte, *http.Response, error) {
 	for attempt := 1; ; attempt++ {
 		res, err := p.try(ctx, c)
@@ -95,7 +96,7 @@ func (p *remoteRepo) doSmall(ctx context.Context, c *remoteCall, limit int64) ([
 	}
 }
 
-// readSmallBody reads and closes a body that must not have more than limit bytes.
+// readSmallBody reads and closes a body of at most limit bytes.
 func readSmallBody(ctx context.Context, method string, u *url.URL, res *http.Response, limit int64) ([]byte, error) {
 	defer res.Body.Close()
 	tooLarge := func() error {
@@ -115,7 +116,8 @@ func readSmallBody(ctx context.Context, method string, u *url.URL, res *http.Res
 	return b, nil
 }
 
-// bodyError is transportError for a body that broke off, unless the caller has ended the call.
+// bodyError is transportError for a body that broke off. If the caller has ended the call, it
+// returns the error of ctx.
 func bodyError(ctx context.Context, method string, u *url.URL, err error) error {
 	if ctx.Err() != nil {
 		return ctx.Err()
@@ -123,7 +125,8 @@ func bodyError(ctx context.Context, method string, u *url.URL, err error) error 
 	return transportError(method, u, err)
 }
 
-// try sends c once; with credentials, if the registry wants some.
+// try sends c once, and answers challenges. It takes one of the host's slots. The body of the
+// answer holds the slot until it is closed; without an answer try frees it.
 func (p *remoteRepo) try(ctx context.Context, c *remoteCall) (*http.Response, error) {
 	select { // a free slot, or the end of the call
 	case p.host.slots <- struct{}{}:
@@ -149,7 +152,7 @@ func (p *remoteRepo) try(ctx context.Context, c *remoteCall) (*http.Response, er
 	return res, nil
 }
 
-// judge decides whether res answers c. If not, it closes the body.
+// judge decides whether res answers c. If it does not, judge closes its body and returns the error.
 func (p *remoteRepo) judge(c *remoteCall, res *http.Response) error {
 	if sameOrigin(res.Request.URL, p.host.base) {
 		p.remote.warn(p.host.name, res.Header, p.secrets())
@@ -163,12 +166,12 @@ func (p *remoteRepo) judge(c *remoteCall, res *http.Response) error {
 	return nil
 }
 
-// codingOf returns the Content-Encoding of an answer, "" if it is one that does not change bytes.
+// codingOf returns the Content-Encoding of an answer, and "" for one that does not change bytes.
 //
-// A request asks for no coding. Registries name one nevertheless: object stores repeat what a
-// client has told them when it stored the bytes, such as "aws-chunked", or "gzip" for a layer that
-// is a gzip file. The digest decides about the bytes, so a coding is no error by itself. It is part
-// of the message if the bytes are then not the right ones.
+// A request asks for no coding. Registries name one nevertheless. Object stores repeat what a
+// client said when it stored the bytes: "aws-chunked", or "gzip" for a layer that is a gzip file.
+// The digest decides about the bytes, so a coding alone is not an error. If the bytes are wrong,
+// the error names the coding.
 func codingOf(res *http.Response) string {
 	var codings []string
 	for coding := range strings.SplitSeq(strings.Join(res.Header.Values("Content-Encoding"), ","), ",") {
@@ -181,7 +184,7 @@ func codingOf(res *http.Response) string {
 	return strings.Join(codings, ", ")
 }
 
-// coded explains an error about bytes that came with a coding.
+// coded explains an error about bytes that had a coding.
 func coded(coding string, err error) error {
 	if coding == "" {
 		return err
@@ -189,6 +192,7 @@ func coded(coding string, err error) error {
 	return fmt.Errorf("%w: unexpected Content-Encoding %s: %w", ErrProtocol, printable(coding), err)
 }
 
+// A slotBody is the body of an answer. It frees the host's slot when it is closed.
 type slotBody struct {
 	io.ReadCloser
 	release func()
@@ -199,9 +203,11 @@ func (b *slotBody) Close() error {
 	return b.ReadCloser.Close()
 }
 
-// follow sends c with authorization, and follows redirects. crossed is set if
-// the answer is not from the registry's own origin; authorization never goes anywhere
-// else, and once a redirect has left that origin it doesn't come back with it either.
+// follow sends c with an authorization, and follows redirects. crossed says that the answer, or a
+// step before it, is not of the registry's own origin. The authorization goes only to that origin.
+// Once a redirect has left it, the authorization is not sent again, even if a later redirect leads
+// back. Requests that write are only redirected within the origin, by the statuses that keep the
+// method.
 func (p *remoteRepo) follow(ctx context.Context, c *remoteCall, authorization string) (res *http.Response, crossed bool, err error) {
 	u := c.url
 	for hops := 0; ; hops++ {
@@ -236,8 +242,8 @@ func (p *remoteRepo) follow(ctx context.Context, c *remoteCall, authorization st
 	}
 }
 
-// checkTarget refuses to send c to u, an address that the registry has named, if u is not at the
-// registry's own origin and what is there must not be asked, or must not be deleted.
+// checkTarget refuses to send c to an address that the registry has named, if the guard forbids
+// that address. No other host is ever asked to delete.
 func (p *remoteRepo) checkTarget(ctx context.Context, c *remoteCall, u *url.URL) error {
 	if sameOrigin(u, p.host.base) {
 		return nil
@@ -251,7 +257,9 @@ func (p *remoteRepo) checkTarget(ctx context.Context, c *remoteCall, u *url.URL)
 	return nil
 }
 
-// exchange sends c once, to u, and returns the answer, whose body is watched for stalling.
+// exchange sends c once to u, and returns the answer. A watch ends the request if it stalls, before
+// or while the body is read. The error is a [*RemoteError], the error of ctx, or the failure of c's
+// own body.
 func (p *remoteRepo) exchange(ctx context.Context, c *remoteCall, u *url.URL, header http.Header) (*http.Response, error) {
 	w := newWatch(ctx, p.remote.StallTimeout)
 	client, traced := p.remote.httpClient(), w.ctx
@@ -307,7 +315,7 @@ func (p *remoteRepo) exchange(ctx context.Context, c *remoteCall, u *url.URL, he
 	return res, nil
 }
 
-// A countedBody is the body of a request or an answer, whose bytes are counted as they are read.
+// A countedBody is the body of a request or an answer. It counts the bytes that are read.
 type countedBody struct {
 	src    io.ReadCloser
 	count  func(int)

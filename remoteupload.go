@@ -50,18 +50,18 @@ const defaultChunk = 16 << 20
 // pieces.
 const leastChunk = 64 << 10
 
-// An uploadSession is where the next request of an upload goes. The address is the server's: it is
-// used as it is.
+// An uploadSession is the address of the next request of an upload. The server has named it, and it
+// is used unchanged.
 type uploadSession struct {
 	url *url.URL
-	// least is the size that chunks other than the last must have; 0 if the registry doesn't want
-	// chunks.
+	// least is the size that every chunk except the last must have. It is 0 if the registry does
+	// not ask for chunks.
 	least int64
 }
 
 // nextSession reads where an upload goes on. A registry behind a proxy may state an address without
-// the TLS or the port of the proxy. Nothing goes there: if the address has the path of an upload to
-// the same repository, the upload goes on at the registry's own origin.
+// the TLS or the port of the proxy. No request goes there. If the path is one of an upload to the
+// same repository, the upload goes on at the registry's own origin.
 func nextSession(c *remoteCall, res *http.Response) (*uploadSession, error) {
 	text := res.Header.Get("Location")
 	base := c.repo.host.base
@@ -85,7 +85,7 @@ func nextSession(c *remoteCall, res *http.Response) (*uploadSession, error) {
 	return s, nil
 }
 
-// goOn makes s what the answer to a request in it says. Without a Location, it stays where it is.
+// goOn moves s to the address in the answer to a request. Without a Location, s stays where it is.
 func (s *uploadSession) goOn(c *remoteCall, res *http.Response) error {
 	if res.Header.Get("Location") == "" {
 		return nil
@@ -98,7 +98,7 @@ func (s *uploadSession) goOn(c *remoteCall, res *http.Response) error {
 	return err
 }
 
-// presence is what a registry is known to have of a blob.
+// presence says how much of a blob a registry is known to have.
 type presence int
 
 const (
@@ -107,10 +107,10 @@ const (
 	present
 )
 
-// hasBlob asks whether the repository has a blob. Only an answer with the right length says so. Any
-// other one means that the blob has to be uploaded. Stores behind a registry, for example, refuse
-// HEAD for what they have, and have blobs that broke off; a page where people log in is an answer
-// of 200 too.
+// hasBlob asks whether the repository has a blob. Only an answer with the right length says so.
+// After any other answer the blob must be uploaded. For example, a store behind a registry may
+// refuse HEAD for blobs that it has, or may have a blob that broke off. A login page is an answer
+// of 200, too.
 func (p *remoteRepo) hasBlob(ctx context.Context, desc ocispec.Descriptor) (presence, error) {
 	c := &remoteCall{method: http.MethodHead, url: p.url("blobs", string(desc.Digest)), actions: []string{"pull", "push"}, ok: any2xx}
 	res, err := p.do(ctx, c)
@@ -135,9 +135,8 @@ func (p *remoteRepo) hasBlob(ctx context.Context, desc ocispec.Descriptor) (pres
 	return present, nil
 }
 
-// checkSize makes sure of a blob that was uploaded although the registry seemed to have it, with
-// another length. HEAD may be answered with no length, or by a cache. Then what GET is answered
-// with counts.
+// checkSize checks a blob that was uploaded although the registry seemed to have it with another
+// length. A cache may answer HEAD, or the answer may have no length. Then the answer to GET counts.
 func (p *remoteRepo) checkSize(ctx context.Context, desc ocispec.Descriptor) error {
 	has, err := p.hasBlob(ctx, desc)
 	if err != nil || has == present {
@@ -155,8 +154,8 @@ func (p *remoteRepo) checkSize(ctx context.Context, desc ocispec.Descriptor) err
 	return nil
 }
 
-// mount asks the registry to take a blob from another repository. Any answer but
-// success means that it has to be uploaded, maybe in the session that the answer opens.
+// mount asks the registry to take a blob from another of its repositories. After any answer except
+// success the blob must be uploaded, in the session s if the answer has opened one.
 func (p *remoteRepo) mount(ctx context.Context, desc ocispec.Descriptor, from string) (done bool, s *uploadSession, err error) {
 	u := p.uploads()
 	u.RawQuery = url.Values{"mount": {string(desc.Digest)}, "from": {from}}.Encode()
@@ -185,14 +184,14 @@ func (p *remoteRepo) mount(ctx context.Context, desc ocispec.Descriptor, from st
 	return false, s, err
 }
 
-// uploads is where uploads begin. The specification's path ends with a '/'.
+// uploads returns the address where uploads begin. The path of the specification ends with a '/'.
 func (p *remoteRepo) uploads() *url.URL {
 	u := p.url("blobs", "uploads")
 	u.Path += "/"
 	return u
 }
 
-// An upload is the sending of one blob.
+// An upload sends one blob.
 type upload struct {
 	repo  *remoteRepo
 	desc  ocispec.Descriptor
@@ -205,8 +204,8 @@ type upload struct {
 	oddRange bool // asking a session after an odd Range didn't help
 }
 
-// run uploads the blob, in a session that may be open already. Each attempt after that opens its
-// own.
+// run uploads the blob. s is a session that is open already, or nil. Each further attempt opens a
+// session.
 func (u *upload) run(ctx context.Context, s *uploadSession) error {
 	for attempt := 1; ; attempt++ {
 		err := u.try(ctx, s)
@@ -235,8 +234,8 @@ func (u *upload) run(ctx context.Context, s *uploadSession) error {
 	}
 }
 
-// tooLarge reports whether a request failed since its body is too large, or may have failed for
-// that reason for the second time.
+// tooLarge reports whether a request failed because its body was too large. A failure that may have
+// that reason counts from the second attempt on.
 func tooLarge(err error, attempt int) bool {
 	e, ok := errors.AsType[*RemoteError](err)
 	if !ok || e.Method != http.MethodPut && e.Method != http.MethodPatch {
@@ -253,7 +252,7 @@ func tooLarge(err error, attempt int) bool {
 	return false
 }
 
-// try makes one attempt.
+// try makes one attempt to upload the blob.
 func (u *upload) try(ctx context.Context, s *uploadSession) (err error) {
 	if s == nil {
 		if s, err = u.begin(ctx); err != nil {
@@ -287,7 +286,8 @@ func (u *upload) begin(ctx context.Context) (*uploadSession, error) {
 	return nextSession(c, res)
 }
 
-// whole opens the blob. It is verified while it is sent: of bad bytes, the last isn't.
+// whole opens the blob. It is verified while it is sent: the last byte of a damaged blob is not
+// sent.
 func (u *upload) whole(ctx context.Context) (io.ReadCloser, error) {
 	if u.store == nil {
 		src, err := u.open(ctx)
@@ -315,7 +315,9 @@ func (u *upload) counted(src io.ReadCloser, at int64) *countedBody {
 	}}
 }
 
-// close sends what is left, and says what all of it is. It returns after the registry has the blob.
+// close sends the rest of the blob, states its digest, and returns when the registry has the blob.
+// A success that the registry does not state plainly is checked: the blob must be there with its
+// length.
 func (u *upload) close(ctx context.Context, s *uploadSession, body func() (io.ReadCloser, error), size int64) error {
 	to := *s.url
 	// The address may have a query, which is kept as it is.
@@ -351,7 +353,7 @@ func (u *upload) close(ctx context.Context, s *uploadSession, body func() (io.Re
 // errSmaller is returned for a chunk that has to go in smaller ones.
 var errSmaller = errors.New("chunk is too large")
 
-// chunks sends the blob piece by piece.
+// chunks sends the blob in pieces. The blob is verified first, because a piece alone cannot be.
 func (u *upload) chunks(ctx context.Context, s *uploadSession, size int64) error {
 	if u.store == nil {
 		return fmt.Errorf("%w: blob %s has to go in chunks, which can't be made of a blob that isn't stored (pull and push it)", ErrTooLarge, u.desc.Digest)
@@ -387,7 +389,7 @@ func (u *upload) chunks(ctx context.Context, s *uploadSession, size int64) error
 	return u.close(ctx, s, nil, 0)
 }
 
-// sendChunk sends n bytes from at on. It returns the byte with which the upload goes on.
+// sendChunk sends n bytes from byte at on. It returns the byte at which the upload goes on.
 func (u *upload) sendChunk(ctx context.Context, s *uploadSession, f io.ReaderAt, at, n int64) (end int64, err error) {
 	c := &remoteCall{
 		method: http.MethodPatch, url: s.url,
@@ -441,7 +443,7 @@ func temporary(err error) bool {
 	return ok && e.Temporary()
 }
 
-// arrived reads the answer to a chunk of n bytes from at on. It returns the byte with which the
+// arrived reads the answer to a chunk of n bytes from byte at on. It returns the byte at which the
 // upload goes on.
 func (u *upload) arrived(ctx context.Context, c *remoteCall, s *uploadSession, res *http.Response, at, n int64) (end int64, err error) {
 	if err := s.goOn(c, res); err != nil {
@@ -466,7 +468,7 @@ func (u *upload) arrived(ctx context.Context, c *remoteCall, s *uploadSession, r
 	return end, nil
 }
 
-// where asks how far an upload is. known is false if the answer doesn't say.
+// where asks the session how far the upload is. known is false if the answer does not say.
 func (u *upload) where(ctx context.Context, s *uploadSession) (end int64, known bool, err error) {
 	c := &remoteCall{method: http.MethodGet, url: s.url, actions: []string{"pull", "push"}, ok: any2xx}
 	res, err := u.repo.do(ctx, c)
@@ -487,8 +489,8 @@ func (u *upload) where(ctx context.Context, s *uploadSession) (end int64, known 
 	return last + 1, true, nil
 }
 
-// rangeEnd returns the byte after those that the Range in the answer to a chunk says are there, if
-// that is a part of the chunk's n bytes from at on, or all of them.
+// rangeEnd returns the byte after those that the Range in the answer to a chunk states. It reports
+// false unless these are the chunk's n bytes from byte at on, or a part of them.
 func rangeEnd(text string, at, n int64) (end int64, ok bool) {
 	first, last, ok := parseRange(text)
 	end = last + 1
@@ -498,7 +500,7 @@ func rangeEnd(text string, at, n int64) (end int64, ok bool) {
 	return end, last > 0 || n == 1
 }
 
-// parseRange reads "first-last" with what registries write round it.
+// parseRange reads "first-last", with or without the unit and the size that some registries add.
 func parseRange(text string) (first, last int64, ok bool) {
 	text, _, _ = strings.Cut(strings.TrimLeft(strings.TrimPrefix(text, "bytes"), "= "), "/")
 	a, b, ok := strings.Cut(text, "-")
@@ -507,8 +509,8 @@ func parseRange(text string) (first, last int64, ok bool) {
 	return first, last, ok && err1 == nil && err2 == nil && first <= last && last < math.MaxInt64
 }
 
-// abandon tells the registry that an upload won't go on. That it can't be told doesn't matter: it
-// finds out. A caller who has ended the call doesn't wait long for it.
+// abandon tells the registry that an upload will not go on. A failure does not matter, because the
+// registry removes old uploads by itself. A caller who has ended the call waits at most a second.
 func (u *upload) abandon(ctx context.Context, s *uploadSession) {
 	own, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
 	defer cancel()

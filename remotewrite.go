@@ -12,13 +12,14 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// any2xx are the statuses of success. Registries differ in which of them they answer. So each is
-// taken, and one that isn't the specification's is looked into before it counts: see [created].
+// any2xx are the statuses of success. Registries differ in the one that they send, so each is
+// accepted. A status that the specification does not name is checked before it counts: see
+// [created].
 var any2xx = []int{http.StatusOK, http.StatusCreated, http.StatusAccepted, http.StatusNonAuthoritativeInfo, http.StatusNoContent}
 
-// created reports whether an answer says that a manifest or blob was created, as only a registry
-// says it. A proxy's page, for example, is an answer of 200 in HTML. After an answer that doesn't
-// say so, the registry is asked whether it has the content.
+// created reports whether an answer says plainly that a manifest or blob was created. A proxy's
+// page of 200, for example, does not. After any other success the registry is asked whether it has
+// the content.
 func created(res *http.Response, d digest.Digest) bool {
 	if digest.Digest(res.Header.Get("Docker-Content-Digest")) == d {
 		return true
@@ -27,15 +28,13 @@ func created(res *http.Response, d digest.Digest) bool {
 	return res.StatusCode == http.StatusCreated && given != "text/html"
 }
 
-// Tag gives the manifest that ref names further tags in its repository, without transferring blobs.
-// A tag that exists is overwritten. It returns the manifest's descriptor. Errors are those of
-// [Remote.Resolve], and [ErrInvalidReference] for a bad tag, before anything is written.
-func (r *Remote) Tag(ctx context.Context, ref Reference, tags ...string) (ocispec.Descriptor, error) {
-	desc, err := r.tag(ctx, ref, tags)
-	return desc, opError("tag remotely", ref.String(), "", err)
-}
-
-func (r *Remote) tag(ctx context.Context, ref Reference, tags []string) (ocispec.Descriptor, error) {
+// Tag gives further tags to the manifest that ref names, in its repository, without transferring
+// blobs. It overwrites existing tags, and returns the descriptor of the manifest.
+//
+// Errors are those of [Remote.Manifest], and [ErrInvalidReference] for a malformed tag. Then
+// nothing is written.
+func (r *Remote) Tag(ctx context.Context, ref Reference, tags ...string) (_ ocispec.Descriptor, err error) {
+	defer addOp(&err, "tag remotely", ref.String(), "")
 	for _, tag := range tags {
 		if err := checkTag(tag); err != nil {
 			return ocispec.Descriptor{}, err
@@ -57,7 +56,8 @@ func (r *Remote) tag(ctx context.Context, ref Reference, tags []string) (ocispec
 	return m.Descriptor(), nil
 }
 
-// putManifest pushes a manifest's bytes under a tag or its digest.
+// putManifest pushes the bytes of a manifest under a tag or its digest. If the registry does not
+// list referrers itself, the manifest is added to the list of its subject.
 func (p *remoteRepo) putManifest(ctx context.Context, reference string, m *Manifest) error {
 	res, err := p.writeManifest(ctx, reference, m)
 	if err != nil {
@@ -75,7 +75,7 @@ func (p *remoteRepo) putManifest(ctx context.Context, reference string, m *Manif
 	return nil
 }
 
-// writeManifest puts a manifest, and returns after the registry has it.
+// writeManifest puts a manifest, and returns when the registry has it.
 func (p *remoteRepo) writeManifest(ctx context.Context, reference string, m *Manifest) (*http.Response, error) {
 	c, res, err := p.sendManifest(ctx, reference, m, nil)
 	if err != nil || created(res, m.Digest()) {
@@ -90,7 +90,8 @@ func (p *remoteRepo) writeManifest(ctx context.Context, reference string, m *Man
 	return res, nil
 }
 
-// sendManifest puts a manifest. Success is a claim of whoever answered: see [created].
+// sendManifest puts a manifest. header has further fields, such as conditions. Whether the registry
+// has the manifest then is for [created] to say.
 func (p *remoteRepo) sendManifest(ctx context.Context, reference string, m *Manifest, header http.Header) (*remoteCall, *http.Response, error) {
 	c := &remoteCall{
 		method: http.MethodPut, url: p.url("manifests", reference), header: header.Clone(),
@@ -115,7 +116,7 @@ func (p *remoteRepo) sendManifest(ctx context.Context, reference string, m *Mani
 	return c, res, nil
 }
 
-// explainManifest says of a refused artifact manifest what can be done.
+// explainManifest adds to the refusal of an artifact manifest what the user can do.
 func explainManifest(m *Manifest, err error) error {
 	e, ok := errors.AsType[*RemoteError](err)
 	if !ok || m.form != formArtifact || e.unknownBlob() || e.has("NAME_UNKNOWN", "NAME_INVALID", "TAG_INVALID", "DIGEST_INVALID") {
@@ -134,8 +135,8 @@ func explainManifest(m *Manifest, err error) error {
 	return err
 }
 
-// unknownBlob reports whether a manifest was refused because the registry lacks something that it
-// needs.
+// unknownBlob reports whether the registry has refused a manifest because it lacks a blob or
+// manifest that it needs.
 func (e *RemoteError) unknownBlob() bool {
 	return slices.Contains([]int{http.StatusBadRequest, http.StatusNotFound, http.StatusUnprocessableEntity}, e.Status) &&
 		e.has("MANIFEST_BLOB_UNKNOWN", "BLOB_UNKNOWN")
