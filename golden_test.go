@@ -4,6 +4,7 @@ import (
 	"archive/tar"
 	"compress/gzip"
 	"errors"
+	"fmt"
 	"io"
 	"os"
 	"path/filepath"
@@ -189,8 +190,8 @@ func TestGoldenOMMX(t *testing.T) {
 	}
 }
 
-// schema1Refs are what the registry of schema version 1 has.
-var schema1Refs = map[string]string{
+// schemaRefs are what the registry of each schema version has.
+var schemaRefs = map[string]string{
 	"example.com/golden/artifact:v1":      "10218802e51950634c846c9bc6ca411824a35b2847b994b7eab3e829f471d88e",
 	"example.com/golden/child:v1":         "c0017df72cb66bda8f6508989ca15c78bd8bcd39e59345683ae17a3b3e455df2",
 	"example.com/golden/multi:v1":         multiDigest,
@@ -198,11 +199,17 @@ var schema1Refs = map[string]string{
 	"localhost:5000/golden/image:V1":      "4bd17fdf5a24e73ec0abf2b07751fa2629adba6be1cbdd446a3a023b21507071",
 }
 
-// TestGoldenSchema1 opens a registry that the first schema version has made. All that it holds can
+// TestGoldenSchemas opens registries that each schema version has made. All that they hold can
 // be read; a child still leads to its parent, which only it needs; and a collection deletes what
 // was removed or replaced before.
-func TestGoldenSchema1(t *testing.T) {
-	root := unpackGolden(t, "ocilocal-schema1.tar.gz")
+func TestGoldenSchemas(t *testing.T) {
+	for version := 1; version <= 2; version++ {
+		t.Run(fmt.Sprint(version), func(t *testing.T) { testGoldenSchema(t, fmt.Sprintf("ocilocal-schema%d.tar.gz", version)) })
+	}
+}
+
+func testGoldenSchema(t *testing.T, name string) {
+	root := unpackGolden(t, name)
 	r := mustOpen(t, root)
 	check := func() {
 		t.Helper()
@@ -211,12 +218,12 @@ func TestGoldenSchema1(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if n++; schema1Refs[ref.Reference.String()] != ref.Descriptor.Digest.Encoded() {
+			if n++; schemaRefs[ref.Reference.String()] != ref.Descriptor.Digest.Encoded() {
 				t.Errorf("%s is at %s", ref.Reference, ref.Descriptor.Digest)
 			}
 		}
-		if n != len(schema1Refs) {
-			t.Errorf("%d refs, want %d", n, len(schema1Refs))
+		if n != len(schemaRefs) {
+			t.Errorf("%d refs, want %d", n, len(schemaRefs))
 		}
 		for p, err := range r.Verify(t.Context(), nil) {
 			t.Errorf("Verify: %v, %v", p, err)

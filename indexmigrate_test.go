@@ -295,13 +295,13 @@ func TestMigrateDamaged(t *testing.T) {
 		r := mustOpen(t, root)
 		n := 0
 		for ref, err := range r.Refs(t.Context(), nil) {
-			if want := schema1Refs[ref.Reference.String()]; err != nil || want != "" && want != ref.Descriptor.Digest.Encoded() {
+			if want := schemaRefs[ref.Reference.String()]; err != nil || want != "" && want != ref.Descriptor.Digest.Encoded() {
 				t.Errorf("%s: %s is at %s, %v", text, ref.Reference, ref.Descriptor.Digest, err)
 			} else if want != "" {
 				n++
 			}
 		}
-		if n < len(schema1Refs)-1 { // the last statement loses one
+		if n < len(schemaRefs)-1 { // the last statement loses one
 			t.Errorf("%s: %d refs are kept", text, n)
 		}
 		if got := problems(t, r, nil, nil); len(got) != 0 {

@@ -1,6 +1,5 @@
-// This program makes a registry with this package's schema version 1: run it with a version of the
-// package that still writes that one (see the README of testdata/golden). Its arguments are the root and
-// the layout directory that seed.py writes.
+// This program makes a registry with the schema version that the package writes: see testdata/README.md
+// and interop/golden. Its arguments are the root and the layout directory that seed.py writes.
 package main
 
 import (
