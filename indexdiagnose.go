@@ -23,6 +23,11 @@ import (
 // This takes as long as reading the index, but an index that is damaged is only diagnosed once.
 func (x *index) explain(err error) error {
 	kind := indexError(err)
+	if errors.Is(kind, ErrCorruptIndex) {
+		if newer := x.newer(); newer != nil {
+			return newer
+		}
+	}
 	e, ok := errors.AsType[*sqlite.Error](err)
 	if !ok || e.Code()&0xff != sqlite3.SQLITE_CORRUPT || x.damaged.Load() {
 		return kind
@@ -35,6 +40,22 @@ func (x *index) explain(err error) error {
 	}
 	x.damaged.Store(true)
 	return kind
+}
+
+// newer returns a [*SchemaError] if a newer program has migrated the index since it was opened. Its
+// tables are then others than a read expects, which looks like damage.
+func (x *index) newer() error {
+	if len(x.schema) == 0 { // it is another program's
+		return nil
+	}
+	var version int
+	err := x.aside(func(conn *sql.Conn) error {
+		return conn.QueryRowContext(context.Background(), "PRAGMA user_version").Scan(&version)
+	})
+	if err == nil && version > len(x.schema) {
+		return &SchemaError{Found: version, Supported: len(x.schema)}
+	}
+	return nil
 }
 
 // readAll reads every page of the index. Its error is [ErrIndexIO], or nil also when

@@ -29,6 +29,22 @@ func TestMigratedWhileOpen(t *testing.T) {
 	}
 }
 
+// TestReadAfterMigration: if a newer program has changed the tables, an older one that still has the
+// index open says so. It does not take the index for damaged.
+func TestReadAfterMigration(t *testing.T) {
+	r := openTemp(t, nil)
+	dontWatch(r.Root())
+	published(t, r, "example.com/a:v1", "layer", nil)
+	alterIndex(t, filepath.Join(r.Root(), "index.sqlite3"), "ALTER TABLE refs RENAME COLUMN moved TO changed", "ALTER TABLE content RENAME TO blobs", "PRAGMA user_version = 3")
+	_, err := r.Resolve(t.Context(), ref("example.com/a:v1"))
+	_, statsErr := r.Stats(t.Context())
+	for _, err := range []error{err, statsErr, last(r.Refs(t.Context(), nil)), last(r.Verify(t.Context(), nil))} {
+		if !errors.Is(err, ocilocal.ErrNewerSchema) || errors.Is(err, ocilocal.ErrCorruptIndex) {
+			t.Errorf("%v, want ErrNewerSchema", err)
+		}
+	}
+}
+
 // TestMigration: a program that knows more brings an index up to date, whole or not at all,
 // while older ones keep off.
 func TestMigration(t *testing.T) {
