@@ -289,7 +289,7 @@ func TestRebuildDamagedRows(t *testing.T) {
 	d := newDamagedRoot(t)
 	ids := d.ids(t)
 	values := map[string][]string{ // the likeliest to matter first
-		"INTEGER": {"-32321", "3", "0", "446", "9223372036854775807", "-1", "1", "2", "447", "NULL", "-9223372036854775808"},
+		"INTEGER": {"-32321", "3", "0", "446", "9223372036854775807", "-1", "1", "2", "447", "-9223372036854775808"},
 		"TEXT":    {"''", "'x'", "'{}'", "'application/vnd.oci.image.layer.v1.tar'"},
 		"BLOB":    {"x''", "unhex(printf('01%064d', 0))", "unhex(printf('02%096d', 0))", "x'01ff'"},
 	}
