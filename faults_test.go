@@ -104,7 +104,7 @@ var flows = []flow{
 		return err
 	}, effect: map[string]string{movedRef: ""}, lacks: writing + " remove readdir"},
 	{name: "gc", seeded: true, orphan: true, run: func(r *ocilocal.LocalRegistry) error {
-		_, err := r.GC(context.Background(), atOnce)
+		_, err := r.GC(context.Background(), &ocilocal.GCOptions{Grace: ocilocal.NoGrace, Held: ocilocal.NoGrace})
 		return err
 	}, lacks: writing, varies: []point{{"stat", "/root", 10}, {"stat", "/root/index.sqlite3", 10}, {"stat", "index.sqlite3", 3}}}, // for each short step of deletion
 	{name: "import archive", seeded: true, run: func(r *ocilocal.LocalRegistry) error {
@@ -271,6 +271,12 @@ func (f *flow) seed(t *testing.T, root string) {
 		if _, err := r.Remove(t.Context(), ocilocal.MustParseReference(newRef)); err != nil {
 			t.Fatal(err)
 		}
+	}
+	if f.orphan { // and what a repository holds: a manifest, its referrer, and blobs
+		p := repository(t, r, "example.com/fault/held")
+		held := pushImage(t, p, "", "held")
+		manifest, config := image("held, too")
+		push(t, p, referring(manifest, held), config, "held, too")
 	}
 	mustClose(t, r)
 }
