@@ -30,6 +30,7 @@ var programs = map[string]string{
 	"crane":           "bin/crane",
 	"regctl":          "bin/regctl",
 	"registry3":       "bin/registry3",
+	"conformance":     "bin/conformance",
 	"ommx2":           "ommx2/bin/python",
 	"ommx3":           "ommx3/bin/python",
 	"ommx3a":          "ommx3a/bin/python",
@@ -42,6 +43,10 @@ var skipped = struct {
 }{tests: map[string]int{}}
 
 func TestMain(m *testing.M) {
+	if root := os.Getenv(workerEnv); root != "" {
+		work(root)
+		return
+	}
 	code := m.Run()
 	for _, name := range slices.Sorted(maps.Keys(skipped.tests)) {
 		fmt.Printf("SKIPPED: %s is missing (interop/setup gets it): %d tests\n", name, skipped.tests[name])
