@@ -11,6 +11,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"slices"
 	"time"
 
@@ -362,6 +363,23 @@ func RunTasks(ctx context.Context, most int, fns ...func(context.Context) error)
 
 // ReadBounded reads all of src.
 var ReadBounded = readBounded
+
+// --- serve ---
+
+// ParseByteRange reads a Range header.
+func ParseByteRange(s string, size int64) (start, length int64, whole bool, err error) {
+	r, whole, err := parseByteRange(s, size)
+	return r.start, r.length, whole, err
+}
+
+// ParseContentRange reads the Content-Range of a chunk.
+func ParseContentRange(s string) (start, length int64, ok bool) {
+	r, ok := parseContentRange(s)
+	return r.start, r.length, ok
+}
+
+// SetLogger is [Options.Logger] for an open registry. No call may be under way.
+func SetLogger(r *LocalRegistry, l *slog.Logger) { r.opts.Logger = l }
 
 // --- progress ---
 

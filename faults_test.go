@@ -134,6 +134,8 @@ var flows = []flow{
 	{name: "pull without links", seeded: true, keeps: true, always: noLinks, run: pullFlow, effect: map[string]string{newRef: "imported"}},
 	{name: "put", seeded: true, run: putFlow, effect: map[string]string{newRef: "imported"}},
 	{name: "put without links", seeded: true, always: noLinks, run: putFlow, effect: map[string]string{newRef: "imported"}},
+	{name: "serve", seeded: true, run: serveFlow, effect: map[string]string{newRef: "imported"}},
+	{name: "serve without links", seeded: true, always: noLinks, run: serveFlow, effect: map[string]string{newRef: "imported"}},
 	{name: "export layout new", seeded: true, exports: true, run: exportLayoutFlow},
 	{name: "export layout add", seeded: true, exports: true, beside: othersLayout, run: exportLayoutFlow},
 	{name: "export layout add without links", seeded: true, exports: true, always: noLinks, beside: othersLayout, run: exportLayoutFlow},

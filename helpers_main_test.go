@@ -34,6 +34,7 @@ var workers = map[string]func(in *bufio.Scanner, args []string) error{
 	"verify":    verifyWorker,
 	"pull":      pullWorker,
 	"anonymous": anonymousWorker,
+	"serve":     serveWorker,
 }
 
 func TestMain(m *testing.M) {

@@ -68,6 +68,7 @@ var serverErrors = []struct {
 	{context.Canceled, http.StatusServiceUnavailable, "request was cancelled"},
 	{context.DeadlineExceeded, http.StatusServiceUnavailable, "request took too long"},
 	{ErrNoSpace, http.StatusInsufficientStorage, "registry has no space left"},
+	{ErrReadOnly, http.StatusServiceUnavailable, "registry cannot be written"}, // though it is open for writing
 }
 
 // clientErrors are the errors of a client's making, and their answers. The first match counts.
@@ -76,7 +77,6 @@ var clientErrors = []struct {
 	status int
 	code   string
 }{
-	{ErrReadOnly, http.StatusMethodNotAllowed, codeUnsupported},
 	{ErrTooLarge, http.StatusRequestEntityTooLarge, codeSizeInvalid},
 	{ErrIncomplete, http.StatusBadRequest, codeManifestBlobUnknown},
 	{ErrUnsupportedMediaType, http.StatusBadRequest, codeManifestInvalid},
@@ -101,9 +101,18 @@ func (x *exchange) answer(err error) *serveError {
 	if e, ok := errors.AsType[*serveError](err); ok {
 		return e
 	}
-	if timeout, ok := errors.AsType[timeoutError](err); ok && timeout.Timeout() && !errors.Is(err, context.DeadlineExceeded) {
-		return &serveError{http.StatusRequestTimeout, codeUnknown, "request made no progress"}
+	if body, ok := errors.AsType[*badBody](err); ok {
+		timeout, ok := errors.AsType[timeoutError](body)
+		tooLarge, limited := errors.AsType[*http.MaxBytesError](body) // of a handler around this one
+		switch {
+		case ok && timeout.Timeout():
+			return &serveError{http.StatusRequestTimeout, codeUnknown, "request made no progress"}
+		case limited:
+			return &serveError{http.StatusRequestEntityTooLarge, codeSizeInvalid, tooLarge.Error()}
+		}
+		return &serveError{http.StatusBadRequest, codeSizeInvalid, "body ended early or is malformed"}
 	}
+	err = (&Error{Op: x.r.Method, Err: err}) // for the matches of its Is
 	for _, e := range serverErrors {
 		if errors.Is(err, e.is) {
 			return &serveError{e.status, codeUnknown, e.message}
@@ -114,7 +123,11 @@ func (x *exchange) answer(err error) *serveError {
 	}
 	for _, e := range clientErrors {
 		if errors.Is(err, e.is) {
-			if outer, ok := errors.AsType[*Error](err); ok {
+			for {
+				outer, ok := errors.AsType[*Error](err)
+				if !ok {
+					break
+				}
 				err = outer.Err
 			}
 			return &serveError{e.status, e.code, boundText(err.Error())}

@@ -64,7 +64,7 @@ func (x *exchange) putManifest() error {
 	}
 	raw, err := io.ReadAll(x.body(MaxManifestSize))
 	if err != nil {
-		return x.bodyError(err)
+		return err
 	}
 	m, err := parseManifest(mediaType, raw)
 	if err != nil {

@@ -20,10 +20,12 @@ type stall struct {
 	passed  int // bytes since the deadline was moved
 }
 
-// begin sets the deadline for the first bytes.
-func (s *stall) begin() {
+// begin sets the deadline for the next bytes.
+func (s *stall) begin() { s.extend(s.timeout) }
+
+func (s *stall) extend(d time.Duration) {
 	if s.timeout > 0 {
-		_ = s.set(time.Now().Add(s.timeout))
+		_ = s.set(time.Now().Add(d))
 	}
 }
 
@@ -68,8 +70,17 @@ func (b *serveBody) Read(p []byte) (int, error) {
 	if b.limit -= int64(n); b.limit < 0 {
 		return 0, serveErrorf(http.StatusRequestEntityTooLarge, codeSizeInvalid, "body is too large")
 	}
+	if err != nil && err != io.EOF {
+		err = &badBody{err}
+	}
 	return n, err
 }
+
+// A badBody says that the body of a request could not be read to its end.
+type badBody struct{ err error }
+
+func (e *badBody) Error() string { return "read body: " + e.err.Error() }
+func (e *badBody) Unwrap() error { return e.err }
 
 // sendChunk is how much is written between two looks at the deadline.
 const sendChunk = 256 << 10
@@ -84,7 +95,8 @@ type serveWriter struct {
 func (x *exchange) send(write func(*serveWriter) error) error {
 	control := http.NewResponseController(x.w)
 	w := &serveWriter{w: x.w, stall: stall{set: control.SetWriteDeadline, timeout: x.opts.StallTimeout}}
-	w.stall.begin()
+	// The server may wait for the rest of the request, until its deadline, before it writes.
+	w.stall.extend(2 * w.stall.timeout)
 	defer w.stall.end()
 	err := write(w)
 	if err == nil {

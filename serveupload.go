@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"hash"
-	"io"
 	"math"
 	"net/http"
 	"strconv"
@@ -68,17 +67,6 @@ func (x *exchange) maxBlob() int64 {
 		return x.opts.MaxBlobSize
 	}
 	return math.MaxInt64 - 1
-}
-
-// bodyError is the error of a body that could not be read to its end.
-func (x *exchange) bodyError(err error) error {
-	if errors.Is(err, io.ErrUnexpectedEOF) {
-		return serveErrorf(http.StatusBadRequest, codeSizeInvalid, "body ended early")
-	}
-	if _, ok := errors.AsType[*http.MaxBytesError](err); ok { // of a handler around this one
-		return serveErrorf(http.StatusRequestEntityTooLarge, codeSizeInvalid, "body is too large")
-	}
-	return err
 }
 
 // queryDigest returns a digest from the query, "" if it is not there.
@@ -181,7 +169,7 @@ func (x *exchange) putWhole(d digest.Digest) error {
 		return serveErrorf(http.StatusRequestEntityTooLarge, codeSizeInvalid, "blob is too large")
 	}
 	if _, err := x.repo.PutBlob(x.r.Context(), x.body(x.maxBlob()), d, -1); err != nil {
-		return x.bodyError(err)
+		return err
 	}
 	return x.created(d)
 }
@@ -275,7 +263,7 @@ func (x *exchange) chunk(u *incoming, alg digest.Algorithm) (uploadHash, error) 
 		err = serveErrorf(http.StatusBadRequest, codeSizeInvalid, "body has %d bytes, not %d", u.size-before, n)
 	}
 	h.size = u.size
-	return h, x.bodyError(err)
+	return h, err
 }
 
 // patchUpload serves PATCH: the next bytes of an upload.
