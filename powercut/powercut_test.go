@@ -253,6 +253,10 @@ func (w *worker) step(g, i int, archive []byte) error {
 			}
 			return result.Artifacts[0].Descriptor.Digest, nil
 		})
+	case 2, 3:
+		return w.change(name, func() (digest.Digest, error) {
+			return w.put(ref, fmt.Appendf(nil, "put by g%d i%d ", g, i))
+		})
 	default:
 		return w.change(name, func() (digest.Digest, error) {
 			a, err := w.build(ref, fmt.Appendf(nil, "g%d i%d ", g, i))
@@ -277,6 +281,26 @@ func (w *worker) build(ref ocilocal.Reference, layer []byte) (*ocilocal.LocalArt
 		}
 	}
 	return b.Build(w.ctx)
+}
+
+// put puts an artifact by its raw content: blobs that nobody syncs, and then the manifest.
+func (w *worker) put(ref ocilocal.Reference, layer []byte) (digest.Digest, error) {
+	p, err := w.reg.Repository(ref.Name())
+	if err != nil {
+		return "", err
+	}
+	layer = bytes.Repeat(layer, 1+w.rng.IntN(2000))
+	for _, b := range [][]byte{[]byte("{}"), layer} {
+		if _, err := p.PutBlob(w.ctx, bytes.NewReader(b), digest.FromBytes(b), int64(len(b))); err != nil {
+			return "", err
+		}
+	}
+	manifest := fmt.Appendf(nil, `{"schemaVersion":2,"artifactType":"application/vnd.example",`+
+		`"config":{"mediaType":"application/vnd.oci.empty.v1+json","digest":%q,"size":2},`+
+		`"layers":[{"mediaType":"application/octet-stream","digest":%q,"size":%d}]}`, digest.FromString("{}"), digest.FromBytes(layer), len(layer))
+	u, err := p.PutManifest(w.ctx, "application/vnd.oci.image.manifest.v1+json", manifest,
+		&ocilocal.PutManifestOptions{Tag: ref.Tag(), PublishOptions: ocilocal.PublishOptions{Policy: ocilocal.Replace}})
+	return u.Descriptor.Digest, err
 }
 
 // exported returns an archive with one artifact.
