@@ -114,6 +114,11 @@
 // ImportOptions.IgnoreNames sets none. A name that is only a tag is [ErrBareName] unless ImportOptions.Repository
 // completes it. Content without any name is stored by digest, and [ImportResult.Unnamed] lists it.
 //
+// What else an entry of index.json says, its platform and its annotations, is kept in the index of
+// the registry: with the ref, or with the manifest if it got no ref. Exports of that ref or digest
+// write it again. It belongs to the content: a ref that moves loses it, unless the import that moves
+// the ref brings its own. Pulls, builds, tags and copies have none. urls and data are not kept.
+//
 // # Raw content
 //
 // [LocalRegistry.Repository] is a view of one name, by which content is put, read and deleted as over

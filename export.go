@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"maps"
 	"os"
 	"slices"
 	"strings"
@@ -108,13 +109,20 @@ type export struct {
 	closure // its lists are sorted by digest in the end
 	opts    ExportOptions
 	meter   *meter
-	entries []ocispec.Descriptor   // of index.json, sorted
+	entries []exportEntry          // of index.json, sorted
 	entered map[digest.Digest]bool // entries
+	named   map[digest.Digest]bool // entries with a name
+}
+
+// An exportEntry is an entry of index.json.
+type exportEntry struct {
+	ocispec.Descriptor
+	named bool // it has the name of a ref
 }
 
 // newExport gathers the closure of what is exported from the manifests.
 func (r *LocalRegistry) newExport(ctx context.Context, refs []Reference, opts *ExportOptions, m *meter) (*export, error) {
-	x := &export{closure: r.newClosure(), entered: map[digest.Digest]bool{}, meter: m}
+	x := &export{closure: r.newClosure(), entered: map[digest.Digest]bool{}, named: map[digest.Digest]bool{}, meter: m}
 	m.phase(PhasePlan)
 	if opts != nil {
 		x.opts = *opts
@@ -132,6 +140,10 @@ func (r *LocalRegistry) newExport(ctx context.Context, refs []Reference, opts *E
 		if err != nil {
 			return nil, fmt.Errorf("%s: %w", ref, err)
 		}
+		facts, err := r.refFacts(ctx, ref)
+		if err != nil {
+			return nil, fmt.Errorf("%s: %w", ref, err)
+		}
 		name := x.opts.Names.annotations(ref)
 		if x.opts.Names == NamesTags {
 			if other, taken := tags[name[ocispec.AnnotationRefName]]; taken {
@@ -139,7 +151,8 @@ func (r *LocalRegistry) newExport(ctx context.Context, refs []Reference, opts *E
 			}
 			tags[name[ocispec.AnnotationRefName]] = ref
 		}
-		if err := x.root(ctx, desc, name); err != nil {
+		desc.Platform, desc.Annotations = facts.Platform, facts.with(x.opts.Names, name)
+		if err := x.root(ctx, desc, true); err != nil {
 			return nil, err
 		}
 	}
@@ -148,7 +161,12 @@ func (r *LocalRegistry) newExport(ctx context.Context, refs []Reference, opts *E
 		if err != nil {
 			return nil, err
 		}
-		if err := x.root(ctx, desc, nil); err != nil {
+		facts, err := r.unnamedFacts(ctx, d)
+		if err != nil {
+			return nil, fmt.Errorf("%s: %w", d, err)
+		}
+		desc.Platform, desc.Annotations = facts.Platform, facts.Annotations
+		if err := x.root(ctx, desc, false); err != nil {
 			return nil, err
 		}
 	}
@@ -163,8 +181,47 @@ func (r *LocalRegistry) newExport(ctx context.Context, refs []Reference, opts *E
 	return x, nil
 }
 
-// root adds an entry with its closure, and with its lineage if that is asked for.
-func (x *export) root(ctx context.Context, desc ocispec.Descriptor, annotations map[string]string) error {
+// refFacts returns what an index.json said of a ref when it was imported.
+func (r *LocalRegistry) refFacts(ctx context.Context, ref Reference) (f entryFacts, err error) {
+	err = r.within(ctx, func() error {
+		name, reference := ref.key()
+		detail, _, err := refDetails(r.index, name, reference)
+		if err == nil {
+			f, err = parseFacts(detail.entry)
+		}
+		return err
+	})
+	return f, err
+}
+
+// unnamedFacts returns what an index.json said of a manifest when it was imported by digest.
+func (r *LocalRegistry) unnamedFacts(ctx context.Context, d digest.Digest) (f entryFacts, err error) {
+	err = r.within(ctx, func() error {
+		text, err := unnamedEntry(r.index, d)
+		if err == nil {
+			f, err = parseFacts(text)
+		}
+		return err
+	})
+	return f, err
+}
+
+// with returns the annotations of an entry that has a name.
+func (f entryFacts) with(names ExportNames, name map[string]string) map[string]string {
+	all := maps.Clone(f.Annotations)
+	if all == nil {
+		return name
+	}
+	if names == NamesTags {
+		delete(all, annotationImageName)
+	}
+	maps.Copy(all, name)
+	return all
+}
+
+// root adds an entry with its closure, and with its lineage if that is asked for. named says whether
+// the entry has the name of a ref: of those without one, the first of each manifest counts.
+func (x *export) root(ctx context.Context, desc ocispec.Descriptor, named bool) error {
 	for {
 		var m *Manifest
 		if err := x.registry.within(ctx, func() (err error) {
@@ -174,10 +231,10 @@ func (x *export) root(ctx context.Context, desc ocispec.Descriptor, annotations 
 			return err
 		}
 		walked := x.entered[desc.Digest]
-		if annotations != nil || !walked {
+		if named || !walked {
 			x.entered[desc.Digest] = true
-			desc.Annotations = annotations
-			x.entries = append(x.entries, desc)
+			x.named[desc.Digest] = x.named[desc.Digest] || named
+			x.entries = append(x.entries, exportEntry{desc, named})
 		}
 		subject, ok := m.Subject()
 		if !x.opts.Lineage || !ok || walked {
@@ -190,7 +247,7 @@ func (x *export) root(ctx context.Context, desc ocispec.Descriptor, annotations 
 		if err != nil {
 			return err
 		}
-		desc, annotations = parent, nil
+		desc, named = parent, false
 	}
 }
 
@@ -200,7 +257,8 @@ func (x *export) referrers(ctx context.Context) error {
 		subject := x.manifests[i].Digest
 		for desc, err := range x.registry.Referrers(ctx, subject, nil) {
 			if err == nil {
-				err = x.root(ctx, desc, nil)
+				desc.Annotations = nil // those of its manifest
+				err = x.root(ctx, desc, false)
 			}
 			if err != nil {
 				return fmt.Errorf("referrers of %s: %w", subject, err)
@@ -212,24 +270,24 @@ func (x *export) referrers(ctx context.Context) error {
 
 // sort puts the lists into the order that only the content decides.
 func (x *export) sort() {
-	named := map[digest.Digest]bool{}
-	for _, e := range x.entries {
-		named[e.Digest] = named[e.Digest] || e.Annotations != nil
-	}
-	x.entries = slices.DeleteFunc(x.entries, func(e ocispec.Descriptor) bool { return e.Annotations == nil && named[e.Digest] })
+	x.entries = slices.DeleteFunc(x.entries, func(e exportEntry) bool { return !e.named && x.named[e.Digest] })
 	byDigest := func(a, b ocispec.Descriptor) int { return strings.Compare(string(a.Digest), string(b.Digest)) }
 	slices.SortFunc(x.manifests, byDigest)
 	slices.SortFunc(x.blobs, byDigest)
-	slices.SortStableFunc(x.entries, func(a, b ocispec.Descriptor) int {
-		if c := strings.Compare(entryName(a), entryName(b)); c != 0 {
+	slices.SortStableFunc(x.entries, func(a, b exportEntry) int {
+		if c := strings.Compare(entryName(a.Descriptor), entryName(b.Descriptor)); c != 0 {
 			return c
 		}
-		return byDigest(a, b)
+		return byDigest(a.Descriptor, b.Descriptor)
 	})
 }
 
-// entryName returns the fullest name that an entry of an index.json has, to tell entries apart.
+// entryName returns the fullest name that an entry of an index.json has, to tell entries apart. The name
+// of other content is none.
 func entryName(e ocispec.Descriptor) string {
+	if entryClaim(e).from != "" {
+		return ""
+	}
 	return cmp.Or(e.Annotations[annotationImageName], e.Annotations[ocispec.AnnotationRefName])
 }
 
@@ -239,7 +297,11 @@ const layoutFile = `{"imageLayoutVersion":"` + ocispec.ImageLayoutVersion + `"}`
 func (x *export) index() ([]byte, error) {
 	var w canonicalWriter
 	w.raw("{")
-	w.descriptors("manifests", x.entries)
+	entries := make([]ocispec.Descriptor, 0, len(x.entries))
+	for _, e := range x.entries {
+		entries = append(entries, e.Descriptor)
+	}
+	w.descriptors("manifests", entries)
 	w.field("mediaType", ocispec.MediaTypeImageIndex)
 	w.key("schemaVersion")
 	w.int(2)

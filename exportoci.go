@@ -202,7 +202,7 @@ func (x *export) merge(was []ocispec.Descriptor, entries, ours []json.RawMessage
 	moved := map[string]bool{}
 	var add []json.RawMessage
 	for i, e := range x.entries {
-		n := name(e)
+		n := name(e.Descriptor)
 		if have[key{n, string(e.Digest)}] {
 			continue
 		}

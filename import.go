@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"sync/atomic"
+	"time"
 
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -146,6 +147,8 @@ type importer struct {
 	// whole reports whether the source, or the registry, has a manifest and all that it needs. If it
 	// is not nil, subjects come in with what refers to them: see [importer.subjects].
 	whole func(ctx context.Context, desc ocispec.Descriptor) (bool, error)
+	// moved is when the ref was moved where it comes from; zero for now.
+	moved time.Time
 	// reusable decides whether a blob that the registry has may be used. Nil: every one may.
 	reusable  func(ctx context.Context, desc ocispec.Descriptor) (bool, error)
 	sizes     map[digest.Digest]int64 // what the closures hold
@@ -226,7 +229,7 @@ func (im *importer) collect(ctx context.Context, entries []ocispec.Descriptor, c
 	}
 	result = &ImportResult{}
 	for _, e := range chosen {
-		p := publication{ref: e.ref, PublishOptions: im.opts.PublishOptions}
+		p := publication{ref: e.ref, byDigest: e.ref.IsZero(), entry: e.facts, moved: im.moved, PublishOptions: im.opts.PublishOptions}
 		im.most = len(im.sizes) + MaxClosure
 		if p.root, err = im.manifest(ctx, e.Descriptor, 0, map[digest.Digest]bool{}, &p.manifests); err != nil {
 			return nil, nil, err

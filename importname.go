@@ -126,7 +126,8 @@ func agree(named, want Reference) bool {
 // A namedEntry is an entry of an index.json with what it is to be called here.
 type namedEntry struct {
 	ocispec.Descriptor
-	ref Reference // zero: nothing
+	ref   Reference // zero: nothing
+	facts string    // see entryFacts
 }
 
 // name gives each entry its reference. Entries that [ImportOptions.Name] leaves out are returned as skipped.
@@ -146,7 +147,11 @@ func (im *importer) name(entries []ocispec.Descriptor) (named []namedEntry, skip
 				ErrInvalidArgument, ref, d, e.Digest)
 		}
 		at[ref] = e.Digest
-		named = append(named, namedEntry{e, ref})
+		facts, err := factsOf(e, ref, im.opts.IgnoreNames).text()
+		if err != nil {
+			return nil, nil, fmt.Errorf("%w: index.json: entry %s: %w", ErrInvalidLayout, e.Digest, err)
+		}
+		named = append(named, namedEntry{e, ref, facts})
 	}
 	return named, skipped, nil
 }

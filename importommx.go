@@ -8,13 +8,15 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
 // ImportOMMX imports every ref of an OMMX v3 local registry, and what their subjects lead to: the
-// SDK takes an artifact's chain of subjects for part of it. An OMMX v3 registry is a root with an
+// SDK takes an artifact's chain of subjects for part of it. A ref that is set here keeps the time at
+// which it was moved there ([Ref.Updated]). An OMMX v3 registry is a root with an
 // index.sqlite3 of schema 1 or 2 and blobs/sha256/, where v2 kept its tree (see
 // [DefaultLegacyRoot]); [LocalRegistry.ImportLegacy] imports that tree. Artifacts of any
 // type are taken, with their bytes and digests. A bad entry doesn't stop the others: it is
@@ -88,6 +90,16 @@ func (o ommxRef) String() string {
 	return printable(o.name + ":" + o.reference)
 }
 
+// moved returns when the ref was moved, zero if that cannot be read.
+func (o ommxRef) moved() time.Time {
+	text, _ := o.updated.(string)
+	at, err := time.Parse(time.RFC3339, text)
+	if err != nil || at.Before(time.UnixMicro(0)) {
+		return time.Time{}
+	}
+	return at
+}
+
 // importOMMXRef imports one ref. The index also describes its manifest, schema 1 more than schema 2.
 // That is not used, since the manifest's own bytes say it.
 func (r *LocalRegistry) importOMMXRef(ctx context.Context, l *layout, o ommxRef, opts *LegacyOptions) (RefUpdate, []ocispec.Descriptor, error) {
@@ -105,6 +117,7 @@ func (r *LocalRegistry) importOMMXRef(ctx context.Context, l *layout, o ommxRef,
 	}
 	desc.MediaType, desc.Size = m.MediaType(), m.Size()
 	im := r.importAs(l, ref, PublishOptions{Policy: opts.Policy})
+	im.moved = o.moved()
 	im.whole = func(ctx context.Context, desc ocispec.Descriptor) (bool, error) { return r.hasWhole(ctx, l, desc, 0) }
 	return im.runOne(ctx, []ocispec.Descriptor{desc})
 }

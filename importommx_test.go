@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/opencontainers/go-digest"
 
@@ -468,6 +469,41 @@ func TestImportOMMXNames(t *testing.T) {
 	for _, name := range []string{"ghcr.io/example/demo:v1", "example.com/renamed:v1"} {
 		if got, err := r.Resolve(ctx, ref(name)); err != nil || got.Digest != d {
 			t.Errorf("%s: %v, %v", name, got, err)
+		}
+	}
+}
+
+// TestImportOMMXUpdated: a ref keeps the time at which it was moved in the other registry. A time
+// that cannot be read, or that is still to come, is the time of the import.
+func TestImportOMMXUpdated(t *testing.T) {
+	for _, schema := range []int{1, 2} {
+		o := newOMMXRoot(t, schema)
+		moved := time.Date(2026, 1, 2, 3, 4, 5, 678_000_000, time.UTC)
+		want := map[string]bool{"kept": true}
+		o.add("example.com/a", "kept", "kept")
+		for tag, at := range map[string]any{"bad": "yesterday", "future": "2999-01-01T00:00:00Z", "blob": []byte("2026-01-02T03:04:05Z"), "ancient": "0001-01-01T00:00:00Z"} {
+			o.add("example.com/a", tag, tag)
+			o.exec("UPDATE refs SET updated_at = ? WHERE reference = ?", at, tag)
+		}
+		r := openTemp(t, nil)
+		before := time.Now().Add(-time.Millisecond)
+		for range 2 {
+			if report, err := r.ImportOMMX(t.Context(), o.dir, nil); err != nil || len(report.Failed) > 0 {
+				t.Fatal(report, err)
+			}
+		}
+		n := 0
+		for got, err := range r.Refs(t.Context(), nil) {
+			if n++; err != nil {
+				t.Fatal(err)
+			}
+			at := got.Updated
+			if want[got.Reference.Tag()] != at.Equal(moved) || !at.Equal(moved) && (at.Before(before) || at.After(time.Now())) {
+				t.Errorf("schema %d: %s was moved at %s", schema, got.Reference, at)
+			}
+		}
+		if n != 5 {
+			t.Errorf("%d refs", n)
 		}
 	}
 }

@@ -22,6 +22,7 @@ const (
 
 	sqlSetUnnamed  = `INSERT INTO unnamed (manifest, since, entry) SELECT id, ?2, ?3 FROM content WHERE digest = ?1 ON CONFLICT (manifest) DO UPDATE SET since = excluded.since, entry = excluded.entry`
 	sqlDropUnnamed = `DELETE FROM unnamed WHERE manifest = (SELECT id FROM content WHERE digest = ?)`
+	sqlUnnamedFact = `SELECT entry FROM unnamed WHERE manifest = (SELECT id FROM content WHERE digest = ?)`
 	sqlUnnamed     = `SELECT u.manifest, m.digest, u.since, u.entry FROM unnamed u CROSS JOIN manifests m WHERE u.manifest > ? AND m.id = u.manifest ORDER BY u.manifest LIMIT ?`
 )
 
@@ -103,6 +104,12 @@ func (t *indexTx) setUnnamed(d digest.Digest, entry string, since time.Time) err
 func (t *indexTx) dropUnnamed(d digest.Digest) error {
 	_, err := t.exec(sqlDropUnnamed, digestBytes(d))
 	return err
+}
+
+// unnamedEntry returns what an index.json said of a manifest that was imported by digest, "" for nothing.
+func unnamedEntry(q queryer, d digest.Digest) (entry string, err error) {
+	_, err = q.row(sqlUnnamedFact, []any{digestBytes(d)}, &entry)
+	return entry, err
 }
 
 // unnamedManifests visits the manifests that were imported by digest.

@@ -11,7 +11,7 @@ import (
 // Statements that read the index of an OMMX v3 registry.
 const (
 	sqlOMMXVersion = `SELECT (SELECT application_id FROM pragma_application_id), (SELECT user_version FROM pragma_user_version)`
-	sqlOMMXRefs    = `SELECT rowid, substr(name, 1, 1000), substr(reference, 1, 1000), substr(manifest_digest, 1, 1000) FROM refs WHERE rowid > ? ORDER BY rowid LIMIT ?`
+	sqlOMMXRefs    = `SELECT rowid, substr(name, 1, 1000), substr(reference, 1, 1000), substr(manifest_digest, 1, 1000), substr(updated_at, 1, 1000) FROM refs WHERE rowid > ? ORDER BY rowid LIMIT ?`
 )
 
 // ommxColumns are the columns of the table refs, by schema version. The last is the newest that
@@ -69,12 +69,13 @@ func (x *index) checkOMMX(ctx context.Context) error {
 type ommxRef struct {
 	row                       int64
 	name, reference, manifest string
+	updated                   any // RFC 3339
 }
 
 // ommxRefs visits the refs of an OMMX v3 registry.
 func (x *index) ommxRefs(ctx context.Context, visit func(ommxRef) error) error {
 	p := paging[ommxRef]{text: sqlOMMXRefs, size: 100, scan: func(rows *sql.Rows) (r ommxRef, err error) {
-		err = rows.Scan(&r.row, &r.name, &r.reference, &r.manifest)
+		err = rows.Scan(&r.row, &r.name, &r.reference, &r.manifest, &r.updated)
 		return r, err
 	}, after: func(r ommxRef) []any { return []any{r.row} }}
 	return p.each(ctx, x, []any{int64(math.MinInt64)}, visit)

@@ -221,18 +221,24 @@ func (w *canonicalWriter) descriptor(d *ocispec.Descriptor) {
 	w.field("artifactType", d.ArtifactType)
 	w.field("digest", string(d.Digest))
 	w.field("mediaType", d.MediaType)
-	if p := d.Platform; p != nil {
-		w.key("platform")
-		w.raw("{")
-		w.field("architecture", p.Architecture)
-		w.field("os", p.OS)
-		w.list("os.features", p.OSFeatures)
-		w.field("os.version", p.OSVersion)
-		w.field("variant", p.Variant)
-		w.raw("}")
-	}
+	w.platform(d.Platform)
 	w.key("size")
 	w.int(d.Size)
 	w.list("urls", d.URLs)
+	w.raw("}")
+}
+
+// platform writes the platform of a descriptor, if it has one.
+func (w *canonicalWriter) platform(p *ocispec.Platform) {
+	if p == nil {
+		return
+	}
+	w.key("platform")
+	w.raw("{")
+	w.field("architecture", p.Architecture)
+	w.field("os", p.OS)
+	w.list("os.features", p.OSFeatures)
+	w.field("os.version", p.OSVersion)
+	w.field("variant", p.Variant)
 	w.raw("}")
 }

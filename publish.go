@@ -95,8 +95,11 @@ type publication struct {
 	// absent are digests that the manifests name and that need not be here: their rows say so,
 	// unless they are here already.
 	absent map[digest.Digest]bool
-	// entry is what else an index.json says of the ref: canonical JSON, "" for nothing.
-	entry string
+	// entry is what else an index.json says of the ref, or of root if byDigest is set: canonical JSON,
+	// "" for nothing.
+	entry    string
+	byDigest bool      // imported without a ref
+	moved    time.Time // when the ref was moved, as the source says; zero for now
 	PublishOptions
 }
 
@@ -193,10 +196,8 @@ func (r *LocalRegistry) publish(ctx context.Context, st *stage, pubs []publicati
 					return err
 				}
 			}
-			if o := updates[i].Outcome; o == Inserted || o == Replaced {
-				if err := tx.putRef(name, reference, root, p.entry, now); err != nil {
-					return err
-				}
+			if err := p.putRef(tx, updates[i].Outcome, root, now); err != nil {
+				return err
 			}
 		}
 		return nil
@@ -205,6 +206,29 @@ func (r *LocalRegistry) publish(ctx context.Context, st *stage, pubs []publicati
 		return nil, err
 	}
 	return updates, nil
+}
+
+// putRef writes the row of the ref, or of a root that was imported by digest.
+func (p *publication) putRef(tx *indexTx, outcome Outcome, root ocispec.Descriptor, now time.Time) error {
+	name, reference := p.ref.key()
+	switch {
+	case outcome == Inserted || outcome == Replaced:
+		at := now
+		if !p.moved.IsZero() && p.moved.Before(now) {
+			at = p.moved
+		}
+		return tx.putRef(name, reference, root, p.entry, at)
+	case outcome == Unchanged && p.entry != "":
+		// The ref may come from a build or a pull, and say nothing of an index.json yet.
+		detail, _, err := refDetails(tx, name, reference)
+		if err != nil || detail.entry == p.entry || detail.entry != "" && p.Policy != Replace {
+			return err
+		}
+		return tx.setRefEntry(name, reference, p.entry)
+	case p.byDigest:
+		return tx.setUnnamed(root.Digest, p.entry, now)
+	}
+	return nil
 }
 
 // accept refuses what must not be published under any circumstances.
