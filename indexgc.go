@@ -90,8 +90,9 @@ func (x *index) manifestRows(ctx context.Context, visit func(d, subject digest.D
 	})
 }
 
-// memberRows visits every pair of a manifest and what it names, a manifest's one after the other, and
-// says of each whether it is recorded as absent. It leaves out a pair of which one has lost its row in a damaged index: nothing says what it was.
+// memberRows visits every pair of a manifest and what it names, a manifest's one after the other,
+// and says of each whether it is recorded as absent. It leaves out a pair of which one has lost its
+// row in a damaged index: nothing says what it was.
 func (x *index) memberRows(ctx context.Context, visit func(manifest digest.Digest, kind role, d digest.Digest, absent bool)) error {
 	type row struct {
 		id          int64 // of manifest
@@ -150,8 +151,8 @@ func (x *index) blobRows(ctx context.Context, visit func(blobRow) error) error {
 	return p.each(ctx, x, []any{int64(0)}, visit)
 }
 
-// delete removes the rows of a manifest with its members, or of a blob. No manifest may need it, and
-// no ref or hold may point at it.
+// delete removes the rows of a manifest with its members, or of a blob. No manifest may need it,
+// and no ref or hold may point at it.
 func (t *indexTx) delete(d digest.Digest) error {
 	if err := t.deleteManifest(d); err != nil {
 		return err

@@ -13,9 +13,9 @@ import (
 const (
 	// All that leads to ?1, itself included: the manifests that need it; with ?2 those whose
 	// subject it is; and with ?3 the subjects of these. A manifest of the JSON array ?4, of the
-	// hexadecimal digits of digests as the index stores them, is led to only by what needs it. A ref
-	// counts unless it is (?5, ?6), or of the name ?5 if ?6 is ''. A hold counts if it is younger
-	// than ?7. CROSS JOIN: each is found from up.
+	// hexadecimal digits of digests as the index stores them, is led to only by what needs it. A
+	// ref counts unless it is (?5, ?6), or of the name ?5 if ?6 is ''. A hold counts if it is
+	// younger than ?7. CROSS JOIN: each is found from up.
 	sqlAbove = `WITH RECURSIVE missing (id) AS MATERIALIZED (SELECT c.id FROM json_each(?4) j CROSS JOIN content c WHERE c.digest = unhex(j.value)),
 		up (id) AS (SELECT id FROM content WHERE digest = ?1
 		UNION SELECT m.manifest FROM up CROSS JOIN members m WHERE m.content = up.id
@@ -24,7 +24,8 @@ const (
 		SELECT c.digest, EXISTS (SELECT 1 FROM refs WHERE manifest = up.id AND NOT (name = ?5 AND ?6 IN ('', reference)))
 			OR EXISTS (SELECT 1 FROM holds WHERE content = up.id AND since > ?7) FROM up CROSS JOIN content c WHERE c.id = up.id`
 
-	// The manifests after ?2 that need ?1, and those whose subject it is: each in the order of an index.
+	// The manifests after ?2 that need ?1, and those whose subject it is: each in the order of an
+	// index.
 	sqlNeeders = `SELECT m.manifest, c.digest FROM members m CROSS JOIN content c
 		WHERE m.content = (SELECT id FROM content WHERE digest = ?1) AND m.manifest > ?2 AND c.id = m.manifest ORDER BY m.manifest LIMIT ?3`
 	sqlSubjectOf = `SELECT id, digest FROM manifests WHERE subject = (SELECT id FROM content WHERE digest = ?1) AND digest > ?2 ORDER BY digest LIMIT ?3`
@@ -40,7 +41,8 @@ type ways struct {
 	referrers bool // and so is what refers to it
 	// name and reference are a ref to leave out, or all refs of a name if reference is "".
 	name, reference string
-	// heldSince is the time after which a hold must have begun to count as a ref does. Zero: all do.
+	// heldSince is the time after which a hold must have begun to count as a ref does. Zero: all
+	// do.
 	heldSince time.Time
 	missing   []digest.Digest // manifests without a file, which only what needs them leads to
 }

@@ -61,7 +61,8 @@ func imageRows(t *testing.T, texts ...string) (*ocilocal.Manifest, []digest.Dige
 }
 
 // TestAbsentRows: a manifest can be published without some of its blobs, if the publication says
-// so. Its rows say which. A later publish of such a blob makes it a present one, for every manifest.
+// so. Its rows say which. A later publish of such a blob makes it a present one, for every
+// manifest.
 func TestAbsentRows(t *testing.T) {
 	r := openTemp(t, nil)
 	ctx := t.Context()

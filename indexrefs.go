@@ -64,8 +64,8 @@ func (k refKey) check(name, reference string) error {
 	return fmt.Errorf("%w: looking for ref %s finds %s", ErrCorruptIndex, printable(name+":"+reference), printable(k.name+":"+k.reference))
 }
 
-// putRef points a ref at a manifest, whose rows must exist. entry is what else an index.json says of
-// the ref, "" for nothing: it belongs to what the ref points at, and moves with it.
+// putRef points a ref at a manifest, whose rows must exist. entry is what else an index.json says
+// of the ref, "" for nothing: it belongs to what the ref points at, and moves with it.
 func (t *indexTx) putRef(name, reference string, d ocispec.Descriptor, entry string, now time.Time) error {
 	mediaType, err := t.internType(d.MediaType)
 	if err != nil {

@@ -40,22 +40,28 @@ var schema1 = [...]string{
 }
 
 // schema2 stores a digest as bytes (see [digestBytes]), and names it by an integer elsewhere. Only
-// manifests and refs repeat it, for the listings.
-// All times are in microseconds since 1970, 0 for "not known".
+// manifests and refs repeat the bytes, for listings. All times are microseconds since 1970; 0 means
+// "not known".
 //
 //	meta       facts about the index: see the constants metaID, …
-//	types      media types and artifact types. A row never changes and is never deleted, so that a handle may remember it
-//	content    a row for each blob and each manifest that is here or is named by a manifest that is. kind is the role in
-//	           which it was first seen, created when, and unneeded since when nothing needs it. present is 0 for an
-//	           absent member and for a subject that is not here; such a subject's size is -1, since nothing vouches for it
-//	manifests  a row for each manifest that is here, which repeats the parts of the document that queries need
-//	           and the digest, so that the referrers of a subject are in the order of theirs
-//	members    the descriptors that a manifest needs, in its order: config, layers, or other manifests
-//	refs       the refs, each with the descriptor that it points at, so that a listing is one scan: created is when the
-//	           ref was made, moved when it last began to point where it does, used when it was last asked for.
-//	           entry is what else an index.json said of it: canonical JSON, '' for nothing
+//	types      media types and artifact types. A row never changes and is never deleted, so a
+//	           handle may remember it
+//	content    a row for each blob and each manifest that is here, or that a manifest which is here
+//	           names. kind is the role in which it was first seen, created when, and unneeded since
+//	           when nothing needs it. present is 0 for an absent member, and for a subject that is
+//	           not here. The size of such a subject is -1, because nothing vouches for it
+//	manifests  a row for each manifest that is here. It repeats the parts of the document that
+//	           queries need, and the digest, which is the order of a subject's referrers
+//	members    the descriptors that a manifest needs, in its order: config, layers, or manifests
+//	refs       the refs, each with the descriptor that it points at, so that a listing is one scan.
+//	           created is when the ref was made, moved when it began to point where it does, used
+//	           when it was last asked for. entry is what else an index.json said of it: canonical
+//	           JSON, '' for nothing
 //	unnamed    manifests that were imported by digest, without a ref
-//	holds      content that no ref leads to and that a repository keeps for a while, by the repository's name
+//	holds      content that a repository keeps for a while without a ref, by the repository's name
+//
+// Nothing deletes from types: there are few, and a collection that looked for unused ones would
+// read all members.
 //
 // The views are for people who look at an index with the program sqlite3. No statement of the
 // package uses them.
