@@ -49,7 +49,7 @@ func TestPullHeaderNamesSecret(t *testing.T) {
 }
 
 // With SeparateRegistries, a manifest that names the digest of a secret gets nothing: the registry must send
-// the bytes. What the same registry sent before is used.
+// the bytes. Bytes that the same registry has sent before are used.
 func TestPullSeparateRegistries(t *testing.T) {
 	remote := &ocilocal.Remote{Retry: quick}
 	defer remote.CloseIdleConnections()

@@ -13,19 +13,21 @@ import (
 
 // A sharedPull is one transfer of a manifest's closure, for which any number of calls may wait.
 //
-//	transfer ──join──▶ sharedPull ──▶ goroutine: fetch, then publish for the first call that still waits
-//	   │                                   │
-//	   └──◀── done, or the call's ctx ◀────┘        calls for which it didn't publish set their refs themselves
+//	transfer ──join──▶ sharedPull ──▶ goroutine: fetch, then publish for one call that waits
+//	   │                                  │
+//	   └──◀── done, or ctx has ended ◀────┘   the other calls set their refs themselves
 //
-// The transfer belongs to none of the calls: it runs until it is done, or the last one that waits
-// has left. So a call whose context ends doesn't stop the others, and a call that is alone ends its
-// transfer. To set a ref in the same step as the content is published, the transfer does it for one
-// call that waits; whose ref that is depends on chance, but each call's own policy decides about
-// its own ref. If that is a conflict, the next call's ref is tried, since nothing of a conflict
-// becomes visible.
+// The problem: the calls have contexts, refs and policies of their own. If the transfer ran in the
+// first call, the end of its context would stop the others.
 //
-// Calls share only what they could have fetched themselves: the key holds the client, and so the
-// credentials, the repository, and the options that say what is fetched.
+// The rule: the transfer belongs to no call. It runs until it is done, or until the last waiting
+// call has left. So a call that is alone ends its transfer. The ref of one waiting call is set in the
+// same step as the content is published. Whose ref that is depends on chance, but each call's own
+// policy decides about its own ref. If that is a conflict, the transfer tries the next call's ref,
+// since nothing of a conflict becomes visible.
+//
+// It is safe because calls share only what they could have fetched themselves. The key holds the
+// client, and so the credentials, the repository, and the options that say what is fetched.
 type sharedPull struct {
 	registry *LocalRegistry
 	key      string
@@ -88,8 +90,8 @@ func (p *puller) transfer(ctx context.Context, m *Manifest) (*PullResult, error)
 	return nil, fmt.Errorf("%w: %s is collected again and again while it is pulled", ErrIncomplete, p.ref)
 }
 
-// join returns the transfer of a manifest that is under way, or starts one. The call is told how
-// far the transfer is until it calls unfollow.
+// join returns the transfer of a manifest that is under way, or starts one. The call gets reports on
+// the transfer until it calls unfollow.
 func (p *puller) join(ctx context.Context, m *Manifest) (_ *sharedPull, unfollow func(), err error) {
 	r := p.registry
 	key := fmt.Sprintf("%p %s %s %d %t", p.repo.remote, p.ref.Name(), m.Digest(), p.opts.MaxBytes, p.opts.Verify)

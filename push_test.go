@@ -147,7 +147,7 @@ func TestPushReferrers(t *testing.T) {
 	}
 }
 
-// A manifest that is deleted is no longer listed as a referrer, and others still are.
+// A deleted manifest is not listed as a referrer any more. The others still are.
 func TestDeleteReferrer(t *testing.T) {
 	for _, api := range []bool{true, false} {
 		s := newServer(t)
@@ -227,7 +227,7 @@ func TestRemoteLists(t *testing.T) {
 	}
 }
 
-// What a registry answers to DELETE is told apart: some delete nothing, or no tags.
+// Answers to DELETE have different errors: some registries delete nothing, or no tags.
 func TestRemoteDelete(t *testing.T) {
 	for code, want := range map[int]error{
 		200: nil, 202: nil, 204: nil, 400: errors.ErrUnsupported, 403: ocilocal.ErrDenied, 404: ocilocal.ErrNotFound, 405: errors.ErrUnsupported,

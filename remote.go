@@ -15,8 +15,8 @@ import (
 	"time"
 )
 
-// Limits on what comes from a remote registry. What passes one is [ErrTooLarge]
-// or, where no honest registry would, [ErrProtocol].
+// Limits on content from a remote registry. Content that passes one is [ErrTooLarge]. If no honest
+// registry would pass the limit, it is [ErrProtocol].
 const (
 	maxErrorBody  = 8 << 10   // of an error's body; the rest is not read
 	maxTokenBody  = 128 << 10 // a token of 64 KiB, and what stands round it
@@ -29,36 +29,37 @@ const (
 	maxRemembered = 1000 // challenges, tokens and hosts that are kept
 )
 
-// A Remote is a client of registries that speak the OCI distribution-spec 1.1,
-// or Docker's older form of it. The zero value works: it is anonymous and speaks https to
-// all but loopback. The fields must not change, and a Remote must not be
-// copied, once it is in use. It is safe for concurrent use; share one, since it
-// keeps tokens and connections.
+// A Remote is a client of registries that speak the OCI distribution-spec 1.1, or Docker's older
+// form of it. The zero value works: it is anonymous, and speaks https to all hosts except loopback.
+// Once a Remote is in use, its fields must not change, and it must not be copied. It is safe for
+// concurrent use. Share one, since it keeps tokens and connections.
 //
-// A credential goes to the registry it is for, or to the token server that this registry names if
-// that is an https address which is not private unless the registry's is, and nowhere else: not
-// across a redirect, an upload location or a link that leads to another scheme, host or port.
+// A credential goes to two places only. One is the registry that it is for. The other is the token
+// server that this registry names, if its address is https, and public or of the registry's own
+// kind. A credential never follows a redirect, an upload location or a link to another scheme, host
+// or port.
 type Remote struct {
-	// Client makes the requests: its transport, timeout and cookie jar count,
-	// its CheckRedirect doesn't. Nil means a transport of this Remote's own, with proxies from
-	// the environment. A Client.Timeout would include reading whole blobs: StallTimeout is better.
+	// Client makes the requests. Its transport, timeout and cookie jar are used, and its
+	// CheckRedirect is not. Nil means a transport of this Remote, with proxies from the
+	// environment. A Client.Timeout would include the reading of whole blobs, so StallTimeout is
+	// better.
 	Client *http.Client
-	// Credentials is asked once per call, after a registry wanted some. Nil means anonymous. If it
-	// fails, the call goes on without a credential. Its error is part of the error of the call, if
-	// the registry then refuses.
+	// Credentials is asked at most once per call, when a registry wants a credential. Nil means
+	// anonymous. If it fails, the call goes on without a credential. If the registry then refuses,
+	// the error of the call includes this failure.
 	Credentials CredentialFunc
 	// SendCredentials reports whether credentials go to host ("ghcr.io") with the first request. By
 	// default a request is anonymous until the registry asks for credentials. Some registries never
 	// ask: they answer 403, 404 or 429, or a shorter list, to anonymous requests. Nil means none.
 	SendCredentials func(host string) bool
-	// PlainHTTP reports whether host ("localhost:5000") is spoken to without TLS.
-	// Nil means loopback only: localhost, 127.0.0.0/8 and [::1].
+	// PlainHTTP reports whether host ("localhost:5000") is spoken to without TLS. Nil means
+	// loopback only: localhost, 127.0.0.0/8 and [::1].
 	PlainHTTP func(host string) bool
 	// AllowAddress reports whether the named registry may send requests to addr, an address that is
 	// not public: for a token, or by a redirect or an upload location. It is not asked about the
-	// addresses that a registry may use anyway: its own, and those of its own kind (private,
-	// loopback, 100.64.0.0/10, 198.18.0.0/15, 240.0.0.0/4). It must be safe for concurrent use.
-	// Nil allows none.
+	// addresses that a registry may use anyway: its own address, and addresses of the same kind
+	// (private, loopback, 100.64.0.0/10, 198.18.0.0/15, 240.0.0.0/4). It must be safe for
+	// concurrent use. Nil allows none.
 	AllowAddress func(registry string, addr netip.Addr) bool
 	// Mirrors lists the mirrors of registries, by the host that references name: "docker.io",
 	// "ghcr.io".
@@ -80,18 +81,18 @@ type Remote struct {
 	// (Tags is "resolve"), and like [[registry.mirror]] of containers-registries.conf with
 	// pull-from-mirror = "digest-only" (Tags: "all").
 	Mirrors map[string][]Mirror
-	// Retry decides on requests that may be repeated. Nil means [DefaultRetry].
+	// Retry decides whether and when a failed request is repeated. Nil means [DefaultRetry].
 	Retry RetryFunc
-	// Logger records each repeated request at level Warn, with its error and the wait. Nil
-	// discards.
+	// Logger records each repeated request and each failed mirror at level Warn, with the error.
+	// Nil discards the records.
 	Logger *slog.Logger
 	// MaxPerHost is how many requests to one registry run at a time. Zero means 16.
 	MaxPerHost int
-	// StallTimeout ends a request that for this long brings or takes fewer than
-	// 4,096 bytes. Zero means 60 seconds. Registries get five times as long to answer an upload.
+	// StallTimeout ends a request in which fewer than 4,096 bytes move for this long. Zero means 60
+	// seconds. Registries get five times as long to answer an upload.
 	StallTimeout time.Duration
-	// Warn is told each distinct warning of a registry once (distribution-spec, "Warnings"),
-	// by one goroutine at a time. It must not block. Nil discards them.
+	// Warn is called once with each distinct warning of a registry (distribution-spec, "Warnings"),
+	// by one goroutine at a time. It must not block. Nil discards the warnings.
 	Warn func(host, text string)
 	// UserAgent is sent to registries. Empty means "ocilocal".
 	UserAgent string
@@ -100,19 +101,19 @@ type Remote struct {
 
 	mu     sync.Mutex // guards what follows
 	client *http.Client
-	// retired are clients that were replaced after a stall.
+	// retired are clients that were replaced after a stall. Their connections may still be in use.
 	retired []*http.Client
 	hosts   map[string]*remoteHost
 	cache   map[tokenKey]*tokenEntry
 	warned  map[string]bool
 }
 
-// remoteHost is what a Remote knows of one registry.
+// A remoteHost is what a Remote knows of one registry or mirror.
 type remoteHost struct {
 	name  string   // as in references: "docker.io"
 	base  *url.URL // "https://registry-1.docker.io", where requests go
 	slots chan struct{}
-	// referrers has one place, for who changes a referrers tag.
+	// referrers has one place. Whoever changes a referrers tag takes it.
 	referrers chan struct{}
 
 	mu         sync.Mutex           // guards what follows
@@ -122,7 +123,7 @@ type remoteHost struct {
 	away       *http.Client         // for requests that leave its origin
 }
 
-// plainHTTP applies r.PlainHTTP to a host with its port if it has one.
+// plainHTTP applies r.PlainHTTP to a host, which includes the port if there is one.
 func (r *Remote) plainHTTP(host string) bool {
 	if r.PlainHTTP != nil {
 		return r.PlainHTTP(host)
@@ -132,7 +133,7 @@ func (r *Remote) plainHTTP(host string) bool {
 	return name == "localhost" || err == nil && addr.IsLoopback()
 }
 
-// host returns what r knows of the registry that references call name.
+// host returns what r knows of a registry. name is the host in references.
 func (r *Remote) host(name string) *remoteHost {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -182,7 +183,7 @@ func (r *Remote) httpClient() *http.Client {
 	return r.client
 }
 
-// ownTransport is net/http's default, with bounds and without decompression.
+// ownTransport returns net/http's default transport with bounds and without decompression.
 func ownTransport() *http.Transport {
 	return &http.Transport{
 		Proxy:               http.ProxyFromEnvironment,
@@ -206,8 +207,8 @@ func ownTransport() *http.Transport {
 }
 
 // renew makes later requests use new connections, after a request of client has stalled. Nothing
-// ends an HTTP/2 connection whose peer is silently gone: each attempt would stall on it again. Idle
-// connections of HTTP/1 to the same place are as likely to be dead.
+// ends an HTTP/2 connection whose peer has gone silently, so each attempt would stall on it again.
+// Idle connections of HTTP/1 to the same place are as likely to be dead.
 func (p *remoteRepo) renew(client *http.Client) {
 	r := p.remote
 	r.mu.Lock()
@@ -233,11 +234,11 @@ func (p *remoteRepo) renew(client *http.Client) {
 	r.retired = r.retired[max(len(r.retired)-maxRetired, 0):]
 }
 
-// maxRetired is how many clients are kept whose connections may still be in use.
+// maxRetired is how many retired clients are kept.
 const maxRetired = 16
 
-// CloseIdleConnections closes the connections of r that no request uses. Those
-// of a Client that was given are closed too.
+// CloseIdleConnections closes the connections of r that no request uses, also those of a Client
+// that the user has given.
 func (r *Remote) CloseIdleConnections() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -252,7 +253,7 @@ func (r *Remote) CloseIdleConnections() {
 	}
 }
 
-// closeIdle closes the idle connections that lead away from the registry.
+// closeIdle closes the idle connections to places other than the registry.
 func (h *remoteHost) closeIdle() {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -261,8 +262,8 @@ func (h *remoteHost) closeIdle() {
 	}
 }
 
-// A remoteRepo is one repository of one registry for the length of one call:
-// all that is asked in it is asked with one credential.
+// A remoteRepo is one repository of one registry for the length of one call. All requests of the
+// call use one credential.
 type remoteRepo struct {
 	remote *Remote
 	host   *remoteHost
@@ -281,6 +282,7 @@ type remoteRepo struct {
 	shown   []string // tokens and the like that the registry was sent
 }
 
+// repo returns the repository of ref for a call. It makes no request.
 func (r *Remote) repo(ref Reference) (*remoteRepo, error) {
 	if err := ref.checkGiven(); err != nil {
 		return nil, err
@@ -288,8 +290,8 @@ func (r *Remote) repo(ref Reference) (*remoteRepo, error) {
 	return &remoteRepo{remote: r, host: r.host(ref.Registry()), ref: ref, name: ref.Repository()}, nil
 }
 
-// url returns the address of something below /v2/<repository>/. The parts are
-// tags, digests and fixed words: nothing in them needs escaping.
+// url returns the address of something below /v2/<repository>/. The parts are tags, digests and
+// fixed words, which need no escaping.
 func (p *remoteRepo) url(parts ...string) *url.URL {
 	u := p.host.base.JoinPath(append([]string{"v2", p.name}, parts...)...)
 	if p.mirrorOf != "" {
@@ -298,7 +300,7 @@ func (p *remoteRepo) url(parts ...string) *url.URL {
 	return u
 }
 
-// warn reports the warnings in an answer (distribution-spec, "Warnings").
+// warn passes on the warnings in an answer (distribution-spec, "Warnings"), each once.
 func (r *Remote) warn(host string, header http.Header, secrets []string) {
 	if r.Warn == nil {
 		return
@@ -325,6 +327,7 @@ func (r *Remote) warn(host string, header http.Header, secrets []string) {
 	}
 }
 
+// tellWarning calls r.Warn. A panic of it does not keep the mutex.
 func (r *Remote) tellWarning(host, text string) {
 	r.telling.Lock()
 	defer r.telling.Unlock()

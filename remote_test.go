@@ -33,7 +33,7 @@ func TestHelperHangs(t *testing.T) {
 	}
 	dir := t.TempDir()
 	t.Setenv("PATH", dir+string(os.PathListSeparator)+os.Getenv("PATH"))
-	// helper makes a helper that reads a FIFO of its own.
+	// helper makes a helper that reads a new FIFO.
 	helper := func(name, script string) (fifo string) {
 		fifo = filepath.Join(dir, name+".fifo")
 		if out, err := exec.Command("mkfifo", fifo).CombinedOutput(); err != nil {
@@ -357,7 +357,7 @@ func TestPlainHTTP(t *testing.T) {
 	}
 }
 
-// TestWarnOnce: each warning of a registry is told once, fit for a terminal; others' are not.
+// TestWarnOnce: each warning of a registry is reported once, fit for a terminal. Warnings of other hosts are not.
 func TestWarnOnce(t *testing.T) {
 	in := newInternet(t)
 	s := in.registry("https://registry.test", "203.0.113.1")

@@ -61,7 +61,7 @@ func FileCredentials(name string) CredentialFunc {
 	}
 }
 
-// findCredential looks for a credential in the text of a file. name is the file's, for messages.
+// findCredential looks for a credential in the text of a file. name is for messages.
 func findCredential(ctx context.Context, name string, text []byte, host, repository string) (Credential, error) {
 	if host == "" || strings.ContainsAny(host+repository, "\r\n\x00") {
 		return Credential{}, fmt.Errorf("%w: credentials for host %s", ErrInvalidArgument, printable(host))
@@ -80,10 +80,10 @@ func findCredential(ctx context.Context, name string, text []byte, host, reposit
 	return c, nil
 }
 
-// readCredentialFile returns the bytes of a file, none if there is no such file.
+// readCredentialFile returns the bytes of a file, and nil if the file does not exist.
 func readCredentialFile(name string) ([]byte, error) {
 	f, err := os.OpenFile(name, os.O_RDONLY|openNonblock, 0)
-	// People name /dev/null, or a directory below it, to say that there is no file.
+	// People name /dev/null, or a directory below it, to mean that they have no such file.
 	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ENOTDIR) || name == os.DevNull {
 		if err == nil {
 			err = f.Close()
@@ -144,8 +144,8 @@ func parseCredentialFile(b []byte) (*credentialFile, error) {
 // for the first.
 var dockerHubKeys = []string{"https://index.docker.io/v1/", "docker.io", "index.docker.io", "registry-1.docker.io"}
 
-// find returns the credential for a repository. If there is none, it returns the failures of all
-// parts of the file that could have had one.
+// find returns the credential for a repository. If the file has none, find returns the failures of
+// all parts of the file that could have one.
 func (f *credentialFile) find(ctx context.Context, host, repository string) (Credential, error) {
 	var failed []error
 	found := func(c Credential, err error) bool {
@@ -180,7 +180,7 @@ func (f *credentialFile) find(ctx context.Context, host, repository string) (Cre
 	return Credential{}, joined(failed)
 }
 
-// helperName returns the name of a helper, "" for a value that is none.
+// helperName returns the name of a helper, and "" for a value that is not a name.
 func helperName(raw json.RawMessage) (name string) {
 	if json.Unmarshal(raw, &name) != nil {
 		return ""
@@ -259,7 +259,8 @@ func credentialKey(key string) (host, path string) {
 	return host, path
 }
 
-// credential returns what an entry holds. A user and password in auth come before the fields.
+// credential returns the credential of an entry. A user and password in auth come before those in
+// the other fields.
 func (e credentialEntry) credential() (Credential, error) {
 	c := Credential{Username: e.Username, Password: e.Password, IdentityToken: e.IdentityToken, RegistryToken: e.RegistryToken}
 	if text := plainBase64(e.Auth); text != "" {
@@ -280,7 +281,8 @@ func plainBase64(s string) string {
 	return strings.NewReplacer("-", "+", "_", "/").Replace(strings.TrimRight(s, "="))
 }
 
-// askHelper runs a credential helper for at most limit: the host goes in, JSON comes out.
+// askHelper runs a credential helper for at most limit. The helper reads the host and prints JSON.
+// Its output is in no message, because it may be a secret.
 func askHelper(ctx context.Context, name, host string, limit time.Duration) (Credential, error) {
 	const longest = 100 // it is in messages
 	for _, c := range []byte(name) {
@@ -292,7 +294,7 @@ func askHelper(ctx context.Context, name, host string, limit time.Duration) (Cre
 	timed, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	cmd := exec.CommandContext(timed, program, "get")
-	cmd.WaitDelay = time.Second // for a child of its own that holds the pipe
+	cmd.WaitDelay = time.Second // for a child of the helper that holds the pipe
 	cmd.Stdin = strings.NewReader(host)
 	out := &limitedBuffer{}
 	cmd.Stdout = out

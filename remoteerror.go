@@ -17,12 +17,12 @@ import (
 	"time"
 )
 
-// A RemoteError describes a request to a registry or its token server that failed. It matches the
+// A RemoteError describes a failed request to a registry or its token server. It matches the
 // sentinel that fits: [ErrNotFound], [ErrUnauthorized], [ErrDenied], [ErrRateLimited],
 // [ErrUnsupportedManifest], [ErrTooLarge], [ErrRejected], [ErrProtocol], [ErrTransport], or
 // [errors.ErrUnsupported] for an operation that the registry does not offer.
 //
-// Only the registry itself can say that something is not there. A 404 of a token server, or of
+// Only the registry itself can say that something does not exist. A 404 of a token server, or of
 // another host to which the registry leads, is [ErrTransport].
 type RemoteError struct {
 	Method string
@@ -33,10 +33,11 @@ type RemoteError struct {
 	Codes []RemoteCode
 	// TokenServer is set if the request was one for a token.
 	TokenServer bool
-	// RetryAfter is how long the server asks the client to wait; 0 if it does not say.
+	// RetryAfter is how long the server asks the client to wait. It is 0 if the server does not
+	// say.
 	RetryAfter time.Duration
-	// Err is the cause. It matches a sentinel. It and the errors that it wraps are as clean as
-	// their text: of net/http's errors, only sentinels and system error numbers are kept.
+	// Err is the cause. It matches a sentinel. Neither its text nor the errors that it wraps quote
+	// net/http's errors: only sentinels and system error numbers are kept.
 	Err error
 
 	// The retry state. The paragraph in remoteretry.go says who sets and reads it.
@@ -151,9 +152,9 @@ func proxyError(status int) error {
 	return fmt.Errorf("proxy answers %d when it is to connect to the registry", status)
 }
 
-// answerError makes an error of an answer that is none of those that were asked for, and closes its
-// body. Only the registry and its token server are quoted: another host may be one that only this
-// machine can reach, and its text would tell others about it.
+// answerError makes an error of an answer with an unwanted status, and closes its body. Only the
+// registry and its token server are quoted. Another host may be one that only this machine can
+// reach, and its text would disclose something about it.
 func (p *remoteRepo) answerError(c *remoteCall, res *http.Response) *RemoteError {
 	defer res.Body.Close()
 	e := &RemoteError{
@@ -174,7 +175,7 @@ func (p *remoteRepo) answerError(c *remoteCall, res *http.Response) *RemoteError
 	return e
 }
 
-// hintTLS is for answers of a kind that servers give that expect TLS.
+// hintTLS is for answers that servers give to plain requests when they expect TLS.
 const hintTLS = "it was asked without TLS: see Remote.PlainHTTP"
 
 // hasCode reports whether an answer has the form of distribution-spec's errors.
@@ -195,8 +196,8 @@ func answerProblem(c *remoteCall, res *http.Response, err error) error {
 // maxCodes is how many errors of one answer are kept.
 const maxCodes = 10
 
-// parseErrorBody returns the errors that the body of an answer names: in distribution-spec's form,
-// in another form of JSON, or else the text of the body.
+// parseErrorBody returns the errors in the body of an answer: in distribution-spec's form, in
+// another form of JSON, or else the text of the body.
 func parseErrorBody(body []byte, secrets []string) []RemoteCode {
 	var doc any
 	if json.Unmarshal(body, &doc) != nil {
@@ -239,8 +240,8 @@ func errorsIn(doc any) []any {
 	return []any{fields}
 }
 
-// jsonText returns the first of the fields of v that is text or a number, in any case of letters.
-// A v that is text itself is the field "".
+// jsonText returns the first of the named fields of v that is text or a number. The case of letters
+// does not matter. If v is text itself, it is the field "".
 func jsonText(v any, names ...string) string {
 	fields, ok := v.(map[string]any)
 	if !ok {
@@ -264,7 +265,7 @@ func jsonText(v any, names ...string) string {
 	return ""
 }
 
-// bodyText returns the text of a body that is not JSON. Of HTML and XML, that is what stands
+// bodyText returns the text of a body that is not JSON. Of HTML and XML, it returns the text
 // between the tags.
 func bodyText(body string) string {
 	if text := strings.TrimSpace(body); !strings.HasPrefix(text, "<") {
@@ -328,7 +329,8 @@ var (
 	errAlert       = errors.New("server ends TLS")
 )
 
-// connectReason returns the reason that err has, nil for any other.
+// connectReason returns the lasting reason for which a connection could not be made, and nil if err
+// has none.
 func connectReason(err error) error {
 	if dns, ok := errors.AsType[*net.DNSError](err); ok && dns.IsNotFound {
 		return errNoHost
@@ -348,7 +350,7 @@ func connectReason(err error) error {
 	return errCertificate
 }
 
-// protocolError is an [ErrProtocol] with the facts of an answer.
+// protocolError returns an [ErrProtocol] with the facts of an answer.
 func protocolError(method string, u *url.URL, status int, format string, args ...any) *RemoteError {
 	return &RemoteError{Method: method, URL: publicURL(u), Status: status, final: true,
 		Err: fmt.Errorf("%w: "+format, append([]any{ErrProtocol}, args...)...)}

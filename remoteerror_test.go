@@ -81,7 +81,7 @@ func TestNotFoundIsTheRegistrysWord(t *testing.T) {
 	mustFail(t, err, ocilocal.ErrNotFound)
 }
 
-// A registry that is spoken to in the wrong way, with TLS or without, is told from one that is broken.
+// The error for a registry that is asked with TLS, or without, by mistake says so.
 func TestWrongScheme(t *testing.T) {
 	plain := newServer(t)
 	tls := httptest.NewTLSServer(http.NotFoundHandler())

@@ -35,7 +35,7 @@ func checkRemoteText(t *testing.T, text string, most int) {
 }
 
 // FuzzChallenge: what is read of WWW-Authenticate is bounded and means one
-// thing only; a token server that is accepted is no private address.
+// thing only; an accepted token server does not have a private address.
 func FuzzChallenge(f *testing.F) {
 	for _, s := range []string{
 		``, `Basic`, `basic realm="x"`, `Bearer realm="https://auth.docker.io/token",service="registry.docker.io",scope="repository:org/model:pull"`,

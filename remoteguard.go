@@ -176,7 +176,7 @@ func transportOf(client *http.Client) *http.Transport {
 type dialKey struct{}
 
 // awayClient returns the client for requests that leave the registry's origin, and the context for
-// a request to u. Each registry has a client of its own, because a connection that one registry may
+// a request to u. Registries share no such client, because a connection that one registry may
 // use can be forbidden to another.
 func (p *remoteRepo) awayClient(ctx context.Context, u *url.URL) (*http.Client, context.Context) {
 	client := p.remote.httpClient()
@@ -199,7 +199,7 @@ func (p *remoteRepo) awayClient(ctx context.Context, u *url.URL) (*http.Client, 
 
 type dialFunc = func(ctx context.Context, network, address string) (net.Conn, error)
 
-// cloneTransport copies a transport, with connections of its own.
+// cloneTransport copies a transport. The copy shares no connections with it.
 func cloneTransport(own *http.Transport) *http.Transport {
 	t := own.Clone()
 	if len(t.TLSNextProto) == 0 && t.TLSClientConfig != nil && slices.Contains(t.TLSClientConfig.NextProtos, "h2") {

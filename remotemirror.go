@@ -35,7 +35,7 @@ type Mirror struct {
 // the next one is asked, and last the registry, with retries; its answer is the answer of the call.
 // A mirror that fails by itself rests for a minute, in which no call of the Remote asks it.
 //
-// It is safe because a mirror is a [remoteRepo] of its own. Credentials, tokens, redirects and the
+// It is safe because each mirror is a separate [remoteRepo]. Credentials, tokens, redirects and the
 // addresses that it may lead to are judged by the mirror's host, so nothing of the registry reaches
 // it.
 

@@ -146,7 +146,7 @@ func TestMirrorFails(t *testing.T) {
 	}
 }
 
-// A mirror that isn't there is asked once, and not for each blob.
+// An unreachable mirror is asked once, and not for each blob.
 func TestMirrorRests(t *testing.T) {
 	s, m := newServer(t), newServer(t)
 	s.put(t, "org/model", "v1", noise(1, 2<<20), noise(2, 100), noise(3, 100))
@@ -266,7 +266,7 @@ func TestMirrorOnlyRead(t *testing.T) {
 	}
 }
 
-// The end of the call's context is no failure of a mirror.
+// The end of the call's context does not count as a failure of a mirror.
 func TestMirrorCancelled(t *testing.T) {
 	s, m := newServer(t), newServer(t)
 	s.put(t, "org/model", "v1", noise(1, 100))

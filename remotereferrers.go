@@ -37,10 +37,12 @@ import (
 // back, that entry is lost, and the first push has returned nil. The time between a client's read
 // and its write is the only protection then. Pushing the first artifact again adds its entry again.
 
-// Referrers lists the manifests in ref's repository whose subject is the one that ref names, of one
-// artifact type or, if that is "", of all (distribution-spec, "Listing Referrers"). A tag is
-// resolved first. A registry without that API is asked for the referrers tag. An error is yielded
-// once, at the end; errors are those of [Remote.Resolve].
+// Referrers lists the manifests in a remote repository whose subject is the manifest that ref names
+// (distribution-spec, "Listing Referrers"). artifactType restricts the list, and "" means all
+// types. A tag is resolved first. If the registry has no referrers API, the list under the
+// referrers tag counts.
+//
+// An error is yielded once, at the end. Errors are those of [Remote.Resolve].
 func (r *Remote) Referrers(ctx context.Context, ref Reference, artifactType string) iter.Seq2[ocispec.Descriptor, error] {
 	return func(yield func(ocispec.Descriptor, error) bool) {
 		p, err := r.repo(ref)
@@ -97,18 +99,20 @@ func (p *remoteRepo) referrers(ctx context.Context, subject digest.Digest, artif
 	}
 }
 
-// A referrersAnswer says how a registry answered when it was asked by the referrers API.
+// A referrersAnswer says what a registry answered to a request of the referrers API.
 type referrersAnswer struct {
 	has     bool  // it has the API, and listed everything
 	certain bool  // what it said can only be the registry's own answer
 	denied  error // why it may have the API and not have told; nil for other reasons
 }
 
-// referrersAPI lists a subject's referrers by the referrers API. It is the one place that decides
-// whether a registry has that API. A registry has it if its own first answer is an image index with
-// a list in it. Without the API, registries answer with many statuses, pages of HTML, or a redirect
-// to a page where people log in; those aren't errors, and mean that the tag has to be used. A
-// failure of the registry or of its token server is an error: it says nothing of the API.
+// referrersAPI lists the referrers of a subject by the referrers API, and passes them to each. It
+// is the only place that decides whether a registry has that API.
+//
+// A registry has the API if its own first answer is an image index with a list. Registries without
+// it answer with many statuses, pages of HTML, or a redirect to a login page. Those answers are not
+// errors: they mean that the tag counts. A failure of the registry or of its token server is an
+// error, because it says nothing about the API.
 func (p *remoteRepo) referrersAPI(ctx context.Context, subject digest.Digest, artifactType string, each func([]ocispec.Descriptor) error) (referrersAnswer, error) {
 	u := p.url("referrers", string(subject))
 	if artifactType != "" {
@@ -178,8 +182,8 @@ func referrersTagName(subject digest.Digest) string {
 	return string(subject.Algorithm()) + "-" + enc[:min(len(enc), 64)]
 }
 
-// referrersTag fetches the list under the referrers tag and its ETag. It returns nil if there is
-// none, as the registry itself says: in the specification's form, or twice.
+// referrersTag fetches the list under the referrers tag, and its ETag. It returns nil if the
+// registry says that there is none, in the specification's form or twice.
 func (p *remoteRepo) referrersTag(ctx context.Context, subject digest.Digest) (*Manifest, string, error) {
 	c := p.manifestCall(http.MethodGet, referrersTagName(subject))
 	for look := 1; ; look++ {
@@ -201,7 +205,7 @@ func (p *remoteRepo) referrersTag(ctx context.Context, subject digest.Digest) (*
 	}
 }
 
-// lists reports whether the registry lists d as a referrer of a subject. An error counts as no.
+// lists reports whether the registry lists d as a referrer of a subject. An error means no.
 func (p *remoteRepo) lists(ctx context.Context, subject, d digest.Digest) bool {
 	found := false
 	p.referrers(ctx, subject, "", func(listed ocispec.Descriptor) error {
@@ -213,8 +217,8 @@ func (p *remoteRepo) lists(ctx context.Context, subject, d digest.Digest) bool {
 	return found
 }
 
-// addReferrer makes sure that m is listed as a referrer of its subject. It is called where the
-// answer to the push of m didn't say that the registry does so itself.
+// addReferrer makes sure that m is listed as a referrer of its subject. Callers use it if the
+// answer to the push of m does not say that the registry lists it.
 func (p *remoteRepo) addReferrer(ctx context.Context, subject digest.Digest, m *Manifest) error {
 	listed := false
 	_, err := p.referrersAPI(ctx, subject, "", func(ds []ocispec.Descriptor) error {
@@ -227,8 +231,8 @@ func (p *remoteRepo) addReferrer(ctx context.Context, subject digest.Digest, m *
 	return p.changeReferrers(ctx, subject, func(list *Manifest) (*Manifest, error) { return withReferrer(list, m) })
 }
 
-// removeReferrer takes d out of the referrers tag of its subject, unless the registry has the
-// referrers API (distribution-spec, "Deleting Manifests").
+// removeReferrer removes d from the list under the referrers tag of its subject, unless the
+// registry has the referrers API (distribution-spec, "Deleting Manifests").
 func (p *remoteRepo) removeReferrer(ctx context.Context, subject, d digest.Digest) error {
 	api, err := p.referrersAPI(ctx, subject, "", func([]ocispec.Descriptor) error { return nil })
 	if api.has || err != nil && !p.fails(err) {
@@ -237,15 +241,15 @@ func (p *remoteRepo) removeReferrer(ctx context.Context, subject, d digest.Diges
 	return p.changeReferrers(ctx, subject, func(list *Manifest) (*Manifest, error) { return withoutReferrer(list, d) })
 }
 
-// fails reports whether err is a failure of the registry itself. Where the API fails, the tag is
-// written nevertheless: an entry there does no harm, and one that is missing does.
+// fails reports whether err is a failure of the registry itself. If the API fails, the tag is
+// written nevertheless: a needless entry there does no harm, and a missing one does.
 func (p *remoteRepo) fails(err error) bool {
 	e, ok := errors.AsType[*RemoteError](err)
 	return ok && p.ownAnswer(e) && e.Status >= 500
 }
 
-// changeReferrers writes what change makes of the list under the referrers tag, until change finds
-// nothing to do and returns nil. One goroutine of a host does so at a time.
+// changeReferrers writes the result of change to the referrers tag, and reads the list again, until
+// change returns nil because the list is right. One goroutine of a host does so at a time.
 func (p *remoteRepo) changeReferrers(ctx context.Context, subject digest.Digest, change func(*Manifest) (*Manifest, error)) error {
 	select {
 	case p.host.referrers <- struct{}{}:
@@ -293,7 +297,7 @@ func (p *remoteRepo) changeReferrers(ctx context.Context, subject digest.Digest,
 	}
 }
 
-// withReferrer returns the list with m in it, nil if it is there already.
+// withReferrer returns the list with m, and nil if m is in it already.
 func withReferrer(list, m *Manifest) (*Manifest, error) {
 	desc := m.Descriptor()
 	var others []ocispec.Descriptor
@@ -309,7 +313,7 @@ func withReferrer(list, m *Manifest) (*Manifest, error) {
 	}))
 }
 
-// withoutReferrer returns the list without a manifest, nil if that isn't in it.
+// withoutReferrer returns the list without a manifest, and nil if the manifest is not in it.
 func withoutReferrer(list *Manifest, gone digest.Digest) (*Manifest, error) {
 	if list == nil {
 		return nil, nil
@@ -321,7 +325,7 @@ func withoutReferrer(list *Manifest, gone digest.Digest) (*Manifest, error) {
 	return referrersList(list, others)
 }
 
-// referrersList returns a list like old, nil for none, of other manifests.
+// referrersList returns a list of manifests with the annotations of an old list, which may be nil.
 func referrersList(old *Manifest, manifests []ocispec.Descriptor) (*Manifest, error) {
 	doc := ocispec.Index{MediaType: ocispec.MediaTypeImageIndex, Manifests: manifests}
 	doc.SchemaVersion = 2

@@ -259,7 +259,7 @@ func TestReferrersStrayPageOfAPI(t *testing.T) {
 	}
 }
 
-// A weak ETag never matches (RFC 9110, section 13.1.1), so it is no condition.
+// A weak ETag never matches (RFC 9110, section 13.1.1), so it must not be sent as a condition.
 func TestReferrersWeakETag(t *testing.T) {
 	s := newServer(t)
 	s.noReferrers = true

@@ -36,8 +36,8 @@ import (
 // reading of a body. Both end in transportError. Secrets of fewer than four bytes are not hidden:
 // they are part of ordinary words, and leaving holes in those would give them away.
 
-// serverText makes text of a server fit for messages: short, printable,
-// and without the secrets that were sent to it.
+// serverText makes text of a server fit for messages: short, printable, and without the secrets
+// that the server was sent.
 func serverText(s string, secrets []string) string {
 	plain := strings.Map(func(c rune) rune {
 		if c < 0x20 || c > 0x7e {
@@ -48,7 +48,7 @@ func serverText(s string, secrets []string) string {
 	return boundText(hide(plain, secrets)) // again: a secret may have a '?'
 }
 
-// spellings returns secrets in the ways in which an answer may hold them, the longest first.
+// spellings returns secrets in all spellings in which an answer may hold them, the longest first.
 func spellings(secrets []string) []string {
 	var all []string
 	for _, s := range secrets {
@@ -92,9 +92,9 @@ func hideCut(s string, secrets []string) string {
 	}
 }
 
-// A cleanError takes the place of an error whose text quotes a peer, as that of net/http does:
-// lines of headers, names in certificates. It keeps nothing of that error but a text that is fit
-// for messages, and the causes that say nothing of a peer.
+// A cleanError replaces an error whose text quotes a peer, such as lines of headers or names in
+// certificates. It keeps a text that is fit for messages, and the causes that say nothing of a
+// peer.
 type cleanError struct {
 	text    string
 	causes  []error
@@ -105,7 +105,7 @@ func (e *cleanError) Error() string   { return e.text }
 func (e *cleanError) Unwrap() []error { return e.causes }
 func (e *cleanError) Timeout() bool   { return e.timeout }
 
-// cleaned returns err with a text that is fit for messages, and without a chain that says more.
+// cleaned returns err with a text that is fit for messages, and without the errors that err wraps.
 func cleaned(err error, secrets []string) error { return cleanedError(err, secrets) }
 
 func cleanedError(err error, secrets []string) *cleanError {
@@ -123,7 +123,7 @@ func cleanedError(err error, secrets []string) *cleanError {
 	return &cleanError{text: hideCut(text, secrets), causes: fixedCauses(err), timeout: timedOut(err)}
 }
 
-// unquoted returns an error that says of err only what its causes with fixed texts say.
+// unquoted returns an error whose text consists of the fixed texts of err's causes.
 func unquoted(err error) error {
 	e := &cleanError{causes: fixedCauses(err), timeout: timedOut(err)}
 	var texts []string
@@ -145,8 +145,8 @@ func timedOut(err error) bool {
 	return ok && t.Timeout()
 }
 
-// fixedCauses returns the causes of err whose texts are the same whoever caused them: sentinels,
-// and the numbers of the system.
+// fixedCauses returns the causes of err whose texts do not depend on the peer: sentinels, and
+// system error numbers.
 func fixedCauses(err error) []error {
 	var list []error
 	for _, fixed := range fixedErrors {
@@ -173,7 +173,7 @@ var fixedErrors = []error{
 	http.ErrSchemeMismatch,
 }
 
-// clean makes all that e says fit for messages.
+// clean makes all texts of e fit for messages.
 func (e *RemoteError) clean(secrets []string) {
 	e.URL = hideCut(hide(e.URL, secrets), secrets)
 	for i, c := range e.Codes {
@@ -194,7 +194,7 @@ func (c *Credential) secrets() []string {
 	return s
 }
 
-// show notes what the registry is about to be shown.
+// show records the authorization that the registry is about to see.
 func (p *remoteRepo) show(auth authorization) {
 	if _, token, _ := strings.Cut(auth.header, " "); token != "" {
 		p.mu.Lock()

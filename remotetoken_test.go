@@ -88,7 +88,7 @@ func TestIdentityTokenForBasic(t *testing.T) {
 	in.noSecretSeen()
 }
 
-// A registry that has moved to another token server, or to none, is asked anew what it wants once the old one has failed.
+// If the token server fails, the registry is asked again, since it may have another token server by now, or none.
 func TestTokenServerMoves(t *testing.T) {
 	in := newInternet(t)
 	s := in.registry("https://registry.test", "203.0.113.1")

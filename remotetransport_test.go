@@ -144,7 +144,7 @@ func TestBadRangesKeepNoSlots(t *testing.T) {
 	}
 }
 
-// A coding that does not change the bytes is no reason to refuse them.
+// Bytes are accepted if their coding does not change them.
 func TestCodingsOfPlainBytes(t *testing.T) {
 	for _, coding := range []string{"aws-chunked", "identity", "Identity", "gzip", "aws-chunked,gzip", "binary", "utf-8", "br"} {
 		s := newServer(t)
