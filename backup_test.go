@@ -107,6 +107,69 @@ func TestBackup(t *testing.T) {
 }
 
 // A read-only registry can be backed up too, and the backup of a backup is one.
+// TestBackupRows backs up to a root whose index has other ids for the same digests and types. Every row
+// of the registry must come over: of members and subjects that are not here, of what is kept without a
+// ref, and of what an index.json said of a ref.
+func TestBackupRows(t *testing.T) {
+	t.Parallel()
+	ctx := t.Context()
+	r := openTemp(t, nil)
+	dir := filepath.Join(t.TempDir(), "backup")
+	first := published(t, r, "example.com/a:first", "first", nil)
+	published(t, r, "example.com/a:second", "second", nil)
+	mustBackUp := func() {
+		t.Helper()
+		if _, err := r.Backup(ctx, dir, nil); err != nil {
+			t.Fatal(err)
+		}
+	}
+	mustBackUp()
+	if _, err := r.Remove(ctx, first.Reference()); err != nil {
+		t.Fatal(err)
+	}
+	collect(t, r, atOnce) // the next rows get ids that other rows have in the backup
+	held := child(t, r, "example.com/a:held", ocilocal.BuilderOptions{ArtifactType: "application/vnd.example.held"}, nil, map[string]string{"k": "v"}, "held")
+	m, _ := imageRows(t, "{}", "held", "not here")
+	if err := ocilocal.PublishAbsent(ctx, r, ref("example.com/a:absent"), m, `{"annotations":{"k":"v"}}`, digest.FromString("{}"), digest.FromString("not here")); err != nil {
+		t.Fatal(err)
+	}
+	again := published(t, r, "example.com/a:first", "third", held)
+	if err := ocilocal.IndexWrite(ctx, r, func(exec func(string) error) error {
+		return errors.Join(
+			exec("UPDATE manifests SET subject = (SELECT min(id) FROM content WHERE NOT present) WHERE id = "+sqlID(again.Digest())),
+			exec("INSERT INTO unnamed SELECT id, 7, '{}' FROM manifests WHERE id = "+sqlID(held.Digest())),
+			exec("INSERT INTO holds VALUES ('example.com/a', "+sqlID(held.Digest())+", 8), ('example.com/b', "+sqlID(held.Digest())+", 9)"),
+			exec("UPDATE refs SET used = 10 WHERE reference = 'second'"))
+	}); err != nil {
+		t.Fatal(err)
+	}
+	dontWatch(r.Root())
+	compare := func(kinds ...string) {
+		t.Helper()
+		mustBackUp()
+		_, source := indexSays(t, r.Root())
+		_, target := indexSays(t, dir)
+		for _, text := range source {
+			if kind, _, _ := strings.Cut(text, " "); !slices.Contains(target, text) && kind != "meta" {
+				t.Errorf("the backup lacks %s", text)
+			}
+		}
+		for _, text := range target {
+			if kind, _, _ := strings.Cut(text, " "); !slices.Contains(source, text) && slices.Contains(kinds, kind) {
+				t.Errorf("the backup has also %s", text)
+			}
+		}
+	}
+	compare("ref", "unnamed", "hold")
+	if err := ocilocal.IndexWrite(ctx, r, func(exec func(string) error) error {
+		return errors.Join(exec("DELETE FROM unnamed"), exec("DELETE FROM holds WHERE name = 'example.com/a'"), exec("UPDATE holds SET since = 11"),
+			exec("UPDATE refs SET used = 12, entry = '' WHERE reference = 'absent'"))
+	}); err != nil {
+		t.Fatal(err)
+	}
+	compare("ref", "unnamed", "hold")
+}
+
 func TestBackupReadOnly(t *testing.T) {
 	r := openTemp(t, artifactForm)
 	child(t, r, "example.com/a:v1", ocilocal.BuilderOptions{}, nil, nil, "one")

@@ -58,10 +58,12 @@ var indexRows = map[int][]string{
 	},
 	2: {
 		"SELECT 'meta', key, value FROM meta WHERE key <> 'commits'",
-		"SELECT 'content', " + digestText + ", size, CASE kind WHEN 1 THEN 'config' WHEN 2 THEN 'layer' WHEN 3 THEN 'manifest' END, iif(present, created, ''), present FROM content c",
+		"SELECT 'content', " + digestText + ", size, CASE kind WHEN 1 THEN 'config' WHEN 2 THEN 'layer' WHEN 3 THEN 'manifest' END, iif(present OR size >= 0, created, ''), present FROM content c",
 		"SELECT 'manifest', " + digestText + ", (SELECT text FROM types WHERE id = m.media_type), (SELECT text FROM types WHERE id = m.artifact_type), coalesce((SELECT " + digestText + " FROM content c WHERE id = m.subject), ''), annotations, m.created FROM manifests m JOIN content c ON c.id = m.id AND c.digest = m.digest",
 		"SELECT 'member', (SELECT " + digestText + " FROM content c WHERE id = m.manifest), position, CASE role WHEN 1 THEN 'config' WHEN 2 THEN 'layer' WHEN 3 THEN 'manifest' END, " + digestText + ", (SELECT text FROM types WHERE id = m.media_type), m.size, annotations FROM members m JOIN content c ON c.id = m.content",
 		"SELECT 'ref', name, reference, " + digestText + ", c.size, (SELECT text FROM types WHERE id = c.media_type), (SELECT text FROM types WHERE id = c.artifact_type), c.created, c.moved, c.used, c.entry FROM refs c JOIN content o ON o.id = c.manifest AND o.digest = c.digest",
+		"SELECT 'unnamed', " + digestText + ", since, entry FROM unnamed u JOIN content c ON c.id = u.manifest",
+		"SELECT 'hold', name, " + digestText + ", since FROM holds h JOIN content c ON c.id = h.content",
 	},
 }
 
