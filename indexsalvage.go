@@ -59,28 +59,49 @@ type salvagedRef struct {
 	entry    string // JSON, "" for none
 }
 
-// salvageRefs visits the refs that can still be read from a damaged index of any schema version,
-// until the damage. The index at path must exist, and may be anybody's.
+// salvage has read take from a damaged index of any schema version what can still be read of it. The
+// index at path must exist, and may be anybody's.
 //
-// Errors: those of visit and ctx, and all that kept the index from being read, except damage.
-func salvageRefs(ctx context.Context, path string, visit func(salvagedRef) error) (err error) {
+// Errors: those of read, and all that kept the index from being read, except damage.
+func salvage(path string, read func(*index) error) (err error) {
 	x, err := openUnchecked(database{path: path, mode: indexQueryOnly}, 0, nil)
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, x.close()) }()
-	for _, s := range salvages {
-		if err = x.checkTable(ctx, "refs", s.columns...); err == nil {
-			err = x.salvagedRefs(ctx, s.text, visit)
-			break
-		} else if !errors.Is(err, ErrCorruptIndex) {
-			break
-		}
-	}
-	if errors.Is(err, ErrCorruptIndex) {
+	if err = read(x); errors.Is(err, ErrCorruptIndex) {
 		return nil
 	}
 	return err
+}
+
+// salvageRefs visits the refs, until the damage.
+func (x *index) salvageRefs(ctx context.Context, visit func(salvagedRef) error) (err error) {
+	for _, s := range salvages {
+		if err = x.checkTable(ctx, "refs", s.columns...); err == nil {
+			return x.salvagedRefs(ctx, s.text, visit)
+		} else if !errors.Is(err, ErrCorruptIndex) {
+			return err
+		}
+	}
+	return err
+}
+
+// salvageHolds visits the holds, until the damage. An index of version 1 has none.
+func (x *index) salvageHolds(ctx context.Context, visit func(holdRow) error) error {
+	err := x.checkTable(ctx, "content", "id", "digest", "size", "kind", "created", "present", "unneeded")
+	if err == nil {
+		err = x.checkTable(ctx, "holds", "name", "content", "since")
+	}
+	if err != nil {
+		return err
+	}
+	return holds(ctx, x, func(h holdRow) error {
+		if _, err := referenceFromKey(h.name, "latest"); err != nil {
+			return nil
+		}
+		return visit(h)
+	})
 }
 
 // salvagedRefs visits the rows of refs that are refs.

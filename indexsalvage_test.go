@@ -5,6 +5,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -58,6 +59,52 @@ func TestRebuildPaths(t *testing.T) {
 			t.Errorf("%q: the ref reads %q, %v", path, label, err)
 		}
 		mustClose(t, r)
+	}
+}
+
+// TestSalvageKeeps rebuilds an index of which everything can still be read. It keeps the holds of
+// repositories, with their times, and what an index.json said of refs.
+func TestSalvageKeeps(t *testing.T) {
+	root := filepath.Join(t.TempDir(), "root")
+	r := mustOpen(t, root)
+	held := pushImage(t, repository(t, r, "localhost/app"), "", "held")
+	m, _ := imageRows(t, "{}", "layer")
+	pushImage(t, repository(t, r, "localhost/other"), "v1", "layer")
+	if err := ocilocal.PublishAbsent(t.Context(), r, ref(keptRef), m, `{"platform":{"os":"linux"}}`); err != nil {
+		t.Fatal(err)
+	}
+	mustClose(t, r)
+	dontWatch(root)
+	_, before := indexSays(t, root)
+	loseAppID(t, root)
+	report, err := ocilocal.Rebuild(t.Context(), root, nil)
+	if err != nil || len(report.Recovered) != 2 || len(report.Left) != 0 {
+		t.Fatalf("%+v, %v", report, err)
+	}
+	_, after := indexSays(t, root)
+	holds, entries := 0, 0
+	for _, text := range before {
+		switch {
+		case strings.HasPrefix(text, "hold "):
+			if holds++; !slices.Contains(after, text) {
+				t.Errorf("lost: %s", text)
+			}
+		case strings.HasPrefix(text, "ref ") && strings.HasSuffix(text, "}"):
+			entries++
+			if !slices.ContainsFunc(after, func(s string) bool {
+				return strings.HasPrefix(s, "ref ") && strings.HasSuffix(s, `{"platform":{"os":"linux"}}`)
+			}) {
+				t.Errorf("lost its entry: %s", text)
+			}
+		}
+	}
+	if holds == 0 || entries != 1 {
+		t.Errorf("%d holds and %d entries in %q", holds, entries, before)
+	}
+	r = mustOpen(t, root)
+	defer mustClose(t, r)
+	if ok, err := repository(t, r, "localhost/app").Exists(t.Context(), held); !ok || err != nil {
+		t.Errorf("what the repository held: %v, %v", ok, err)
 	}
 }
 

@@ -170,8 +170,7 @@ func (p *repair) run(ctx context.Context) error {
 		return err
 	}
 	if p.salvage != "" {
-		err := salvageRefs(ctx, p.salvage, func(s salvagedRef) error { return p.name(ctx, s.manifest, s.Reference, s.entry) })
-		if err != nil {
+		if err := p.keep(ctx); err != nil {
 			return fmt.Errorf("refs of the index that was set aside (%s): %w", p.salvage, err)
 		}
 	}

@@ -208,6 +208,22 @@ func (p *repair) reconcile(ctx context.Context) error {
 	return p.registry.write(ctx, func(tx *indexTx) error { return tx.deleteMeta(metaUnreconciled) })
 }
 
+// keep takes refs and holds from the index that was set aside.
+func (p *repair) keep(ctx context.Context) error {
+	err := salvage(p.salvage, func(x *index) error {
+		return x.salvageRefs(ctx, func(s salvagedRef) error { return p.name(ctx, s.manifest, s.Reference, s.entry) })
+	})
+	if err != nil {
+		return err
+	}
+	return salvage(p.salvage, func(x *index) error {
+		return x.salvageHolds(ctx, func(h holdRow) error {
+			err := p.registry.write(ctx, func(tx *indexTx) error { return tx.setHold(h.name, h.digest, h.since) })
+			return p.tolerate(ctx, err)
+		})
+	})
+}
+
 // name gives a manifest a ref with an entry, unless the manifest is not whole or the ref points
 // elsewhere.
 func (p *repair) name(ctx context.Context, d digest.Digest, ref Reference, entry string) error {
