@@ -99,8 +99,8 @@ func (x *index) close() error {
 
 // stmt returns the prepared form of a constant statement for readers.
 func (x *index) stmt(ctx context.Context, text string) (*sql.Stmt, error) {
-	if x.db.same != nil { // connections that are open would go on with a file that nobody else sees
-		if err := x.db.same(); err != nil {
+	if x.db.sameFile != nil { // connections that are open would go on with a file that nobody else sees
+		if err := x.db.sameFile(); err != nil {
 			return nil, err
 		}
 	}

@@ -37,6 +37,9 @@ type database struct {
 	// same, which may be nil, decides before each connection is made, and after it has opened
 	// the files, whether path leads to the database that is meant.
 	same func() error
+	// sameFile, which may be nil, decides for each read on an open connection whether path still names
+	// the same file. It is cheaper than same.
+	sameFile func() error
 }
 
 // dsn names the database by URL, since a plain path would be cut at ?, # and %. The path must

@@ -243,7 +243,7 @@ func (r *LocalRegistry) schema() []schemaVersion {
 
 // openIndex opens the index, in the mode that the root allows.
 func (r *LocalRegistry) openIndex(ctx context.Context, readOnly bool) (*index, error) {
-	db := database{path: filepath.Join(r.dir, indexFile), anyOwner: r.opts.AllowOtherOwner, same: r.checkBound}
+	db := database{path: filepath.Join(r.dir, indexFile), anyOwner: r.opts.AllowOtherOwner, same: r.checkBound, sameFile: r.checkIndexFile}
 	if !readOnly {
 		// SQLite would open what it can't write, and fail at the first write only.
 		for _, dir := range []string{r.dir, filepath.Join(r.dir, tmpDir), filepath.Join(r.dir, blobsDir)} {

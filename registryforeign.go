@@ -85,17 +85,26 @@ func (r *LocalRegistry) checkOwner(name string, fi fs.FileInfo) error {
 // for each new connection. If the path leads elsewhere, because a directory or a mount was
 // exchanged, the two halves of this handle would work on two registries: it would publish here
 // what only the other's index names, and delete blobs here that only this one's index needs.
-// So this is asked before and after each connection is made, in each read and in each write.
+// So this is asked before and after each connection is made, and in each write. A read on an open
+// connection, which takes a few microseconds, asks only checkIndexFile.
 func (r *LocalRegistry) checkBound() error {
 	dir, err := r.root.lstatPath(r.dir)
 	if err == nil && !os.SameFile(r.self, dir) {
 		return fmt.Errorf("%w: %s leads to another directory now than when it was opened", ErrForeignIndex, r.dir)
 	}
-	if err == nil {
-		var index fs.FileInfo
-		if index, err = r.root.lstatPath(filepath.Join(r.dir, indexFile)); err == nil && !os.SameFile(r.opened, index) {
-			return fmt.Errorf("%w: %s was replaced while the registry was open", ErrForeignIndex, indexFile)
-		}
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return r.checkIndexFile()
+}
+
+// checkIndexFile returns [ErrForeignIndex] unless the path leads to the index that this handle has
+// open. Then it leads to the directory, too, unless somebody has moved the file into another one. A
+// read is right even then: the index is the one that others see, and blobs are read from the open directory.
+func (r *LocalRegistry) checkIndexFile() error {
+	index, err := r.root.lstatPath(filepath.Join(r.dir, indexFile))
+	if err == nil && !os.SameFile(r.opened, index) {
+		return fmt.Errorf("%w: %s was replaced while the registry was open", ErrForeignIndex, indexFile)
 	}
 	if errors.Is(err, fs.ErrNotExist) {
 		err = fmt.Errorf("%w: %s was moved or deleted while the registry was open", ErrForeignIndex, indexFile)
