@@ -64,22 +64,29 @@ func (p *Repository) shows(q queryer, d digest.Digest) (bool, error) {
 	return shown(q, p.name, d, true)
 }
 
-// locate returns the file and size of content that the repository shows: held, or below blobs/.
+// locate returns the file and size of content that the repository shows: below blobs/ or, if it has
+// not been published, held. A held file that was put again may be damaged by a power cut while the
+// published one is whole.
+//
 // Errors: [ErrNotFound], [ErrInvalidDigest], and any error of the index or the file system.
 func (p *Repository) locate(d digest.Digest) (name string, size int64, err error) {
-	store := p.registry.blobs
-	name, size, err = store.heldFile(p.name, d)
-	if !errors.Is(err, ErrNotFound) {
-		return name, size, err
+	if err := checkDigest(d); err != nil {
+		return "", 0, err
 	}
+	store := p.registry.blobs
 	ok, err := p.shows(p.registry.index, d)
-	if err == nil && !ok {
+	if err != nil {
+		return "", 0, err
+	}
+	if ok {
+		if size, err = store.size(d); !errors.Is(err, ErrNotFound) {
+			return blobPath(d), size, err
+		}
+	}
+	if name, size, err = store.heldFile(p.name, d); errors.Is(err, ErrNotFound) {
 		err = fmt.Errorf("%s in %s: %w", d, p.name, ErrNotFound)
 	}
-	if err == nil {
-		size, err = store.size(d)
-	}
-	return blobPath(d), size, err
+	return name, size, err
 }
 
 // manifest returns the descriptor of a manifest that the repository shows.

@@ -192,6 +192,20 @@ func TestHeldBlobDamaged(t *testing.T) {
 			}
 		}
 		push(t, p, manifest, "layer")
+		// A damaged copy of what is published is in nobody's way.
+		if _, err := p.PutBlob(t.Context(), strings.NewReader("layer"), "", -1); err != nil {
+			t.Fatal(err)
+		}
+		if err := errors.Join(os.Remove(held[0]), damage(held[0])); err != nil {
+			t.Fatal(err)
+		}
+		for _, r := range []*ocilocal.LocalRegistry{a, b} {
+			p := repository(t, r, "localhost/app")
+			if text, err := fetched(p, blobOf("layer")); text != "layer" || err != nil {
+				t.Errorf("%s: %q, %v", what, text, err)
+			}
+			push(t, p, manifest)
+		}
 	}
 }
 
