@@ -176,8 +176,7 @@ func (u *incoming) remove() error {
 		err = u.file.Close()
 		u.file = nil
 	}
-	err = errors.Join(err, u.store.removeDir(u.dir, isPartialFile), u.release())
-	return errors.Join(err, u.store.root.removeEmpty(path.Dir(u.dir)))
+	return errors.Join(err, u.store.removeDir(u.dir, isPartialFile), u.release())
 }
 
 // finish takes the complete bytes for a blob of the repository, and the upload goes. verified says

@@ -31,6 +31,7 @@
 //	root/tmp/<session>/        what an open handle is writing; locked as long as it lives
 //	root/tmp/partial/          what interrupted pulls have received, for the next one to resume
 //	root/tmp/held/             blobs that were put into a repository, until they are too old
+//	root/tmp/upload/           blobs that clients of a Handler are sending
 //	root/tmp/quarantine/       damaged files that Repair could not heal
 //
 // [Open] makes a registry only where the names id, tmp and blobs are free; otherwise it fails with
@@ -155,6 +156,30 @@
 // and nowhere else; it is in no error, log or URL. A blob's redirect to another host is followed
 // without it. A public registry cannot send requests to a loopback, link-local or private
 // address. [*RemoteError] has the facts of a failure, and a sentinel says of which kind it is.
+//
+// # Serving
+//
+// [LocalRegistry.Handler] serves a registry by the OCI distribution-spec 1.1 to any client: all of
+// pull, push, discovery and deletion, without a daemon. Repository org/app of the server is
+// localhost/org/app in the registry: see [HandlerOptions]. It passes the official conformance suite.
+//
+// Several processes can serve one root, together with any other use of it. An upload is a file below
+// tmp/. It outlives the process that began it, and each of its requests may reach another one. Blobs
+// are held for their repository as in [Repository.PutBlob]. A blob that was acknowledged may be lost
+// in a power cut; the client then sees that when it puts the manifest, and sends it again. A manifest
+// that was acknowledged is durable with all that it needs. It is the only thing that is synced.
+//
+// Before a blob is sent, it is verified, or it is verified on the way and breaks off before its last
+// byte. A handle verifies a file once, as long as that is not changed.
+//
+// The zero HandlerOptions are for tests and for programs of one user. Before other machines can
+// reach the handler, set:
+//   - [HandlerOptions.Authorize] or [HandlerOptions.ReadOnly]. Without them everybody may push and
+//     delete, and whoever knows the digest of a blob may mount it from any repository.
+//   - [HandlerOptions.MaxBlobSize] and [HandlerOptions.MaxUploads]. A quota of the file system bounds
+//     what pushes can store in all.
+//   - ReadHeaderTimeout, IdleTimeout and MaxHeaderBytes of the [net/http.Server], and TLS. The handler
+//     ends requests that make no progress: see [HandlerOptions.StallTimeout].
 //
 // # Upkeep
 //

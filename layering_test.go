@@ -87,7 +87,7 @@ var owners = map[string][]string{
 	"net":                    {"remote"},
 	"os/exec":                {"remotecredential"},
 	"os": {"root", "blob", "registry", "publish", "ref", "repair", "backup", "remotecredential",
-		"import", "export", "builder", "archive"},
+		"import", "export", "builder", "archive", "serve"},
 	"unsafe": {},
 }
 

@@ -91,6 +91,9 @@ const (
 	defaultHost         = "localhost"
 	defaultMaxUploads   = 1000
 	defaultStallTimeout = time.Minute
+
+	largeManifest     = 64 << 10 // bytes
+	maxLargeManifests = 4
 )
 
 // handler is the distribution API on one registry. Between requests it keeps only what a later
@@ -98,6 +101,10 @@ const (
 type handler struct {
 	registry *LocalRegistry
 	opts     HandlerOptions
+
+	// largeManifests has room for each large manifest that is being parsed: that can take twenty
+	// times the memory of its bytes.
+	largeManifests chan struct{}
 
 	mu     sync.Mutex
 	hashes map[string]uploadHash // of uploads, by id: see takeHash
@@ -114,7 +121,7 @@ type handler struct {
 // The handler answers 503 after [LocalRegistry.Close]. A registry that is open read-only is served
 // read-only.
 func (r *LocalRegistry) Handler(opts *HandlerOptions) http.Handler {
-	h := &handler{registry: r, hashes: map[string]uploadHash{}}
+	h := &handler{registry: r, hashes: map[string]uploadHash{}, largeManifests: make(chan struct{}, maxLargeManifests)}
 	if opts != nil {
 		h.opts = *opts
 	}

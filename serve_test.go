@@ -381,6 +381,9 @@ func TestServeManifests(t *testing.T) {
 	s.want(202, "DELETE", "/v2/org/app/manifests/v1", "")
 	s.want(404, "DELETE", "/v2/org/app/manifests/v1", "")
 	s.want(200, "GET", "/v2/org/app/manifests/"+other, "")
+	if a := s.want(200, "GET", "/v2/org/app/tags/list", ""); !strings.Contains(a.body, `"tags":[]`) {
+		t.Error(a.body)
+	}
 	s.want(202, "DELETE", "/v2/org/app/manifests/"+other, "")
 	s.want(404, "GET", "/v2/org/app/manifests/"+other, "")
 	layer := "/v2/org/app/blobs/" + string(digestOfText("layer"))

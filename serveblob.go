@@ -3,7 +3,10 @@ package ocilocal
 import (
 	"errors"
 	"fmt"
+	"io"
+	"io/fs"
 	"net/http"
+	"os"
 	"strconv"
 
 	"github.com/opencontainers/go-digest"
@@ -33,62 +36,98 @@ func (x *exchange) describe(d digest.Digest, mediaType string, size int64) {
 }
 
 // getBlob serves GET and HEAD of a blob. Nobody receives all bytes of a damaged blob, nor any range
-// of it: what this handle has not verified is verified before a range is sent, and on the way
-// otherwise. Then the answer breaks off before the last byte.
+// of it: a range is sent only of a file that this handle has verified, if need be just then. A whole
+// blob is verified on the way if it is large. Then the answer breaks off before the last byte.
 func (x *exchange) getBlob() error {
+	b, err := x.openBlob()
+	if b == nil || err != nil {
+		return damaged(err)
+	}
+	defer b.file.Close()
+	x.describe(x.digest, mediaTypeBlob, b.part.length)
+	if b.ranged {
+		x.w.Header().Set("Content-Range", fmt.Sprintf("bytes %d-%d/%d", b.part.start, b.part.start+b.part.length-1, b.size))
+		x.w.WriteHeader(http.StatusPartialContent)
+	}
+	return x.stream(func(w *serveWriter) error {
+		if b.unverified == nil {
+			return w.sendFile(b.file, b.part.length)
+		}
+		_, err := b.unverified.WriteTo(w)
+		if err == nil {
+			x.registry.blobs.noteVerified(b.name, b.info)
+		}
+		return err
+	})
+}
+
+// A servedBlob is a blob that is about to be sent.
+type servedBlob struct {
+	name       string
+	file       *os.File
+	info       fs.FileInfo
+	size       int64
+	part       byteRange
+	ranged     bool
+	unverified *verifier // reads the file; nil if that has been verified
+}
+
+// openBlob opens the blob of the path, or answers the request and returns nil. The registry must be
+// open for that. It may be closed while the blob is being sent.
+func (x *exchange) openBlob() (_ *servedBlob, err error) {
 	ctx := x.r.Context()
 	end, err := x.registry.begin(ctx)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	defer end()
-	name, size, err := x.locate(x.digest)
-	if err != nil {
-		return damaged(err)
+	b := &servedBlob{}
+	if b.name, b.size, err = x.locate(x.digest); err != nil {
+		return nil, err
 	}
 	if x.unchanged(x.digest) {
-		return nil
+		return nil, nil
 	}
 	x.w.Header().Set("Accept-Ranges", "bytes")
 	if x.r.Method == "HEAD" {
-		x.describe(x.digest, mediaTypeBlob, size)
+		x.describe(x.digest, mediaTypeBlob, b.size)
 		x.w.WriteHeader(http.StatusOK)
-		return nil
+		return nil, nil
 	}
-	part, whole := byteRange{0, size}, true
+	whole := true
 	if s := x.r.Header.Get("Range"); s != "" {
 		if condition := x.r.Header.Get("If-Range"); condition == "" || condition == etag(x.digest) {
-			part, whole, err = parseByteRange(s, size)
+			if b.part, whole, err = parseByteRange(s, b.size); err != nil {
+				x.w.Header().Set("Content-Range", fmt.Sprintf("bytes */%d", b.size))
+				return nil, err
+			}
 		}
 	}
-	if err != nil {
-		x.w.Header().Set("Content-Range", fmt.Sprintf("bytes */%d", size))
-		return err
-	}
-	if whole {
-		part = byteRange{0, size}
+	if b.ranged = !whole; whole {
+		b.part = byteRange{0, b.size}
 	}
 	store := x.registry.blobs
-	if whole && size > smallBlob && !store.wasVerified(name) {
-		return x.sendUnverified(name, size)
-	}
-	f, got, err := store.openVerified(ctx, name, x.digest)
-	if err != nil {
-		return damaged(err)
-	}
-	defer f.Close()
-	if got != size { // replaced since
-		return &damagedError{ErrSizeMismatch}
-	}
-	x.describe(x.digest, mediaTypeBlob, part.length)
-	if !whole {
-		if _, err := f.Seek(part.start, 0); err != nil {
-			return err
+	if whole && b.size > smallBlob && !store.wasVerified(b.name) {
+		if b.file, _, err = store.openNamed(b.name, x.digest, b.size); err != nil {
+			return nil, err
 		}
-		x.w.Header().Set("Content-Range", fmt.Sprintf("bytes %d-%d/%d", part.start, part.start+part.length-1, size))
-		x.w.WriteHeader(http.StatusPartialContent)
+		b.unverified = store.verifier(ctx, b.file, x.digest, b.size)
+		b.info, err = b.file.Stat()
+	} else {
+		var size int64
+		if b.file, size, err = store.openVerified(ctx, b.name, x.digest); err != nil {
+			return nil, err
+		}
+		if size != b.size { // replaced since
+			err = ErrSizeMismatch
+		} else {
+			_, err = b.file.Seek(b.part.start, io.SeekStart)
+		}
 	}
-	return x.stream(func(w *serveWriter) error { return w.sendFile(f, part.length) })
+	if err != nil {
+		return nil, errors.Join(err, b.file.Close())
+	}
+	return b, nil
 }
 
 // locate finds a blob of the repository.
@@ -99,29 +138,6 @@ func (x *exchange) locate(d digest.Digest) (name string, size int64, err error) 
 		name, size, err = x.repo.locate(d)
 	}
 	return name, size, err
-}
-
-// sendUnverified sends a whole blob and verifies it on the way.
-func (x *exchange) sendUnverified(name string, size int64) error {
-	store := x.registry.blobs
-	f, _, err := store.openNamed(name, x.digest, size)
-	if err != nil {
-		return damaged(err)
-	}
-	v := store.verifier(x.r.Context(), f, x.digest, size)
-	defer v.Close()
-	fi, err := f.Stat()
-	if err != nil {
-		return err
-	}
-	x.describe(x.digest, mediaTypeBlob, size)
-	return x.stream(func(w *serveWriter) error {
-		_, err := v.WriteTo(w)
-		if err == nil {
-			store.noteVerified(name, fi)
-		}
-		return err
-	})
 }
 
 // stream sends the body of an answer of known length. If that fails, the connection breaks off, so

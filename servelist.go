@@ -1,6 +1,7 @@
 package ocilocal
 
 import (
+	"cmp"
 	"encoding/json"
 	"net/http"
 	"net/url"
@@ -56,11 +57,7 @@ func (x *exchange) tags() error {
 		tags = append(tags, page...)
 	}
 	if len(tags) == 0 {
-		known, err := x.registry.page(x.r.Context(), x.repo.name, "", x.repo.name+"\x00", 1)
-		if err == nil && len(known) == 0 {
-			err = ErrNotFound
-		}
-		if err != nil {
+		if err := x.checkKnown(); err != nil {
 			return err
 		}
 	}
@@ -72,6 +69,26 @@ func (x *exchange) tags() error {
 		Name string   `json:"name"`
 		Tags []string `json:"tags"`
 	}{x.name, tags})
+}
+
+// checkKnown returns [ErrNotFound] if the repository has no tag and no manifest.
+func (x *exchange) checkKnown() error {
+	ctx := x.r.Context()
+	refs, err := x.registry.page(ctx, x.repo.name, "", x.repo.name+"\x00", 1)
+	if err != nil || len(refs) > 0 {
+		return err
+	}
+	known := false
+	err = x.registry.within(ctx, func() error {
+		return holdsIn(ctx, x.registry.index, x.repo.name, func(holdRow) error {
+			known = true
+			return errStop
+		})
+	})
+	if known {
+		return nil
+	}
+	return cmp.Or(err, ErrNotFound)
 }
 
 // catalog serves the list of repositories. Those that are not below the served host are not in it.

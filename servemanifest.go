@@ -66,6 +66,10 @@ func (x *exchange) putManifest() error {
 	if err != nil {
 		return err
 	}
+	if len(raw) > largeManifest {
+		x.largeManifests <- struct{}{}
+		defer func() { <-x.largeManifests }()
+	}
 	m, err := parseManifest(mediaType, raw)
 	if err != nil {
 		return err

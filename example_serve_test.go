@@ -1,0 +1,108 @@
+package ocilocal_test
+
+import (
+	"context"
+	"crypto/subtle"
+	"errors"
+	"fmt"
+	"log"
+	"net/http"
+	"net/http/httptest"
+	"strings"
+
+	"github.com/ocilocal/ocilocal"
+)
+
+// A registry for tests: what a client pushes to the server is in the registry.
+func ExampleLocalRegistry_Handler() {
+	ctx := context.Background()
+	registry, done := scratch()
+	defer done()
+	server := httptest.NewServer(registry.Handler(nil))
+	defer server.Close()
+	host := strings.TrimPrefix(server.URL, "http://")
+
+	client, doneToo := scratch()
+	defer doneToo()
+	note(client, host+"/team/note:v1", "one")
+	if _, err := client.Push(ctx, ocilocal.MustParseReference(host+"/team/note:v1"), nil); err != nil {
+		log.Fatal(err)
+	}
+
+	for ref, err := range registry.Refs(ctx, nil) {
+		if err != nil {
+			log.Fatal(err)
+		}
+		fmt.Println(ref.Reference)
+	}
+	// Output:
+	// localhost/team/note:v1
+}
+
+// Everybody may pull what the registry has of one host. Nobody may push.
+func ExampleHandlerOptions_readOnly() {
+	ctx := context.Background()
+	registry, done := scratch()
+	defer done()
+	note(registry, "ghcr.io/team/note:v1", "one")
+	server := httptest.NewServer(registry.Handler(&ocilocal.HandlerOptions{Host: "ghcr.io", ReadOnly: true}))
+	defer server.Close()
+	host := strings.TrimPrefix(server.URL, "http://")
+
+	client, doneToo := scratch()
+	defer doneToo()
+	ref := ocilocal.MustParseReference(host + "/team/note:v1")
+	pulled, err := client.Pull(ctx, ref, nil)
+	if err != nil {
+		log.Fatal(err)
+	}
+	fmt.Println(pulled.Update.Outcome)
+	_, err = client.Push(ctx, ref, &ocilocal.PushOptions{As: ocilocal.MustParseReference(host + "/team/note:v2")})
+	fmt.Println(err != nil)
+	// Output:
+	// inserted
+	// true
+}
+
+// Everybody may pull. Alice may push to team/ with her password, and nobody may delete.
+func ExampleHandlerOptions_authorize() {
+	ctx := context.Background()
+	registry, done := scratch()
+	defer done()
+	server := httptest.NewServer(registry.Handler(&ocilocal.HandlerOptions{
+		Authorize: func(r *http.Request, repository string, action ocilocal.Action) error {
+			switch action {
+			case ocilocal.ActionPing, ocilocal.ActionPull:
+				return nil
+			case ocilocal.ActionPush:
+				user, password, ok := r.BasicAuth()
+				if !ok || user != "alice" || subtle.ConstantTimeCompare([]byte(password), []byte("secret")) != 1 {
+					return &ocilocal.ChallengeError{Challenge: `Basic realm="team"`}
+				}
+				if strings.HasPrefix(repository, "team/") {
+					return nil
+				}
+			}
+			return errors.New("not allowed")
+		},
+	}))
+	defer server.Close()
+	host := strings.TrimPrefix(server.URL, "http://")
+
+	client, doneToo := scratch()
+	defer doneToo()
+	note(client, host+"/team/note:v1", "one")
+	ref := ocilocal.MustParseReference(host + "/team/note:v1")
+	_, err := client.Push(ctx, ref, nil)
+	fmt.Println(errors.Is(err, ocilocal.ErrUnauthorized))
+
+	alice := &ocilocal.Remote{Credentials: ocilocal.StaticCredential(host, ocilocal.Credential{Username: "alice", Password: "secret"})}
+	pushed, err := client.Push(ctx, ref, &ocilocal.PushOptions{Remote: alice})
+	if err != nil {
+		log.Fatal(err)
+	}
+	fmt.Println(pushed.BlobsSent, "blobs sent")
+	// Output:
+	// true
+	// 2 blobs sent
+}
