@@ -9,6 +9,7 @@ import (
 	"io"
 	"io/fs"
 	"math/rand/v2"
+	"net/http/httptest"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -253,10 +254,8 @@ func (w *worker) step(g, i int, archive []byte) error {
 			}
 			return result.Artifacts[0].Descriptor.Digest, nil
 		})
-	case 2, 3:
-		return w.change(name, func() (digest.Digest, error) {
-			return w.put(ref, fmt.Appendf(nil, "put by g%d i%d ", g, i))
-		})
+	case 2:
+		return w.change(name, func() (digest.Digest, error) { return w.serve(ref, fmt.Appendf(nil, "g%d i%d ", g, i)) })
 	default:
 		return w.change(name, func() (digest.Digest, error) {
 			a, err := w.build(ref, fmt.Appendf(nil, "g%d i%d ", g, i))
@@ -283,24 +282,37 @@ func (w *worker) build(ref ocilocal.Reference, layer []byte) (*ocilocal.LocalArt
 	return b.Build(w.ctx)
 }
 
-// put puts an artifact by its raw content: blobs that nobody syncs, and then the manifest.
-func (w *worker) put(ref ocilocal.Reference, layer []byte) (digest.Digest, error) {
-	p, err := w.reg.Repository(ref.Name())
-	if err != nil {
+// serve pushes an image to the handler, whose acknowledgement of the manifest is all that counts.
+func (w *worker) serve(ref ocilocal.Reference, layer []byte) (digest.Digest, error) {
+	h := w.reg.Handler(&ocilocal.HandlerOptions{Host: ref.Registry()})
+	send := func(method, path string, body []byte, status int) (string, error) {
+		res := httptest.NewRecorder()
+		h.ServeHTTP(res, httptest.NewRequest(method, path, bytes.NewReader(body)))
+		if res.Code != status {
+			return "", fmt.Errorf("%s %s: %d %s", method, path, res.Code, res.Body)
+		}
+		return res.Header().Get("Location"), nil
+	}
+	base := "/v2/" + ref.Repository() + "/"
+	layer = bytes.Repeat(layer, 1+w.rng.IntN(2000))
+	config := []byte("{}")
+	if _, err := send("POST", base+"blobs/uploads/?digest="+string(digest.FromBytes(config)), config, 201); err != nil {
 		return "", err
 	}
-	layer = bytes.Repeat(layer, 1+w.rng.IntN(2000))
-	for _, b := range [][]byte{[]byte("{}"), layer} {
-		if _, err := p.PutBlob(w.ctx, bytes.NewReader(b), digest.FromBytes(b), int64(len(b))); err != nil {
-			return "", err
-		}
+	at, err := send("POST", base+"blobs/uploads/", nil, 202)
+	if err == nil {
+		_, err = send("PATCH", at, layer[:len(layer)/2], 202)
 	}
-	manifest := fmt.Appendf(nil, `{"schemaVersion":2,"artifactType":"application/vnd.example",`+
-		`"config":{"mediaType":"application/vnd.oci.empty.v1+json","digest":%q,"size":2},`+
-		`"layers":[{"mediaType":"application/octet-stream","digest":%q,"size":%d}]}`, digest.FromString("{}"), digest.FromBytes(layer), len(layer))
-	u, err := p.PutManifest(w.ctx, "application/vnd.oci.image.manifest.v1+json", manifest,
-		&ocilocal.PutManifestOptions{Tag: ref.Tag(), PublishOptions: ocilocal.PublishOptions{Policy: ocilocal.Replace}})
-	return u.Descriptor.Digest, err
+	if err == nil {
+		_, err = send("PUT", at+"?digest="+string(digest.FromBytes(layer)), layer[len(layer)/2:], 201)
+	}
+	raw := fmt.Appendf(nil, `{"schemaVersion":2,"mediaType":"application/vnd.oci.image.manifest.v1+json","artifactType":"application/vnd.example",
+		"config":{"mediaType":"application/vnd.oci.empty.v1+json","digest":%q,"size":2},
+		"layers":[{"mediaType":"text/plain","digest":%q,"size":%d}]}`, digest.FromBytes(config), digest.FromBytes(layer), len(layer))
+	if err == nil {
+		_, err = send("PUT", base+"manifests/"+ref.Tag(), raw, 201)
+	}
+	return digest.FromBytes(raw), err
 }
 
 // exported returns an archive with one artifact.
