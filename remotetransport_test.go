@@ -203,50 +203,51 @@ func TestProxies(t *testing.T) {
 	const plainHost, secureHost = "plain.test", "secure.test"
 	want := plain.put(t, "org/model", "v1", noise(1, 100))
 	secure.put(t, "org/model", "v1", noise(1, 100))
-	refusal := 0
-	var asked atomic.Int64
-	proxy := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		asked.Add(1)
-		if refusal != 0 {
-			w.Header().Set("Proxy-Authenticate", "Basic realm=proxy")
-			w.WriteHeader(refusal)
-			return
-		}
-		if r.Method != http.MethodConnect {
-			plain.ServeHTTP(w, r)
-			return
-		}
-		to, err := net.Dial("tcp", secure.Listener.Addr().String())
-		if err != nil {
-			w.WriteHeader(502)
-			return
-		}
-		defer to.Close()
-		conn, _, err := w.(http.Hijacker).Hijack()
-		if err != nil {
-			t.Error(err)
-			return
-		}
-		defer conn.Close()
-		io.WriteString(conn, "HTTP/1.1 200 OK\r\n\r\n")
-		go io.Copy(to, conn)
-		io.Copy(conn, to)
-	}))
-	defer proxy.Close()
-	client := func() *ocilocal.Remote {
+	// proxy makes a proxy that refuses with a status, if that is not 0, and counts requests. Each case has its own,
+	// because a transport may open connections that it doesn't wait for.
+	proxy := func(refusal int) (client *ocilocal.Remote, asked *atomic.Int64) {
+		asked = new(atomic.Int64)
+		s := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			asked.Add(1)
+			if refusal != 0 {
+				w.Header().Set("Proxy-Authenticate", "Basic realm=proxy")
+				w.WriteHeader(refusal)
+				return
+			}
+			if r.Method != http.MethodConnect {
+				plain.ServeHTTP(w, r)
+				return
+			}
+			to, err := net.Dial("tcp", secure.Listener.Addr().String())
+			if err != nil {
+				w.WriteHeader(502)
+				return
+			}
+			defer to.Close()
+			conn, _, err := w.(http.Hijacker).Hijack()
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			defer conn.Close()
+			io.WriteString(conn, "HTTP/1.1 200 OK\r\n\r\n")
+			go io.Copy(to, conn)
+			io.Copy(conn, to)
+		}))
+		t.Cleanup(s.Close)
 		transport := ocilocal.OwnTransport()
-		transport.Proxy = func(*http.Request) (*url.URL, error) { return url.Parse(proxy.URL) }
+		transport.Proxy = func(*http.Request) (*url.URL, error) { return url.Parse(s.URL) }
 		transport.TLSClientConfig = secure.Client().Transport.(*http.Transport).TLSClientConfig.Clone()
 		transport.TLSClientConfig.ServerName = "example.com" // as the test certificate has it
-		remote := &ocilocal.Remote{Retry: quick, Client: &http.Client{Transport: transport}, PlainHTTP: func(host string) bool { return host == plainHost }}
-		t.Cleanup(remote.CloseIdleConnections)
-		return remote
+		client = &ocilocal.Remote{Retry: quick, Client: &http.Client{Transport: transport}, PlainHTTP: func(host string) bool { return host == plainHost }}
+		t.Cleanup(client.CloseIdleConnections)
+		return client, asked
 	}
 	for _, host := range []string{plainHost, secureHost} {
-		before := asked.Load()
-		got, err := openRemote(t, client()).Pull(t.Context(), ocilocal.MustParseReference(host+"/org/model:v1"), nil)
-		if err != nil || got.Artifact.Digest() != want || asked.Load() == before {
-			t.Errorf("%s: %+v, %v, %d requests through the proxy", host, got, err, asked.Load()-before)
+		client, asked := proxy(0)
+		got, err := openRemote(t, client).Pull(t.Context(), ocilocal.MustParseReference(host+"/org/model:v1"), nil)
+		if err != nil || got.Artifact.Digest() != want || asked.Load() == 0 {
+			t.Errorf("%s: %+v, %v, %d requests through the proxy", host, got, err, asked.Load())
 		}
 	}
 	for _, c := range []struct {
@@ -254,15 +255,14 @@ func TestProxies(t *testing.T) {
 		text     string
 		requests int64
 	}{{407, "the proxy wants credentials", 1}, {403, "the proxy refuses", 1}, {503, "proxy answers 503", 6}} {
-		refusal = c.status
-		asked.Store(0)
-		_, err := client().Manifest(t.Context(), ocilocal.MustParseReference(secureHost+"/org/model:v1"))
+		client, asked := proxy(c.status)
+		_, err := client.Manifest(t.Context(), ocilocal.MustParseReference(secureHost+"/org/model:v1"))
 		mustFail(t, err, ocilocal.ErrTransport)
 		if errors.Is(err, ocilocal.ErrDenied) || !strings.Contains(err.Error(), c.text) || asked.Load() != c.requests {
 			t.Errorf("%d: %d requests, %v", c.status, asked.Load(), err)
 		}
 	}
-	refusal = 407
-	_, err := client().Manifest(t.Context(), ocilocal.MustParseReference(plainHost+"/org/model:v1"))
+	client, _ := proxy(407)
+	_, err := client.Manifest(t.Context(), ocilocal.MustParseReference(plainHost+"/org/model:v1"))
 	mustFail(t, err, ocilocal.ErrTransport)
 }
