@@ -3,7 +3,6 @@ package ocilocal
 import (
 	"context"
 	"io"
-	"runtime"
 	"slices"
 	"sync"
 	"time"
@@ -22,14 +21,18 @@ import (
 // 10 GiB makes about 10,000 reports, and one of 1 KiB makes one. Reports that the function is too
 // slow for are left out, except those of items that are done.
 //
-// All counts are of the whole call. A progress bar shows Bytes of TotalBytes, or Items of TotalItems
-// if TotalBytes is 0. What the call had to transfer is Bytes − SkippedBytes. A call that returns no
-// error ends with a report in [PhaseDone], in which all items and bytes are done. A call that fails
-// has no such report.
+// All counts are of the whole call. A progress bar shows Bytes of TotalBytes, or Items of
+// TotalItems if TotalBytes is 0. Bytes − SkippedBytes is what the call itself transferred, read or
+// wrote. A call that returns no error ends with a report in [PhaseDone], in which all items and
+// bytes are done. A call that fails has no such report.
+//
+// A call may join a transfer that another call has begun. It gets no reports on the items that were
+// done by then, but they count.
 type Progress struct {
-	// Phase says what the call is doing.
+	// Phase is the part of the call that is under way.
 	Phase Phase
-	// Reference is the one that the call was given. It is zero for calls on any number of artifacts.
+	// Reference is the one that the call was given. It is zero for calls on any number of
+	// artifacts.
 	Reference Reference
 
 	// Item is the blob or manifest whose bytes caused the report. Only the digest and the size are
@@ -54,15 +57,16 @@ type Progress struct {
 	SkippedBytes int64
 }
 
-// A Phase is a part of a call. A call goes through its phases in the order in which they stand
-// here, and leaves out those in which it has nothing to do.
+// A Phase is a part of a call. A call goes through its phases in the order of this list, and leaves
+// out those in which it has nothing to do. If content was collected while the call needed it, the
+// call starts again, and its phases and counts with it.
 type Phase string
 
 const (
 	// PhaseRead: an archive is read.
 	PhaseRead Phase = "read"
-	// PhasePlan: the call finds out what it has to do. It asks a remote registry, reads manifests
-	// or the index.
+	// PhasePlan: the call collects its items. It asks a remote registry, or reads manifests or the
+	// index.
 	PhasePlan Phase = "plan"
 	// PhaseBlobs: blobs are transferred, copied or checked.
 	PhaseBlobs Phase = "blobs"
@@ -90,8 +94,8 @@ const (
 	progressTime  = 200 * time.Millisecond
 )
 
-// A meter counts what one call does, and passes it on as reports. Its methods are safe for concurrent
-// use. On a nil meter they do nothing, so a call without a Progress function has none.
+// A meter counts what one call does, and passes it on as reports. Its methods are safe for
+// concurrent use. On a nil meter they do nothing, so a call without a Progress function has none.
 type meter struct {
 	mu    sync.Mutex // guards what follows; held while sinks are called
 	now   Progress
@@ -121,7 +125,8 @@ func newCount() *meter {
 	return &meter{now: Progress{TotalItems: -1, TotalBytes: -1}, told: time.Now()}
 }
 
-// subscribe has take called with the state of the meter, and then with each report until end is called.
+// subscribe has take called with the state of the meter, and then with each report until end is
+// called.
 func (m *meter) subscribe(take func(Progress)) (end func()) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -166,8 +171,8 @@ func (m *meter) tell() {
 	}
 }
 
-// phase begins a phase, unless the call is in a later one: what an artifact goes through, its referrers
-// do in their own phase.
+// phase begins a phase, unless the call is in a later one. Referrers are transferred like
+// artifacts, but all in one phase.
 func (m *meter) phase(p Phase) {
 	if m == nil {
 		return
@@ -181,7 +186,7 @@ func (m *meter) phase(p Phase) {
 	}
 }
 
-// about sets what the next report is about. m.mu is held.
+// about sets the item of the next report. m.mu is held.
 func (m *meter) about(desc ocispec.Descriptor, at int64, done, skipped bool) {
 	m.now.Item = ocispec.Descriptor{MediaType: desc.MediaType, Digest: desc.Digest, Size: desc.Size}
 	m.now.ItemBytes, m.now.ItemDone, m.now.ItemSkipped = at, done, skipped
@@ -425,14 +430,16 @@ func (i *meteredItem) end() {
 	m.tell()
 }
 
-// attend runs do, which uses several goroutines, with a meter whose reports reach fn on the goroutine
-// of the caller. Without fn, do gets no meter and runs on the caller's goroutine itself.
+// attend runs do, which uses several goroutines, with a meter whose reports reach fn on the
+// goroutine of the caller. Without fn, do gets no meter and runs on the caller's goroutine itself.
 //
-// Workers must not call fn themselves: a panic in it would end the process, since nobody can recover
-// it there, and runtime.Goexit, which t.Fatal of a test calls, would end a worker for which others
-// wait. So do runs on a goroutine, and the caller's takes the reports from a queue. A slow fn does
-// not stop the workers. If fn panics, do is cancelled, and attend waits for it. If do
-// panics, or a function of the caller that do calls ends its goroutine, so does the caller's.
+// The problem: if workers called fn, a panic in it, or a runtime.Goexit, would end a worker for
+// which other calls may wait, and a slow fn would stop it.
+//
+// The rule: do runs on a goroutine, and the caller's goroutine takes the reports from a queue.
+//
+// It is safe because fn can end only the goroutine of its own caller. Then attend cancels do, and
+// returns after do has. A panic of do is raised on the caller's goroutine, see settle.
 func attend[T any](ctx context.Context, fn func(Progress), ref Reference, do func(context.Context, *meter) (T, error)) (result T, err error) {
 	if fn == nil {
 		return do(ctx, nil)
@@ -440,19 +447,14 @@ func attend[T any](ctx context.Context, fn func(Progress), ref Reference, do fun
 	ctx, cancel := context.WithCancel(ctx)
 	q := newProgressQueue(fn)
 	m := newMeter(q.put, ref)
-	var panicked any
-	returned := false
 	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		defer func() {
-			if !returned {
-				panicked = recover()
-			}
-		}()
+	go settle(func() (err error) {
 		result, err = do(ctx, m)
-		returned = true
-	}()
+		return err
+	}, func(e error) {
+		err = e
+		close(done)
+	})
 	defer func() {
 		cancel()
 		<-done
@@ -464,12 +466,8 @@ func attend[T any](ctx context.Context, fn func(Progress), ref Reference, do fun
 			continue
 		case <-done:
 		}
-		switch {
-		case panicked != nil:
-			panic(panicked)
-		case !returned:
-			runtime.Goexit()
-		case err == nil:
+		raise(err)
+		if err == nil {
 			m.finish()
 			q.deliver()
 		}
@@ -491,8 +489,8 @@ func newProgressQueue(fn func(Progress)) *progressQueue {
 	return &progressQueue{fn: fn, ready: make(chan struct{}, 1)}
 }
 
-// put adds a report. On an item under way, it replaces one at the end of the queue, so the queue has at
-// most a few reports for each item that is done.
+// put adds a report. On an item under way, it replaces one at the end of the queue, so the queue
+// has at most a few reports for each item that is done.
 func (q *progressQueue) put(p Progress) {
 	q.mu.Lock()
 	last := len(q.reports)

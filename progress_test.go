@@ -23,7 +23,7 @@ import (
 	"github.com/ocilocal/ocilocal"
 )
 
-// A progressLog keeps the reports of one call, and checks what is promised of all calls. It has no
+// A progressLog keeps the reports of one call, and checks the promises that hold for all calls. It has no
 // lock: the reports come on the goroutine that made the call, so the race detector finds others.
 type progressLog struct {
 	t       testing.TB
@@ -107,7 +107,8 @@ func (l *progressLog) phases() (list []ocilocal.Phase) {
 
 func newProgressLog(t testing.TB) *progressLog { return &progressLog{t: t} }
 
-// A pull and a push count what they do, blob by blob, and not too often. When they are made again, all is skipped.
+// A pull and a push count what they do, blob by blob, and not too often. When they are made again,
+// all is skipped.
 func TestProgress(t *testing.T) {
 	s := newServer(t)
 	var layers [][]byte
@@ -176,7 +177,8 @@ func TestProgress(t *testing.T) {
 	}
 }
 
-// An image index is read to its end before the first blob comes, so the totals are right from then on.
+// An image index is read to its end before the first blob comes, so the totals are right from then
+// on.
 func TestProgressOfIndex(t *testing.T) {
 	s := newServer(t)
 	var list []string
@@ -223,8 +225,8 @@ func TestProgressOfReferrers(t *testing.T) {
 	}
 }
 
-// Calls that share a transfer are each told of it under their own reference. A function that panics, ends its goroutine
-// or is slow does that to its own call only.
+// Calls that share a transfer are each told of it under their own reference. A function that
+// panics, ends its goroutine or is slow does that to its own call only.
 func TestProgressShared(t *testing.T) {
 	s := newServer(t)
 	large := noise(1, 4<<20)
@@ -348,8 +350,8 @@ func TestProgressFallsBack(t *testing.T) {
 	}
 }
 
-// Progress goes on across attempts that bring little each. The bytes that a failed pull left count as
-// skipped in the next one.
+// Progress goes on across attempts that bring little each. The bytes that a failed pull left count
+// as skipped in the next one.
 func TestProgressOfPieces(t *testing.T) {
 	s := newServer(t)
 	large, last := noise(1, 4<<20), noise(2, 100)
@@ -384,7 +386,8 @@ func TestProgressOfPieces(t *testing.T) {
 	}
 }
 
-// A registry answers before it has read a blob. The transport reads on, and the function is not called any more.
+// A registry answers before it has read a blob. The transport reads on, and the function is not
+// called any more.
 func TestPushProgressEnds(t *testing.T) {
 	s := newServer(t)
 	next := &http.Transport{DisableCompression: true}
@@ -442,8 +445,8 @@ func TestProgressThrottled(t *testing.T) {
 	})
 }
 
-// Exports and imports count the manifests and blobs of what they are given. When they are made again, all
-// is skipped where it can be.
+// Exports and imports count the manifests and blobs of what they are given. When they are made
+// again, all is skipped where it can be.
 func TestProgressOfFiles(t *testing.T) {
 	r := openTemp(t, nil)
 	ref := ocilocal.MustParseReference("example.com/team/model:v1")

@@ -59,7 +59,7 @@ func TestPull(t *testing.T) {
 	if got, err = r.Pull(t.Context(), s.ref("org/model:v1"), nil); err != nil || got.Update.Outcome != ocilocal.Unchanged || len(s.requests("")) != 1 {
 		t.Errorf("%+v, %v, %q", got, err, s.requests(""))
 	}
-	// It did: what is here is not fetched.
+	// It has moved. Content that is here is not fetched.
 	s.forget()
 	moved := s.put(t, "org/model", "v1", noise(3, 10), large)
 	if _, err := r.Pull(t.Context(), s.ref("org/model:v1"), nil); !errors.Is(err, ocilocal.ErrConflict) || len(s.requests("")) != 1 {
@@ -206,7 +206,8 @@ func TestPullIndex(t *testing.T) {
 	}
 }
 
-// A ref that is here, and isn't whole, is made whole: of its blobs, only those that are missing are fetched.
+// A ref that is here, and isn't whole, is made whole: of its blobs, only those that are missing are
+// fetched.
 func TestPullMakesWhole(t *testing.T) {
 	s := newServer(t)
 	s.put(t, "org/model", "v1", noise(1, 100), noise(2, 3<<20))
@@ -296,7 +297,8 @@ func TestPullExpected(t *testing.T) {
 	}
 }
 
-// Close ends the connections of the client that Open made. Those of one that was given are its owner's.
+// Close ends the connections of the client that Open made. Those of one that was given are its
+// owner's.
 func TestCloseEndsConnections(t *testing.T) {
 	s := newServer(t)
 	s.put(t, "org/model", "v1", noise(1, 10))
@@ -314,8 +316,8 @@ func TestCloseEndsConnections(t *testing.T) {
 	}
 }
 
-// Older and odd forms of content come in as they are, also from a registry at an IPv6 address. Docker's first form,
-// which says nothing of sizes, is refused.
+// Older and odd forms of content come in as they are, also from a registry at an IPv6 address.
+// Docker's first form, which says nothing of sizes, is refused.
 func TestPullForms(t *testing.T) {
 	s := newServer(t)
 	config, layer := []byte(`{"architecture":"amd64","os":"linux"}`), noise(1, 500)

@@ -33,7 +33,8 @@ func pullWorker(in *bufio.Scanner, args []string) error {
 	return r.Close()
 }
 
-// Processes pull the same at once. All have it, without an error, and receive and store each large blob once.
+// Processes pull the same at once. All have it, without an error, and receive and store each large
+// blob once.
 func TestPullProcesses(t *testing.T) {
 	t.Parallel()
 	for i := range scaled(3, 6, 50) {

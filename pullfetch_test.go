@@ -94,7 +94,8 @@ func TestPullKeepsWhole(t *testing.T) {
 	}
 }
 
-// What is kept of a blob may be the very file that is in the store. A pull that finds it damaged doesn't write to it.
+// What is kept of a blob may be the very file that is in the store. A pull that finds it damaged
+// doesn't write to it.
 func TestPullSparesTheStore(t *testing.T) {
 	s := newServer(t)
 	large, last := noise(1, 2<<20), noise(2, 100)
@@ -190,7 +191,7 @@ func TestPullRefusedEarly(t *testing.T) {
 	}
 }
 
-// A pull for one platform isn't answered with what is here for another, or with the whole index.
+// A pull for one platform does not return an artifact for another one, nor the whole index.
 func TestPullPlatformHere(t *testing.T) {
 	const amd64, arm64 = `{"os":"linux","architecture":"amd64"}`, `{"os":"linux","architecture":"arm64"}`
 	want := &ocispec.Platform{OS: "linux", Architecture: "arm64"}
@@ -235,8 +236,9 @@ func TestPullPlatformHere(t *testing.T) {
 	}
 }
 
-// Once the fsync of a large blob has failed, nobody knows what is on the disk, and a second one could say that all is
-// well: so nothing is kept of it, even if the pull has failed for another reason before it was looked at.
+// Once the fsync of a large blob has failed, nobody knows what is on the disk, and a second one
+// could say that all is well: so nothing is kept of it, even if the pull has failed for another
+// reason before it was looked at.
 func TestPullKeepsNothingUnsynced(t *testing.T) {
 	t.Parallel()
 	for name, c := range map[string]struct {

@@ -146,7 +146,7 @@ func TestPullHostile(t *testing.T) {
 			return body(v.manifest.body, "Content-Type", ocispec.MediaTypeImageIndex)
 		}), ocilocal.ErrInvalidManifest, 1},
 		"child's Content-Type isn't its descriptor's": {func(v *victim) {
-			doc := strings.Replace(string(v.manifest.body), `"mediaType":"`+image+`",`, "", 1) // it doesn't say itself what it is
+			doc := strings.Replace(string(v.manifest.body), `"mediaType":"`+image+`",`, "", 1) // the document does not state its type
 			child := v.putRaw("org/model", "", image, []byte(doc))
 			v.putRaw("org/model", "v1", ocispec.MediaTypeImageIndex, fmt.Appendf(nil,
 				`{"schemaVersion":2,"mediaType":%q,"manifests":[{"mediaType":%q,"digest":%q,"size":%d}]}`, ocispec.MediaTypeImageIndex, image, child, len(doc)))
@@ -394,7 +394,7 @@ func TestPullForeignURLs(t *testing.T) {
 	}
 }
 
-// A digest of an algorithm that isn't known can't be checked, and isn't relied on.
+// A digest of an unknown algorithm cannot be checked. Pulls do not rely on it.
 func TestPullUnknownAlgorithm(t *testing.T) {
 	v := newVictim(t)
 	v.on("/manifests/v1", body(v.manifest.body, "Content-Type", ocispec.MediaTypeImageManifest, "Docker-Content-Digest", "blake9:"+strings.Repeat("a", 64)))

@@ -48,8 +48,8 @@ func TestPullHeaderNamesSecret(t *testing.T) {
 	}
 }
 
-// With SeparateRegistries, a manifest that names the digest of a secret gets nothing: the registry must send
-// the bytes. Bytes that the same registry has sent before are used.
+// With SeparateRegistries, a manifest that names the digest of a secret gets nothing: the registry
+// must send the bytes. Bytes that the same registry has sent before are used.
 func TestPullSeparateRegistries(t *testing.T) {
 	remote := &ocilocal.Remote{Retry: quick}
 	defer remote.CloseIdleConnections()

@@ -21,10 +21,10 @@ import (
 // first call, the end of its context would stop the others.
 //
 // The rule: the transfer belongs to no call. It runs until it is done, or until the last waiting
-// call has left. So a call that is alone ends its transfer. The ref of one waiting call is set in the
-// same step as the content is published. Whose ref that is depends on chance, but each call's own
-// policy decides about its own ref. If that is a conflict, the transfer tries the next call's ref,
-// since nothing of a conflict becomes visible.
+// call has left. So a call that is alone ends its transfer. The ref of one waiting call is set in
+// the same step as the content is published. Whose ref that is depends on chance, but each call's
+// own policy decides about its own ref. If that is a conflict, the transfer tries the next call's
+// ref, since nothing of a conflict becomes visible.
 //
 // It is safe because calls share only what they could have fetched themselves. The key holds the
 // client, and so the credentials, the repository, and the options that say what is fetched.
@@ -90,8 +90,8 @@ func (p *puller) transfer(ctx context.Context, m *Manifest) (*PullResult, error)
 	return nil, fmt.Errorf("%w: %s is collected again and again while it is pulled", ErrIncomplete, p.ref)
 }
 
-// join returns the transfer of a manifest that is under way, or starts one. The call gets reports on
-// the transfer until it calls unfollow.
+// join returns the transfer of a manifest that is under way, or starts one. The call gets reports
+// on the transfer until it calls unfollow.
 func (p *puller) join(ctx context.Context, m *Manifest) (_ *sharedPull, unfollow func(), err error) {
 	r := p.registry
 	key := fmt.Sprintf("%p %s %s %d %t", p.repo.remote, p.ref.Name(), m.Digest(), p.opts.MaxBytes, p.opts.Verify)

@@ -23,7 +23,8 @@ import (
 	"github.com/ocilocal/ocilocal"
 )
 
-// A gate holds back the answers for one blob until it is opened. asked gets one for each manifest that was asked for.
+// A gate holds back the answers for one blob until it is opened. asked gets one for each manifest
+// that was asked for.
 type gate struct {
 	open  chan struct{}
 	asked chan struct{}
@@ -105,7 +106,8 @@ func TestPullShared(t *testing.T) {
 	}
 }
 
-// Sixteen calls for an artifact of 32 MiB receive, and have on the disk at any time, little more than that.
+// Sixteen calls for an artifact of 32 MiB receive, and have on the disk at any time, little more
+// than that.
 func TestPullSharedStores(t *testing.T) {
 	const calls = 16
 	s := newServer(t)
@@ -137,7 +139,8 @@ func TestPullSharedStores(t *testing.T) {
 	}
 }
 
-// peakSize adds up the files of blobs/ and tmp/ again and again until peak is called, which returns the largest sum.
+// peakSize adds up the files of blobs/ and tmp/ again and again until peak is called, which returns
+// the largest sum.
 func peakSize(t testing.TB, root string) (peak func() int64) {
 	largest, stop, done := int64(0), make(chan struct{}), make(chan struct{})
 	go func() {
@@ -173,7 +176,8 @@ func peakSize(t testing.TB, root string) (peak func() int64) {
 	}
 }
 
-// A call whose context ends leaves, and the others get what they wait for. The last one to leave ends the transfer.
+// A call whose context ends leaves, and the others get what they wait for. The last one to leave
+// ends the transfer.
 func TestPullSharedCancelled(t *testing.T) {
 	s := newServer(t)
 	large := noise(1, 2<<20)
@@ -295,7 +299,8 @@ func mustResolve(t testing.TB, r *ocilocal.LocalRegistry, ref ocilocal.Reference
 	return d
 }
 
-// A call that has returned the end of its context gets no ref later, although the transfer goes on for others.
+// A call that has returned the end of its context gets no ref later, although the transfer goes on
+// for others.
 func TestPullSharedLeft(t *testing.T) {
 	s := newServer(t)
 	large := noise(1, 2<<20)
@@ -348,8 +353,8 @@ func TestPullSharedLeft(t *testing.T) {
 	mustClose(t, r)
 }
 
-// A function of the caller that panics or ends its goroutine does so for each call that shares the transfer, and for
-// no other. The registry and the Remote go on.
+// A function of the caller that panics or ends its goroutine does so for each call that shares the
+// transfer, and for no other. The registry and the Remote go on.
 func TestPullSharedPanic(t *testing.T) {
 	for name, leave := range map[string]func(){"panic": func() { panic("the caller's own") }, "goexit": runtime.Goexit} {
 		t.Run(name, func(t *testing.T) {

@@ -247,7 +247,7 @@ func descOf(a *ocilocal.LocalArtifact) *ocispec.Descriptor {
 	return &ocispec.Descriptor{MediaType: d.MediaType, Digest: d.Digest, Size: d.Size}
 }
 
-// Push overwrites a remote tag, unless that isn't where it is expected.
+// Push overwrites a remote tag, unless the tag is not at the expected digest.
 func TestPushExpected(t *testing.T) {
 	s := newServer(t)
 	r := openRemote(t, nil)
@@ -309,7 +309,8 @@ func TestReferrersTravel(t *testing.T) {
 	}
 }
 
-// withoutFile removes the file of a blob or manifest. Its rows stay, as after a collector that was killed.
+// withoutFile removes the file of a blob or manifest. Its rows stay, as after a collector that was
+// killed.
 func withoutFile(t testing.TB, r *ocilocal.LocalRegistry, d digest.Digest) {
 	t.Helper()
 	if err := os.Remove(blobFile(r, d)); err != nil {
@@ -317,7 +318,7 @@ func withoutFile(t testing.TB, r *ocilocal.LocalRegistry, d digest.Digest) {
 	}
 }
 
-// A referrer that isn't here whole is left out, and the others are pushed.
+// A referrer that lacks content is left out, and the others are pushed.
 func TestPushReferrersSkipped(t *testing.T) {
 	s := newServer(t)
 	r := openRemote(t, nil)
@@ -337,7 +338,8 @@ func TestPushReferrersSkipped(t *testing.T) {
 	mustFail(t, err, ocilocal.ErrIncomplete)
 }
 
-// A login that may only read pushes an artifact with a subject, if it is there and listed as a referrer.
+// A login that may only read pushes an artifact with a subject, if it is there and listed as a
+// referrer.
 func TestPushReadOnlyLogin(t *testing.T) {
 	for _, noReferrers := range []bool{false, true} {
 		t.Run(fmt.Sprint(noReferrers), func(t *testing.T) {
