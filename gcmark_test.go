@@ -201,6 +201,24 @@ func TestGCUnsafe(t *testing.T) {
 			}
 		})
 	}
+	// Of these rows the collector cannot tell which manifests they belong to.
+	for name, damage := range map[string]func(a, first *ocilocal.LocalArtifact) string{
+		"layer":    func(_, _ *ocilocal.LocalArtifact) string { return sqlID(digest.FromString("one")) },
+		"manifest": func(a, _ *ocilocal.LocalArtifact) string { return sqlID(a.Digest()) },
+		"subject":  func(_, first *ocilocal.LocalArtifact) string { return sqlID(first.Digest()) },
+	} {
+		r := openTemp(t, nil)
+		first := published(t, r, "example.com/a:0", "zero", nil)
+		a := published(t, r, "example.com/a:1", "one", first)
+		execIndex(t, r.Root(), "DELETE FROM content WHERE id = "+damage(a, first))
+		before := blobNames(t, r)
+		if _, err := r.GC(t.Context(), atOnce); !errors.Is(err, ocilocal.ErrUnsafe) && !errors.Is(err, ocilocal.ErrCorruptIndex) {
+			t.Errorf("row of the %s's content is lost: %v", name, err)
+		}
+		if !slices.Equal(before, blobNames(t, r)) {
+			t.Errorf("row of the %s's content is lost: something was deleted", name)
+		}
+	}
 	// What the first publish has left, if it was killed, can be collected.
 	r := openTemp(t, nil)
 	published(t, r, "example.com/a:1", "one", nil)

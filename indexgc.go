@@ -4,6 +4,7 @@ import (
 	"context"
 	"database/sql"
 	"errors"
+	"fmt"
 	"time"
 
 	"github.com/opencontainers/go-digest"
@@ -13,8 +14,9 @@ import (
 const (
 	// The table itself is read, and not its index, which may lack a row when it is damaged.
 	sqlRefTargets   = `SELECT name, reference, digest FROM refs WHERE (name, reference) > (?, ?) ORDER BY name, reference LIMIT ?`
-	sqlManifestRows = `SELECT m.id, m.digest, s.digest FROM manifests m LEFT JOIN content s ON s.id = m.subject WHERE m.id > ? ORDER BY m.id LIMIT ?`
-	sqlMemberRows   = `SELECT m.manifest, m.position, p.digest, m.role, c.digest, c.present FROM members m LEFT JOIN content p ON p.id = m.manifest LEFT JOIN content c ON c.id = m.content
+	sqlManifestRows = `SELECT m.id, m.digest, s.digest, coalesce(c.digest = m.digest, 0) FROM manifests m
+		LEFT JOIN content c ON c.id = m.id LEFT JOIN content s ON s.id = m.subject WHERE m.id > ? ORDER BY m.id LIMIT ?`
+	sqlMemberRows = `SELECT m.manifest, m.position, p.digest, m.role, c.digest, c.present FROM members m LEFT JOIN content p ON p.id = m.manifest LEFT JOIN content c ON c.id = m.content
 		WHERE (m.manifest, m.position) > (?, ?) ORDER BY m.manifest, m.position LIMIT ?`
 	sqlBlobRows = `SELECT id, digest, size, kind, created FROM content WHERE id > ? AND present ORDER BY id LIMIT ?`
 
@@ -68,7 +70,9 @@ func (x *index) dangling(ctx context.Context) ([]digest.Digest, error) {
 	return readRows(ctx, x, sqlDangling, 0, nil, scanDigest)
 }
 
-// manifestRows visits every manifest with its subject.
+// manifestRows visits every manifest with its subject. A manifest whose row in content is lost or
+// another's is an [ErrCorruptIndex]: by its digest nobody finds what it needs, so that a collection
+// would delete that.
 func (x *index) manifestRows(ctx context.Context, visit func(d, subject digest.Digest)) error {
 	type row struct {
 		id         int64
@@ -76,8 +80,12 @@ func (x *index) manifestRows(ctx context.Context, visit func(d, subject digest.D
 	}
 	p := paging[row]{text: sqlManifestRows, size: gcPage, scan: func(rows *sql.Rows) (r row, err error) {
 		var b, subject sql.RawBytes
-		if err = rows.Scan(&r.id, &b, &subject); err == nil {
+		var whole bool
+		if err = rows.Scan(&r.id, &b, &subject, &whole); err == nil {
 			r.d, err = digestFromBytes(b)
+		}
+		if err == nil && !whole {
+			err = fmt.Errorf("%w: manifest %s has no row as a blob", ErrCorruptIndex, r.d)
 		}
 		if err == nil && subject != nil {
 			r.subject, err = digestFromBytes(subject)
@@ -91,8 +99,8 @@ func (x *index) manifestRows(ctx context.Context, visit func(d, subject digest.D
 }
 
 // memberRows visits every pair of a manifest and what it names, a manifest's one after the other,
-// and says of each whether it is recorded as absent. It leaves out a pair of which one has lost its
-// row in a damaged index: nothing says what it was.
+// and says of each whether it is recorded as absent. A pair of which one has lost its row in a
+// damaged index is an [ErrCorruptIndex]: nothing says what it was.
 func (x *index) memberRows(ctx context.Context, visit func(manifest digest.Digest, kind role, d digest.Digest, absent bool)) error {
 	type row struct {
 		id          int64 // of manifest
@@ -106,7 +114,7 @@ func (x *index) memberRows(ctx context.Context, visit func(manifest digest.Diges
 		var b, manifest sql.RawBytes
 		var kind int
 		var present sql.NullBool
-		if err = rows.Scan(&r.id, &r.position, &manifest, &kind, &b, &present); err != nil || b == nil || manifest == nil {
+		if err = rows.Scan(&r.id, &r.position, &manifest, &kind, &b, &present); err != nil {
 			return r, err
 		}
 		r.kind, r.absent = numberedRole(kind), !present.Bool
@@ -120,9 +128,7 @@ func (x *index) memberRows(ctx context.Context, visit func(manifest digest.Diges
 		return r, err
 	}, after: func(r row) []any { return []any{r.id, r.position} }}
 	return p.each(ctx, x, []any{int64(0), -1}, func(r row) error {
-		if r.manifest != "" {
-			visit(r.manifest, r.kind, r.d, r.absent)
-		}
+		visit(r.manifest, r.kind, r.d, r.absent)
 		return nil
 	})
 }
