@@ -190,9 +190,6 @@ func (t IndexTx) SetUnnamed(d digest.Digest, entry string, since time.Time) erro
 	return t.tx.setUnnamed(d, entry, since)
 }
 
-// DropUnnamed takes a manifest out of that list.
-func (t IndexTx) DropUnnamed(d digest.Digest) error { return t.tx.dropUnnamed(d) }
-
 // SetRefEntry sets what else an index.json says of a ref.
 func (t IndexTx) SetRefEntry(ref Reference, entry string) error {
 	name, reference := ref.key()
@@ -202,30 +199,18 @@ func (t IndexTx) SetRefEntry(ref Reference, entry string) error {
 // Delete removes the rows of a manifest or blob.
 func (t IndexTx) Delete(d digest.Digest) error { return t.tx.delete(d) }
 
-// Holds returns the holds of a digest, then those of a repository, then all.
-func Holds(ctx context.Context, r *LocalRegistry, d digest.Digest, name string) (of, in, all []string, err error) {
+// Holds returns the holds of a repository, then all.
+func Holds(ctx context.Context, r *LocalRegistry, name string) (in, all []string, err error) {
 	text := func(h holdRow) string { return fmt.Sprint(h.name, " ", h.digest, " ", h.since.UnixMicro()) }
-	rows, err := holdsOf(r.index, d)
-	for _, h := range rows {
-		of = append(of, text(h))
-	}
-	if err == nil {
-		err = holdsIn(ctx, r.index, name, func(h holdRow) error { in = append(in, text(h)); return nil })
-	}
+	err = holdsIn(ctx, r.index, name, func(h holdRow) error { in = append(in, text(h)); return nil })
 	if err == nil {
 		err = holds(ctx, r.index, func(h holdRow) error { all = append(all, text(h)); return nil })
 	}
-	return of, in, all, err
+	return in, all, err
 }
 
-// Unnamed returns the manifests that were imported by digest.
-func Unnamed(ctx context.Context, r *LocalRegistry) (all []string, err error) {
-	err = unnamedManifests(ctx, r.index, func(u unnamedRow) error {
-		all = append(all, fmt.Sprint(u.digest, " ", u.since.UnixMicro(), " ", u.entry))
-		return nil
-	})
-	return all, err
-}
+// UnnamedEntry returns what an index.json said of a manifest that was imported by digest.
+func UnnamedEntry(r *LocalRegistry, d digest.Digest) (string, error) { return unnamedEntry(r.index, d) }
 
 // RefDetails returns what the index says of a ref besides its descriptor.
 func RefDetails(r *LocalRegistry, ref Reference) (created, moved, used time.Time, entry string, ok bool, err error) {

@@ -8,22 +8,20 @@ import (
 	"github.com/opencontainers/go-digest"
 )
 
-// A manifest or blob can be kept without a ref: by a hold of the repository that it was put into,
-// until that is dropped or too old; or, as a manifest that was imported by digest, in the list of
-// those. The rows only say so. Collection decides what they are worth.
+// Some content has no ref. A hold keeps it for the repository that it was put into, until that
+// repository drops the hold or it is too old. A row of unnamed keeps what an index.json said of a
+// manifest that was imported by digest. These rows only say so: a collection decides what holds are
+// worth.
 
 const (
 	sqlSetHold     = `INSERT INTO holds (name, content, since) SELECT ?1, id, ?3 FROM content WHERE digest = ?2 ON CONFLICT (name, content) DO UPDATE SET since = excluded.since`
 	sqlDropHold    = `DELETE FROM holds WHERE name = ? AND content = (SELECT id FROM content WHERE digest = ?)`
 	sqlExpireHolds = `DELETE FROM holds WHERE content = (SELECT id FROM content WHERE digest = ?) AND since <= ?`
-	sqlHoldsOf     = `SELECT h.name, h.content, c.digest, h.since FROM content c CROSS JOIN holds h WHERE c.digest = ? AND h.content = c.id ORDER BY h.name`
 	sqlHoldsIn     = `SELECT h.name, h.content, c.digest, h.since FROM holds h CROSS JOIN content c WHERE h.name = ? AND h.content > ? AND c.id = h.content ORDER BY h.content LIMIT ?`
 	sqlHolds       = `SELECT h.name, h.content, c.digest, h.since FROM holds h CROSS JOIN content c WHERE (h.name, h.content) > (?, ?) AND c.id = h.content ORDER BY h.name, h.content LIMIT ?`
 
 	sqlSetUnnamed  = `INSERT INTO unnamed (manifest, since, entry) SELECT id, ?2, ?3 FROM content WHERE digest = ?1 ON CONFLICT (manifest) DO UPDATE SET since = excluded.since, entry = excluded.entry`
-	sqlDropUnnamed = `DELETE FROM unnamed WHERE manifest = (SELECT id FROM content WHERE digest = ?)`
 	sqlUnnamedFact = `SELECT entry FROM unnamed WHERE manifest = (SELECT id FROM content WHERE digest = ?)`
-	sqlUnnamed     = `SELECT u.manifest, m.digest, u.since, u.entry FROM unnamed u CROSS JOIN manifests m WHERE u.manifest > ? AND m.id = u.manifest ORDER BY u.manifest LIMIT ?`
 )
 
 // A holdRow says that a repository keeps content that no ref may lead to.
@@ -66,11 +64,6 @@ func (t *indexTx) expireHolds(d digest.Digest, before time.Time) error {
 	return err
 }
 
-// holdsOf returns all holds of a digest.
-func holdsOf(q queryer, d digest.Digest) ([]holdRow, error) {
-	return readRows(context.Background(), q, sqlHoldsOf, 0, []any{digestBytes(d)}, scanHold)
-}
-
 // holdsIn visits a repository's holds.
 func holdsIn(ctx context.Context, q queryer, name string, visit func(holdRow) error) error {
 	p := paging[holdRow]{text: sqlHoldsIn, size: gcPage, scan: scanHold, after: func(h holdRow) []any { return []any{name, h.id} }}
@@ -83,14 +76,6 @@ func holds(ctx context.Context, q queryer, visit func(holdRow) error) error {
 	return p.each(ctx, q, []any{"", int64(0)}, visit)
 }
 
-// An unnamedRow is a manifest that was imported by digest.
-type unnamedRow struct {
-	digest digest.Digest
-	since  time.Time
-	entry  string // what else an index.json said of it: canonical JSON, "" for nothing
-	id     int64
-}
-
 // setUnnamed records that a manifest, whose rows must exist, was imported by digest.
 func (t *indexTx) setUnnamed(d digest.Digest, entry string, since time.Time) error {
 	n, err := t.exec(sqlSetUnnamed, digestBytes(d), since.UnixMicro(), entry)
@@ -100,28 +85,9 @@ func (t *indexTx) setUnnamed(d digest.Digest, entry string, since time.Time) err
 	return err
 }
 
-// dropUnnamed takes a manifest out of the list of those that were imported by digest.
-func (t *indexTx) dropUnnamed(d digest.Digest) error {
-	_, err := t.exec(sqlDropUnnamed, digestBytes(d))
-	return err
-}
-
-// unnamedEntry returns what an index.json said of a manifest that was imported by digest, "" for nothing.
+// unnamedEntry returns what an index.json said of a manifest that was imported by digest, "" for
+// nothing.
 func unnamedEntry(q queryer, d digest.Digest) (entry string, err error) {
 	_, err = q.row(sqlUnnamedFact, []any{digestBytes(d)}, &entry)
 	return entry, err
-}
-
-// unnamedManifests visits the manifests that were imported by digest.
-func unnamedManifests(ctx context.Context, q queryer, visit func(unnamedRow) error) error {
-	p := paging[unnamedRow]{text: sqlUnnamed, size: gcPage, scan: func(rows *sql.Rows) (u unnamedRow, err error) {
-		var b sql.RawBytes
-		var micro int64
-		if err = rows.Scan(&u.id, &b, &micro, &u.entry); err == nil {
-			u.since = time.UnixMicro(micro)
-			u.digest, err = digestFromBytes(b)
-		}
-		return u, err
-	}, after: func(u unnamedRow) []any { return []any{u.id} }}
-	return p.each(ctx, q, []any{int64(0)}, visit)
 }

@@ -149,7 +149,8 @@ func digestBytes(d digest.Digest) []byte {
 	return append([]byte{byte(slices.Index(digestAlgorithms[:], d.Algorithm()))}, b...)
 }
 
-// digestFromBytes returns the digest that a row holds. Errors: [ErrCorruptIndex].
+// digestFromBytes returns the digest that a row holds, or that of the row at which one points.
+// Errors: [ErrCorruptIndex].
 func digestFromBytes(b []byte) (digest.Digest, error) {
 	if len(b) > 0 && 0 < b[0] && int(b[0]) < len(digestAlgorithms) {
 		if alg := digestAlgorithms[b[0]]; len(b) == 1+alg.Size() {
@@ -157,6 +158,9 @@ func digestFromBytes(b []byte) (digest.Digest, error) {
 			text = append(append(text, alg...), ':')
 			return digest.Digest(hex.AppendEncode(text, b[1:])), nil
 		}
+	}
+	if b == nil {
+		return "", fmt.Errorf("%w: a row points at content that has no row", ErrCorruptIndex)
 	}
 	return "", fmt.Errorf("%w: %x is not a digest", ErrCorruptIndex, b[:min(len(b), 70)])
 }
