@@ -124,6 +124,11 @@ func createIndex(ctx context.Context, path, id string, schema []schemaVersion, u
 	return indexError(err)
 }
 
+// A flipped bit can turn a text into a blob of the same bytes. SQLite reads the schema all the same,
+// but a copy of the index would lack the object.
+const sqlSchemaRows = `SELECT type, name, tbl_name, coalesce(sql, ''), typeof(type) = 'text' AND typeof(name) = 'text' AND typeof(tbl_name) = 'text'
+	AND typeof(rootpage) = 'integer' AND typeof(sql) IN ('text', 'null') FROM sqlite_schema`
+
 func setVersion(n int) string { return fmt.Sprintf("PRAGMA user_version = %d", n) }
 
 // version returns the index's schema version, and a [*SchemaError] if this program does not know
@@ -174,15 +179,19 @@ func (x *index) checkSchema(ctx context.Context) (version int, err error) {
 	for _, s := range x.schema[version-1].objects {
 		want[s] = true
 	}
-	rows, err := conn.QueryContext(ctx, "SELECT type, name, tbl_name, coalesce(sql, '') FROM sqlite_schema")
+	rows, err := conn.QueryContext(ctx, sqlSchemaRows)
 	if err != nil {
 		return 0, x.openError(err)
 	}
 	defer rows.Close()
 	for rows.Next() {
 		var kind, name, table, text string
-		if err := rows.Scan(&kind, &name, &table, &text); err != nil {
+		var right bool
+		if err := rows.Scan(&kind, &name, &table, &text, &right); err != nil {
 			return 0, x.openError(err)
+		}
+		if !right {
+			return 0, fmt.Errorf("%w: the row of %s in its schema has values of other types", ErrCorruptIndex, printable(name))
 		}
 		switch { // SQLite's own
 		case kind == "index" && text == "" && strings.HasPrefix(name, "sqlite_autoindex_"),

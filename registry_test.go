@@ -127,6 +127,7 @@ func TestRefusedRootUntouched(t *testing.T) {
 			"PRAGMA writable_schema = ON", "UPDATE sqlite_schema SET name = 'sqlite_stat9', sql = replace(sql, 'TRIGGER x', 'TRIGGER sqlite_stat9') WHERE name = 'x'"), ocilocal.ErrForeignIndex},
 		"table's name in other letters": {sqlOn("PRAGMA writable_schema = ON", "UPDATE sqlite_schema SET name = 'mAnifests' WHERE name = 'manifests'"), ocilocal.ErrCorruptIndex},
 		"index of another table":        {sqlOn("PRAGMA writable_schema = ON", "UPDATE sqlite_schema SET tbl_name = 'Refs' WHERE name = 'refs_by_manifest'"), ocilocal.ErrCorruptIndex},
+		"kind that is a blob":           {sqlOn("PRAGMA writable_schema = ON", "UPDATE sqlite_schema SET type = CAST(type AS BLOB) WHERE name = 'holds_by_content'"), ocilocal.ErrCorruptIndex},
 		"lacks a table":                 {sqlOn("DROP TABLE refs"), ocilocal.ErrForeignIndex},
 		"lacks an index":                {sqlOn("DROP INDEX members_by_content"), ocilocal.ErrForeignIndex},
 		"text":                          {fresh(strings.Repeat("not a database\n", 1000)), ocilocal.ErrForeignIndex},
