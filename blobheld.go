@@ -142,7 +142,8 @@ func (s *blobStore) holdNew(ctx context.Context, repository string, src io.Reade
 // mediaTypeBlob is the media type of content of which only the bytes are known.
 const mediaTypeBlob = "application/octet-stream"
 
-// heldFile returns the name and size of a held blob, and [ErrNotFound] if the repository holds none.
+// heldFile returns the name and size of a held blob, and [ErrNotFound] if the repository holds
+// none.
 func (s *blobStore) heldFile(repository string, d digest.Digest) (name string, size int64, err error) {
 	if err := checkDigest(d); err != nil {
 		return "", 0, err

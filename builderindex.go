@@ -18,9 +18,9 @@ type IndexBuilderOptions struct {
 	PublishOptions
 }
 
-// An IndexBuilder makes an image index: a list of manifests that the registry has, such as one image
-// for each platform. Nothing is visible until Build publishes it. It is safe for concurrent use;
-// manifests stand in the order in which the calls that added them returned.
+// An IndexBuilder makes an image index: a list of manifests that the registry has, such as one
+// image for each platform. Nothing is visible until Build publishes it. It is safe for concurrent
+// use; manifests stand in the order in which the calls that added them returned.
 type IndexBuilder struct {
 	registry *LocalRegistry
 	ref      Reference
@@ -65,10 +65,10 @@ func (r *LocalRegistry) NewIndexBuilder(ref Reference, opts *IndexBuilderOptions
 	return b, nil
 }
 
-// AddManifest adds a manifest, or an image index, that the registry has, and returns its descriptor.
-// desc needs only a Digest. Its Platform, Annotations, ArtifactType and URLs are written as they
-// are; MediaType and Size are the registry's. Until Build the manifest needs a ref, or a collection
-// may delete it.
+// AddManifest adds a manifest, or an image index, that the registry has, and returns its
+// descriptor. desc needs only a Digest. Its Platform, Annotations, ArtifactType and URLs are
+// written as they are; MediaType and Size are the registry's. Until Build the manifest needs a ref,
+// or a collection may delete it.
 //
 // Errors:
 //   - [ErrNotFound]: the registry does not have the manifest

@@ -26,12 +26,12 @@ type GCOptions struct {
 	// long as the one that it was derived from.
 	DropReferrers bool
 	// Held is for how long a [Repository] holds blobs that no manifest there names, and manifests
-	// without a tag. Zero means 24 hours. Blobs stay up to six hours longer, and a manifest stays as
-	// long as its subject. The grace does not matter. [NoGrace] deletes them at once, and so breaks
-	// pushes that are under way.
+	// without a tag. Zero means 24 hours. Blobs stay up to six hours longer, and a manifest stays
+	// as long as its subject. The grace does not matter. [NoGrace] deletes them at once, and so
+	// breaks pushes that are under way.
 	Held time.Duration
-	// Progress, if not nil, is told how far the collection is. Items are the blobs and manifests that it
-	// deletes, and skipped ones those that came into use before their turn.
+	// Progress, if not nil, is told how far the collection is. Items are the blobs and manifests
+	// that it deletes, and skipped ones those that came into use before their turn.
 	Progress func(Progress)
 }
 

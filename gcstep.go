@@ -116,7 +116,8 @@ func (s *gcSweep) plan() {
 	s.meter.planned(PhaseDelete)
 }
 
-// tell reports nodes whose turn is over, outside of the transaction, because the caller's function runs then.
+// tell reports nodes whose turn is over, outside of the transaction, because the caller's function
+// runs then.
 func (s *gcSweep) tell(nodes []int32) {
 	for _, i := range nodes {
 		desc := s.nodes[i].descriptor()
@@ -128,10 +129,10 @@ func (s *gcSweep) tell(nodes []int32) {
 	}
 }
 
-// dropHolds removes the rows of holds that are too old, of manifests that nothing else keeps. As long
-// as something else does, such as the subject of a held signature, the rows stay: they say that the
-// repository shows the manifest. On a full disk nothing is removed, and what is held stays until
-// the next collection.
+// dropHolds removes the rows of holds that are too old, of manifests that nothing else keeps. As
+// long as something else does, such as the subject of a held signature, the rows stay: they say
+// that the repository shows the manifest. On a full disk nothing is removed, and what is held stays
+// until the next collection.
 func (s *gcSweep) dropHolds(ctx context.Context) error {
 	var expired []digest.Digest
 	for _, i := range s.todo {

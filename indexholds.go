@@ -8,10 +8,10 @@ import (
 )
 
 // A repository shows what its refs and holds lead to. There are two ways to find out whether it
-// shows a digest. Going up, from the digest to the manifests that need it, takes as long as these are
-// many: usually one or two, but every artifact without a config needs the blob "{}". Going down,
-// from all that the repository has, takes as long as that is large. So a search goes up for a while,
-// and then down.
+// shows a digest. Going up, from the digest to the manifests that need it, takes as long as these
+// are many: usually one or two, but every artifact without a config needs the blob "{}". Going
+// down, from all that the repository has, takes as long as that is large. So a search goes up for a
+// while, and then down.
 
 const (
 	// What leads to ?1, itself included, at most ?4 rows, and of each whether a ref or hold of the

@@ -200,8 +200,8 @@ func (p *Repository) OpenFile(ctx context.Context, d digest.Digest) (_ *BlobFile
 	return &BlobFile{f: f, size: size}, nil
 }
 
-// Resolve returns media type, digest and size of the manifest that a tag or digest of the repository
-// names. It reads only the index.
+// Resolve returns media type, digest and size of the manifest that a tag or digest of the
+// repository names. It reads only the index.
 //
 // Errors: [ErrNotFound], [ErrInvalidReference], [ErrCorruptIndex], [ErrIndexIO], and any error from
 // ctx.
@@ -306,8 +306,8 @@ func (p *Repository) TagList(ctx context.Context, last string, limit int) (tags 
 	return tags, nil
 }
 
-// Predecessors returns the manifests in the repository that point at desc: its referrers, with their
-// annotations, and the manifests that need it. Both are read from the index, in pages.
+// Predecessors returns the manifests in the repository that point at desc: its referrers, with
+// their annotations, and the manifests that need it. Both are read from the index, in pages.
 //
 // Errors: [ErrInvalidDigest], [ErrCorruptIndex], [ErrIndexIO], and any error from ctx.
 func (p *Repository) Predecessors(ctx context.Context, desc ocispec.Descriptor) (found []ocispec.Descriptor, err error) {

@@ -77,8 +77,8 @@ func fetched(p *ocilocal.Repository, desc ocispec.Descriptor) (string, error) {
 	return string(b), errors.Join(err, rc.Close())
 }
 
-// TestRepository: what is pushed is shown by tag and digest, in this repository and in no other, and
-// survives a collection without grace.
+// TestRepository: what is pushed is shown by tag and digest, in this repository and in no other,
+// and survives a collection without grace.
 func TestRepository(t *testing.T) {
 	r := openTemp(t, nil)
 	p, other := repository(t, r, "localhost/org/app"), repository(t, r, "localhost/org/other")

@@ -38,8 +38,8 @@ func (p *Repository) Untag(ctx context.Context, reference string) (err error) {
 	})
 }
 
-// Delete deletes a manifest, if the media type is one of a manifest, and otherwise a blob. Errors are
-// those of [Repository.DeleteManifest] and [Repository.DeleteBlob].
+// Delete deletes a manifest, if the media type is one of a manifest, and otherwise a blob. Errors
+// are those of [Repository.DeleteManifest] and [Repository.DeleteBlob].
 func (p *Repository) Delete(ctx context.Context, desc ocispec.Descriptor) error {
 	if formOf(desc.MediaType) != 0 {
 		return p.DeleteManifest(ctx, desc.Digest)

@@ -37,8 +37,8 @@ func (p *Repository) PutBlob(ctx context.Context, src io.Reader, want digest.Dig
 	return p.registry.blobs.holdNew(ctx, p.name, src, digest.SHA256, want, size)
 }
 
-// adoptFile is PutBlob for a file below tmp/ of the root, which it moves. It hashes the bytes unless
-// they are known to be those of the digest.
+// adoptFile is PutBlob for a file below tmp/ of the root, which it moves. It hashes the bytes
+// unless they are known to be those of the digest.
 func (p *Repository) adoptFile(ctx context.Context, name string, d digest.Digest, size int64, verified bool) (_ ocispec.Descriptor, err error) {
 	if err := checkDigest(d); err != nil {
 		return ocispec.Descriptor{}, err

@@ -133,8 +133,8 @@ func checkNoRefs(t *testing.T, r *ocilocal.LocalRegistry) {
 	}
 }
 
-// TestHeldBlobs: what PutBlob has acknowledged stays, for every process, through collections with no
-// grace and the death of the process, until the option says otherwise.
+// TestHeldBlobs: what PutBlob has acknowledged stays, for every process, through collections with
+// no grace and the death of the process, until the option says otherwise.
 func TestHeldBlobs(t *testing.T) {
 	root, a, b := twoHandles(t)
 	manifest, config := image("layer")
@@ -308,8 +308,8 @@ func TestHeldManifests(t *testing.T) {
 	checkCollected(t, b.Root(), model{"localhost/app:put": {""}})
 }
 
-// TestHeldReferrers: a referrer that a repository holds stays there as long as its subject, which it
-// does not keep itself.
+// TestHeldReferrers: a referrer that a repository holds stays there as long as its subject, which
+// it does not keep itself.
 func TestHeldReferrers(t *testing.T) {
 	r := openTemp(t, nil)
 	p := repository(t, r, "localhost/app")
