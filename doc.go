@@ -172,6 +172,9 @@
 // Before a blob is sent, it is verified, or it is verified on the way and breaks off before its last
 // byte. A handle verifies a file once, as long as that is not changed.
 //
+// With an [Upstream] the handler is a mirror: it pulls what is not here, once for all callers. It
+// serves what it has while the other registry is down.
+//
 // The zero HandlerOptions are for tests and for programs of one user. Before other machines can
 // reach the handler, set:
 //   - [HandlerOptions.Authorize] or [HandlerOptions.ReadOnly]. Without them everybody may push and

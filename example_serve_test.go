@@ -106,3 +106,38 @@ func ExampleHandlerOptions_authorize() {
 	// true
 	// 2 blobs sent
 }
+
+// A mirror of a registry: it pulls what it does not have, and serves it also while the registry is
+// down.
+func ExampleUpstream() {
+	ctx := context.Background()
+	origin, done := scratch()
+	defer done()
+	note(origin, "localhost/team/note:v1", "one")
+	server := httptest.NewServer(origin.Handler(nil))
+
+	cache, doneToo := scratch()
+	defer doneToo()
+	mirror := httptest.NewServer(cache.Handler(&ocilocal.HandlerOptions{
+		ReadOnly: true,
+		Upstream: &ocilocal.Upstream{Host: strings.TrimPrefix(server.URL, "http://")},
+	}))
+	defer mirror.Close()
+
+	client, doneThree := scratch()
+	defer doneThree()
+	remote := &ocilocal.Remote{}
+	ref := ocilocal.MustParseReference(strings.TrimPrefix(mirror.URL, "http://") + "/team/note:v1")
+	desc, err := remote.Resolve(ctx, ref)
+	if err != nil {
+		log.Fatal(err)
+	}
+	server.Close()
+	pulled, err := client.Pull(ctx, ref, nil)
+	if err != nil {
+		log.Fatal(err)
+	}
+	fmt.Println(pulled.Artifact.Digest() == desc.Digest)
+	// Output:
+	// true
+}

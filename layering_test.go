@@ -35,7 +35,7 @@ var families = map[string]family{
 	"import": {4, ""}, "importoci": {4, "oci"}, "archive": {4, "archive"}, "importlegacy": {5, "ommx"}, "importommx": {6, "ommx"},
 	"export": {5, "export"}, "importload": {6, ""},
 	"remote": {2, "remote"}, "pull": {5, "remote"}, "push": {5, "remote"},
-	"repair": {7, ""}, "serve": {5, "serve"},
+	"repair": {7, ""}, "serve": {6, ""},
 }
 
 // lowestPart is the highest rank on which the ways in and out are built.

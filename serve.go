@@ -25,6 +25,8 @@ type HandlerOptions struct {
 	// [*ChallengeError] answers 401 with its challenge, and any other error answers 403. The text of
 	// the error is not sent. A mount asks for ActionPull of the other repository, too.
 	Authorize func(r *http.Request, repository string, action Action) error
+	// Upstream, if not nil, is a registry from which misses are pulled.
+	Upstream *Upstream
 	// ReadOnly refuses pushes and deletions with 405.
 	ReadOnly bool
 	// MaxBlobSize, if positive, is how many bytes a blob may have that is pushed.
@@ -107,7 +109,8 @@ type handler struct {
 	largeManifests chan struct{}
 
 	mu     sync.Mutex
-	hashes map[string]uploadHash // of uploads, by id: see takeHash
+	hashes map[string]uploadHash   // of uploads, by id: see takeHash
+	asked  map[Reference]time.Time // when the upstream was asked for a tag
 }
 
 // Handler returns a handler that serves the registry by the API of the OCI distribution
@@ -121,7 +124,7 @@ type handler struct {
 // The handler answers 503 after [LocalRegistry.Close]. A registry that is open read-only is served
 // read-only.
 func (r *LocalRegistry) Handler(opts *HandlerOptions) http.Handler {
-	h := &handler{registry: r, hashes: map[string]uploadHash{}, largeManifests: make(chan struct{}, maxLargeManifests)}
+	h := &handler{registry: r, hashes: map[string]uploadHash{}, asked: map[Reference]time.Time{}, largeManifests: make(chan struct{}, maxLargeManifests)}
 	if opts != nil {
 		h.opts = *opts
 	}

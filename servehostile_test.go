@@ -25,7 +25,7 @@ import (
 func TestServeHostile(t *testing.T) {
 	t.Parallel()
 	r := openTemp(t, nil)
-	s := serveAt(t, r, &ocilocal.HandlerOptions{StallTimeout: 50 * time.Millisecond})
+	s := serveAt(t, r, &ocilocal.HandlerOptions{StallTimeout: 500 * time.Millisecond})
 	d := digestOfText("0123456789")
 	post := "POST /v2/org/app/blobs/uploads/?digest=" + string(d) + " HTTP/1.1\r\nHost: x\r\n"
 	put := "PUT /v2/org/app/manifests/v1 HTTP/1.1\r\nHost: x\r\n"

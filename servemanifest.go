@@ -19,7 +19,7 @@ func (x *exchange) reference() string {
 
 // getManifest serves GET and HEAD of a manifest. HEAD reads only the index.
 func (x *exchange) getManifest() error {
-	desc, err := x.repo.Resolve(x.r.Context(), x.reference())
+	desc, err := x.resolve()
 	if err != nil {
 		return err
 	}
