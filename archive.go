@@ -25,32 +25,37 @@ const (
 	// no use for it. The first bytes are free because they hurt nobody.
 	maxGzipRatio    = 200
 	gzipRatioFreeBy = 64 << 20
-	// Tools fill up the last record of a tar, with up to 10 KiB if not told otherwise.
+	// Tools fill up the last record of a tar, by default with up to 10 KiB.
 	maxArchiveTail = 16 << 20
 )
 
 // ImportArchive imports an OCI archive (a layout directory as a tar, plain or
-// gzipped, such as OMMX's .ommx) from a stream: entries in any order, without
-// oci-layout too. Blobs go straight into the store; those that no chosen
-// manifest needs are dropped. Every entry of index.json keeps its bytes and digest.
-// src is read on behind the archive, to its end or for 16 MiB, so that whoever writes it can finish.
-// A blob may shrink to nearly nothing under gzip; what else a gzipped archive holds may not.
+// gzipped, such as OMMX's .ommx) from a stream. Its files may come in any order, and oci-layout may
+// be missing. Blobs go straight into the store; those that no chosen manifest needs are dropped.
+// A blob that the registry has is read and compared, and not written. Every entry of index.json
+// keeps its bytes and digest.
 //
-// Either all is published or nothing, but for entries whose refs are kept: see
-// [ImportResult.Conflicts]. Errors: [ErrInvalidLayout],
-// [ErrInvalidManifest], [ErrIncomplete], [ErrDigestMismatch],
-// [ErrSizeMismatch], [ErrUnsupportedMediaType], [ErrTooLarge],
-// [ErrArtifactType] for what Options.ArtifactTypes doesn't have, [ErrReadOnly],
-// [ErrBusy], [ErrClosed], [ErrNotFound]
-// and [ErrInvalidArgument] for options that fit no entry, [*ConflictError] if the only entry
-// conflicts, together with the result, ctx's, src's, and the file system's.
+// After the end of the archive, src is read to its own end, or for 16 MiB, so that its writer can
+// finish. A blob may shrink to nearly nothing under gzip; the rest of a gzipped archive may not.
+//
+// Either everything is published or nothing, except entries whose refs are kept: see
+// [ImportResult.Conflicts].
+//
+// Errors:
+//   - [*ConflictError], together with the result, if the only entry conflicts
+//   - [ErrInvalidLayout], [ErrInvalidManifest], [ErrIncomplete], [ErrDigestMismatch],
+//     [ErrSizeMismatch], [ErrUnsupportedMediaType], [ErrTooLarge]: the content
+//   - [ErrNotFound], [ErrInvalidArgument], [ErrBareName]: options that fit no entry
+//   - [ErrArtifactType]: a type that [Options.ArtifactTypes] does not have
+//   - [ErrReadOnly], [ErrBusy], [ErrNoSpace], [ErrClosed]
+//   - any error from ctx, src or the file system
 func (r *LocalRegistry) ImportArchive(ctx context.Context, src io.Reader, opts *ImportOptions) (*ImportResult, error) {
 	result, err := r.importArchive(ctx, src, opts)
 	return result, opError("import archive", "", "", err)
 }
 
 // ImportArchiveFile is [LocalRegistry.ImportArchive] from a regular file. The registry's
-// own index, and what is no regular file, is refused with [ErrInvalidArgument].
+// own index, and anything else than a regular file, is [ErrInvalidArgument].
 func (r *LocalRegistry) ImportArchiveFile(ctx context.Context, name string, opts *ImportOptions) (*ImportResult, error) {
 	result, err := r.importArchiveFile(ctx, name, opts)
 	return result, opError("import archive", name, "", err)
@@ -104,7 +109,8 @@ func (r *LocalRegistry) importArchiveMetered(ctx context.Context, src io.Reader,
 	return im.run(ctx, index)
 }
 
-// InspectArchive reads what an archive says of itself, without any registry.
+// InspectArchive lists the entries of an archive and counts its blobs, without a registry. It
+// verifies nothing. If src can seek and is not compressed, blobs are not read.
 // Errors: those of [LocalRegistry.ImportArchive] that concern the archive's form.
 func InspectArchive(ctx context.Context, src io.Reader) (*Inspection, error) {
 	in, err := inspectArchive(ctx, src)

@@ -259,7 +259,8 @@ func TestImportArchiveCut(t *testing.T) {
 			}
 			nothingCame(t, r)
 		}
-		// Of a tar, the two empty blocks at the end may be missing, and of these any part. Of a gzip stream nothing may.
+		// Of a tar, the two empty blocks at the end may be missing, and of these any part. Of a
+		// gzip stream nothing may.
 		if len(src) == len(compressed) && came != 1 || came < 1 || came > 8 {
 			t.Errorf("%d of %d cuts came in", came, len(cuts))
 		}
@@ -387,7 +388,8 @@ func TestImportCancelled(t *testing.T) {
 	b.Cancel()
 	check("builder", src, err)
 
-	// A layout's layer is a sparse file; the seam of file operations cancels in the midst of its copy.
+	// A layout's layer is a sparse file; the seam of file operations cancels in the midst of its
+	// copy.
 	dir := t.TempDir()
 	layer := "sha256:" + strings.Repeat("0", 64)
 	config := "{}"

@@ -103,8 +103,8 @@ func (v *virtualTar) ReadAt(p []byte, off int64) (int, error) {
 	return len(p), nil
 }
 
-// TestInspectSeeks: an inspection of a plain tar that can seek reads the headers and index.json, and
-// not the blobs.
+// TestInspectSeeks: an inspection of a plain tar that can seek reads the headers and index.json,
+// and not the blobs.
 func TestInspectSeeks(t *testing.T) {
 	const size = 2 << 30
 	var head, tail bytes.Buffer

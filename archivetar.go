@@ -21,7 +21,8 @@ import (
 //
 //   - a global header that sets a path, a size or a sparse file, and Solaris's extended headers;
 //   - two headers that name the same entry, and a header without an entry after it;
-//   - numbers that are not plain octal or GNU's base 256, values that are empty, names that do not end;
+//   - numbers that are not plain octal or GNU's base 256, values that are empty, names that do not
+//     end;
 //   - links, directories and devices that have a size, since some programs skip that many bytes.
 //
 // It reads v7, ustar, PAX, GNU and star archives, and never holds more than 1 MiB of a header.
@@ -281,7 +282,8 @@ func (t *tarReader) skipSparseMap() error {
 	return nil
 }
 
-// paxRecords reads the records of a PAX header: "length key=value\n". The last of equal keys counts.
+// paxRecords reads the records of a PAX header: "length key=value\n". The last of equal keys
+// counts.
 func paxRecords(data []byte) (map[string]string, error) {
 	records := map[string]string{}
 	for len(data) > 0 {

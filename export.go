@@ -22,11 +22,11 @@ type ExportNames int
 const (
 	// NamesFull writes the full name to org.opencontainers.image.ref.name, as skopeo and podman do.
 	NamesFull ExportNames = iota
-	// NamesTags writes only the tag there, as oras, umoci and kitops do, which find entries by it. The
-	// repository is lost: [ImportOptions.Repository] gives it again.
+	// NamesTags writes only the tag there, as oras, umoci and kitops do, which find entries by it.
+	// The repository is lost: [ImportOptions.Repository] gives it again.
 	NamesTags
-	// NamesContainerd writes the tag there and the full name to io.containerd.image.name, as containerd and
-	// `docker save` do. Nothing is lost, and tools that look for a tag find it.
+	// NamesContainerd writes the tag there and the full name to io.containerd.image.name, as
+	// containerd and `docker save` do. Nothing is lost, and tools that look for a tag find it.
 	NamesContainerd
 )
 
@@ -59,12 +59,12 @@ type ExportOptions struct {
 	// so on, each with all it needs. They are listed in index.json
 	// without a name, even where refs point at them.
 	Referrers bool
-	// Names is how names are written. Zero is [NamesFull]. With [NamesTags], two refs that have the same
-	// tag are [ErrInvalidArgument].
+	// Names is how names are written. Zero is [NamesFull]. With [NamesTags], two refs that have the
+	// same tag are [ErrInvalidArgument].
 	Names ExportNames
 	// Gzip compresses an archive. A layout directory is never compressed.
 	Gzip bool
-	// Progress, if not nil, is told how far the export is.
+	// Progress, if not nil, is called with how far the export is.
 	Progress func(Progress)
 	// Overwrite lets [LocalRegistry.ExportArchiveFile] replace a file, and
 	// [LocalRegistry.ExportLayout] a name that stands for another digest.
@@ -219,8 +219,8 @@ func (f entryFacts) with(names ExportNames, name map[string]string) map[string]s
 	return all
 }
 
-// root adds an entry with its closure, and with its lineage if that is asked for. named says whether
-// the entry has the name of a ref: of those without one, the first of each manifest counts.
+// root adds an entry with its closure, and with its lineage if that is asked for. named says
+// whether the entry has the name of a ref: of those without one, the first of each manifest counts.
 func (x *export) root(ctx context.Context, desc ocispec.Descriptor, named bool) error {
 	for {
 		var m *Manifest
@@ -282,8 +282,8 @@ func (x *export) sort() {
 	})
 }
 
-// entryName returns the fullest name that an entry of an index.json has, to tell entries apart. The name
-// of other content is none.
+// entryName returns the fullest name that an entry of an index.json has, to tell entries apart. The
+// name of other content is none.
 func entryName(e ocispec.Descriptor) string {
 	if entryClaim(e).from != "" {
 		return ""

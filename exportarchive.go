@@ -20,11 +20,14 @@ import (
 // then manifests, then the other blobs. Equal content gives equal bytes (entries are
 // sorted, times are zero), gzipped ones by the same version of Go only.
 //
-// Errors: [ErrNotFound] for a ref that doesn't resolve, or for a blob that was
-// collected meanwhile, [ErrIncomplete] for a lineage with a gap, [ErrTooLarge] for more
-// artifacts than an index.json can list, [ErrInvalidDigest] for one of ExportOptions.Digests,
-// [ErrDigestMismatch], [ErrSizeMismatch], [ErrClosed], ctx's, and
-// dst's. After an error what was written is no archive.
+// After an error, the bytes that were written are not an archive. Errors:
+//   - [ErrNotFound]: a ref does not resolve, or a blob was collected meanwhile
+//   - [ErrIncomplete]: a lineage has a gap
+//   - [ErrTooLarge]: there are more artifacts than an index.json can list
+//   - [ErrInvalidDigest]: one of ExportOptions.Digests is not a digest
+//   - [ErrInvalidArgument]: nothing was chosen, or two refs have the same tag with [NamesTags]
+//   - [ErrDigestMismatch], [ErrSizeMismatch]: a blob is damaged
+//   - [ErrClosed], and any error from ctx, dst or the file system
 func (r *LocalRegistry) ExportArchive(ctx context.Context, dst io.Writer, refs []Reference, opts *ExportOptions) error {
 	m := exportMeter(opts)
 	x, err := r.newExport(ctx, refs, opts, m)
@@ -43,11 +46,8 @@ func (r *LocalRegistry) ExportArchive(ctx context.Context, dst io.Writer, refs [
 // is replaced, never followed. Where the file system has no hard links, looking for
 // the name and taking it are two steps, and a file that another process makes in between
 // is replaced. A killed process leaves a file beside it whose name begins with ".ocilocal-".
-func (r *LocalRegistry) ExportArchiveFile(ctx context.Context, name string, refs []Reference, opts *ExportOptions) error {
-	return opError("export archive", name, "", r.exportArchiveFile(ctx, name, refs, opts))
-}
-
-func (r *LocalRegistry) exportArchiveFile(ctx context.Context, name string, refs []Reference, opts *ExportOptions) (err error) {
+func (r *LocalRegistry) ExportArchiveFile(ctx context.Context, name string, refs []Reference, opts *ExportOptions) (err error) {
+	defer addOp(&err, "export archive", name, "")
 	m := exportMeter(opts)
 	x, err := r.newExport(ctx, refs, opts, m)
 	if err != nil {

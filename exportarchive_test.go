@@ -69,14 +69,16 @@ func TestExportArchiveFile(t *testing.T) {
 	}
 }
 
-// TestExportsCancelled cancels while a large layer goes out: soon nothing more is written, and nothing is there.
+// TestExportsCancelled cancels while a large layer goes out: soon nothing more is written, and
+// nothing is there.
 func TestExportsCancelled(t *testing.T) {
 	t.Parallel()
 	const size = 64 << 20
 	r := openTemp(t, nil)
 	a := pushed(t, r, ref("example.com/large:v1"), nil, nil, make([]byte, size))
 	refs := []ocilocal.Reference{a.Reference()}
-	// Which write is in the midst of the layer, and how many more there may be, of 16, 64 and some 300.
+	// Which write is in the midst of the layer, and how many more there may be, of 16, 64 and some
+	// 300.
 	writesOf := map[string]struct{ at, most int64 }{"layout": {6, 1}, "archive": {20, 1}, "gzip": {20, 40}}
 	for name, export := range map[string]func(ctx context.Context, dir string) error{
 		"layout": func(ctx context.Context, dir string) error {

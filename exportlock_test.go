@@ -66,7 +66,8 @@ func TestExportLayoutForeignLock(t *testing.T) {
 	}
 }
 
-// TestExportLayoutLockIsLink puts a link and a file where the lock is made. Neither is followed or removed.
+// TestExportLayoutLockIsLink puts a link and a file where the lock is made. Neither is followed or
+// removed.
 func TestExportLayoutLockIsLink(t *testing.T) {
 	r := openTemp(t, nil)
 	published(t, r, "example.com/a:v1", "layer", nil)

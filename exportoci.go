@@ -28,13 +28,12 @@ const (
 // else is on disk. Exports of this package into one directory wait for each
 // other; other tools don't, so let none write to it meanwhile.
 //
-// Errors: [ErrNotFound] for a ref that doesn't resolve, [ErrExists] for a name that
-// stands for another digest there (ExportOptions.Overwrite moves it),
-// [ErrInvalidLayout] for a directory that holds something else,
-// [ErrIncomplete], [ErrDigestMismatch], [ErrSizeMismatch], [ErrTooLarge], [ErrInvalidDigest] for one
-// of ExportOptions.Digests, [ErrClosed], ctx's, and the file system's. After an error
-// index.json is as it was, unless that came once it had been replaced, as when its directory
-// could not be synced. What an export that was killed has left, the next into the directory removes.
+// After an error, index.json is as it was, unless the error came after it had been replaced, as
+// when its directory could not be synced. The next export into the directory removes the files that
+// a killed one has left. Errors:
+//   - [ErrExists]: a name stands for another digest there (ExportOptions.Overwrite moves it)
+//   - [ErrInvalidLayout]: the directory holds something else
+//   - those of [LocalRegistry.ExportArchive]
 func (r *LocalRegistry) ExportLayout(ctx context.Context, dir string, refs []Reference, opts *ExportOptions) error {
 	if opts == nil {
 		opts = &ExportOptions{}
@@ -106,8 +105,8 @@ func writeLayoutFile(root *rootDir, name string, b []byte) error {
 
 // lockLayout keeps other exports out of a layout directory, those of other processes included.
 //
-// Whoever can open a directory can lock it, and a reader of the layout must not be able to stop
-// its writer. So the lock is on layoutTmp, which only its owner can open. release removes it while it
+// Whoever can open a directory can lock it, and a reader of the layout must not be able to stop its
+// writer. So the lock is on layoutTmp, which only its owner can open. release removes it while it
 // is still held. An export that was waiting for it then finds that its name has gone, and makes
 // another. A lock of a process that was killed has ended: the next export takes the directory over.
 func lockLayout(ctx context.Context, root *rootDir) (release func() error, err error) {
@@ -146,7 +145,7 @@ func prepareLayout(ctx context.Context, l *layout) (fresh bool, err error) {
 	ours := []string{blobsDir, layoutTmp, layoutTemp, ocispec.ImageLayoutFile} // left by an export that was cut off
 	return true, l.root.eachEntry(ctx, ".", func(name string) error {
 		if !slices.Contains(ours, name) {
-			return fmt.Errorf("%w: the directory holds %s and is no layout", ErrInvalidLayout, printable(name))
+			return fmt.Errorf("%w: the directory holds %s and is not a layout", ErrInvalidLayout, printable(name))
 		}
 		return nil
 	})

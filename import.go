@@ -13,16 +13,16 @@ import (
 
 // ImportOptions choose what is imported, and under which names. Nil is the zero value.
 //
-// A name in content is a claim: whoever wrote the archive or layout chose it, and nothing proves that
-// it is theirs. With the zero value, an import sets each ref that the content claims and that does not
-// exist yet, on any host, and a later [LocalRegistry.Load] serves it. For content from
+// A name in content is a claim: whoever wrote the archive or layout chose it, and nothing proves
+// that it is theirs. With the zero value, an import sets each ref that the content claims and that
+// does not exist yet, on any host, and a later [LocalRegistry.Load] serves it. For content from
 // somebody who is not trusted with all names, set Name to restrict them, Reference to choose one,
 // or IgnoreNames.
 type ImportOptions struct {
-	// Select, if not empty, chooses one entry of the layout's index by its
-	// name, by its io.containerd.image.name, or by its digest. A digest may also be that of a manifest
-	// in an image index that is an entry. Otherwise every entry is imported that is a manifest or
-	// image index. The others are in ImportResult.Skipped.
+	// Select, if not empty, chooses one entry of the layout's index by its name, by its
+	// io.containerd.image.name, or by its digest. A digest may also be that of a manifest in an
+	// image index that is an entry. Otherwise every entry is imported that is a manifest or image
+	// index. The others are in ImportResult.Skipped.
 	Select string
 	// Platform, if not nil, takes only entries that are for this platform, or that name none. Of an
 	// image index, it takes the one manifest for the platform, without the index, and calls it what
@@ -37,19 +37,20 @@ type ImportOptions struct {
 	// Rename lets Reference differ from the entry's own name.
 	Rename bool
 	// Repository, such as "example.com/team/model", names entries whose own name is only a tag, as
-	// oras, skopeo and umoci write it: v1 becomes example.com/team/model:v1. Without it, such an entry
-	// fails the import with [ErrBareName], unless another option decides its name.
+	// oras, skopeo and umoci write it: v1 becomes example.com/team/model:v1. Without it, such an
+	// entry fails the import with [ErrBareName], unless another option decides its name.
 	Repository string
-	// Name, if not nil, decides what each entry is called here. Its argument's Reference is the name
-	// that the content claims, or that Repository makes of it, and zero if there is none. It returns the
-	// reference to set, or zero for none. It can return [SkipEntry] to leave the entry
+	// Name, if not nil, decides what each entry is called here. Its argument's Reference is the
+	// name that the content claims, or that Repository makes of it, and zero if there is none. It
+	// returns the reference to set, or zero for none. It can return [SkipEntry] to leave the entry
 	// out. Any other error ends the import and is returned. It must not call the registry.
 	Name func(InspectedEntry) (Reference, error)
 	// IgnoreNames treats all entries as if they had no names.
 	IgnoreNames bool
-	// Anonymous gives each entry that has no full name (host, repository, and tag or digest), and gets
-	// none by another option, a new reference of the kind that [LocalRegistry.NewAnonymousBuilder] makes.
-	// Otherwise content without a name is stored by digest only: see [ImportResult.Unnamed].
+	// Anonymous gives each entry that has no full name (host, repository, and tag or digest), and
+	// gets none by another option, a new reference of the kind that
+	// [LocalRegistry.NewAnonymousBuilder] makes. Otherwise content without a name is stored by
+	// digest only: see [ImportResult.Unnamed].
 	Anonymous bool
 	// Referrers, where Select chooses one entry, brings the entries along whose subject is
 	// a manifest that comes in, such as a signature of an artifact, then those
@@ -59,12 +60,12 @@ type ImportOptions struct {
 	// damaged fails the import.
 	Referrers bool
 	// MaxBytes bounds the bytes that the import may add to the registry: those of the manifests and
-	// blobs that it does not have. With an archive, blobs that no chosen entry needs count too, since
-	// they are written before index.json may be known. Zero is no limit. Beyond it, the import fails
-	// with [ErrTooLarge] before it has written more.
+	// blobs that it does not have. With an archive, blobs that no chosen entry needs count too,
+	// since they are written before index.json may be known. Zero is no limit. Beyond it, the
+	// import fails with [ErrTooLarge] before it has written more.
 	MaxBytes int64
-	// Progress, if not nil, is told how far the import is. The totals of an archive are known when it
-	// was read.
+	// Progress, if not nil, is called with how far the import is. The totals of an archive are
+	// known when it was read.
 	Progress func(Progress)
 	// PublishOptions say what happens if a ref exists. With one entry, a conflict is an error. With
 	// several, those that don't conflict are imported, and the others have the outcome
@@ -81,9 +82,10 @@ type ImportedArtifact struct {
 	Name string
 	// Descriptor is that of the manifest or image index, with the digest it had outside.
 	Descriptor ocispec.Descriptor
-	// Update says what became of the ref. Its Reference is the name that ImportOptions gave the entry.
-	// Otherwise it is the entry's full name: its Name, or its io.containerd.image.name if Name is
-	// empty or that one's tag or digest. Update is zero if the entry has no full name and got none.
+	// Update says what became of the ref. Its Reference is the name that ImportOptions gave the
+	// entry. Otherwise it is the entry's full name: its Name, or its io.containerd.image.name if
+	// Name is empty or that one's tag or digest. Update is zero if the entry has no full name and
+	// got none.
 	Update RefUpdate
 }
 
@@ -91,8 +93,8 @@ type ImportedArtifact struct {
 type ImportResult struct {
 	Artifacts []ImportedArtifact
 	Referrers []ocispec.Descriptor // what ImportOptions.Referrers brought along
-	// Skipped are entries of other media types or digest algorithms, those that ImportOptions.Name left
-	// out, and of [LocalRegistry.ImportRegistry] referrers that the source doesn't have whole.
+	// Skipped are entries of other media types or digest algorithms, those that ImportOptions.Name
+	// left out, and of [LocalRegistry.ImportRegistry] referrers that the source doesn't have whole.
 	Skipped      []ocispec.Descriptor
 	BlobsWritten int   // blobs that the registry did not have
 	BlobsReused  int   // blobs that it had
@@ -101,8 +103,9 @@ type ImportResult struct {
 	missingSubjects []ocispec.Descriptor // of the manifests that came in, those that are nowhere
 }
 
-// Conflicts returns the updates whose outcome is [Conflicted]. Of those entries nothing was imported. Where
-// several entries were, this is the only sign of them: the import itself returns no error.
+// Conflicts returns the updates whose outcome is [Conflicted]. Of those entries nothing was
+// imported. Where several entries were, this is the only sign of them: the import itself returns no
+// error.
 func (r *ImportResult) Conflicts() []RefUpdate {
 	var conflicts []RefUpdate
 	for _, a := range r.Artifacts {
@@ -114,7 +117,8 @@ func (r *ImportResult) Conflicts() []RefUpdate {
 }
 
 // Unnamed returns the artifacts that got no ref. The registry has them by digest only: the next
-// collection deletes those that are older than its grace, unless [LocalRegistry.Tag] names them before.
+// collection deletes those that are older than its grace, unless [LocalRegistry.Tag] names them
+// before.
 func (r *ImportResult) Unnamed() []ImportedArtifact {
 	var unnamed []ImportedArtifact
 	for _, a := range r.Artifacts {
@@ -144,8 +148,8 @@ type importer struct {
 	meter *meter
 	// look opens a manifest of the source without staging it. Nil: what the source has is staged.
 	look func(ctx context.Context, desc ocispec.Descriptor) (*verifier, error)
-	// whole reports whether the source, or the registry, has a manifest and all that it needs. If it
-	// is not nil, subjects come in with what refers to them: see [importer.subjects].
+	// whole reports whether the source, or the registry, has a manifest and all that it needs. If
+	// it is not nil, subjects come in with what refers to them: see [importer.subjects].
 	whole func(ctx context.Context, desc ocispec.Descriptor) (bool, error)
 	// moved is when the ref was moved where it comes from; zero for now.
 	moved time.Time
@@ -161,8 +165,8 @@ type importer struct {
 	most int // len(sizes) at which the entry under way has MaxClosure blobs of its own
 }
 
-// keepParsed bounds the bytes of the manifests that an import keeps parsed until it publishes
-// them. Larger imports read manifests twice. Reading one again takes less time than writing its rows.
+// keepParsed bounds the bytes of the manifests that an import keeps parsed until it publishes them.
+// Larger imports read manifests twice. Reading one again takes less time than writing its rows.
 const keepParsed = 1 << 20
 
 func (r *LocalRegistry) newImporter(opts *ImportOptions) *importer {
@@ -368,8 +372,8 @@ func (im *importer) peek(ctx context.Context, desc ocispec.Descriptor) (*Manifes
 }
 
 // manifest stages a manifest and all below it, and appends them to list, children first. It returns
-// the manifest's own descriptor. depth is how many image indexes the manifest lies in. seen holds the
-// manifests of list and those that are under way.
+// the manifest's own descriptor. depth is how many image indexes the manifest lies in. seen holds
+// the manifests of list and those that are under way.
 func (im *importer) manifest(ctx context.Context, desc ocispec.Descriptor, depth int, seen map[digest.Digest]bool, list *[]pendingManifest) (root ocispec.Descriptor, err error) {
 	if depth > MaxIndexNesting {
 		return root, fmt.Errorf("%w: image indexes nested more than %d deep", ErrTooLarge, MaxIndexNesting)
@@ -508,7 +512,7 @@ func damagedSource(d digest.Digest) error {
 func (im *importer) claim(desc ocispec.Descriptor) (asked bool, err error) {
 	if size, ok := im.sizes[desc.Digest]; ok {
 		if size != desc.Size {
-			return true, fmt.Errorf("%w: blob %s is said to have %d bytes and %d bytes", ErrInvalidManifest, desc.Digest, size, desc.Size)
+			return true, fmt.Errorf("%w: two descriptors of blob %s have different sizes, %d and %d", ErrInvalidManifest, desc.Digest, size, desc.Size)
 		}
 		return true, nil
 	}

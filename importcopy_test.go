@@ -10,7 +10,8 @@ import (
 	"github.com/ocilocal/ocilocal"
 )
 
-// An artifact is copied from one root into another, under its name or another one, with its referrers.
+// An artifact is copied from one root into another, under its name or another one, with its
+// referrers.
 func TestImportRegistry(t *testing.T) {
 	src, dst := openTemp(t, nil), openTemp(t, nil)
 	ref := ocilocal.MustParseReference("example.com/model:v1")

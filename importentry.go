@@ -9,11 +9,12 @@ import (
 )
 
 // An entryFacts is what an entry of an index.json says besides its name and what its manifest says
-// too. An import keeps it with the ref, or with the manifest if that gets no ref, and an export writes
-// it again. The rest of an entry is not kept: urls, data, and fields that image-spec does not have.
+// too. An import keeps it with the ref, or with the manifest if that gets no ref, and an export
+// writes it again. The rest of an entry is not kept: urls, data, and fields that image-spec does
+// not have.
 //
-// Names are not facts: the ref says what the entry is called here. Of the two annotations that can be
-// names, these are kept:
+// Names are not facts: the ref says what the entry is called here. Of the two annotations that can
+// be names, these are kept:
 //
 //   - io.containerd.image.name if it is the name that the ref has;
 //   - both in an entry without a ref, if they name other content, such as the image index to which
@@ -23,7 +24,8 @@ type entryFacts struct {
 	Platform    *ocispec.Platform `json:"platform"`
 }
 
-// factsOf returns the facts of an entry that is called ref here. With ignored, its names are not kept.
+// factsOf returns the facts of an entry that is called ref here. With ignored, its names are not
+// kept.
 func factsOf(e ocispec.Descriptor, ref Reference, ignored bool) entryFacts {
 	f := entryFacts{Annotations: maps.Clone(e.Annotations), Platform: e.Platform}
 	if ref.IsZero() && !ignored && entryClaim(e).from != "" {

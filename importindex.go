@@ -59,9 +59,9 @@ func (im *importer) stageIndex(ctx context.Context, index *layoutIndex) (*layout
 	return &layoutIndex{entries: []ocispec.Descriptor{m.Descriptor()}}, nil
 }
 
-// choose applies Select and Platform, sets aside entries that are not manifests (image-layout.md has
-// an example of that) and digests of algorithms that are unknown here, and refuses options that fit no
-// single entry. An entry that is wrong in another way fails the import only if it is chosen.
+// choose applies Select and Platform, sets aside entries that are not manifests (image-layout.md
+// has an example of that) and digests of algorithms that are unknown here, and refuses options that
+// fit no single entry. An entry that is wrong in another way fails the import only if it is chosen.
 func (im *importer) choose(ctx context.Context, entries []ocispec.Descriptor) (chosen, skipped []ocispec.Descriptor, err error) {
 	s := im.opts.Select
 	for _, e := range entries {

@@ -12,8 +12,8 @@ import (
 	"github.com/ocilocal/ocilocal"
 )
 
-// TestImportPlatforms imports what is written for several platforms: two entries of one name, a flat
-// index.json without names, and an image index of which one platform is there.
+// TestImportPlatforms imports what is written for several platforms: two entries of one name, a
+// flat index.json without names, and an image index of which one platform is there.
 func TestImportPlatforms(t *testing.T) {
 	t.Parallel()
 	arm := &ocispec.Platform{OS: "linux", Architecture: "arm64"}
@@ -65,7 +65,8 @@ func TestImportPlatforms(t *testing.T) {
 	}
 }
 
-// TestImportUnrelated puts content into a layout that nobody needs. It must not stop the import of the rest.
+// TestImportUnrelated puts content into a layout that nobody needs. It must not stop the import of
+// the rest.
 func TestImportUnrelated(t *testing.T) {
 	t.Parallel()
 	manifest, config := image("layer")

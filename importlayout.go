@@ -65,7 +65,8 @@ func (l *layout) check() error {
 	return err
 }
 
-// file reads one of the two files that a layout has beside its blobs. Missing is [ErrInvalidLayout].
+// file reads one of the two files that a layout has beside its blobs. Missing is
+// [ErrInvalidLayout].
 func (l *layout) file(name string) ([]byte, error) {
 	f, err := l.regular(name)
 	if errors.Is(err, fs.ErrNotExist) {

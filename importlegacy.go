@@ -19,10 +19,10 @@ import (
 // maxLegacyDepth is more path elements than the repository of a reference can have.
 const maxLegacyDepth = 130
 
-// DefaultLegacyRoot returns where the OMMX v2 SDK keeps its local registry: $OMMX_LOCAL_REGISTRY_ROOT
-// if that is set, else ommx in $XDG_DATA_HOME or ~/.local/share (Unix),
-// ~/Library/Application Support/org.ommx.ommx (macOS) or %AppData%\ommx\ommx\data (Windows).
-// Error: that of [os.UserHomeDir], where none of these is known.
+// DefaultLegacyRoot returns where the OMMX v2 SDK keeps its local registry:
+// $OMMX_LOCAL_REGISTRY_ROOT if that is set, else ommx in $XDG_DATA_HOME or ~/.local/share (Unix),
+// ~/Library/Application Support/org.ommx.ommx (macOS) or %AppData%\ommx\ommx\data (Windows). Error:
+// that of [os.UserHomeDir], where none of these is known.
 func DefaultLegacyRoot() (string, error) {
 	if dir := os.Getenv("OMMX_LOCAL_REGISTRY_ROOT"); dir != "" {
 		return dir, nil
@@ -47,9 +47,10 @@ func DefaultLegacyRoot() (string, error) {
 type LegacyOptions struct {
 	// Policy is for refs that point elsewhere here. Zero is [KeepExisting].
 	Policy Policy
-	// Name, if not nil, decides what each entry is called here. claimed is the name in the older registry,
-	// and ref is zero if that is not a reference. Name returns the reference to set. It can return
-	// [SkipEntry] to leave the entry out; any other error is reported as the entry's. It must not call the registry.
+	// Name, if not nil, decides what each entry is called here. claimed is the name in the older
+	// registry, and ref is zero if that is not a reference. Name returns the reference to set. It
+	// can return [SkipEntry] to leave the entry out; any other error is reported as the entry's. It
+	// must not call the registry.
 	Name func(claimed string, ref Reference) (Reference, error)
 }
 
@@ -109,19 +110,19 @@ func (l *LegacyReport) add(entry string, u RefUpdate, err error) {
 	}
 }
 
-// ImportLegacy imports every entry of an OMMX v2 local registry: a tree of
-// layout directories, host/repository/__tag. An entry's name is that of its
-// index.json if it has one, which must fit the path, else what the path says. Only
-// artifacts of type [ArtifactTypeOMMX] are taken. A bad entry doesn't stop the others:
-// it is in the report. Running it again, or several times at once, does
-// no harm. The tree is never written to, and no symbolic link in it is followed.
+// ImportLegacy imports every entry of an OMMX v2 local registry, which is a tree of layout
+// directories, host/repository/__tag. An entry's name is that of its index.json, if it has one.
+// That name must fit the path. Otherwise the path is the name. Only artifacts of type
+// [ArtifactTypeOMMX] are imported. A bad entry does not stop the others: the report lists it. It is
+// safe to run this again, or several times at once. The tree is never written to, and no symbolic
+// link in it is followed.
 //
-// Errors, together with the report so far: [ErrReadOnly], [ErrBusy], a full disk, ctx's, those
-// of the index, and the file system's for root itself.
-func (r *LocalRegistry) ImportLegacy(ctx context.Context, root string, opts *LegacyOptions) (*LegacyReport, error) {
-	report := &LegacyReport{}
-	err := r.importLegacy(ctx, root, opts, report)
-	return report, opError("import legacy registry", root, "", err)
+// Errors, together with the report so far: [ErrReadOnly], [ErrBusy], [ErrNoSpace], and any error
+// from ctx, the index, or the file system for root itself.
+func (r *LocalRegistry) ImportLegacy(ctx context.Context, root string, opts *LegacyOptions) (report *LegacyReport, err error) {
+	defer addOp(&err, "import legacy registry", root, "")
+	report = &LegacyReport{}
+	return report, r.importLegacy(ctx, root, opts, report)
 }
 
 // ImportLegacyEntry imports the one entry of an OMMX v2 local registry that is called ref, and sets
@@ -132,7 +133,7 @@ func (r *LocalRegistry) ImportLegacy(ctx context.Context, root string, opts *Leg
 //   - [ErrNotFound]: the tree has no such entry
 //   - [*ConflictError], together with the update
 //   - those of [LocalRegistry.ImportLayout], [ErrArtifactType] for an artifact that is not of type
-//     [ArtifactTypeOMMX], and the file system's for root itself
+//     [ArtifactTypeOMMX], and any error from the file system for root itself
 func (r *LocalRegistry) ImportLegacyEntry(ctx context.Context, root string, ref Reference, opts *PublishOptions) (u RefUpdate, err error) {
 	defer addOp(&err, "import legacy entry", ref.String(), "")
 	if err := ref.checkGiven(); err != nil {
@@ -269,7 +270,8 @@ func (r *LocalRegistry) importAs(l *layout, ref Reference, opts PublishOptions) 
 	return r.layoutImporter(l, &ImportOptions{Reference: ref, Rename: true, PublishOptions: opts, one: true})
 }
 
-// runOne imports one entry and discards the stage. It returns what became of the ref, and the subjects that are missing.
+// runOne imports one entry and discards the stage. It returns what became of the ref, and the
+// subjects that are missing.
 func (im *importer) runOne(ctx context.Context, descs []ocispec.Descriptor) (RefUpdate, []ocispec.Descriptor, error) {
 	defer func() { im.registry.logDiscard(im.stage.discard()) }()
 	result, err := im.run(ctx, &layoutIndex{entries: descs})
@@ -332,9 +334,9 @@ func legacyPaths(ref Reference) (paths []string) {
 	return paths
 }
 
-// fetchLegacy imports the entry of the legacy root that has ref's name, and returns the artifact; nil
-// if there is no such entry. It does not read the index again once the import is durable: a failure
-// of that read would end a call whose whole change has been made.
+// fetchLegacy imports the entry of the legacy root that has ref's name, and returns the artifact;
+// nil if there is no such entry. It does not read the index again once the import is durable: a
+// failure of that read would end a call whose whole change has been made.
 func (r *LocalRegistry) fetchLegacy(ctx context.Context, ref Reference) (*LocalArtifact, error) {
 	if r.opts.LegacyRoot == "" || r.blobs.readOnly {
 		return nil, nil

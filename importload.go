@@ -112,17 +112,12 @@ func (r *LocalRegistry) loadHere(ctx context.Context, ref Reference, opts *PullO
 	return r.newArtifact(ref, desc, nil), nil
 }
 
-// LoadPath imports the one artifact of a layout directory or archive file, told
-// apart by what it is and not by its name, and returns it. With several entries,
-// opts must choose one. Content without any name gets an anonymous reference, as with
-// ImportOptions.Anonymous, so that no collection deletes it.
+// LoadPath imports the one artifact of a layout directory, or of an archive if path is a file, and
+// returns it. With several entries, opts must choose one. Content without a name gets an anonymous
+// reference, as with ImportOptions.Anonymous, so that no collection deletes it.
 // Errors are those of [LocalRegistry.ImportLayout] or [LocalRegistry.ImportArchiveFile].
-func (r *LocalRegistry) LoadPath(ctx context.Context, path string, opts *ImportOptions) (*LocalArtifact, error) {
-	a, err := r.loadPath(ctx, path, opts)
-	return a, opError("load", path, "", err)
-}
-
-func (r *LocalRegistry) loadPath(ctx context.Context, path string, opts *ImportOptions) (*LocalArtifact, error) {
+func (r *LocalRegistry) LoadPath(ctx context.Context, path string, opts *ImportOptions) (_ *LocalArtifact, err error) {
+	defer addOp(&err, "load", path, "")
 	o := ImportOptions{}
 	if opts != nil {
 		o = *opts
@@ -137,7 +132,7 @@ func (r *LocalRegistry) loadPath(ctx context.Context, path string, opts *ImportO
 }
 
 // ImportPath is [LocalRegistry.ImportLayout] of a directory and [LocalRegistry.ImportArchiveFile]
-// of a file, told apart by what it is and not by its name. Errors and ctx are theirs.
+// of a file. Errors and ctx are theirs.
 func (r *LocalRegistry) ImportPath(ctx context.Context, path string, opts *ImportOptions) (*ImportResult, error) {
 	result, err := r.importPath(ctx, path, opts)
 	return result, opError("import", path, "", err)
@@ -156,12 +151,8 @@ func (r *LocalRegistry) importPath(ctx context.Context, path string, opts *Impor
 
 // InspectPath is [InspectLayout] of a directory and [InspectArchive] of a file.
 // Errors and ctx are theirs; a registry's index is refused with [ErrInvalidArgument].
-func InspectPath(ctx context.Context, path string) (*Inspection, error) {
-	in, err := inspectPath(ctx, path)
-	return in, opError("inspect", path, "", err)
-}
-
-func inspectPath(ctx context.Context, path string) (*Inspection, error) {
+func InspectPath(ctx context.Context, path string) (_ *Inspection, err error) {
+	defer addOp(&err, "inspect", path, "")
 	fi, err := os.Stat(path)
 	if err != nil {
 		return nil, err

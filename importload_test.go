@@ -3,6 +3,10 @@ package ocilocal_test
 import (
 	"context"
 	"errors"
+	"maps"
+	"os"
+	"path/filepath"
+	"slices"
 	"testing"
 
 	"github.com/ocilocal/ocilocal"
@@ -87,5 +91,89 @@ func TestLoadWithReferrers(t *testing.T) {
 	s.forget()
 	if got, err = there.LoadWith(t.Context(), subject.Reference(), opts); err != nil || !got.Hit || len(s.requests("")) > 0 {
 		t.Errorf("%+v, %v, %q", got, err, s.requests(""))
+	}
+}
+
+func TestLoadPath(t *testing.T) {
+	ctx := t.Context()
+	from := openTemp(t, nil)
+	a, b := published(t, from, "example.com/a:v1", "one", nil), published(t, from, "example.com/b:v1", "two", nil)
+	dir := t.TempDir()
+	layout, archive, both := filepath.Join(dir, "looks-like.tar"), filepath.Join(dir, "looks-like-a-directory"), filepath.Join(dir, "both")
+	one := []ocilocal.Reference{a.Reference()}
+	if err := errors.Join(from.ExportLayout(ctx, layout, one, nil), from.ExportArchiveFile(ctx, archive, one, nil),
+		from.ExportLayout(ctx, both, []ocilocal.Reference{a.Reference(), b.Reference()}, nil)); err != nil {
+		t.Fatal(err)
+	}
+	for _, p := range []string{layout, archive} {
+		r := openTemp(t, nil)
+		got, err := r.LoadPath(ctx, p, nil)
+		if err != nil || got.Digest() != a.Digest() || got.Reference() != a.Reference() {
+			t.Errorf("%s: %v", p, err)
+		}
+	}
+	r := openTemp(t, nil)
+	if _, err := r.LoadPath(ctx, both, nil); !errors.Is(err, ocilocal.ErrInvalidArgument) {
+		t.Errorf("two entries: %v", err)
+	}
+	checkNothingVisible(t, r)
+	got, err := r.LoadPath(ctx, both, &ocilocal.ImportOptions{Select: "example.com/b:v1"})
+	if err != nil || got.Digest() != b.Digest() {
+		t.Error(err)
+	}
+	if _, err := r.LoadPath(ctx, filepath.Join(dir, "nothing"), nil); !errors.Is(err, os.ErrNotExist) {
+		t.Error(err)
+	}
+	if !slices.Contains(slices.Collect(maps.Keys(tree(t, dir))), "looks-like-a-directory") {
+		t.Error("the source is gone")
+	}
+}
+
+// Several entries come in by path; a conflict of one of them is in the result, and the others
+// count.
+func TestImportPath(t *testing.T) {
+	ctx := t.Context()
+	from := openTemp(t, nil)
+	a, b := published(t, from, "example.com/a:v1", "one", nil), published(t, from, "example.com/b:v1", "two", nil)
+	both := []ocilocal.Reference{a.Reference(), b.Reference()}
+	dir, archive := filepath.Join(t.TempDir(), "dir"), filepath.Join(t.TempDir(), "archive")
+	if err := errors.Join(from.ExportLayout(ctx, dir, both, nil), from.ExportArchiveFile(ctx, archive, both, nil)); err != nil {
+		t.Fatal(err)
+	}
+	for _, path := range []string{dir, archive} {
+		if in, err := ocilocal.InspectPath(ctx, path); err != nil || len(in.Entries) != 2 || in.Blobs != 5 {
+			t.Errorf("%+v, %v", in, err)
+		}
+		r := openTemp(t, nil)
+		own := published(t, r, "example.com/a:v1", "own", nil)
+		got, err := r.ImportPath(ctx, path, nil)
+		if err != nil || len(got.Artifacts) != 2 {
+			t.Fatalf("%+v, %v", got, err)
+		}
+		if c := got.Conflicts(); len(c) != 1 || c[0].Reference != a.Reference() || c[0].Existing != own.Digest() || c[0].Descriptor.Digest != a.Digest() {
+			t.Errorf("%+v", c)
+		}
+		if ok, err := r.Exists(ctx, b.Reference()); !ok || err != nil {
+			t.Errorf("the other one: %v, %v", ok, err)
+		}
+		if got, err = r.ImportPath(ctx, path, &ocilocal.ImportOptions{Select: "example.com/a:v1"}); !errors.Is(err, ocilocal.ErrConflict) || len(got.Conflicts()) != 1 {
+			t.Errorf("alone: %+v, %v", got, err)
+		}
+	}
+	nothing := filepath.Join(t.TempDir(), "nothing")
+	if _, err := ocilocal.InspectPath(ctx, nothing); !errors.Is(err, os.ErrNotExist) {
+		t.Error(err)
+	}
+	if _, err := from.ImportPath(ctx, nothing, nil); !errors.Is(err, os.ErrNotExist) {
+		t.Error(err)
+	}
+	link := filepath.Join(t.TempDir(), "link")
+	if err := os.Symlink(filepath.Join(from.Root(), "index.sqlite3-shm"), link); err != nil {
+		link = filepath.Join(from.Root(), "index.sqlite3") // no links there
+	}
+	for _, name := range []string{filepath.Join(from.Root(), "index.sqlite3"), filepath.Join(from.Root(), "index.sqlite3-wal"), filepath.Join(from.Root(), "index.sqlite3-shm"), link} {
+		if _, err := ocilocal.InspectPath(ctx, name); !errors.Is(err, ocilocal.ErrInvalidArgument) {
+			t.Errorf("%s: %v", name, err)
+		}
 	}
 }

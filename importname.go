@@ -14,8 +14,8 @@ import (
 //lint:ignore ST1012 it is named as [fs.SkipDir] is, which is not an error either
 var SkipEntry = errors.New("skip this entry")
 
-// annotationImageName is where containerd, and so `docker save`, has the full name of an entry whose
-// org.opencontainers.image.ref.name is a tag.
+// annotationImageName is where containerd, and so `docker save`, has the full name of an entry
+// whose org.opencontainers.image.ref.name is a tag.
 const annotationImageName = "io.containerd.image.name"
 
 // A claim is what an entry of an index.json is called there. Nothing proves it.
@@ -31,8 +31,8 @@ type claim struct {
 // entryClaim decides what an entry is called. It is the only function that does.
 //
 // Tools write names in two annotations. org.opencontainers.image.ref.name has no grammar
-// (image-spec annotations.md): it may be a full name, a tag, or anything. containerd writes the full
-// name to io.containerd.image.name, and to ref.name the part after the repository: "1.0",
+// (image-spec annotations.md): it may be a full name, a tag, or anything. containerd writes the
+// full name to io.containerd.image.name, and to ref.name the part after the repository: "1.0",
 // "1.0@sha256:…", "@sha256:…" or nothing. So:
 //
 //   - a full name in ref.name counts;
@@ -130,7 +130,8 @@ type namedEntry struct {
 	facts string    // see entryFacts
 }
 
-// name gives each entry its reference. Entries that [ImportOptions.Name] leaves out are returned as skipped.
+// name gives each entry its reference. Entries that [ImportOptions.Name] leaves out are returned as
+// skipped.
 func (im *importer) name(entries []ocispec.Descriptor) (named []namedEntry, skipped []ocispec.Descriptor, err error) {
 	at := map[Reference]digest.Digest{}
 	for _, e := range entries {

@@ -9,14 +9,17 @@ import (
 // digest; image indexes come in whole. Blobs that the registry has are not
 // read. The directory is not changed, and no symbolic link in it is followed.
 //
-// Either all is published or nothing, but for entries whose refs are kept: see
-// [ImportResult.Conflicts]. Errors: [ErrInvalidLayout],
-// [ErrInvalidManifest], [ErrIncomplete], [ErrDigestMismatch],
-// [ErrSizeMismatch], [ErrUnsupportedMediaType], [ErrTooLarge],
-// [ErrArtifactType] for what Options.ArtifactTypes doesn't have, [ErrReadOnly],
-// [ErrBusy], [ErrClosed], [ErrNotFound]
-// and [ErrInvalidArgument] for options that fit no entry, [*ConflictError] if the only entry
-// conflicts, together with the result, ctx's, and the file system's.
+// Either everything is published or nothing, except entries whose refs are kept: see
+// [ImportResult.Conflicts].
+//
+// Errors:
+//   - [*ConflictError], together with the result, if the only entry conflicts
+//   - [ErrInvalidLayout], [ErrInvalidManifest], [ErrIncomplete], [ErrDigestMismatch],
+//     [ErrSizeMismatch], [ErrUnsupportedMediaType], [ErrTooLarge]: the content
+//   - [ErrNotFound], [ErrInvalidArgument], [ErrBareName]: options that fit no entry
+//   - [ErrArtifactType]: a type that [Options.ArtifactTypes] does not have
+//   - [ErrReadOnly], [ErrBusy], [ErrNoSpace], [ErrClosed]
+//   - any error from ctx or the file system
 func (r *LocalRegistry) ImportLayout(ctx context.Context, dir string, opts *ImportOptions) (*ImportResult, error) {
 	result, err := r.importLayout(ctx, dir, opts)
 	return result, opError("import layout", dir, "", err)
@@ -53,8 +56,11 @@ func (r *LocalRegistry) importLayoutMetered(ctx context.Context, dir string, opt
 	return im.run(ctx, index)
 }
 
-// InspectLayout reads what a layout directory says of itself, without any registry.
-// Errors: [ErrInvalidLayout], [ErrUnsupportedMediaType], [ErrTooLarge], ctx's, and the file system's.
+// InspectLayout lists the entries of a layout directory and counts its blobs, without a registry.
+// It verifies nothing.
+//
+// Errors: [ErrInvalidLayout], [ErrUnsupportedMediaType], [ErrTooLarge], and any error from ctx or
+// the file system.
 func InspectLayout(ctx context.Context, dir string) (*Inspection, error) {
 	in, err := inspectLayout(ctx, dir)
 	return in, opError("inspect layout", dir, "", err)

@@ -12,7 +12,8 @@ import (
 	"github.com/ocilocal/ocilocal"
 )
 
-// TestHostileLayoutFiles puts what is no file where a layout has its files: it is refused and nothing waits for it.
+// TestHostileLayoutFiles puts what is no file where a layout has its files: it is refused and
+// nothing waits for it.
 func TestHostileLayoutFiles(t *testing.T) {
 	manifest, config := image("layer")
 	l := blobEntry("layer")
@@ -43,7 +44,8 @@ func TestHostileLayoutFiles(t *testing.T) {
 	}
 }
 
-// TestFIFODirectories gives named pipes to everything that wants a directory: nothing waits for a writer.
+// TestFIFODirectories gives named pipes to everything that wants a directory: nothing waits for a
+// writer.
 func TestFIFODirectories(t *testing.T) {
 	ctx := t.Context()
 	fifo := filepath.Join(t.TempDir(), "fifo")

@@ -248,7 +248,8 @@ func TestHostileLayouts(t *testing.T) {
 	}
 }
 
-// TestImportCounts imports more blobs than are synced at a time: what was there is counted as reused.
+// TestImportCounts imports more blobs than are synced at a time: what was there is counted as
+// reused.
 func TestImportCounts(t *testing.T) {
 	t.Parallel()
 	const layers = 100

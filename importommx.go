@@ -15,22 +15,23 @@ import (
 )
 
 // ImportOMMX imports every ref of an OMMX v3 local registry, and what their subjects lead to: the
-// SDK takes an artifact's chain of subjects for part of it. A ref that is set here keeps the time at
-// which it was moved there ([Ref.Updated]). An OMMX v3 registry is a root with an
-// index.sqlite3 of schema 1 or 2 and blobs/sha256/, where v2 kept its tree (see
-// [DefaultLegacyRoot]); [LocalRegistry.ImportLegacy] imports that tree. Artifacts of any
-// type are taken, with their bytes and digests. A bad entry doesn't stop the others: it is
-// in the report. Running it again, or several times at once, or beside the SDK, does no
-// harm. The root is only read, though SQLite may make the -wal and -shm files that readers of
-// its index need, and no symbolic link in it is followed.
+// SDK takes an artifact's chain of subjects for part of it. A ref that is set here keeps the time
+// at which it was moved there ([Ref.Updated]). An OMMX v3 registry is a root with an index.sqlite3
+// of schema 1 or 2 and blobs/sha256/, where v2 kept its tree (see [DefaultLegacyRoot]);
+// [LocalRegistry.ImportLegacy] imports that tree. Artifacts of any type are imported, with their
+// bytes and digests. A bad entry does not stop the others: the report lists it. It is safe to run
+// this again, or several times at once, or beside the SDK. The root is only read, though SQLite may
+// make the -wal and -shm files that readers of its index need. No symbolic link in it is followed.
 //
-// Errors, together with the report so far: [ErrForeignIndex] and [*SchemaError] for an
-// index that is no such, [ErrReadOnly], [ErrBusy], a full disk, ctx's, those of either index,
-// and the file system's for root itself.
-func (r *LocalRegistry) ImportOMMX(ctx context.Context, root string, opts *LegacyOptions) (*LegacyReport, error) {
-	report := &LegacyReport{}
-	err := r.importOMMX(ctx, root, opts, report)
-	return report, opError("import OMMX registry", root, "", err)
+// Errors, together with the report so far:
+//   - [ErrForeignIndex], [*SchemaError]: the index is not that of an OMMX v3 registry of schema 1
+//     or 2
+//   - [ErrReadOnly], [ErrBusy], [ErrNoSpace], and any error from ctx, either index, or the file
+//     system for root itself
+func (r *LocalRegistry) ImportOMMX(ctx context.Context, root string, opts *LegacyOptions) (report *LegacyReport, err error) {
+	defer addOp(&err, "import OMMX registry", root, "")
+	report = &LegacyReport{}
+	return report, r.importOMMX(ctx, root, opts, report)
 }
 
 func (r *LocalRegistry) importOMMX(ctx context.Context, dir string, opts *LegacyOptions, report *LegacyReport) (err error) {
@@ -100,8 +101,8 @@ func (o ommxRef) moved() time.Time {
 	return at
 }
 
-// importOMMXRef imports one ref. The index also describes its manifest, schema 1 more than schema 2.
-// That is not used, since the manifest's own bytes say it.
+// importOMMXRef imports one ref. The index also describes its manifest, schema 1 more than schema
+// 2. That is not used, since the manifest's own bytes say it.
 func (r *LocalRegistry) importOMMXRef(ctx context.Context, l *layout, o ommxRef, opts *LegacyOptions) (RefUpdate, []ocispec.Descriptor, error) {
 	ref, err := parseLegacyName(o.name + ":" + o.reference)
 	if strings.ContainsAny(o.name, "@") {

@@ -196,7 +196,8 @@ func TestImportOMMX(t *testing.T) {
 			checkSound(t, r)
 			checkNoTmp(t, r)
 
-			// What another process has written meanwhile is seen, and a replaced ref is a conflict or moved.
+			// What another process has written meanwhile is seen, and a replaced ref is a conflict
+			// or moved.
 			o.exec("UPDATE refs SET manifest_digest = ? WHERE reference = 'v2'", string(d))
 			report, err := r.ImportOMMX(ctx, o.dir, nil)
 			if err != nil || report.Verified != 5 || len(report.Conflicted) != 1 || report.Conflicted[0].Descriptor.Digest != d {
@@ -395,8 +396,9 @@ func withSubject(text, subject string) string {
 	return strings.TrimSuffix(manifest, "}") + `,"subject":` + desc(imageType, subject) + "}"
 }
 
-// TestImportOMMXSubjects migrates a chain of subjects whose parents have no names. The parents come along as far
-// as the source has them, stay after a collection, and the one that is missing is reported.
+// TestImportOMMXSubjects migrates a chain of subjects whose parents have no names. The parents come
+// along as far as the source has them, stay after a collection, and the one that is missing is
+// reported.
 func TestImportOMMXSubjects(t *testing.T) {
 	ctx := t.Context()
 	o := newOMMXRoot(t, 2)
