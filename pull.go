@@ -149,7 +149,7 @@ func (r *LocalRegistry) newPuller(ref Reference, opts *PullOptions) (*puller, er
 		p.as = ref
 	}
 	if p.opts.Platform != nil && p.as == ref && ref.Digest() != "" {
-		return nil, fmt.Errorf("%w: %s names the image index, not the platform's manifest (PullOptions.As names that)", ErrInvalidArgument, ref)
+		return nil, fmt.Errorf("%w: %s names the image index, not the manifest for the platform (name that by PullOptions.As)", ErrInvalidArgument, ref)
 	}
 	remote := p.opts.Remote
 	if remote == nil {
@@ -268,7 +268,7 @@ func (p *puller) bring(ctx context.Context, m *Manifest) (*PullResult, error) {
 		return nil, ErrReadOnly
 	}
 	if d := p.as.Digest(); d != "" && d != m.Digest() {
-		return nil, fmt.Errorf("%w: %s names another digest than the manifest's, %s", ErrDigestMismatch, p.as, m.Digest())
+		return nil, fmt.Errorf("%w: %s does not name the manifest's digest, %s", ErrDigestMismatch, p.as, m.Digest())
 	}
 	if err := p.registry.acceptType(m.Descriptor()); err != nil {
 		return nil, err

@@ -87,7 +87,7 @@ func (p *puller) transfer(ctx context.Context, m *Manifest) (*PullResult, error)
 		}
 		// It was collected in between.
 	}
-	return nil, fmt.Errorf("%w: %s is collected again and again while it is pulled", ErrIncomplete, p.ref)
+	return nil, fmt.Errorf("%w: collections have deleted %s three times while it was pulled", ErrIncomplete, p.ref)
 }
 
 // join returns the transfer of a manifest that is under way, or starts one. The call gets reports

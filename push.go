@@ -99,7 +99,7 @@ func (r *LocalRegistry) push(ctx context.Context, ref Reference, opts *PushOptio
 		p.as = p.opts.As
 	}
 	if d := p.as.Digest(); d != "" && d != root.Digest {
-		return nil, fmt.Errorf("%w: %s is to be pushed as %s", ErrDigestMismatch, root.Digest, p.as)
+		return nil, fmt.Errorf("%w: manifest has digest %s, and is to be pushed as %s", ErrDigestMismatch, root.Digest, p.as)
 	}
 	for _, tag := range p.opts.Tags {
 		if err := checkTag(tag); err != nil {

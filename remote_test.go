@@ -357,7 +357,8 @@ func TestPlainHTTP(t *testing.T) {
 	}
 }
 
-// TestWarnOnce: each warning of a registry is reported once, fit for a terminal. Warnings of other hosts are not.
+// TestWarnOnce: each warning of a registry is reported once, fit for a terminal. Warnings of other
+// hosts are not.
 func TestWarnOnce(t *testing.T) {
 	in := newInternet(t)
 	s := in.registry("https://registry.test", "203.0.113.1")
@@ -495,7 +496,8 @@ func TestLargeBlobsAreStreamed(t *testing.T) {
 	}
 }
 
-// Requests that stall together retire their client once, so that other retired clients keep their places.
+// Requests that stall together retire their client once, so that other retired clients keep their
+// places.
 func TestRenewTogether(t *testing.T) {
 	remote := &ocilocal.Remote{}
 	if n := ocilocal.RenewRemote(remote, 16); n != 1 {

@@ -34,7 +34,8 @@ type roundTripFunc func(*http.Request) (*http.Response, error)
 
 func (f roundTripFunc) RoundTrip(r *http.Request) (*http.Response, error) { return f(r) }
 
-// A 401 that no token helps against costs two tokens at most, and no retries; of basic, two requests.
+// A 401 that no token helps against costs two tokens at most, and no retries; of basic, two
+// requests.
 func TestUnauthorizedForEver(t *testing.T) {
 	in := newInternet(t)
 	server := in.tokenSite("https://auth.test", "203.0.113.2", nil)
@@ -94,8 +95,8 @@ func TestHostileTLS(t *testing.T) {
 	}
 }
 
-// TestSendCredentials: a registry that hides from anonymous users, and asks only at its entry point, gets
-// the credential with the first request, if the user says so, and nobody else does.
+// TestSendCredentials: a registry that hides from anonymous users, and asks only at its entry
+// point, gets the credential with the first request, if the user says so, and nobody else does.
 func TestSendCredentials(t *testing.T) {
 	for name, c := range map[string]struct {
 		status    int    // for anonymous requests

@@ -50,7 +50,7 @@ func (r *Remote) Copy(ctx context.Context, from, to Reference, dst *Remote) (des
 		return desc, err
 	}
 	if d := to.Digest(); d != "" && d != m.Digest() {
-		return desc, fmt.Errorf("%w: %s is copied to %s", ErrDigestMismatch, m.Digest(), to)
+		return desc, fmt.Errorf("%w: manifest has digest %s, and is to be copied to %s", ErrDigestMismatch, m.Digest(), to)
 	}
 	if err := c.manifest(ctx, m, c.to.reference(), 0); err != nil {
 		return desc, err
@@ -79,7 +79,7 @@ func (c *remoteCopy) manifest(ctx context.Context, m *Manifest, reference string
 			continue
 		}
 		if c.seen[child.Digest] = true; len(c.seen) > MaxClosure {
-			err = fmt.Errorf("%w: an artifact of more than %d blobs", ErrTooLarge, MaxClosure)
+			err = fmt.Errorf("%w: artifact has more than %d blobs", ErrTooLarge, MaxClosure)
 		} else if m.childRole(i) == roleManifest {
 			members = append(members, child)
 		} else {

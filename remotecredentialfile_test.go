@@ -136,8 +136,8 @@ func TestCredentialKeys(t *testing.T) {
 	}
 }
 
-// TestFaultySources: a source of credentials that holds nothing, or can't be read, breaks no call that
-// needs none, and hides no later source. A call that then fails names it.
+// TestFaultySources: a source of credentials that holds nothing, or can't be read, breaks no call
+// that needs none, and hides no later source. A call that then fails names it.
 func TestFaultySources(t *testing.T) {
 	dir := t.TempDir()
 	file := func(name, text string) string {

@@ -109,7 +109,8 @@ func printChallenge(c challenge) string {
 	return c.scheme + " " + strings.Join(params, ", ")
 }
 
-// checkScope: what a registry wants is added to what is needed, never instead of it, and equal scopes are spelt alike.
+// checkScope: what a registry wants is added to what is needed, never instead of it, and equal
+// scopes are spelt alike.
 func checkScope(t *testing.T, text string) {
 	t.Helper()
 	s := scope{}
@@ -300,7 +301,8 @@ func linkLocal(a netip.Addr) bool {
 	return a.IsLinkLocalUnicast() || a.IsUnspecified() || a.IsMulticast()
 }
 
-// FuzzLink: a page after the first is on the origin that was asked, and is found whatever stands round it.
+// FuzzLink: a page after the first is on the origin that was asked, and is found whatever stands
+// round it.
 func FuzzLink(f *testing.F) {
 	for _, s := range []string{
 		``, `</v2/org/model/tags/list?last=a>; rel="next"`, `<?n=2>; rel=next`, `<https://registry.test/x>; rel="next"`, `<https://REGISTRY.test:443/x>; rel="next"`,
@@ -402,7 +404,8 @@ func rangeSays(text string, from, end, size int64) bool {
 	return a == from && b == end-1 && (n == 3 && total == size || n == 2 && strings.HasSuffix(text, "/*"))
 }
 
-// checkFuzzedChunk looks at the Range of an answer to a chunk, with which an upload may get as far as size.
+// checkFuzzedChunk looks at the Range of an answer to a chunk, with which an upload may get as far
+// as size.
 func checkFuzzedChunk(t *testing.T, text string, size int64) {
 	t.Helper()
 	at := size / 2
@@ -418,7 +421,8 @@ func checkFuzzedChunk(t *testing.T, text string, size int64) {
 	}
 }
 
-// FuzzErrorBody: of what an answer says, only little gets into an error, and nothing that was sent as a secret.
+// FuzzErrorBody: of what an answer says, only little gets into an error, and nothing that was sent
+// as a secret.
 func FuzzErrorBody(f *testing.F) {
 	for _, b := range []string{
 		``, `{}`, `{"errors":[]}`, `{"errors":[{"code":"DENIED","message":"no"}]}`, `{"errors":[{"code":"DENIED","message":"you sent hush-hush"}]}`,
@@ -528,7 +532,8 @@ func FuzzDockerConfig(f *testing.F) {
 	})
 }
 
-// credentialKeyFits says which of the file's names are those of a reference's registry or of a path above it.
+// credentialKeyFits says which of the file's names are those of a reference's registry or of a path
+// above it.
 func credentialKeyFits(key string, ref Reference) bool {
 	if scheme, rest, ok := strings.Cut(key, "://"); ok {
 		key = strings.ToLower(scheme) + "://" + rest
@@ -562,7 +567,8 @@ func checkFuzzedCredentialError(t *testing.T, raw []byte, err error) {
 	}
 }
 
-// checkFuzzedCredential: no way to print a credential prints more than its user and where it is from.
+// checkFuzzedCredential: no way to print a credential prints more than its user and where it is
+// from.
 func checkFuzzedCredential(t *testing.T, c Credential) {
 	t.Helper()
 	j, err := json.Marshal(c)

@@ -50,7 +50,7 @@ func parseLink(fields []string) (string, error) {
 			case !ok:
 				return "", fmt.Errorf("%w: Link can't be read", ErrProtocol) // its text may have a secret query
 			case next && len(target) > maxLinkLen:
-				return "", fmt.Errorf("%w: Link of %d bytes", ErrProtocol, len(target))
+				return "", fmt.Errorf("%w: Link has %d bytes", ErrProtocol, len(target))
 			case next:
 				return target, nil
 			}

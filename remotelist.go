@@ -105,7 +105,7 @@ func (p *remoteRepo) pages(ctx context.Context, first *url.URL, header http.Head
 	seen := map[string]bool{}
 	for u := first; u != nil; {
 		if seen[u.String()] || len(seen) >= maxPages {
-			return p.conceal(protocolError(http.MethodGet, u, http.StatusOK, "list comes back to a page, or has more than %d", maxPages))
+			return p.conceal(protocolError(http.MethodGet, u, http.StatusOK, "list returns to an earlier page, or has more than %d pages", maxPages))
 		}
 		seen[u.String()] = true
 		c := &remoteCall{method: http.MethodGet, url: u, header: header, actions: []string{"pull"}, ok: []int{http.StatusOK}}

@@ -31,7 +31,8 @@ func (s *server) sentTo(text string) bool {
 	return slices.ContainsFunc(s.headers, func(h http.Header) bool { return strings.Contains(fmt.Sprint(h), text) })
 }
 
-// A pull asks the registry where the tag is, and the mirror for the content. Each gets its own credential.
+// A pull asks the registry where the tag is, and the mirror for the content. Each gets its own
+// credential.
 func TestMirror(t *testing.T) {
 	s, m := newServer(t), newServer(t)
 	s.user, s.password = "me", "for-the-registry"
@@ -162,7 +163,8 @@ func TestMirrorRests(t *testing.T) {
 	}
 }
 
-// Only a mirror that may answer for tags is asked where they are. If it doesn't know, the registry does.
+// Only a mirror that may answer for tags is asked where they are. If it doesn't know, the registry
+// does.
 func TestMirrorTags(t *testing.T) {
 	s, m := newServer(t), newServer(t)
 	fresh := s.put(t, "org/model", "v1", noise(1, 100))

@@ -37,7 +37,8 @@ func (s *server) sendOn(to string) {
 	}
 }
 
-// TestHostileRedirects: where a registry sends a request for a blob, and with what it arrives there.
+// TestHostileRedirects: where a registry sends a request for a blob, and with what it arrives
+// there.
 func TestHostileRedirects(t *testing.T) {
 	t.Parallel()
 	for name, c := range map[string]struct {

@@ -184,7 +184,7 @@ func (p *remoteRepo) ownHead(ctx context.Context, reference string) (ocispec.Des
 		}
 		if want := digest.Digest(reference); checkDigest(want) == nil {
 			if d != "" && d.Algorithm() == want.Algorithm() && d != want {
-				return ocispec.Descriptor{}, answerProblem(c, res, fmt.Errorf("%w: it says to have %s, want %s", ErrDigestMismatch, d, want))
+				return ocispec.Descriptor{}, answerProblem(c, res, fmt.Errorf("%w: registry states digest %s, want %s", ErrDigestMismatch, d, want))
 			}
 			d = want
 		}

@@ -40,7 +40,8 @@ func withSignatures(t testing.TB, r *ocilocal.LocalRegistry, s *server, n int) (
 	return subject, signatures
 }
 
-// A registry without a referrers API answers in many ways. Push, list and delete agree on all of them.
+// A registry without a referrers API answers in many ways. Push, list and delete agree on all of
+// them.
 func TestReferrersAPIDecision(t *testing.T) {
 	t.Parallel()
 	login := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
@@ -102,8 +103,8 @@ func TestReferrersAPIDecision(t *testing.T) {
 	}
 }
 
-// No answer of a server that can't know makes Push write a new list over one that is there, or makes
-// Referrers say that there are none.
+// No answer of a server that can't know makes Push write a new list over one that is there, or
+// makes Referrers say that there are none.
 func TestReferrersStrayAbsence(t *testing.T) {
 	for name, stray := range map[string]func(s *server) http.HandlerFunc{
 		"a proxy's 404": func(*server) http.HandlerFunc { return http.NotFound },
@@ -156,8 +157,8 @@ func TestReferrersStrayAbsence(t *testing.T) {
 	}
 }
 
-// Two clients add the first referrers at the same moment. With conditional requests neither is lost, and
-// without them whoever has been overwritten adds its own again.
+// Two clients add the first referrers at the same moment. With conditional requests neither is
+// lost, and without them whoever has been overwritten adds its own again.
 func TestReferrersFirst(t *testing.T) {
 	for name, honours := range map[string]bool{"conditions are honoured": true, "conditions are ignored": false} {
 		t.Run(name, func(t *testing.T) {
@@ -220,7 +221,8 @@ func TestReferrersFirst(t *testing.T) {
 	}
 }
 
-// A page of a proxy instead of the answer of the referrers API doesn't mean that there are no referrers.
+// A page of a proxy instead of the answer of the referrers API doesn't mean that there are no
+// referrers.
 func TestReferrersStrayPageOfAPI(t *testing.T) {
 	for name, page := range map[string]http.HandlerFunc{
 		"text": http.NotFound,
@@ -294,7 +296,8 @@ func TestReferrersWeakETag(t *testing.T) {
 	}
 }
 
-// A registry says only that it took a list, and another client overwrites it at once: the lists are merged.
+// A registry says only that it took a list, and another client overwrites it at once: the lists are
+// merged.
 func TestReferrersOverwritten(t *testing.T) {
 	s := newServer(t)
 	s.noReferrers = true

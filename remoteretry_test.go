@@ -20,7 +20,8 @@ import (
 
 // The tests of this file run in a bubble, where time passes only while everybody waits.
 
-// A script is a registry that needs no network: the answer to each request in turn, the last for all further ones.
+// A script is a registry that needs no network: the answer to each request in turn, the last for
+// all further ones.
 type script struct {
 	answers []func(*http.Request) (*http.Response, error)
 	at      []time.Duration // when each request came

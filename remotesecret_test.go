@@ -67,7 +67,8 @@ func TestOtherHostsAreNotQuoted(t *testing.T) {
 	}
 }
 
-// A token is longer than what messages quote of a header: what is left of it where they are cut is hidden too.
+// A token is longer than what messages quote of a header: what is left of it where they are cut is
+// hidden too.
 func TestHostileEcho(t *testing.T) {
 	token := "hush" + strings.Repeat("-hush", 200)
 	for name, header := range map[string][]string{

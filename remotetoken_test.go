@@ -57,7 +57,8 @@ func TestTokenExpires(t *testing.T) {
 
 var handedOut atomic.Int64 // so that no two tokens are equal
 
-// handOut returns a handler that gives a token to those who know the password, and is otherwise hostile.
+// handOut returns a handler that gives a token to those who know the password, and is otherwise
+// hostile.
 func handOut(answer string) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		r.ParseForm()
@@ -88,7 +89,8 @@ func TestIdentityTokenForBasic(t *testing.T) {
 	in.noSecretSeen()
 }
 
-// If the token server fails, the registry is asked again, since it may have another token server by now, or none.
+// If the token server fails, the registry is asked again, since it may have another token server by
+// now, or none.
 func TestTokenServerMoves(t *testing.T) {
 	in := newInternet(t)
 	s := in.registry("https://registry.test", "203.0.113.1")
@@ -287,8 +289,8 @@ func TestTokensAreShared(t *testing.T) {
 	in.noSecretSeen(registrySite, "auth.test:443")
 }
 
-// TestTokenLeniency: token servers that refuse a part of a scope, registries that want more than they
-// have said, and answers that are spelt in other ways.
+// TestTokenLeniency: token servers that refuse a part of a scope, registries that want more than
+// they have said, and answers that are spelt in other ways.
 func TestTokenLeniency(t *testing.T) {
 	type request = *http.Request
 	scopes := func(r request) string { return strings.Join(r.URL.Query()["scope"], " ") }

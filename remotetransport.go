@@ -46,7 +46,7 @@ func (s strictTransport) RoundTrip(req *http.Request) (*http.Response, error) {
 	}
 	switch {
 	case res.StatusCode == http.StatusSwitchingProtocols: // no context ends what is read after that
-		err = fmt.Errorf("%w: it wants to switch to another protocol", ErrProtocol)
+		err = fmt.Errorf("%w: registry switches to another protocol", ErrProtocol)
 	case res.StatusCode >= 300 && res.StatusCode <= 399:
 		if _, bad := req.URL.Parse(res.Header.Get("Location")); bad != nil { // whose text quotes all of it
 			err = fmt.Errorf("%w: Location is not an address", ErrProtocol)
@@ -101,7 +101,7 @@ func readSmallBody(ctx context.Context, method string, u *url.URL, res *http.Res
 	defer res.Body.Close()
 	tooLarge := func() error {
 		return &RemoteError{Method: method, URL: publicURL(u), Status: res.StatusCode, final: true,
-			Err: fmt.Errorf("%w: answer of more than %d bytes", ErrTooLarge, limit)}
+			Err: fmt.Errorf("%w: answer has more than %d bytes", ErrTooLarge, limit)}
 	}
 	if res.ContentLength > limit {
 		return nil, tooLarge()
@@ -249,7 +249,7 @@ func (p *remoteRepo) checkTarget(ctx context.Context, c *remoteCall, u *url.URL)
 		return nil
 	}
 	if c.method == http.MethodDelete {
-		return protocolError(c.method, u, 0, "%s has another host delete", p.host.name)
+		return protocolError(c.method, u, 0, "%s redirects a deletion to another host", p.host.name)
 	}
 	if err := p.checkHost(ctx, u); err != nil {
 		return protocolError(c.method, u, 0, "%s leads elsewhere: %w", p.host.name, err)

@@ -192,8 +192,8 @@ func (l locationOf) WriteHeader(status int) {
 	l.ResponseWriter.WriteHeader(status)
 }
 
-// Requests go through a proxy, and CONNECT leads to a TLS registry. The refusal of a proxy is not one of the registry,
-// and is not repeated.
+// Requests go through a proxy, and CONNECT leads to a TLS registry. The refusal of a proxy is not
+// one of the registry, and is not repeated.
 func TestProxies(t *testing.T) {
 	plain := newServer(t)
 	secure := serve()
@@ -203,8 +203,8 @@ func TestProxies(t *testing.T) {
 	const plainHost, secureHost = "plain.test", "secure.test"
 	want := plain.put(t, "org/model", "v1", noise(1, 100))
 	secure.put(t, "org/model", "v1", noise(1, 100))
-	// proxy makes a proxy that refuses with a status, if that is not 0, and counts requests. Each case has its own,
-	// because a transport may open connections that it doesn't wait for.
+	// proxy makes a proxy that refuses with a status, if that is not 0, and counts requests. Each
+	// case has its own, because a transport may open connections that it doesn't wait for.
 	proxy := func(refusal int) (client *ocilocal.Remote, asked *atomic.Int64) {
 		asked = new(atomic.Int64)
 		s := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {

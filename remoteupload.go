@@ -149,7 +149,7 @@ func (p *remoteRepo) checkSize(ctx context.Context, desc ocispec.Descriptor) err
 	}
 	res.Body.Close()
 	if res.ContentLength >= 0 && res.ContentLength != desc.Size {
-		return answerProblem(c, res, fmt.Errorf("%w: the registry took blob %s and has %d bytes of it, not %d", ErrSizeMismatch, desc.Digest, res.ContentLength, desc.Size))
+		return answerProblem(c, res, fmt.Errorf("%w: registry has accepted blob %s, and has %d bytes of it, want %d", ErrSizeMismatch, desc.Digest, res.ContentLength, desc.Size))
 	}
 	return nil
 }
@@ -356,7 +356,7 @@ var errSmaller = errors.New("chunk is too large")
 // chunks sends the blob in pieces. The blob is verified first, because a piece alone cannot be.
 func (u *upload) chunks(ctx context.Context, s *uploadSession, size int64) error {
 	if u.store == nil {
-		return fmt.Errorf("%w: blob %s has to go in chunks, which can't be made of a blob that isn't stored (pull and push it)", ErrTooLarge, u.desc.Digest)
+		return fmt.Errorf("%w: registry takes blob %s only in chunks, and a copy can't send chunks (pull and push instead)", ErrTooLarge, u.desc.Digest)
 	}
 	// A piece can't be verified by itself.
 	if err := u.store.verify(ctx, u.desc.Digest, u.desc.Size); err != nil {
@@ -373,7 +373,7 @@ func (u *upload) chunks(ctx context.Context, s *uploadSession, size int64) error
 	enough := func() int64 { return 2*((u.desc.Size-at)/size+1) + 2*maxRetries }
 	for left := enough(); at < u.desc.Size; left-- {
 		if left == 0 {
-			return protocolError(http.MethodPatch, s.url, http.StatusAccepted, "upload is at byte %d after twice the requests that it takes", at)
+			return protocolError(http.MethodPatch, s.url, http.StatusAccepted, "upload is only at byte %d after twice the requests that it needs", at)
 		}
 		end, err := u.sendChunk(ctx, s, f, at, min(size, u.desc.Size-at))
 		switch {

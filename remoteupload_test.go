@@ -20,7 +20,8 @@ import (
 	"github.com/ocilocal/ocilocal"
 )
 
-// multi puts an image index with a manifest for each architecture on the server. They are called v1 and nothing.
+// multi puts an image index with a manifest for each architecture on the server. They are called v1
+// and nothing.
 func (s *server) multi(t testing.TB, repo string, architectures ...string) (index digest.Digest, manifests []digest.Digest) {
 	t.Helper()
 	var entries []string
@@ -34,7 +35,8 @@ func (s *server) multi(t testing.TB, repo string, architectures ...string) (inde
 	return s.putRaw(repo, "v1", ocispec.MediaTypeImageIndex, []byte(doc)), manifests
 }
 
-// An image index goes after all that it lists, nested ones too; pushed again, no manifest goes at all.
+// An image index goes after all that it lists, nested ones too; pushed again, no manifest goes at
+// all.
 func TestPushIndex(t *testing.T) {
 	s := newServer(t)
 	inner, _ := s.multi(t, "org/multi", "amd64", "arm64")
@@ -121,7 +123,8 @@ func TestPushReferrersTag(t *testing.T) {
 	}
 }
 
-// What fails for ever is tried as often as the policy says, not as often as that for each of its steps.
+// What fails for ever is tried as often as the policy says, not as often as that for each of its
+// steps.
 func TestPushGivesUp(t *testing.T) {
 	for name, c := range map[string]struct {
 		method string
@@ -255,7 +258,8 @@ func (w rangeless) WriteHeader(code int) {
 	w.ResponseWriter.WriteHeader(code)
 }
 
-// Half a chunk is lost, and only the 416 to the next one says so: then the registry is asked how far it is.
+// Half a chunk is lost, and only the 416 to the next one says so: then the registry is asked how
+// far it is.
 func TestPushOutOfRange(t *testing.T) {
 	s := newServer(t)
 	var chunks, asked atomic.Int64
@@ -283,8 +287,8 @@ func TestPushOutOfRange(t *testing.T) {
 	}
 }
 
-// A transport closes a body while it reads it, as net/http's does when a stream of HTTP/2 is reset. That
-// is the registry's failure, not one of the store.
+// A transport closes a body while it reads it, as net/http's does when a stream of HTTP/2 is reset.
+// That is the registry's failure, not one of the store.
 func TestPushBodyClosedByTransport(t *testing.T) {
 	s := newServer(t)
 	next := &http.Transport{DisableCompression: true}
@@ -308,7 +312,8 @@ func TestPushBodyClosedByTransport(t *testing.T) {
 	}
 }
 
-// answersAs makes the server answer requests of one kind with another status, or with changed headers.
+// answersAs makes the server answer requests of one kind with another status, or with changed
+// headers.
 func (s *server) answersAs(method, part string, change func(r *http.Request, rec *httptest.ResponseRecorder)) {
 	s.override = func(w http.ResponseWriter, r *http.Request) bool {
 		if r.Method != method || !strings.Contains(r.URL.Path, part) {
@@ -453,7 +458,8 @@ func TestPushLimits(t *testing.T) {
 	}
 }
 
-// An answer to HEAD says that a blob is there only if its length is right. After any other one the blob is sent.
+// An answer to HEAD says that a blob is there only if its length is right. After any other one the
+// blob is sent.
 func TestPushDoubtfulHeads(t *testing.T) {
 	t.Parallel()
 	layer := noise(1, 3000)
@@ -500,7 +506,8 @@ func TestPushDoubtfulHeads(t *testing.T) {
 	if _, err := r.Push(t.Context(), s.ref("org/model:v1"), nil); !errors.Is(err, ocilocal.ErrSizeMismatch) {
 		t.Error(err)
 	}
-	// A cache says that the blob is there, and the registry, when it gets the manifest, that it isn't.
+	// A cache says that the blob is there, and the registry, when it gets the manifest, that it
+	// isn't.
 	s = newServer(t)
 	s.override = func(w http.ResponseWriter, r *http.Request) bool {
 		if r.Method == "HEAD" && strings.HasSuffix(r.URL.Path, string(d)) {
@@ -533,7 +540,8 @@ func TestPushRangeOverflows(t *testing.T) {
 	}
 }
 
-// TestUploadsElsewhere: where an upload goes on is the registry's choice, the credential stays with it.
+// TestUploadsElsewhere: where an upload goes on is the registry's choice, the credential stays with
+// it.
 func TestUploadsElsewhere(t *testing.T) {
 	t.Parallel()
 	for name, c := range map[string]struct {
