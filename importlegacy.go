@@ -52,6 +52,10 @@ type LegacyOptions struct {
 	// can return [SkipEntry] to leave the entry out; any other error is reported as the entry's. It
 	// must not call the registry.
 	Name func(claimed string, ref Reference) (Reference, error)
+	// Progress, if not nil, is told how far the import is. Items are entries of the older registry, and
+	// skipped ones those that are here already. Bytes are not counted. Entries that cannot be imported,
+	// or are left out, leave the totals.
+	Progress func(Progress)
 }
 
 // A legacyNamer is LegacyOptions.Name.
@@ -168,10 +172,14 @@ func (r *LocalRegistry) importLegacy(ctx context.Context, dir string, opts *Lega
 		return err
 	}
 	defer root.Close()
+	m := newMeter(opts.Progress, Reference{}) // it is used on this goroutine only
+	m.phase(PhasePlan)
 	entries, err := legacyEntries(ctx, root, report)
 	if err != nil {
 		return err
 	}
+	m.plan(len(entries), 0)
+	m.planned(PhaseBlobs)
 	for _, entry := range entries {
 		report.Scanned++
 		u, err := r.importLegacyEntry(ctx, root, entry, Reference{}, opts.Name, PublishOptions{Policy: opts.Policy})
@@ -179,8 +187,24 @@ func (r *LocalRegistry) importLegacy(ctx context.Context, dir string, opts *Lega
 			return err
 		}
 		report.add(entry, u, err)
+		tellEntry(m, u, err)
 	}
+	m.finish()
 	return nil
+}
+
+// tellEntry reports the progress of an import of entries.
+func tellEntry(m *meter, u RefUpdate, err error) {
+	// The size stays 0, because bytes are not counted.
+	desc := ocispec.Descriptor{MediaType: u.Descriptor.MediaType, Digest: u.Descriptor.Digest}
+	switch {
+	case err != nil || u.Outcome == Conflicted:
+		m.plan(-1, 0)
+	case u.Outcome == Unchanged:
+		m.skip(desc)
+	default:
+		m.done(desc)
+	}
 }
 
 // fatal reports whether err would meet every further entry too.

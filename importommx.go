@@ -54,20 +54,33 @@ func (r *LocalRegistry) importOMMX(ctx context.Context, dir string, opts *Legacy
 	}
 	defer func() { err = errors.Join(err, theirs.close()) }()
 	l := &layout{root: root}
-	return theirs.ommxRefs(ctx, func(ref ommxRef) error {
+	m := newMeter(opts.Progress, Reference{}) // it is used on this goroutine only
+	if m != nil {
+		m.phase(PhasePlan)
+		if err := theirs.ommxRefs(ctx, func(ommxRef) error { m.plan(1, 0); return nil }); err != nil {
+			return err
+		}
+		m.planned(PhaseBlobs)
+	}
+	if err := theirs.ommxRefs(ctx, func(ref ommxRef) error {
 		report.Scanned++
 		u, missing, err := r.importOMMXRef(ctx, l, ref, opts)
 		if fatal(err) {
 			return err
 		}
 		report.add(ref.String(), u, err)
+		tellEntry(m, u, err)
 		for _, s := range missing {
 			if !slices.Contains(report.MissingSubjects, s.Digest) {
 				report.MissingSubjects = append(report.MissingSubjects, s.Digest)
 			}
 		}
 		return nil
-	})
+	}); err != nil {
+		return err
+	}
+	m.finish()
+	return nil
 }
 
 // openOMMXRoot opens the index of an OMMX v3 root.
