@@ -160,8 +160,8 @@ func (st *stage) complete(w *hashingWriter, n int64, err error, alg digest.Algor
 	return &stagedFile{name: f.name, digest: got, size: n, file: f}, nil
 }
 
-// putBytesAs is put for the few bytes, at most copyBufferSize, that should hash to d. If the stage or
-// the store has them, it writes nothing and reports true.
+// putBytesAs is put for the few bytes, at most copyBufferSize, that should hash to d. If the stage
+// or the store has them, it writes nothing and reports true.
 func (st *stage) putBytesAs(ctx context.Context, b []byte, d digest.Digest) (had bool, err error) {
 	size := int64(len(b))
 	var sf *stagedFile

@@ -12,10 +12,11 @@ import (
 	"github.com/opencontainers/go-digest"
 )
 
-// What tmp/ holds, by whom it is removed, and how it is known to be ours. Nothing else in there is touched.
+// The contents of tmp/: who removes them, and the mark by which this package knows its own names.
+// Nothing else in there is touched.
 //
-//	tmp/<session>/           one open handle, which removes it when it is closed. After a kill, the next
-//	                         handle that writes removes it, and every collection: once it has the lock.
+//	tmp/<session>/           one open handle, which removes it when it is closed. After a kill, the
+//	                         next handle that writes or collects locks it and removes it.
 //	                         Mark: a name by rand.Text; a directory; mode 0700.
 //	tmp/<session>/<name>     its stages, or the maker of an index. Mark: a name by rand.Text,
 //	                         with SQLite's suffixes; a regular file.
@@ -26,9 +27,9 @@ import (
 //	                         a collection when the period is old: see heldDir. Mark: a number, a
 //	                         SHA-256 and a digest for names; a regular file.
 //	tmp/upload/<id>-<repository>/
-//	                         the request that ends the upload; a collection, or a request that begins
-//	                         one, when it is old and not locked: see incoming. Mark: a name by rand.Text
-//	                         and a SHA-256; a directory that has nothing but data.
+//	                         the request that ends the upload; a collection, or a request that
+//	                         begins one, when it is old and not locked: see incoming. Mark: a name by
+//	                         rand.Text and a SHA-256; a directory that has nothing but data.
 //
 // Directories are not removed with whatever is in them, but entry by entry, without entering a
 // directory, a link or a mount, and at last by a call that fails for a directory that is not empty.

@@ -13,18 +13,22 @@ import (
 // A verifier reads a blob and hashes it on the way. If the bytes are wrong, the Read that would
 // return the last byte returns the error instead. So even a consumer that stops after size bytes
 // never has a whole bad blob.
+//
+// A verifier is not safe for concurrent use. Its error is final, except that of ctx.
 type verifier struct {
 	ctx    context.Context
-	src    io.ReadCloser
+	src    io.ReadCloser // the verifier closes it
 	digest digest.Digest
-	size   int64
-	off    int64
+	size   int64 // known, and 0 is a size
+	off    int64 // bytes that were read and hashed
 	hash   hash.Hash
-	err    error // sticky
+	err    error // sticky; io.EOF after a good blob
 
 	buffers *sync.Pool // the store's
 }
 
+// Read never reads beyond size bytes of src, so the last byte and the verdict come from one call.
+// It clears a bad last piece in p, because a caller may look at p in spite of the error.
 func (v *verifier) Read(p []byte) (int, error) {
 	if v.err != nil {
 		return 0, v.err
@@ -57,7 +61,10 @@ func (v *verifier) Read(p []byte) (int, error) {
 }
 
 // WriteTo implements [io.WriterTo] for io.Copy. A chunk is hashed while it is being written and the
-// next one is read. The last chunk is hashed before it is written.
+// next one is read. The last chunk is hashed before it is written, by Read, so the rule of the last
+// byte holds here too. One token in hashing means that no chunk is being hashed: the loop takes it
+// before it starts the next, so hash sees the chunks in order, and a buffer is not overwritten
+// while it is hashed.
 func (v *verifier) WriteTo(dst io.Writer) (written int64, err error) {
 	if v.size-v.off <= copyBufferSize || v.err != nil {
 		return io.Copy(dst, struct{ io.Reader }{v})
@@ -95,7 +102,8 @@ func (v *verifier) WriteTo(dst io.Writer) (written int64, err error) {
 	return written + n, err
 }
 
-// cutOff turns the end of a file that is too short into an [ErrSizeMismatch].
+// cutOff turns the end of a file that is too short into an [ErrSizeMismatch]. It returns any other
+// error as it is.
 func (v *verifier) cutOff(err error) error {
 	if err == io.EOF || err == io.ErrUnexpectedEOF {
 		return fmt.Errorf("blob %s: %w: ended after %d bytes, want %d", v.digest, ErrSizeMismatch, v.off, v.size)
@@ -103,7 +111,9 @@ func (v *verifier) cutOff(err error) error {
 	return err
 }
 
-// finish is called when size bytes have been read. It returns io.EOF if they are the blob.
+// finish is called when size bytes have been read. It returns io.EOF if they are the blob, and
+// otherwise the error for good: that src goes on, that it cannot be read, or that the digest
+// differs.
 func (v *verifier) finish() error {
 	var one [1]byte
 	switch n, err := io.ReadFull(v.src, one[:]); {
@@ -119,6 +129,7 @@ func (v *verifier) finish() error {
 	return io.EOF
 }
 
+// Close makes later reads fail with [ErrClosed], unless an error came before.
 func (v *verifier) Close() error {
 	if v.err == nil || v.err == io.EOF {
 		v.err = ErrClosed

@@ -35,9 +35,8 @@ func (w *hashingWriter) Write(p []byte) (int, error) {
 // in the processor's cache when it is hashed.
 const cloneChunk = 4 << 20
 
-// clone copies at most limit bytes of src without taking them through this
-// process, and hashes what has arrived, one chunk while the next is on its way. count is called with
-// the size of each chunk.
+// clone copies at most limit bytes of src without taking them through this process, and hashes what
+// has arrived, one chunk while the next is on its way. count is called with the size of each chunk.
 func (w *hashingWriter) clone(ctx context.Context, src *os.File, limit int64, count func(n int)) (n int64, err error) {
 	hashed := make(chan error, 1)
 	hashed <- nil

@@ -11,8 +11,9 @@ import (
 // [LocalRegistry.Referrers] lists it.
 //
 // A referrer has no ref. A collection keeps it as long as its subject, unless
-// [GCOptions.DropReferrers] is set, and deletes it if nothing keeps the subject. To push one, push its subject with [PushOptions.Referrers], or the reference that
-// [Reference.WithDigest] makes of the subject's name and the digest of the referrer.
+// [GCOptions.DropReferrers] is set, and deletes it if nothing keeps the subject. To push one, push
+// its subject with [PushOptions.Referrers], or the reference that [Reference.WithDigest] makes of
+// the subject's name and the digest of the referrer.
 //
 // Errors: those of [LocalRegistry.NewBuilder] and [Builder.SetSubject], and [ErrInvalidArgument] if
 // PublishOptions are set, because they are about a ref.

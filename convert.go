@@ -64,8 +64,8 @@ type ConvertResult struct {
 //   - [ErrInvalidArgument] if dst is src
 //   - [ErrInvalidReference] if src or dst is zero
 //   - [ErrInvalidManifest] for a damaged source
-//   - [ErrIncomplete] for a missing layer, together with [ErrDigestMismatch] or [ErrSizeMismatch] for
-//     a damaged one
+//   - [ErrIncomplete] for a missing layer, together with [ErrDigestMismatch] or [ErrSizeMismatch]
+//     for a damaged one
 //   - [*ConflictError] together with the result
 //   - [ErrDigestMismatch] if dst names another digest than the result's
 //   - [ErrArtifactType], [ErrTooLarge], [ErrReadOnly], [ErrBusy]

@@ -108,34 +108,37 @@
 //
 // # Names in content
 //
-// An archive or layout says itself what its entries are called. Such a name is a claim: its writer chose it, and
-// nothing proves that the name is theirs. By default an import sets each ref that the content claims in full and that
-// does not exist yet, and a later Load serves it. For content from somebody who is not trusted with every
-// name, ImportOptions.Name restricts names, ImportOptions.Reference chooses one, and
-// ImportOptions.IgnoreNames sets none. A name that is only a tag is [ErrBareName] unless ImportOptions.Repository
-// completes it. Content without any name is stored by digest, and [ImportResult.Unnamed] lists it.
+// An archive or layout says itself what its entries are called. Such a name is a claim: its writer
+// chose it, and nothing proves that the name is theirs. By default an import sets each ref that the
+// content claims in full and that does not exist yet, and a later Load serves it. For content from
+// somebody who is not trusted with every name, ImportOptions.Name restricts names,
+// ImportOptions.Reference chooses one, and ImportOptions.IgnoreNames sets none. A name that is only
+// a tag is [ErrBareName] unless ImportOptions.Repository completes it. Content without any name is
+// stored by digest, and [ImportResult.Unnamed] lists it.
 //
 // What else an entry of index.json says, its platform and its annotations, is kept in the index of
 // the registry: with the ref, or with the manifest if it got no ref. Exports of that ref or digest
-// write it again. It belongs to the content: a ref that moves loses it, unless the import that moves
-// the ref brings its own. Pulls, builds, tags and copies have none. urls and data are not kept.
+// write it again. It belongs to the content: a ref that moves loses it, unless the import that
+// moves the ref brings its own. Pulls, builds, tags and copies have none. urls and data are not
+// kept.
 //
 // # Raw content
 //
-// [LocalRegistry.Repository] is a view of one name, by which content is put, read and deleted as over
-// the distribution API. It shows what the refs of the name lead to and what it holds, and nothing
-// else of the registry. A blob that was put is held for the repository, below tmp/, until it is too
-// old: it is visible to every process at once, and becomes durable with the manifest that needs it.
-// A manifest that was put is durable with all that it needs. One without a tag is held by a row of
-// the index. Holds keep content as refs do, until [GCOptions.Held] has passed and nothing else keeps it.
+// [LocalRegistry.Repository] is a view of one name, by which content is put, read and deleted as
+// over the distribution API. It shows what the refs of the name lead to and what it holds, and
+// nothing else of the registry. A blob that was put is held for the repository, below tmp/, until
+// it is too old: it is visible to every process at once, and becomes durable with the manifest that
+// needs it. A manifest that was put is durable with all that it needs. One without a tag is held by
+// a row of the index. Holds keep content as refs do, until [GCOptions.Held] has passed and nothing
+// else keeps it.
 //
 // # Errors
 //
 // Methods of a registry, and of builders, artifacts and remotes, return an [*Error], which says
 // what was being done to what. [errors.Is] finds its cause: a sentinel such as [ErrNotFound], an
 // error of the file system or of the context, or that of a reader, writer or function that the
-// caller gave. [*ConflictError], [*RemoteError], [*SchemaError] and [*MissingSubjectError] have more
-// facts. Text is for people, and may change.
+// caller gave. [*ConflictError], [*RemoteError], [*SchemaError] and [*MissingSubjectError] have
+// more facts. Text is for people, and may change.
 //
 // Doc comments name the errors that are particular to a method. In addition:
 //   - Any method that takes a context may return the context's error and, after Close, [ErrClosed].

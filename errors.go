@@ -173,10 +173,10 @@ func opError(op, reference string, d digest.Digest, err error) error {
 	return &Error{Op: op, Reference: reference, Digest: d, Err: err}
 }
 
-// processCondition reports whether err says something about this process, this call or the disk as a
-// whole: it is cancelled or closed, out of descriptors, memory or space, may not write, or cannot
-// get at the index. Such an error meets whatever is read next as well. It ends a call,
-// and never means that what was being read is damaged or missing.
+// processCondition reports whether err says something about this process, this call or the disk as
+// a whole: it is cancelled or closed, out of descriptors, memory or space, may not write, or cannot
+// get at the index. Such an error meets whatever is read next as well. It ends a call, and never
+// means that what was being read is damaged or missing.
 //
 // EIO from a blob's file is not such a condition: one bad sector must not end a verification.
 // It is not damage either, since the next read may succeed.

@@ -30,8 +30,8 @@ type GCOptions struct {
 	// as long as its subject. The grace does not matter. [NoGrace] deletes them at once, and so
 	// breaks pushes that are under way.
 	Held time.Duration
-	// Progress, if not nil, is told how far the collection is. Items are the blobs and manifests
-	// that it deletes, and skipped ones those that came into use before their turn.
+	// Progress, if not nil, gets the state of the collection. Items are the blobs and manifests
+	// that it deletes. Skipped items came into use before their turn.
 	Progress func(Progress)
 }
 

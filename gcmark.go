@@ -86,6 +86,8 @@ type gcGraph struct {
 	unreliable []InvalidManifest // manifests that stop the collection, at most maxGCList
 }
 
+// id returns the number of d's node, which it adds if there is none. Pointers into g.nodes are not
+// valid after it.
 func (g *gcGraph) id(d digest.Digest) int32 {
 	i, ok := g.ids[d]
 	if !ok {
@@ -113,7 +115,11 @@ func (r *LocalRegistry) mark(ctx context.Context, opts GCOptions) (*gcGraph, err
 	return g, nil
 }
 
-// graph reads the index into a gcGraph.
+// graph reads the index into a gcGraph. Its queries run one after the other, and others write
+// between them. The order makes that safe. Refs come first, so a manifest that a ref is seen to
+// point at is either in the rows that are read next or was collected since. Blobs come last: a row
+// that is seen without the members that need it belongs to a publish since the mark began, and the
+// step finds its ref.
 func (r *LocalRegistry) graph(ctx context.Context, opts GCOptions) (*gcGraph, error) {
 	g := &gcGraph{registry: r, opts: opts, began: time.Now(), ids: map[digest.Digest]int32{}}
 	g.heldSince = opts.heldBefore(g.began)
@@ -169,7 +175,9 @@ func (r *LocalRegistry) graph(ctx context.Context, opts GCOptions) (*gcGraph, er
 	return g, nil
 }
 
-// walk adds the files in blobs/.
+// walk adds the files in blobs/. It comes after the rows: a file whose row came later is young, and
+// its step finds the row. A manifest whose file is not seen here may be collected already, or never
+// have been here: absent keeps the walks of subjects and referrers from relying on it.
 func (g *gcGraph) walk(ctx context.Context) error {
 	err := g.registry.blobs.walk(ctx, func(e blobEntry) error {
 		if e.digest == "" {
@@ -192,8 +200,17 @@ func (g *gcGraph) walk(ctx context.Context) error {
 	return err
 }
 
-// follow gives each node its hold, the strongest first. What a manifest needs gets the manifest's
-// own hold. Subjects, and referrers unless they are dropped, get theirs if they have files.
+// follow gives each node its hold, the strongest first, by one walk for each hold:
+//
+//	hold          begins at                         goes to
+//	holdNeeded    refs                              needs
+//	holdSubject   held nodes, protected digests     needs, subjects
+//	holdReferrer  held nodes                        needs, subjects, referrers
+//	holdYoung     nodes younger than the grace      needs, subjects, referrers
+//
+// A node keeps the first hold that it gets. A subject, referrer or protected manifest without a
+// file gets none by these ways: nothing promises that it is here. GCOptions.DropReferrers closes the
+// way to referrers.
 func (g *gcGraph) follow() {
 	referrers := map[int32][]int32{}
 	if !g.opts.DropReferrers {
@@ -243,7 +260,7 @@ func (g *gcGraph) follow() {
 // check reads every live manifest and compares it with its rows. It notes what is missing, what is
 // invalid, and which of these stop the collection.
 func (g *gcGraph) check(ctx context.Context) error {
-	var mu sync.Mutex
+	var mu sync.Mutex // guards failed and the lists of g
 	var failed error
 	live := func(yield func(int, *gcNode) bool) {
 		for i := range g.nodes {

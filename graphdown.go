@@ -69,8 +69,8 @@ func (c *closure) down(ctx context.Context, desc ocispec.Descriptor, depth, most
 	return m, nil
 }
 
-// addReferrer adds a referrer with everything that it needs. A referrer is kept, not needed: a file of it
-// may be missing. Then addReferrer reports false, and the closure stays as it was.
+// addReferrer adds a referrer with everything that it needs. A referrer is kept, not needed: a file
+// of it may be missing. Then addReferrer reports false, and the closure stays as it was.
 //
 // Errors are those of add, except [ErrNotFound], and those of checkSize.
 func (c *closure) addReferrer(ctx context.Context, desc ocispec.Descriptor) (here bool, err error) {

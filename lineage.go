@@ -14,7 +14,8 @@ import (
 //
 // Errors:
 //   - [*MissingSubjectError], which matches [ErrNotFound], if the subject is not in the registry
-//   - [ErrSizeMismatch] or [ErrInvalidManifest] if a describes its subject otherwise than the registry
+//   - [ErrSizeMismatch] or [ErrInvalidManifest] if a describes its subject otherwise than the
+//     registry
 //   - those of [LocalArtifact.Manifest] for a's own manifest
 func (a *LocalArtifact) Parent(ctx context.Context) (*LocalArtifact, error) {
 	p, err := a.parent(ctx)

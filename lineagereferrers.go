@@ -19,7 +19,8 @@ type ReferrersOptions struct {
 	Limit int
 }
 
-// MaxReferrers is how many referrers a push, a pull or a copy takes along at most. More is [ErrTooLarge].
+// MaxReferrers is how many referrers a push, a pull or a copy takes along at most. More is
+// [ErrTooLarge].
 const MaxReferrers = 1000
 
 // Referrers lists the manifests whose subject is that digest, in the order of their own digests, by

@@ -74,8 +74,8 @@ func (r *LocalRegistry) AnonymousRefs(ctx context.Context) iter.Seq2[Ref, error]
 }
 
 // OtherAnonymousRefs lists the refs whose names other registries made up, and that imports or pulls
-// brought here, as [LocalRegistry.Refs] does: anonymous artifacts of registries of this package, and
-// anonymous artifacts, experiments and checkpoints of OMMX v3 registries, such as
+// brought here, as [LocalRegistry.Refs] does: anonymous artifacts of registries of this package,
+// and anonymous artifacts, experiments and checkpoints of OMMX v3 registries, such as
 // 0123abcd.ommx.local/checkpoint:7. Errors too are as there.
 func (r *LocalRegistry) OtherAnonymousRefs(ctx context.Context) iter.Seq2[Ref, error] {
 	return func(yield func(Ref, error) bool) {
@@ -119,9 +119,10 @@ type PruneOptions struct {
 const prunePage = 100
 
 // PruneAnonymous removes this registry's anonymous refs that are old enough, with
-// [PruneOptions.Others] also those that other registries made up, and returns them in the order of their names. A ref that is moved meanwhile stays. The artifacts
-// stay until garbage collection, and [LocalRegistry.Tag] restores a ref until then. Of several that
-// prune at the same time, each ref is returned by one.
+// [PruneOptions.Others] also those that other registries made up, and returns them in the order of
+// their names. A ref that is moved meanwhile stays. The artifacts stay until garbage collection,
+// and [LocalRegistry.Tag] restores a ref until then. Of several that prune at the same time, each
+// ref is returned by one.
 //
 // Errors, together with the refs that were removed by then: [ErrReadOnly], [ErrBusy],
 // [ErrCorruptIndex], [ErrIndexIO], and any error from ctx.
@@ -157,7 +158,8 @@ func (r *LocalRegistry) PruneAnonymous(ctx context.Context, opts *PruneOptions) 
 	return removed, nil
 }
 
-// pruneName removes the anonymous refs of one name that are older than age, or all if that is negative.
+// pruneName removes the anonymous refs of one name that are older than age, or all if that is
+// negative.
 func (r *LocalRegistry) pruneName(ctx context.Context, prunedName string, age time.Duration) (removed []Ref, err error) {
 	young := time.Now().Add(-age)
 	ours := prunedName == r.anonymousName()

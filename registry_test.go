@@ -462,8 +462,8 @@ func TestOpenWithoutDirectories(t *testing.T) {
 	}
 }
 
-// A root that is open under two names, one of them a link, is one registry: what one publishes the other sees,
-// and a collection through one leaves alone what the other is about to publish.
+// A root that is open under two names, one of them a link, is one registry: what one publishes the
+// other sees, and a collection through one leaves alone what the other is about to publish.
 func TestTwoNamesOfOneRoot(t *testing.T) {
 	ctx := t.Context()
 	r := openTemp(t, nil)

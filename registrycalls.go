@@ -41,7 +41,8 @@ func (r *LocalRegistry) begin(ctx context.Context) (end func(), err error) {
 	return r.calls.Done, nil
 }
 
-// beginWrite is begin of a call that changes the registry: one that is open read-only fails with [ErrReadOnly].
+// beginWrite is begin of a call that changes the registry: one that is open read-only fails with
+// [ErrReadOnly].
 func (r *LocalRegistry) beginWrite(ctx context.Context) (end func(), err error) {
 	if end, err = r.begin(ctx); err == nil && r.blobs.readOnly {
 		end()

@@ -106,7 +106,8 @@ func TestSweepKeepsForeign(t *testing.T) {
 	}
 }
 
-// TestSweepKeepsMounts: what is mounted in the place of something of ours is neither emptied nor entered.
+// TestSweepKeepsMounts: what is mounted in the place of something of ours is neither emptied nor
+// entered.
 func TestSweepKeepsMounts(t *testing.T) {
 	name, d := rand.Text(), strings.Replace(digest.FromString("x").String(), ":", "-", 1)
 	for _, at := range []string{"tmp/" + name, "tmp/partial", "tmp/partial/" + d, "tmp/quarantine", "tmp/" + name + "/" + rand.Text()} {

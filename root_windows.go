@@ -17,8 +17,9 @@ const (
 // noSpace are the errors of a full disk: ERROR_DISK_FULL, ERROR_HANDLE_DISK_FULL.
 var noSpace = []syscall.Errno{112, 39}
 
-// noResources are the errors of a process or machine that is out of handles or memory: ERROR_TOO_MANY_OPEN_FILES,
-// ERROR_NOT_ENOUGH_MEMORY, ERROR_OUTOFMEMORY, ERROR_NO_SYSTEM_RESOURCES, ERROR_COMMITMENT_LIMIT.
+// noResources are the errors of a process or machine that is out of handles or memory:
+// ERROR_TOO_MANY_OPEN_FILES, ERROR_NOT_ENOUGH_MEMORY, ERROR_OUTOFMEMORY, ERROR_NO_SYSTEM_RESOURCES,
+// ERROR_COMMITMENT_LIMIT.
 var noResources = []syscall.Errno{4, 8, 14, 1450, 1455}
 
 // tryLockDir holds a directory by an open file inside it that nobody else may

@@ -47,8 +47,8 @@ func (f *rootFile) Write(p []byte) (int, error) {
 	return n, err
 }
 
-// copyFrom appends at most limit bytes of src. Where both are files, the kernel copies them. It does
-// not count them as written, so the caller starts the write-back itself.
+// copyFrom appends at most limit bytes of src. Where both are files, the kernel copies them. It
+// does not count them as written, so the caller starts the write-back itself.
 func (f *rootFile) copyFrom(src io.Reader, limit int64) (int64, error) {
 	if err := f.root.fault.before("write", f.name); err != nil {
 		return 0, err
@@ -110,7 +110,8 @@ func checkRegular(f interface{ Stat() (fs.FileInfo, error) }) (int64, error) {
 	return fi.Size(), nil
 }
 
-// openRegular opens a file that the caller named. Anything but a regular file is [ErrInvalidArgument].
+// openRegular opens a file that the caller named. Anything but a regular file is
+// [ErrInvalidArgument].
 func openRegular(name string) (*os.File, error) {
 	f, err := os.OpenFile(name, os.O_RDONLY|openNonblock, 0)
 	if err != nil {

@@ -67,9 +67,10 @@ func (t *tasks) wait(err error) error {
 	return first
 }
 
-// settle calls fn, and then done once with the error, however fn ends: a panic becomes a [*panicError],
-// and runtime.Goexit becomes errGoexit. Functions of callers, such as a [CredentialFunc], may do either on a
-// goroutine that the caller doesn't know, while others wait for what it does.
+// settle calls fn, and then done once with the error, however fn ends: a panic becomes a
+// [*panicError], and runtime.Goexit becomes errGoexit. Functions of callers, such as a
+// [CredentialFunc], may do either on a goroutine that the caller doesn't know, while others wait
+// for what it does.
 func settle(fn func() error, done func(error)) {
 	err := errGoexit
 	defer func() {
@@ -88,7 +89,8 @@ func settle(fn func() error, done func(error)) {
 // errGoexit is the error of a function that has ended its goroutine. Tests do that by FailNow.
 var errGoexit = errors.New("function has ended its goroutine by runtime.Goexit")
 
-// A panicError is a panic on its way from one goroutine to those that wait for it, which raise it again.
+// A panicError is a panic on its way from one goroutine to those that wait for it, which raise it
+// again.
 type panicError struct {
 	value any
 	stack []byte // where it happened
