@@ -102,7 +102,8 @@
 //   - Nothing is deleted, renamed or truncated that this package did not make.
 //   - [LocalRegistry.GC] deletes nothing that a ref needs, whatever else is going on, and what
 //     nothing needs is gone after it: replaced and removed artifacts, and what killed
-//     or failed publishes left in blobs/.
+//     or failed publishes left in blobs/. An artifact whose subject stays is kept, too, unless
+//     [GCOptions.DropReferrers] is set.
 //   - Memory does not grow with the size of a blob, nor with the number of refs, except that
 //     collection needs some 400 bytes for each blob, and verification some 100.
 //

@@ -79,7 +79,8 @@ func (r *LocalRegistry) tagIn(ctx context.Context, tx *indexTx, d digest.Digest,
 
 // Remove deletes a ref and returns the descriptor that it pointed at. A ref with a tag and a
 // digest is deleted only if the tag points at that digest. The artifact stays until garbage
-// collection, and [LocalRegistry.Tag] restores the ref until then.
+// collection, and [LocalRegistry.Tag] restores the ref until then. If its subject is kept, it stays
+// as a referrer: [Repository.DeleteManifest] deletes that.
 //
 // Errors:
 //   - [ErrNotFound]: there is no such ref, or it points at another digest
