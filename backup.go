@@ -66,6 +66,7 @@ type BackupFailure struct {
 //     if dir is a registry with another id
 //   - [ErrInvalidArgument] if dir is this registry's or lies in it
 //   - [ErrBusy] if collections, here or there, kept deleting what was being copied
+//   - [ErrCorruptIndex] if the index is damaged: a backup that lacked something would look whole
 //   - those of [Open], [ErrNoSpace], and any error from ctx or the file system
 func (r *LocalRegistry) Backup(ctx context.Context, dir string, opts *BackupOptions) (*BackupReport, error) {
 	if opts == nil {

@@ -11,6 +11,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/opencontainers/go-digest"
 
@@ -627,4 +628,52 @@ func TestBackupTargetChanges(t *testing.T) {
 		t.Errorf("%v, want %v", err, ocilocal.ErrConflict)
 	}
 	checkBackup(t, dir, changed)
+}
+
+// TestBackupDamagedIndex: rows that point at nothing stop a backup, which would otherwise lack what
+// they pointed at and seem to be whole. The backup that was there stays as it was.
+func TestBackupDamagedIndex(t *testing.T) {
+	t.Parallel()
+	ctx := t.Context()
+	for what, row := range map[string]func(a, subject *ocilocal.LocalArtifact) string{
+		"layer": func(_, _ *ocilocal.LocalArtifact) string {
+			return "content WHERE id = " + sqlID(digest.FromString("one"))
+		},
+		"manifest's blob":   func(a, _ *ocilocal.LocalArtifact) string { return "content WHERE id = " + sqlID(a.Digest()) },
+		"subject's blob":    func(_, s *ocilocal.LocalArtifact) string { return "content WHERE id = " + sqlID(s.Digest()) },
+		"manifest":          func(a, _ *ocilocal.LocalArtifact) string { return "manifests WHERE id = " + sqlID(a.Digest()) },
+		"layer's type":      func(_, _ *ocilocal.LocalArtifact) string { return "types WHERE text = 'text/plain'" },
+		"artifact's type":   func(_, _ *ocilocal.LocalArtifact) string { return "types WHERE text = 'application/vnd.example.test'" },
+		"blob of unnamed":   func(a, _ *ocilocal.LocalArtifact) string { return "content WHERE id = (SELECT manifest FROM unnamed)" },
+		"what is held here": func(a, _ *ocilocal.LocalArtifact) string { return "content WHERE id = (SELECT content FROM holds)" },
+	} {
+		r := openTemp(t, nil)
+		subject := published(t, r, "example.com/a:0", "zero", nil)
+		dir := filepath.Join(t.TempDir(), "backup")
+		if _, err := r.Backup(ctx, dir, nil); err != nil {
+			t.Fatal(err)
+		}
+		a := published(t, r, "example.com/a:1", "one", subject)
+		kept := published(t, r, "example.com/kept:1", "kept", nil)
+		if err := ocilocal.IndexRows(ctx, r, func(tx ocilocal.IndexTx) error {
+			return errors.Join(tx.SetUnnamed(kept.Digest(), "", time.Now()), tx.SetHold("example.com/kept", kept.Digest(), time.Now()))
+		}); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := r.Remove(ctx, kept.Reference()); err != nil {
+			t.Fatal(err)
+		}
+		execIndex(t, r.Root(), "DELETE FROM "+row(a, subject))
+		if _, err := r.Backup(ctx, dir, nil); !errors.Is(err, ocilocal.ErrCorruptIndex) {
+			t.Errorf("row of the %s is lost: %v", what, err)
+		}
+		backup := mustOpen(t, dir)
+		if got := problems(t, backup, nil, nil); slices.ContainsFunc(got, func(s string) bool { return s != "blob is unrecorded" }) {
+			t.Errorf("row of the %s is lost: the backup has %q", what, got)
+		}
+		if _, err := backup.Resolve(ctx, ref("example.com/a:1")); !errors.Is(err, ocilocal.ErrNotFound) {
+			t.Errorf("row of the %s is lost: the backup has the ref: %v", what, err)
+		}
+		mustClose(t, backup)
+	}
 }

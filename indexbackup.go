@@ -21,24 +21,28 @@ const (
 
 	sqlOtherBlobs = `SELECT id, digest, size FROM other.content WHERE id > ? AND present ORDER BY id LIMIT ?`
 
-	// The ids of the two databases have nothing to do with each other. So each id is replaced by that of
-	// the same digest, or text, in main. A row of content here that the snapshot has too says afterwards
-	// that the blob is here, if either said so.
+	// The ids of the two databases have nothing to do with each other. So each id is replaced by
+	// that of the same digest, or text, in main. A row of content here that the snapshot has too
+	// says afterwards that the blob is here, if either said so.
+	//
+	// A row of a damaged snapshot that points at nothing must break a constraint, or the backup
+	// would lack what it points at, and nobody would know. So OR IGNORE, which ignores NOT NULL
+	// too, is only for types. Where NULL means something, a lost id becomes -1, which no row has.
 	sqlMergeTypes   = `INSERT OR IGNORE INTO main.types (text) SELECT text FROM other.types ORDER BY id`
 	sqlMergeContent = `INSERT INTO main.content (digest, size, kind, created, present, unneeded) SELECT digest, size, kind, created, present, unneeded FROM other.content WHERE true ORDER BY id
 		ON CONFLICT (digest) DO UPDATE SET size = excluded.size, kind = excluded.kind, created = excluded.created, present = excluded.present
 		WHERE NOT main.content.present AND (excluded.present OR main.content.size = -1 AND excluded.size <> -1)`
-	sqlMergeManifests = `INSERT OR IGNORE INTO main.manifests (id, digest, media_type, artifact_type, subject, annotations, created)
-		SELECT (SELECT id FROM main.content WHERE digest = m.digest), m.digest,
+	sqlMergeManifests = `INSERT INTO main.manifests (id, digest, media_type, artifact_type, subject, annotations, created)
+		SELECT coalesce((SELECT id FROM main.content WHERE digest = m.digest), -1), m.digest,
 		(SELECT id FROM main.types WHERE text = (SELECT text FROM other.types WHERE id = m.media_type)),
 		(SELECT id FROM main.types WHERE text = (SELECT text FROM other.types WHERE id = m.artifact_type)),
-		(SELECT id FROM main.content WHERE digest = (SELECT digest FROM other.content WHERE id = m.subject)), m.annotations, m.created
-		FROM other.manifests m ORDER BY m.id`
-	sqlMergeMembers = `INSERT OR IGNORE INTO main.members (manifest, position, role, content, media_type, size, annotations)
+		iif(m.subject IS NULL, NULL, coalesce((SELECT id FROM main.content WHERE digest = (SELECT digest FROM other.content WHERE id = m.subject)), -1)),
+		m.annotations, m.created FROM other.manifests m WHERE true ORDER BY m.id ON CONFLICT (id) DO NOTHING`
+	sqlMergeMembers = `INSERT INTO main.members (manifest, position, role, content, media_type, size, annotations)
 		SELECT (SELECT id FROM main.content WHERE digest = (SELECT digest FROM other.content WHERE id = m.manifest)), m.position, m.role,
 		(SELECT id FROM main.content WHERE digest = (SELECT digest FROM other.content WHERE id = m.content)),
 		(SELECT id FROM main.types WHERE text = (SELECT text FROM other.types WHERE id = m.media_type)), m.size, m.annotations
-		FROM other.members m ORDER BY m.manifest, m.position`
+		FROM other.members m WHERE true ORDER BY m.manifest, m.position ON CONFLICT (manifest, position) DO NOTHING`
 	sqlMergeGone = `DELETE FROM main.refs AS r WHERE NOT EXISTS (SELECT 1 FROM other.refs o WHERE o.name = r.name AND o.reference = r.reference)
 		AND NOT EXISTS (SELECT 1 FROM other.left_out o WHERE o.name = r.name AND o.reference = r.reference)`
 	// A ref that was only used is not one that was set.
@@ -53,7 +57,7 @@ const (
 	sqlMergeGoneUnnamed = `DELETE FROM main.unnamed AS u WHERE NOT EXISTS (SELECT 1 FROM other.content o WHERE o.digest = (SELECT digest FROM main.content WHERE id = u.manifest)
 		AND o.id IN (SELECT manifest FROM other.unnamed)) AND (SELECT digest FROM main.content WHERE id = u.manifest) NOT IN (SELECT digest FROM other.left_out_content)`
 	sqlMergeUnnamed = `INSERT OR REPLACE INTO main.unnamed (manifest, since, entry)
-		SELECT (SELECT id FROM main.content WHERE digest = (SELECT digest FROM other.content WHERE id = u.manifest)), u.since, u.entry FROM other.unnamed u`
+		SELECT coalesce((SELECT id FROM main.content WHERE digest = (SELECT digest FROM other.content WHERE id = u.manifest)), -1), u.since, u.entry FROM other.unnamed u`
 	sqlMergeGoneHolds = `DELETE FROM main.holds AS h WHERE NOT EXISTS (SELECT 1 FROM other.content o WHERE o.digest = (SELECT digest FROM main.content WHERE id = h.content)
 		AND EXISTS (SELECT 1 FROM other.holds WHERE name = h.name AND content = o.id)) AND (SELECT digest FROM main.content WHERE id = h.content) NOT IN (SELECT digest FROM other.left_out_content)`
 	sqlMergeHolds = `INSERT OR REPLACE INTO main.holds (name, content, since)
@@ -64,9 +68,9 @@ const (
 		coalesce((SELECT value FROM main.meta WHERE key = ?), '') FROM main.refs`
 )
 
-// refsMark returns a text that differs after any change of a ref, the text at the last backup to this
-// root, and how many refs there are. One statement reads all: between two, another backup could commit
-// and look like a change by somebody else.
+// refsMark returns a text that differs after any change of a ref, the text at the last backup to
+// this root, and how many refs there are. One statement reads all: between two, another backup
+// could commit and look like a change by somebody else.
 func refsMark(q queryer) (mark, last string, refs int, err error) {
 	var sum int64
 	_, err = q.row(sqlRefsMark, []any{metaBackup}, &refs, &sum, &last)
@@ -141,7 +145,10 @@ func (t *indexTx) merge(ctx context.Context) (set, removed int64, err error) {
 		if err := ctx.Err(); err != nil {
 			return 0, 0, err
 		}
-		if *step.rows, err = t.exec(step.text); err != nil {
+		if *step.rows, err = t.exec(step.text); brokenConstraint(err) {
+			err = fmt.Errorf("%w: not all rows of the index can be copied (see Verify): %v", ErrCorruptIndex, err)
+		}
+		if err != nil {
 			return 0, 0, err
 		}
 	}

@@ -119,8 +119,15 @@ func (x *index) migrate(ctx context.Context) error {
 
 // migrationError explains a broken constraint: the index does not keep its own, so it is damaged.
 func migrationError(version int, err error) error {
-	if e, ok := errors.AsType[*sqlite.Error](err); ok && e.Code()&0xff == sqlite3.SQLITE_CONSTRAINT {
+	if brokenConstraint(err) {
 		err = fmt.Errorf("%w: its schema version is %d, and not all of its rows can be brought up to date (Rebuild makes a new index): %v", ErrCorruptIndex, version, err)
 	}
 	return err
+}
+
+// brokenConstraint reports whether SQLite refused a row. Where that row came from an index, this
+// index breaks its own constraints.
+func brokenConstraint(err error) bool {
+	e, ok := errors.AsType[*sqlite.Error](err)
+	return ok && e.Code()&0xff == sqlite3.SQLITE_CONSTRAINT
 }
