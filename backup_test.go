@@ -107,10 +107,9 @@ func TestBackup(t *testing.T) {
 	backUp(t, r, dir, ocilocal.BackupReport{Refs: 3, BlobsPresent: 6}) // a collection there changes no refs
 }
 
-// A read-only registry can be backed up too, and the backup of a backup is one.
-// TestBackupRows backs up to a root whose index has other ids for the same digests and types. Every row
-// of the registry must come over: of members and subjects that are not here, of what is kept without a
-// ref, and of what an index.json said of a ref.
+// TestBackupRows backs up to a root whose index has other ids for the same digests and types. Every
+// row of the registry must come over: of members and subjects that are not here, of what is kept
+// without a ref, and of what an index.json said of a ref.
 func TestBackupRows(t *testing.T) {
 	t.Parallel()
 	ctx := t.Context()
@@ -171,6 +170,7 @@ func TestBackupRows(t *testing.T) {
 	compare("ref", "unnamed", "hold")
 }
 
+// A read-only registry can be backed up too, and the backup of a backup is one.
 func TestBackupReadOnly(t *testing.T) {
 	r := openTemp(t, artifactForm)
 	child(t, r, "example.com/a:v1", ocilocal.BuilderOptions{}, nil, nil, "one")
@@ -398,7 +398,8 @@ func (c *backupCase) points(t *testing.T, dir string) []point {
 	return seam.points
 }
 
-// A backup that is killed at any file operation leaves nothing, the last one, or the new one; and the next one works.
+// A backup that is killed at any file operation leaves nothing, the last one, or the new one; and
+// the next one works.
 func TestBackupKilled(t *testing.T) {
 	t.Parallel()
 	c := newBackupCase(t)
@@ -439,7 +440,8 @@ func TestBackupKilled(t *testing.T) {
 	}
 }
 
-// A backup that fails at any file operation leaves the last one, or is done; and the next one works.
+// A backup that fails at any file operation leaves the last one, or is done; and the next one
+// works.
 func TestBackupFaults(t *testing.T) {
 	t.Parallel()
 	c := newBackupCase(t)
@@ -587,8 +589,8 @@ func TestBackupBesideCollection(t *testing.T) {
 	checkBackup(t, dir, listed(t, r))
 }
 
-// TestBackupTargetChanges: somebody changes the backup's refs while blobs are being copied, after the
-// backup has found them as it left them. The next backup refuses, and so does this one.
+// TestBackupTargetChanges: somebody changes the backup's refs while blobs are being copied, after
+// the backup has found them as it left them. The next backup refuses, and so does this one.
 func TestBackupTargetChanges(t *testing.T) {
 	root, dir := filepath.Join(t.TempDir(), "root"), t.TempDir()
 	var hook func(op, name string)

@@ -13,8 +13,8 @@ import (
 
 // upgradeTo2 brings an index from schema version 1 to version 2, in one transaction. Everything is
 // copied before the old tables are dropped, so the file may grow by what the new tables need, and
-// SQLite uses the free pages for what comes later. Only VACUUM would make the file smaller, and that
-// needs a second copy of it.
+// SQLite uses the free pages for what comes later. Only VACUUM would make the file smaller, and
+// that needs a second copy of it.
 //
 // Rows are inserted in the order of their keys, and the indexes are made at the end: so pages are
 // filled one after the other. The ids of content follow the order in which content was published.

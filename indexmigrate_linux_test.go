@@ -14,8 +14,8 @@ import (
 )
 
 // TestMigrateKilled kills a process that migrates an index at each system call that changes the
-// index's files: at those of the transaction, and at those of the checkpoint after it. Each time the
-// index is of version 1 or of version 2, whole, and the next process brings it up to date.
+// index's files: at those of the transaction, and at those of the checkpoint after it. Each time
+// the index is of version 1 or of version 2, whole, and the next process brings it up to date.
 func TestMigrateKilled(t *testing.T) {
 	t.Parallel()
 	strace, err := exec.LookPath("strace")

@@ -45,8 +45,8 @@ func migrateWorker(in *bufio.Scanner, args []string) error {
 // digestText is the SQL for the text of the column digest of c.
 const digestText = "CASE hex(substr(c.digest, 1, 1)) WHEN '01' THEN 'sha256:' WHEN '02' THEN 'sha384:' WHEN '03' THEN 'sha512:' END || lower(hex(substr(c.digest, 2)))"
 
-// indexRows are queries that say, in one text for each row, all that an index of each schema version
-// says. Those of the same place say the same.
+// indexRows are queries that say, in one text for each row, all that an index of each schema
+// version says. Those of the same place say the same.
 var indexRows = map[int][]string{
 	1: {
 		"SELECT 'meta', key, value FROM meta WHERE key <> 'commits'",
@@ -67,8 +67,8 @@ var indexRows = map[int][]string{
 	},
 }
 
-// indexSays returns the schema version of an index that nobody else uses and what it says, sorted. It
-// must be sound.
+// indexSays returns the schema version of an index that nobody else uses and what it says, sorted.
+// It must be sound.
 func indexSays(t *testing.T, root string) (version int, says []string) {
 	t.Helper()
 	db, err := sql.Open("sqlite", filepath.Join(root, "index.sqlite3"))
@@ -108,8 +108,8 @@ func indexSays(t *testing.T, root string) (version int, says []string) {
 	return version, says
 }
 
-// checkMigrated opens a root, and makes sure that its index then has this program's version and says
-// what it said before.
+// checkMigrated opens a root, and makes sure that its index then has this program's version and
+// says what it said before.
 func checkMigrated(t *testing.T, root string, before []string) {
 	t.Helper()
 	mustClose(t, mustOpen(t, root))
@@ -149,7 +149,8 @@ func largeSchema1Root(t *testing.T, n int) (root string, says []string) {
 	return root, says
 }
 
-// TestMigrateSchema1 brings indexes of version 1 up to date. The new one says what the old one said.
+// TestMigrateSchema1 brings indexes of version 1 up to date. The new one says what the old one
+// said.
 func TestMigrateSchema1(t *testing.T) {
 	t.Parallel()
 	root, says := schema1Root(t)

@@ -59,8 +59,8 @@ type salvagedRef struct {
 	entry    string // JSON, "" for none
 }
 
-// salvage has read take from a damaged index of any schema version what can still be read of it. The
-// index at path must exist, and may be anybody's.
+// salvage opens a damaged index of any schema version, and lets read take from it what can still be
+// read. The index at path must exist, and may be anybody's.
 //
 // Errors: those of read, and all that kept the index from being read, except damage.
 func salvage(path string, read func(*index) error) (err error) {

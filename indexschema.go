@@ -124,8 +124,8 @@ func createIndex(ctx context.Context, path, id string, schema []schemaVersion, u
 	return indexError(err)
 }
 
-// A flipped bit can turn a text into a blob of the same bytes. SQLite reads the schema all the same,
-// but a copy of the index would lack the object.
+// A flipped bit can turn a text into a blob of the same bytes. SQLite reads the schema all the
+// same, but a copy of the index would lack the object.
 const sqlSchemaRows = `SELECT type, name, tbl_name, coalesce(sql, ''), typeof(type) = 'text' AND typeof(name) = 'text' AND typeof(tbl_name) = 'text'
 	AND typeof(rootpage) = 'integer' AND typeof(sql) IN ('text', 'null') FROM sqlite_schema`
 

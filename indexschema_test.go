@@ -29,8 +29,8 @@ func TestMigratedWhileOpen(t *testing.T) {
 	}
 }
 
-// TestReadAfterMigration: if a newer program has changed the tables, an older one that still has the
-// index open says so. It does not take the index for damaged.
+// TestReadAfterMigration: if a newer program has changed the tables, an older one that still has
+// the index open says so. It does not take the index for damaged.
 func TestReadAfterMigration(t *testing.T) {
 	r := openTemp(t, nil)
 	dontWatch(r.Root())

@@ -16,8 +16,8 @@ import (
 // manifest gets rows only if its closure is whole, and a collection that runs meanwhile can't break
 // it.
 
-// rewrite makes the rows of a recorded manifest agree with its bytes. If these are not a manifest's,
-// the blob's row must not say so either.
+// rewrite makes the rows of a recorded manifest agree with its bytes. If these are not a
+// manifest's, the blob's row must not say so either.
 func (p *repair) rewrite(ctx context.Context, d digest.Digest) error {
 	_, err := p.registry.readVerified(ctx, ocispec.Descriptor{Digest: d, Size: -1})
 	if errors.Is(err, ErrInvalidManifest) || errors.Is(err, ErrUnsupportedMediaType) || errors.Is(err, ErrTooLarge) {
