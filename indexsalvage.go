@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"time"
 
 	"github.com/opencontainers/go-digest"
 )
@@ -14,6 +15,8 @@ import (
 const (
 	sqlSalvage1 = `SELECT name, reference, manifest, '' FROM refs WHERE (name, reference) > (?, ?) ORDER BY name, reference LIMIT ?`
 	sqlSalvage2 = `SELECT name, reference, digest, entry FROM refs WHERE (name, reference) > (?, ?) ORDER BY name, reference LIMIT ?`
+
+	sqlSalvageUnnamed = `SELECT u.manifest, c.digest, u.since, u.entry FROM unnamed u CROSS JOIN content c WHERE u.manifest > ? AND c.id = u.manifest ORDER BY u.manifest LIMIT ?`
 
 	// A virtual table and a view have no root page.
 	sqlTableText   = `SELECT count(*), coalesce(min(type = 'table' AND rootpage > 0 AND substr(sql, 1, 13) = 'CREATE TABLE '), 0) FROM sqlite_schema WHERE name = ? COLLATE NOCASE`
@@ -87,9 +90,44 @@ func (x *index) salvageRefs(ctx context.Context, visit func(salvagedRef) error) 
 	return err
 }
 
-// salvageHolds visits the holds, until the damage. An index of version 1 has none.
+// checkContent is checkTable for the table that other tables' ids are of. An index of version 1 has
+// none.
+func (x *index) checkContent(ctx context.Context) error {
+	return x.checkTable(ctx, "content", "id", "digest", "size", "kind", "created", "present", "unneeded")
+}
+
+// salvageUnnamed visits the manifests that were imported by digest, until the damage.
+func (x *index) salvageUnnamed(ctx context.Context, visit func(d digest.Digest, since time.Time, entry string) error) error {
+	err := x.checkContent(ctx)
+	if err == nil {
+		err = x.checkTable(ctx, "unnamed", "manifest", "since", "entry")
+	}
+	if err != nil {
+		return err
+	}
+	type row struct {
+		id, since int64
+		digest    digest.Digest
+		entry     string
+	}
+	p := paging[row]{text: sqlSalvageUnnamed, size: 100, scan: func(rows *sql.Rows) (r row, err error) {
+		var b sql.RawBytes
+		if err = rows.Scan(&r.id, &b, &r.since, &r.entry); err == nil {
+			r.digest, err = digestFromBytes(b)
+		}
+		return r, err
+	}, after: func(r row) []any { return []any{r.id} }}
+	return p.each(ctx, x, []any{int64(0)}, func(r row) error {
+		if r.entry != "" && !json.Valid([]byte(r.entry)) {
+			return nil
+		}
+		return visit(r.digest, time.UnixMicro(r.since), r.entry)
+	})
+}
+
+// salvageHolds visits the holds, until the damage.
 func (x *index) salvageHolds(ctx context.Context, visit func(holdRow) error) error {
-	err := x.checkTable(ctx, "content", "id", "digest", "size", "kind", "created", "present", "unneeded")
+	err := x.checkContent(ctx)
 	if err == nil {
 		err = x.checkTable(ctx, "holds", "name", "content", "since")
 	}

@@ -16,9 +16,8 @@ import (
 //
 // A damaged index is not deleted. It is renamed to index.sqlite3.broken (or .broken2, …), and
 // Rebuild keeps the refs, and the untagged manifests of a [Repository], that can still be read from
-// it. If there is no index, or a new one, as a
-// killed rebuild leaves it, Rebuild keeps the refs of the last file with such a name. Manifests
-// without refs get the names that Repair makes up.
+// it. If there is no index, or a new one, as a killed rebuild leaves it, Rebuild keeps those of the
+// last file with such a name. Manifests without refs get the names that Repair makes up.
 //
 // Errors:
 //   - [ErrNotFound] if dir is not a registry

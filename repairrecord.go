@@ -208,10 +208,23 @@ func (p *repair) reconcile(ctx context.Context) error {
 	return p.registry.write(ctx, func(tx *indexTx) error { return tx.deleteMeta(metaUnreconciled) })
 }
 
-// keep takes refs and holds from the index that was set aside.
+// keep takes refs, holds, and what was imported by digest, from the index that was set aside.
 func (p *repair) keep(ctx context.Context) error {
 	err := salvage(p.salvage, func(x *index) error {
 		return x.salvageRefs(ctx, func(s salvagedRef) error { return p.name(ctx, s.manifest, s.Reference, s.entry) })
+	})
+	if err != nil {
+		return err
+	}
+	err = salvage(p.salvage, func(x *index) error {
+		return x.salvageUnnamed(ctx, func(d digest.Digest, since time.Time, entry string) error {
+			return p.registry.write(ctx, func(tx *indexTx) error {
+				if _, ok, err := tx.manifest(d); !ok || err != nil {
+					return err
+				}
+				return tx.setUnnamed(d, entry, since)
+			})
+		})
 	})
 	if err != nil {
 		return err
