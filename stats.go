@@ -43,12 +43,8 @@ type Stats struct {
 // [LocalRegistry.GC] is due.
 //
 // Errors: [ErrCorruptIndex], [ErrIndexIO], and any error from ctx.
-func (r *LocalRegistry) Stats(ctx context.Context) (Stats, error) {
-	s, err := r.stats(ctx)
-	return s, opError("count", "", "", err)
-}
-
-func (r *LocalRegistry) stats(ctx context.Context) (s Stats, err error) {
+func (r *LocalRegistry) Stats(ctx context.Context) (s Stats, err error) {
+	defer addOp(&err, "count", "", "")
 	end, err := r.begin(ctx)
 	if err != nil {
 		return s, err
@@ -162,12 +158,8 @@ type Usage struct {
 //
 // Errors: [ErrNotFound], [ErrInvalidReference] for a zero ref, [ErrCorruptIndex], [ErrIndexIO], and
 // any error from ctx.
-func (r *LocalRegistry) RefUsage(ctx context.Context, ref Reference) (Usage, error) {
-	u, err := r.refUsage(ctx, ref)
-	return u, opError("count", ref.String(), "", err)
-}
-
-func (r *LocalRegistry) refUsage(ctx context.Context, ref Reference) (Usage, error) {
+func (r *LocalRegistry) RefUsage(ctx context.Context, ref Reference) (_ Usage, err error) {
+	defer addOp(&err, "count", ref.String(), "")
 	end, err := r.begin(ctx)
 	if err != nil {
 		return Usage{}, err
