@@ -5,11 +5,11 @@ import (
 	"errors"
 )
 
-// Close waits for the calls under way and closes the registry; calls that come
-// meanwhile fail with [ErrClosed]. So it must not be called from within one, such
-// as by a reader that is being added as a layer; the bodies of loops over
-// listings may call it. Open readers stay usable. The connections of a Remote that was given by
-// Options stay open. A second Close returns [ErrClosed].
+// Close waits for the calls under way and closes the registry. Calls that come meanwhile fail with
+// [ErrClosed]. Close waits for ever if a call under way runs it, for example in a reader that is
+// being added as a layer. The bodies of loops over listings may call it. Open readers stay usable.
+// The connections of a Remote that was given by Options stay open. A second Close returns
+// [ErrClosed].
 func (r *LocalRegistry) Close() (err error) {
 	defer addOp(&err, "close", r.dir, "")
 	r.mu.Lock()
@@ -26,8 +26,9 @@ func (r *LocalRegistry) Close() (err error) {
 	return errors.Join(r.index.close(), r.blobs.close(), r.root.Close())
 }
 
-// begin keeps the registry open until end is called. Once Close has begun it
-// fails, also from within a call that Close waits for.
+// begin keeps the registry open until end is called. Once Close has begun, it fails with
+// [ErrClosed], also from within a call that Close waits for: a call must not begin a second one, or
+// it would fail in its middle.
 func (r *LocalRegistry) begin(ctx context.Context) (end func(), err error) {
 	if err := ctx.Err(); err != nil {
 		return nil, err
