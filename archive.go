@@ -94,6 +94,7 @@ func (r *LocalRegistry) importArchiveMetered(ctx context.Context, src io.Reader,
 	im.meter = m
 	im.meter.phase(PhaseRead)
 	defer func() { r.logDiscard(im.stage.discard()) }()
+	im.mayLack = func(digest.Digest) (bool, error) { return true, nil }
 	im.fetch = func(_ context.Context, desc ocispec.Descriptor, _ role, _ *meteredItem) error {
 		return fmt.Errorf("%w: blob %s (%s) is neither in the archive nor in the registry", ErrIncomplete, desc.Digest, printable(desc.MediaType))
 	}

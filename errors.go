@@ -51,6 +51,9 @@ var (
 	ErrDigestMismatch = errors.New("digest mismatch")
 	// ErrSizeMismatch: there are fewer or more bytes than the descriptor says.
 	ErrSizeMismatch = errors.New("size mismatch")
+	// ErrAbsent: the registry records this layer or manifest as absent: see
+	// [ImportResult.Absent]. The error matches [ErrNotFound] too.
+	ErrAbsent = errors.New("absent")
 	// ErrIncomplete: a manifest, config or layer that the artifact needs is
 	// missing, so it can't be published.
 	ErrIncomplete = errors.New("artifact is incomplete")

@@ -18,6 +18,7 @@ type closure struct {
 	registry  *LocalRegistry
 	manifests []ocispec.Descriptor // children before parents
 	blobs     []ocispec.Descriptor // configs and layers. Nobody has looked whether they are there
+	absent    []ocispec.Descriptor // recorded as absent, and so in neither of the others
 	seen      map[digest.Digest]bool
 }
 
@@ -55,6 +56,17 @@ func (c *closure) down(ctx context.Context, desc ocispec.Descriptor, depth, most
 		}
 		if len(c.seen) >= most {
 			return nil, fmt.Errorf("%w: an artifact of more than %d blobs", ErrTooLarge, MaxClosure)
+		}
+		if m.childRole(i) == roleManifest || foreignLayer(child.MediaType) {
+			absent, err := isAbsent(c.registry.index, child.Digest)
+			if err != nil {
+				return nil, err
+			}
+			if absent {
+				c.seen[child.Digest] = true
+				c.absent = append(c.absent, child)
+				continue
+			}
 		}
 		if m.childRole(i) == roleManifest {
 			if _, err := c.down(ctx, child, depth+1, most); err != nil {
@@ -99,6 +111,7 @@ func (c *closure) addReferrer(ctx context.Context, desc ocispec.Descriptor) (her
 type descent struct {
 	q        queryer
 	subjects bool
+	absent   bool // visit child manifests that are recorded as absent, too
 	seen     map[digest.Digest]bool
 }
 
@@ -128,6 +141,9 @@ func (w *descent) each(ctx context.Context, root ocispec.Descriptor, visit func(
 			continue
 		}
 		if err := members(w.q, m.Digest, func(c member) error {
+			if c.absent && !(w.absent && c.role == roleManifest) {
+				return nil
+			}
 			if c.role == roleManifest {
 				todo = append(todo, c.desc)
 				return nil

@@ -37,6 +37,7 @@ type server struct {
 	token          bool
 	noReferrers    bool
 	noMount        bool
+	sparse         bool  // takes manifests that name what it does not have
 	noArtifacts    bool  // refuses artifact manifests
 	minChunk       int64 // OCI-Chunk-Min-Length
 	maxPut         int64 // larger bodies are 413
@@ -234,14 +235,14 @@ func (s *server) putManifest(w http.ResponseWriter, r *http.Request, repo, refer
 		needs = append(needs, c)
 	}
 	for _, d := range append(needs, m.Layers()...) {
-		if _, ok := s.blobs[repo+"@"+string(d.Digest)]; !ok {
+		if _, ok := s.blobs[repo+"@"+string(d.Digest)]; !ok && !s.sparse {
 			fail(w, 404, "MANIFEST_BLOB_UNKNOWN")
 			return
 		}
 	}
 	for _, d := range m.Manifests() {
 		_, blob := s.blobs[repo+"@"+string(d.Digest)]
-		if _, ok := s.manifests[repo][string(d.Digest)]; !ok && !blob {
+		if _, ok := s.manifests[repo][string(d.Digest)]; !ok && !blob && !s.sparse {
 			fail(w, 404, "MANIFEST_BLOB_UNKNOWN")
 			return
 		}

@@ -4,6 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
+	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -93,6 +96,10 @@ type ImportedArtifact struct {
 type ImportResult struct {
 	Artifacts []ImportedArtifact
 	Referrers []ocispec.Descriptor // what ImportOptions.Referrers brought along
+	// Absent are the members of image indexes and the foreign layers that neither the source nor the
+	// registry has. The registry records them as absent: reading one is [ErrAbsent]. A later import
+	// or pull that has them fills them in.
+	Absent []ocispec.Descriptor
 	// Skipped are entries of other media types or digest algorithms, those that ImportOptions.Name
 	// left out, and of [LocalRegistry.ImportRegistry] referrers that the source doesn't have whole.
 	Skipped      []ocispec.Descriptor
@@ -161,8 +168,47 @@ type importer struct {
 	added     atomic.Int64            // bytes that the registry did not have
 	maxBytes  int64                   // bounds added: see ImportOptions.MaxBytes
 	damaged   map[digest.Digest]bool  // blobs that the source has with other bytes
+	// mayLack reports whether a member of an image index that neither the source nor the registry
+	// has may be absent. Nil: none may. Foreign layers always may.
+	mayLack func(digest.Digest) (bool, error)
+	absent  absentees
 
 	most int // len(sizes) at which the entry under way has MaxClosure blobs of its own
+}
+
+// absentees are the blobs that an import has not found and that may be absent.
+type absentees struct {
+	mu        sync.Mutex // several tasks at once find that a layer is missing
+	manifests map[digest.Digest]bool
+	list      []ocispec.Descriptor
+	// needed are blobs that the import has met more than once, and that may not be absent where it
+	// met them again.
+	needed map[digest.Digest]bool
+}
+
+func (a *absentees) add(desc ocispec.Descriptor, as role) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if as == roleManifest {
+		a.manifests[desc.Digest] = true
+	}
+	a.list = append(a.list, desc)
+}
+
+// checkAbsent fails if what was found to be absent in one place may not be absent in another.
+func (im *importer) checkAbsent() error {
+	for _, desc := range im.absent.list {
+		if im.absent.needed[desc.Digest] {
+			return fmt.Errorf("%w: blob %s is neither in the source nor in the registry", ErrIncomplete, desc.Digest)
+		}
+	}
+	return nil
+}
+
+// sorted returns the blobs in the order of their digests, once no task is under way.
+func (a *absentees) sorted() []ocispec.Descriptor {
+	slices.SortFunc(a.list, func(a, b ocispec.Descriptor) int { return strings.Compare(string(a.Digest), string(b.Digest)) })
+	return a.list
 }
 
 // keepParsed bounds the bytes of the manifests that an import keeps parsed until it publishes them.
@@ -170,7 +216,8 @@ type importer struct {
 const keepParsed = 1 << 20
 
 func (r *LocalRegistry) newImporter(opts *ImportOptions) *importer {
-	im := &importer{registry: r, stage: r.blobs.newStage(), sizes: map[digest.Digest]int64{}, damaged: map[digest.Digest]bool{}, most: MaxClosure}
+	im := &importer{registry: r, stage: r.blobs.newStage(), sizes: map[digest.Digest]int64{}, damaged: map[digest.Digest]bool{}, most: MaxClosure,
+		absent: absentees{manifests: map[digest.Digest]bool{}, needed: map[digest.Digest]bool{}}}
 	if opts != nil {
 		im.opts, im.maxBytes = *opts, opts.MaxBytes
 	}
@@ -209,6 +256,7 @@ func (im *importer) run(ctx context.Context, index *layoutIndex) (*ImportResult,
 	if err != nil {
 		return nil, err
 	}
+	result.Absent = im.absent.sorted()
 	result.Skipped = append(skipped, left...)
 	for i, u := range updates {
 		result.Artifacts[i].Update = u
@@ -226,6 +274,11 @@ func (im *importer) run(ctx context.Context, index *layoutIndex) (*ImportResult,
 
 // collect stages the closures of the chosen entries, and what is to come along.
 func (im *importer) collect(ctx context.Context, entries []ocispec.Descriptor, chosen []namedEntry) (pubs []publication, result *ImportResult, err error) {
+	defer func() {
+		if err == nil {
+			err = im.checkAbsent()
+		}
+	}()
 	if im.workers > 0 {
 		im.tasks = newTasks(ctx, im.workers)
 		ctx = im.tasks.ctx
@@ -251,6 +304,9 @@ func (im *importer) collect(ctx context.Context, entries []ocispec.Descriptor, c
 	}
 	if err == nil {
 		err = im.bringLater(ctx)
+	}
+	for i := range pubs {
+		pubs[i].absent = im.absent.manifests
 	}
 	return pubs, result, err
 }
@@ -396,7 +452,10 @@ func (im *importer) manifest(ctx context.Context, desc ocispec.Descriptor, depth
 		if c.role != roleManifest {
 			err = im.blob(ctx, c.desc, c.role)
 		} else if !seen[c.desc.Digest] {
-			_, err = im.manifest(ctx, c.desc, depth+1, seen, list)
+			var absent bool
+			if absent, err = im.lacks(ctx, c.desc); err == nil && !absent {
+				_, err = im.manifest(ctx, c.desc, depth+1, seen, list)
+			}
 		}
 		if err != nil {
 			return root, err
@@ -404,6 +463,27 @@ func (im *importer) manifest(ctx context.Context, desc ocispec.Descriptor, depth
 	}
 	*list = append(*list, pending)
 	return pending.Descriptor, nil
+}
+
+// lacks reports whether a member of an image index is one that may be absent and that neither the
+// source nor the registry has. If they have it, it is staged.
+func (im *importer) lacks(ctx context.Context, desc ocispec.Descriptor) (bool, error) {
+	if im.mayLack == nil || desc.Size > MaxManifestSize {
+		return false, nil
+	}
+	if im.absent.manifests[desc.Digest] {
+		return true, nil
+	}
+	err := im.blob(ctx, desc, roleManifest)
+	if !errors.Is(err, ErrIncomplete) {
+		return false, err
+	}
+	may, failed := im.mayLack(desc.Digest)
+	if failed != nil || !may {
+		return false, errors.Join(err, failed)
+	}
+	im.absent.add(desc, roleManifest)
+	return true, nil
 }
 
 // A child is a member of a manifest's closure, by the part of its descriptor that an import needs.
@@ -440,7 +520,7 @@ func (im *importer) read(ctx context.Context, desc ocispec.Descriptor, depth int
 		p.subject = ocispec.Descriptor{MediaType: s.MediaType, Digest: s.Digest, Size: s.Size}
 	}
 	for i, c := range m.children() {
-		children = append(children, child{ocispec.Descriptor{MediaType: c.MediaType, Digest: c.Digest, Size: c.Size}, m.childRole(i)})
+		children = append(children, child{ocispec.Descriptor{MediaType: c.MediaType, Digest: c.Digest, Size: c.Size, Data: c.Data}, m.childRole(i)})
 	}
 	return p, children, nil
 }
@@ -451,13 +531,16 @@ func (im *importer) blob(ctx context.Context, desc ocispec.Descriptor, as role) 
 	if err != nil {
 		return err
 	}
+	if asked && as != roleManifest && !foreignLayer(desc.MediaType) {
+		im.absent.needed[desc.Digest] = true
+	}
 	if !asked {
 		im.meter.plan(1, desc.Size)
 	}
 	switch {
 	case asked && (as != roleManifest || im.stage.has(desc.Digest)):
 		return nil
-	case as != roleManifest:
+	case as != roleManifest && desc.Data == nil:
 		im.later = append(im.later, pendingBlob{desc.MediaType, desc.Digest, desc.Size, as})
 		return nil
 	}
@@ -479,11 +562,19 @@ func (im *importer) bring(ctx context.Context, desc ocispec.Descriptor, as role)
 	if err := im.charge(desc.Size); err != nil {
 		return err
 	}
-	if err := im.fetch(ctx, desc, as, item); err != nil {
-		return err
+	if desc.Data != nil { // checkDescriptor has compared it with the digest
+		_, err = im.stage.putBytes(ctx, desc.Data, desc.Digest.Algorithm())
+	} else {
+		err = im.fetch(ctx, desc, as, item)
 	}
-	item.end()
-	return nil
+	if errors.Is(err, ErrIncomplete) && as != roleManifest && foreignLayer(desc.MediaType) {
+		im.absent.add(desc, as)
+		err = nil
+	}
+	if err == nil {
+		item.end()
+	}
+	return err
 }
 
 // reuse takes a blob into the stage that the registry has, if it is whole and may be used.

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"maps"
 
+	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
@@ -61,6 +62,7 @@ func (r *LocalRegistry) importRegistry(ctx context.Context, src *LocalRegistry, 
 	defer func() { r.logDiscard(im.stage.discard()) }()
 	im.workers = diskWorkers
 	im.look = src.blobs.openDescriptor
+	im.mayLack = func(d digest.Digest) (bool, error) { return isAbsent(src.index, d) }
 	im.fetch = func(ctx context.Context, desc ocispec.Descriptor, _ role, item *meteredItem) error {
 		f, _, err := src.blobs.openFile(desc.Digest, desc.Size)
 		if err != nil {

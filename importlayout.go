@@ -8,6 +8,7 @@ import (
 	"os"
 	"path"
 
+	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
@@ -15,6 +16,7 @@ import (
 func (r *LocalRegistry) layoutImporter(l *layout, opts *ImportOptions) *importer {
 	im := r.newImporter(opts)
 	im.workers = diskWorkers
+	im.mayLack = func(digest.Digest) (bool, error) { return true, nil }
 	im.fetch = func(ctx context.Context, desc ocispec.Descriptor, _ role, item *meteredItem) error {
 		f, err := l.open(desc)
 		if err != nil {

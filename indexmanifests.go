@@ -18,7 +18,9 @@ const (
 		created = iif(present, created, excluded.created), present = 1 WHERE size <> excluded.size OR NOT present`
 	sqlPutAbsent = `INSERT INTO content (digest, size, kind, created, present) VALUES (?, ?, ?, ?, 0)
 		ON CONFLICT (digest) DO UPDATE SET size = excluded.size, kind = excluded.kind WHERE size = -1`
-	sqlPutSubject = `INSERT INTO content (digest, size, kind, created, present) VALUES (?, -1, ?, ?, 0) ON CONFLICT (digest) DO NOTHING`
+	sqlBecomeAbsent = `UPDATE content SET present = 0, size = ?2 WHERE digest = ?1`
+	sqlIsAbsent     = `SELECT 1 FROM content c WHERE digest = ? AND NOT present AND EXISTS (SELECT 1 FROM members WHERE content = c.id)`
+	sqlPutSubject   = `INSERT INTO content (digest, size, kind, created, present) VALUES (?, -1, ?, ?, 0) ON CONFLICT (digest) DO NOTHING`
 	// The role in which a manifest needs it; else that of blobs that nothing needs.
 	sqlNotManifest = `UPDATE content AS c SET kind = coalesce((SELECT min(role) FROM members WHERE content = c.id AND role <> ?2), ?3)
 		WHERE digest = ?1 AND kind = ?2 AND NOT EXISTS (SELECT 1 FROM manifests WHERE id = c.id)`
@@ -75,6 +77,20 @@ func (t *indexTx) putAbsent(d digest.Digest, size int64, kind role, now time.Tim
 func (t *indexTx) notManifest(d digest.Digest) error {
 	_, err := t.exec(sqlNotManifest, digestBytes(d), roleNumber(roleManifest), roleNumber(roleLayer))
 	return err
+}
+
+// becomeAbsent records of a blob that was here, or of a manifest, that it is absent.
+func (t *indexTx) becomeAbsent(d digest.Digest, size int64) error {
+	if err := t.deleteManifest(d); err != nil {
+		return err
+	}
+	_, err := t.exec(sqlBecomeAbsent, digestBytes(d), size)
+	return err
+}
+
+// isAbsent reports whether a manifest names d and its rows record d as absent.
+func isAbsent(q queryer, d digest.Digest) (bool, error) {
+	return exists(q, sqlIsAbsent, digestBytes(d))
 }
 
 // contentID returns the id of a digest's row, 0 if it has none.

@@ -92,8 +92,8 @@ type publication struct {
 	also func(*indexTx) error
 	// hold is the name of a repository that holds the root, "" for none.
 	hold string
-	// absent are digests that the manifests name and that need not be here: their rows say so,
-	// unless they are here already.
+	// absent are child manifests that need not be here. Their rows say so, unless they are here
+	// already. Foreign layers need not be here either, and are not listed.
 	absent map[digest.Digest]bool
 	// entry is what else an index.json says of the ref, or of root if byDigest is set: canonical JSON,
 	// "" for nothing.
@@ -279,18 +279,18 @@ func (o PublishOptions) outcome(existing, incoming digest.Digest) Outcome {
 	}
 }
 
-// record writes the rows of one manifest after looking that its bytes and
-// those of its config and layers are there, except those in absent. Child manifests come before it.
-// It returns the descriptor that the index has for it.
+// record writes the rows of one manifest after looking that its bytes and those of its config and
+// layers are there. Child manifests come before it. A child in absent and a foreign layer may be
+// missing, and are recorded as absent then. It returns the descriptor that the index has for it.
 func record(ctx context.Context, tx *indexTx, st *stage, p pendingManifest, absent, checked map[digest.Digest]bool, now time.Time) (ocispec.Descriptor, error) {
 	blob := func(d digest.Digest, size int64, kind role) error {
 		if checked[d] {
 			return nil
 		}
-		checked[d] = true
 		if err := st.recheck(d, size); err != nil {
 			return incomplete(err)
 		}
+		checked[d] = true
 		return tx.putBlob(d, size, kind, now)
 	}
 	if err := blob(p.Digest, p.Size, roleManifest); err != nil {
@@ -301,15 +301,44 @@ func record(ctx context.Context, tx *indexTx, st *stage, p pendingManifest, abse
 		return ocispec.Descriptor{}, err
 	}
 	for i, c := range m.children() {
-		put := blob
+		kind := m.childRole(i)
+		var err error
 		if absent[c.Digest] {
-			put = func(d digest.Digest, size int64, kind role) error { return tx.putAbsent(d, size, kind, now) }
+			// Not linked again if it is staged, since what it needs is not.
+			if err = st.store.checkSize(c.Digest, c.Size); err == nil {
+				err = tx.putAbsent(c.Digest, c.Size, kind, now) // another's, which keeps its row
+			}
+		} else {
+			err = blob(c.Digest, c.Size, kind)
 		}
-		if err := put(c.Digest, c.Size, m.childRole(i)); err != nil {
+		if errors.Is(err, ErrNotFound) && (absent[c.Digest] || foreignLayer(c.MediaType)) {
+			err = recordAbsent(ctx, tx, c, kind, now)
+		}
+		if err != nil {
 			return ocispec.Descriptor{}, err
 		}
 	}
 	return tx.putManifest(m, now)
+}
+
+// recordAbsent records that a child of a manifest is not here, which the caller has found in the
+// same transaction. If a row says that it is, and no ref needs it, a collector was killed when it
+// had deleted the file: the rest of its work is done here. Otherwise it was lost, which stays for
+// Verify to find.
+func recordAbsent(ctx context.Context, tx *indexTx, c ocispec.Descriptor, kind role, now time.Time) error {
+	known, err := hasBlob(tx, c.Digest)
+	if known && err == nil {
+		up := climb{ctx: ctx, q: tx, ways: ways{subjects: true}}
+		led, err := up.led(c.Digest)
+		if led || err != nil {
+			return err
+		}
+		return tx.becomeAbsent(c.Digest, c.Size)
+	}
+	if err == nil {
+		err = tx.putAbsent(c.Digest, c.Size, kind, now)
+	}
+	return err
 }
 
 // incomplete says of a missing blob that an artifact lacks it.

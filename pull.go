@@ -56,6 +56,9 @@ type PullResult struct {
 	Update RefUpdate
 	// Referrers are the referrers that are here now because of PullOptions.Referrers.
 	Referrers []ocispec.Descriptor
+	// Absent are the foreign layers that the remote registry does not have, and the members of image
+	// indexes that neither registry has: see [ImportResult.Absent].
+	Absent []ocispec.Descriptor
 	// Shared is set if another call of this process fetched the content, and this call waited for
 	// it. Then the counts are zero.
 	Shared       bool
@@ -275,7 +278,7 @@ func (p *puller) bring(ctx context.Context, m *Manifest) (*PullResult, error) {
 	}
 	// A ref points at content that is here only after the registry has sent the manifest itself. A
 	// digest in a header proves nothing: it would let a registry name whatever is here.
-	if !p.registry.opts.SeparateRegistries && !p.opts.Verify {
+	if !p.registry.opts.SeparateRegistries && !p.opts.Verify && p.full(ctx, m.Descriptor()) {
 		if result, err := p.point(ctx, m.Digest()); result != nil || err != nil {
 			return result, err
 		}
@@ -295,7 +298,7 @@ func (p *puller) settled(ctx context.Context, root ocispec.Descriptor) (*PullRes
 	if u.Outcome == Conflicted {
 		return p.result(u, u.conflict(p.opts.Expected))
 	}
-	if !ok || u.Outcome != Unchanged || p.opts.Verify || !p.whole(ctx, desc) {
+	if !ok || u.Outcome != Unchanged || p.opts.Verify || !p.full(ctx, desc) {
 		return nil, nil
 	}
 	u.Descriptor = desc
@@ -356,6 +359,15 @@ func (p *puller) configFits(ctx context.Context, m *Manifest) bool {
 // whole reports whether everything that a manifest needs is here, judged by sizes.
 func (p *puller) whole(ctx context.Context, desc ocispec.Descriptor) bool {
 	return p.registry.checkClosure(ctx, p.registry.index, desc) == nil
+}
+
+// full reports whether everything is here that a pull would bring: what whole looks for, and the
+// members of image indexes that are absent, which the remote registry may have by now.
+func (p *puller) full(ctx context.Context, desc ocispec.Descriptor) bool {
+	all := descent{q: p.registry.index, absent: true}
+	return all.each(ctx, desc, func(d ocispec.Descriptor) error {
+		return p.registry.blobs.checkSize(d.Digest, d.Size)
+	}) == nil
 }
 
 // point gives the ref to a manifest that is here with everything it needs. It returns nil if

@@ -20,8 +20,17 @@ type fetcher struct {
 	received atomic.Int64 // bytes of blobs
 }
 
-// fetch stages one blob or manifest.
-func (p *fetcher) fetch(ctx context.Context, desc ocispec.Descriptor, as role, item *meteredItem) (err error) {
+// fetch stages one blob or manifest. If the registry itself says that it does not have it, the error
+// is also [ErrIncomplete].
+func (p *fetcher) fetch(ctx context.Context, desc ocispec.Descriptor, as role, item *meteredItem) error {
+	err := p.bring(ctx, desc, as, item)
+	if absent, certain := p.repo.saysAbsent(err); absent && certain {
+		err = incomplete(err)
+	}
+	return err
+}
+
+func (p *fetcher) bring(ctx context.Context, desc ocispec.Descriptor, as role, item *meteredItem) (err error) {
 	if err := checkDigest(desc.Digest); err != nil {
 		return err
 	}

@@ -8,6 +8,7 @@ import (
 	"slices"
 	"sync"
 
+	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
@@ -68,6 +69,7 @@ func (p *puller) transfer(ctx context.Context, m *Manifest) (*PullResult, error)
 		case p.update != nil:
 			result, err := p.result(*p.update, p.update.conflict(p.opts.Expected))
 			if err == nil {
+				result.Absent = f.stats.Absent
 				result.BlobsWritten, result.BlobsReused, result.BytesWritten = f.stats.BlobsWritten, f.stats.BlobsReused, f.stats.BytesWritten
 				result.BytesReceived = f.received
 				p.added += f.added
@@ -236,6 +238,7 @@ func (f *sharedPull) run(ctx context.Context, first *puller, m *Manifest) error 
 		}
 		p.update = &updates[0]
 		if updates[0].Outcome != Conflicted {
+			stats.Absent = im.absent.sorted()
 			stats.BlobsWritten, stats.BlobsReused, stats.BytesWritten = im.stage.counts()
 			return nil
 		}
@@ -258,6 +261,8 @@ var errNobodyWaits = errors.New("nobody waits for the transfer")
 func (p *puller) stageClosure(ctx context.Context, im *importer, m *Manifest) (pubs []publication, stats *ImportResult, received int64, err error) {
 	r := p.registry
 	from := &fetcher{registry: r, repo: p.repo, ref: p.ref, stage: im.stage}
+	// Members that are absent here already may be absent there too.
+	im.mayLack = func(d digest.Digest) (bool, error) { return isAbsent(r.index, d) }
 	im.fetch, im.workers = from.fetch, cmp.Or(max(p.opts.Workers, 0), 4)
 	if r.opts.SeparateRegistries {
 		im.reusable = func(ctx context.Context, desc ocispec.Descriptor) (bool, error) {

@@ -37,7 +37,8 @@ func (r *LocalRegistry) Resolve(ctx context.Context, ref Reference) (_ ocispec.D
 // ResolveDigest returns the descriptor of the manifest with that digest. A manifest to which no
 // ref points any more is found until it is collected.
 //
-// Errors: [ErrNotFound], [ErrInvalidDigest], [ErrCorruptIndex], [ErrIndexIO].
+// Errors: [ErrNotFound], with [ErrAbsent] where it applies, [ErrInvalidDigest], [ErrCorruptIndex],
+// [ErrIndexIO].
 func (r *LocalRegistry) ResolveDigest(ctx context.Context, d digest.Digest) (_ ocispec.Descriptor, err error) {
 	defer addOp(&err, "resolve", "", d)
 	end, err := r.begin(ctx)
@@ -64,7 +65,8 @@ func (r *LocalRegistry) resolveDigest(d digest.Digest) (ocispec.Descriptor, erro
 	if err := checkDigest(d); err != nil {
 		return ocispec.Descriptor{}, err
 	}
-	return found(r.index.resolveDigest(d))
+	desc, err := found(r.index.resolveDigest(d))
+	return desc, r.absence(err, d)
 }
 
 // found makes [ErrNotFound] of the answer of the index that there is no such row.

@@ -3,6 +3,7 @@ package ocilocal
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"iter"
 	"os"
@@ -13,7 +14,8 @@ import (
 
 // HasBlob returns the size of a blob. It looks at the directory entry, not at the bytes.
 //
-// Errors: [ErrNotFound], [ErrInvalidDigest], and any error from the file system.
+// Errors: [ErrNotFound], with [ErrAbsent] where it applies, [ErrInvalidDigest], and any error from
+// the file system.
 func (r *LocalRegistry) HasBlob(ctx context.Context, d digest.Digest) (size int64, err error) {
 	defer addOp(&err, "look for blob", "", d)
 	end, err := r.begin(ctx)
@@ -21,7 +23,8 @@ func (r *LocalRegistry) HasBlob(ctx context.Context, d digest.Digest) (size int6
 		return 0, err
 	}
 	defer end()
-	return r.blobs.size(d)
+	size, err = r.blobs.size(d)
+	return size, r.absence(err, d)
 }
 
 // Blobs walks blobs/ and yields the digest and size of every file there, in no
@@ -62,7 +65,7 @@ func (r *LocalRegistry) Blobs(ctx context.Context) iter.Seq2[ocispec.Descriptor,
 // is not what desc says, so no reader ever gets a whole bad blob. Only Digest and Size of desc
 // count; a Size of −1 is unknown. ctx governs the reads too.
 //
-// Errors, from the call or from Read: [ErrNotFound], [ErrInvalidDigest],
+// Errors, from the call or from Read: [ErrNotFound], with [ErrAbsent] where it applies, [ErrInvalidDigest],
 // [ErrSizeMismatch], [ErrDigestMismatch], and any error from ctx or the file system.
 func (r *LocalRegistry) OpenBlob(ctx context.Context, desc ocispec.Descriptor) (_ io.ReadCloser, err error) {
 	defer addOp(&err, "open blob", "", desc.Digest)
@@ -73,9 +76,21 @@ func (r *LocalRegistry) OpenBlob(ctx context.Context, desc ocispec.Descriptor) (
 	defer end()
 	v, err := r.blobs.open(ctx, desc.Digest, desc.Size)
 	if err != nil {
-		return nil, err // and not a nil *verifier
+		return nil, r.absence(err, desc.Digest) // and not a nil *verifier
 	}
 	return v, nil
+}
+
+// absence adds [ErrAbsent] to an [ErrNotFound] of content that is recorded as absent.
+func (r *LocalRegistry) absence(err error, d digest.Digest) error {
+	if !errors.Is(err, ErrNotFound) {
+		return err
+	}
+	absent, failed := isAbsent(r.index, d)
+	if absent {
+		err = fmt.Errorf("%w: this registry has a manifest that names it, and not the content: %w", ErrAbsent, err)
+	}
+	return errors.Join(err, failed)
 }
 
 // A BlobFile is a blob open for reading at any place. Its bytes were verified
@@ -96,7 +111,7 @@ func (r *LocalRegistry) OpenBlobFile(ctx context.Context, desc ocispec.Descripto
 	defer end()
 	f, size, err := r.blobs.openFile(desc.Digest, desc.Size)
 	if err != nil {
-		return nil, err
+		return nil, r.absence(err, desc.Digest)
 	}
 	// The same open file is verified and handed out, whatever its name comes to mean.
 	if _, err = r.blobs.verifier(ctx, f, desc.Digest, size).WriteTo(io.Discard); err == nil {

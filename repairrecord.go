@@ -23,7 +23,7 @@ func (p *repair) rewrite(ctx context.Context, d digest.Digest) error {
 	if errors.Is(err, ErrInvalidManifest) || errors.Is(err, ErrUnsupportedMediaType) || errors.Is(err, ErrTooLarge) {
 		return p.registry.write(ctx, func(tx *indexTx) error { return tx.notManifest(d) })
 	}
-	m, list, st, err := p.load(ctx, d)
+	m, pub, st, err := p.load(ctx, d)
 	if st != nil {
 		defer func() { p.registry.logDiscard(st.discard()) }()
 	}
@@ -35,8 +35,8 @@ func (p *repair) rewrite(ctx context.Context, d digest.Digest) error {
 			return err
 		}
 		checked := map[digest.Digest]bool{}
-		for _, pending := range list {
-			if _, err := record(ctx, tx, st, pending, nil, checked, time.Now()); err != nil {
+		for _, pending := range pub.manifests {
+			if _, err := record(ctx, tx, st, pending, pub.absent, checked, time.Now()); err != nil {
 				return err
 			}
 		}
@@ -49,21 +49,23 @@ func (p *repair) rewrite(ctx context.Context, d digest.Digest) error {
 }
 
 // load stages a manifest that is in blobs/, with all that it needs.
-func (p *repair) load(ctx context.Context, d digest.Digest) (*Manifest, []pendingManifest, *stage, error) {
-	m, err := p.registry.readVerified(ctx, ocispec.Descriptor{Digest: d, Size: -1})
+func (p *repair) load(ctx context.Context, d digest.Digest) (m *Manifest, pub publication, st *stage, err error) {
+	m, err = p.registry.readVerified(ctx, ocispec.Descriptor{Digest: d, Size: -1})
 	if err != nil {
-		return nil, nil, nil, err
+		return nil, pub, nil, err
 	}
+	pub.root = m.Descriptor()
 	im := p.registry.newImporter(nil)
+	im.mayLack = func(d digest.Digest) (bool, error) { return isAbsent(p.registry.index, d) }
 	im.fetch = func(_ context.Context, desc ocispec.Descriptor, _ role, _ *meteredItem) error {
 		return fmt.Errorf("%w: blob %s", ErrIncomplete, desc.Digest)
 	}
-	var list []pendingManifest
-	_, err = im.manifest(ctx, m.Descriptor(), 0, map[digest.Digest]bool{}, &list)
+	_, err = im.manifest(ctx, pub.root, 0, map[digest.Digest]bool{}, &pub.manifests)
+	pub.absent = im.absent.manifests
 	if err == nil {
 		err = im.stage.settle(ctx, nil)
 	}
-	return m, list, im.stage, err
+	return m, pub, im.stage, err
 }
 
 // tolerate returns nil for an error that concerns one artifact. The last verification reports what
@@ -137,6 +139,9 @@ func (p *repair) findLacks(ctx context.Context) error {
 		}
 		for i, c := range m.children() {
 			_, err := p.registry.blobs.size(c.Digest)
+			if errors.Is(err, ErrNotFound) && foreignLayer(c.MediaType) {
+				continue
+			}
 			if errors.Is(err, ErrNotFound) {
 				p.lacks[c.Digest] = lack{d, c, m.childRole(i)}
 				p.wanted[c.Digest] = true
@@ -153,12 +158,12 @@ func (p *repair) recordOne(ctx context.Context, d digest.Digest) error {
 	if _, ok, err := p.registry.index.resolveDigest(d); ok || err != nil {
 		return err // it was recorded with the image index that needs it
 	}
-	m, list, st, err := p.load(ctx, d)
+	_, pub, st, err := p.load(ctx, d)
 	if st != nil {
 		defer func() { p.registry.logDiscard(st.discard()) }()
 	}
 	if err == nil {
-		_, err = p.registry.publish(ctx, st, []publication{{root: m.Descriptor(), manifests: list}})
+		_, err = p.registry.publish(ctx, st, []publication{pub})
 	}
 	if err == nil {
 		p.report.Recorded = append(p.report.Recorded, d)

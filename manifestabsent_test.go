@@ -1,0 +1,347 @@
+package ocilocal_test
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/ocilocal/ocilocal"
+)
+
+// A lacking layout has an artifact of which a part is not there: a member of an image index, or a
+// foreign layer.
+type lacking struct {
+	top     string // the manifest or image index
+	parts   []entry
+	missing []entry // in whole, those that parts leave out
+	absent  digest.Digest
+}
+
+const lackingName = "example.com/a:v1"
+
+func (l *lacking) entries(more ...entry) []entry {
+	index := indexOf(called(desc(l.mediaType(), l.top), refName, lackingName))
+	return append(append([]entry{blobEntry(l.top), index}, l.parts...), more...)
+}
+
+func (l *lacking) mediaType() string {
+	if strings.Contains(l.top, `"manifests"`) {
+		return ocispec.MediaTypeImageIndex
+	}
+	return imageType
+}
+
+func lackingLayouts() map[string]*lacking {
+	first, config := image("layer")
+	second, _ := image("LAYER")
+	amd64 := with(desc(imageType, first), `"platform":{"os":"linux","architecture":"amd64"}`)
+	arm64 := with(desc(imageType, second), `"platform":{"os":"linux","architecture":"arm64"}`)
+	member := []entry{blobEntry(config), blobEntry("LAYER"), blobEntry(second)}
+	other := []entry{blobEntry(first), blobEntry("layer")}
+	nested := imageIndexOf(amd64)
+	foreign := func(mediaType string) *lacking {
+		m := fmt.Sprintf(`{"schemaVersion":2,"mediaType":%q,"config":%s,"layers":[%s,%s]}`, imageType, desc("application/vnd.example.config", config),
+			desc("text/plain", "LAYER"), with(desc(mediaType, "foreign"), `"urls":["https://example.com/foreign"]`))
+		return &lacking{top: m, parts: []entry{blobEntry(config), blobEntry("LAYER")}, missing: []entry{blobEntry("foreign")}, absent: digest.FromString("foreign")}
+	}
+	return map[string]*lacking{
+		"sparse index":   {top: imageIndexOf(amd64, arm64), parts: member, missing: other, absent: digest.FromString(first)},
+		"nested index":   {top: imageIndexOf(arm64, desc(ocispec.MediaTypeImageIndex, nested)), parts: append(member, blobEntry(nested)), missing: other, absent: digest.FromString(first)},
+		"index alone":    {top: imageIndexOf(amd64), missing: append(other, blobEntry(config)), absent: digest.FromString(first)},
+		"OCI foreign":    foreign("application/vnd.oci.image.layer.nondistributable.v1.tar+gzip"),
+		"Docker foreign": foreign("application/vnd.docker.image.rootfs.foreign.diff.tar.gzip"),
+	}
+}
+
+// TestAbsentMembers takes artifacts of which a part is absent through every operation, and then lets
+// the part come.
+func TestAbsentMembers(t *testing.T) {
+	t.Parallel()
+	for name, l := range lackingLayouts() {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			ctx := t.Context()
+			r, got, err := importBoth(t, nil, l.entries()...)
+			if err != nil {
+				t.Fatal(err)
+			}
+			root := digest.FromString(l.top)
+			if len(got.Absent) != 1 || got.Absent[0].Digest != l.absent || got.Artifacts[0].Descriptor.Digest != root {
+				t.Fatalf("%+v", got)
+			}
+			checkAbsent(t, r, l.absent)
+			if _, err := r.Tag(ctx, root, ref("example.com/a:v2"), nil); err != nil {
+				t.Error(err)
+			}
+			if report := collect(t, r, atOnce); report.Deleted.Blobs+report.Deleted.Manifests != 0 {
+				t.Errorf("collected: %+v", report)
+			}
+			if report, err := r.Repair(ctx, nil); err != nil || len(report.Left)+len(report.Rewritten)+len(report.Recorded) != 0 {
+				t.Errorf("repair: %+v, %v", report, err)
+			}
+			if _, err := r.RefUsage(ctx, ref(lackingName)); err != nil {
+				t.Error(err)
+			}
+
+			// It goes out as it is, and comes in again.
+			dir := t.TempDir()
+			var archive bytes.Buffer
+			if err := errors.Join(r.ExportLayout(ctx, dir, []ocilocal.Reference{ref(lackingName)}, nil), r.ExportArchive(ctx, &archive, []ocilocal.Reference{ref(lackingName)}, nil)); err != nil {
+				t.Fatal(err)
+			}
+			again := openTemp(t, nil)
+			if got, err := again.ImportArchive(ctx, &archive, nil); err != nil || len(got.Absent) != 1 {
+				t.Errorf("from the exported archive: %+v, %v", got, err)
+			}
+			if got, err := again.ImportLayout(ctx, dir, nil); err != nil || len(got.Absent) != 1 || got.Artifacts[0].Update.Outcome != ocilocal.Unchanged {
+				t.Errorf("from the exported layout: %+v, %v", got, err)
+			}
+			backup := filepath.Join(t.TempDir(), "backup")
+			if report, err := r.Backup(ctx, backup, nil); err != nil || len(report.Failed) != 0 {
+				t.Fatalf("backup: %+v, %v", report, err)
+			}
+			backedUp := mustOpen(t, backup)
+			checkAbsent(t, backedUp, l.absent)
+			checkSound(t, backedUp)
+			mustClose(t, backedUp)
+			copied := openTemp(t, nil)
+			if got, err := copied.ImportRegistry(ctx, r, ref(lackingName), nil); err != nil || len(got.Absent) != 1 {
+				t.Errorf("from the registry: %+v, %v", got, err)
+			}
+			checkAbsent(t, copied, l.absent)
+
+			// The whole artifact fills in what was absent.
+			whole, err := r.ImportLayout(ctx, layoutDir(t, l.entries(l.missing...)...), nil)
+			if err != nil || len(whole.Absent) != 0 || whole.Artifacts[0].Update.Outcome != ocilocal.Unchanged {
+				t.Fatalf("the whole artifact: %+v, %v", whole, err)
+			}
+			if _, err := r.HasBlob(ctx, l.absent); err != nil {
+				t.Error(err)
+			}
+			collect(t, r, atOnce)
+			checkSound(t, r)
+			// A source without it takes nothing away.
+			if got, err := r.ImportLayout(ctx, layoutDir(t, l.entries()...), nil); err != nil || len(got.Absent) != 0 {
+				t.Errorf("the part again: %+v, %v", got, err)
+			}
+			checkSound(t, r)
+			for _, name := range []string{"example.com/a:v1", "example.com/a:v2"} {
+				for _, r := range []*ocilocal.LocalRegistry{r, again} {
+					if _, err := r.Remove(ctx, ref(name)); err != nil && !errors.Is(err, ocilocal.ErrNotFound) {
+						t.Error(err)
+					}
+				}
+			}
+			for _, r := range []*ocilocal.LocalRegistry{r, again} {
+				collect(t, r, atOnce)
+				if names := blobNames(t, r); len(names) != 0 {
+					t.Errorf("left: %v", names)
+				}
+				checkSound(t, r)
+			}
+		})
+	}
+}
+
+// TestRemoteAbsentMembers pushes artifacts of which a part is absent, to a registry that takes them
+// and to one that does not, and pulls them before and after the part has come to the registry.
+func TestRemoteAbsentMembers(t *testing.T) {
+	t.Parallel()
+	for name, l := range lackingLayouts() {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			ctx := t.Context()
+			strict, s := newServer(t), newServer(t)
+			s.sparse = true
+			r := openRemote(t, nil)
+			if _, err := r.ImportLayout(ctx, layoutDir(t, l.entries()...), nil); err != nil {
+				t.Fatal(err)
+			}
+			if _, err := r.Push(ctx, ref(lackingName), &ocilocal.PushOptions{As: strict.ref("a:v1")}); err == nil {
+				t.Error("a push succeeded although the registry wants all members")
+			}
+			at := s.ref("a:v1")
+			if _, err := r.Push(ctx, ref(lackingName), &ocilocal.PushOptions{As: at}); err != nil {
+				t.Fatal(err)
+			}
+			if asked := s.requests(l.absent.String()); len(asked) != 0 {
+				t.Errorf("asked for what is absent here: %v", asked)
+			}
+
+			foreign := l.mediaType() == imageType
+			fresh := openRemote(t, nil)
+			got, err := fresh.Pull(ctx, at, nil)
+			switch {
+			case foreign && (err != nil || len(got.Absent) != 1):
+				t.Errorf("a foreign layer that is not there: %+v, %v", got, err)
+			case !foreign && !errors.Is(err, ocilocal.ErrIncomplete):
+				t.Errorf("a member that is not there: %+v, %v", got, err)
+			}
+			if foreign {
+				checkAbsent(t, fresh, l.absent)
+				checkSound(t, fresh)
+			}
+			// What is absent here already may be absent there.
+			if got, err := r.Pull(ctx, at, nil); err != nil || got.Update.Reference != at || !foreign && len(got.Absent) != 1 {
+				t.Errorf("what is absent here too: %+v, %v", got, err)
+			}
+			if _, err := r.LoadWith(ctx, at, nil); err != nil {
+				t.Errorf("load: %v", err)
+			}
+			checkSound(t, r)
+
+			whole := openRemote(t, nil)
+			if _, err := whole.ImportLayout(ctx, layoutDir(t, l.entries(l.missing...)...), nil); err != nil {
+				t.Fatal(err)
+			}
+			if _, err := whole.Push(ctx, ref(lackingName), &ocilocal.PushOptions{As: at}); err != nil {
+				t.Fatal(err)
+			}
+			if !foreign {
+				if got, err := r.Pull(ctx, at, nil); err != nil || len(got.Absent) != 0 || got.Update.Outcome != ocilocal.Unchanged {
+					t.Errorf("now that it is there: %+v, %v", got, err)
+				}
+				if _, err := r.HasBlob(ctx, l.absent); err != nil {
+					t.Error(err)
+				}
+			}
+			if got, err := openRemote(t, nil).Pull(ctx, at, nil); err != nil || len(got.Absent) != 0 {
+				t.Errorf("whole: %+v, %v", got, err)
+			}
+			checkSound(t, r)
+		})
+	}
+}
+
+// checkAbsent checks that reading absent content says that it is absent.
+func checkAbsent(t *testing.T, r *ocilocal.LocalRegistry, d digest.Digest) {
+	t.Helper()
+	_, hasErr := r.HasBlob(t.Context(), d)
+	_, openErr := r.OpenBlob(t.Context(), ocispec.Descriptor{Digest: d, Size: -1})
+	_, fileErr := r.OpenBlobFile(t.Context(), ocispec.Descriptor{Digest: d, Size: -1})
+	_, loadErr := r.LoadDigest(t.Context(), d)
+	for _, err := range []error{hasErr, openErr, fileErr, loadErr} {
+		if !errors.Is(err, ocilocal.ErrAbsent) || !errors.Is(err, ocilocal.ErrNotFound) {
+			t.Errorf("of absent content: %v", err)
+		}
+	}
+}
+
+// TestAbsentOnly: only a member of an image index and a foreign layer may be absent. Whatever else
+// is missing stops the import, and so does a member of another registry that was lost there.
+func TestAbsentOnly(t *testing.T) {
+	t.Parallel()
+	manifest, config := image("layer")
+	sparse := imageIndexOf(desc(imageType, manifest))
+	for name, parts := range map[string][]entry{
+		"a layer of a member":       {blobEntry(sparse), blobEntry(manifest), blobEntry(config), indexOf(desc(ocispec.MediaTypeImageIndex, sparse))},
+		"a config":                  {blobEntry(manifest), blobEntry("layer"), indexOf(desc(imageType, manifest))},
+		"the entry":                 {blobEntry(config), indexOf(desc(imageType, manifest))},
+		"the entry, an image index": {blobEntry(config), indexOf(desc(ocispec.MediaTypeImageIndex, sparse))},
+	} {
+		if _, got, err := importBoth(t, nil, parts...); !errors.Is(err, ocilocal.ErrIncomplete) {
+			t.Errorf("without %s: %+v, %v", name, got, err)
+		}
+	}
+	lost, whole := openTemp(t, nil), lackingLayouts()["sparse index"]
+	if _, err := lost.ImportLayout(t.Context(), layoutDir(t, whole.entries(whole.missing...)...), nil); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Remove(blobFile(lost, whole.absent)); err != nil {
+		t.Fatal(err)
+	}
+	dontWatch(lost.Root())
+	if got, err := openTemp(t, nil).ImportRegistry(t.Context(), lost, ref(lackingName), nil); !errors.Is(err, ocilocal.ErrIncomplete) {
+		t.Errorf("of a registry that has lost a member: %+v, %v", got, err)
+	}
+}
+
+// TestAbsentElsewhereNeeded: content that is absent for one artifact is missing for another that
+// needs it, in the same import too.
+func TestAbsentElsewhereNeeded(t *testing.T) {
+	t.Parallel()
+	l := lackingLayouts()["OCI foreign"]
+	needs, _ := image("foreign")
+	both := append(l.entries(blobEntry(needs))[2:], blobEntry(l.top),
+		indexOf(called(desc(imageType, l.top), refName, lackingName), called(desc(imageType, needs), refName, "example.com/needs:v1")))
+	if _, got, err := importBoth(t, nil, both...); !errors.Is(err, ocilocal.ErrIncomplete) {
+		t.Errorf("together: %+v, %v", got, err)
+	}
+	r, _, err := importBoth(t, nil, l.entries()...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := r.ImportLayout(t.Context(), layoutDir(t, blobEntry(needs), blobEntry("{}"), indexOf(desc(imageType, needs))), nil); !errors.Is(err, ocilocal.ErrIncomplete) {
+		t.Errorf("afterwards: %v", err)
+	}
+	b, err := r.NewBuilder(ref("example.com/built:v1"), &ocilocal.BuilderOptions{ArtifactType: "application/vnd.example.test"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer b.Cancel()
+	if _, err := b.AddLayerBytes(t.Context(), "text/plain", []byte("foreign"), nil); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := b.Build(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := r.HasBlob(t.Context(), l.absent); err != nil {
+		t.Errorf("after a build of it: %v", err)
+	}
+	collect(t, r, atOnce)
+	checkSound(t, r)
+}
+
+// TestAbsentAfterKilledCollector: a collector that was killed between file and row leaves a row
+// that says that a member is here. An import that records the member as absent believes the file.
+func TestAbsentAfterKilledCollector(t *testing.T) {
+	t.Parallel()
+	l := lackingLayouts()["sparse index"]
+	r := openTemp(t, nil)
+	if _, err := r.ImportLayout(t.Context(), layoutDir(t, l.entries(l.missing...)...), nil); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := r.Remove(t.Context(), ref(lackingName)); err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range blobNames(t, r) {
+		if err := os.Remove(blobFile(r, name)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if got, err := r.ImportLayout(t.Context(), layoutDir(t, l.entries()...), nil); err != nil || len(got.Absent) != 1 {
+		t.Fatalf("%+v, %v", got, err)
+	}
+	checkAbsent(t, r, l.absent)
+	collect(t, r, atOnce)
+	checkSound(t, r)
+}
+
+// TestDescriptorData imports content whose blobs are not there and whose descriptors carry the
+// bytes.
+func TestDescriptorData(t *testing.T) {
+	t.Parallel()
+	data := `"data":"` // base64 below
+	m := fmt.Sprintf(`{"schemaVersion":2,"artifactType":"application/vnd.example.test","config":%s,"layers":[%s]}`,
+		with(desc("application/vnd.oci.empty.v1+json", "{}"), data+`e30="`), with(desc("text/plain", "layer"), data+`bGF5ZXI="`))
+	r, got, err := importBoth(t, nil, blobEntry(m), indexOf(called(desc(imageType, m), refName, lackingName)))
+	if err != nil || got.BlobsWritten != 3 || len(got.Absent) != 0 {
+		t.Fatalf("%+v, %v", got, err)
+	}
+	for _, s := range []string{"{}", "layer"} {
+		if size, err := r.HasBlob(t.Context(), digest.FromString(s)); err != nil || size != int64(len(s)) {
+			t.Errorf("%s: %d, %v", s, size, err)
+		}
+	}
+	bad := strings.Replace(m, "bGF5ZXI=", "TEFZRVI=", 1)
+	if _, _, err := importBoth(t, nil, blobEntry(bad), indexOf(desc(imageType, bad))); !errors.Is(err, ocilocal.ErrDigestMismatch) {
+		t.Errorf("data of other content: %v", err)
+	}
+}
