@@ -133,6 +133,17 @@
 // a row of the index. Holds keep content as refs do, until [GCOptions.Held] has passed and nothing
 // else keeps it.
 //
+// # Absent members
+//
+// An image index may name manifests of platforms that its archive leaves out, and an image may name
+// foreign layers, which are not distributed with it (image-spec layer.md, "Non-Distributable
+// Layers"). An import takes both and lists what is missing in [ImportResult.Absent]. The rows record
+// it as absent, so that it counts neither as lost nor as needed. Exports, backups, copies and
+// pushes leave it out; whether a registry takes such an artifact is its decision. Reading it
+// fails with [ErrAbsent]. A later import, or a pull of the same manifest, fills it in. A pull
+// leaves out foreign layers that the registry does not have, and wants every member of an index. The
+// urls of foreign layers are never fetched.
+//
 // # Errors
 //
 // Methods of a registry, and of builders, artifacts and remotes, return an [*Error], which says

@@ -191,9 +191,12 @@ var byDigest = &ocilocal.ImportOptions{IgnoreNames: true}
 
 // hasWhole checks that a digest is there and that all below it reads back
 // right. It returns how many manifests and blobs that were, each counted once.
-func hasWhole(t *testing.T, r *ocilocal.LocalRegistry, d digest.Digest) int {
+func hasWhole(t *testing.T, r *ocilocal.LocalRegistry, d digest.Digest, absent ...ocispec.Descriptor) int {
 	t.Helper()
 	seen := map[digest.Digest]bool{}
+	for _, a := range absent {
+		seen[a.Digest] = true
+	}
 	if err := walk(t.Context(), r, d, seen); err != nil {
 		t.Fatalf("%s: %v", d, err)
 	}
