@@ -317,6 +317,7 @@ type pendingBlob struct {
 	digest    digest.Digest
 	size      int64
 	role      role
+	data      []byte // of its descriptor: see keepParsed
 }
 
 // bringLater brings the blobs that the manifests need.
@@ -325,7 +326,7 @@ func (im *importer) bringLater(ctx context.Context) error {
 	later := im.later
 	im.later = nil
 	for _, b := range later {
-		desc := ocispec.Descriptor{MediaType: b.mediaType, Digest: b.digest, Size: b.size}
+		desc := ocispec.Descriptor{MediaType: b.mediaType, Digest: b.digest, Size: b.size, Data: b.data}
 		if im.stage.has(b.digest) { // it is a manifest, too
 			continue
 		}
@@ -540,8 +541,9 @@ func (im *importer) blob(ctx context.Context, desc ocispec.Descriptor, as role) 
 	switch {
 	case asked && (as != roleManifest || im.stage.has(desc.Digest)):
 		return nil
-	case as != roleManifest && desc.Data == nil:
-		im.later = append(im.later, pendingBlob{desc.MediaType, desc.Digest, desc.Size, as})
+	case as != roleManifest && (desc.Data == nil || im.parsed+int64(len(desc.Data)) <= keepParsed):
+		im.parsed += int64(len(desc.Data))
+		im.later = append(im.later, pendingBlob{desc.MediaType, desc.Digest, desc.Size, as, desc.Data})
 		return nil
 	}
 	return im.bring(ctx, desc, as)
@@ -562,10 +564,9 @@ func (im *importer) bring(ctx context.Context, desc ocispec.Descriptor, as role)
 	if err := im.charge(desc.Size); err != nil {
 		return err
 	}
-	if desc.Data != nil { // checkDescriptor has compared it with the digest
+	err = im.fetch(ctx, desc, as, item)
+	if errors.Is(err, ErrIncomplete) && desc.Data != nil { // checkDescriptor has compared it with the digest
 		_, err = im.stage.putBytes(ctx, desc.Data, desc.Digest.Algorithm())
-	} else {
-		err = im.fetch(ctx, desc, as, item)
 	}
 	if errors.Is(err, ErrIncomplete) && as != roleManifest && foreignLayer(desc.MediaType) {
 		im.absent.add(desc, as)

@@ -227,6 +227,14 @@ func (p *Repository) takeChildren(ctx context.Context, st *stage, m *Manifest) e
 			continue
 		}
 		ok, err := p.shows(p.registry.index, c.Digest)
+		if err == nil && !ok && foreignLayer(c.MediaType) {
+			// It may be absent. But what another repository has must not be shown here because a
+			// manifest names it.
+			if ok, err = p.registry.blobs.present(c.Digest); err == nil && !ok {
+				continue
+			}
+			ok = false
+		}
 		if err == nil && !ok {
 			err = fmt.Errorf("%w: %s in %s: %w", ErrIncomplete, c.Digest, p.name, ErrNotFound)
 		}

@@ -419,3 +419,27 @@ func TestPutBesideCollector(t *testing.T) {
 		}
 	}
 }
+
+// TestPutForeignLayer: a layer that need not be distributed may be absent. Naming it does not show
+// what another repository has.
+func TestPutForeignLayer(t *testing.T) {
+	r := openTemp(t, nil)
+	p, other := repository(t, r, "localhost/app"), repository(t, r, "localhost/other")
+	manifest, config := image("layer")
+	foreign := strings.Replace(manifest, "text/plain", ocispec.MediaTypeImageLayerNonDistributable, 1)
+	desc := push(t, p, foreign, config)
+	if _, err := p.StatManifest(t.Context(), desc.Digest); err != nil {
+		t.Error(err)
+	}
+	if ok, err := p.Exists(t.Context(), blobOf("layer")); ok || err != nil {
+		t.Errorf("%v, %v", ok, err)
+	}
+	secret, _ := image("secret")
+	pushImage(t, other, "v1", "secret")
+	foreign = strings.Replace(secret, "text/plain", ocispec.MediaTypeImageLayerNonDistributable, 1)
+	_, err := p.PutManifest(t.Context(), "", []byte(foreign), nil)
+	mustFail(t, err, ocilocal.ErrIncomplete)
+	if ok, err := p.Exists(t.Context(), blobOf("secret")); ok || err != nil {
+		t.Errorf("%v, %v", ok, err)
+	}
+}

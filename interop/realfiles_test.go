@@ -31,7 +31,7 @@ type realFile struct {
 }
 
 const (
-	notOCI = "not OCI"             // Docker's archives, skopeo's directories: refused
+	notOCI = "not OCI"          // Docker's archives, skopeo's directories: refused
 	sparse = "a part is absent" // an index whose children are not all there
 )
 
