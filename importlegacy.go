@@ -340,7 +340,11 @@ func legacyPaths(ref Reference) (paths []string) {
 	host, repository := ref.Registry(), ref.Repository()
 	names := []string{path.Join(strings.Replace(host, ":", "__", 1), repository)}
 	if host == registryDockerHub {
-		names = []string{path.Join("registry-1.docker.io", repository), path.Join("docker.io", repository), path.Join("index.docker.io", repository), repository}
+		names = []string{path.Join("registry-1.docker.io", repository), path.Join("docker.io", repository), path.Join("index.docker.io", repository)}
+		// A first part with "__" is read back as a host with a port.
+		if first, _, _ := strings.Cut(repository, "/"); !strings.Contains(first, "__") {
+			names = append(names, repository)
+		}
 		if short, ok := strings.CutPrefix(repository, "library/"); ok && !strings.Contains(short, "/") {
 			for _, host := range []string{"registry-1.docker.io", "docker.io", "index.docker.io"} {
 				names = append(names, path.Join(host, short))

@@ -393,6 +393,7 @@ func FuzzLegacyNames(f *testing.F) {
 		"ghcr.io/jij-inc/ommx/demo:v1", "localhost:5000/test_repo:latest", "ubuntu:20.04", "library/ubuntu:20.04", "example.com/foo:my__tag",
 		"example.com/a__b/c:v1", "quay.io/jitesoft/alpine@" + d.String(), "example.com/a:sha256__" + d.Encoded(), "example.com/a:sha256__x", "[::1]:5000/a:v1",
 		"example.com/a:v1@" + d.String(), "index.docker.io/x:__v",
+		"docker.io/0__0/0", "docker.io/a__5/b:v1",
 	} {
 		f.Add(s, "manifest", true)
 		f.Add(s, "other", false)
