@@ -18,6 +18,8 @@ const (
 
 	sqlSalvageUnnamed = `SELECT u.manifest, c.digest, u.since, u.entry FROM unnamed u CROSS JOIN content c WHERE u.manifest > ? AND c.id = u.manifest ORDER BY u.manifest LIMIT ?`
 
+	sqlSalvageAbsent = `SELECT id, digest FROM content WHERE id > ? AND NOT present AND size >= 0 ORDER BY id LIMIT ?`
+
 	// A virtual table and a view have no root page.
 	sqlTableText   = `SELECT count(*), coalesce(min(type = 'table' AND rootpage > 0 AND substr(sql, 1, 13) = 'CREATE TABLE '), 0) FROM sqlite_schema WHERE name = ? COLLATE NOCASE`
 	sqlTableColumn = `SELECT name, hidden FROM pragma_table_xinfo(?) ORDER BY cid LIMIT 100`
@@ -122,6 +124,25 @@ func (x *index) salvageUnnamed(ctx context.Context, visit func(d digest.Digest, 
 			return nil
 		}
 		return visit(r.digest, time.UnixMicro(r.since), r.entry)
+	})
+}
+
+// salvageAbsent visits what is recorded as absent, until the damage.
+func (x *index) salvageAbsent(ctx context.Context, visit func(digest.Digest)) error {
+	if err := x.checkContent(ctx); err != nil {
+		return err
+	}
+	type row struct {
+		id int64
+		d  digest.Digest
+	}
+	p := paging[row]{text: sqlSalvageAbsent, size: 100, scan: func(rows *sql.Rows) (r row, err error) {
+		r.id, r.d, err = scanIDDigest(rows)
+		return r, err
+	}, after: func(r row) []any { return []any{r.id} }}
+	return p.each(ctx, x, []any{int64(0)}, func(r row) error {
+		visit(r.d)
+		return nil
 	})
 }
 

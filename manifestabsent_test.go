@@ -324,6 +324,32 @@ func TestAbsentAfterKilledCollector(t *testing.T) {
 	checkSound(t, r)
 }
 
+// TestRebuildAbsent: what was absent is still absent after a Rebuild of a damaged index, and does not
+// keep collections from deleting.
+func TestRebuildAbsent(t *testing.T) {
+	t.Parallel()
+	for name, l := range lackingLayouts() {
+		root := filepath.Join(t.TempDir(), "root")
+		r := mustOpen(t, root)
+		if _, err := r.ImportLayout(t.Context(), layoutDir(t, l.entries()...), nil); err != nil {
+			t.Fatal(err)
+		}
+		mustClose(t, r)
+		dontWatch(root)
+		execIndex(t, root, "CREATE TRIGGER x AFTER INSERT ON refs BEGIN DELETE FROM refs; END")
+		report, err := ocilocal.Rebuild(t.Context(), root, nil)
+		if err != nil || len(report.Left) != 0 || len(report.Recovered) != 1 || report.Recovered[0].Reference != ref(lackingName) {
+			t.Errorf("%s: %+v, %v", name, report, err)
+			continue
+		}
+		r = mustOpen(t, root)
+		checkAbsent(t, r, l.absent)
+		collect(t, r, atOnce)
+		checkSound(t, r)
+		mustClose(t, r)
+	}
+}
+
 // TestDescriptorData imports content whose blobs are not there and whose descriptors carry the
 // bytes.
 func TestDescriptorData(t *testing.T) {

@@ -110,6 +110,7 @@ type repair struct {
 	damaged  []digest.Digest        // those of wanted under whose names something is
 	rows     []digest.Digest        // manifests whose rows are wrong
 	salvage  string                 // the damaged index whose refs are kept; "" for none
+	absent   map[digest.Digest]bool // what that index records as absent
 	lacks    map[digest.Digest]lack // missing blobs that unrecorded manifests need
 	meter    *meter
 
@@ -131,6 +132,9 @@ func (p *repair) run(ctx context.Context) error {
 		if err := p.registry.write(ctx, func(tx *indexTx) error { return tx.setMeta(metaUnreconciled, "1") }); err != nil {
 			return err
 		}
+	}
+	if err := p.keepAbsent(ctx); err != nil {
+		return err
 	}
 	problems, err := p.verify(ctx, 2)
 	if err != nil {

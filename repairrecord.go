@@ -56,7 +56,7 @@ func (p *repair) load(ctx context.Context, d digest.Digest) (m *Manifest, pub pu
 	}
 	pub.root = m.Descriptor()
 	im := p.registry.newImporter(nil)
-	im.mayLack = func(d digest.Digest) (bool, error) { return isAbsent(p.registry.index, d) }
+	im.mayLack = p.mayLack
 	im.fetch = func(_ context.Context, desc ocispec.Descriptor, _ role, _ *meteredItem) error {
 		return fmt.Errorf("%w: blob %s", ErrIncomplete, desc.Digest)
 	}
@@ -66,6 +66,15 @@ func (p *repair) load(ctx context.Context, d digest.Digest) (m *Manifest, pub pu
 		err = im.stage.settle(ctx, nil)
 	}
 	return m, pub, im.stage, err
+}
+
+// mayLack reports whether a member of an image index is recorded as absent, by the index or by the
+// damaged one whose refs are kept.
+func (p *repair) mayLack(d digest.Digest) (bool, error) {
+	if p.absent[d] {
+		return true, nil
+	}
+	return isAbsent(p.registry.index, d)
 }
 
 // tolerate returns nil for an error that concerns one artifact. The last verification reports what
@@ -139,8 +148,17 @@ func (p *repair) findLacks(ctx context.Context) error {
 		}
 		for i, c := range m.children() {
 			_, err := p.registry.blobs.size(c.Digest)
-			if errors.Is(err, ErrNotFound) && foreignLayer(c.MediaType) {
-				continue
+			if errors.Is(err, ErrNotFound) {
+				may := foreignLayer(c.MediaType)
+				if !may && m.childRole(i) == roleManifest {
+					var failed error
+					if may, failed = p.mayLack(c.Digest); failed != nil {
+						return failed
+					}
+				}
+				if may {
+					continue
+				}
 			}
 			if errors.Is(err, ErrNotFound) {
 				p.lacks[c.Digest] = lack{d, c, m.childRole(i)}
@@ -211,6 +229,17 @@ func (p *repair) reconcile(ctx context.Context) error {
 		return nil
 	}
 	return p.registry.write(ctx, func(tx *indexTx) error { return tx.deleteMeta(metaUnreconciled) })
+}
+
+// keepAbsent notes what the index that was set aside records as absent, before anything is recorded.
+func (p *repair) keepAbsent(ctx context.Context) error {
+	if p.salvage == "" {
+		return nil
+	}
+	p.absent = map[digest.Digest]bool{}
+	return salvage(p.salvage, func(x *index) error {
+		return x.salvageAbsent(ctx, func(d digest.Digest) { p.absent[d] = true })
+	})
 }
 
 // keep takes refs, holds, and what was imported by digest, from the index that was set aside.

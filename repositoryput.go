@@ -37,36 +37,6 @@ func (p *Repository) PutBlob(ctx context.Context, src io.Reader, want digest.Dig
 	return p.registry.blobs.holdNew(ctx, p.name, src, digest.SHA256, want, size)
 }
 
-// adoptFile is PutBlob for a file below tmp/ of the root, which it moves. It hashes the bytes
-// unless they are known to be those of the digest.
-func (p *Repository) adoptFile(ctx context.Context, name string, d digest.Digest, size int64, verified bool) (_ ocispec.Descriptor, err error) {
-	if err := checkDigest(d); err != nil {
-		return ocispec.Descriptor{}, err
-	}
-	store := p.registry.blobs
-	f, err := store.root.openFile(name, 0, 0)
-	if err != nil {
-		return ocispec.Descriptor{}, err
-	}
-	got, err := checkRegular(f)
-	if err == nil && size >= 0 && got != size {
-		err = fmt.Errorf("%w: %d bytes, want %d", ErrSizeMismatch, got, size)
-	}
-	if err == nil && !verified {
-		_, err = store.verifier(ctx, f, d, got).WriteTo(io.Discard)
-	}
-	if err == nil {
-		err = f.chmod(0o444)
-	}
-	if err = errors.Join(err, f.Close()); err == nil {
-		err = store.hold(p.name, name, d, true)
-	}
-	if err != nil {
-		return ocispec.Descriptor{}, err
-	}
-	return ocispec.Descriptor{MediaType: mediaTypeBlob, Digest: d, Size: got}, nil
-}
-
 // Mount puts a blob into the repository that another one shows, without copying it where the file
 // system has hard links. If from is nil, any blob of the registry is taken: whoever knows a digest
 // then gets the content.

@@ -426,7 +426,7 @@ func TestPutForeignLayer(t *testing.T) {
 	r := openTemp(t, nil)
 	p, other := repository(t, r, "localhost/app"), repository(t, r, "localhost/other")
 	manifest, config := image("layer")
-	foreign := strings.Replace(manifest, "text/plain", ocispec.MediaTypeImageLayerNonDistributable, 1)
+	foreign := strings.Replace(manifest, "text/plain", "application/vnd.oci.image.layer.nondistributable.v1.tar", 1)
 	desc := push(t, p, foreign, config)
 	if _, err := p.StatManifest(t.Context(), desc.Digest); err != nil {
 		t.Error(err)
@@ -436,7 +436,7 @@ func TestPutForeignLayer(t *testing.T) {
 	}
 	secret, _ := image("secret")
 	pushImage(t, other, "v1", "secret")
-	foreign = strings.Replace(secret, "text/plain", ocispec.MediaTypeImageLayerNonDistributable, 1)
+	foreign = strings.Replace(secret, "text/plain", "application/vnd.oci.image.layer.nondistributable.v1.tar", 1)
 	_, err := p.PutManifest(t.Context(), "", []byte(foreign), nil)
 	mustFail(t, err, ocilocal.ErrIncomplete)
 	if ok, err := p.Exists(t.Context(), blobOf("secret")); ok || err != nil {

@@ -169,7 +169,6 @@ var orasRefused = map[string]string{
 	"TestCopy_WithTargetPlatformOptions":           taggedBlob,
 	"TestResolve_Memory":                           platformBack,
 	"TestCopy_WithOptions":                         platformBack,
-	"TestCopyGraph_ForeignLayers":                  manifestFirst,
 	"TestPushBytes_Memory":                         "it pushes equal bytes as two media types",
 	"TestCopyGraph_CopyError":                      "a descriptor without a digest is an error of its own",
 }
