@@ -31,7 +31,7 @@ func archiveOf(t *testing.T, mediaType, top string, blobs ...string) []byte {
 	entries := []entry{{name: "index.json", body: fmt.Sprintf(
 		`{"schemaVersion":2,"manifests":[{"mediaType":%q,"digest":%q,"size":%d,"annotations":{"org.opencontainers.image.ref.name":%q}}]}`,
 		mediaType, digest.FromString(top), len(top), newRef)}}
-	for _, b := range append(blobs, top) {
+	for _, b := range slices.Concat(blobs, []string{top}) { // tables share the array of blobs
 		entries = append(entries, blobEntry(b))
 	}
 	return tarOf(t, entries...)
