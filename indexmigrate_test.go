@@ -11,6 +11,7 @@ import (
 	"runtime"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 
 	"github.com/ocilocal/ocilocal"
@@ -162,14 +163,21 @@ func TestMigrateSchema1(t *testing.T) {
 	checkMigrated(t, root, says)
 }
 
-// countdown is a context that is cancelled when it has been asked n times.
+// countdown is a context that is cancelled when it has been asked so many times. The goroutines of
+// database/sql ask as well.
 type countdown struct {
 	context.Context
-	n int
+	left atomic.Int64
+}
+
+func newCountdown(ctx context.Context, n int) *countdown {
+	c := &countdown{Context: ctx}
+	c.left.Store(int64(n))
+	return c
 }
 
 func (c *countdown) Err() error {
-	if c.n--; c.n < 0 {
+	if c.left.Add(-1) < 0 {
 		return context.Canceled
 	}
 	return nil
@@ -180,7 +188,7 @@ func TestMigrateCancelled(t *testing.T) {
 	t.Parallel()
 	root, says := schema1Root(t)
 	for n := 0; ; n++ {
-		r, err := ocilocal.Open(&countdown{t.Context(), n}, root, nil)
+		r, err := ocilocal.Open(newCountdown(t.Context(), n), root, nil)
 		if err == nil {
 			mustClose(t, r)
 			if n < 30 {
