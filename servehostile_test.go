@@ -209,7 +209,7 @@ var oneRange = regexp.MustCompile(`^bytes=([0-9]+-[0-9]*|-[0-9]+)$`)
 // FuzzServeRange compares ranges with those of net/http.
 func FuzzServeRange(f *testing.F) {
 	content := noise(1, 1000)
-	for _, s := range []string{"bytes=0-", "bytes=-1", "bytes=5-6", "bytes=999-2000", "bytes=1000-", "bytes=2-1", "bytes= 1 - 2 ", "bytes=1-2,", "0-1", "bytes=--1"} {
+	for _, s := range []string{"bytes=0-", "bytes=-1", "bytes=5-6", "bytes=999-2000", "bytes=1000-", "bytes=2-1", "bytes= 1 - 2 ", "bytes=1-2,", "0-1", "bytes=--1", "bytes=-0"} {
 		f.Add(s)
 	}
 	f.Fuzz(func(t *testing.T, s string) {
@@ -223,7 +223,7 @@ func FuzzServeRange(f *testing.F) {
 			if want := fmt.Sprintf("bytes %d-%d/%d", start, start+length-1, len(content)); part != want {
 				t.Errorf("%q is %s, net/http says %s", s, want, part)
 			}
-		} else if w.Code == 206 && oneRange.MatchString(s) {
+		} else if w.Code == 206 && w.Body.Len() > 0 && oneRange.MatchString(s) { // of no byte, RFC 9110 demands 416
 			t.Errorf("%q: whole %t, %v, net/http says %s", s, whole, err, part)
 		}
 		if start, length, ok := ocilocal.ParseContentRange(s); ok && (start < 0 || length <= 0 || start+length < 0) {
