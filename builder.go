@@ -247,12 +247,8 @@ func (b *Builder) SetConfig(ctx context.Context, mediaType string, data []byte) 
 // ([ErrInvalidArgument]); the key must not be empty. [ErrClosed] after Build or Cancel.
 func (b *Builder) SetAnnotation(key, value string) (err error) {
 	defer addOp(&err, "annotate", b.ref.String(), "")
-	_, err = canonicalAnnotations(map[string]string{key: value})
-	if key == "" {
-		err = errors.New("its key is empty")
-	}
-	if err != nil {
-		return fmt.Errorf("%w: annotation: %w", ErrInvalidArgument, err)
+	if err := checkAnnotation(key, value); err != nil {
+		return err
 	}
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -281,6 +277,18 @@ func (b *Builder) SetSubject(desc ocispec.Descriptor) (err error) {
 	}
 	desc = cloneDescriptor(desc)
 	b.spec.subject = &desc
+	return nil
+}
+
+// checkAnnotation refuses an annotation that no manifest can have.
+func checkAnnotation(key, value string) error {
+	_, err := canonicalAnnotations(map[string]string{key: value})
+	if key == "" {
+		err = errors.New("its key is empty")
+	}
+	if err != nil {
+		return fmt.Errorf("%w: annotation: %w", ErrInvalidArgument, err)
+	}
 	return nil
 }
 

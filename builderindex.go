@@ -2,7 +2,6 @@ package ocilocal
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"sync"
 
@@ -105,12 +104,8 @@ func (b *IndexBuilder) AddManifest(ctx context.Context, desc ocispec.Descriptor)
 // SetAnnotation sets an annotation of the index. Errors are those of [Builder.SetAnnotation].
 func (b *IndexBuilder) SetAnnotation(key, value string) (err error) {
 	defer addOp(&err, "annotate index", b.ref.String(), "")
-	_, err = canonicalAnnotations(map[string]string{key: value})
-	if key == "" {
-		err = errors.New("its key is empty")
-	}
-	if err != nil {
-		return fmt.Errorf("%w: annotation: %w", ErrInvalidArgument, err)
+	if err := checkAnnotation(key, value); err != nil {
+		return err
 	}
 	b.mu.Lock()
 	defer b.mu.Unlock()

@@ -18,7 +18,6 @@ type closure struct {
 	registry  *LocalRegistry
 	manifests []ocispec.Descriptor // children before parents
 	blobs     []ocispec.Descriptor // configs and layers. Nobody has looked whether they are there
-	absent    []ocispec.Descriptor // recorded as absent, and so in neither of the others
 	seen      map[digest.Digest]bool
 }
 
@@ -63,8 +62,7 @@ func (c *closure) down(ctx context.Context, desc ocispec.Descriptor, depth, most
 				return nil, err
 			}
 			if absent {
-				c.seen[child.Digest] = true
-				c.absent = append(c.absent, child)
+				c.seen[child.Digest] = true // and in neither list
 				continue
 			}
 		}
