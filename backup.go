@@ -23,8 +23,8 @@ type BackupOptions struct {
 	AllowNetworkFS bool
 	// AllowOtherOwner is [Options.AllowOtherOwner] for the backup.
 	AllowOtherOwner bool
-	// Progress, if not nil, is told how far the backup is. Its counts begin again if something was
-	// collected meanwhile. Blobs that cannot be copied leave the totals.
+	// Progress, if not nil, is called with how far the backup is. Its counts begin again if
+	// something was collected meanwhile. Blobs that cannot be copied leave the totals.
 	Progress func(Progress)
 }
 

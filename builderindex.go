@@ -142,7 +142,7 @@ func (b *IndexBuilder) SetSubject(desc ocispec.Descriptor) (err error) {
 //
 // Errors:
 //   - [*ConflictError]
-//   - [ErrIncomplete]: a manifest, or something that it needs, is no longer there
+//   - [ErrIncomplete]: a manifest, or something that it needs, has been collected since
 //   - [ErrTooLarge]: a limit is passed, such as [MaxIndexNesting]
 //   - [ErrClosed], [ErrBusy], [ErrNoSpace], and any error from ctx or the file system
 func (b *IndexBuilder) Build(ctx context.Context) (_ *LocalArtifact, err error) {

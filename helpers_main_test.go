@@ -249,7 +249,7 @@ func scaled(quick, gate, full int) int { return []int{quick, gate, full}[deepLev
 // aloneEnv is set in a process that runs one test for ranAlone.
 const aloneEnv = "OCILOCAL_TEST_ALONE"
 
-// ranAlone runs the calling test in a process of its own, beside other tests, and then returns
+// ranAlone runs the calling test in a separate process, beside other tests, and then returns
 // true. In that process it returns false. A test begins with it if it measures its process (memory,
 // goroutines, descriptors) or changes it (environment, directory), and takes long: otherwise no
 // test could run beside it.
@@ -275,11 +275,11 @@ func ranAlone(t *testing.T) bool {
 	out, err := cmd.CombinedOutput()
 	switch {
 	case err != nil:
-		t.Errorf("in a process of its own: %v\n%s", err, out)
+		t.Errorf("in a separate process: %v\n%s", err, out)
 	case !bytes.Contains(out, []byte("\n--- PASS: "+t.Name())):
-		t.Skipf("in a process of its own:\n%s", out)
+		t.Skipf("in a separate process:\n%s", out)
 	default:
-		t.Logf("in a process of its own:\n%s", out)
+		t.Logf("in a separate process:\n%s", out)
 	}
 	return true
 }

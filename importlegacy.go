@@ -52,9 +52,9 @@ type LegacyOptions struct {
 	// can return [SkipEntry] to leave the entry out; any other error is reported as the entry's. It
 	// must not call the registry.
 	Name func(claimed string, ref Reference) (Reference, error)
-	// Progress, if not nil, is told how far the import is. Items are entries of the older registry, and
-	// skipped ones those that are here already. Bytes are not counted. Entries that cannot be imported,
-	// or are left out, leave the totals.
+	// Progress, if not nil, is called with how far the import is. Items are entries of the older
+	// registry, and skipped ones those that are here already. Bytes are not counted. Entries that
+	// cannot be imported, or are left out, leave the totals.
 	Progress func(Progress)
 }
 

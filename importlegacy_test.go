@@ -132,7 +132,7 @@ func TestImportLegacy(t *testing.T) {
 
 func init() { workers["legacy"] = legacyWorker }
 
-// legacyWorker imports a legacy tree when it is told to: "ready", then "report scanned imported
+// legacyWorker imports a legacy tree on request: "ready", then "report scanned imported
 // verified".
 func legacyWorker(in *bufio.Scanner, args []string) error {
 	ctx := context.Background()

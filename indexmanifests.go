@@ -135,7 +135,7 @@ func (x *index) typeText(number any) (text string, err error) {
 		return text, nil
 	}
 	if ok, err = x.row(sqlType, []any{id}, &text); !ok && err == nil {
-		err = fmt.Errorf("%w: there is no type with the number %d", ErrCorruptIndex, id)
+		err = fmt.Errorf("%w: type %d has no row", ErrCorruptIndex, id)
 	}
 	if err != nil {
 		return "", err

@@ -23,8 +23,8 @@ type RepairOptions struct {
 	// From are references whose repositories Remote asks, in order. Nil means the repositories of
 	// the refs here that lead to a wanted blob.
 	From []Reference
-	// Progress, if not nil, is told how far the repair is. Items are those of two verifications, before
-	// and after, and the blobs that are healed.
+	// Progress, if not nil, is called with how far the repair is. Items are those of two
+	// verifications, before and after, and the blobs that are healed.
 	Progress func(Progress)
 	// AllowOtherOwner is [Options.AllowOtherOwner] for the root that [Rebuild] opens. Repair has no
 	// use for it.

@@ -17,12 +17,12 @@ import (
 type VerifyOptions struct {
 	// Quick compares sizes, and reads no blobs except manifests.
 	Quick bool
-	// After, if not empty, continues after that digest: that of the last item that Progress reported as
-	// done.
+	// After, if not empty, continues after that digest: that of the last item that Progress
+	// reported as done.
 	After digest.Digest
-	// Progress, if not nil, is told how far the verification is. Items are digests of files and of rows.
-	// They are done in the order of their digests, and then all their problems have been yielded. With
-	// Quick, bytes are not counted.
+	// Progress, if not nil, is called with how far the verification is. Items are digests of files
+	// and of rows. They are done in the order of their digests, and then all their problems have
+	// been yielded. With Quick, bytes are not counted.
 	Progress func(Progress)
 }
 
