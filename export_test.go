@@ -119,6 +119,11 @@ func LeadTo(ctx context.Context, r *LocalRegistry, d digest.Digest, o ClimbOptio
 	return all, err
 }
 
+// --- collection ---
+
+// StepByOne lets each step of a collection delete one blob or manifest, however fast the machine is.
+func StepByOne(opts *GCOptions) { opts.step = -1 }
+
 // --- index ---
 
 // IndexWrite runs fn in r's next write transaction, which other calls may share. fn gets a function

@@ -1,6 +1,7 @@
 package ocilocal
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -33,6 +34,8 @@ type GCOptions struct {
 	// Progress, if not nil, gets the state of the collection. Items are the blobs and manifests
 	// that it deletes. Skipped items came into use before their turn.
 	Progress func(Progress)
+
+	step time.Duration // how long a step keeps the index locked; 0 means gcStep, and tests set others
 }
 
 // NoGrace, as [GCOptions.Grace], deletes unneeded content whatever its age.
@@ -57,6 +60,11 @@ func (o *GCOptions) heldBefore(now time.Time) time.Time {
 		return now.Add(heldPeriod)
 	}
 	return now.Add(-o.Held)
+}
+
+// late reports whether a step that began at start must end.
+func (o *GCOptions) late(start time.Time) bool {
+	return time.Since(start) >= cmp.Or(o.step, gcStep)
 }
 
 // defaultHeld is for how long what was put into a repository is held there.

@@ -180,7 +180,7 @@ func (s *gcSweep) step(ctx context.Context, todo []int32, rows bool) (n int, err
 		room := int64(0)
 		for start := time.Now(); n < len(todo); n++ {
 			tight := s.full && room < gcRoom // its commit needs this space, however long that takes
-			if late := time.Since(start) >= gcStep; n > 0 && (late && !tight || !rows && room >= gcRoom) {
+			if late := s.opts.late(start); n > 0 && (late && !tight || !rows && room >= gcRoom) {
 				break
 			}
 			node := &s.nodes[todo[n]]
