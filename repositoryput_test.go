@@ -5,8 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"os"
-	"path/filepath"
 	"strings"
 	"sync"
 	"testing"
@@ -130,82 +128,6 @@ func checkNoRefs(t *testing.T, r *ocilocal.LocalRegistry) {
 	t.Helper()
 	if refs, err := refsOf(r); err != nil || len(refs) > 0 {
 		t.Errorf("%q, %v", refs, err)
-	}
-}
-
-// TestHeldBlobs: what PutBlob has acknowledged stays, for every process, through collections with
-// no grace and the death of the process, until the option says otherwise.
-func TestHeldBlobs(t *testing.T) {
-	root, a, b := twoHandles(t)
-	manifest, config := image("layer")
-	for _, text := range []string{config, "layer"} {
-		if _, err := repository(t, a, "localhost/app").PutBlob(t.Context(), strings.NewReader(text), "", -1); err != nil {
-			t.Fatal(err)
-		}
-	}
-	mustClose(t, a)
-	collect(t, b, atOnce)
-	collect(t, b, &ocilocal.GCOptions{Grace: ocilocal.NoGrace, Held: 1})
-	desc := push(t, repository(t, b, "localhost/app"), manifest)
-	if err := repository(t, b, "localhost/app").Tag(t.Context(), desc, "v1"); err != nil {
-		t.Fatal(err)
-	}
-	collect(t, b, &ocilocal.GCOptions{Grace: ocilocal.NoGrace, Held: ocilocal.NoGrace})
-	if _, err := os.Stat(filepath.Join(root, "tmp", "held")); !errors.Is(err, os.ErrNotExist) {
-		t.Errorf("tmp/held: %v", err)
-	}
-	if text, err := fetched(repository(t, b, "localhost/app"), blobOf("layer")); text != "layer" || err != nil {
-		t.Errorf("%q, %v", text, err)
-	}
-}
-
-// TestHeldBlobDamaged: a power cut can damage a held blob, which nobody has synced. Such a blob is
-// missing for a manifest, and putting it again heals it.
-func TestHeldBlobDamaged(t *testing.T) {
-	for what, damage := range map[string]func(name string) error{
-		"bytes": func(name string) error { return os.WriteFile(name, []byte("lAyer"), 0o644) },
-		"empty": func(name string) error { return os.WriteFile(name, nil, 0o644) },
-	} {
-		_, a, b := twoHandles(t)
-		manifest, config := image("layer")
-		p := repository(t, a, "localhost/app")
-		for _, text := range []string{config, "layer"} {
-			if _, err := p.PutBlob(t.Context(), strings.NewReader(text), "", -1); err != nil {
-				t.Fatal(err)
-			}
-		}
-		held, err := filepath.Glob(filepath.Join(a.Root(), "tmp/held/*/*/sha256-"+blobOf("layer").Digest.Encoded()))
-		if err != nil || len(held) != 1 {
-			t.Fatalf("%q, %v", held, err)
-		}
-		if err := errors.Join(os.Chmod(held[0], 0o644), damage(held[0])); err != nil {
-			t.Fatal(err)
-		}
-		for _, r := range []*ocilocal.LocalRegistry{a, b} {
-			p := repository(t, r, "localhost/app")
-			_, err := p.PutManifest(t.Context(), "", []byte(manifest), nil)
-			if !errors.Is(err, ocilocal.ErrIncomplete) {
-				t.Errorf("%s: %v", what, err)
-			}
-			if text, err := fetched(p, blobOf("layer")); err == nil {
-				t.Errorf("%s: %q", what, text)
-			}
-		}
-		push(t, p, manifest, "layer")
-		// A damaged copy of what is published is in nobody's way.
-		if _, err := p.PutBlob(t.Context(), strings.NewReader("layer"), "", -1); err != nil {
-			t.Fatal(err)
-		}
-		if err := errors.Join(os.Remove(held[0]), damage(held[0])); err != nil {
-			t.Fatal(err)
-		}
-		for _, r := range []*ocilocal.LocalRegistry{a, b} {
-			p := repository(t, r, "localhost/app")
-			if text, err := fetched(p, blobOf("layer")); text != "layer" || err != nil {
-				t.Errorf("%s: %q, %v", what, text, err)
-			}
-			push(t, p, manifest)
-		}
 	}
 }
 

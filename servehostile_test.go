@@ -2,15 +2,12 @@ package ocilocal_test
 
 import (
 	"bufio"
-	"bytes"
 	"errors"
-	"fmt"
 	"io"
 	"net"
 	"net/http"
 	"net/http/httptest"
 	"net/url"
-	"regexp"
 	"strings"
 	"testing"
 	"time"
@@ -90,76 +87,6 @@ func TestServeHostile(t *testing.T) {
 	})
 }
 
-// TestServeSlowReader: a client that takes nothing does not keep its answer for ever.
-func TestServeSlowReader(t *testing.T) {
-	t.Parallel()
-	r := openTemp(t, nil)
-	text := string(noise(77, 32<<20))
-	quick := serveAt(t, r, nil)
-	d := quick.pushBlob("org/app", text)
-	ended := make(chan any)
-	h := r.Handler(&ocilocal.HandlerOptions{StallTimeout: 50 * time.Millisecond})
-	s := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		defer func() {
-			broken := recover()
-			ended <- broken
-			panic(broken)
-		}()
-		h.ServeHTTP(w, r)
-	}))
-	defer s.Close()
-	for range 2 { // by the verifier, and by sendfile
-		conn, err := net.Dial("tcp", strings.TrimPrefix(s.URL, "http://"))
-		if err != nil {
-			t.Fatal(err)
-		}
-		if _, err := fmt.Fprintf(conn, "GET /v2/org/app/blobs/%s HTTP/1.1\r\nHost: x\r\n\r\n", d); err != nil {
-			t.Fatal(err)
-		}
-		if got := <-ended; got != http.ErrAbortHandler {
-			t.Error(got)
-		}
-		conn.Close()
-		quick.want(200, "GET", "/v2/org/app/blobs/"+string(d), "")
-	}
-}
-
-// TestServeTrickle: bytes that come one at a time are no progress. The upload keeps what came.
-func TestServeTrickle(t *testing.T) {
-	t.Parallel()
-	r := openTemp(t, nil)
-	s := serveAt(t, r, &ocilocal.HandlerOptions{StallTimeout: 50 * time.Millisecond})
-	at := s.want(202, "POST", "/v2/org/app/blobs/uploads/", "").header.Get("Location")
-	conn, err := net.Dial("tcp", s.host)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer conn.Close()
-	if _, err := fmt.Fprintf(conn, "PATCH %s HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n", at); err != nil {
-		t.Fatal(err)
-	}
-	go func() {
-		for tick := time.NewTicker(time.Millisecond); ; <-tick.C {
-			if _, err := conn.Write([]byte("x")); err != nil {
-				tick.Stop()
-				return
-			}
-		}
-	}()
-	res, err := http.ReadResponse(bufio.NewReader(conn), nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	res.Body.Close()
-	if res.StatusCode != 408 {
-		t.Error(res.Status)
-	}
-	var last int
-	if _, err := fmt.Sscanf(s.want(204, "GET", at, "").header.Get("Range"), "0-%d", &last); err != nil || last == 0 {
-		t.Errorf("%d, %v", last, err)
-	}
-}
-
 // FuzzServe: no request is a panic or a failure of the server, and none changes what is served.
 func FuzzServe(f *testing.F) {
 	r := openTemp(f, nil)
@@ -199,35 +126,6 @@ func FuzzServe(f *testing.F) {
 			if strings.ContainsAny(strings.Join(values, ""), "\r\n") && name != "Location" && name != "Link" {
 				t.Errorf("header %s: %q", name, values)
 			}
-		}
-	})
-}
-
-// oneRange is the syntax of RFC 9110 for one range. net/http takes more.
-var oneRange = regexp.MustCompile(`^bytes=([0-9]+-[0-9]*|-[0-9]+)$`)
-
-// FuzzServeRange compares ranges with those of net/http.
-func FuzzServeRange(f *testing.F) {
-	content := noise(1, 1000)
-	for _, s := range []string{"bytes=0-", "bytes=-1", "bytes=5-6", "bytes=999-2000", "bytes=1000-", "bytes=2-1", "bytes= 1 - 2 ", "bytes=1-2,", "0-1", "bytes=--1", "bytes=-0"} {
-		f.Add(s)
-	}
-	f.Fuzz(func(t *testing.T, s string) {
-		start, length, whole, err := ocilocal.ParseByteRange(s, int64(len(content)))
-		if err == nil && !whole && (start < 0 || length <= 0 || start > int64(len(content))-length) {
-			t.Fatalf("%q is %d+%d", s, start, length)
-		}
-		w := httptest.NewRecorder()
-		http.ServeContent(w, &http.Request{Method: "GET", Header: http.Header{"Range": {s}}}, "", time.Time{}, bytes.NewReader(content))
-		if part := w.Header().Get("Content-Range"); w.Code == 206 && err == nil && !whole {
-			if want := fmt.Sprintf("bytes %d-%d/%d", start, start+length-1, len(content)); part != want {
-				t.Errorf("%q is %s, net/http says %s", s, want, part)
-			}
-		} else if w.Code == 206 && w.Body.Len() > 0 && oneRange.MatchString(s) { // of no byte, RFC 9110 demands 416
-			t.Errorf("%q: whole %t, %v, net/http says %s", s, whole, err, part)
-		}
-		if start, length, ok := ocilocal.ParseContentRange(s); ok && (start < 0 || length <= 0 || start+length < 0) {
-			t.Errorf("chunk %q is %d+%d", s, start, length)
 		}
 	})
 }

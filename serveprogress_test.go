@@ -1,0 +1,84 @@
+package ocilocal_test
+
+import (
+	"bufio"
+	"fmt"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/ocilocal/ocilocal"
+)
+
+// TestServeSlowReader: a client that takes nothing does not keep its answer for ever.
+func TestServeSlowReader(t *testing.T) {
+	t.Parallel()
+	r := openTemp(t, nil)
+	text := string(noise(77, 32<<20))
+	quick := serveAt(t, r, nil)
+	d := quick.pushBlob("org/app", text)
+	ended := make(chan any)
+	h := r.Handler(&ocilocal.HandlerOptions{StallTimeout: 50 * time.Millisecond})
+	s := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		defer func() {
+			broken := recover()
+			ended <- broken
+			panic(broken)
+		}()
+		h.ServeHTTP(w, r)
+	}))
+	defer s.Close()
+	for range 2 { // by the verifier, and by sendfile
+		conn, err := net.Dial("tcp", strings.TrimPrefix(s.URL, "http://"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := fmt.Fprintf(conn, "GET /v2/org/app/blobs/%s HTTP/1.1\r\nHost: x\r\n\r\n", d); err != nil {
+			t.Fatal(err)
+		}
+		if got := <-ended; got != http.ErrAbortHandler {
+			t.Error(got)
+		}
+		conn.Close()
+		quick.want(200, "GET", "/v2/org/app/blobs/"+string(d), "")
+	}
+}
+
+// TestServeTrickle: bytes that come one at a time are no progress. The upload keeps what came.
+func TestServeTrickle(t *testing.T) {
+	t.Parallel()
+	r := openTemp(t, nil)
+	s := serveAt(t, r, &ocilocal.HandlerOptions{StallTimeout: 50 * time.Millisecond})
+	at := s.want(202, "POST", "/v2/org/app/blobs/uploads/", "").header.Get("Location")
+	conn, err := net.Dial("tcp", s.host)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	if _, err := fmt.Fprintf(conn, "PATCH %s HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n", at); err != nil {
+		t.Fatal(err)
+	}
+	go func() {
+		for tick := time.NewTicker(time.Millisecond); ; <-tick.C {
+			if _, err := conn.Write([]byte("x")); err != nil {
+				tick.Stop()
+				return
+			}
+		}
+	}()
+	res, err := http.ReadResponse(bufio.NewReader(conn), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	res.Body.Close()
+	if res.StatusCode != 408 {
+		t.Error(res.Status)
+	}
+	var last int
+	if _, err := fmt.Sscanf(s.want(204, "GET", at, "").header.Get("Range"), "0-%d", &last); err != nil || last == 0 {
+		t.Errorf("%d, %v", last, err)
+	}
+}

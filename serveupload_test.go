@@ -1,0 +1,130 @@
+package ocilocal_test
+
+import (
+	"errors"
+	"io"
+	"net/http"
+	"strings"
+	"testing"
+
+	"github.com/opencontainers/go-digest"
+
+	"github.com/ocilocal/ocilocal"
+)
+
+// TestServeUploads sends a blob in parts, to two handles of the root in turns.
+func TestServeUploads(t *testing.T) {
+	t.Parallel()
+	root := t.TempDir()
+	sites := []*served{serveAt(t, mustOpen(t, root), nil), serveAt(t, mustOpen(t, root), &ocilocal.HandlerOptions{MinChunk: 3})}
+	text := "0123456789"
+	for _, alg := range []digest.Algorithm{digest.SHA256, digest.SHA384, digest.SHA512} {
+		d := alg.FromString(text)
+		a := sites[1].want(202, "POST", "/v2/org/app/blobs/uploads/", "")
+		if a.header.Get("OCI-Chunk-Min-Length") != "3" {
+			t.Error(a.header)
+		}
+		at := a.header.Get("Location")
+		a = sites[0].want(202, "PATCH", at, text[:3], "Content-Range", "0-2")
+		if got := a.header.Get("Range"); got != "0-2" {
+			t.Errorf("Range %q", got)
+		}
+		sites[1].want(202, "PATCH", at, text[3:5], "Content-Range", "3-4")
+		for _, wrong := range []string{"0-2", "4-6", "6-8"} {
+			a := sites[0].want(416, "PATCH", at, text[5:8], "Content-Range", wrong)
+			if a.code() != "BLOB_UPLOAD_INVALID" || a.header.Get("Range") != "0-4" || a.header.Get("Location") != at {
+				t.Error(a)
+			}
+		}
+		for _, wrong := range []string{"5-6", "5-9", "7-5", "5-", "-5", "bytes 5-7", "5-7/10", "0x5-7", "5-99999999999999999999"} {
+			sites[0].want(400, "PATCH", at, text[5:8], "Content-Range", wrong)
+		}
+		sites[0].want(404, "PATCH", strings.Replace(at, "org/app", "org/other", 1), text[5:8])
+		a = sites[1].want(204, "GET", at, "")
+		if a.header.Get("Range") != "0-4" {
+			t.Error(a)
+		}
+		// A body without a length, as docker sends it.
+		if a, err := sites[0].try("PATCH", at, io.MultiReader(strings.NewReader(text[5:8]))); err != nil || a.status != 202 {
+			t.Fatal(a, err)
+		}
+		sites[1].want(400, "PUT", at, text[8:])
+		sites[1].want(400, "PUT", at+"?digest=sha256:abc", text[8:])
+		a = sites[1].want(201, "PUT", at+"?digest="+string(d), text[8:], "Content-Range", "8-9")
+		if a.header.Get("Docker-Content-Digest") != string(d) || a.header.Get("Location") != "/v2/org/app/blobs/"+string(d) {
+			t.Error(a)
+		}
+		for _, s := range sites {
+			if a := s.want(200, "GET", "/v2/org/app/blobs/"+string(d), ""); a.body != text {
+				t.Errorf("%q", a.body)
+			}
+			s.want(404, "GET", at, "")
+		}
+	}
+	at := sites[0].want(202, "POST", "/v2/org/app/blobs/uploads/", "").header.Get("Location")
+	a := sites[0].want(400, "PUT", at+"?digest="+string(digestOfText("x")), "y")
+	if a.code() != "DIGEST_INVALID" {
+		t.Error(a)
+	}
+	sites[1].want(404, "GET", at, "")
+	at = sites[0].want(202, "POST", "/v2/org/app/blobs/uploads/", "").header.Get("Location")
+	sites[1].want(204, "DELETE", at, "")
+	sites[0].want(404, "PATCH", at, "x")
+}
+
+// TestServeMount mounts from another repository, from any, and from none.
+func TestServeMount(t *testing.T) {
+	t.Parallel()
+	r := openTemp(t, nil)
+	s := serveAt(t, r, nil)
+	d := string(s.pushBlob("org/one", "text"))
+	uploads := "/v2/org/two/blobs/uploads/?mount=" + d
+	if at := s.want(202, "POST", uploads+"&from=org/three", "").header.Get("Location"); !strings.HasPrefix(at, "/v2/org/two/blobs/uploads/") || strings.Contains(at, "?") {
+		t.Error(at)
+	}
+	s.want(202, "POST", uploads+"&from=../..", "")
+	s.want(404, "HEAD", "/v2/org/two/blobs/"+d, "")
+	s.want(201, "POST", uploads+"&from=org/one", "")
+	s.want(201, "POST", "/v2/org/four/blobs/uploads/?mount="+d, "")
+	for _, name := range []string{"two", "four"} {
+		if a := s.want(200, "GET", "/v2/org/"+name+"/blobs/"+d, ""); a.body != "text" {
+			t.Error(a)
+		}
+	}
+	// Who has restricted access does not give blobs away for their digests.
+	guarded := serveAt(t, r, &ocilocal.HandlerOptions{Authorize: func(r *http.Request, repository string, action ocilocal.Action) error {
+		if repository == "org/one" {
+			return errors.New("secret")
+		}
+		return nil
+	}})
+	guarded.want(202, "POST", "/v2/org/five/blobs/uploads/?mount="+d, "")
+	guarded.want(202, "POST", "/v2/org/five/blobs/uploads/?mount="+d+"&from=org/one", "")
+	guarded.want(201, "POST", "/v2/org/five/blobs/uploads/?mount="+d+"&from=org/two", "")
+}
+
+// TestServeLimits bounds blobs and uploads.
+func TestServeLimits(t *testing.T) {
+	t.Parallel()
+	r := openTemp(t, nil)
+	s := serveAt(t, r, &ocilocal.HandlerOptions{MaxBlobSize: 10, MaxUploads: 2})
+	uploads := "/v2/org/app/blobs/uploads/"
+	text := "0123456789a"
+	s.want(201, "POST", uploads+"?digest="+string(digestOfText(text[:10])), text[:10])
+	s.want(413, "POST", uploads+"?digest="+string(digestOfText(text)), text)
+	if a, err := s.try("POST", uploads+"?digest="+string(digestOfText(text)), io.MultiReader(strings.NewReader(text))); err != nil || a.status != 413 {
+		t.Error(a, err)
+	}
+	at := s.want(202, "POST", uploads, "").header.Get("Location")
+	s.want(202, "PATCH", at, text[:9])
+	s.want(413, "PATCH", at, text[9:])
+	if a, err := s.try("PATCH", at, io.MultiReader(strings.NewReader(text))); err != nil || a.status != 413 {
+		t.Error(a, err)
+	}
+	second := s.want(202, "POST", uploads, "").header.Get("Location")
+	if a := s.want(429, "POST", uploads, ""); a.code() != "TOOMANYREQUESTS" || a.header.Get("Retry-After") == "" {
+		t.Error(a)
+	}
+	s.want(204, "DELETE", second, "")
+	s.want(202, "POST", uploads, "")
+}
