@@ -16,27 +16,43 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
+// How an archive comes in. Its files may stand in any order, and a stream cannot be rewound. So the
+// import does not know which blobs it needs while it reads them:
+//
+//	src ─ gunzip ─ tarReader ─ readArchive ┬ index.json, oci-layout: into memory, bounded
+//	                                       ├ blobs/<alg>/<hex>: archiveBlobs, into the stage
+//	                                       └ everything else: skipped
+//	after the last byte: importer.run chooses entries, drops the other blobs, and publishes
+//
+// Until the publish, nothing is visible, and all bytes lie below tmp/. An archive that breaks off
+// therefore leaves nothing behind, and a hostile one can cost only what ImportOptions.MaxBytes and
+// the limits below allow.
+
 // Limits of what an archive may hold.
 const (
-	// MaxArchiveEntries is how many entries an archive may have.
+	// MaxArchiveEntries is the largest number of entries in an archive.
 	MaxArchiveEntries = 1_000_000
-	// A blob may shrink as well as deflate can, 1032-fold: a layer of zeros does, and
-	// comes in as it went out. What a gzip stream has beside its blobs may not: there is
-	// no use for it. The first bytes are free because they hurt nobody.
-	maxGzipRatio    = 200
+	// maxGzipRatio bounds how far a gzip stream may expand outside its blobs. Blobs are exempt:
+	// deflate shrinks a layer of zeros 1032-fold, and such a layer must come in as it went out.
+	// Headers and other files of an archive do not compress so well, unless they are a bomb.
+	maxGzipRatio = 200
+	// gzipRatioFreeBy is how many bytes outside blobs are accepted at any ratio. So few cost little
+	// time, and a short stream may reach a high ratio by chance.
 	gzipRatioFreeBy = 64 << 20
-	// Tools fill up the last record of a tar, by default with up to 10 KiB.
+	// maxArchiveTail is how many bytes are read after the tar's end. Tools pad the last record of a
+	// tar, by default to 10 KiB.
 	maxArchiveTail = 16 << 20
 )
 
-// ImportArchive imports an OCI archive (a layout directory as a tar, plain or
-// gzipped, such as OMMX's .ommx) from a stream. Its files may come in any order, and oci-layout may
-// be missing. Blobs go straight into the store; those that no chosen manifest needs are dropped.
-// A blob that the registry has is read and compared, and not written. Every entry of index.json
-// keeps its bytes and digest.
+// ImportArchive imports an OCI archive from a stream: a layout directory as a tar, plain or gzipped,
+// such as OMMX's .ommx. Its files may come in any order, and oci-layout may be missing. Blobs go
+// straight into the store; those that no chosen manifest needs are dropped. A blob that the
+// registry has is read and compared, and not written. Every entry of index.json keeps its bytes and
+// digest.
 //
 // After the end of the archive, src is read to its own end, or for 16 MiB, so that its writer can
-// finish. A blob may shrink to nearly nothing under gzip; the rest of a gzipped archive may not.
+// finish. A blob may be compressed to almost nothing by gzip. The other bytes of the archive may be
+// compressed 200-fold at most.
 //
 // Either everything is published or nothing, except entries whose refs are kept: see
 // [ImportResult.Conflicts].
@@ -54,13 +70,15 @@ func (r *LocalRegistry) ImportArchive(ctx context.Context, src io.Reader, opts *
 	return result, opError("import archive", "", "", err)
 }
 
-// ImportArchiveFile is [LocalRegistry.ImportArchive] from a regular file. The registry's
-// own index, and anything else than a regular file, is [ErrInvalidArgument].
+// ImportArchiveFile is [LocalRegistry.ImportArchive] from a regular file. It returns
+// [ErrInvalidArgument] for the registry's own index, and for a name that is not a regular file.
 func (r *LocalRegistry) ImportArchiveFile(ctx context.Context, name string, opts *ImportOptions) (*ImportResult, error) {
 	result, err := r.importArchiveFile(ctx, name, opts)
 	return result, opError("import archive", name, "", err)
 }
 
+// importArchiveFile is ImportArchiveFile for callers that name the operation themselves. The call
+// begins here, before the file is opened, because openOther compares it with the open index.
 func (r *LocalRegistry) importArchiveFile(ctx context.Context, name string, opts *ImportOptions) (*ImportResult, error) {
 	end, err := r.beginWrite(ctx)
 	if err != nil {
@@ -75,6 +93,7 @@ func (r *LocalRegistry) importArchiveFile(ctx context.Context, name string, opts
 	return r.importArchive(ctx, f, opts)
 }
 
+// importArchive is ImportArchive for callers that name the operation themselves.
 func (r *LocalRegistry) importArchive(ctx context.Context, src io.Reader, opts *ImportOptions) (*ImportResult, error) {
 	if opts == nil {
 		opts = &ImportOptions{}
@@ -84,6 +103,10 @@ func (r *LocalRegistry) importArchive(ctx context.Context, src io.Reader, opts *
 	})
 }
 
+// importArchiveMetered reads the whole archive into a stage, and then runs an importer whose source
+// is that stage. So fetch finds nothing: a blob that the importer has to fetch is in neither the
+// archive nor the registry. Every member of an image index may be absent, as the archive of one
+// platform leaves out the others.
 func (r *LocalRegistry) importArchiveMetered(ctx context.Context, src io.Reader, opts *ImportOptions, m *meter) (*ImportResult, error) {
 	end, err := r.beginWrite(ctx)
 	if err != nil {
@@ -112,7 +135,9 @@ func (r *LocalRegistry) importArchiveMetered(ctx context.Context, src io.Reader,
 
 // InspectArchive lists the entries of an archive and counts its blobs, without a registry. It
 // verifies nothing. If src can seek and is not compressed, blobs are not read.
-// Errors: those of [LocalRegistry.ImportArchive] that concern the archive's form.
+//
+// Errors: [ErrInvalidLayout], [ErrUnsupportedMediaType], [ErrTooLarge], and any error from ctx or
+// src.
 func InspectArchive(ctx context.Context, src io.Reader) (*Inspection, error) {
 	in, err := inspectArchive(ctx, src)
 	return in, opError("inspect archive", "", "", err)
@@ -137,13 +162,15 @@ func inspectArchive(ctx context.Context, src io.Reader) (*Inspection, error) {
 	return in, nil
 }
 
-// archiveContents is what an archive has beside its blobs.
+// archiveContents are the files of an archive that are not blobs.
 type archiveContents struct {
 	files    map[string][]byte // index.json and oci-layout
-	isDocker bool              // it has what `docker save` writes
+	isDocker bool              // it has the file manifest.json, which `docker save` writes
 }
 
-// index returns the entries of index.json.
+// index returns the entries of index.json. It is called after the whole archive was read, since
+// index.json may be its last file. Docker before version 25 wrote no index.json, so an archive with
+// only a manifest.json gets an error that says how to save it.
 func (c *archiveContents) index() (*layoutIndex, error) {
 	if raw, ok := c.files[ocispec.ImageLayoutFile]; ok {
 		if err := checkLayoutFile(raw); err != nil {
@@ -160,8 +187,12 @@ func (c *archiveContents) index() (*layoutIndex, error) {
 	return parseLayoutIndex(raw)
 }
 
-// readArchive gives every blob of an archive to put and returns the rest. put need not read all.
-// Entries that have no meaning in a layout are passed over, whatever their form.
+// readArchive gives every blob of an archive to put and returns the rest. put need not read to the
+// end: the next entry is found by the size in the header. Entries that have no meaning in a layout
+// are skipped, whatever their form.
+//
+// stream.blobs grows before put reads the blob. Otherwise the first bytes of a blob that compresses
+// well would count as bytes outside blobs, and exceed maxGzipRatio.
 func readArchive(ctx context.Context, src io.Reader, put func(ctx context.Context, d digest.Digest, src io.Reader, size int64) error) (*archiveContents, error) {
 	stream, err := openTarStream(ctx, src)
 	if err != nil {
@@ -205,20 +236,24 @@ func readArchive(ctx context.Context, src io.Reader, put func(ctx context.Contex
 	return c, nil
 }
 
-// add keeps one of the two files that a layout has beside its blobs.
+// add keeps index.json or oci-layout. A second file of the same name is refused, because programs
+// differ in which of the two they use. The limit holds for the size in the header, which is also as
+// much as src can return. An empty file is kept as well, so that it counts as present.
 func (c *archiveContents) add(name string, src io.Reader, size int64) error {
 	if c.files[name] != nil {
 		return fmt.Errorf("%w: archive has %s twice", ErrInvalidLayout, name)
 	}
 	if size > MaxLayoutIndexSize {
-		return fmt.Errorf("%w: %s has %d bytes, at most %d are taken", ErrTooLarge, name, size, MaxLayoutIndexSize)
+		return fmt.Errorf("%w: %s has %d bytes, the limit is %d", ErrTooLarge, name, size, MaxLayoutIndexSize)
 	}
 	raw, err := io.ReadAll(src)
 	c.files[name] = append([]byte{}, raw...) // not nil
 	return err
 }
 
-// archiveError gives errors of the tar and gzip readers their sentinel.
+// archiveError gives errors of the tar and gzip readers their sentinel. io.EOF is one of them, since
+// readArchive handles the regular end of an archive itself. An error that already matches a
+// sentinel, or that comes from src or the file system, stays as it is.
 func archiveError(err error) error {
 	if _, bad := errors.AsType[flate.CorruptInputError](err); bad || err == io.EOF || errors.Is(err, tar.ErrHeader) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, gzip.ErrHeader) || errors.Is(err, gzip.ErrChecksum) ||
 		errors.Is(err, tar.ErrFieldTooLong) {
@@ -227,9 +262,16 @@ func archiveError(err error) error {
 	return err
 }
 
-// layoutName returns the name that an entry has in a layout, and "" for an entry that means
-// nothing there. Programs that unpack archives clean names in different ways. So a name that any of
-// them could turn into one with a meaning must be that name already, except for "./" and "//".
+// layoutName returns the name that an entry has in a layout, and "" for an entry that has no meaning
+// there.
+//
+// The problem: programs that unpack archives clean names in different ways. One reads a\b as a/b,
+// one drops "..", one stops at a NUL. So an archive could have one index.json for a scanner and
+// another one for this package.
+//
+// The rule: if any program could turn a name into one that a layout uses, the entry must be a
+// regular file (or directory) that has exactly this name. Only "./" and "//" are cleaned, because
+// all programs clean them alike. Names that no program could turn into such a name may be anything.
 func (e *tarEntry) layoutName() (string, error) {
 	plain := path.Clean(e.name)
 	if e.kind == tar.TypeReg && !e.sparse && plain == "manifest.json" {
@@ -257,7 +299,8 @@ func (e *tarEntry) layoutName() (string, error) {
 	return "", fmt.Errorf("%w: archive entry %s %s", ErrInvalidLayout, printable(e.name), problem)
 }
 
-// inLayout reports whether a clean name means something in a layout.
+// inLayout reports whether a layout uses a clean name: index.json, oci-layout, blobs, a directory of
+// an algorithm that this package knows, or a blob in it.
 func inLayout(name string) bool {
 	switch dir, base := path.Split(name); dir {
 	case "":
@@ -268,14 +311,15 @@ func inLayout(name string) bool {
 	return blobOf(name) != ""
 }
 
-// unpackedName is the most that a program could make of an entry's name.
+// unpackedName is the result of all cleaning that is known of programs that unpack: the name ends at
+// a NUL, backslashes are slashes, and nothing leads out of the target directory.
 func unpackedName(name string) string {
 	name, _, _ = strings.Cut(name, "\x00")
 	return strings.TrimPrefix(path.Clean("/"+strings.ReplaceAll(name, "\\", "/")), "/")
 }
 
-// blobOf returns the digest that a clean name in a layout promises, "" if it promises none: then
-// no descriptor can ask for it.
+// blobOf returns the digest in a clean name of the form blobs/<alg>/<hex>, and "" for another name.
+// A file whose digest this package does not accept is skipped: no descriptor can refer to it.
 func blobOf(name string) digest.Digest {
 	rest, ok := strings.CutPrefix(name, blobsDir+"/")
 	alg, encoded, ok2 := strings.Cut(rest, "/")

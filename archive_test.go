@@ -15,6 +15,8 @@ import (
 	"github.com/ocilocal/ocilocal"
 )
 
+// TestImportArchive imports the same artifact from archives with their files in various orders. Each
+// import keeps the three needed blobs, and a second one writes nothing.
 func TestImportArchive(t *testing.T) {
 	ctx := context.Background()
 	manifest, config := image("layer")
@@ -69,6 +71,8 @@ func TestImportArchive(t *testing.T) {
 	}
 }
 
+// TestImportArchiveHostile imports archives that are damaged, unsafe or of another format. Each fails
+// with its error, and leaves no ref, blob or temporary file.
 func TestImportArchiveHostile(t *testing.T) {
 	t.Parallel()
 	manifest, config := image("layer")
@@ -155,6 +159,8 @@ func TestImportArchiveHostile(t *testing.T) {
 
 func (endlessZeros) Read(p []byte) (int, error) { clear(p); return len(p), nil }
 
+// TestImportArchiveOptions tries each option that names or selects an entry, and the errors of those
+// that fit none.
 func TestImportArchiveOptions(t *testing.T) {
 	ctx := context.Background()
 	manifest, config := image("layer")
@@ -197,8 +203,8 @@ func TestImportArchiveOptions(t *testing.T) {
 	}
 }
 
-// TestRealArchive imports an archive that the OMMX SDK 1 wrote, where the
-// checkout has the collection of real artifacts beside it.
+// TestRealArchive imports an archive that the OMMX SDK 1 wrote. It needs the collection of real
+// artifacts beside the checkout.
 func TestRealArchive(t *testing.T) {
 	const name = "../shared/data/random_lp_instance.ommx"
 	if _, err := os.Stat(name); err != nil {
@@ -225,6 +231,7 @@ func TestRealArchive(t *testing.T) {
 	}
 }
 
+// FuzzArchive imports any bytes. An import fails with a sentinel, or its artifacts can be read.
 func FuzzArchive(f *testing.F) {
 	manifest, config := image("layer")
 	f.Add(tarOf(f, blobEntry(config), blobEntry("layer"), blobEntry(manifest), layoutIndex(manifest, "example.com/a:v1")))

@@ -12,29 +12,37 @@ import (
 )
 
 // archiveBlobs brings the blobs of an archive into an importer's stage. One goroutine reads the
-// archive. Others hash, compare and write the small blobs, while it reads on.
+// archive, because a stream has one position. Small blobs are read into memory, and tasks hash,
+// compare and write them while it reads on. Large blobs are handled on that goroutine, since they
+// must not be in memory.
 //
-// A blob that the registry has, in a good file, is only read: nothing is written and synced for it.
-// The archive's copy must hash to its name all the same. Whether a blob is needed is known later,
-// since index.json may come last. So a copy with other bytes is only noted: see [importer.claim].
+// If the registry has a blob in a good file, the archive's copy is only read: nothing is written or
+// synced for it. The copy must hash to its name all the same, or an import would accept an archive
+// here that it refuses in an empty registry. Whether a blob is needed is known later, since
+// index.json may come last. So a copy with other bytes is only noted in im.damaged, and
+// [importer.claim] fails if a manifest needs it.
 type archiveBlobs struct {
 	im    *importer
 	tasks *tasks
-	seen  map[digest.Digest]bool // blobs that came before
+	seen  map[digest.Digest]bool // blobs that came before; used by the reading goroutine only
 	mu    sync.Mutex             // guards im.damaged while tasks run
 }
 
-// maxSmallBlob is the size up to which a blob is read into memory: one for each task, and one more.
+// maxSmallBlob is the size up to which a blob is read into memory. At most one for each task, and
+// one for the reading goroutine, are in memory at once.
 const maxSmallBlob = 256 << 10
 
 func newArchiveBlobs(ctx context.Context, im *importer) *archiveBlobs {
 	return &archiveBlobs{im: im, tasks: newTasks(ctx, diskWorkers), seen: map[digest.Digest]bool{}}
 }
 
-// wait returns when no task is running, with the first error: that of a task, or err.
+// wait returns when no task is running, with the first error: that of a task, or err. It must be
+// called before the importer runs: from then on, im.damaged is read without the mutex.
 func (a *archiveBlobs) wait(err error) error { return a.tasks.wait(err) }
 
-// put stages the next blob of the archive, perhaps not before wait.
+// put stages the next blob of the archive. A small one may be staged later, by a task: wait says
+// when all are. The context is that of the tasks, so the first failure ends the reading too. A blob
+// that the archive has twice is counted and charged once.
 func (a *archiveBlobs) put(_ context.Context, d digest.Digest, src io.Reader, size int64) error {
 	var item *meteredItem
 	if !a.seen[d] {
@@ -63,7 +71,9 @@ func (a *archiveBlobs) put(_ context.Context, d digest.Digest, src io.Reader, si
 	})
 }
 
-// putLarge stages a blob that memory should not hold, and reports whether the registry has it.
+// putLarge stages a blob that is too large for memory, and reports whether the registry has it. Then
+// the blob of the store is linked into the stage first, so that a collection cannot delete it, and
+// the archive's copy is read to the end and verified, but not written.
 func (a *archiveBlobs) putLarge(ctx context.Context, d digest.Digest, src io.Reader, size int64, item *meteredItem) (had bool, err error) {
 	had, err = a.im.stage.reuse(ctx, d, size)
 	switch {
@@ -76,7 +86,8 @@ func (a *archiveBlobs) putLarge(ctx context.Context, d digest.Digest, src io.Rea
 	return had, err
 }
 
-// end takes the outcome of one blob. That it has other bytes than its name says is noted.
+// end records the outcome of one blob. A blob with other bytes than its name says does not fail the
+// import yet: it is noted in im.damaged, and leaves the totals of the progress.
 func (a *archiveBlobs) end(d digest.Digest, item *meteredItem, had bool, err error) error {
 	if errors.Is(err, ErrDigestMismatch) {
 		a.mu.Lock()
@@ -94,7 +105,9 @@ func (a *archiveBlobs) end(d digest.Digest, item *meteredItem, had bool, err err
 	return err
 }
 
-// charge counts a blob that the registry does not have against MaxBytes.
+// charge counts a blob that the registry does not have against MaxBytes, before it is written. Only
+// the size in the store is compared. If that file is damaged, the blob is written without a charge;
+// it then replaces a file of the same size.
 func (a *archiveBlobs) charge(d digest.Digest, size int64) error {
 	if a.im.maxBytes <= 0 {
 		return nil

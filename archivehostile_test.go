@@ -23,7 +23,7 @@ import (
 	"github.com/ocilocal/ocilocal"
 )
 
-// A header is a tar header by its fields, which archive/tar would not write so.
+// A header is a tar header, field by field. It can have values that archive/tar does not write.
 type header struct {
 	name   string
 	size   string // 12 bytes: octal and NUL, or base 256
@@ -31,12 +31,12 @@ type header struct {
 	gnu    bool
 	prefix string // before the name, in POSIX's form
 	body   string // padded to blocks
-	holes  string // GNU's list of what is no hole, and the real size
+	holes  string // GNU's list of the parts that are not holes, and the real size
 }
 
 func octal(n int64) string { return fmt.Sprintf("%011o\x00", n) }
 
-// base256 is GNU's form of sizes that octal can't have, and of negative ones.
+// base256 is GNU's form of sizes that are too large for octal, and of negative ones.
 func base256(n int64) string {
 	b := bytes.Repeat([]byte{byte(n >> 63)}, 12)
 	binary.BigEndian.PutUint64(b[4:], uint64(n))
@@ -68,7 +68,7 @@ func (h header) bytes() []byte {
 	return append(b, make([]byte, -len(b)&511)...)
 }
 
-// plainFile is a header and body whose size is right.
+// plainFile is a file of a tar whose header has the right size.
 func plainFile(name, body string) []byte {
 	return header{name: name, size: octal(int64(len(body))), kind: '0', body: body}.bytes()
 }
@@ -87,7 +87,7 @@ func paxFor(kind byte, pairs ...string) []byte {
 	return header{name: "pax", size: octal(int64(body.Len())), kind: kind, body: body.String()}.bytes()
 }
 
-// gnuName is GNU's header for a long name of the entry after it.
+// gnuName is GNU's header with a long name for the next entry.
 func gnuName(name string) []byte {
 	return header{name: "././@LongLink", size: octal(int64(len(name) + 1)), kind: 'L', gnu: true, body: name + "\x00"}.bytes()
 }
@@ -109,7 +109,8 @@ func nothingCame(t *testing.T, r *ocilocal.LocalRegistry) {
 	}
 }
 
-// Headers that contradict themselves or each other, and sparse files.
+// TestImportArchiveHeaders imports archives whose headers contradict themselves or each other, and
+// archives with sparse files.
 func TestImportArchiveHeaders(t *testing.T) {
 	t.Parallel()
 	manifest, config := image("layer")
@@ -127,7 +128,7 @@ func TestImportArchiveHeaders(t *testing.T) {
 	}
 	for name, c := range map[string]struct {
 		src  []byte
-		want error // nil: it is taken
+		want error // nil: the import succeeds
 	}{
 		"as a start":              {rest, nil},
 		"size 8 EiB":              {join(header{name: zeros, size: base256(math.MaxInt64), kind: '0'}.bytes(), rest), ocilocal.ErrInvalidLayout},
@@ -222,7 +223,8 @@ func longGzipName(b []byte, n int) []byte {
 	return bytes.Replace(out.Bytes(), []byte("x\x00"), append(bytes.Repeat([]byte("x"), n), 0), 1)
 }
 
-// An archive that is cut anywhere comes in whole or not at all.
+// TestImportArchiveCut cuts an archive at every place. Each import publishes the whole artifact or
+// nothing.
 func TestImportArchiveCut(t *testing.T) {
 	manifest, config := image(strings.Repeat("layer", 300))
 	whole := tarOf(t, blobEntry(config), blobEntry(strings.Repeat("layer", 300)), blobEntry(manifest), layoutIndex(manifest, "example.com/a:v1"))
@@ -259,15 +261,15 @@ func TestImportArchiveCut(t *testing.T) {
 			}
 			nothingCame(t, r)
 		}
-		// Of a tar, the two empty blocks at the end may be missing, and of these any part. Of a
-		// gzip stream nothing may.
+		// Any part of the two empty blocks at the end of a tar may be missing. A gzip stream must be
+		// complete.
 		if len(src) == len(compressed) && came != 1 || came < 1 || came > 8 {
 			t.Errorf("%d of %d cuts came in", came, len(cuts))
 		}
 	}
 }
 
-// A stream gives bytes that a function makes, n times.
+// A stream is a reader of n chunks that a function makes.
 type stream struct {
 	next func(i int) []byte
 	n, i int
@@ -289,7 +291,7 @@ func (s *stream) Read(p []byte) (int, error) {
 	return n, nil
 }
 
-// heapGrowth returns by how much fn makes the heap grow that is in use after it, and at its end.
+// heapGrowth returns the growth of the heap while fn runs. Garbage of fn may be included.
 func heapGrowth(fn func()) int64 {
 	var before, after runtime.MemStats
 	runtime.GC()
@@ -299,7 +301,8 @@ func heapGrowth(fn func()) int64 {
 	return int64(after.HeapAlloc) - int64(before.HeapAlloc)
 }
 
-// A million entries that matter to nobody are passed over; one more is too many.
+// TestImportArchiveManyEntries: an import skips almost a million entries that a layout does not use.
+// One more than MaxArchiveEntries fails.
 func TestImportArchiveManyEntries(t *testing.T) {
 	needsDeep(t, "a million entries take seconds")
 	manifest, config := image("layer")
@@ -336,7 +339,7 @@ func TestImportArchiveManyEntries(t *testing.T) {
 	}
 }
 
-// cancelAfter is a layer of random-looking bytes that cancels when so many were read.
+// cancelAfter is a layer of the given size that calls cancel after at bytes were read.
 func cancelAfter(cancel func(), at, size int64) *stream {
 	const chunk = 1 << 20
 	b := bytes.Repeat([]byte("0123456789abcdef"), chunk/16)
@@ -351,7 +354,8 @@ func cancelAfter(cancel func(), at, size int64) *stream {
 	return s
 }
 
-// A cancelled import of something large ends soon, and nothing of it stays.
+// TestImportCancelled: an import or build of a large layer that is cancelled ends soon, and leaves
+// nothing.
 func TestImportCancelled(t *testing.T) {
 	t.Parallel()
 	const size, at, soon = 1 << 30, 64 << 20, 8 << 20
@@ -388,8 +392,7 @@ func TestImportCancelled(t *testing.T) {
 	b.Cancel()
 	check("builder", src, err)
 
-	// A layout's layer is a sparse file; the seam of file operations cancels in the midst of its
-	// copy.
+	// The layer of a layout is a sparse file. The fault hook cancels while the layer is being copied.
 	dir := t.TempDir()
 	layer := "sha256:" + strings.Repeat("0", 64)
 	config := "{}"
@@ -431,8 +434,8 @@ func TestImportCancelled(t *testing.T) {
 	checkSound(t, r)
 }
 
-// FuzzLayoutIndex reads an index.json, and an oci-layout, in a directory and in an archive: both
-// ways agree on what comes in, or on the error, after which nothing is there.
+// FuzzLayoutIndex imports any index.json and oci-layout, from a directory and from an archive. Both
+// must give the same artifacts or the same error. After an error, the registry has nothing.
 func FuzzLayoutIndex(f *testing.F) {
 	manifest, config := image("layer")
 	index := layoutIndex(manifest, "example.com/a:v1").body
@@ -467,7 +470,7 @@ func FuzzLayoutIndex(f *testing.F) {
 		if errDir == nil {
 			empty(t, r)
 		} else if kinds(errDir) == "" {
-			t.Errorf("an error of no kind: %v", errDir)
+			t.Errorf("an error that matches no sentinel: %v", errDir)
 		}
 		nothingCame(t, r)
 		fromTar, errTar := r.ImportArchive(t.Context(), bytes.NewReader(tarOf(t, entries...)), nil)

@@ -9,7 +9,10 @@ import (
 	"io"
 )
 
-// openTarStream looks at the first bytes and returns the tar.
+// openTarStream looks at the first bytes of src and returns the tar in it. Compression is detected by
+// content, because neither an io.Reader nor a file name says it reliably. Formats that this package
+// cannot read get an error that names them. An empty src is an empty tar here: it fails later,
+// because it has no index.json.
 func openTarStream(ctx context.Context, src io.Reader) (*tarStream, error) {
 	br := bufio.NewReaderSize(&ctxReader{ctx, src}, 64<<10)
 	head, err := br.Peek(6)
@@ -20,7 +23,7 @@ func openTarStream(ctx context.Context, src io.Reader) (*tarStream, error) {
 		"\x28\xb5\x2f\xfd": "zstd", "\xfd7zXZ\x00": "xz", "BZh": "bzip2", "PK\x03\x04": "zip",
 	} {
 		if bytes.HasPrefix(head, []byte(magic)) {
-			return nil, fmt.Errorf("%w: archive is compressed as %s; plain tar and gzip are taken", ErrUnsupportedMediaType, format)
+			return nil, fmt.Errorf("%w: archive is compressed as %s; only plain tar and gzip are accepted", ErrUnsupportedMediaType, format)
 		}
 	}
 	if !bytes.HasPrefix(head, []byte("\x1f\x8b")) {
@@ -32,8 +35,10 @@ func openTarStream(ctx context.Context, src io.Reader) (*tarStream, error) {
 	return &tarStream{src: z, in: in}, err
 }
 
-// A gunzip reads a gzip stream of several members, which may end in zeros: they fill up the
-// last block on a tape, and elsewhere too. gzip itself ignores them.
+// A gunzip reads a gzip stream of several members (RFC 1952, section 2.2). Zeros may follow the last
+// member: some writers pad the last block so, and the program gzip ignores them. [gzip.Reader] in
+// its multistream mode fails on them. So this reader goes from member to member itself, and looks at
+// the byte after each one through the bufio.Reader.
 type gunzip struct {
 	in *bufio.Reader
 	z  *gzip.Reader
@@ -56,7 +61,8 @@ func (g *gunzip) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// next goes to the next member. [io.EOF] says that there is none.
+// next goes to the next member. It returns [io.EOF] if there is none. Zeros are accepted at the end
+// only. A member after zeros is [gzip.ErrHeader], because some programs would not read it.
 func (g *gunzip) next() error {
 	for zeros := 0; ; zeros++ {
 		b, err := g.in.ReadByte()
@@ -77,6 +83,7 @@ func (g *gunzip) next() error {
 	}
 }
 
+// A countingReader counts the bytes that were read from src.
 type countingReader struct {
 	src io.Reader
 	n   int64
@@ -88,16 +95,18 @@ func (c *countingReader) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// tarStream is a tar. From a gzip stream, it ends with [ErrTooLarge] when what it has
-// beside its blobs is out of all proportion to the input.
+// A tarStream is the bytes of a tar. A gzipped one ends with [ErrTooLarge] if its bytes outside blobs
+// are more than maxGzipRatio times the input. The check needs no buffer: it compares two counters
+// after each read.
 type tarStream struct {
 	src   io.Reader
-	in    *countingReader // what gzip reads; nil for a plain tar
-	out   int64
-	blobs int64 // bytes of out that are, or will be, those of blobs
-	// A plain tar that comes from a file is not read where nobody needs it.
-	plain *bufio.Reader // src
-	seek  io.Seeker     // what plain reads; nil if that can't seek
+	in    *countingReader // the input of gzip; nil for a plain tar
+	out   int64           // bytes that were read from src
+	blobs int64           // the bytes of out that belong to blobs, or will do so: see readArchive
+	// plain is src if that is not compressed. If the source can seek as well, skip passes over
+	// blobs that nobody reads without reading them.
+	plain *bufio.Reader
+	seek  io.Seeker // the source of plain; nil if it cannot seek
 }
 
 func (s *tarStream) Read(p []byte) (int, error) {
@@ -109,17 +118,20 @@ func (s *tarStream) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// skip passes over n bytes. All must be there.
+// skip passes over n bytes, and fails with [io.ErrUnexpectedEOF] if the stream has fewer.
+//
+// A seek beyond the end of a file succeeds. So skip seeks to the byte before the target and reads
+// that one. plain has read ahead, and its buffer is discarded first: the seek starts at the position
+// of the file, which is the end of that buffer.
 func (s *tarStream) skip(n int64) error {
 	if s.seek != nil && n > int64(s.plain.Size()) {
 		buffered, err := s.plain.Discard(s.plain.Buffered())
 		if err != nil {
 			return err
 		}
-		// The last byte is read, which shows that the file does not end before it.
 		if _, err := s.seek.Seek(n-int64(buffered)-1, io.SeekCurrent); err == nil {
 			n = 1
-		} else { // a pipe, perhaps
+		} else { // such as an *os.File of a pipe
 			s.seek = nil
 			n -= int64(buffered)
 		}
@@ -128,8 +140,9 @@ func (s *tarStream) skip(n int64) error {
 	return cutOff(err)
 }
 
-// end reads on from the end of the tar, which need not be that of the stream: whoever
-// writes it may have more to say, and gzip's checksum comes last.
+// end reads the stream from the end of the tar to its own end, at most maxArchiveTail bytes. A tar
+// ends with two zero blocks, but its writer may pad it, and a writer to a pipe must not be stopped
+// before it is done. With gzip, the checksum comes last: without this read nobody would check it.
 func (s *tarStream) end() error {
 	n, err := io.Copy(io.Discard, io.LimitReader(s, maxArchiveTail))
 	if err == nil && n == maxArchiveTail && s.in != nil {

@@ -13,7 +13,7 @@ import (
 	"github.com/ocilocal/ocilocal"
 )
 
-// gzipBomb is an entry that says 100 GiB, with 65 MiB of zeros in 66 KiB of gzip members.
+// gzipBomb is a gzipped tar with an entry of 100 GiB, of which 65 MiB of zeros follow in 66 KiB.
 func gzipBomb(t testing.TB) []byte {
 	t.Helper()
 	var tarHead bytes.Buffer
@@ -24,7 +24,8 @@ func gzipBomb(t testing.TB) []byte {
 	return append(gzipped(tarHead.Bytes()), bytes.Repeat(gzipped(make([]byte, 1<<20)), 64+1)...)
 }
 
-// TestGzipOfZeros has a layer that shrinks as far as deflate can: it comes in as it went out.
+// TestGzipOfZeros exports and imports a layer that deflate compresses as far as it can. The limit on
+// gzip bombs must not refuse it.
 func TestGzipOfZeros(t *testing.T) {
 	t.Parallel()
 	ctx := t.Context()
@@ -53,7 +54,7 @@ func TestGzipOfZeros(t *testing.T) {
 	}
 }
 
-// TestArchiveTail imports archives that the stream goes on behind.
+// TestArchiveTail imports archives from streams that have more bytes after the end of the tar.
 func TestArchiveTail(t *testing.T) {
 	manifest, config := image("layer")
 	src := tarOf(t, blobEntry(config), blobEntry("layer"), blobEntry(manifest), layoutIndex(manifest, "example.com/a:v1"))
@@ -70,7 +71,7 @@ func TestArchiveTail(t *testing.T) {
 		want error
 	}{
 		"tar":  {io.MultiReader(bytes.NewReader(src), endlessZeros{}), nil},
-		"gzip": {&z, ocilocal.ErrTooLarge}, // its checksum can't be had
+		"gzip": {&z, ocilocal.ErrTooLarge}, // its checksum is never reached
 	} {
 		if _, err := openTemp(t, nil).ImportArchive(t.Context(), c.src, nil); !errors.Is(err, c.want) {
 			t.Errorf("%s: %v, want %v", name, err, c.want)
@@ -78,7 +79,7 @@ func TestArchiveTail(t *testing.T) {
 	}
 }
 
-// virtualTar is a tar with one huge blob, without the bytes: what is not written there is zero.
+// virtualTar is a tar with one huge blob of zeros that are not in memory.
 type virtualTar struct {
 	head, tail []byte
 	size       int64 // of the blob between them
@@ -103,8 +104,8 @@ func (v *virtualTar) ReadAt(p []byte, off int64) (int, error) {
 	return len(p), nil
 }
 
-// TestInspectSeeks: an inspection of a plain tar that can seek reads the headers and index.json,
-// and not the blobs.
+// TestInspectSeeks: an inspection of a plain tar that can seek reads the headers and index.json, but
+// not the blobs.
 func TestInspectSeeks(t *testing.T) {
 	const size = 2 << 30
 	var head, tail bytes.Buffer

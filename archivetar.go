@@ -14,9 +14,9 @@ import (
 // A tarReader reads a tar, entry by entry.
 //
 // The rules of tar have grown for forty years, and two programs can see different files in one
-// archive: one applies a global header that the other ignores, or takes the first of two long
-// names where the other takes the second. An archive could so show an innocent index.json to a
-// scanner and another one here. [archive/tar] resolves such cases silently. This reader fails with
+// archive. One applies a global header that the other ignores. One takes the first of two long
+// names, and the other the second. So an archive could show a harmless index.json to a scanner and
+// another one to this package. [archive/tar] resolves such cases silently. This reader fails with
 // [tar.ErrHeader] where known programs disagree about the name, the size or the place of an entry:
 //
 //   - a global header that sets a path, a size or a sparse file, and Solaris's extended headers;
@@ -25,11 +25,18 @@ import (
 //     end;
 //   - links, directories and devices that have a size, since some programs skip that many bytes.
 //
-// It reads v7, ustar, PAX, GNU and star archives, and never holds more than 1 MiB of a header.
-// A fuzz test compares it with [archive/tar].
+// It reads v7, ustar, PAX, GNU and star archives, and never holds more than 1 MiB of a header. A
+// fuzz test compares it with [archive/tar], so that the two never see different files.
+//
+// The fields of a header block that it uses, by their offsets (POSIX.1, pax, "ustar Interchange
+// Format"):
+//
+//	0 name · 124 size · 148 checksum · 156 type · 257 magic · 345 prefix
+//	482, 504 "the sparse map goes on", of GNU's sparse files
+//	508 magic of star, whose prefix ends at 476
 type tarReader struct {
 	src   *tarStream
-	left  int64 // bytes of the entry's data that were not read
+	left  int64 // bytes of the entry's data that were not read yet
 	pad   int64 // bytes between the data and the next block
 	block [tarBlock]byte
 }
@@ -44,21 +51,26 @@ type tarEntry struct {
 	name string
 	size int64 // of the data in the archive
 	kind byte  // [tar.TypeReg], [tar.TypeDir], …
-	// sparse entries unfold to more than their data. Some programs call such a file by alias.
+	// sparse is set if the file is larger than its data in the archive. alias is the name that some
+	// programs give such a file (the PAX record GNU.sparse.name).
 	sparse bool
 	alias  string
-	// odd: some programs put more before the name.
+	// odd is set if the header is not ustar's but has a prefix, which some programs put before the
+	// name.
 	odd bool
 }
 
-// A tarExtension is what the headers before an entry say of it.
+// A tarExtension holds the contents of the extension headers before an entry.
 type tarExtension struct {
 	records  map[string]string // of a PAX header
 	longName string            // of a GNU header
-	seen     string            // the kinds of headers
+	seen     string            // the type of each header, to refuse a second one of a type
 }
 
-// next returns the next entry, and [io.EOF] at the end.
+// next returns the next entry, and [io.EOF] at the end. It skips the data of the entry before, as
+// far as nobody has read it. An entry has any number of extension headers before it:
+//
+//	x (PAX) · g (PAX, global) · L (GNU long name) · K (GNU long link name) · X (Solaris)
 func (t *tarReader) next() (*tarEntry, error) {
 	if err := t.skip(); err != nil {
 		return nil, err
@@ -89,7 +101,8 @@ func (t *tarReader) next() (*tarEntry, error) {
 	}
 }
 
-// Read reads the entry's data.
+// Read reads the entry's data. If the stream ends within it, that is [io.ErrUnexpectedEOF]: a file
+// that is cut off never looks complete.
 func (t *tarReader) Read(p []byte) (int, error) {
 	if t.left == 0 {
 		return 0, io.EOF
@@ -107,15 +120,17 @@ func (t *tarReader) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// skip goes to the block after the entry.
+// skip goes to the block after the entry. left and pad become 0 first, so that the reader returns
+// io.EOF for the entry even if skipping fails.
 func (t *tarReader) skip() error {
 	n := t.left + t.pad
 	t.left, t.pad = 0, 0
 	return t.src.skip(n)
 }
 
-// header reads the next block that is not one of the two that end an archive. A missing end, or
-// half of it, is accepted: many programs leave it out.
+// header reads the next header block into t.block. more is false at the end of the archive. Two zero
+// blocks mark that end. A missing mark, or half of it, is accepted, because many programs leave it
+// out. An entry after a single zero block is refused: some programs stop there, and others go on.
 func (t *tarReader) header() (more bool, err error) {
 	for zeros := 0; zeros < 2; zeros++ {
 		if _, err := io.ReadFull(t.src, t.block[:]); err == io.EOF {
@@ -133,8 +148,10 @@ func (t *tarReader) header() (more bool, err error) {
 	return false, nil
 }
 
-// checkFields checks the checksum, and numbers that are not needed: a program that cannot read
-// one of them takes the header for the end of the archive.
+// checkFields checks the checksum, and the number fields that this package does not use: mode, uid,
+// gid, mtime, and the two device numbers. A program that cannot read one of them takes the header
+// for the end of the archive, and so would see fewer files. The checksum is the sum of all bytes,
+// its own field counted as spaces. Old programs summed signed bytes, so both sums are accepted.
 func (t *tarReader) checkFields() error {
 	for _, field := range [][2]int{{100, 108}, {108, 116}, {116, 124}, {136, 148}, {329, 337}, {337, 345}} {
 		b := t.block[field[0]:field[1]]
@@ -163,7 +180,8 @@ func (t *tarReader) checkFields() error {
 	return nil
 }
 
-// extend reads an extension header.
+// extend reads an extension header into x. Its data is read to the end of its last block. Errors are
+// those of a header that two programs could apply differently: see tarReader.
 func (t *tarReader) extend(x *tarExtension, kind byte, size int64) error {
 	if size > maxTarExt {
 		return fmt.Errorf("%w: an extension header of %d bytes", tar.ErrFieldTooLong, size)
@@ -203,7 +221,13 @@ func (t *tarReader) extend(x *tarExtension, kind byte, size int64) error {
 	return err
 }
 
-// entry makes an entry of the block that was read and the headers before it.
+// entry makes an entry of the block that was read and the headers before it. A later source of the
+// name wins over an earlier one:
+//
+//	the name field, with ustar's prefix → GNU's long name → the PAX record "path"
+//
+// extend has refused a long name together with a "path". The size is that of the field or of the PAX
+// record "size".
 func (t *tarReader) entry(x *tarExtension, kind byte, size int64) (*tarEntry, error) {
 	e := &tarEntry{name: tarText(t.block[:100]), size: size, kind: kind}
 	gnu := string(t.block[257:265]) == "ustar  \x00"
@@ -233,12 +257,12 @@ func (t *tarReader) entry(x *tarExtension, kind byte, size int64) (*tarEntry, er
 	switch e.kind {
 	case tar.TypeLink, tar.TypeSymlink, tar.TypeChar, tar.TypeBlock, tar.TypeDir, tar.TypeFifo:
 		if e.size != 0 {
-			return nil, tarError("a link, device or directory of a size")
+			return nil, tarError("a link, device or directory that has a size")
 		}
 	case tar.TypeGNUSparse:
 		e.sparse = true
 		if _, resized := x.records["size"]; resized || !gnu {
-			return nil, tarError("a sparse file of two formats")
+			return nil, tarError("a sparse file in two formats at once")
 		}
 		if err := t.skipSparseMap(); err != nil {
 			return nil, err
@@ -251,7 +275,9 @@ func (t *tarReader) entry(x *tarExtension, kind byte, size int64) (*tarEntry, er
 	return e, nil
 }
 
-// applyPAX lets the records of a PAX header replace an entry's name and size.
+// applyPAX replaces an entry's name and size by the records of a PAX header. A record that starts
+// with "GNU.sparse." marks a sparse file. Its size is ambiguous: that of the data, or that of the
+// file when it is unpacked. So a sparse file with a record "size" is refused.
 func (e *tarEntry) applyPAX(records map[string]string) error {
 	for key := range records {
 		e.sparse = e.sparse || strings.HasPrefix(key, "GNU.sparse.")
@@ -272,7 +298,9 @@ func (e *tarEntry) applyPAX(records map[string]string) error {
 	return nil
 }
 
-// skipSparseMap skips the blocks between the header of an old sparse file and its data.
+// skipSparseMap skips the blocks between the header of an old GNU sparse file and its data. They
+// continue the map of the file's holes, which is not needed: layoutName refuses sparse files that a
+// layout could use, and the others are skipped.
 func (t *tarReader) skipSparseMap() error {
 	for more := t.block[482]; more != 0; more = t.block[504] {
 		if _, err := io.ReadFull(t.src, t.block[:]); err != nil {
@@ -282,8 +310,9 @@ func (t *tarReader) skipSparseMap() error {
 	return nil
 }
 
-// paxRecords reads the records of a PAX header: "length key=value\n". The last of equal keys
-// counts.
+// paxRecords reads the records of a PAX header (POSIX.1, pax, "pax Header Block"): each is "length
+// key=value\n", and length counts the whole record. Of equal keys, the last one counts. A name with
+// a NUL is refused, because programs in C end it there.
 func paxRecords(data []byte) (map[string]string, error) {
 	records := map[string]string{}
 	for len(data) > 0 {
@@ -302,14 +331,15 @@ func paxRecords(data []byte) (map[string]string, error) {
 	return records, nil
 }
 
-// tarText returns a field up to its first NUL.
+// tarText returns a field up to its first NUL. A field that is full has none.
 func tarText(b []byte) string {
 	before, _, _ := bytes.Cut(b, []byte{0})
 	return string(before)
 }
 
-// tarNumber reads a field that holds octal digits, between spaces, or GNU's base 256. Every
-// program reads these alike. Empty means 0.
+// tarNumber reads a number field: octal digits between spaces, or GNU's base 256, whose first byte is
+// 0x80. All known programs read these two forms alike, and differ about any other. An empty field
+// means 0. Negative numbers in base 256 begin with 0xff and are refused, since no size is negative.
 func tarNumber(b []byte) (int64, error) {
 	if b[0] == 0x80 {
 		for _, c := range b[1 : len(b)-8] {
@@ -333,9 +363,11 @@ func tarNumber(b []byte) (int64, error) {
 	return int64(n), nil
 }
 
+// tarError says that the archive has something that programs read in different ways.
 func tarError(what string) error { return fmt.Errorf("%w: %s", tar.ErrHeader, what) }
 
-// cutOff makes the end of a stream in the middle of something an [io.ErrUnexpectedEOF].
+// cutOff turns [io.EOF] into [io.ErrUnexpectedEOF]. It is for reads that must not meet the end of the
+// stream. Otherwise readArchive would take the EOF for the end of the archive.
 func cutOff(err error) error {
 	if err == io.EOF {
 		return io.ErrUnexpectedEOF

@@ -64,8 +64,8 @@ func checksummed(b []byte) []byte {
 	return b
 }
 
-// seenAlike checks that archive/tar sees the entries in an archive that the library sees, if it
-// reads the archive at all. It returns whether the library does.
+// seenAlike checks that archive/tar and the library see the same entries in an archive, as far as
+// archive/tar reads it. It reports whether the library reads the archive.
 func seenAlike(t *testing.T, src []byte) bool {
 	t.Helper()
 	got, err := ocilocal.TarEntries(bytes.NewReader(src))
@@ -105,7 +105,7 @@ func seenAlike(t *testing.T, src []byte) bool {
 	return true
 }
 
-// TestTarFlavours reads what programs write as archive/tar reads it.
+// TestTarFlavours reads archives in each format of tar and compares the entries with archive/tar.
 func TestTarFlavours(t *testing.T) {
 	for name, src := range tarFlavours(t) {
 		if !seenAlike(t, src) {
@@ -115,8 +115,8 @@ func TestTarFlavours(t *testing.T) {
 	}
 }
 
-// TestTarTwoViews gives one archive to the library and to Python's tarfile, which take different
-// files for its index.json where nothing forbids it. The library refuses the archive.
+// TestTarTwoViews imports archives in which programs that are less strict, such as Python's tarfile,
+// see another index.json than archive/tar. The library refuses each of them.
 func TestTarTwoViews(t *testing.T) {
 	manifest, config := image("layer")
 	second, _ := image("LAYER")
@@ -140,7 +140,7 @@ func TestTarTwoViews(t *testing.T) {
 	}
 }
 
-// TestTarOfTools reads what the tar and Python of this machine write, in each of their formats.
+// TestTarOfTools imports archives that tar and Python write on this machine, in each of their formats.
 func TestTarOfTools(t *testing.T) {
 	t.Parallel()
 	manifest, config := image("layer")

@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"context"
 	"errors"
-	"fmt"
 	"io/fs"
 	"iter"
 	"strings"
@@ -320,24 +319,6 @@ func TestBuildDefault(t *testing.T) {
 			} else {
 				got.Close()
 			}
-		}
-	}
-}
-
-// TestOMMXBuilderType: a type that the options give is kept.
-func TestOMMXBuilderType(t *testing.T) {
-	r := openTemp(t, nil)
-	for given, want := range map[string]string{
-		"":                                  "application/org.ommx.v1.artifact",
-		ocilocal.ArtifactTypeOMMXExperiment: "application/org.ommx.v1.experiment",
-	} {
-		b, err := r.NewOMMXBuilder(ref("example.com/type:v"+fmt.Sprint(len(given))), &ocilocal.BuilderOptions{ArtifactType: given})
-		if err != nil {
-			t.Fatal(err)
-		}
-		a, err := b.Build(t.Context())
-		if err != nil || a.ArtifactType() != want {
-			t.Errorf("%q: %v, %v", given, a, err)
 		}
 	}
 }

@@ -12,8 +12,8 @@ import (
 	"github.com/ocilocal/ocilocal"
 )
 
-// TestHostileLayoutFiles puts what is no file where a layout has its files: it is refused and
-// nothing waits for it.
+// TestHostileLayoutFiles puts a named pipe, a socket or a device in the place of each file of a
+// layout. The import fails, and does not wait for it.
 func TestHostileLayoutFiles(t *testing.T) {
 	manifest, config := image("layer")
 	l := blobEntry("layer")
@@ -44,8 +44,8 @@ func TestHostileLayoutFiles(t *testing.T) {
 	}
 }
 
-// TestFIFODirectories gives named pipes to everything that wants a directory: nothing waits for a
-// writer.
+// TestFIFODirectories gives a named pipe to each call that takes a directory or an archive. Every
+// call fails, and none waits for a writer of the pipe.
 func TestFIFODirectories(t *testing.T) {
 	ctx := t.Context()
 	fifo := filepath.Join(t.TempDir(), "fifo")
@@ -73,8 +73,8 @@ func TestFIFODirectories(t *testing.T) {
 	}
 }
 
-// TestOwnIndexAsSource gives the registry's index to everything that reads a file:
-// it is refused before it is opened, because closing it would drop SQLite's locks.
+// TestOwnIndexAsSource gives the registry's index to each call that reads a file. The call must
+// refuse it before it opens it, because closing it would drop SQLite's locks.
 func TestOwnIndexAsSource(t *testing.T) {
 	ctx := t.Context()
 	r := openTemp(t, nil)
