@@ -24,15 +24,24 @@ import (
 //
 //	tmp/held/<period>/<repository>/<algorithm>-<encoded>
 //
+// The life of a held blob, with the call that makes each step:
+//
+//	a file below tmp/ ── hold, holdLink ──▶ held ── takeHeld ──▶ a second link, in a stage
+//	                                         │                        │ settle: sync and link
+//	                  releaseHeld, sweepHeld ▼                        ▼
+//	                                        gone                    blobs/
+//
 // The files are complete and verified, and every process sees them. They are not durable: only the
 // publish of the manifest that names one syncs it and links it into blobs/. That saves an fsync and
-// a transaction for each blob. After a power cut a file can be damaged, so a publish reads it again
+// a transaction for each blob. After a power cut a file can be damaged. So a publish reads it again
 // unless this handle has done so before, and takes a damaged one for missing.
 //
-// A held file stays when a manifest names it, because another client of the repository may have
-// been told that it is there. It is a second link to the bytes, and costs no space. Collections
-// remove whole periods that are old enough. Nothing is written into the directory of a period that
-// has ended, so a collection cannot remove a blob that has just been held again.
+// A held file stays when a manifest names it, because another client of the repository may rely on
+// the answer that it is there. It is a second link to the bytes, and costs no space.
+//
+// A period is six hours. Collections remove whole periods that are old enough, so they need not
+// look at single files. A put always goes into the period of that moment, and a period that has
+// ended gets no more files. So a collection can't remove a blob that has just been held again.
 
 // heldDir is where held blobs are, below tmp/.
 const heldDir = "held"
@@ -54,8 +63,8 @@ func periodEnd(name string) (time.Time, bool) {
 	return time.Unix((n+1)*int64(heldPeriod/time.Second), 0), true
 }
 
-// heldName is a repository's name as one part of a path. A name can be longer than that may be, and
-// have characters that some systems don't take.
+// heldName is a repository's name as one part of a path: its SHA-256. The name itself has slashes,
+// and may be longer than a file's name may be.
 func heldName(repository string) string {
 	sum := sha256.Sum256([]byte(repository))
 	return hex.EncodeToString(sum[:])
@@ -66,10 +75,14 @@ func isHeldName(name string) bool {
 }
 
 // hold moves a complete file of this root, below tmp/, to where blobs are held. verified says that
-// this handle has compared the bytes with d.
+// this handle has compared the bytes with d. Renaming replaces a file that is held already: it has
+// the same bytes, unless a power cut has damaged it, and then it is healed.
+//
+// The directories are made only if the rename fails without them, which is once per repository and
+// period. A collection may remove them between the two steps, so this is tried several times.
 func (s *blobStore) hold(repository, file string, d digest.Digest, verified bool) (err error) {
 	held := path.Join(s.tmp, heldDir)
-	for range 10 { // a collection may remove the directories in between
+	for range 10 {
 		period := path.Join(held, periodOf(time.Now()))
 		dir := path.Join(period, heldName(repository))
 		name := path.Join(dir, digestName(d))
@@ -83,7 +96,7 @@ func (s *blobStore) hold(repository, file string, d digest.Digest, verified bool
 			return err
 		}
 		if _, missing := s.root.Lstat(file); missing != nil {
-			return missing
+			return missing // not the directory is missing, but the file
 		}
 		for _, dir := range []string{held, period, dir} {
 			if err := s.root.makeDir(dir, 0o700); err != nil && !errors.Is(err, fs.ErrNotExist) {
@@ -95,7 +108,8 @@ func (s *blobStore) hold(repository, file string, d digest.Digest, verified bool
 }
 
 // holdLink holds a blob that is here under another name: below blobs/, or held for another
-// repository.
+// repository. It links the file into the session first, because hold renames, and the blob must
+// keep its old name. A file system without hard links gets a verified copy.
 func (s *blobStore) holdLink(ctx context.Context, repository, name string, d digest.Digest) error {
 	dir, err := s.enter()
 	if err != nil {
@@ -115,12 +129,13 @@ func (s *blobStore) holdLink(ctx context.Context, repository, name string, d dig
 		return err
 	}
 	err = s.hold(repository, link, d, s.wasVerified(name))
-	// Renaming a link to the file that has the new name already leaves the old name.
+	// If the new name was a link to the same file already, rename(2) did nothing and left the old
+	// name.
 	return errors.Join(err, ignoreNotExist(s.root.Remove(link)))
 }
 
 // holdNew holds the bytes of src, and returns their descriptor. The arguments and the errors are
-// those of [stage.put].
+// those of [stage.put]. The bytes are verified while they are copied, and not synced.
 func (s *blobStore) holdNew(ctx context.Context, repository string, src io.Reader, alg digest.Algorithm, want digest.Digest, size int64) (ocispec.Descriptor, error) {
 	st := s.newStage()
 	sf, err := st.receive(ctx, src, alg, want, size)
@@ -143,7 +158,8 @@ func (s *blobStore) holdNew(ctx context.Context, repository string, src io.Reade
 const mediaTypeBlob = "application/octet-stream"
 
 // heldFile returns the name and size of a held blob, and [ErrNotFound] if the repository holds
-// none.
+// none. Of a blob that is held in several periods it returns the newest file: it is the last one
+// that a collection removes, and the one that a put after a power cut has healed.
 func (s *blobStore) heldFile(repository string, d digest.Digest) (name string, size int64, err error) {
 	if err := checkDigest(d); err != nil {
 		return "", 0, err
@@ -178,7 +194,8 @@ func (s *blobStore) eachHeld(repository string, d digest.Digest, visit func(file
 	})
 }
 
-// heldAnywhere is heldFile for whatever repository holds the blob.
+// heldAnywhere is heldFile for any repository that holds the blob. It looks into the directory of
+// each repository, so it costs one system call for each: only a mount without a source needs it.
 func (s *blobStore) heldAnywhere(ctx context.Context, d digest.Digest) (name string, size int64, err error) {
 	if err := checkDigest(d); err != nil {
 		return "", 0, err
@@ -221,7 +238,8 @@ func (s *blobStore) releaseHeld(repository string, d digest.Digest) (released bo
 }
 
 // sweepHeld removes the held blobs of every period that ended before a moment. It removes regular
-// files with names of ours, and then the directories if nothing else is in them.
+// files with names of ours, and then the directories if nothing else is in them. A reader that has
+// such a file open is not disturbed, and a publish that has linked it keeps the bytes.
 func (s *blobStore) sweepHeld(ctx context.Context, before time.Time) error {
 	held := path.Join(s.tmp, heldDir)
 	if fi, err := s.root.Lstat(held); err != nil || !fi.IsDir() {
@@ -251,6 +269,10 @@ func (s *blobStore) sweepHeld(ctx context.Context, before time.Time) error {
 
 // takeHeld takes a held blob into the stage: its bytes are verified, unless this handle has
 // verified the same file before, and are synced before they get their name below blobs/.
+//
+// It makes a link first and opens that. From then on no collection can remove the bytes, and no
+// other put can replace them, since both work on the held name. A file system without hard links
+// gets a copy.
 //
 // Errors: [ErrNotFound] for a blob that is not held or is damaged, and any error from ctx or the
 // file system.
@@ -307,7 +329,9 @@ func notHeld(d digest.Digest, err error) error {
 const maxVerified = 4096
 
 // noteVerified remembers that this handle has verified a file, so that it need not read it again to
-// serve parts of it or to publish it. It holds for this very file, as long as nobody writes to it.
+// serve parts of it or to publish it. That is true only of this file and only while nobody writes
+// to it: isVerified compares identity, size and modification time. When the map is full it is
+// emptied, and files are read once more. blobStore.mu guards it.
 func (s *blobStore) noteVerified(name string, fi fs.FileInfo) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -317,7 +341,8 @@ func (s *blobStore) noteVerified(name string, fi fs.FileInfo) {
 	s.verified[name] = fi
 }
 
-// isVerified reports whether a file of a name is one that this handle has verified.
+// isVerified reports whether fi, which has that name, is of the file that this handle has verified
+// under it.
 func (s *blobStore) isVerified(name string, fi fs.FileInfo) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -332,7 +357,10 @@ func (s *blobStore) wasVerified(name string) bool {
 }
 
 // openVerified opens a file that holds d for reading at any place. It reads all of it first, unless
-// this handle has verified the same file before.
+// this handle has verified the same file before. It returns the open file and its size.
+//
+// Errors: [ErrNotFound], [ErrDigestMismatch], [ErrSizeMismatch], and any error from ctx or the file
+// system.
 func (s *blobStore) openVerified(ctx context.Context, name string, d digest.Digest) (*os.File, int64, error) {
 	f, size, err := s.openNamed(name, d, -1)
 	if err != nil {
@@ -340,7 +368,8 @@ func (s *blobStore) openVerified(ctx context.Context, name string, d digest.Dige
 	}
 	fi, err := f.Stat()
 	if err == nil && !s.isVerified(name, fi) {
-		// The same open file is verified and handed out, whatever its name comes to mean.
+		// The open file that is verified is the one that is returned. Another file may get its
+		// name.
 		if _, err = s.verifier(ctx, f, d, size).WriteTo(io.Discard); err == nil {
 			_, err = f.Seek(0, io.SeekStart)
 		}

@@ -10,8 +10,9 @@ import (
 	"github.com/ocilocal/ocilocal"
 )
 
-// TestHeldBlobs: what PutBlob has acknowledged stays, for every process, through collections with
-// no grace and the death of the process, until the option says otherwise.
+// TestHeldBlobs: a blob that PutBlob has acknowledged stays, for every process, until
+// GCOptions.Held has passed. Neither a collection without grace nor the end of the process that
+// put it removes it.
 func TestHeldBlobs(t *testing.T) {
 	root, a, b := twoHandles(t)
 	manifest, config := image("layer")
@@ -36,8 +37,8 @@ func TestHeldBlobs(t *testing.T) {
 	}
 }
 
-// TestHeldBlobDamaged: a power cut can damage a held blob, which nobody has synced. Such a blob is
-// missing for a manifest, and putting it again heals it.
+// TestHeldBlobDamaged: a power cut can damage a held blob, because it is not synced. A manifest
+// that needs it is refused as if it were missing. Putting the blob again heals it.
 func TestHeldBlobDamaged(t *testing.T) {
 	for what, damage := range map[string]func(name string) error{
 		"bytes": func(name string) error { return os.WriteFile(name, []byte("lAyer"), 0o644) },
@@ -69,7 +70,7 @@ func TestHeldBlobDamaged(t *testing.T) {
 			}
 		}
 		push(t, p, manifest, "layer")
-		// A damaged copy of what is published is in nobody's way.
+		// When the blob is published, a damaged held copy of it disturbs neither reads nor puts.
 		if _, err := p.PutBlob(t.Context(), strings.NewReader("layer"), "", -1); err != nil {
 			t.Fatal(err)
 		}

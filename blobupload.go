@@ -20,34 +20,45 @@ import (
 //
 //	tmp/upload/<id>-<hash of the repository>/data
 //
-// The file is all there is to it. Its size is the offset at which the next bytes belong, so the
-// upload outlives the process that began it, and any process of the root can continue it. A request
-// that writes locks the directory. Nothing is synced: after a power cut the file may hold other
-// bytes, and the digest at the end finds that.
+// The file is the whole state. Its size is the offset at which the next bytes belong, so the upload
+// outlives the process that began it, and any process of the root can continue it. A request that
+// writes locks the directory: two requests never append at once, and a kill releases the lock.
+// Nothing is synced. After a power cut the file may hold other bytes, and the digest at the end
+// finds that.
 //
-// The directory goes when the upload is finished or cancelled. A collection removes it when it is
-// old and not locked.
+// The steps of an upload, and what a kill after each of them leaves:
+//
+//	newUpload   a directory             an upload without bytes, which can be continued
+//	append      bytes at the end        an upload that continues at the file's size
+//	finish      the file is held        the blob is complete and held; the directory is empty
+//	remove      no directory            nothing
+//
+// An empty directory after finish looks like an upload without bytes, which harms nobody. Uploads
+// that nobody ends are removed when they are old and not locked: by a collection, or by a request
+// that begins another one when there are too many.
 type incoming struct {
 	store   *blobStore
 	dir     string
-	release func() error
-	file    *rootFile
-	size    int64
+	release func() error // drops the lock of dir
+	file    *rootFile    // nil when it is closed
+	size    int64        // bytes in the file
 }
 
 // uploadDir is where uploads are, below tmp/.
 const uploadDir = "upload"
 
-// uploadName is the name of an upload's directory. It has the repository in it, so that the id is
-// of no use elsewhere.
+// uploadName is the name of an upload's directory. It has the repository in it, so that a client
+// that may push to one repository can't use the id of an upload into another.
 func uploadName(repository, id string) string { return id + "-" + heldName(repository) }
 
+// isUploadName reports whether a name has the form of uploadName's.
 func isUploadName(name string) bool {
 	id, repository, _ := strings.Cut(name, "-")
 	return isTempName(id) && isHeldName(repository)
 }
 
 // uploadPath returns the directory of an upload, and [ErrNotFound] for an id that cannot be one.
+// The id comes from a client: this check is what keeps it from naming another file.
 func (s *blobStore) uploadPath(repository, id string) (string, error) {
 	if !isTempName(id) {
 		return "", fmt.Errorf("upload: %w", ErrNotFound)
@@ -55,7 +66,7 @@ func (s *blobStore) uploadPath(repository, id string) (string, error) {
 	return path.Join(s.tmp, uploadDir, uploadName(repository, id)), nil
 }
 
-// newUpload begins an upload into a repository.
+// newUpload begins an upload into a repository. Its id has 130 random bits, so it can't be guessed.
 func (s *blobStore) newUpload(repository string) (id string, err error) {
 	if s.readOnly {
 		return "", ErrReadOnly
@@ -68,8 +79,10 @@ func (s *blobStore) newUpload(repository string) (id string, err error) {
 	return id, err
 }
 
-// uploadSize returns how many bytes of an upload are here. Errors: [ErrNotFound], and any error of
-// the file system.
+// uploadSize returns how many bytes of an upload are here. It takes no lock, so a request that is
+// under way may add bytes at any time.
+//
+// Errors: [ErrNotFound], and any error of the file system.
 func (s *blobStore) uploadSize(repository, id string) (int64, error) {
 	dir, err := s.uploadPath(repository, id)
 	if err != nil {
@@ -94,7 +107,8 @@ func (s *blobStore) uploadSize(repository, id string) (int64, error) {
 // broken off a request comes back before the server has seen the end of the old one.
 const uploadWait = 5 * time.Second
 
-// openUpload opens an upload for one request. No other request of any process has it until close.
+// openUpload opens an upload for one request. No other request of any process has it until close or
+// remove. It waits up to uploadWait for a request that has it.
 //
 // Errors: [ErrNotFound], [ErrInUse] if another request has it, and any error from ctx or the file
 // system.
@@ -105,6 +119,8 @@ func (s *blobStore) openUpload(ctx context.Context, repository, id string) (_ *i
 	}
 	u := &incoming{store: s, dir: dir}
 	for began := time.Now(); u.release == nil; {
+		// A lock of another process can't be waited for with a context, so it is tried again and
+		// again.
 		release, held, err := tryLockDir(s.root, dir)
 		switch {
 		case err != nil:
@@ -141,8 +157,9 @@ func (s *blobStore) openUpload(ctx context.Context, repository, id string) (_ *i
 
 func (u *incoming) name() string { return path.Join(u.dir, partialData) }
 
-// append adds the bytes of src, and hashes them into h. What was written counts whether or not src
-// fails. The upload may have at most limit bytes in all: more are an [ErrTooLarge].
+// append adds the bytes of src, and hashes them into h. The bytes that were written before an error
+// stay, and size includes them: the client continues after them. The upload may have at most limit
+// bytes in all: more are an [ErrTooLarge], and the bytes up to the limit stay.
 func (u *incoming) append(ctx context.Context, src io.Reader, h hash.Hash, limit int64) error {
 	w := &hashingWriter{file: u.file, hash: h, store: u.store}
 	n, err := u.store.copy(w, io.LimitReader(&ctxReader{ctx, src}, limit-u.size))
@@ -159,7 +176,7 @@ func (u *incoming) append(ctx context.Context, src io.Reader, h hash.Hash, limit
 	return nil
 }
 
-// close ends the request. The upload stays.
+// close ends the request and drops the lock. The upload stays.
 func (u *incoming) close() error {
 	var err error
 	if u.file != nil {
@@ -169,7 +186,8 @@ func (u *incoming) close() error {
 	return errors.Join(err, u.release())
 }
 
-// remove ends the request, and the upload with its bytes.
+// remove ends the request, and the upload with its bytes. The lock is dropped last, so no other
+// request sees half of it.
 func (u *incoming) remove() error {
 	var err error
 	if u.file != nil {
@@ -179,13 +197,15 @@ func (u *incoming) remove() error {
 	return errors.Join(err, u.store.removeDir(u.dir, isPartialFile), u.release())
 }
 
-// finish takes the complete bytes for a blob of the repository, and the upload goes. verified says
-// that the bytes have been hashed while they came in, and that all of them were.
+// finish holds the complete bytes as a blob of the repository. verified says that all bytes were
+// hashed while they came in, and have the digest. Otherwise the file is read here. The caller then
+// removes the upload, of which only the directory is left.
 //
-// Errors: [ErrDigestMismatch], and any error from ctx or the file system.
+// Errors: [ErrDigestMismatch], and any error from ctx or the file system. After them the bytes are
+// still the upload's.
 func (u *incoming) finish(ctx context.Context, repository string, d digest.Digest, verified bool) error {
 	s := u.store
-	u.file.start(0, 0) // on its way to the disk by the time that the manifest comes
+	u.file.start(0, 0) // most bytes are on the disk when the manifest comes and they are synced
 	if !verified {
 		if _, err := u.file.Seek(0, io.SeekStart); err != nil {
 			return err
@@ -215,8 +235,10 @@ func (s *blobStore) sweepUpload(dir string) error {
 	return s.removeIdle(dir, isPartialFile)
 }
 
-// countUploads returns how many uploads there are, counting up to limit. It first removes those
-// that have had no byte since a moment.
+// countUploads returns how many uploads there are, counting up to limit. If there are that many, it
+// removes those that have had no byte since a moment, and counts the others. Most calls therefore
+// read no file's time. Requests that count at once may together begin more uploads than the limit:
+// it guards the disk, and need not be exact.
 func (s *blobStore) countUploads(ctx context.Context, limit int, before time.Time) (n int, err error) {
 	count := func(sweep bool) error {
 		n = 0
@@ -242,7 +264,8 @@ func (s *blobStore) countUploads(ctx context.Context, limit int, before time.Tim
 	return n, count(true)
 }
 
-// uploadIdleSince reports whether an upload has had no byte since a moment.
+// uploadIdleSince reports whether an upload has had no byte since a moment. The directory counts as
+// well: before the first byte there is no file.
 func (s *blobStore) uploadIdleSince(dir string, moment time.Time) bool {
 	for _, name := range []string{dir, path.Join(dir, partialData)} {
 		fi, err := s.root.Lstat(name)

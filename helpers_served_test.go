@@ -33,14 +33,14 @@ func serveAt(t testing.TB, r *ocilocal.LocalRegistry, opts *ocilocal.HandlerOpti
 	return &served{s, strings.TrimPrefix(s.URL, "http://"), t}
 }
 
-// An received is a response whose body was read.
+// A received is a response whose body was read.
 type received struct {
 	status int
 	header http.Header
 	body   string
 }
 
-// code is the first code of an error body.
+// code returns the first error code of the body, or "" if it has none.
 func (a received) code() string {
 	var doc struct {
 		Errors []struct{ Code, Message string }
@@ -51,7 +51,8 @@ func (a received) code() string {
 	return doc.Errors[0].Code
 }
 
-// do makes a request. Header fields are pairs.
+// do makes a request, with header fields in pairs of name and value. A failed connection ends the
+// test.
 func (s *served) do(method, path, body string, fields ...string) received {
 	s.t.Helper()
 	a, err := s.try(method, path, strings.NewReader(body), fields...)
@@ -61,7 +62,7 @@ func (s *served) do(method, path, body string, fields ...string) received {
 	return a
 }
 
-// try is do for a request that may fail.
+// try is do for a request that may fail. path may also be a whole URL.
 func (s *served) try(method, path string, body io.Reader, fields ...string) (received, error) {
 	if !strings.Contains(path, "://") {
 		path = s.URL + path
@@ -102,7 +103,7 @@ func (s *served) pushBlob(repository, text string) digest.Digest {
 	return d
 }
 
-// imageOf is an image manifest with the config {} and layers of these texts.
+// imageOf returns an image manifest with the config {} and layers of these texts.
 func imageOf(texts ...string) string {
 	m := ocispec.Manifest{MediaType: ocispec.MediaTypeImageManifest, Config: ocispec.DescriptorEmptyJSON, ArtifactType: "application/vnd.example.test"}
 	m.SchemaVersion = 2
@@ -128,7 +129,8 @@ func (s *served) pushImage(repository, reference string, texts ...string) digest
 	return digestOfText(raw)
 }
 
-// spoil writes other bytes into the file of a blob, which may have several names.
+// spoil writes other bytes into the file of a blob. It writes in place, so every link to the file
+// has the new bytes.
 func spoil(t *testing.T, r *ocilocal.LocalRegistry, d digest.Digest, text string) {
 	t.Helper()
 	file := blobFile(r, d)

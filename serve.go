@@ -9,38 +9,40 @@ import (
 	"time"
 )
 
-// HandlerOptions govern [LocalRegistry.Handler]. Nil is the zero value, which suits a test that
-// listens on a loopback address: everybody who reaches the server may do everything.
+// HandlerOptions govern [LocalRegistry.Handler]. Nil is the zero value: everybody who reaches the
+// server may do everything. That suits a test that listens on a loopback address.
 type HandlerOptions struct {
 	// Host is the host of the local names that are served: repository org/app of the server is
 	// Host/org/app in the registry. Empty means localhost, whatever address and port the server has.
 	Host string
-	// Name, if not nil, returns the local name of a repository, in place of Host. It sees the
-	// request, and so its Host header and its query, as containerd's ?ns=docker.io. The repository
-	// has the form that the distribution specification demands. An error answers the request with
-	// 404. Name must not read the body. With a Name there is no catalog.
+	// Name, if not nil, returns the local name of a repository, in place of Host. It can use the
+	// request's Host header and its query, such as containerd's ?ns=docker.io. The repository has
+	// the form that the distribution specification demands. An error answers the request with 404.
+	// Name must not read the body. With a Name there is no catalog.
 	Name func(r *http.Request, repository string) (string, error)
 	// Authorize, if not nil, decides about each request before anything is done. repository is as
 	// the client names it, and empty for ActionPing and ActionCatalog. Nil allows the action. A
-	// [*ChallengeError] answers 401 with its challenge, and any other error answers 403. The text of
-	// the error is not sent. A mount asks for ActionPull of the other repository, too.
+	// [*ChallengeError] answers 401 with its challenge, and any other error answers 403. The text
+	// of the error is not sent. A mount also asks for ActionPull of the other repository.
 	Authorize func(r *http.Request, repository string, action Action) error
 	// Upstream, if not nil, is a registry from which misses are pulled.
 	Upstream *Upstream
 	// ReadOnly refuses pushes and deletions with 405.
 	ReadOnly bool
-	// MaxBlobSize, if positive, is how many bytes a blob may have that is pushed.
+	// MaxBlobSize, if positive, is the largest size of a pushed blob, in bytes.
 	MaxBlobSize int64
-	// MaxUploads is how many uploads may have been begun and not ended, in all processes. Zero means
-	// 1000. A further one is answered with 429, once UploadAge frees no place.
+	// MaxUploads is how many uploads may be begun and not ended, in all processes. Zero means 1000.
+	// At that number, uploads older than UploadAge are removed. If none is, the next upload is
+	// answered with 429.
 	MaxUploads int
-	// UploadAge is after how long without a byte an upload makes place for another. Zero means 24
-	// hours. Collections remove old uploads as well: see [GCOptions.Held].
+	// UploadAge is how long an upload may get no byte before it makes place for another one. Zero
+	// means 24 hours. Collections remove old uploads as well: see [GCOptions.Held].
 	UploadAge time.Duration
-	// MinChunk, if positive, is the size of chunks that clients are asked for.
+	// MinChunk, if positive, is the size of chunks in bytes that clients are asked for, except for
+	// the last one. Smaller chunks are taken as well.
 	MinChunk int64
-	// StallTimeout ends requests that make no progress: a client must send or take 4 KiB in that time.
-	// Zero means one minute, and a negative value is no limit.
+	// StallTimeout ends a request without progress: within that time a client must send or take
+	// 4 KiB. Zero means one minute, and a negative value is no limit.
 	StallTimeout time.Duration
 }
 
@@ -98,17 +100,18 @@ const (
 	maxLargeManifests = 4
 )
 
-// handler is the distribution API on one registry. Between requests it keeps only what a later
-// request can do without.
+// handler is the distribution API on one registry. All that a later request needs is in the
+// registry's root, where any process finds it. The fields below save work: without them, content is
+// read or asked for once more.
 type handler struct {
 	registry *LocalRegistry
 	opts     HandlerOptions
 
-	// largeManifests has room for each large manifest that is being parsed: that can take twenty
-	// times the memory of its bytes.
+	// largeManifests has one element for each large manifest that is being parsed. It bounds their
+	// number, because parsing can take twenty times the memory of the bytes.
 	largeManifests chan struct{}
 
-	mu     sync.Mutex
+	mu     sync.Mutex              // guards hashes and asked
 	hashes map[string]uploadHash   // of uploads, by id: see takeHash
 	asked  map[Reference]time.Time // when the upstream was asked for a tag
 }
@@ -117,8 +120,8 @@ type handler struct {
 // specification 1.1: pull, push, deletion, tags, referrers and the catalog, below /v2/.
 //
 // Any number of handlers and processes can serve one root, behind any load balancer: an upload may
-// continue in another process. A manifest that was acknowledged with 201 is durable with all that
-// it needs. No client receives all bytes of damaged content, or a part of a blob that was not
+// continue in another process. When a manifest is acknowledged with 201, it and all its content
+// are durable. No client receives all bytes of damaged content, or a part of a blob that was not
 // verified. [Repository] says how long content without a tag stays.
 //
 // The handler answers 503 after [LocalRegistry.Close]. A registry that is open read-only is served
@@ -146,7 +149,17 @@ func (r *LocalRegistry) Handler(opts *HandlerOptions) http.Handler {
 	return h
 }
 
-// An exchange is one request and its answer.
+// An exchange is one request and its answer. It goes through these steps:
+//
+//	parseRoute   the path is checked before anything else is done with it
+//	endpoints    405 if the method has no endpoint for this kind of path
+//	authorize    the caller's hook; nothing of the registry was read until here
+//	repository   the name that the client uses becomes a local name
+//	endpoint     answers and returns nil, or writes nothing and returns an error
+//	fail         makes a status, a code and a harmless text of that error
+//
+// An answer that has begun can't become an error. So an endpoint does all that is likely to fail
+// before it writes, and stream breaks the connection off if the rest fails.
 type exchange struct {
 	*handler
 	w http.ResponseWriter
@@ -173,13 +186,14 @@ func (h *handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// An endpoint is what one method does with one kind of path.
+// An endpoint serves one method for one kind of path.
 type endpoint struct {
 	action Action
 	serve  func(x *exchange) error
 }
 
-// endpoints are all that the handler can do.
+// endpoints are all that the handler can do. HEAD is served by the GET of the same path, which
+// sends no body then.
 var endpoints = map[routeKind]map[string]endpoint{
 	routeBase:    {"GET": {ActionPing, (*exchange).ping}},
 	routeCatalog: {"GET": {ActionCatalog, (*exchange).catalog}},
@@ -203,6 +217,8 @@ var endpoints = map[routeKind]map[string]endpoint{
 	},
 }
 
+// serve authorizes the request and calls its endpoint. Authorization comes before the name is
+// mapped and before any lookup, so a client without access can't learn what exists.
 func (x *exchange) serve() error {
 	method := x.r.Method
 	if method == "HEAD" {
@@ -234,7 +250,8 @@ func (x *exchange) serve() error {
 	return e.serve(x)
 }
 
-// authorize asks the hook.
+// authorize asks HandlerOptions.Authorize. Its error becomes an answer without the error's text,
+// which may hold secrets of the application.
 func (x *exchange) authorize(repository string, action Action) error {
 	if x.opts.Authorize == nil {
 		return nil
@@ -266,6 +283,7 @@ func (x *exchange) repository(repository string) (*Repository, error) {
 	return p, nil
 }
 
+// ping serves GET /v2/. It only checks that the registry is open.
 func (x *exchange) ping() error {
 	if _, err := x.registry.begin(x.r.Context()); err != nil {
 		return err
@@ -274,8 +292,12 @@ func (x *exchange) ping() error {
 	return x.json(map[string]string{})
 }
 
-// url returns the address of another resource of the repository. It has the prefix at which the
-// handler is mounted, and the parameters of the request that are not the API's, such as ns.
+// url returns the address of another resource, for a Location or Link header. It is a path without
+// a host: only the client knows by which host and scheme it reached the server. It keeps the prefix
+// at which the handler is mounted, and the parameters that are not the API's, such as ns.
+//
+// [http.StripPrefix] removes the prefix from URL.Path but not from RequestURI, so the difference is
+// the prefix. One that begins with // is not used, because a client would read a host in it.
 func (x *exchange) url(suffix string, query ...string) string {
 	prefix := ""
 	given, _, _ := strings.Cut(x.r.RequestURI, "?")

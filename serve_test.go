@@ -10,7 +10,7 @@ import (
 	"github.com/ocilocal/ocilocal"
 )
 
-// TestServeRemote pushes and pulls by this package's own client.
+// TestServeRemote pushes to the handler and pulls from it with this package's own client.
 func TestServeRemote(t *testing.T) {
 	t.Parallel()
 	r := openTemp(t, nil)
@@ -36,7 +36,8 @@ func TestServeRemote(t *testing.T) {
 	}
 }
 
-// TestServeAccess: the hook sees what is asked for, and nothing happens before it agrees.
+// TestServeAccess: Authorize gets repository and action of each request, and nothing happens before
+// it agrees. The text of its error is not sent. ReadOnly refuses pushes and deletions.
 func TestServeAccess(t *testing.T) {
 	t.Parallel()
 	r := openTemp(t, nil)
@@ -83,7 +84,8 @@ func TestServeAccess(t *testing.T) {
 	}
 }
 
-// TestServeNames maps repositories to local names.
+// TestServeNames maps repositories to local names, by Host and by Name. Links in answers keep ?ns=
+// and the prefix at which the handler is mounted.
 func TestServeNames(t *testing.T) {
 	t.Parallel()
 	r := openTemp(t, nil)
@@ -113,7 +115,7 @@ func TestServeNames(t *testing.T) {
 		t.Error(a.header)
 	}
 
-	// Below a prefix, links have it.
+	// A handler that is mounted at a prefix has it in its links.
 	mux := http.NewServeMux()
 	mux.Handle("/registry/", http.StripPrefix("/registry", r.Handler(nil)))
 	below := httptest.NewServer(mux)

@@ -12,11 +12,12 @@ import (
 	"github.com/opencontainers/go-digest"
 )
 
-// smallBlob is the size up to which a blob is verified before its answer begins. Damage is then an
-// answer, and not a broken connection.
+// smallBlob is the size up to which a blob is verified before its answer begins. The client then
+// gets a 500 for a damaged one, and not a broken connection.
 const smallBlob = 256 << 10
 
-// unchanged answers that the client has the content already, if it says so.
+// unchanged answers 304 if the client says by If-None-Match that it has the content, and reports
+// whether it has answered. RFC 9110, 15.4.5, wants the ETag in that answer.
 func (x *exchange) unchanged(d digest.Digest) bool {
 	if !matchesETag(x.r.Header.Get("If-None-Match"), d) {
 		return false
@@ -26,7 +27,8 @@ func (x *exchange) unchanged(d digest.Digest) bool {
 	return true
 }
 
-// describe sets the headers of an answer with content.
+// describe sets the headers of an answer with content. A digest names its bytes for ever, so it is
+// the entity tag as well.
 func (x *exchange) describe(d digest.Digest, mediaType string, size int64) {
 	h := x.w.Header()
 	h.Set("Docker-Content-Digest", string(d))
@@ -35,9 +37,17 @@ func (x *exchange) describe(d digest.Digest, mediaType string, size int64) {
 	h.Set("Content-Length", strconv.FormatInt(size, 10))
 }
 
-// getBlob serves GET and HEAD of a blob. Nobody receives all bytes of a damaged blob, nor any range
-// of it: a range is sent only of a file that this handle has verified, if need be just then. A whole
-// blob is verified on the way if it is large. Then the answer breaks off before the last byte.
+// getBlob serves GET and HEAD of a blob. No client must take damaged bytes for good ones. How that
+// is ensured depends on what is asked for, and on whether this handle has verified the file before:
+//
+//	request            verified before        not verified before
+//	a range            sent as it is          the whole file is read first, then the range is sent
+//	whole, small       sent as it is          the whole file is read first, then it is sent
+//	whole, large       sent as it is          verified while it is sent
+//
+// In the last case the verifier holds back the last bytes until the digest is right. If it is
+// wrong, the connection breaks off, and the client has fewer bytes than Content-Length says.
+// A client can't check a range by the digest, so a range never is verified while it is sent.
 func (x *exchange) getBlob() error {
 	b, err := x.openBlob()
 	if b == nil || err != nil {
@@ -65,15 +75,16 @@ func (x *exchange) getBlob() error {
 type servedBlob struct {
 	name       string
 	file       *os.File
-	info       fs.FileInfo
-	size       int64
-	part       byteRange
-	ranged     bool
-	unverified *verifier // reads the file; nil if that has been verified
+	info       fs.FileInfo // of file, if unverified is not nil
+	size       int64       // of the whole blob
+	part       byteRange   // what is sent
+	ranged     bool        // the answer is a 206
+	unverified *verifier   // reads the file; nil if that has been verified
 }
 
 // openBlob opens the blob of the path, or answers the request and returns nil. The registry must be
-// open for that. It may be closed while the blob is being sent.
+// open for that. It may be closed while the blob is being sent, since only the open file is needed
+// then: a slow client must not delay Close.
 func (x *exchange) openBlob() (_ *servedBlob, err error) {
 	ctx := x.r.Context()
 	end, err := x.registry.begin(ctx)
@@ -96,6 +107,7 @@ func (x *exchange) openBlob() (_ *servedBlob, err error) {
 	}
 	whole := true
 	if s := x.r.Header.Get("Range"); s != "" {
+		// If-Range compares strongly (RFC 9110, 13.1.5), so a weak tag asks for the whole blob.
 		if condition := x.r.Header.Get("If-Range"); condition == "" || condition == etag(x.digest) {
 			if b.part, whole, err = parseByteRange(s, b.size); err != nil {
 				x.w.Header().Set("Content-Range", fmt.Sprintf("bytes */%d", b.size))
@@ -130,18 +142,20 @@ func (x *exchange) openBlob() (_ *servedBlob, err error) {
 	return b, nil
 }
 
-// locate finds a blob of the repository.
+// locate finds the file of a blob that the repository shows.
 func (x *exchange) locate(d digest.Digest) (name string, size int64, err error) {
 	name, size, err = x.repo.locate(d)
 	if errors.Is(err, ErrNotFound) {
-		// It may have been published, and no longer been held, in between.
+		// The first look reads the index and then the held files. A blob that was published and
+		// released in between was seen by neither, and the second look finds it in the index.
 		name, size, err = x.repo.locate(d)
 	}
 	return name, size, err
 }
 
-// stream sends the body of an answer of known length. If that fails, the connection breaks off, so
-// that no client takes a part for the whole.
+// stream sends the body of an answer whose headers are written. If that fails, it breaks the
+// connection off, so that no client takes a part for the whole. It logs damage, but not a client
+// that went away.
 func (x *exchange) stream(write func(*serveWriter) error) error {
 	err := x.send(write)
 	if err == nil {
@@ -150,7 +164,7 @@ func (x *exchange) stream(write func(*serveWriter) error) error {
 	if damage := damaged(err); damage != err {
 		x.registry.opts.Logger.Error("ocilocal: a damaged blob was asked for", "digest", x.digest, "error", err)
 	}
-	panic(http.ErrAbortHandler) // the way of net/http to do that
+	panic(http.ErrAbortHandler) // net/http's way to break off: it recovers, and logs nothing
 }
 
 // deleteBlob serves DELETE of a blob.

@@ -5,7 +5,8 @@ import (
 	"testing"
 )
 
-// TestServeBlob reads a blob whole, in parts, and not at all.
+// TestServeBlob reads a blob whole and in ranges, and asks for one that the client has already or
+// that another repository has.
 func TestServeBlob(t *testing.T) {
 	t.Parallel()
 	r := openTemp(t, nil)
@@ -57,7 +58,8 @@ func TestServeBlob(t *testing.T) {
 	}
 }
 
-// TestServeDamaged: nobody gets all bytes of a damaged blob, nor a part of one.
+// TestServeDamaged: no client gets all bytes of a damaged blob, or a range of it. A damaged
+// manifest is a 500.
 func TestServeDamaged(t *testing.T) {
 	t.Parallel()
 	root := t.TempDir()

@@ -26,7 +26,7 @@ import (
 	"github.com/ocilocal/ocilocal"
 )
 
-// serveFlow is what putFlow does, over HTTP and with one blob in two chunks.
+// serveFlow does the same as putFlow, over HTTP and with one blob in two chunks.
 func serveFlow(r *ocilocal.LocalRegistry) error {
 	var failure error
 	ocilocal.SetLogger(r, slog.New(errorLog{slog.DiscardHandler, &failure}))
@@ -97,8 +97,8 @@ func serveWorker(_ *bufio.Scanner, args []string) error {
 	return http.Serve(l, r.Handler(nil))
 }
 
-// TestServeKilled kills a server while clients push, pull and delete, again and again. Another server
-// of the root then has every manifest that was acknowledged and not deleted, with its blobs.
+// TestServeKilled kills a server while clients push, pull and delete, again and again. Another
+// server of the root then has every manifest that was acknowledged and not deleted, and its blobs.
 func TestServeKilled(t *testing.T) {
 	root := t.TempDir()
 	dontWatch(root)
@@ -207,7 +207,7 @@ func pushKilled(c *http.Client, base, tag string) (string, error) {
 	return raw, nil
 }
 
-// ask makes a request of which the answer must have a status.
+// ask makes a request, and returns an error unless the answer has that status.
 func ask(c *http.Client, method, url, body string, status int) (http.Header, string, error) {
 	req, err := http.NewRequest(method, url, strings.NewReader(body))
 	if err != nil {

@@ -10,7 +10,7 @@ import (
 	"strconv"
 )
 
-// The error codes of the distribution specification.
+// The error codes of the distribution specification, except codeUnknown.
 const (
 	codeBlobUnknown         = "BLOB_UNKNOWN"
 	codeUploadInvalid       = "BLOB_UPLOAD_INVALID"
@@ -26,10 +26,11 @@ const (
 	codeDenied              = "DENIED"
 	codeUnsupported         = "UNSUPPORTED"
 	codeTooManyRequests     = "TOOMANYREQUESTS"
-	codeUnknown             = "UNKNOWN" // not in the specification: a failure of the server
+	codeUnknown             = "UNKNOWN" // as other registries send for a failure of the server
 )
 
-// A serveError is an answer that is an error. Its message is safe to send.
+// A serveError is an answer with an error body. Its message is sent, so it must have no path,
+// no address and no text of another error that may have them.
 type serveError struct {
 	status  int
 	code    string
@@ -38,18 +39,20 @@ type serveError struct {
 
 func (e *serveError) Error() string { return e.message }
 
+// serveErrorf returns a [*serveError]. Its arguments reach the client: see there.
 func serveErrorf(status int, code, format string, args ...any) error {
 	return &serveError{status, code, fmt.Sprintf(format, args...)}
 }
 
-// A damagedError is about content of the registry that a client asked for. The client has not sent
-// what is wrong.
+// A damagedError is about content of the registry that a client asked for. It keeps a digest
+// mismatch of stored content, a 500, apart from one of pushed content, a 400.
 type damagedError struct{ err error }
 
 func (e *damagedError) Error() string { return e.err.Error() }
 func (e *damagedError) Unwrap() error { return e.err }
 
-// damaged makes a [damagedError] of an error that says that content is damaged.
+// damaged makes a [damagedError] of an error that says that content is damaged. Other errors and
+// nil stay as they are. Endpoints that read content call it.
 func damaged(err error) error {
 	if errors.Is(err, ErrDigestMismatch) || errors.Is(err, ErrSizeMismatch) {
 		return &damagedError{err}
@@ -57,7 +60,9 @@ func damaged(err error) error {
 	return err
 }
 
-// serverErrors are the errors for which the client is not to blame, and their answers.
+// serverErrors are the errors for which the client is not to blame, and their answers. They are
+// looked up before clientErrors: for an error that matches both, the client had better try again
+// than give up.
 var serverErrors = []struct {
 	is      error
 	status  int
@@ -71,7 +76,8 @@ var serverErrors = []struct {
 	{ErrReadOnly, http.StatusServiceUnavailable, "registry cannot be written"}, // though it is open for writing
 }
 
-// clientErrors are the errors of a client's making, and their answers. The first match counts.
+// clientErrors are the errors that the client has caused, and their answers. The first match
+// counts.
 var clientErrors = []struct {
 	is     error
 	status int
@@ -89,14 +95,24 @@ var clientErrors = []struct {
 	{ErrInvalidReference, http.StatusBadRequest, codeNameInvalid},
 }
 
-// timeoutError is an error of a connection, which may be that a deadline has passed.
+// timeoutError is an error of a connection. Timeout says whether a deadline has passed.
 type timeoutError interface {
 	error
 	Timeout() bool
 }
 
-// answer returns what the client is told about an error. The text of an error of the file system or
-// of the index is not for clients.
+// answer returns the answer to an error. The first of these that fits counts:
+//
+//  1. a serveError is the answer already
+//  2. the body could not be read: the client stalled, broke off, or sent too much
+//  3. the registry can't serve now: see serverErrors
+//  4. stored content is damaged: before 5, which would blame the client for it
+//  5. the client's fault: see clientErrors
+//  6. ErrNotFound, with the code of the endpoint
+//  7. anything else is a 500
+//
+// The text of the error is sent only for 1 and 5, and for a body that is too large. Other texts may
+// hold paths and addresses. They are logged instead: see fail.
 func (x *exchange) answer(err error) *serveError {
 	if e, ok := errors.AsType[*serveError](err); ok {
 		return e
@@ -123,6 +139,8 @@ func (x *exchange) answer(err error) *serveError {
 	}
 	for _, e := range clientErrors {
 		if errors.Is(err, e.is) {
+			// Send the cause without the operations around it: they hold the local reference, which
+			// the client does not know.
 			for {
 				outer, ok := errors.AsType[*Error](err)
 				if !ok {
@@ -147,13 +165,16 @@ func (x *exchange) answer(err error) *serveError {
 	return &serveError{http.StatusInternalServerError, codeUnknown, "internal error"}
 }
 
-// fail answers with an error.
+// fail answers with an error, and logs it if the server is to blame. It does not log when the
+// client is gone: then the error most likely is a cancelled context.
 func (x *exchange) fail(err error) {
 	e := x.answer(err)
 	if e.status >= 500 && x.r.Context().Err() == nil {
 		x.registry.opts.Logger.Error("serving failed", slog.String("method", x.r.Method), slog.String("path", x.r.URL.Path), slog.Any("error", err))
 	}
 	h := x.w.Header()
+	// These may have been set for the content that is not sent now. Range and Location stay: by
+	// them the client continues an upload that failed.
 	for _, name := range []string{"ETag", "Docker-Content-Digest", "Accept-Ranges"} {
 		h.Del(name)
 	}
@@ -170,7 +191,7 @@ func (x *exchange) fail(err error) {
 	x.respond(e.status, "application/json", body)
 }
 
-// json answers with a document.
+// json answers 200 with a document.
 func (x *exchange) json(v any) error {
 	body, err := json.Marshal(v)
 	if err != nil {
@@ -180,7 +201,8 @@ func (x *exchange) json(v any) error {
 	return nil
 }
 
-// respond sends a whole answer.
+// respond sends a whole answer, to HEAD without its body. An error of the connection is dropped:
+// there is no client left to get it.
 func (x *exchange) respond(status int, mediaType string, body []byte) {
 	h := x.w.Header()
 	h.Set("Content-Type", mediaType)
@@ -194,7 +216,8 @@ func (x *exchange) respond(status int, mediaType string, body []byte) {
 	}
 }
 
-// empty sends an answer without a body.
+// empty sends an answer without a body. Its Content-Length is 0, except for a 204, which must not
+// have that header (RFC 9110, 8.6).
 func (x *exchange) empty(status int) error {
 	if status != http.StatusNoContent {
 		x.w.Header().Set("Content-Length", "0")

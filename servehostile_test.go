@@ -18,7 +18,7 @@ import (
 )
 
 // TestServeHostile: clients that break off, lie about lengths, send rubbish, or say nothing. Each
-// gets an answer or the end of its connection, and nothing of theirs is outside tmp/.
+// gets an answer or the end of its connection. Nothing that they sent is below blobs/.
 func TestServeHostile(t *testing.T) {
 	t.Parallel()
 	r := openTemp(t, nil)
@@ -70,7 +70,7 @@ func TestServeHostile(t *testing.T) {
 			case err == nil && (res.StatusCode < 400 || !strings.HasPrefix(res.Status, test.status)):
 				t.Errorf("%s, want %s", res.Status, test.status)
 			}
-			// The connection ends: nobody waits for the rest.
+			// The server ends the connection, and does not wait for the rest.
 			if test.status != "" {
 				if _, err := io.Copy(io.Discard, conn); err != nil && !errors.Is(err, io.EOF) {
 					t.Log(err)
@@ -87,7 +87,7 @@ func TestServeHostile(t *testing.T) {
 	})
 }
 
-// FuzzServe: no request is a panic or a failure of the server, and none changes what is served.
+// FuzzServe: no request is a panic or a 5xx, every error has a code, and no GET deletes a blob.
 func FuzzServe(f *testing.F) {
 	r := openTemp(f, nil)
 	s := serveAt(f, r, nil)

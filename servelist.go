@@ -12,12 +12,20 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// The most that a page has. A client may ask for fewer.
+// The limits of one page. A client may ask for fewer entries by n, and gets no error if it asks for
+// more: the distribution specification lets a server send fewer.
 const (
 	maxServedPage      = 1000 // names
 	maxServedReferrers = 500
-	maxReferrersSize   = 3 << 20 // bytes of their descriptors: clients take 4 MiB
+	// maxReferrersSize is how many bytes the descriptors of a page may have. Clients read an image
+	// index of at most 4 MiB.
+	maxReferrersSize = 3 << 20
 )
+
+// All lists are paged alike. The position is the last entry of the page before, never a number or a
+// cursor that the server keeps, so any process can serve the next page, and entries that come or go
+// in between shift nothing. One entry more than the page is read: if there is one, the answer has a
+// Link header with rel="next". The client follows it as it is.
 
 // pageSize returns how many entries the client wants, at most limit.
 func pageSize(q url.Values, limit int) (int, error) {
@@ -37,7 +45,8 @@ func (x *exchange) next(suffix string, query ...string) {
 	x.w.Header().Set("Link", "<"+x.url(suffix, query...)+`>; rel="next"`)
 }
 
-// tags serves the list of a repository's tags.
+// tags serves the list of a repository's tags, in the order of their bytes. A repository with
+// content and without tags has an empty list. One without content is a 404.
 func (x *exchange) tags() error {
 	q := x.r.URL.Query()
 	n, err := pageSize(q, maxServedPage)
@@ -46,7 +55,7 @@ func (x *exchange) tags() error {
 	}
 	last := q.Get("last")
 	if len(last) > maxTagLen {
-		last = last[:maxTagLen+1] // it is in the same place of the order
+		last = last[:maxTagLen+1] // still after the same tags, since none is longer than maxTagLen
 	}
 	tags := []string{}
 	if n > 0 {
@@ -71,7 +80,7 @@ func (x *exchange) tags() error {
 	}{x.name, tags})
 }
 
-// checkKnown returns [ErrNotFound] if the repository has no tag and no manifest.
+// checkKnown returns [ErrNotFound] if the repository has no ref and holds no manifest.
 func (x *exchange) checkKnown() error {
 	ctx := x.r.Context()
 	refs, err := x.registry.page(ctx, x.repo.name, "", x.repo.name+"\x00", 1)
@@ -91,7 +100,9 @@ func (x *exchange) checkKnown() error {
 	return cmp.Or(err, ErrNotFound)
 }
 
-// catalog serves the list of repositories. Those that are not below the served host are not in it.
+// catalog serves the list of repositories below the served host. Other repositories of the registry
+// can't be reached by this handler. With HandlerOptions.Name there is no list: that function maps
+// names in one direction only.
 func (x *exchange) catalog() error {
 	if x.opts.Name != nil {
 		return serveErrorf(http.StatusNotFound, codeUnsupported, "there is no catalog")
@@ -129,7 +140,12 @@ func (x *exchange) catalog() error {
 	}{names})
 }
 
-// referrers serves the manifests of the repository that have a subject, in pages by their digests.
+// referrers serves the manifests of the repository whose subject is the digest of the path, as an
+// image index, in pages by their digests. An unknown digest has an empty list, as the distribution
+// specification demands: a referrer may come before its subject.
+//
+// A page ends at n entries or at maxReferrersSize bytes, whichever comes first. It has at least one
+// entry, or a single large descriptor would end the list.
 func (x *exchange) referrers() error {
 	q := x.r.URL.Query()
 	n, err := pageSize(q, maxServedReferrers)
@@ -140,7 +156,7 @@ func (x *exchange) referrers() error {
 	if opts.After != "" && checkDigest(opts.After) != nil {
 		return serveErrorf(http.StatusBadRequest, codeDigestInvalid, "last is not a digest")
 	}
-	n = max(n, 1)
+	n = max(n, 1) // the next page begins after an entry of this one
 	index := ocispec.Index{Versioned: specs.Versioned{SchemaVersion: 2}, MediaType: ocispec.MediaTypeImageIndex, Manifests: []ocispec.Descriptor{}}
 	size := 0
 	for d, err := range x.repo.Referrers(x.r.Context(), x.digest, opts) {

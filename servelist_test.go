@@ -10,7 +10,8 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// TestServeLists pages through tags, repositories and referrers.
+// TestServeLists pages through tags, repositories and referrers, in pages of several sizes. All
+// pages together have each entry once.
 func TestServeLists(t *testing.T) {
 	t.Parallel()
 	r := openTemp(t, nil)
@@ -35,7 +36,7 @@ func TestServeLists(t *testing.T) {
 			t.Error(a.header)
 		}
 	}
-	// all follows the links and returns what the pages list.
+	// all follows the links and returns the entries of all pages, and the last page.
 	all := func(path string, field string) (found []string, last received) {
 		for pages := 0; path != ""; pages++ {
 			last = s.want(200, "GET", path, "")

@@ -9,7 +9,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// reference is the tag or digest in the path.
+// reference returns the tag or digest in the path.
 func (x *exchange) reference() string {
 	if x.tag != "" {
 		return x.tag
@@ -17,7 +17,9 @@ func (x *exchange) reference() string {
 	return string(x.digest)
 }
 
-// getManifest serves GET and HEAD of a manifest. HEAD reads only the index.
+// getManifest serves GET and HEAD of a manifest. HEAD and a request with a matching If-None-Match
+// read only the index. A GET has the whole manifest in memory, verified, before it answers, so
+// damage is a 500. Accept is ignored: manifests are never converted, so there is nothing to choose.
 func (x *exchange) getManifest() error {
 	desc, err := x.resolve()
 	if err != nil {
@@ -40,7 +42,8 @@ func (x *exchange) getManifest() error {
 	return nil
 }
 
-// readManifest reads and verifies a manifest of the repository.
+// readManifest reads and verifies a manifest of the repository. The limit bounds the memory if a
+// damaged index and a foreign file agree on a huge size.
 func (x *exchange) readManifest(desc ocispec.Descriptor) ([]byte, error) {
 	src, err := x.repo.Fetch(x.r.Context(), desc)
 	if err != nil {
@@ -50,7 +53,12 @@ func (x *exchange) readManifest(desc ocispec.Descriptor) ([]byte, error) {
 	return raw, errors.Join(err, src.Close())
 }
 
-// putManifest serves PUT of a manifest, by tag or by digest.
+// putManifest serves PUT of a manifest, by tag or by digest. A tag that points elsewhere is moved,
+// as every registry does it. The answer comes after the commit: see [Repository.PutManifest].
+//
+// The manifest is parsed here for the headers of the answer, and once more by PutManifest.
+// largeManifests bounds how many large ones are in memory as parsed documents at a time. A request
+// takes its turn after its body was read, so a slow client does not block the others.
 func (x *exchange) putManifest() error {
 	mediaType := x.r.Header.Get("Content-Type")
 	if mediaType != "" {
@@ -80,6 +88,7 @@ func (x *exchange) putManifest() error {
 	}
 	u, err := x.repo.PutManifest(x.r.Context(), mediaType, raw, opts)
 	if errors.Is(err, ErrNotFound) && !errors.Is(err, ErrIncomplete) {
+		// A member of the manifest is missing. As ErrNotFound it would be a 404 about the manifest.
 		err = errors.Join(ErrIncomplete, err)
 	}
 	if err != nil {
@@ -97,7 +106,8 @@ func (x *exchange) putManifest() error {
 	return x.empty(http.StatusCreated)
 }
 
-// deleteManifest serves DELETE of a tag, or of a manifest with all tags of the repository.
+// deleteManifest serves DELETE of a tag, or of a manifest with all tags of the repository that
+// point at it. Deleting a tag leaves the manifest, held for a while: see [Repository.Untag].
 func (x *exchange) deleteManifest() (err error) {
 	if x.tag != "" {
 		err = x.repo.Untag(x.r.Context(), x.tag)

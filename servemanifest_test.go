@@ -8,7 +8,8 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// TestServeManifests puts, reads and deletes manifests and tags.
+// TestServeManifests puts, reads and deletes manifests and tags. A blob can be deleted only when no
+// manifest needs it any more.
 func TestServeManifests(t *testing.T) {
 	t.Parallel()
 	r := openTemp(t, nil)
@@ -30,7 +31,7 @@ func TestServeManifests(t *testing.T) {
 		}
 		s.want(304, "GET", "/v2/org/app/manifests/"+reference, "", "If-None-Match", `"`+d+`"`)
 	}
-	// A tag moves. What it pointed at stays.
+	// A tag moves. The manifest that it pointed at stays.
 	other := string(s.pushImage("org/app", "v1", "other"))
 	if a := s.want(200, "HEAD", "/v2/org/app/manifests/v1", ""); a.header.Get("Docker-Content-Digest") != other {
 		t.Error(a)

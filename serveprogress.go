@@ -11,9 +11,16 @@ import (
 // file and perhaps an upload for as long as it likes. A deadline for the whole request would end
 // large blobs on slow networks. So each request must make some progress: the deadline of the
 // connection moves on whenever minProgress bytes have passed.
+//
+//	body read         read deadline    begins with the request, moves on in Read, ends at EOF
+//	answer written    write deadline   begins in send, moves on in Write and sendFile, ends in send
+//
+// A connection has one deadline of each kind, which the server and the next request on it use as
+// well. So both are removed when they have done their work.
 const minProgress = 4 << 10
 
-// A stall moves one deadline of a connection. A connection that has none, as in a test, has no limit.
+// A stall moves one deadline of a connection. A connection without deadlines, as in a test, has no
+// limit: the error of set is dropped. One goroutine uses a stall at a time.
 type stall struct {
 	set     func(time.Time) error
 	timeout time.Duration
@@ -36,14 +43,16 @@ func (s *stall) progress(n int) {
 	}
 }
 
-// end removes the deadline. It would also end the wait for the next request.
+// end removes the deadline, which would also end the wait for the next request.
 func (s *stall) end() {
 	if s.timeout > 0 {
 		_ = s.set(time.Time{})
 	}
 }
 
-// serveBody is the body of a request.
+// serveBody is the body of a request. It marks the errors of its source as badBody, to tell them
+// from errors of the disk to which the bytes are copied: the first are answered with a 4xx, the
+// others with a 5xx.
 type serveBody struct {
 	src   io.Reader
 	stall stall
@@ -61,8 +70,9 @@ func (x *exchange) body(limit int64) *serveBody {
 func (b *serveBody) Read(p []byte) (int, error) {
 	n, err := b.src.Read(p)
 	if err == io.EOF {
-		// With the deadline in force the server would take the connection for broken while the
-		// answer is being worked out.
+		// After the body the server reads on in the background, to notice that the client goes
+		// away. If the deadline passed then, it would cancel the request while the answer is
+		// worked out.
 		b.stall.end()
 	} else {
 		b.stall.progress(n)
@@ -82,7 +92,7 @@ type badBody struct{ err error }
 func (e *badBody) Error() string { return "read body: " + e.err.Error() }
 func (e *badBody) Unwrap() error { return e.err }
 
-// sendChunk is how much is written between two looks at the deadline.
+// sendChunk is how many bytes are written before the deadline moves on.
 const sendChunk = 256 << 10
 
 // serveWriter is the body of an answer.
@@ -91,11 +101,13 @@ type serveWriter struct {
 	stall stall
 }
 
-// send calls write with the body of the answer.
+// send calls write with the body of the answer. It flushes the answer while the deadline holds:
+// net/http would do that after the handler, without a deadline.
 func (x *exchange) send(write func(*serveWriter) error) error {
 	control := http.NewResponseController(x.w)
 	w := &serveWriter{w: x.w, stall: stall{set: control.SetWriteDeadline, timeout: x.opts.StallTimeout}}
-	// The server may wait for the rest of the request, until its deadline, before it writes.
+	// Before it writes the server may read the rest of the request, until the read deadline. The
+	// first bytes of the answer have the time for both.
 	w.stall.extend(2 * w.stall.timeout)
 	defer w.stall.end()
 	err := write(w)
@@ -119,7 +131,7 @@ func (w *serveWriter) Write(p []byte) (written int, err error) {
 	}
 }
 
-// sendFile writes n bytes of a file. The kernel copies them where it can.
+// sendFile writes n bytes of a file. [io.CopyN] lets the kernel copy them (sendfile) where it can.
 func (w *serveWriter) sendFile(f io.Reader, n int64) error {
 	for n > 0 {
 		m, err := io.CopyN(w.w, f, min(n, sendChunk))

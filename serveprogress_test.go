@@ -13,7 +13,7 @@ import (
 	"github.com/ocilocal/ocilocal"
 )
 
-// TestServeSlowReader: a client that takes nothing does not keep its answer for ever.
+// TestServeSlowReader: the answer to a client that reads nothing ends after StallTimeout.
 func TestServeSlowReader(t *testing.T) {
 	t.Parallel()
 	r := openTemp(t, nil)
@@ -47,7 +47,8 @@ func TestServeSlowReader(t *testing.T) {
 	}
 }
 
-// TestServeTrickle: bytes that come one at a time are no progress. The upload keeps what came.
+// TestServeTrickle: a client that sends one byte at a time is ended with a 408. The upload keeps
+// the bytes that came.
 func TestServeTrickle(t *testing.T) {
 	t.Parallel()
 	r := openTemp(t, nil)

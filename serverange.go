@@ -12,9 +12,15 @@ import (
 // A byteRange is a part of a blob.
 type byteRange struct{ start, length int64 }
 
-// parseByteRange reads a Range header for content of a size. whole is true if all of it is to be sent,
-// also for what RFC 9110 lets a server ignore: another unit, bad syntax, several ranges. A range of
-// which no byte exists is a 416.
+// parseByteRange reads a Range header for content of a size. The forms of RFC 9110, 14.1.2, are:
+//
+//	bytes=2-5   bytes 2 to 5
+//	bytes=2-    byte 2 to the end
+//	bytes=-5    the last 5 bytes
+//
+// whole is true if all of the content is to be sent. That also answers a header that section 14.2
+// lets a server ignore: another unit, bad syntax, several ranges. A range of which no byte exists
+// is a 416. An end beyond the content means its end.
 func parseByteRange(s string, size int64) (_ byteRange, whole bool, err error) {
 	spec, ok := strings.CutPrefix(s, "bytes=")
 	first, last, dash := strings.Cut(strings.TrimSpace(spec), "-")
@@ -47,8 +53,8 @@ func parseByteRange(s string, size int64) (_ byteRange, whole bool, err error) {
 	return byteRange{start, min(end, size-1) - start + 1}, false, nil
 }
 
-// parseContentRange reads the Content-Range of a chunk, which the distribution specification spells
-// <first>-<last>.
+// parseContentRange reads the Content-Range of a chunk. The distribution specification spells it
+// <first>-<last>, without the unit and the size that RFC 9110 demands.
 func parseContentRange(s string) (r byteRange, ok bool) {
 	first, last, _ := strings.Cut(s, "-")
 	start, ok := parseCount(first)
@@ -59,7 +65,8 @@ func parseContentRange(s string) (r byteRange, ok bool) {
 	return byteRange{start, end - start + 1}, true
 }
 
-// parseCount reads decimal digits. A number that is too large is the largest one.
+// parseCount reads decimal digits, without a sign. A number that is too large becomes the largest
+// int64: it lies beyond the end of all content, and so has the same meaning.
 func parseCount(s string) (int64, bool) {
 	if s == "" || strings.Trim(s, "0123456789") != "" {
 		return 0, false
@@ -74,7 +81,8 @@ func parseCount(s string) (int64, bool) {
 // etag is the entity tag of content.
 func etag(d digest.Digest) string { return `"` + string(d) + `"` }
 
-// matchesETag reports whether an If-None-Match header has the tag of d.
+// matchesETag reports whether an If-None-Match header has the tag of d. The comparison is weak, as
+// RFC 9110, 13.1.2, demands: W/"x" matches "x".
 func matchesETag(header string, d digest.Digest) bool {
 	for header != "" {
 		var one string

@@ -12,10 +12,10 @@ import (
 	"github.com/ocilocal/ocilocal"
 )
 
-// oneRange is the syntax of RFC 9110 for one range. net/http takes more.
+// oneRange is the syntax of RFC 9110 for one range. net/http accepts other spellings too.
 var oneRange = regexp.MustCompile(`^bytes=([0-9]+-[0-9]*|-[0-9]+)$`)
 
-// FuzzServeRange compares ranges with those of net/http.
+// FuzzServeRange compares the ranges that the handler reads with those of net/http.
 func FuzzServeRange(f *testing.F) {
 	content := noise(1, 1000)
 	for _, s := range []string{"bytes=0-", "bytes=-1", "bytes=5-6", "bytes=999-2000", "bytes=1000-", "bytes=2-1", "bytes= 1 - 2 ", "bytes=1-2,", "0-1", "bytes=--1", "bytes=-0"} {

@@ -21,20 +21,34 @@ const (
 	routeUpload
 )
 
-// A serveRoute is a path of the API. Its parts have the form that the specification demands.
+// A serveRoute is a path of the API:
+//
+//	/v2/                                   routeBase
+//	/v2/_catalog                           routeCatalog: Docker's API, not the specification's
+//	/v2/<name>/tags/list                   routeTags
+//	/v2/<name>/manifests/<tag or digest>   routeManifest
+//	/v2/<name>/blobs/<digest>              routeBlob
+//	/v2/<name>/referrers/<digest>          routeReferrers
+//	/v2/<name>/blobs/uploads/              routeUploads, also without the last slash
+//	/v2/<name>/blobs/uploads/<id>          routeUpload
+//
+// name, tag and digest have the form that the specification demands, so no later step need guard
+// against dots, slashes or control characters in them.
 type serveRoute struct {
 	kind   routeKind
 	name   string        // of the repository
 	tag    string        // of routeManifest, or digest is set
 	digest digest.Digest // of routeManifest, routeBlob and routeReferrers
-	upload string        // of routeUpload: not checked
+	upload string        // of routeUpload, not checked: uploadPath does that
 }
 
-// maxRoute is longer than every path of valid parts.
+// maxRoute is longer than every path of valid parts: 256 bytes are enough for a digest or a tag.
+// Longer paths are not looked at.
 const maxRoute = len("/v2//blobs/uploads/") + maxNameLen + 256
 
-// parseRoute reads a decoded path. It is read from its end, since a repository's name may have
-// components like blobs or tags.
+// parseRoute reads a decoded path, in which %2F has become a slash. It reads from the end, because
+// a repository's name may have components like blobs or tags. Its errors are answers: 404 for a
+// path that is not the API's or a tag that can't exist, and 400 for a bad name or digest.
 func parseRoute(path string) (rt serveRoute, err error) {
 	unknown := serveErrorf(http.StatusNotFound, codeNameUnknown, "no such endpoint")
 	rest, ok := strings.CutPrefix(path, "/v2/")

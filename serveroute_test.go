@@ -5,7 +5,8 @@ import (
 	"testing"
 )
 
-// TestServeRoutes: no path is a panic, and none outside the API does anything.
+// TestServeRoutes asks for good, bad and hostile paths. None is a panic or a 500. A closed registry
+// answers 503.
 func TestServeRoutes(t *testing.T) {
 	t.Parallel()
 	r := openTemp(t, nil)

@@ -13,8 +13,9 @@ import (
 )
 
 // An uploadHash is the hash of the bytes that an upload has. It saves reading the upload again when
-// it is finished. It is only good for as many bytes as were hashed: if another process has
-// continued the upload, the file is longer.
+// it is finished. It is valid only for the number of bytes that were hashed: if another process has
+// continued the upload, the file is longer. A hash that is lost or does not fit costs one more read
+// of the file and nothing else.
 type uploadHash struct {
 	alg  digest.Algorithm
 	hash hash.Hash
@@ -61,7 +62,7 @@ func (noHash) Reset()                      {}
 func (noHash) Size() int                   { return 0 }
 func (noHash) BlockSize() int              { return 1 }
 
-// maxBlob is how many bytes a blob may have that is pushed.
+// maxBlob is the largest size of a pushed blob, in bytes.
 func (x *exchange) maxBlob() int64 {
 	if x.opts.MaxBlobSize > 0 {
 		return x.opts.MaxBlobSize
@@ -69,7 +70,7 @@ func (x *exchange) maxBlob() int64 {
 	return math.MaxInt64 - 1
 }
 
-// queryDigest returns a digest from the query, "" if it is not there.
+// queryDigest returns a digest from the query, or "" if the parameter is missing or empty.
 func (x *exchange) queryDigest(name string) (digest.Digest, error) {
 	d := digest.Digest(x.r.URL.Query().Get(name))
 	if d == "" {
@@ -81,7 +82,21 @@ func (x *exchange) queryDigest(name string) (digest.Digest, error) {
 	return d, nil
 }
 
-// beginUpload serves POST: it mounts a blob, takes a whole blob, or begins an upload.
+// An upload session, as the distribution specification has it. Location may change from answer to
+// answer by the specification, but here it is the same for the whole session.
+//
+//	POST   /v2/<name>/blobs/uploads/   202, Location: newUpload made a directory below tmp/upload/
+//	PATCH  Location                    202, Range: chunk appended the body; any number of times
+//	GET    Location                    204, Range: the client asks where to continue
+//	PUT    Location?digest=<digest>    201: chunk appended the body, and finish holds the blob
+//	DELETE Location                    204: the upload is removed
+//
+// The session is its file (see incoming): each of these requests may reach another process. What a
+// request appended stays when the request fails, and the answer's Range says how much that is. Only
+// a wrong digest ends the session, because no further byte can make it right.
+
+// beginUpload serves POST: it mounts a blob, takes a whole blob, or begins an upload. A mount that
+// is not possible becomes an upload, as the specification demands.
 func (x *exchange) beginUpload() error {
 	mount, err := x.queryDigest("mount")
 	if err != nil {
@@ -128,7 +143,8 @@ func (x *exchange) beginUpload() error {
 }
 
 // mount answers with a blob of another repository, if that is possible. Without from, every blob of
-// the registry is a candidate, unless access is restricted.
+// the registry is a candidate. With HandlerOptions.Authorize there is no mount without from:
+// otherwise whoever knows the digest of a private blob could read it.
 func (x *exchange) mount(d digest.Digest, from string) (mounted bool, err error) {
 	var source *Repository
 	switch {
@@ -136,7 +152,7 @@ func (x *exchange) mount(d digest.Digest, from string) (mounted bool, err error)
 		if len(from) > maxNameLen || repositoryFault(from) >= 0 {
 			return false, nil
 		}
-		// A source that the client may not read is one without the blob.
+		// The client can't tell a source that it may not read from one without the blob.
 		if x.opts.Authorize != nil && x.opts.Authorize(x.r, from, ActionPull) != nil {
 			return false, nil
 		}
@@ -156,7 +172,7 @@ func (x *exchange) mount(d digest.Digest, from string) (mounted bool, err error)
 	return true, x.created(d)
 }
 
-// created answers that a blob is there.
+// created answers 201: the repository has the blob.
 func (x *exchange) created(d digest.Digest) error {
 	x.w.Header().Set("Location", x.blobURL(d))
 	x.w.Header().Set("Docker-Content-Digest", string(d))
@@ -179,7 +195,7 @@ func (x *exchange) uploadHeaders(id string, size int64) {
 	h := x.w.Header()
 	h.Set("Location", x.uploadURL(id))
 	h.Set("Docker-Upload-UUID", id)
-	// Nothing is spelled like one byte. There is no other way.
+	// The specification has no spelling for an empty range: 0-0 means no byte or one byte.
 	h.Set("Range", fmt.Sprintf("0-%d", max(size-1, 0)))
 }
 
@@ -208,7 +224,9 @@ func (x *exchange) cancelUpload() error {
 	})
 }
 
-// withUpload calls fn with the upload of the path. fn says whether the upload is gone.
+// withUpload calls fn with the upload of the path, which no other request of any process has until
+// fn returns. fn reports gone if it has closed or removed the upload. Otherwise withUpload closes
+// it.
 func (x *exchange) withUpload(fn func(*incoming) (gone bool, err error)) error {
 	ctx := x.r.Context()
 	end, err := x.registry.beginWrite(ctx)
@@ -233,8 +251,11 @@ func (x *exchange) withUpload(fn func(*incoming) (gone bool, err error)) error {
 	return err
 }
 
-// chunk appends the body of the request, which must begin where the upload ends. It returns the hash
-// of all bytes.
+// chunk appends the body of the request, which must begin where the upload ends. It returns the
+// hash of all bytes of the upload, or a noHash if an earlier part was not hashed here.
+//
+// If the request has both Content-Range and Content-Length, they must agree, and the body must have
+// that length. A body without either, as docker sends it, ends where its last chunk says.
 func (x *exchange) chunk(u *incoming, alg digest.Algorithm) (uploadHash, error) {
 	n := x.r.ContentLength // −1 if it is not known
 	if s := x.r.Header.Get("Content-Range"); s != "" {
@@ -283,7 +304,8 @@ func (x *exchange) patchUpload() error {
 	})
 }
 
-// putUpload serves PUT: the last bytes of an upload, which may be all or none.
+// putUpload serves PUT: the last bytes of an upload, which may be all or none. On success and after
+// a wrong digest the upload is gone. After any other failure it stays.
 func (x *exchange) putUpload() error {
 	d, err := x.queryDigest("digest")
 	if err == nil && d == "" {

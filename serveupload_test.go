@@ -12,7 +12,8 @@ import (
 	"github.com/ocilocal/ocilocal"
 )
 
-// TestServeUploads sends a blob in parts, to two handles of the root in turns.
+// TestServeUploads sends a blob in chunks, by turns to two handles of the root. Wrong ranges,
+// repositories and digests are refused, and leave the upload as it was.
 func TestServeUploads(t *testing.T) {
 	t.Parallel()
 	root := t.TempDir()
@@ -72,7 +73,8 @@ func TestServeUploads(t *testing.T) {
 	sites[0].want(404, "PATCH", at, "x")
 }
 
-// TestServeMount mounts from another repository, from any, and from none.
+// TestServeMount mounts a blob from a named repository and from any. Where that is not possible or
+// not allowed, the answer begins an upload.
 func TestServeMount(t *testing.T) {
 	t.Parallel()
 	r := openTemp(t, nil)
@@ -91,7 +93,7 @@ func TestServeMount(t *testing.T) {
 			t.Error(a)
 		}
 	}
-	// Who has restricted access does not give blobs away for their digests.
+	// With Authorize, the digest alone does not give access to a blob.
 	guarded := serveAt(t, r, &ocilocal.HandlerOptions{Authorize: func(r *http.Request, repository string, action ocilocal.Action) error {
 		if repository == "org/one" {
 			return errors.New("secret")
@@ -103,7 +105,8 @@ func TestServeMount(t *testing.T) {
 	guarded.want(201, "POST", "/v2/org/five/blobs/uploads/?mount="+d+"&from=org/two", "")
 }
 
-// TestServeLimits bounds blobs and uploads.
+// TestServeLimits: a blob that is too large is a 413, with and without a length, whole and in
+// chunks. An upload too many is a 429.
 func TestServeLimits(t *testing.T) {
 	t.Parallel()
 	r := openTemp(t, nil)
