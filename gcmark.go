@@ -33,7 +33,7 @@ type gcNode struct {
 	named     bool      // a ref, or a row of something else, says that it is a manifest
 	row       bool      // the index has it
 	file      bool      // blobs/ has it
-	absent    bool      // the index has it as a manifest, and blobs/ does not
+	absent    bool      // blobs/ does not have it, and no row says that it is a blob here
 	bad       bool      // the file's size is not the row's
 	ref       bool      // a ref points at it
 	held      bool      // a repository holds it
@@ -177,7 +177,8 @@ func (r *LocalRegistry) graph(ctx context.Context, opts GCOptions) (*gcGraph, er
 
 // walk adds the files in blobs/. It comes after the rows: a file whose row came later is young, and
 // its step finds the row. A manifest whose file is not seen here may be collected already, or never
-// have been here: absent keeps the walks of subjects and referrers from relying on it.
+// have been here, as a subject may: absent keeps the walks of subjects and referrers from relying on
+// it.
 func (g *gcGraph) walk(ctx context.Context) error {
 	err := g.registry.blobs.walk(ctx, func(e blobEntry) error {
 		if e.digest == "" {
@@ -195,7 +196,8 @@ func (g *gcGraph) walk(ctx context.Context) error {
 		return nil
 	})
 	for i := range g.nodes {
-		g.nodes[i].absent = g.nodes[i].manifest && !g.nodes[i].file
+		n := &g.nodes[i]
+		n.absent = !n.file && (n.manifest || !n.row)
 	}
 	return err
 }

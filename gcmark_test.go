@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/ocilocal/ocilocal"
 )
@@ -309,6 +310,27 @@ func TestHalfCollected(t *testing.T) {
 			})
 		}
 	}
+}
+
+// A subject that was never here is not kept. So a collection keeps nothing for referring to it, even
+// if something that is kept refers to it too.
+func TestGCAbsentSubject(t *testing.T) {
+	r := openTemp(t, nil)
+	elsewhere := ocispec.Descriptor{MediaType: ocispec.MediaTypeImageManifest, Digest: digest.FromString("elsewhere"), Size: 9}
+	child(t, r, "example.com/image:v1", ocilocal.BuilderOptions{}, &elsewhere, nil, "image")
+	signature := child(t, r, "example.com/signature:v1", ocilocal.BuilderOptions{}, &elsewhere, nil, "signature")
+	stamp := published(t, r, "example.com/stamp:v1", "stamp", signature)
+	for _, a := range []*ocilocal.LocalArtifact{signature, stamp} {
+		if _, err := r.Remove(t.Context(), a.Reference()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	report := collect(t, r, atOnce)
+	if report.Deleted.Manifests != 2 || report.Deleted.Blobs != 2 || report.Revived > 0 {
+		t.Errorf("deleted %+v, revived %d", report.Deleted, report.Revived)
+	}
+	mustClose(t, r)
+	checkCollected(t, r.Root(), model{"example.com/image:v1": {""}})
 }
 
 // halfCollected leaves an artifact as a collector does that is killed after it has deleted the
