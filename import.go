@@ -14,25 +14,44 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// ImportOptions choose what is imported, and under which names. Nil is the zero value.
+// How content comes in. Every import and pull goes through the importer of this file. Its doors are
+// ImportArchive, ImportLayout, ImportRegistry, ImportLegacy, ImportOMMX and Pull. They differ only in
+// the functions of importer that read the source. A pull has one manifest already, so it starts at
+// collect. The phases of importer.run:
 //
-// A name in content is a claim: whoever wrote the archive or layout chose it, and nothing proves
-// that it is theirs. With the zero value, an import sets each ref that the content claims and that
-// does not exist yet, on any host, and a later [LocalRegistry.Load] serves it. For content from
-// somebody who is not trusted with all names, set Name to restrict them, Reference to choose one,
-// or IgnoreNames.
+//	choose    entries of index.json, by ImportOptions.Select and Platform
+//	name      a reference for each entry: see importname.go
+//	collect   manifests: staged, parsed, and followed to all that they need
+//	          then configs and layers: reused from the registry, or fetched from the source
+//	keepOnly  staged blobs that no chosen entry needs are dropped, before they are synced
+//	publish   all entries in one transaction
+//
+// Manifests come before other blobs for two reasons. An import that must fail, because a type is
+// refused or a limit is exceeded, fails before it has moved large blobs. And the totals of the
+// progress are known before the first of them.
+//
+// Nothing is visible before publish: a killed import leaves only files below tmp/, which the next
+// writing process removes, or blobs that no row names, which the next collection deletes.
+
+// ImportOptions choose the entries to import and their names. Nil is the zero value.
+//
+// A name in content is a claim: the writer of the archive or layout chose it, and nothing proves
+// that the name is theirs. With the zero value, an import sets each ref that the content claims and
+// that does not exist yet, on any host, and a later [LocalRegistry.Load] serves it. For content
+// from somebody who is not trusted with all names, set Name to restrict them, Reference to choose
+// one, or IgnoreNames.
 type ImportOptions struct {
 	// Select, if not empty, chooses one entry of the layout's index by its name, by its
-	// io.containerd.image.name, or by its digest. A digest may also be that of a manifest in an
-	// image index that is an entry. Otherwise every entry is imported that is a manifest or image
-	// index. The others are in ImportResult.Skipped.
+	// io.containerd.image.name, or by its digest. The digest may also be that of a manifest in an
+	// image index that is an entry. If Select is empty, every entry is imported that is a manifest
+	// or an image index. The others are in ImportResult.Skipped.
 	Select string
-	// Platform, if not nil, takes only entries that are for this platform, or that name none. Of an
-	// image index, it takes the one manifest for the platform, without the index, and calls it what
-	// the index is called.
+	// Platform, if not nil, chooses only entries for this platform, and entries that name no
+	// platform. From an image index, it chooses the one manifest for the platform. The index is not
+	// imported, and the manifest gets its name.
 	Platform *ocispec.Platform
-	// AsIndex imports index.json itself, as one image index of all its entries. Tools write
-	// multi-platform images so. It gets Reference, or no name.
+	// AsIndex imports index.json itself, as one image index of all its entries. Some tools write
+	// multi-platform images in this form. The index gets Reference, or no name.
 	AsIndex bool
 	// Reference, if not zero, is the name for the one imported entry.
 	// It must agree with the entry's own name, if it has one, unless Rename is set.
@@ -43,76 +62,76 @@ type ImportOptions struct {
 	// oras, skopeo and umoci write it: v1 becomes example.com/team/model:v1. Without it, such an
 	// entry fails the import with [ErrBareName], unless another option decides its name.
 	Repository string
-	// Name, if not nil, decides what each entry is called here. Its argument's Reference is the
-	// name that the content claims, or that Repository makes of it, and zero if there is none. It
-	// returns the reference to set, or zero for none. It can return [SkipEntry] to leave the entry
-	// out. Any other error ends the import and is returned. It must not call the registry.
+	// Name, if not nil, decides the reference of each entry. Its argument's Reference is the name
+	// that the content claims, completed by Repository if that is set, and zero if there is none.
+	// Name returns the reference to set, or zero for none. It can return [SkipEntry] to leave the
+	// entry out. Any other error ends the import and is returned. Name must not call the registry.
 	Name func(InspectedEntry) (Reference, error)
 	// IgnoreNames treats all entries as if they had no names.
 	IgnoreNames bool
-	// Anonymous gives each entry that has no full name (host, repository, and tag or digest), and
-	// gets none by another option, a new reference of the kind that
-	// [LocalRegistry.NewAnonymousBuilder] makes. Otherwise content without a name is stored by
-	// digest only: see [ImportResult.Unnamed].
+	// Anonymous is for entries that have no full name (host, repository, and tag or digest) and get
+	// none by another option. Each gets a new reference, as [LocalRegistry.NewAnonymousBuilder]
+	// makes it. Without Anonymous, such content is stored by digest only: see
+	// [ImportResult.Unnamed].
 	Anonymous bool
-	// Referrers, where Select chooses one entry, brings the entries along whose subject is
-	// a manifest that comes in, such as a signature of an artifact, then those
-	// whose subject is one of these, and so on. They get no refs, whatever they are called
-	// outside. A collection keeps them with their subject, unless [GCOptions.DropReferrers] is set.
-	// To find them, the manifest of every entry is read: one that is missing or
-	// damaged fails the import.
+	// Referrers imports the referrers of the entry that Select chooses, such as signatures, and
+	// their referrers in turn. An entry is one if its subject is a manifest that is imported.
+	// Referrers get no refs, whatever their names in index.json are. A collection keeps them with
+	// their subject, unless [GCOptions.DropReferrers] is set. To find them, the manifest of every
+	// entry is read: one that is missing or damaged fails the import.
 	Referrers bool
 	// MaxBytes bounds the bytes that the import may add to the registry: those of the manifests and
 	// blobs that it does not have. With an archive, blobs that no chosen entry needs count too,
-	// since they are written before index.json may be known. Zero is no limit. Beyond it, the
-	// import fails with [ErrTooLarge] before it has written more.
+	// because they may be written before index.json is read. Zero means no limit. An import that
+	// would add more fails with [ErrTooLarge] before it writes the bytes beyond the limit.
 	MaxBytes int64
-	// Progress, if not nil, is called with how far the import is. The totals of an archive are
-	// known when it was read.
+	// Progress, if not nil, is called with the state of the import. The totals of an archive are
+	// known after it was read.
 	Progress func(Progress)
 	// PublishOptions say what happens if a ref exists. With one entry, a conflict is an error. With
-	// several, those that don't conflict are imported, and the others have the outcome
+	// several, the entries without a conflict are imported, and the others have the outcome
 	// [Conflicted]: see [ImportResult.Conflicts].
 	PublishOptions
 
-	one      bool // the caller has use for one entry only
-	mustName bool // content without a name gets an anonymous one
+	one      bool // the caller can use one entry only: several are an error
+	mustName bool // as Anonymous, for callers that return an artifact under a reference
 }
 
 // An ImportedArtifact is one entry that was imported.
 type ImportedArtifact struct {
-	// Name is the entry's org.opencontainers.image.ref.name as it stands.
+	// Name is the entry's annotation org.opencontainers.image.ref.name, unchanged.
 	Name string
-	// Descriptor is that of the manifest or image index, with the digest it had outside.
+	// Descriptor describes the manifest or image index, by the digest that it had in the source.
 	Descriptor ocispec.Descriptor
-	// Update says what became of the ref. Its Reference is the name that ImportOptions gave the
+	// Update is the outcome for the ref. Its Reference is the name that ImportOptions gave the
 	// entry. Otherwise it is the entry's full name: its Name, or its io.containerd.image.name if
 	// Name is empty or that one's tag or digest. Update is zero if the entry has no full name and
 	// got none.
 	Update RefUpdate
 }
 
-// An ImportResult tells what an import did.
+// An ImportResult is the outcome of an import.
 type ImportResult struct {
 	Artifacts []ImportedArtifact
-	Referrers []ocispec.Descriptor // what ImportOptions.Referrers brought along
+	Referrers []ocispec.Descriptor // imported by ImportOptions.Referrers
 	// Absent are the members of image indexes and the foreign layers that neither the source nor the
 	// registry has. The registry records them as absent: reading one is [ErrAbsent]. A later import
 	// or pull that has them fills them in.
 	Absent []ocispec.Descriptor
-	// Skipped are entries of other media types or digest algorithms, those that ImportOptions.Name
-	// left out, and of [LocalRegistry.ImportRegistry] referrers that the source doesn't have whole.
+	// Skipped are entries that were not imported: those of other media types or digest algorithms,
+	// and those that ImportOptions.Name left out. After [LocalRegistry.ImportRegistry], they are the
+	// referrers that are incomplete in the source.
 	Skipped      []ocispec.Descriptor
 	BlobsWritten int   // blobs that the registry did not have
 	BlobsReused  int   // blobs that it had
-	BytesWritten int64 // size of the former
+	BytesWritten int64 // total size of the blobs that were written
 
-	missingSubjects []ocispec.Descriptor // of the manifests that came in, those that are nowhere
+	missingSubjects []ocispec.Descriptor // subjects that neither the source nor the registry has whole
 }
 
-// Conflicts returns the updates whose outcome is [Conflicted]. Of those entries nothing was
-// imported. Where several entries were, this is the only sign of them: the import itself returns no
-// error.
+// Conflicts returns the updates whose outcome is [Conflicted]. Nothing of these entries was
+// imported. If several entries were chosen, the import returns no error for a conflict, so callers
+// find conflicts only here.
 func (r *ImportResult) Conflicts() []RefUpdate {
 	var conflicts []RefUpdate
 	for _, a := range r.Artifacts {
@@ -136,56 +155,67 @@ func (r *ImportResult) Unnamed() []ImportedArtifact {
 	return unnamed
 }
 
-// importer is the one pipeline by which content comes in: it takes the closure
-// of each chosen entry from a source into a stage, and publishes them together.
+// An importer is the pipeline of one import or pull. It takes the closure of each chosen entry from a
+// source into a stage, and publishes all of them together. The functions of the source are set by
+// the door, before run. Fields without a lock are used by the goroutine of run only; tasks, which
+// fetch configs and layers, use stage, meter, added and absent, which are safe for that.
 type importer struct {
 	registry *LocalRegistry
 	opts     ImportOptions
 	stage    *stage
 	// accept, if not nil, may refuse the manifest of an entry.
 	accept func(*Manifest) error
-	// fetch stages a blob that neither the stage nor the registry has. Unless
-	// workers is 0, configs and layers are fetched several at once.
+	// fetch stages a blob that neither the stage nor the registry has, and returns [ErrIncomplete]
+	// if the source does not have it either. Configs and layers are fetched by workers goroutines;
+	// with 0 workers, by the goroutine of run.
 	fetch   func(ctx context.Context, desc ocispec.Descriptor, as role, item *meteredItem) error
 	workers int
-	tasks   *tasks // under way; nil without workers
-	// later are the blobs that are brought when all manifests are read. So the call fails, or knows
-	// how much there is to do, before the first one comes.
+	tasks   *tasks // of this run; nil without workers
+	// later are the configs and layers of all manifests that were read. They are brought after the
+	// last manifest: see the top of this file.
 	later []pendingBlob
 	meter *meter
-	// look opens a manifest of the source without staging it. Nil: what the source has is staged.
+	// look opens a manifest of the source without staging it. If it is nil, all that the source has
+	// is in the stage.
 	look func(ctx context.Context, desc ocispec.Descriptor) (*verifier, error)
-	// whole reports whether the source, or the registry, has a manifest and all that it needs. If
-	// it is not nil, subjects come in with what refers to them: see [importer.subjects].
+	// whole reports whether source and registry together have a manifest and all that it needs. If
+	// it is not nil, an artifact's subjects are imported with it: see [importer.subjects].
 	whole func(ctx context.Context, desc ocispec.Descriptor) (bool, error)
-	// moved is when the ref was moved where it comes from; zero for now.
+	// moved is the time at which the source moved the ref. Zero means now.
 	moved time.Time
-	// reusable decides whether a blob that the registry has may be used. Nil: every one may.
+	// reusable reports whether a blob that the registry has may be used. A pull with
+	// [Options.SeparateRegistries] refuses others. If it is nil, every blob may.
 	reusable  func(ctx context.Context, desc ocispec.Descriptor) (bool, error)
-	sizes     map[digest.Digest]int64 // what the closures hold
-	manifests int64                   // bytes of those that were read
-	parsed    int64                   // bytes of those whose documents are in memory
+	sizes     map[digest.Digest]int64 // each digest of the closures, with the size that its descriptor says
+	manifests int64                   // bytes of the manifests that were read
+	parsed    int64                   // bytes of manifests and data that stay in memory: see keepParsed
 	added     atomic.Int64            // bytes that the registry did not have
 	maxBytes  int64                   // bounds added: see ImportOptions.MaxBytes
 	damaged   map[digest.Digest]bool  // blobs that the source has with other bytes
-	// mayLack reports whether a member of an image index that neither the source nor the registry
-	// has may be absent. Nil: none may. Foreign layers always may.
+	// mayLack reports whether a member of an image index may be absent if neither the source nor the
+	// registry has it. If mayLack is nil, none may. Foreign layers always may.
 	mayLack func(digest.Digest) (bool, error)
 	absent  absentees
 
-	most int // len(sizes) at which the entry under way has MaxClosure blobs of its own
+	// most is the limit of len(sizes) while one entry is read. It is MaxClosure above the length
+	// at which the entry began, because MaxClosure holds for each artifact and not for the sum.
+	most int
 }
 
 // absentees are the blobs that an import has not found and that may be absent.
+//
+// One blob can be needed in two places: as a foreign layer, which may be absent, and as an ordinary
+// layer, which may not. The first place decides how the blob is brought, and a second one only finds
+// that it was asked for. So the second place notes in needed that it does not allow absence, and
+// checkAbsent compares the two when all blobs were brought.
 type absentees struct {
-	mu        sync.Mutex // several tasks at once find that a layer is missing
+	mu        sync.Mutex // guards manifests and list: several tasks add to them
 	manifests map[digest.Digest]bool
 	list      []ocispec.Descriptor
-	// needed are blobs that the import has met more than once, and that may not be absent where it
-	// met them again.
-	needed map[digest.Digest]bool
+	needed    map[digest.Digest]bool // used by the goroutine of run only
 }
 
+// add records that a blob is absent.
 func (a *absentees) add(desc ocispec.Descriptor, as role) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -195,7 +225,8 @@ func (a *absentees) add(desc ocispec.Descriptor, as role) {
 	a.list = append(a.list, desc)
 }
 
-// checkAbsent fails if what was found to be absent in one place may not be absent in another.
+// checkAbsent fails if a blob is absent that may not be absent in another place. It is called when no
+// task is running.
 func (im *importer) checkAbsent() error {
 	for _, desc := range im.absent.list {
 		if im.absent.needed[desc.Digest] {
@@ -205,16 +236,20 @@ func (im *importer) checkAbsent() error {
 	return nil
 }
 
-// sorted returns the blobs in the order of their digests, once no task is under way.
+// sorted returns the blobs in the order of their digests, because tasks add them in any order. It is
+// called when no task is running.
 func (a *absentees) sorted() []ocispec.Descriptor {
 	slices.SortFunc(a.list, func(a, b ocispec.Descriptor) int { return strings.Compare(string(a.Digest), string(b.Digest)) })
 	return a.list
 }
 
-// keepParsed bounds the bytes of the manifests that an import keeps parsed until it publishes them.
+// keepParsed bounds the bytes of manifests, and of the data of descriptors, that an import keeps in
+// memory until it publishes them. A parsed document can take twenty times the memory of its bytes.
 // Larger imports read manifests twice. Reading one again takes less time than writing its rows.
 const keepParsed = 1 << 20
 
+// newImporter returns an importer without a source. The caller sets the functions of the source, and
+// discards the stage in the end, whether or not run succeeds.
 func (r *LocalRegistry) newImporter(opts *ImportOptions) *importer {
 	im := &importer{registry: r, stage: r.blobs.newStage(), sizes: map[digest.Digest]int64{}, damaged: map[digest.Digest]bool{}, most: MaxClosure,
 		absent: absentees{manifests: map[digest.Digest]bool{}, needed: map[digest.Digest]bool{}}}
@@ -224,7 +259,11 @@ func (r *LocalRegistry) newImporter(opts *ImportOptions) *importer {
 	return im
 }
 
-// run imports the entries of a layout's index.
+// run imports the entries of a layout's index: see the top of this file for its phases.
+//
+// An import of one entry returns a conflict as an error together with the result, as Build and Tag
+// do. With several entries, a conflict is an outcome: the caller asked for many refs, and the others
+// were set in the same transaction.
 func (im *importer) run(ctx context.Context, index *layoutIndex) (*ImportResult, error) {
 	if err := im.opts.checkNames(); err != nil {
 		return nil, err
@@ -272,7 +311,11 @@ func (im *importer) run(ctx context.Context, index *layoutIndex) (*ImportResult,
 	return result, err
 }
 
-// collect stages the closures of the chosen entries, and what is to come along.
+// collect stages the closures of the chosen entries and, if they are asked for, their subjects or
+// referrers. It returns a publication for each entry.
+//
+// The deferred functions run in the opposite order of their definition: first wait, which ends the
+// tasks and brings their first error, then checkAbsent, which reads absent.list without its mutex.
 func (im *importer) collect(ctx context.Context, entries []ocispec.Descriptor, chosen []namedEntry) (pubs []publication, result *ImportResult, err error) {
 	defer func() {
 		if err == nil {
@@ -311,7 +354,8 @@ func (im *importer) collect(ctx context.Context, entries []ocispec.Descriptor, c
 	return pubs, result, err
 }
 
-// A pendingBlob is a config or layer that is needed.
+// A pendingBlob is a config or layer that is needed and not yet brought. It has only the parts of a
+// descriptor that bring needs: an import of 100,000 layers has as many of them in memory.
 type pendingBlob struct {
 	mediaType string
 	digest    digest.Digest
@@ -320,14 +364,16 @@ type pendingBlob struct {
 	data      []byte // of its descriptor: see keepParsed
 }
 
-// bringLater brings the blobs that the manifests need.
+// bringLater brings the configs and layers of all manifests, side by side if the source has workers.
+// A blob can be in the stage already, because another manifest of the import has the same digest as
+// a layer of this one.
 func (im *importer) bringLater(ctx context.Context) error {
 	im.meter.planned(PhaseBlobs)
 	later := im.later
 	im.later = nil
 	for _, b := range later {
 		desc := ocispec.Descriptor{MediaType: b.mediaType, Digest: b.digest, Size: b.size, Data: b.data}
-		if im.stage.has(b.digest) { // it is a manifest, too
+		if im.stage.has(b.digest) {
 			continue
 		}
 		bring := func() error { return im.bring(ctx, desc, b.role) }
@@ -344,14 +390,16 @@ func (im *importer) bringLater(ctx context.Context) error {
 	return nil
 }
 
-// subjects adds to p the subjects of its manifests, the subjects of these, and so on, as far as
-// the source or the registry has them whole. It returns the others.
+// subjects adds to p the subjects of its manifests, the subjects of these, and so on, as far as the
+// source and the registry have them whole. It returns the other subjects. A subject need not exist
+// (image-spec manifest.md, "subject"), so a missing one does not fail the import. whole is asked
+// before anything is staged, because an importer cannot take back a manifest that it has begun.
 func (im *importer) subjects(ctx context.Context, p *publication) (missing []ocispec.Descriptor, err error) {
 	have := map[digest.Digest]bool{}
 	for _, m := range p.manifests {
 		have[m.Digest] = true
 	}
-	for i := 0; i < len(p.manifests); i++ { // it grows
+	for i := 0; i < len(p.manifests); i++ { // the loop appends to p.manifests
 		s := p.manifests[i].subject
 		if s.Digest == "" || have[s.Digest] {
 			continue
@@ -371,8 +419,11 @@ func (im *importer) subjects(ctx context.Context, p *publication) (missing []oci
 	return missing, nil
 }
 
-// referrers adds to p the entries that refer to any of its manifests, those that
-// it adds included. They stand and fall with p.
+// referrers adds to p the entries that refer to any of its manifests, the added ones included. They
+// are published in the same transaction as p, and not at all if p conflicts.
+//
+// The subject of an entry is only in its manifest, so every manifest of index.json is read once. Then
+// the loop over p.manifests finds referrers of referrers without reading any of them again.
 func (im *importer) referrers(ctx context.Context, entries []ocispec.Descriptor, p *publication) (added []ocispec.Descriptor, err error) {
 	have := map[digest.Digest]bool{}
 	for _, m := range p.manifests {
@@ -392,9 +443,9 @@ func (im *importer) referrers(ctx context.Context, entries []ocispec.Descriptor,
 			bySubject[s.Digest] = append(bySubject[s.Digest], e)
 		}
 	}
-	for i := 0; i < len(p.manifests); i++ { // it grows
+	for i := 0; i < len(p.manifests); i++ { // the loop appends to p.manifests
 		for _, e := range bySubject[p.manifests[i].Digest] {
-			if have[e.Digest] { // it lies in one that came before
+			if have[e.Digest] { // as a member of a manifest that was added before
 				continue
 			}
 			m, err := im.manifest(ctx, e, 0, have, &p.manifests)
@@ -407,7 +458,8 @@ func (im *importer) referrers(ctx context.Context, entries []ocispec.Descriptor,
 	return added, nil
 }
 
-// peek reads a manifest that may turn out not to be needed.
+// peek reads a manifest that may turn out not to be needed, and so does not stage it. A manifest that
+// the source lacks is read from the stage or the registry.
 func (im *importer) peek(ctx context.Context, desc ocispec.Descriptor) (*Manifest, error) {
 	if desc.Size > MaxManifestSize {
 		return nil, fmt.Errorf("manifest %s: %w", desc.Digest, tooLargeManifest(int(desc.Size)))
@@ -428,15 +480,21 @@ func (im *importer) peek(ctx context.Context, desc ocispec.Descriptor) (*Manifes
 	return readManifest(src, desc)
 }
 
-// manifest stages a manifest and all below it, and appends them to list, children first. It returns
-// the manifest's own descriptor. depth is how many image indexes the manifest lies in. seen holds
-// the manifests of list and those that are under way.
+// manifest stages a manifest and all that it needs, and appends the manifests to list, children
+// first, which is the order in which publish writes rows. Configs and layers are only noted in
+// later. It returns the manifest's own descriptor. depth is the number of image indexes above the
+// manifest. seen has the manifests of list and those that are being read. So a manifest that is a
+// member of several indexes is read once. A cycle cannot exist, since each index holds the digests
+// of its members.
+//
+// The limits hold before anything is read: depth bounds the recursion, the size bounds one document,
+// and MaxImportManifests bounds all of them.
 func (im *importer) manifest(ctx context.Context, desc ocispec.Descriptor, depth int, seen map[digest.Digest]bool, list *[]pendingManifest) (root ocispec.Descriptor, err error) {
 	if depth > MaxIndexNesting {
 		return root, fmt.Errorf("%w: image indexes nested more than %d deep", ErrTooLarge, MaxIndexNesting)
 	}
 	if desc.Size > MaxManifestSize {
-		return root, fmt.Errorf("%w: manifest %s has %d bytes, at most %d are taken", ErrTooLarge, desc.Digest, desc.Size, MaxManifestSize)
+		return root, fmt.Errorf("%w: manifest %s has %d bytes, the limit is %d", ErrTooLarge, desc.Digest, desc.Size, MaxManifestSize)
 	}
 	if im.manifests += desc.Size; im.manifests > MaxImportManifests {
 		return root, fmt.Errorf("%w: manifests of more than %d bytes together (import fewer entries at a time: ImportOptions.Select)", ErrTooLarge, MaxImportManifests)
@@ -466,8 +524,9 @@ func (im *importer) manifest(ctx context.Context, desc ocispec.Descriptor, depth
 	return pending.Descriptor, nil
 }
 
-// lacks reports whether a member of an image index is one that may be absent and that neither the
-// source nor the registry has. If they have it, it is staged.
+// lacks reports whether a member of an image index is absent: neither the source nor the registry has
+// it, and mayLack allows that. If one of them has it, lacks stages it. A member that is too large is
+// not absent: manifest refuses it.
 func (im *importer) lacks(ctx context.Context, desc ocispec.Descriptor) (bool, error) {
 	if im.mayLack == nil || desc.Size > MaxManifestSize {
 		return false, nil
@@ -487,15 +546,16 @@ func (im *importer) lacks(ctx context.Context, desc ocispec.Descriptor) (bool, e
 	return true, nil
 }
 
-// A child is a member of a manifest's closure, by the part of its descriptor that an import needs.
+// A child is what a manifest needs directly, with the part of its descriptor that an import uses.
 type child struct {
 	desc ocispec.Descriptor
 	role role
 }
 
-// read parses a staged manifest, and refuses what must not come in before its blobs do. The
-// document is not returned: up to [MaxIndexNesting] indexes are under way at once, and a
-// hostile one takes many times the memory of its bytes.
+// read parses a staged manifest. It refuses a manifest of a type that the registry or the door does
+// not accept, before any of its blobs is fetched. The document is not returned, unless it is small:
+// up to [MaxIndexNesting] indexes are being read at once, and a hostile one takes many times the
+// memory of its bytes.
 func (im *importer) read(ctx context.Context, desc ocispec.Descriptor, depth int) (p pendingManifest, children []child, err error) {
 	src, err := im.stage.open(ctx, desc.Digest, desc.Size)
 	if err != nil {
@@ -526,7 +586,12 @@ func (im *importer) read(ctx context.Context, desc ocispec.Descriptor, depth int
 	return p, children, nil
 }
 
-// blob makes sure that the stage has a manifest, or will have a config or layer.
+// blob makes sure that the stage has a manifest now, or gets a config or layer later. A manifest is
+// brought at once, because its children are needed next. A config or layer with data in its
+// descriptor is brought at once if the data no longer fits into keepParsed.
+//
+// A blob that was asked for before is not brought a second time. One case needs care: a blob that was
+// first noted as a layer and is now needed as a manifest is brought at once, and bringLater skips it.
 func (im *importer) blob(ctx context.Context, desc ocispec.Descriptor, as role) error {
 	asked, err := im.claim(desc)
 	if err != nil {
@@ -549,7 +614,14 @@ func (im *importer) blob(ctx context.Context, desc ocispec.Descriptor, as role) 
 	return im.bring(ctx, desc, as)
 }
 
-// bring takes a blob from the registry if it can, and otherwise from the source.
+// bring stages a blob from the first of these that has it:
+//
+//	registry   linked and verified; costs no copy and no MaxBytes
+//	source     fetch
+//	data       the descriptor's own copy (image-spec descriptor.md, "data")
+//
+// A foreign layer that none of them has is absent. Any other blob is [ErrIncomplete] then. Several
+// tasks call bring at once, for different digests.
 func (im *importer) bring(ctx context.Context, desc ocispec.Descriptor, as role) error {
 	item := im.meter.item(desc)
 	ok, err := im.reuse(ctx, desc)
@@ -565,7 +637,7 @@ func (im *importer) bring(ctx context.Context, desc ocispec.Descriptor, as role)
 		return err
 	}
 	err = im.fetch(ctx, desc, as, item)
-	if errors.Is(err, ErrIncomplete) && desc.Data != nil { // checkDescriptor has compared it with the digest
+	if errors.Is(err, ErrIncomplete) && desc.Data != nil { // checkDescriptor has verified it
 		_, err = im.stage.putBytes(ctx, desc.Data, desc.Digest.Algorithm())
 	}
 	if errors.Is(err, ErrIncomplete) && as != roleManifest && foreignLayer(desc.MediaType) {
@@ -578,7 +650,8 @@ func (im *importer) bring(ctx context.Context, desc ocispec.Descriptor, as role)
 	return err
 }
 
-// reuse takes a blob into the stage that the registry has, if it is whole and may be used.
+// reuse takes a blob of the registry into the stage, if it is whole and reusable allows it. What the
+// stage has already was allowed, or came from the source in this call.
 func (im *importer) reuse(ctx context.Context, desc ocispec.Descriptor) (bool, error) {
 	if im.reusable != nil && !im.stage.has(desc.Digest) {
 		if ok, err := im.reusable(ctx, desc); !ok || err != nil {
@@ -588,7 +661,8 @@ func (im *importer) reuse(ctx context.Context, desc ocispec.Descriptor) (bool, e
 	return im.stage.reuse(ctx, desc.Digest, desc.Size)
 }
 
-// charge counts n bytes that the registry does not have against maxBytes, before they come in.
+// charge counts n bytes that the registry does not have against maxBytes, before they are written. n
+// is compared by itself too, because a hostile size could overflow the sum.
 func (im *importer) charge(n int64) error {
 	if sum := im.added.Add(n); im.maxBytes > 0 && (n > im.maxBytes || sum > im.maxBytes) {
 		return fmt.Errorf("%w: more than %d bytes to add (MaxBytes)", ErrTooLarge, im.maxBytes)
@@ -596,11 +670,15 @@ func (im *importer) charge(n int64) error {
 	return nil
 }
 
+// damagedSource is the error for a blob whose copy in the source does not hash to its name.
 func damagedSource(d digest.Digest) error {
 	return fmt.Errorf("blob %s: %w: the source has other bytes under this name", d, ErrDigestMismatch)
 }
 
-// claim notes that a blob is needed. It reports whether it is there, or was asked for, already.
+// claim notes that a blob is needed, and reports whether it was asked for before or is in the stage
+// already. It enforces three rules where each digest is first met: all descriptors of one digest
+// have the same size, an artifact has at most MaxClosure blobs, and a blob with other bytes in the
+// source is an error, even if the registry has a good one.
 func (im *importer) claim(desc ocispec.Descriptor) (asked bool, err error) {
 	if size, ok := im.sizes[desc.Digest]; ok {
 		if size != desc.Size {
@@ -622,7 +700,8 @@ func (im *importer) claim(desc ocispec.Descriptor) (asked bool, err error) {
 	return ok, err
 }
 
-// checkLayoutFile reads the file oci-layout.
+// checkLayoutFile parses the file oci-layout and compares its version (image-spec image-layout.md,
+// "oci-layout file").
 func checkLayoutFile(raw []byte) error {
 	var doc struct {
 		Version string `json:"imageLayoutVersion"`

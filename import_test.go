@@ -20,8 +20,8 @@ import (
 	"github.com/ocilocal/ocilocal"
 )
 
-// fatIndex is an image index without members whose annotations take many times their bytes in
-// memory: each has a key of a few characters and no value.
+// fatIndex is an image index without members. Its annotations take many times their bytes in memory,
+// because each has a key of a few characters and an empty value.
 func fatIndex(i, size int) string {
 	var b strings.Builder
 	fmt.Fprintf(&b, `{"schemaVersion":2,"mediaType":%q,"manifests":[],"annotations":{"i":"%d"`, ocispec.MediaTypeImageIndex, i)
@@ -32,8 +32,8 @@ func fatIndex(i, size int) string {
 	return b.String()
 }
 
-// TestImportMemory imports an image index of many large ones and samples the heap while they are
-// staged and published. It must not grow with their number.
+// TestImportMemory imports an image index of many large image indexes, and samples the heap while
+// they are staged and published. The heap must not grow with their number.
 func TestImportMemory(t *testing.T) {
 	if ranAlone(t) {
 		return
@@ -90,7 +90,8 @@ func TestImportMemory(t *testing.T) {
 	}
 }
 
-// TestImportMaxBytes gives each way in a limit that is one byte too low, and then one that fits.
+// TestImportMaxBytes imports from a layout and an archive with a limit that is one byte too low, and
+// then with one that fits.
 func TestImportMaxBytes(t *testing.T) {
 	manifest, config := image("layer")
 	entries := []entry{layoutVersion, layoutIndex(manifest, "example.com/a:v1"), blobEntry(config), blobEntry("layer"), blobEntry(manifest)}
@@ -113,7 +114,7 @@ func TestImportMaxBytes(t *testing.T) {
 			if got, err := in(r, size); err != nil || got.BytesWritten != size {
 				t.Errorf("%d bytes with a limit of %d: %+v, %v", size, size, got, err)
 			}
-			// The registry has all of it now, so nothing counts.
+			// The registry has all blobs now, so none counts.
 			if got, err := in(r, 1); err != nil || got.BlobsReused != 3 {
 				t.Errorf("again, with a limit of 1: %+v, %v", got, err)
 			}
@@ -121,8 +122,8 @@ func TestImportMaxBytes(t *testing.T) {
 	}
 }
 
-// TestImportAgain: an import of content that is here reads it, but writes and syncs no blob. A blob
-// that is damaged here, or gone, is written again, and no other.
+// TestImportAgain: an import of content that the registry has writes and syncs no blob. If a blob is
+// damaged or missing, only this one is written again.
 func TestImportAgain(t *testing.T) {
 	t.Parallel()
 	from := openTemp(t, nil)

@@ -10,15 +10,16 @@ import (
 )
 
 // ImportRegistry copies the artifact that ref names in another local registry into this one, with
-// everything that it needs. It keeps its reference, unless opts name another one. Files are copied
-// by the kernel where it can, and each is verified. With [ImportOptions.Referrers], the artifact's
-// referrers in src come along. Referrers that src doesn't have whole are in ImportResult.Skipped.
-// Both registries must stay open.
+// everything that it needs. The artifact keeps its reference, unless opts name another one. The
+// kernel copies files where it can, and each copy is verified. With [ImportOptions.Referrers], the
+// artifact's referrers in src are copied too. Referrers that are incomplete in src are in
+// ImportResult.Skipped. Both registries must stay open. ctx governs the call.
 //
-// ctx governs the call. Errors:
-//   - [ErrNotFound] or [ErrIncomplete] if src doesn't have it, or not all of it
-//   - [ErrDigestMismatch], [ErrSizeMismatch] for damaged content of src
-//   - otherwise those of [LocalRegistry.ImportLayout]
+// Errors:
+//   - [ErrNotFound]: src does not have the ref
+//   - [ErrIncomplete]: src lacks something that the artifact needs
+//   - [ErrDigestMismatch], [ErrSizeMismatch]: content of src is damaged
+//   - those of [LocalRegistry.ImportLayout]
 func (r *LocalRegistry) ImportRegistry(ctx context.Context, src *LocalRegistry, ref Reference, opts *ImportOptions) (*ImportResult, error) {
 	if opts == nil {
 		opts = &ImportOptions{}
@@ -29,6 +30,12 @@ func (r *LocalRegistry) ImportRegistry(ctx context.Context, src *LocalRegistry, 
 	return result, opError("import", ref.String(), "", err)
 }
 
+// importRegistry runs an importer over an index.json that it makes itself: the manifest of ref, under
+// the name of ref, and its referrers. So all options of imports work as for a layout.
+//
+// Both registries have a call in progress, so neither can be closed meanwhile. A collection of src
+// can still delete content that its refs no longer need. The import then fails with [ErrIncomplete].
+// Only members that src records as absent may be absent here.
 func (r *LocalRegistry) importRegistry(ctx context.Context, src *LocalRegistry, ref Reference, opts *ImportOptions, m *meter) (*ImportResult, error) {
 	end, err := r.beginWrite(ctx)
 	if err != nil {
@@ -81,20 +88,22 @@ func (r *LocalRegistry) importRegistry(ctx context.Context, src *LocalRegistry, 
 	return result, err
 }
 
-// openDescriptor is open of a descriptor's blob.
+// openDescriptor is open for the digest and size of a descriptor.
 func (s *blobStore) openDescriptor(ctx context.Context, desc ocispec.Descriptor) (*verifier, error) {
 	return s.open(ctx, desc.Digest, desc.Size)
 }
 
-// withReferrers returns a manifest, the referrers of everything that it needs, and their referrers.
-// Referrers that are not here whole are skipped.
+// withReferrers returns a manifest, the referrers of all manifests that it needs, and their referrers
+// in turn. Referrers that are incomplete here are returned as skipped: a collector that was killed
+// may have left them so, and no ref needs them. The list is bounded by MaxReferrers, because anybody
+// who can push may have added referrers.
 func (r *LocalRegistry) withReferrers(ctx context.Context, root ocispec.Descriptor) (list, skipped []ocispec.Descriptor, err error) {
 	needs := r.newClosure()
 	if _, err := needs.add(ctx, root); err != nil {
 		return nil, nil, incomplete(err)
 	}
 	list = []ocispec.Descriptor{root}
-	for i := 0; i < len(needs.manifests); i++ { // it grows
+	for i := 0; i < len(needs.manifests); i++ { // addReferrer appends to needs.manifests
 		var found []ocispec.Descriptor
 		for d, err := range r.Referrers(ctx, needs.manifests[i].Digest, nil) {
 			if err != nil {

@@ -10,8 +10,8 @@ import (
 	"github.com/ocilocal/ocilocal"
 )
 
-// An artifact is copied from one root into another, under its name or another one, with its
-// referrers.
+// TestImportRegistry copies an artifact with its referrers from one root into another, under its own
+// name and under another one. An artifact with damaged or missing content is not copied.
 func TestImportRegistry(t *testing.T) {
 	src, dst := openTemp(t, nil), openTemp(t, nil)
 	ref := ocilocal.MustParseReference("example.com/model:v1")
@@ -45,7 +45,8 @@ func TestImportRegistry(t *testing.T) {
 	nothingIn(t, empty)
 }
 
-// The ref is the artifact's when referrers come along with it, and not that of one of them.
+// TestImportReferrersKeepRef: if referrers are imported too, the ref points at the artifact and not at
+// a referrer.
 func TestImportReferrersKeepRef(t *testing.T) {
 	src, dst := openTemp(t, nil), openTemp(t, nil)
 	ref := ocilocal.MustParseReference("example.com/model:v1")
@@ -63,7 +64,8 @@ func TestImportReferrersKeepRef(t *testing.T) {
 	}
 }
 
-// A referrer that the source doesn't have whole is left out, and the others come along.
+// TestImportRegistrySkipsReferrers: a referrer that is incomplete in the source is skipped, and the
+// others are imported.
 func TestImportRegistrySkipsReferrers(t *testing.T) {
 	src, dst := openTemp(t, nil), openTemp(t, nil)
 	ref := ocilocal.MustParseReference("example.com/model:v1")

@@ -16,8 +16,8 @@ import (
 	"github.com/ocilocal/ocilocal"
 )
 
-// TestEntryFacts: platform and annotations of an entry come out of an export as they came in, from
-// an archive and a directory into an archive and a directory, with a ref and by digest.
+// TestEntryFacts imports entries with platforms and annotations from archives and directories, and
+// exports them to both, with a ref and by digest. The export must have the same facts.
 func TestEntryFacts(t *testing.T) {
 	arm := &ocispec.Platform{OS: "linux", Architecture: "arm", Variant: "v7", OSFeatures: []string{"f"}, OSVersion: "1"}
 	other := "example.com/other@" + digest.FromString("an image index").String()
@@ -107,8 +107,8 @@ func TestEntryFacts(t *testing.T) {
 	}
 }
 
-// TestEntryFactsOfRef: the facts belong to what the ref points at. They move with the ref, and a
-// ref that said nothing of an index.json takes those of an import of the same content.
+// TestEntryFactsOfRef: the facts belong to the content of a ref. A ref that moves loses them. A ref
+// without facts takes those of an import of the same content.
 func TestEntryFactsOfRef(t *testing.T) {
 	from, r := openTemp(t, nil), openTemp(t, nil)
 	a := published(t, from, "example.com/a:v1", "one", nil)

@@ -13,13 +13,15 @@ import (
 // A layoutIndex is a layout's index.json.
 type layoutIndex struct {
 	raw     []byte
-	entries []ocispec.Descriptor // as they stand: see [checkDescriptor]
+	entries []ocispec.Descriptor // not validated yet: see [checkDescriptor]
 }
 
-// parseLayoutIndex reads a layout's index.json (image-spec image-layout.md).
-// OMMX v2 writes {} for the annotations of an entry without a name.
+// parseLayoutIndex parses a layout's index.json (image-spec image-layout.md, "index.json file"). It
+// has the form of an image index. Its mediaType may be missing, as many tools leave it out. A document
+// that also has the fields of an image manifest is refused, because programs could take it for
+// either.
 //
-// Entries are not checked one by one here: whether a bad one matters depends on which are wanted.
+// Entries are not checked here. A bad entry fails an import only if the import needs it: see choose.
 func parseLayoutIndex(raw []byte) (*layoutIndex, error) {
 	var doc struct {
 		SchemaVersion int64                `json:"schemaVersion"`
@@ -44,7 +46,9 @@ func parseLayoutIndex(raw []byte) (*layoutIndex, error) {
 	return &layoutIndex{raw, doc.Manifests}, nil
 }
 
-// stageIndex makes index.json an entry: see [ImportOptions.AsIndex].
+// stageIndex stages index.json itself as an image index, and returns an index with this one entry:
+// see [ImportOptions.AsIndex]. Its bytes are those of the file, so its digest is the same for
+// everybody who imports the layout so.
 func (im *importer) stageIndex(ctx context.Context, index *layoutIndex) (*layoutIndex, error) {
 	m, err := ParseManifest(ocispec.MediaTypeImageIndex, index.raw)
 	if err != nil {
@@ -59,9 +63,14 @@ func (im *importer) stageIndex(ctx context.Context, index *layoutIndex) (*layout
 	return &layoutIndex{entries: []ocispec.Descriptor{m.Descriptor()}}, nil
 }
 
-// choose applies Select and Platform, sets aside entries that are not manifests (image-layout.md
-// has an example of that) and digests of algorithms that are unknown here, and refuses options that
-// fit no single entry. An entry that is wrong in another way fails the import only if it is chosen.
+// choose returns the entries that Select and Platform choose. Entries that are no error, but cannot be
+// imported, are returned as skipped: other content than manifests (image-spec image-layout.md has an
+// example of one), and digests of unknown algorithms. An entry that is malformed fails the import
+// only if it is chosen: unrelated content must not stop an import.
+//
+// Reference, Select, Expected and calls such as LoadPath need exactly one entry. Then no entry and
+// several entries are errors. A Select by digest finds a manifest once that stands under several
+// names. If no entry has the digest, it is looked for among the members of image indexes.
 func (im *importer) choose(ctx context.Context, entries []ocispec.Descriptor) (chosen, skipped []ocispec.Descriptor, err error) {
 	s := im.opts.Select
 	for _, e := range entries {
@@ -104,13 +113,14 @@ func (im *importer) choose(ctx context.Context, entries []ocispec.Descriptor) (c
 	return chosen, skipped, err
 }
 
-// knownAlgorithm reports whether the algorithm of a digest is one of those that this package knows.
+// knownAlgorithm reports whether this package knows the algorithm of a digest. Text without a colon has
+// no algorithm: it counts as known, so that checkDescriptor reports it as malformed.
 func knownAlgorithm(d digest.Digest) bool {
 	alg, _, ok := strings.Cut(string(d), ":")
 	return !ok || digestHexLen(digest.Algorithm(alg)) != 0
 }
 
-// unusable says why an entry is set aside.
+// unusable is the error for an entry that was skipped although it was the only one that fits.
 func unusable(e ocispec.Descriptor) error {
 	if formOf(e.MediaType) == 0 {
 		return fmt.Errorf("%w: the entry of index.json is of type %s, which is not a manifest media type", ErrUnsupportedMediaType, printable(e.MediaType))
@@ -118,7 +128,9 @@ func unusable(e ocispec.Descriptor) error {
 	return fmt.Errorf("%w: index.json: %w", ErrInvalidLayout, checkDigest(e.Digest))
 }
 
-// onPlatform appends the part of an entry that is for the wanted platform, if it has one.
+// onPlatform appends the part of an entry that is for the wanted platform, if there is one. That is
+// the entry itself, if it names this platform or none, or one member of an image index. A member
+// gets the annotations of the index's entry, and so its name.
 func (im *importer) onPlatform(ctx context.Context, chosen []ocispec.Descriptor, e ocispec.Descriptor) ([]ocispec.Descriptor, error) {
 	want := im.opts.Platform
 	switch {
@@ -136,14 +148,14 @@ func (im *importer) onPlatform(ctx context.Context, chosen []ocispec.Descriptor,
 	}
 	member, err := choosePlatform(m, want)
 	if err != nil {
-		return chosen, nil // other entries may be for it
+		return chosen, nil // another entry may be for this platform
 	}
 	member.Annotations = e.Annotations
 	return append(chosen, member), nil
 }
 
-// chooseMember looks for the digest of Select in the image indexes that are entries. An index
-// that can't be read is passed over, because nobody asked for it.
+// chooseMember looks for the digest of Select among the members of the image indexes that are entries.
+// An index that cannot be read is skipped, because it was not asked for.
 func (im *importer) chooseMember(ctx context.Context, entries []ocispec.Descriptor) ([]ocispec.Descriptor, error) {
 	for _, e := range entries {
 		if formOf(e.MediaType) != formIndex || checkDescriptor(&e) != nil {
@@ -158,7 +170,7 @@ func (im *importer) chooseMember(ctx context.Context, entries []ocispec.Descript
 		}
 		for _, member := range m.doc.Manifests {
 			if string(member.Digest) == im.opts.Select && formOf(member.MediaType) != 0 {
-				member.Annotations = nil // a name there would be that of the member in its index
+				member.Annotations = nil // they describe the member within its index
 				return []ocispec.Descriptor{member}, nil
 			}
 		}
@@ -166,17 +178,17 @@ func (im *importer) chooseMember(ctx context.Context, entries []ocispec.Descript
 	return nil, nil
 }
 
-// An Inspection tells what a layout directory or archive holds, as its
-// index.json and its file names say. Nothing of it is verified.
+// An Inspection lists the content of a layout directory or archive by its index.json and its file
+// names. Nothing of it is verified.
 type Inspection struct {
 	Entries []InspectedEntry // in the order of index.json
 	Blobs   int              // files named by a digest
-	Bytes   int64            // their size
+	Bytes   int64            // total size of these files
 }
 
 // An InspectedEntry is one entry of an index.json.
 type InspectedEntry struct {
-	Name       string    // org.opencontainers.image.ref.name, as it stands
+	Name       string    // the annotation org.opencontainers.image.ref.name, unchanged
 	Reference  Reference // the full name that the entry claims; zero if it has none
 	Descriptor ocispec.Descriptor
 }

@@ -12,8 +12,8 @@ import (
 	"github.com/ocilocal/ocilocal"
 )
 
-// TestImportPlatforms imports what is written for several platforms: two entries of one name, a
-// flat index.json without names, and an image index of which one platform is there.
+// TestImportPlatforms imports the forms in which tools write several platforms: two entries of one
+// name, an index.json without names, and an image index with the manifest of one platform only.
 func TestImportPlatforms(t *testing.T) {
 	t.Parallel()
 	arm := &ocispec.Platform{OS: "linux", Architecture: "arm64"}
@@ -65,8 +65,8 @@ func TestImportPlatforms(t *testing.T) {
 	}
 }
 
-// TestImportUnrelated puts content into a layout that nobody needs. It must not stop the import of
-// the rest.
+// TestImportUnrelated puts files and entries into a layout that no artifact needs. They must not stop
+// the import of the others.
 func TestImportUnrelated(t *testing.T) {
 	t.Parallel()
 	manifest, config := image("layer")
@@ -98,7 +98,7 @@ func TestImportUnrelated(t *testing.T) {
 			if _, err := r.Load(t.Context(), ref("example.com/a:v1")); err != nil {
 				t.Error(err)
 			}
-			// An export adds to such a directory, and keeps what is there.
+			// An export adds to such a directory, and keeps its files and entries.
 			published(t, r, "example.com/c:v1", "another layer", nil)
 			dir := layoutDir(t, append(parts, more...)...)
 			if err := r.ExportLayout(t.Context(), dir, []ocilocal.Reference{ref("example.com/c:v1")}, nil); err != nil {
@@ -132,7 +132,7 @@ func TestImportUnrelated(t *testing.T) {
 	}
 }
 
-// TestImportLargeIndex imports from an index.json that is larger than a manifest may be.
+// TestImportLargeIndex imports from an index.json that is larger than the limit of a manifest.
 func TestImportLargeIndex(t *testing.T) {
 	t.Parallel()
 	manifest, config := image("layer")

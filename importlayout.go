@@ -12,7 +12,8 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// layoutImporter returns an importer that fetches from a layout directory.
+// layoutImporter returns an importer that fetches from a layout directory. Every member of an image
+// index may be absent, as in an archive: tools save one platform of a multi-platform image so.
 func (r *LocalRegistry) layoutImporter(l *layout, opts *ImportOptions) *importer {
 	im := r.newImporter(opts)
 	im.workers = diskWorkers
@@ -38,7 +39,10 @@ func (r *LocalRegistry) layoutImporter(l *layout, opts *ImportOptions) *importer
 	return im
 }
 
-// A layout is a layout directory that others may be changing, and which is not trusted.
+// A layout is a layout directory. It is not trusted, and another program may change it at any time.
+// All access is relative to root, which does not lead out of the directory, and only regular files
+// are opened: see regular. Bytes are hashed while they are copied, so a change of a file meanwhile
+// is a digest or size mismatch.
 type layout struct {
 	root *rootDir
 }
@@ -55,7 +59,8 @@ func (l *layout) index() (*layoutIndex, error) {
 	return parseLayoutIndex(raw)
 }
 
-// check reads oci-layout. Some tools leave it out, and nothing in a layout depends on it.
+// check reads oci-layout and refuses another version. A missing file is accepted: some tools leave it
+// out, although image-spec requires it, and nothing else in a layout depends on it.
 func (l *layout) check() error {
 	if found, err := l.has(ocispec.ImageLayoutFile); err != nil || !found {
 		return err
@@ -67,8 +72,8 @@ func (l *layout) check() error {
 	return err
 }
 
-// file reads one of the two files that a layout has beside its blobs. Missing is
-// [ErrInvalidLayout].
+// file reads index.json or oci-layout. If the file is missing, the error is [ErrInvalidLayout]: the
+// directory is not a layout.
 func (l *layout) file(name string) ([]byte, error) {
 	f, err := l.regular(name)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -78,11 +83,11 @@ func (l *layout) file(name string) ([]byte, error) {
 		return nil, err
 	}
 	defer f.Close()
-	// A file that is too large by its size is refused without reading it. The read is bounded all
-	// the same, since the file can grow.
+	// A file that is too large is refused by its size, without reading it. The read is bounded as
+	// well, because the file can grow meanwhile.
 	size, err := checkRegular(f)
 	if err == nil && size > MaxLayoutIndexSize {
-		err = fmt.Errorf("%w: %s has %d bytes, and may have %d", ErrTooLarge, name, size, MaxLayoutIndexSize)
+		err = fmt.Errorf("%w: %s has %d bytes, the limit is %d", ErrTooLarge, name, size, MaxLayoutIndexSize)
 	}
 	if err != nil {
 		return nil, err
@@ -103,8 +108,9 @@ func (l *layout) has(name string) (bool, error) {
 	return err == nil, err
 }
 
-// open opens the file of a blob, which is to be verified by whoever reads it.
-// Missing is [ErrIncomplete].
+// open opens the file of a blob. The caller verifies the bytes. If the file is missing, the error is
+// [ErrIncomplete], which lets the importer look elsewhere. If blobs/ or the directory of an algorithm
+// is a link or a file, the error says so: a bare "not found" would hide the cause.
 func (l *layout) open(desc ocispec.Descriptor) (*os.File, error) {
 	if err := checkDigest(desc.Digest); err != nil {
 		return nil, err
@@ -122,7 +128,10 @@ func (l *layout) open(desc ocispec.Descriptor) (*os.File, error) {
 	return f, err
 }
 
-// regular opens a file if it is one, without following a link or blocking on anything else.
+// regular opens a regular file. It does not follow a link, and does not open a named pipe or a
+// device, which could block or have an effect. The kind can only be checked before the open, and
+// another program can replace the file in between. So the open file is compared with the one that
+// was checked.
 func (l *layout) regular(name string) (*os.File, error) {
 	before, err := l.root.Lstat(name)
 	if err != nil {

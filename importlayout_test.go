@@ -32,7 +32,7 @@ func TestLayoutSwapped(t *testing.T) {
 				if name != e.name {
 					return nil
 				}
-				if op == "open" && looked { // the store, which looks at no file first, hasn't got it
+				if op == "open" && looked { // not the store, which opens without a stat
 					other := filepath.Join(dir, "other")
 					swapped = true
 					return errors.Join(os.WriteFile(other, []byte(e.body), 0o600), os.Rename(other, filepath.Join(dir, filepath.FromSlash(name))))
@@ -137,7 +137,7 @@ func TestLayoutChangesMeanwhile(t *testing.T) {
 				dir := layoutDir(t, layoutVersion, blobEntry(manifest), blobEntry(config), blobEntry(layer), layoutIndex(manifest, "example.com/a:v1"))
 				source := filepath.Join(dir, filepath.FromSlash(blobEntry(layer).name))
 				r := openTemp(t, nil)
-				other, _ := image("another layer") // the config is in the registry then
+				other, _ := image("another layer") // so that the registry has the config
 				if _, err := r.ImportLayout(t.Context(), layoutDir(t, layoutVersion, blobEntry(other), blobEntry(config),
 					blobEntry("another layer"), layoutIndex(other, "example.com/other:v1")), nil); err != nil {
 					t.Fatal(err)
@@ -150,7 +150,7 @@ func TestLayoutChangesMeanwhile(t *testing.T) {
 					if op != "create" || copies.Add(1) != 2 { // the manifest comes before the layer
 						return nil
 					}
-					return os.Truncate(source, to) // which is open by then
+					return os.Truncate(source, to) // the import has opened it by now
 				})
 				_, err := r.ImportLayout(t.Context(), dir, nil)
 				ocilocal.SetFault(r, nil)

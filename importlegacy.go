@@ -16,13 +16,29 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// maxLegacyDepth is more path elements than the repository of a reference can have.
+// The tree of an OMMX v2 registry. Each entry is a layout directory of its own, with one manifest:
+//
+//	root/ghcr.io/org/model/__v1/                 ghcr.io/org/model:v1
+//	root/localhost__5000/model/__v1/             localhost:5000/model:v1
+//	root/ghcr.io/org/model/__sha256__<hex>/      ghcr.io/org/model@sha256:<hex>
+//	                              ├ oci-layout, index.json
+//	                              └ blobs/sha256/…
+//
+// A ':' cannot be in a file name on every system, so "__" stands for it. That cannot always be read
+// back, because a tag may have "__" too: see legacyName. Going from a reference to its paths is
+// unambiguous, which is how Load finds an entry: see legacyPaths.
+
+// maxLegacyDepth is the deepest level of directories that is searched for entries. The repository of
+// a reference cannot have as many path elements.
 const maxLegacyDepth = 130
 
-// DefaultLegacyRoot returns where the OMMX v2 SDK keeps its local registry:
-// $OMMX_LOCAL_REGISTRY_ROOT if that is set, else ommx in $XDG_DATA_HOME or ~/.local/share (Unix),
-// ~/Library/Application Support/org.ommx.ommx (macOS) or %AppData%\ommx\ommx\data (Windows). Error:
-// that of [os.UserHomeDir], where none of these is known.
+// DefaultLegacyRoot returns the directory in which the OMMX v2 SDK keeps its local registry. That is
+// $OMMX_LOCAL_REGISTRY_ROOT if it is set, and otherwise:
+//   - Unix: ommx in $XDG_DATA_HOME or ~/.local/share
+//   - macOS: ~/Library/Application Support/org.ommx.ommx
+//   - Windows: %AppData%\ommx\ommx\data
+//
+// Error: that of [os.UserHomeDir], if none of these is known.
 func DefaultLegacyRoot() (string, error) {
 	if dir := os.Getenv("OMMX_LOCAL_REGISTRY_ROOT"); dir != "" {
 		return dir, nil
@@ -45,16 +61,16 @@ func DefaultLegacyRoot() (string, error) {
 
 // LegacyOptions govern an import from an older registry. Nil is the zero value.
 type LegacyOptions struct {
-	// Policy is for refs that point elsewhere here. Zero is [KeepExisting].
+	// Policy is for refs that point at another digest here. Zero is [KeepExisting].
 	Policy Policy
-	// Name, if not nil, decides what each entry is called here. claimed is the name in the older
-	// registry, and ref is zero if that is not a reference. Name returns the reference to set. It
-	// can return [SkipEntry] to leave the entry out; any other error is reported as the entry's. It
-	// must not call the registry.
+	// Name, if not nil, decides the reference of each entry. claimed is the name in the older
+	// registry. ref is that name as a reference, and zero if it is not one. Name returns the
+	// reference to set. It can return [SkipEntry] to leave the entry out. Any other error is
+	// reported as the error of this entry. Name must not call the registry.
 	Name func(claimed string, ref Reference) (Reference, error)
-	// Progress, if not nil, is called with how far the import is. Items are entries of the older
-	// registry, and skipped ones those that are here already. Bytes are not counted. Entries that
-	// cannot be imported, or are left out, leave the totals.
+	// Progress, if not nil, is called with the state of the import. Items are entries of the older
+	// registry. Entries that the registry has already count as skipped. Bytes are not counted.
+	// Entries that cannot be imported, or are left out, are subtracted from the totals.
 	Progress func(Progress)
 }
 
@@ -62,6 +78,8 @@ type LegacyOptions struct {
 type legacyNamer func(claimed string, ref Reference) (Reference, error)
 
 // name applies the function, if there is one, to an entry. err says why claimed is not a reference.
+// It is returned if the function gives no reference either. A reference that the function returns is
+// validated, since the caller may have made it in any way.
 func (fn legacyNamer) name(claimed string, ref Reference, err error) (Reference, error) {
 	if fn == nil {
 		return ref, err
@@ -76,23 +94,23 @@ func (fn legacyNamer) name(claimed string, ref Reference, err error) (Reference,
 	return named, named.checkGiven()
 }
 
-// A LegacyReport counts what became of the entries of an older registry.
+// A LegacyReport counts the entries of an older registry by their outcomes.
 type LegacyReport struct {
-	Scanned    int // entries found
-	Imported   int // refs that are new here
-	Verified   int // refs that were here already, with the same content
-	Replaced   int // refs that were moved
-	Conflicted []RefUpdate
+	Scanned    int             // entries found
+	Imported   int             // refs that are new here
+	Verified   int             // refs that existed already, with the same content
+	Replaced   int             // refs that were moved
+	Conflicted []RefUpdate     // refs that point at another digest and were kept
 	Failed     []LegacyFailure // entries that could not be imported
 	Skipped    []string        // entries that LegacyOptions.Name left out
-	// MissingSubjects are subjects of what was imported that neither registry has whole. The
-	// artifacts that refer to them are imported all the same.
+	// MissingSubjects are the subjects of imported artifacts that neither registry has whole. The
+	// artifacts are imported without them.
 	MissingSubjects []digest.Digest
 }
 
 // A LegacyFailure says why one entry could not be imported.
 type LegacyFailure struct {
-	Entry string // where it is, below the old root
+	Entry string // its path below the old root
 	Err   error
 }
 
@@ -114,12 +132,11 @@ func (l *LegacyReport) add(entry string, u RefUpdate, err error) {
 	}
 }
 
-// ImportLegacy imports every entry of an OMMX v2 local registry, which is a tree of layout
-// directories, host/repository/__tag. An entry's name is that of its index.json, if it has one.
-// That name must fit the path. Otherwise the path is the name. Only artifacts of type
-// [ArtifactTypeOMMX] are imported. A bad entry does not stop the others: the report lists it. It is
-// safe to run this again, or several times at once. The tree is never written to, and no symbolic
-// link in it is followed.
+// ImportLegacy imports every entry of an OMMX v2 local registry: a tree of layout directories with
+// paths of the form host/repository/__tag. If the index.json of an entry has a name, it must fit the
+// path. Otherwise the path is the name. Only artifacts of type [ArtifactTypeOMMX] are imported. A bad
+// entry does not stop the others: the report lists it. ImportLegacy can be repeated, and run several
+// times at once. The tree is never written to, and no symbolic link in it is followed.
 //
 // Errors, together with the report so far: [ErrReadOnly], [ErrBusy], [ErrNoSpace], and any error
 // from ctx, the index, or the file system for root itself.
@@ -129,15 +146,15 @@ func (r *LocalRegistry) ImportLegacy(ctx context.Context, root string, opts *Leg
 	return report, r.importLegacy(ctx, root, opts, report)
 }
 
-// ImportLegacyEntry imports the one entry of an OMMX v2 local registry that is called ref, and sets
-// ref. opts say what happens if ref points elsewhere. [LocalRegistry.Load] does the same for
-// [Options.LegacyRoot], if ref is not here. The tree is never written to.
+// ImportLegacyEntry imports the entry of an OMMX v2 local registry that has the name ref, and sets
+// ref. opts say what happens if ref points elsewhere. [LocalRegistry.Load] does the same with
+// [Options.LegacyRoot], if the registry does not have ref. The tree is never written to.
 //
 // Errors:
 //   - [ErrNotFound]: the tree has no such entry
 //   - [*ConflictError], together with the update
-//   - those of [LocalRegistry.ImportLayout], [ErrArtifactType] for an artifact that is not of type
-//     [ArtifactTypeOMMX], and any error from the file system for root itself
+//   - [ErrArtifactType]: the artifact is not of type [ArtifactTypeOMMX]
+//   - those of [LocalRegistry.ImportLayout], and any error from the file system for root itself
 func (r *LocalRegistry) ImportLegacyEntry(ctx context.Context, root string, ref Reference, opts *PublishOptions) (u RefUpdate, err error) {
 	defer addOp(&err, "import legacy entry", ref.String(), "")
 	if err := ref.checkGiven(); err != nil {
@@ -158,6 +175,9 @@ func (r *LocalRegistry) ImportLegacyEntry(ctx context.Context, root string, ref 
 	return u, err
 }
 
+// importLegacy finds all entries first and then imports them one by one, each with a publish of its
+// own transaction. So a bad entry, or a call that is killed, never undoes the entries before it. A
+// call that is repeated finds these as Unchanged, and writes nothing for them.
 func (r *LocalRegistry) importLegacy(ctx context.Context, dir string, opts *LegacyOptions, report *LegacyReport) error {
 	end, err := r.beginWrite(ctx)
 	if err != nil {
@@ -187,14 +207,15 @@ func (r *LocalRegistry) importLegacy(ctx context.Context, dir string, opts *Lega
 			return err
 		}
 		report.add(entry, u, err)
-		tellEntry(m, u, err)
+		meterEntry(m, u, err)
 	}
 	m.finish()
 	return nil
 }
 
-// tellEntry reports the progress of an import of entries.
-func tellEntry(m *meter, u RefUpdate, err error) {
+// meterEntry reports the progress of one entry: done, skipped because it was here, or out of the plan
+// because it failed.
+func meterEntry(m *meter, u RefUpdate, err error) {
 	// The size stays 0, because bytes are not counted.
 	desc := ocispec.Descriptor{MediaType: u.Descriptor.MediaType, Digest: u.Descriptor.Digest}
 	switch {
@@ -207,12 +228,16 @@ func tellEntry(m *meter, u RefUpdate, err error) {
 	}
 }
 
-// fatal reports whether err would meet every further entry too.
+// fatal reports whether err concerns the process or the registry, and not one entry. Every further
+// entry would fail with it as well, so it ends the import.
 func fatal(err error) bool {
 	return processCondition(err) || errors.Is(err, ErrCorruptIndex) || errors.Is(err, ErrForeignIndex)
 }
 
-// legacyEntries finds the directories whose name begins with "__", in order.
+// legacyEntries finds the directories whose name begins with "__", in order. It does not look into
+// them. Links are not followed: Lstat says that they are not directories. A directory that cannot be
+// read is reported and skipped. So is a layout at a path that names nothing, since its owner would
+// otherwise believe that it was imported.
 func legacyEntries(ctx context.Context, root *rootDir, report *LegacyReport) ([]string, error) {
 	var entries []string
 	var visit func(dir string, depth int) error
@@ -221,8 +246,8 @@ func legacyEntries(ctx context.Context, root *rootDir, report *LegacyReport) ([]
 			at := path.Join(dir, name)
 			fi, err := root.Lstat(at)
 			if err == nil && !fi.IsDir() {
-				if name == ocispec.ImageLayoutFile { // a layout that nothing will import
-					report.Failed = append(report.Failed, LegacyFailure{dir, fmt.Errorf("%w: it is a layout, but its path has not the form host/repository/__tag", ErrInvalidLayout)})
+				if name == ocispec.ImageLayoutFile {
+					report.Failed = append(report.Failed, LegacyFailure{dir, fmt.Errorf("%w: path of the layout is not of the form host/repository/__tag", ErrInvalidLayout)})
 				}
 				return nil
 			}
@@ -250,8 +275,12 @@ func legacyEntries(ctx context.Context, root *rootDir, report *LegacyReport) ([]
 	return entries, nil
 }
 
-// importLegacyEntry imports one layout directory of the tree. If ref is not zero, the entry must be
-// called so. Otherwise rename, if it is not nil, decides about its name.
+// importLegacyEntry imports one layout directory of the tree. If ref is not zero, the entry must have
+// that name: an entry with another name or another digest is [ErrNotFound], which lets legacyEntry
+// try the next path. If ref is zero, rename decides about the name, unless it is nil.
+//
+// The importer gets Rename, because the name was decided here: index.json may have the short spelling
+// of v2, which entryClaim would not accept.
 func (r *LocalRegistry) importLegacyEntry(ctx context.Context, root *rootDir, entry string, ref Reference, rename legacyNamer, opts PublishOptions) (RefUpdate, error) {
 	sub, err := root.below(entry)
 	if err != nil {
@@ -274,9 +303,9 @@ func (r *LocalRegistry) importLegacyEntry(ctx context.Context, root *rootDir, en
 	if ref.IsZero() {
 		ref = named
 	} else if !agree(named, ref) {
-		return RefUpdate{}, fmt.Errorf("%w: it is named %s", ErrNotFound, named)
+		return RefUpdate{}, fmt.Errorf("%w: the entry is named %s", ErrNotFound, named)
 	} else if pin := ref.Digest(); pin != "" && named.Digest() == "" && len(descs) == 1 && descs[0].Digest != pin {
-		return RefUpdate{}, fmt.Errorf("%w: it is %s", ErrNotFound, descs[0].Digest)
+		return RefUpdate{}, fmt.Errorf("%w: the entry has digest %s", ErrNotFound, descs[0].Digest)
 	}
 	im := r.importAs(l, ref, opts)
 	im.accept = func(m *Manifest) error {
@@ -289,13 +318,13 @@ func (r *LocalRegistry) importLegacyEntry(ctx context.Context, root *rootDir, en
 	return u, err
 }
 
-// importAs returns an importer for the one entry of a layout, which is to be called ref.
+// importAs returns an importer that publishes the one entry of a layout as ref.
 func (r *LocalRegistry) importAs(l *layout, ref Reference, opts PublishOptions) *importer {
 	return r.layoutImporter(l, &ImportOptions{Reference: ref, Rename: true, PublishOptions: opts, one: true})
 }
 
-// runOne imports one entry and discards the stage. It returns what became of the ref, and the
-// subjects that are missing.
+// runOne imports one entry and discards the stage. It returns the outcome for the ref, also of a
+// conflict, and the subjects that are missing.
 func (im *importer) runOne(ctx context.Context, descs []ocispec.Descriptor) (RefUpdate, []ocispec.Descriptor, error) {
 	defer func() { im.registry.logDiscard(im.stage.discard()) }()
 	result, err := im.run(ctx, &layoutIndex{entries: descs})
@@ -305,8 +334,9 @@ func (im *importer) runOne(ctx context.Context, descs []ocispec.Descriptor) (Ref
 	return result.Artifacts[0].Update, result.missingSubjects, err
 }
 
-// legacyName decides what an entry is called. The path can't always be read
-// back (a tag may hold "__"), so a name in index.json counts if it fits the path.
+// legacyName returns the name of an entry. The path cannot always be read back, because a tag may
+// have "__" in it. So a name in index.json counts, if it fits the path. A name that does not fit is
+// an error, because either of the two could be wrong.
 func legacyName(entry string, descs []ocispec.Descriptor) (Reference, error) {
 	name := ""
 	if len(descs) == 1 {
@@ -321,7 +351,7 @@ func legacyName(entry string, descs []ocispec.Descriptor) (Reference, error) {
 	host, rest, ok := strings.Cut(entry, "/")
 	i := strings.LastIndex(rest, "/__")
 	if !ok || i <= 0 {
-		return Reference{}, fmt.Errorf("%w: path has not the form host/repository/__tag", ErrInvalidLayout)
+		return Reference{}, fmt.Errorf("%w: path is not of the form host/repository/__tag", ErrInvalidLayout)
 	}
 	tag := rest[i+len("/__"):]
 	// The tag sha256__<64 digits> has the path of that digest. Only the content tells them apart.
@@ -333,9 +363,10 @@ func legacyName(entry string, descs []ocispec.Descriptor) (Reference, error) {
 	return parseLegacyName(strings.Replace(host, "__", ":", 1) + "/" + rest[:i] + ":" + tag)
 }
 
-// legacyPaths returns where OMMX v2 may keep ref: host[__port]/repository/__tag,
-// under each of the spellings that mean the same name today. v2 took the text
-// before the first '/' for the host, always, and knew no "library/".
+// legacyPaths returns the paths at which OMMX v2 may keep ref:
+// host[__port]/repository/__tag, under each spelling that means the same name today. v2 always took
+// the text before the first '/' for the host, and did not add "library/". So docker.io/org/model may
+// lie under org/model, and docker.io/library/alpine under docker.io/alpine.
 func legacyPaths(ref Reference) (paths []string) {
 	host, repository := ref.Registry(), ref.Repository()
 	names := []string{path.Join(strings.Replace(host, ":", "__", 1), repository)}
@@ -362,9 +393,10 @@ func legacyPaths(ref Reference) (paths []string) {
 	return paths
 }
 
-// fetchLegacy imports the entry of the legacy root that has ref's name, and returns the artifact;
-// nil if there is no such entry. It does not read the index again once the import is durable: a
-// failure of that read would end a call whose whole change has been made.
+// fetchLegacy imports the entry of the legacy root that has ref's name, and returns the artifact. It
+// returns nil if there is no such entry, or no legacy root. The artifact is made from the result of
+// the import, and not from the index: a read of the index could fail after the import is durable.
+// The call would then return an error although it has changed the registry.
 func (r *LocalRegistry) fetchLegacy(ctx context.Context, ref Reference) (*LocalArtifact, error) {
 	if r.opts.LegacyRoot == "" || r.blobs.readOnly {
 		return nil, nil
@@ -384,7 +416,9 @@ func (r *LocalRegistry) fetchLegacy(ctx context.Context, ref Reference) (*LocalA
 	return r.newArtifact(ref, u.Descriptor, nil), nil
 }
 
-// legacyEntry imports the entry of a legacy root that is called ref, if there is one.
+// legacyEntry imports the entry of a legacy root that has the name ref, if there is one. found is set
+// with an error too, if an entry was found and could not be imported. Then the other paths are not
+// tried: the entry is the right one, and the caller must learn that it is bad.
 func (r *LocalRegistry) legacyEntry(ctx context.Context, dir string, ref Reference, opts PublishOptions) (u RefUpdate, found bool, err error) {
 	root, err := openRoot(dir, r.root.fault)
 	if err != nil {

@@ -23,8 +23,8 @@ import (
 
 const ommxType = "application/org.ommx.v1.artifact"
 
-// ommxV2 returns the layout that the OMMX v2 SDK writes: a manifest in the order
-// of its struct, without mediaType, and its name in index.json if it has one.
+// ommxV2 returns a layout as the OMMX v2 SDK writes it: a manifest in the order of its struct, without
+// mediaType, and the name in index.json if there is one.
 func ommxV2(instance, artifactType, name string) (manifest string, entries []entry) {
 	config := "{}"
 	manifest = fmt.Sprintf(`{"schemaVersion":2,"artifactType":%q,"config":%s,"layers":[%s],"annotations":{"org.ommx.v1.artifact.title":%q}}`,
@@ -59,7 +59,8 @@ func legacyDigest(at, name string) digest.Digest {
 
 const someHex = "67555a1e3fd8d4e1b4cdcf6b4ee8a62b4a2bd9fba8b95fca0b24e2c33d3f3b4e"
 
-// legacyNames has the spellings of PEERS: path, name in index.json, and what it is called today.
+// legacyNames has each spelling of names that OMMX v2 uses: the path, the name in index.json, and the
+// reference today.
 var legacyNames = []struct{ path, name, today string }{
 	{"ghcr.io/jij-inc/ommx/demo/__v1", "ghcr.io/jij-inc/ommx/demo:v1", "ghcr.io/jij-inc/ommx/demo:v1"},
 	{"ghcr.io/jij-inc/ommx/demo/__v2", "", "ghcr.io/jij-inc/ommx/demo:v2"},
@@ -76,6 +77,8 @@ var legacyNames = []struct{ path, name, today string }{
 	{"example.com/bare/__v1", "v1", "example.com/bare:v1"},
 }
 
+// TestImportLegacy imports a tree by four processes at once: each entry is imported by one of them and
+// verified by the others. A later import heals a blob that was damaged, and the tree never changes.
 func TestImportLegacy(t *testing.T) {
 	t.Parallel()
 	ctx := t.Context()
@@ -86,7 +89,6 @@ func TestImportLegacy(t *testing.T) {
 	root := legacyTree(t, at)
 	before := tree(t, root)
 	r := openTemp(t, nil)
-	// Several processes at once are harmless.
 	processes := make([]*worker, 4)
 	for i := range processes {
 		processes[i] = startWorker(t, "legacy", r.Root(), root)
@@ -115,7 +117,7 @@ func TestImportLegacy(t *testing.T) {
 			t.Errorf("%s: %v %v", c.today, desc.Digest, err)
 		}
 	}
-	// To verify is to look at the bytes: what was damaged here meanwhile is healed.
+	// An import compares the bytes of the registry, and heals a blob that was damaged.
 	layer := digest.FromString(legacyNames[0].path)
 	rewrite(t, blobFile(r, layer), flipBit)
 	again, err := r.ImportLegacy(ctx, root, nil)
@@ -149,6 +151,8 @@ func legacyWorker(in *bufio.Scanner, args []string) error {
 	return errors.Join(err, r.Close())
 }
 
+// TestImportLegacyFailures has a tree with good and bad entries. The report lists each bad one with its
+// error, and the good ones are imported.
 func TestImportLegacyFailures(t *testing.T) {
 	t.Parallel()
 	ctx := t.Context()
@@ -223,7 +227,7 @@ func TestImportLegacyFailures(t *testing.T) {
 	}
 }
 
-// TestLoadLegacy loads each name in its modern spelling: once from the tree, then from the index.
+// TestLoadLegacy loads each name by its reference of today, first from the tree, then from the index.
 func TestLoadLegacy(t *testing.T) {
 	ctx := t.Context()
 	at := map[string]string{}
@@ -233,7 +237,7 @@ func TestLoadLegacy(t *testing.T) {
 	at["quay.io/jitesoft/alpine/__sha256__"+someHex] = "" // its content is another's
 	root := legacyTree(t, at)
 	r := openTemp(t, &ocilocal.Options{LegacyRoot: root})
-	// Only the spellings of a name are looked at: no directory of the tree is ever listed.
+	// A load looks only at the paths of a name. It never lists a directory of the tree.
 	ocilocal.SetFault(r, func(op, name string) error {
 		if op == "readdir" && !strings.HasPrefix(name, "tmp") {
 			t.Errorf("%s was listed", name)
@@ -247,7 +251,7 @@ func TestLoadLegacy(t *testing.T) {
 		}
 	}
 	if _, err := r.Load(ctx, ref("quay.io/jitesoft/alpine@sha256:"+someHex)); !errors.Is(err, ocilocal.ErrNotFound) {
-		t.Errorf("by a digest that the content has not: %v", err)
+		t.Errorf("by a digest that is not that of the content: %v", err)
 	}
 	for _, missing := range []string{"ghcr.io/jij-inc/ommx/demo:v9", "example.com/nothing/at:all"} {
 		if _, err := r.Load(ctx, ref(missing)); !errors.Is(err, ocilocal.ErrNotFound) {
@@ -274,7 +278,7 @@ func TestLoadLegacy(t *testing.T) {
 	}
 }
 
-// TestLoadLegacyByDigest has an entry whose name is its manifest's digest.
+// TestLoadLegacyByDigest loads an entry whose name is the digest of its manifest.
 func TestLoadLegacyByDigest(t *testing.T) {
 	manifest, entries := ommxV2("by digest", ommxType, "")
 	d := digest.FromString(manifest)
@@ -293,8 +297,8 @@ func TestLoadLegacyByDigest(t *testing.T) {
 	}
 }
 
-// TestLoadLegacyPinned loads by tag and digest: the digest's own entry is taken where the tag's is
-// another.
+// TestLoadLegacyPinned loads by tag and digest. If the entry of the tag has another digest, the entry
+// of the digest is loaded.
 func TestLoadLegacyPinned(t *testing.T) {
 	manifest, pinned := ommxV2("pinned", ommxType, "")
 	d := digest.FromString(manifest)
@@ -315,7 +319,7 @@ func TestLoadLegacyPinned(t *testing.T) {
 	}
 }
 
-// TestLoadLegacyLinks has links and files on the way to entries: for a Load, there is nothing.
+// TestLoadLegacyLinks has links and files in the paths of entries. Load finds no such entry.
 func TestLoadLegacyLinks(t *testing.T) {
 	root := legacyTree(t, map[string]string{"real.example/foo/__v1": ""})
 	outside := legacyTree(t, map[string]string{"foo/__v1": ""})
@@ -339,8 +343,8 @@ func TestLoadLegacyLinks(t *testing.T) {
 	}
 }
 
-// TestImportLegacyCondition: a process without descriptors learns nothing about the tree. The
-// import ends, and calls no directory bad.
+// TestImportLegacyCondition: if the process has no descriptors left, the import ends with that error.
+// It does not report any directory as bad.
 func TestImportLegacyCondition(t *testing.T) {
 	r := openTemp(t, nil)
 	dir := legacyTree(t, map[string]string{"example.com/a/__v1": "", "example.com/b/__v1": ""})
@@ -370,7 +374,7 @@ func TestDefaultLegacyRoot(t *testing.T) {
 	for data, want := range map[string]string{
 		"/data": "/data/ommx",
 		"":      "/home/someone/.local/share/ommx",
-		"data":  "/home/someone/.local/share/ommx", // a relative one doesn't count, says the XDG specification
+		"data":  "/home/someone/.local/share/ommx", // relative paths are ignored, by the XDG specification
 	} {
 		switch runtime.GOOS {
 		case "darwin":
@@ -385,8 +389,8 @@ func TestDefaultLegacyRoot(t *testing.T) {
 	}
 }
 
-// FuzzLegacyNames takes references to their paths in an OMMX v2 registry and back. A path never
-// gets a name that belongs at another path, and a digest only names content that has it.
+// FuzzLegacyNames turns references into their paths in an OMMX v2 registry, and back. A path never
+// gets a name that belongs to another path. A digest names only content that has it.
 func FuzzLegacyNames(f *testing.F) {
 	d := digest.FromString("manifest")
 	for _, s := range []string{
@@ -428,7 +432,7 @@ func FuzzLegacyNames(f *testing.F) {
 	})
 }
 
-// TestImportLegacyStray reports a layout that lies in the tree under a path that names nothing.
+// TestImportLegacyStray: an import reports a layout in the tree whose path is not a name.
 func TestImportLegacyStray(t *testing.T) {
 	root := legacyTree(t, map[string]string{"ghcr.io/org/demo/__v1": ""})
 	if err := os.Rename(filepath.Join(root, "ghcr.io", "org", "demo", "__v1"), filepath.Join(root, "ghcr.io", "org", "demo", "v1")); err != nil {
@@ -440,7 +444,7 @@ func TestImportLegacyStray(t *testing.T) {
 	}
 }
 
-// TestImportLegacyEntry: one entry comes in under the policy that the caller chooses.
+// TestImportLegacyEntry imports one entry under each policy.
 func TestImportLegacyEntry(t *testing.T) {
 	const at = "example.com/one/__v1"
 	root := legacyTree(t, map[string]string{at: "example.com/one:v1", "example.com/one/__v2": ""})

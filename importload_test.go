@@ -12,6 +12,7 @@ import (
 	"github.com/ocilocal/ocilocal"
 )
 
+// TestLoadPulls: Load pulls an artifact once. A missing tag is an error with the facts of the registry.
 func TestLoadPulls(t *testing.T) {
 	s := newServer(t)
 	want := s.put(t, "org/model", "v1", noise(1, 10))
@@ -21,7 +22,7 @@ func TestLoadPulls(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if n := len(s.requests("")); n != 4 { // where the tag points, manifest, config, layer
+	if n := len(s.requests("")); n != 4 { // tag, manifest, config, layer
 		t.Errorf("%q", s.requests(""))
 	}
 	_, err := r.Load(t.Context(), s.ref("org/model:v2"))
@@ -29,7 +30,7 @@ func TestLoadPulls(t *testing.T) {
 	if !errors.Is(err, ocilocal.ErrNotFound) || !ok || e.Status != 404 || len(e.Codes) != 1 || e.Codes[0].Code != "MANIFEST_UNKNOWN" {
 		t.Error(err)
 	}
-	// By digest, and what is here under another name.
+	// A pull by digest of content that the registry has under another name.
 	s.forget()
 	pinned, err := s.ref("other/name").WithDigest(want)
 	if err != nil {
@@ -40,7 +41,8 @@ func TestLoadPulls(t *testing.T) {
 	}
 }
 
-// LoadWith tells whether it was a hit, and takes options for the pull.
+// TestLoadWith: LoadWith uses the options of the pull, and reports whether the registry had the
+// artifact.
 func TestLoadWith(t *testing.T) {
 	s := newServer(t)
 	want := s.put(t, "org/model", "v1", noise(1, 1000))
@@ -58,13 +60,13 @@ func TestLoadWith(t *testing.T) {
 		t.Fatalf("%+v, %v", got, err)
 	}
 	s.forget()
-	s.put(t, "org/model", "v1", noise(2, 1000)) // it moves, which a load doesn't ask
+	s.put(t, "org/model", "v1", noise(2, 1000)) // the tag moves, but a load does not ask
 	if got, err = r.LoadWith(t.Context(), ref, nil); err != nil || !got.Hit || got.Pull != nil || got.Artifact.Digest() != want || len(s.requests("")) != 0 {
 		t.Errorf("%+v, %v, %q", got, err, s.requests(""))
 	}
 }
 
-// Nothing is a hit that failed.
+// TestLoadWithFailure: a load that fails returns no result.
 func TestLoadWithFailure(t *testing.T) {
 	r := openRemote(t, nil)
 	ctx, cancel := context.WithCancel(t.Context())
@@ -74,7 +76,7 @@ func TestLoadWithFailure(t *testing.T) {
 	}
 }
 
-// After a hit, nobody is asked for referrers.
+// TestLoadWithReferrers: after a hit, LoadWith does not ask the registry for referrers.
 func TestLoadWithReferrers(t *testing.T) {
 	s := newServer(t)
 	r := openRemote(t, nil)
@@ -94,6 +96,8 @@ func TestLoadWithReferrers(t *testing.T) {
 	}
 }
 
+// TestLoadPath loads the artifact of a directory and of an archive. Content without a name gets an
+// anonymous one.
 func TestLoadPath(t *testing.T) {
 	ctx := t.Context()
 	from := openTemp(t, nil)
@@ -129,8 +133,8 @@ func TestLoadPath(t *testing.T) {
 	}
 }
 
-// Several entries come in by path; a conflict of one of them is in the result, and the others
-// count.
+// TestImportPath imports several entries from a directory and an archive. A conflict of one entry is
+// in the result, and the others are imported.
 func TestImportPath(t *testing.T) {
 	ctx := t.Context()
 	from := openTemp(t, nil)
@@ -169,7 +173,7 @@ func TestImportPath(t *testing.T) {
 	}
 	link := filepath.Join(t.TempDir(), "link")
 	if err := os.Symlink(filepath.Join(from.Root(), "index.sqlite3-shm"), link); err != nil {
-		link = filepath.Join(from.Root(), "index.sqlite3") // no links there
+		link = filepath.Join(from.Root(), "index.sqlite3") // links need a privilege there
 	}
 	for _, name := range []string{filepath.Join(from.Root(), "index.sqlite3"), filepath.Join(from.Root(), "index.sqlite3-wal"), filepath.Join(from.Root(), "index.sqlite3-shm"), link} {
 		if _, err := ocilocal.InspectPath(ctx, name); !errors.Is(err, ocilocal.ErrInvalidArgument) {

@@ -14,21 +14,34 @@ import (
 //lint:ignore ST1012 it is named as [fs.SkipDir] is, which is not an error either
 var SkipEntry = errors.New("skip this entry")
 
-// annotationImageName is where containerd, and so `docker save`, has the full name of an entry
-// whose org.opencontainers.image.ref.name is a tag.
+// annotationImageName is the annotation in which containerd, and so `docker save`, writes the full
+// name of an entry. They write only the tag to org.opencontainers.image.ref.name.
 const annotationImageName = "io.containerd.image.name"
 
-// A claim is what an entry of an index.json is called there. Nothing proves it.
+// A claim is the name of an entry in an index.json. Nothing proves it. At most one field is set.
 type claim struct {
 	// ref is the entry's full name: host, repository, and tag or digest. Zero if it has none.
 	ref Reference
 	// text is a name that is not a full one, such as a tag.
 	text string
-	// from is host and repository of other content, from which this was taken.
+	// from is the host and repository of other content, such as the image index from which this
+	// manifest was taken.
 	from string
 }
 
-// entryClaim decides what an entry is called. It is the only function that does.
+// From an entry to its reference:
+//
+//	entryClaim   the two annotations → a claim
+//	reference    the claim and the options → a Reference
+//	  Reference      the caller's name, if the claim allows it or Rename is set
+//	  Repository     completes a tag
+//	  Name           the caller's function decides
+//	  text           is ErrBareName, since nobody has said what it names here
+//	  Anonymous      a new name, if there is still none
+//	name         refuses two entries of one name, and takes the facts of each entry
+
+// entryClaim returns the claim of an entry. Imports, exports and inspections all use it, so they agree
+// about names.
 //
 // Tools write names in two annotations. org.opencontainers.image.ref.name has no grammar
 // (image-spec annotations.md): it may be a full name, a tag, or anything. containerd writes the
@@ -39,9 +52,9 @@ type claim struct {
 //   - else one in image.name counts, unless ref.name is another tag;
 //   - else ref.name is a text that names nothing here.
 //
-// A name that ends in a digest other than the entry's says where the content came from: podman and
-// skopeo write the digest of the image index to the entry of one platform. It names nothing, except
-// by its tag if it has one too.
+// A name can end in a digest other than the entry's: podman and skopeo write the digest of the image
+// index to the entry of one platform. Such a name says where the content came from. It is not a name
+// of the entry, unless it has a tag too: then the tag counts.
 func entryClaim(e ocispec.Descriptor) claim {
 	name, image := e.Annotations[ocispec.AnnotationRefName], e.Annotations[annotationImageName]
 	if c, full := fullName(name, e.Digest); full {
@@ -59,8 +72,9 @@ func entryClaim(e ocispec.Descriptor) claim {
 	return claim{text: name}
 }
 
-// fullName returns the claim of a name that is a full one. It is one if it has all parts, since
-// index.json may call entries as its writer likes: release/v1 is not an artifact of Docker Hub.
+// fullName returns the claim of a full name. A full name has all parts: a host, a repository, and a
+// tag or digest. [ParseReference] also accepts short names and completes them by Docker Hub's rules.
+// Here that would be wrong: the text release/v1 of some index.json is not an artifact of Docker Hub.
 func fullName(name string, d digest.Digest) (c claim, full bool) {
 	host, rest, ok := strings.Cut(name, "/")
 	if !ok || !isHost(host) || !strings.ContainsAny(rest, ":@") {
@@ -78,7 +92,7 @@ func fullName(name string, d digest.Digest) (c claim, full bool) {
 	return claim{ref: ref}, true
 }
 
-// parseLegacyName is ParseReference that takes a digest after ':' too, as OMMX v2 writes it.
+// parseLegacyName is [ParseReference] that also accepts a digest after ':', as OMMX v2 writes it.
 func parseLegacyName(name string) (Reference, error) {
 	for _, alg := range []digest.Algorithm{digest.SHA256, digest.SHA384, digest.SHA512} {
 		if before, hex, ok := strings.Cut(name, ":"+string(alg)+":"); ok {
@@ -88,8 +102,8 @@ func parseLegacyName(name string) (Reference, error) {
 	return ParseReference(name)
 }
 
-// tag returns the tag that the claim's text is, "" if it is not one. A digest after it is ignored,
-// as in a full name.
+// tag returns the claim's text if that is a tag, and "" otherwise. A digest after it is ignored, as in
+// a full name.
 func (c claim) tag() string {
 	tag, _, _ := strings.Cut(c.text, "@")
 	if isBareTag(tag) {
@@ -98,7 +112,9 @@ func (c claim) tag() string {
 	return ""
 }
 
-// allows reports whether content with this claim may be called want without being renamed.
+// allows reports whether content with this claim may get the name want although
+// [ImportOptions.Rename] is not set. Content without a name may get any. A tag may get any
+// repository with this tag. Otherwise the names must agree.
 func (c claim) allows(want Reference) bool {
 	switch {
 	case c.text != "":
@@ -116,22 +132,24 @@ func (c claim) allows(want Reference) bool {
 	return err == nil && agree(loose, want)
 }
 
-// agree reports whether content that is called named may be called want: by the same
-// name, and by its tag or its digest. publish checks whether a digest is that of the content.
+// agree reports whether two references can mean the same content: they have the same host and
+// repository, and want has no other tag. If want has a digest only, publish compares it with the
+// content.
 func agree(named, want Reference) bool {
 	return named.Name() == want.Name() &&
 		(want.Tag() == "" || named.Tag() == want.Tag() || named.Digest() != "" && named.Digest() == want.Digest())
 }
 
-// A namedEntry is an entry of an index.json with what it is to be called here.
+// A namedEntry is an entry of an index.json with the reference that it gets here.
 type namedEntry struct {
 	ocispec.Descriptor
-	ref   Reference // zero: nothing
-	facts string    // see entryFacts
+	ref   Reference // zero for none
+	facts string    // the text of entryFacts
 }
 
 // name gives each entry its reference. Entries that [ImportOptions.Name] leaves out are returned as
-// skipped.
+// skipped. Two entries of one name and different digests are an error: whichever was imported, the
+// other one would be lost. The same manifest twice under one name is harmless.
 func (im *importer) name(entries []ocispec.Descriptor) (named []namedEntry, skipped []ocispec.Descriptor, err error) {
 	at := map[Reference]digest.Digest{}
 	for _, e := range entries {
@@ -157,7 +175,7 @@ func (im *importer) name(entries []ocispec.Descriptor) (named []namedEntry, skip
 	return named, skipped, nil
 }
 
-// reference returns what one entry is to be called here; zero for nothing.
+// reference returns the reference that one entry gets here; zero for none.
 func (im *importer) reference(e ocispec.Descriptor) (ref Reference, err error) {
 	o := &im.opts
 	c := entryClaim(e)
@@ -192,6 +210,7 @@ func (im *importer) reference(e ocispec.Descriptor) (ref Reference, err error) {
 	return ref, nil
 }
 
+// String returns the claim for messages. It is not safe to print as it is: text comes from outside.
 func (c claim) String() string {
 	switch {
 	case c.text != "":

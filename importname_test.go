@@ -14,7 +14,7 @@ import (
 	"github.com/ocilocal/ocilocal"
 )
 
-// TestImportNameFunc restricts the names that content claims to those of one repository.
+// TestImportNameFunc uses ImportOptions.Name to accept only names of one repository.
 func TestImportNameFunc(t *testing.T) {
 	t.Parallel()
 	manifest, config := image("layer")
@@ -63,7 +63,8 @@ func TestImportNameFunc(t *testing.T) {
 	}
 }
 
-// TestImportContainerdName checks Reference against the name that counts, in containerd's forms.
+// TestImportContainerdName imports entries with the pairs of names that containerd writes. Reference
+// is accepted if it agrees with the name that counts.
 func TestImportContainerdName(t *testing.T) {
 	t.Parallel()
 	manifest, config := image("layer")
@@ -97,8 +98,8 @@ func TestImportContainerdName(t *testing.T) {
 	}
 }
 
-// TestOddNames imports names that are legal in an index.json, though no reference allows
-// them, and names that are equal or differ only in case.
+// TestOddNames imports names that are legal in an index.json but not in a reference, and names that
+// are equal or differ only in case.
 func TestOddNames(t *testing.T) {
 	manifest, config := image("layer")
 	second, _ := image("LAYER")
@@ -149,7 +150,8 @@ func TestOddNames(t *testing.T) {
 	}
 }
 
-// TestDockerSave: the full name is beside a bare tag, and counts if it has that tag.
+// TestDockerSave imports an entry as `docker save` writes it: a tag in one annotation and the full name
+// in another. The full name counts if it has that tag.
 func TestDockerSave(t *testing.T) {
 	t.Parallel()
 	manifest, config := image("layer")

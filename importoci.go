@@ -4,10 +4,10 @@ import (
 	"context"
 )
 
-// ImportLayout imports an OCI image layout directory (image-spec image-layout.md).
-// Every entry of index.json, or the one that opts choose, keeps its bytes and
-// digest; image indexes come in whole. Blobs that the registry has are not
-// read. The directory is not changed, and no symbolic link in it is followed.
+// ImportLayout imports an OCI image layout directory (image-spec image-layout.md). It imports every
+// entry of index.json, or the one that opts choose, with its bytes and digest. Image indexes come
+// with all members that the directory or the registry has. Blobs that the registry has are not read
+// from the directory. The directory is not changed, and no symbolic link in it is followed.
 //
 // Either everything is published or nothing, except entries whose refs are kept: see
 // [ImportResult.Conflicts].
@@ -25,6 +25,7 @@ func (r *LocalRegistry) ImportLayout(ctx context.Context, dir string, opts *Impo
 	return result, opError("import layout", dir, "", err)
 }
 
+// importLayout is ImportLayout for callers that name the operation themselves.
 func (r *LocalRegistry) importLayout(ctx context.Context, dir string, opts *ImportOptions) (*ImportResult, error) {
 	if opts == nil {
 		opts = &ImportOptions{}
@@ -34,6 +35,9 @@ func (r *LocalRegistry) importLayout(ctx context.Context, dir string, opts *Impo
 	})
 }
 
+// importLayoutMetered reads index.json, and runs an importer that fetches from the directory. The
+// call begins before the directory is opened, so an import on a closed or read-only registry fails
+// with that error and reads nothing.
 func (r *LocalRegistry) importLayoutMetered(ctx context.Context, dir string, opts *ImportOptions, m *meter) (*ImportResult, error) {
 	end, err := r.beginWrite(ctx)
 	if err != nil {
@@ -66,6 +70,7 @@ func InspectLayout(ctx context.Context, dir string) (*Inspection, error) {
 	return in, opError("inspect layout", dir, "", err)
 }
 
+// inspectLayout is InspectLayout for callers that name the operation themselves.
 func inspectLayout(ctx context.Context, dir string) (*Inspection, error) {
 	root, err := openRoot(dir, nil)
 	if err != nil {

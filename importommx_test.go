@@ -19,7 +19,7 @@ import (
 	"github.com/ocilocal/ocilocal"
 )
 
-// The schemas of the SDK's index, as its versions 3.0.0a8 and 3.0.0b7 make them.
+// The schemas of the SDK's index, by its versions 3.0.0a8 and 3.0.0b7.
 var ommxSchemas = map[int]string{
 	1: `CREATE TABLE ommx_local_registry_metadata (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 		CREATE TABLE refs (name TEXT NOT NULL, reference TEXT NOT NULL, manifest_media_type TEXT NOT NULL, manifest_digest TEXT NOT NULL,
@@ -35,7 +35,7 @@ var ommxSchemas = map[int]string{
 		CREATE TABLE experiment_configs (config_digest TEXT PRIMARY KEY, config_json BLOB NOT NULL);`,
 }
 
-// An ommxRoot is a root as the SDK keeps it, with its index open as by a live process.
+// An ommxRoot is a root in the SDK's form. Its index is open, as a live process of the SDK keeps it.
 type ommxRoot struct {
 	t   testing.TB
 	dir string
@@ -109,7 +109,7 @@ func (o *ommxRoot) blob(d digest.Digest, content string) {
 	}
 }
 
-// files returns the content of every file but the -shm, in which readers take their locks.
+// files returns the content of every file except the -shm, in which readers take their locks.
 func (o *ommxRoot) files() map[string]string {
 	o.t.Helper()
 	all := map[string]string{}
@@ -133,7 +133,7 @@ func (o *ommxRoot) unchanged(before map[string]string) {
 	o.t.Helper()
 	after := o.files()
 	if wal, ok := before[ommxWAL]; !ok && after[ommxWAL] == wal {
-		delete(after, ommxWAL) // an empty one, which readers need
+		delete(after, ommxWAL) // SQLite makes an empty one for readers
 	}
 	for name := range after {
 		if after[name] != before[name] {
@@ -145,7 +145,7 @@ func (o *ommxRoot) unchanged(before map[string]string) {
 	}
 }
 
-// noShm copies the root as a backup would that leaves the -shm out.
+// noShm copies the root without its -shm, as some backups do.
 func (o *ommxRoot) noShm() *ommxRoot {
 	o.t.Helper()
 	c := &ommxRoot{t: o.t, dir: o.t.TempDir()}
@@ -161,6 +161,8 @@ func (o *ommxRoot) noShm() *ommxRoot {
 	return c
 }
 
+// TestImportOMMX imports roots of each schema while the SDK has them open, twice. A second import sees
+// refs that were added or replaced meanwhile. The root does not change.
 func TestImportOMMX(t *testing.T) {
 	ctx := t.Context()
 	for schema := range ommxSchemas {
@@ -196,8 +198,8 @@ func TestImportOMMX(t *testing.T) {
 			checkSound(t, r)
 			checkNoTmp(t, r)
 
-			// What another process has written meanwhile is seen, and a replaced ref is a conflict
-			// or moved.
+			// Refs that another process has written meanwhile are seen. A replaced ref is a conflict,
+			// or it is moved.
 			o.exec("UPDATE refs SET manifest_digest = ? WHERE reference = 'v2'", string(d))
 			report, err := r.ImportOMMX(ctx, o.dir, nil)
 			if err != nil || report.Verified != 5 || len(report.Conflicted) != 1 || report.Conflicted[0].Descriptor.Digest != d {
@@ -211,7 +213,8 @@ func TestImportOMMX(t *testing.T) {
 	}
 }
 
-// The root of a process that is gone: closed in order, or killed, with or without its -shm.
+// TestImportOMMXAtRest imports roots that no process has open: closed in order, or left by a killed
+// process, with or without the -shm.
 func TestImportOMMXAtRest(t *testing.T) {
 	live := newOMMXRoot(t, 2)
 	live.add("ghcr.io/example/demo", "v1", "one")
@@ -238,6 +241,8 @@ func TestImportOMMXAtRest(t *testing.T) {
 	live.unchanged(before)
 }
 
+// TestImportOMMXBadEntries has refs with bad names, digests and content among good ones. The report
+// lists each bad one.
 func TestImportOMMXBadEntries(t *testing.T) {
 	o := newOMMXRoot(t, 2)
 	good := o.add("ghcr.io/example/good", "v1", "good")
@@ -300,6 +305,7 @@ func TestImportOMMXBadEntries(t *testing.T) {
 	checkNoTmp(t, r)
 }
 
+// TestImportOMMXRefused: a directory whose index is not that of an OMMX v3 registry is refused.
 func TestImportOMMXRefused(t *testing.T) {
 	ctx := t.Context()
 	r := openTemp(t, nil)
@@ -352,8 +358,8 @@ func TestImportOMMXRefused(t *testing.T) {
 	}
 }
 
-// The registry of an OMMX v3 SDK lies where ours would, with an index of the same name: it is
-// not opened as ours, and left as it is.
+// TestOpenLeavesOMMXAlone: the index of an OMMX v3 registry has the same name as ours. Open refuses
+// such a directory and does not change it.
 func TestOpenLeavesOMMXAlone(t *testing.T) {
 	for schema := range ommxSchemas {
 		o := newOMMXRoot(t, schema)
@@ -371,7 +377,7 @@ func TestOpenLeavesOMMXAlone(t *testing.T) {
 		}
 		after := tree(t, o.dir)
 		for _, files := range []map[string]string{before, after} {
-			delete(files, "index.sqlite3-shm") // memory of the processes that have it open
+			delete(files, "index.sqlite3-shm") // shared memory of the processes that have the index open
 		}
 		if !maps.Equal(before, after) {
 			t.Errorf("schema %d: the root was %q and is %q", schema, slices.Sorted(maps.Keys(before)), slices.Sorted(maps.Keys(after)))
@@ -379,8 +385,7 @@ func TestOpenLeavesOMMXAlone(t *testing.T) {
 	}
 }
 
-// checkSound verifies a registry. Blobs that
-// nobody recorded, of work that was begun anew, are no problem.
+// checkSound verifies a registry. Unrecorded blobs are accepted: a call that started again leaves them.
 func checkSound(t *testing.T, r *ocilocal.LocalRegistry) {
 	t.Helper()
 	for p, err := range r.Verify(t.Context(), nil) {
@@ -396,9 +401,8 @@ func withSubject(text, subject string) string {
 	return strings.TrimSuffix(manifest, "}") + `,"subject":` + desc(imageType, subject) + "}"
 }
 
-// TestImportOMMXSubjects migrates a chain of subjects whose parents have no names. The parents come
-// along as far as the source has them, stay after a collection, and the one that is missing is
-// reported.
+// TestImportOMMXSubjects imports an artifact with a chain of subjects that have no names. The subjects
+// that the source has are imported and survive a collection. The missing one is reported.
 func TestImportOMMXSubjects(t *testing.T) {
 	ctx := t.Context()
 	o := newOMMXRoot(t, 2)
@@ -409,7 +413,7 @@ func TestImportOMMXSubjects(t *testing.T) {
 	for _, text := range []string{"{}", "grand", "parent", "child", grand, parent, childOf} {
 		o.blob(digest.FromString(text), text)
 	}
-	// A parent that lacks a layer is not whole.
+	// A subject that lacks a layer is not whole.
 	torn, _ := ommxV2("torn", ommxType, "")
 	other := withSubject("other", torn)
 	for _, text := range []string{"other", torn, other} {
@@ -448,7 +452,7 @@ func TestImportOMMXSubjects(t *testing.T) {
 	checkSound(t, r)
 }
 
-// TestImportOMMXNames renames and leaves out refs, one of which is not a reference here.
+// TestImportOMMXNames renames some refs and leaves others out. One of them is not a reference here.
 func TestImportOMMXNames(t *testing.T) {
 	ctx := t.Context()
 	o := newOMMXRoot(t, 2)
@@ -475,8 +479,8 @@ func TestImportOMMXNames(t *testing.T) {
 	}
 }
 
-// TestImportOMMXUpdated: a ref keeps the time at which it was moved in the other registry. A time
-// that cannot be read, or that is still to come, is the time of the import.
+// TestImportOMMXUpdated: a ref keeps the time at which it was moved in the other registry. If that
+// time cannot be read or is in the future, the ref gets the time of the import.
 func TestImportOMMXUpdated(t *testing.T) {
 	for _, schema := range []int{1, 2} {
 		o := newOMMXRoot(t, schema)
