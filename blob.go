@@ -24,17 +24,21 @@ const (
 
 // blobStore keeps content-addressed files below a root. It knows digests, and neither manifests
 // nor the index. Any number of goroutines and processes may use the same root at once.
+//
+// A file that has its name below blobs/ is complete, verified and durable, and nobody writes to it
+// again: only a stage gives such names. But disks fail, and other programs may write there. So
+// every read hashes what it reads, except where noteVerified says that this handle has done so.
 type blobStore struct {
 	root     *rootDir
 	tmp      string // the directory for what is being written, tmpDir in a registry
 	readOnly bool
 	buffers  sync.Pool // *[]byte of copyBufferSize
 
-	mu      sync.Mutex
-	session string       // tmp/<name>, made and locked by the first write; "" before
-	release func() error // drops the session's lock
-	perm    fs.FileMode  // the permissions that a new session has here
-	algDirs map[digest.Algorithm]bool
+	mu      sync.Mutex                // guards what follows
+	session string                    // tmp/<name>, made and locked by the first write; "" before
+	release func() error              // drops the session's lock
+	perm    fs.FileMode               // the permissions that a new session has here
+	algDirs map[digest.Algorithm]bool // whose directory exists durably: see makeAlgDir
 
 	verified map[string]fs.FileInfo // files that this handle has verified, by name: see noteVerified
 }
@@ -81,7 +85,8 @@ func (s *blobStore) size(d digest.Digest) (int64, error) {
 	return fi.Size(), nil
 }
 
-// present reports whether d has a file, whatever is in it.
+// present reports whether d has a directory entry, of any kind and with any content. d must have
+// passed [checkDigest].
 func (s *blobStore) present(d digest.Digest) (bool, error) {
 	_, err := s.root.Lstat(blobPath(d))
 	if errors.Is(err, fs.ErrNotExist) {
@@ -100,13 +105,16 @@ func (s *blobStore) checkSize(d digest.Digest, size int64) error {
 }
 
 // openFile opens d's file and returns its size, which must be the one given, unless that is −1.
+//
+// Errors: [ErrNotFound], [ErrSizeMismatch], [ErrDigestMismatch] for anything but a regular file,
+// [ErrInvalidDigest], and any error of the file system.
 func (s *blobStore) openFile(d digest.Digest, size int64) (*os.File, int64, error) {
 	if err := checkDigest(d); err != nil {
 		return nil, 0, err
 	}
 	f, got, err := s.openNamed(blobPath(d), d, size)
 	if err != nil {
-		// A link is not followed. It is damage, and healed like any other.
+		// A link below blobs/ is not followed. It counts as damage, so that a put heals it.
 		if _, bad := s.size(d); errors.Is(bad, ErrDigestMismatch) {
 			err = bad
 		}
@@ -144,6 +152,8 @@ func (s *blobStore) open(ctx context.Context, d digest.Digest, size int64) (*ver
 	return s.verifier(ctx, f, d, size), nil
 }
 
+// verifier returns a verifying reader of src, which must hold d and have size bytes. The reader
+// closes src.
 func (s *blobStore) verifier(ctx context.Context, src io.ReadCloser, d digest.Digest, size int64) *verifier {
 	return &verifier{ctx: ctx, src: src, digest: d, size: size, hash: newHash(d.Algorithm()), buffers: &s.buffers}
 }
@@ -162,8 +172,8 @@ func (s *blobStore) verify(ctx context.Context, d digest.Digest, size int64) err
 	return err
 }
 
-// verifyFile is verify, and returns when the file was written. If same is not nil, the file must
-// have these bytes instead: then nothing is hashed. They may be copyBufferSize bytes at most.
+// verifyFile is verify, and returns when the file was written. If same is not nil, the bytes of the
+// file are compared with it and not hashed, which is cheaper. They are at most copyBufferSize.
 func (s *blobStore) verifyFile(ctx context.Context, d digest.Digest, size int64, same []byte) (written time.Time, err error) {
 	f, size, err := s.openFile(d, size)
 	if err != nil {
@@ -237,7 +247,7 @@ func (s *blobStore) walk(ctx context.Context, visit func(blobEntry) error) error
 	return walkBlobs(ctx, s.root, visit)
 }
 
-// empty reports whether the store has no blob.
+// empty reports whether the store has no blob. It stops at the first one.
 func (s *blobStore) empty() (bool, error) {
 	err := s.walk(context.Background(), func(e blobEntry) error {
 		if e.digest != "" {
@@ -254,9 +264,11 @@ func (s *blobStore) empty() (bool, error) {
 // largeFile is the size of a file that takes a file system milliseconds to free.
 const largeFile = 64 << 20
 
-// unname removes the name of d's file. A large file is moved instead, to the name below tmp/ that
-// is returned, so that its space can be freed later. Anything but a regular file stays, as if d
-// had no file: this package has not made it.
+// unname removes the name of d's file, for a collection that holds the index's write lock. Freeing
+// a large file takes long, and every writer would wait. So a large file is moved instead, to the
+// name below tmp/ that is returned, and the caller removes that after the transaction. If the
+// process is killed before that, the sweep of its session does it. Anything but a regular file
+// stays, as if d had no file: this package has not made it.
 func (s *blobStore) unname(d digest.Digest, size int64) (moved string, err error) {
 	fi, err := s.root.Lstat(blobPath(d))
 	if err != nil {
@@ -274,7 +286,7 @@ func (s *blobStore) unname(d digest.Digest, size int64) (moved string, err error
 	return "", s.root.Remove(blobPath(d))
 }
 
-// makeAlgDir makes blobs/<alg> durably.
+// makeAlgDir makes blobs/<alg> and makes its entry in blobs/ durable, once per handle.
 func (s *blobStore) makeAlgDir(alg digest.Algorithm) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -285,7 +297,7 @@ func (s *blobStore) makeAlgDir(alg digest.Algorithm) error {
 	if err := s.root.makeDir(name, 0o755); err != nil {
 		return err
 	}
-	// Also if it exists: its maker may have been killed before this line.
+	// The entry is synced even if it existed: its maker may have been killed before this line.
 	if err := s.root.syncDir(blobsDir); err != nil {
 		return err
 	}

@@ -21,12 +21,24 @@ import (
 // of the transfer may still fail. The stage's file is then the same file, and nothing writes to it
 // again.
 //
+//	openPartial   locks the directory. What is in it decides how the transfer begins:
+//	                no file                   at byte 0
+//	                a file that is writable   after the file's bytes, once they are hashed
+//	                a file that is read-only  not at all, if it is the blob; else at byte 0
+//	append        adds bytes. An error leaves those that have come
+//	finish        compares the digest, makes the file read-only, links it into the stage
+//	close         drops the lock. The file stays unless it is empty or gone
+//	settle        (of the stage) links the file below blobs/, and removes the directory
+//
+// The bytes are not synced before settle. After a power cut they may be wrong, and then the digest
+// in finish is wrong as well: finish empties the file, and the next transfer begins at byte 0.
+//
 // A collection removes directories that are old and not locked.
 type partial struct {
 	stage   *stage
 	dir     string
-	release func() error
-	file    *rootFile
+	release func() error // drops the lock of dir
+	file    *rootFile    // nil when the stage has it
 	w       *hashingWriter
 	digest  digest.Digest
 	size    int64 // that it must have in the end
@@ -75,7 +87,9 @@ func (st *stage) openPartial(ctx context.Context, d digest.Digest, size int64) (
 	return p, err
 }
 
-// partialSize returns how much of a blob a transfer under way has written, −1 if that is not known.
+// partialSize returns how many bytes of a blob a transfer under way has written, and −1 if that is
+// not known. It takes no lock: a transfer that waits for another one sees by it whether that one
+// makes progress.
 func (st *stage) partialSize(d digest.Digest) int64 {
 	fi, err := st.store.root.Lstat(path.Join(partialPath(d), partialData))
 	if err != nil {
@@ -89,7 +103,8 @@ func partialPath(d digest.Digest) string {
 	return path.Join(tmpDir, partialDir, digestName(d))
 }
 
-// reopen opens a file that finish has made read-only, and removes it if it is not the blob.
+// reopen opens a file that finish has made read-only. It is hashed again, since a power cut may
+// have damaged it. If it is not the blob, it is removed, because it can't be written to.
 func (p *partial) reopen(ctx context.Context) (whole bool, err error) {
 	root := p.stage.store.root
 	if p.file, err = root.openFile(p.name(), os.O_RDONLY, 0); err != nil {
@@ -124,7 +139,7 @@ func makePartialDir(root *rootDir, name string) (err error) {
 
 func (p *partial) name() string { return path.Join(p.dir, partialData) }
 
-// rehash hashes the bytes that the file holds.
+// rehash hashes the bytes that the file has, and goes to its end. After it, w continues that hash.
 func (p *partial) rehash(ctx context.Context) error {
 	store := p.stage.store
 	p.w = &hashingWriter{file: p.file, hash: newHash(p.digest.Algorithm()), store: store}
@@ -144,7 +159,9 @@ func (p *partial) reset() error {
 	return p.file.truncate()
 }
 
-// append adds the bytes of src. More than are missing are an [ErrSizeMismatch].
+// append adds the bytes of src. More bytes than are missing are an [ErrSizeMismatch]: it takes one
+// byte too many to notice them. The file then is too long, and finish or the next openPartial
+// empties it.
 func (p *partial) append(ctx context.Context, src io.Reader) error {
 	n, err := p.stage.store.copy(p.w, io.LimitReader(&ctxReader{ctx, src}, p.size-p.have+1))
 	p.have += n
@@ -154,7 +171,8 @@ func (p *partial) append(ctx context.Context, src io.Reader) error {
 	return err
 }
 
-// finish takes the complete blob into the stage. After an [ErrDigestMismatch] the file is empty.
+// finish takes the complete blob into the stage. After an [ErrDigestMismatch] the file is empty: it
+// is not known which of the bytes are wrong.
 func (p *partial) finish(ctx context.Context) error {
 	if got := digest.NewDigest(p.digest.Algorithm(), p.w.hash); got != p.digest {
 		return errors.Join(fmt.Errorf("%w: bytes hash to %s, want %s", ErrDigestMismatch, got, p.digest), p.reset())
@@ -179,7 +197,8 @@ func (p *partial) finish(ctx context.Context) error {
 	return p.stage.add(ctx, sf)
 }
 
-// close leaves the bytes to a later transfer, if there are any.
+// close ends the transfer. Bytes that have come stay for a later one. Otherwise the directory is
+// removed, while it still is locked.
 func (p *partial) close() error {
 	var errs []error
 	if p.file != nil {

@@ -20,9 +20,9 @@ import (
 //   - A power cut loses a name before its directory is synced, and bytes before the file is. So the
 //     order is: fsync of the file, link, fsync of the directory. A blob that the store has is
 //     synced as well, because the process that linked it may not have come to that yet. If the
-//     index has a row for the blob, it has: a row is written only after settle. Then the file is
-//     not synced again. The directory is, because a collector that dies leaves rows without files,
-//     and another publisher may have linked such a file just now.
+//     index has a row for the blob, that process has: a row is written only after settle. Then the
+//     file is not synced again. The directory is, because a collector that dies leaves rows without
+//     files, and another publisher may have linked such a file just now.
 //   - A collector deletes files that no row refers to. It does so with the index's write lock held,
 //     and recheck looks under the same lock, in the transaction that writes the rows. A file that
 //     went before is linked again, from the name that the stage keeps below tmp/. One that is there
@@ -32,6 +32,10 @@ import (
 
 // settle gives every staged blob its name below blobs/, durably. recorded reports whether the index
 // has a row for a blob. It may be nil if nothing is known of rows.
+//
+// A kill in the middle leaves blobs without rows, which the next collection removes. A failure does
+// the same, and settle may be called again: blobs that have their names are then found as another
+// publisher's would be. After a failed fsync it fails for good.
 func (st *stage) settle(ctx context.Context, recorded func(digest.Digest) (bool, error)) error {
 	st.mu.Lock()
 	defer st.mu.Unlock()
@@ -85,8 +89,9 @@ func (st *stage) sweepPartials() error {
 	return errors.Join(errs...)
 }
 
-// link names sf's file below blobs/. A file that has that name stays if it is good, and is
-// replaced if it is damaged. A file that cannot be read, for want of descriptors say, is neither.
+// link names sf's file below blobs/. A file that has that name stays if it is good, and is replaced
+// if it is damaged. If the process can't read it, for example without free descriptors, link fails:
+// nothing is known of the file then.
 func (st *stage) link(ctx context.Context, sf *stagedFile) error {
 	name := blobPath(sf.digest)
 	if sf.name == "" { // renamed by an earlier attempt to publish
@@ -153,7 +158,8 @@ func (st *stage) relink(sf *stagedFile) error {
 	return err
 }
 
-// settleReused makes the file of a blob that the store had durable, and young for a collection.
+// settleReused makes the file of a blob that the store had durable. It also renews the file's time,
+// so that a collection takes it for young.
 func (st *stage) settleReused(sf *stagedFile, recorded func(digest.Digest) (bool, error)) error {
 	durable := false
 	if recorded != nil {
@@ -170,8 +176,9 @@ func (st *stage) settleReused(sf *stagedFile, recorded func(digest.Digest) (bool
 	return nil
 }
 
-// refresh gives an old file a new time, so that a collection's grace holds for it. That is a
-// courtesy, and fails on another user's file, and on one that was collected.
+// refresh gives an old file a new time, so that a collection's grace holds for it. Correctness does
+// not need it (recheck does that), so its error is dropped: it fails for another user's file and
+// for one that was collected.
 func (st *stage) refresh(name string, written time.Time) {
 	if time.Since(written) > time.Hour {
 		st.store.root.Chtimes(name, time.Now())
@@ -193,7 +200,8 @@ func (st *stage) syncReused(name string) error {
 	return st.fail(errors.Join(f.sync(), f.Close()))
 }
 
-// dedup turns sf into a reused blob if the store has the same bytes.
+// dedup turns sf into a reused blob if the store has a good file with the same bytes. Reading that
+// file costs less than an fsync, and the disk keeps one copy. st.mu must be held.
 func (st *stage) dedup(ctx context.Context, sf *stagedFile) error {
 	have, _ := st.borrow(ctx, sf.digest, sf.size, nil) // a failure costs only an fsync
 	if have == nil {
@@ -205,8 +213,14 @@ func (st *stage) dedup(ctx context.Context, sf *stagedFile) error {
 	return err
 }
 
-// sync starts to make all unsynced files durable, as soon as the batch before is. More files can
-// come in meanwhile.
+// sync starts to make all unsynced files durable, as one batch, once the batch before it is
+// durable. Blobs come in while a batch is being synced:
+//
+//	add      batch 2 fills up      batch 3 fills up
+//	sync     ── batch 1 ────────── batch 2 ────────── …
+//
+// So at most two batches of files are open or dirty, and a transfer waits for the disk only if the
+// disk is slower than the transfer. st.mu must be held.
 func (st *stage) sync(ctx context.Context) error {
 	// A blob whose digest was not known before it came in may be in the store: then it needs no
 	// fsync.
@@ -232,7 +246,7 @@ func (st *stage) sync(ctx context.Context) error {
 	return nil
 }
 
-// wait returns when no file is being synced, with the error of the last batch.
+// wait returns when no file is being synced, with the error of the last batch. st.mu must be held.
 func (st *stage) wait() error {
 	if st.syncing == nil {
 		return nil
@@ -254,9 +268,11 @@ func (st *stage) syncFiles(files []stagedFile) error {
 	return errors.Join(errs...)
 }
 
+// syncFile makes one file durable and closes it. If that fails, it removes the copy of the bytes
+// that a later transfer would find below tmp/partial/ and go on with.
 func (st *stage) syncFile(sf stagedFile) error {
 	err := sf.file.sync()
-	if err != nil && sf.partial != "" { // it is the same file
+	if err != nil && sf.partial != "" { // a link to the same file
 		err = errors.Join(err, ignoreNotExist(st.store.root.Remove(path.Join(sf.partial, partialData))))
 	}
 	return errors.Join(err, sf.file.Close())
@@ -270,6 +286,7 @@ func (st *stage) fail(err error) error {
 	return err
 }
 
+// syncAlgDirs makes the names of this stage's blobs durable, with one fsync for each algorithm.
 func (st *stage) syncAlgDirs(dirs map[digest.Algorithm]bool) error {
 	for alg := range dirs {
 		if err := st.store.root.syncDir(path.Join(blobsDir, string(alg))); err != nil {
@@ -279,4 +296,5 @@ func (st *stage) syncAlgDirs(dirs map[digest.Algorithm]bool) error {
 	return nil
 }
 
+// maxParallelSyncs bounds the goroutines, and so the system threads, that wait in fsync.
 const maxParallelSyncs = 16

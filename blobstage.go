@@ -20,8 +20,8 @@ import (
 	"github.com/opencontainers/go-digest"
 )
 
-// A stage holds the blobs of one publish while they are on their way in.
-// Everything that ever gets a name below blobs/ goes through here, in this order:
+// A stage holds the blobs of one publish while they are on their way in. Everything that ever gets
+// a name below blobs/ goes through here, in this order:
 //
 //	put      tmp/<session>/<random>, O_EXCL → copy, hash, count → digest and
 //	         size compared with what was named → chmod 0444
@@ -43,22 +43,24 @@ import (
 type stage struct {
 	store *blobStore
 
-	mu    sync.Mutex
-	files map[digest.Digest]*stagedFile
-	// unsynced files keep their descriptor until fsync. Both bounds keep
-	// descriptors and dirty pages few, however many blobs come in: there are
-	// never more than these, and as many that are being synced.
+	mu    sync.Mutex                    // guards what follows
+	files map[digest.Digest]*stagedFile // nil after discard
+	// unsynced files keep their descriptor until fsync. The two limits below keep descriptors and
+	// dirty pages few, however many blobs come in: there is one batch that grows, and one that is
+	// being synced.
 	unsynced      []*stagedFile
 	unsyncedBytes int64
 	syncing       chan error // the outcome of the batch that is being synced; nil for none
 	failed        error      // sticky
 }
 
+// A batch of unsynced files is synced when it reaches one of these.
 const (
 	maxUnsyncedFiles = 64
 	maxUnsyncedBytes = 64 << 20
 )
 
+// A stagedFile is one blob of a stage. The stage's mutex guards it.
 type stagedFile struct {
 	name   string // below the root; "" when no link into tmp/ could be made
 	digest digest.Digest
@@ -87,7 +89,8 @@ func (st *stage) put(ctx context.Context, src io.Reader, alg digest.Algorithm, w
 	return sf.digest, sf.size, st.add(ctx, sf)
 }
 
-// receive is put without taking the file into the stage: it is the caller's.
+// receive is put without taking the file into the stage. The caller owns the file, which is
+// complete, verified, open and not synced. Its errors are those of put, and leave no file.
 func (st *stage) receive(ctx context.Context, src io.Reader, alg digest.Algorithm, want digest.Digest, size int64) (*stagedFile, error) {
 	if want != "" {
 		if err := checkDigest(want); err != nil {
@@ -108,15 +111,15 @@ func (st *stage) receive(ctx context.Context, src io.Reader, alg digest.Algorith
 	return st.complete(w, n, err, alg, want, size)
 }
 
-// putFile is put for a file whose digest and size are known. Where the kernel can,
-// it copies a large one, or shares its blocks, and only the copy is read. count is called with each
-// number of bytes that are copied.
+// putFile is put for a file whose digest and size are known. Where the kernel can, it copies a
+// large file or shares its blocks. Then the copy is what is hashed, so a change of src meanwhile
+// can't go unnoticed. count is called with each number of bytes that are copied.
 func (st *stage) putFile(ctx context.Context, src *os.File, want digest.Digest, size int64, count func(n int)) error {
 	if err := checkDigest(want); err != nil {
 		return err
 	}
 	if size < cloneChunk {
-		_, _, err := st.put(ctx, src, "", want, size) // in an instant
+		_, _, err := st.put(ctx, src, "", want, size) // too quick for count to matter
 		return err
 	}
 	f, err := st.create()
@@ -138,7 +141,8 @@ func (st *stage) putFile(ctx context.Context, src *os.File, want digest.Digest, 
 }
 
 // complete finishes a file after n bytes of it were written. If its digest or size is wrong, or err
-// is set, it removes the file.
+// is set, it removes the file. A good file becomes read-only through its open descriptor, which
+// stays open for fsync: an error of the disk is reported to the descriptor that wrote.
 func (st *stage) complete(w *hashingWriter, n int64, err error, alg digest.Algorithm, want digest.Digest, size int64) (*stagedFile, error) {
 	f := w.file
 	got := digest.NewDigest(alg, w.hash)
@@ -160,8 +164,9 @@ func (st *stage) complete(w *hashingWriter, n int64, err error, alg digest.Algor
 	return &stagedFile{name: f.name, digest: got, size: n, file: f}, nil
 }
 
-// putBytesAs is put for the few bytes, at most copyBufferSize, that should hash to d. If the stage
-// or the store has them, it writes nothing and reports true.
+// putBytesAs is put for bytes, at most copyBufferSize, that should hash to d. If the stage or the
+// store has them, it writes nothing and reports true. The bytes are hashed in any case: a name in a
+// foreign archive proves nothing. A file of the store is compared with them, and not hashed.
 func (st *stage) putBytesAs(ctx context.Context, b []byte, d digest.Digest) (had bool, err error) {
 	size := int64(len(b))
 	var sf *stagedFile
@@ -197,7 +202,7 @@ func (st *stage) putBytes(ctx context.Context, b []byte, alg digest.Algorithm) (
 	return d, err
 }
 
-// create makes an empty file in the session's directory.
+// create makes an empty file in the session's directory. Its name is random and new (O_EXCL).
 func (st *stage) create() (*rootFile, error) {
 	dir, err := st.store.enter()
 	if err != nil {
@@ -206,7 +211,8 @@ func (st *stage) create() (*rootFile, error) {
 	return st.store.root.openFile(path.Join(dir, rand.Text()), os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
 }
 
-// add takes a complete file into the stage.
+// add takes a complete file into the stage, and starts a sync when enough files are unsynced. If it
+// fails or the stage has the blob already, the file is dropped.
 func (st *stage) add(ctx context.Context, sf *stagedFile) error {
 	st.mu.Lock()
 	defer st.mu.Unlock()
@@ -244,8 +250,9 @@ func (st *stage) reuse(ctx context.Context, d digest.Digest, size int64) (bool, 
 	return true, st.add(ctx, sf)
 }
 
-// borrow links a blob of the store into tmp/. It returns nil if the blob is missing or damaged. If
-// same is not nil, a blob with other bytes than these is damaged, and nothing is hashed.
+// borrow links a blob of the store into tmp/, so that a collection can't take its bytes from this
+// publish. It returns nil if the blob is missing or damaged. If same is not nil, a blob with other
+// bytes than these is damaged, and nothing is hashed.
 func (st *stage) borrow(ctx context.Context, d digest.Digest, size int64, same []byte) (*stagedFile, error) {
 	written, err := st.store.verifyFile(ctx, d, size, same)
 	if processCondition(err) {
@@ -302,7 +309,7 @@ func (st *stage) size(d digest.Digest) (int64, bool) {
 // open returns a verifying reader of a blob in the stage, or else in the store.
 func (st *stage) open(ctx context.Context, d digest.Digest, size int64) (*verifier, error) {
 	st.mu.Lock()
-	defer st.mu.Unlock() // until it is open: dedup may remove the file for another
+	defer st.mu.Unlock() // held until the file is open: dedup may replace it by another name
 	sf := st.files[d]
 	if sf == nil || sf.name == "" {
 		return st.store.open(ctx, d, size)
@@ -317,7 +324,8 @@ func (st *stage) open(ctx context.Context, d digest.Digest, size int64) (*verifi
 	return st.store.verifier(ctx, f, d, sf.size), nil
 }
 
-// keepOnly drops the staged blobs that are not needed, before each of them costs an fsync.
+// keepOnly drops the staged blobs that are not needed, before each of them costs an fsync. An
+// import stages blobs before it knows which artifacts are complete.
 func (st *stage) keepOnly(need map[digest.Digest]int64) error {
 	st.mu.Lock()
 	defer st.mu.Unlock()
@@ -353,8 +361,8 @@ func (st *stage) counts() (written, reused int, writtenBytes int64) {
 	return written, reused, writtenBytes
 }
 
-// discard removes the stage's files below tmp/. It may be called more than
-// once; after it, put fails with [ErrClosed].
+// discard removes the stage's files below tmp/. It may be called more than once. After it, put
+// fails with [ErrClosed]. Blobs that settle has named stay.
 func (st *stage) discard() error {
 	st.mu.Lock()
 	defer st.mu.Unlock()
@@ -370,6 +378,8 @@ func (st *stage) discard() error {
 	return errors.Join(errs...)
 }
 
+// drop closes and removes the file of sf below tmp/. A blob below blobs/ is another link, and
+// stays.
 func (st *stage) drop(sf *stagedFile) error {
 	var err error
 	if sf.file != nil {

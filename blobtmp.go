@@ -20,26 +20,29 @@ import (
 //	                         Mark: a name by rand.Text; a directory; mode 0700.
 //	tmp/<session>/<name>     its stages, or the maker of an index. Mark: a name by rand.Text,
 //	                         with SQLite's suffixes; a regular file.
-//	tmp/partial/<digest>/    the pull that completes the blob; a collection when it is old and not
-//	                         locked. Mark: a digest for a name; a directory that has nothing but data.
-//	tmp/quarantine/<digest>  a collection when it is old. Mark: a digest for a name; a regular file.
+//	tmp/partial/<digest>/    the pull that completes the blob; a collection when it is old and
+//	                         not locked. Mark: a digest for a name; a directory with nothing
+//	                         but data in it.
+//	tmp/quarantine/<digest>  a collection when it is old. Mark: a digest for a name; a regular
+//	                         file.
 //	tmp/held/<period>/<repository>/<digest>
-//	                         a collection when the period is old: see heldDir. Mark: a number, a
-//	                         SHA-256 and a digest for names; a regular file.
+//	                         a collection when the period is old: see heldDir. Mark: a number,
+//	                         a SHA-256 and a digest for names; a regular file.
 //	tmp/upload/<id>-<repository>/
 //	                         the request that ends the upload; a collection, or a request that
-//	                         begins one, when it is old and not locked: see incoming. Mark: a name by
-//	                         rand.Text and a SHA-256; a directory that has nothing but data.
+//	                         begins one, when it is old and not locked: see incoming. Mark: a
+//	                         name by rand.Text and a SHA-256; a directory with nothing but data
+//	                         in it.
 //
-// Directories are not removed with whatever is in them, but entry by entry, without entering a
-// directory, a link or a mount, and at last by a call that fails for a directory that is not empty.
+// A directory is removed entry by entry, without entering a directory, a link or a mount in it. The
+// last step is a call that fails for a directory that is not empty.
 
 // sessionPerm are the permissions of a session's directory. A file system that does not keep
 // permissions shows others: see blobStore.perm.
 const sessionPerm = 0o700
 
-// partialDir, below tmp/, is where interrupted pulls keep what they have: each
-// large blob in a directory of its own, as partialData.
+// partialDir, below tmp/, is where interrupted pulls keep the bytes that have come: each large blob
+// in its own directory, as partialData.
 const (
 	partialDir  = "partial"
 	partialData = "data"
@@ -48,14 +51,14 @@ const (
 // quarantineDir, below tmp/, is where repair puts damaged files.
 const quarantineDir = "quarantine"
 
-// isTempName reports whether a name has the form of those by [rand.Text].
+// isTempName reports whether a name has the form of those by [rand.Text]: 26 characters of base32.
 func isTempName(name string) bool {
 	const length = 26
 	return len(name) == length && strings.Trim(name, "ABCDEFGHIJKLMNOPQRSTUVWXYZ234567") == ""
 }
 
-// isTempFile reports whether a name is that of a file in a session, or of the lock of a
-// directory on Windows.
+// isTempFile reports whether a name is that of a file in a session. Besides blobs these are
+// databases with SQLite's side files, while an index is made, and the lock file on Windows.
 func isTempFile(name string) bool {
 	for _, suffix := range []string{"-journal", "-wal", "-shm"} {
 		name = strings.TrimSuffix(name, suffix)
@@ -74,9 +77,13 @@ func isDigestName(name string) bool {
 	return checkDigest(digest.Digest(alg+":"+encoded)) == nil
 }
 
-// enter makes this handle's own directory below tmp/ on first use, and returns its path.
-// The directory is locked for as long as the handle is open: that lock, not a
-// process number or an age, tells the sweeper of any process that it is in use.
+// enter makes this handle's own directory below tmp/ on first use, and returns its path. The
+// directory is locked for as long as the handle is open. By that lock a sweeper of any process
+// knows that the directory is in use. An age would be wrong for a long transfer, and a process
+// number means nothing in another container or after a restart.
+//
+// Some file systems do not keep permissions, so a new session may have others than it was made
+// with. They become part of its mark (see perm), and old sessions are then looked for once more.
 func (s *blobStore) enter() (string, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -86,7 +93,7 @@ func (s *blobStore) enter() (string, error) {
 	if s.session != "" {
 		return s.session, nil
 	}
-	_ = s.sweepSessions(s.perm) // a courtesy, which may free the space that is needed
+	_ = s.sweepSessions(s.perm) // not needed for correctness; may free the space that is needed
 	for {
 		name := path.Join(s.tmp, rand.Text())
 		if err := s.root.Mkdir(name, sessionPerm); err != nil {
@@ -162,7 +169,8 @@ func (s *blobStore) sweepQuarantined(name string) error {
 	return ignoreNotExist(s.root.Remove(name))
 }
 
-// removeIdle is removeDir of a directory that no process holds.
+// removeIdle is removeDir for a directory that no process has locked. It holds the lock itself
+// while it removes, so nobody begins to use the directory meanwhile. A locked directory stays.
 func (s *blobStore) removeIdle(dir string, own func(name string) bool) error {
 	release, held, err := tryLockDir(s.root, dir)
 	if errors.Is(err, fs.ErrPermission) {

@@ -8,7 +8,9 @@ import (
 	"os"
 )
 
-// hashingWriter hashes what it writes to a staged file.
+// hashingWriter writes to a staged file and hashes the bytes. It is used by one goroutine at a
+// time. Bytes are hashed on their way to the file, so the digest is of the bytes that came and
+// not of those that the disk returns later.
 type hashingWriter struct {
 	file  *rootFile
 	hash  hash.Hash
@@ -20,7 +22,8 @@ func (w *hashingWriter) Write(p []byte) (int, error) {
 		w.hash.Write(p)
 		return w.file.Write(p)
 	}
-	// Hashing and writing a large blob side by side saves a fifth of the time.
+	// Hashing and writing a large blob side by side saves a fifth of the time. p is used by both
+	// and must not change, so Write returns after both.
 	hashed := make(chan struct{})
 	go func() {
 		w.hash.Write(p)
@@ -31,12 +34,16 @@ func (w *hashingWriter) Write(p []byte) (int, error) {
 	return n, err
 }
 
-// cloneChunk is how much clone lets the kernel copy at a time: so little that it is still
-// in the processor's cache when it is hashed.
+// cloneChunk is how many bytes clone lets the kernel copy at a time. It is so small that they are
+// still in the processor's cache when they are hashed.
 const cloneChunk = 4 << 20
 
-// clone copies at most limit bytes of src without taking them through this process, and hashes what
-// has arrived, one chunk while the next is on its way. count is called with the size of each chunk.
+// clone copies at most limit bytes of src without taking them through this process. It then reads
+// each chunk of the copy and hashes it, while the kernel copies the next chunk. count is called
+// with the size of each chunk. The verdict is about the copy, so it holds even if src changes.
+//
+// One token in hashed means that no chunk is being hashed. The loop takes it before it starts the
+// next one, so the hash sees the chunks in order. After an error it is put back, for the last line.
 func (w *hashingWriter) clone(ctx context.Context, src *os.File, limit int64, count func(n int)) (n int64, err error) {
 	hashed := make(chan error, 1)
 	hashed <- nil
@@ -61,7 +68,8 @@ func (w *hashingWriter) clone(ctx context.Context, src *os.File, limit int64, co
 	return n, errors.Join(err, <-hashed)
 }
 
-// A ctxReader is src until ctx ends, and then fails with the error of ctx.
+// A ctxReader is src until ctx ends, and then fails with the error of ctx. It can't interrupt a
+// Read of src that blocks.
 type ctxReader struct {
 	ctx context.Context
 	src io.Reader

@@ -11,7 +11,8 @@ import (
 	"github.com/ocilocal/ocilocal"
 )
 
-// Large blobs are copied by the kernel; they are verified like others.
+// TestLayoutLargeBlobs: large blobs of a layout are copied by the kernel in few calls. They are
+// verified like others, on the way in and on the way out, and share no file with the layout.
 func TestLayoutLargeBlobs(t *testing.T) {
 	t.Parallel()
 	const chunk = 4 << 20
@@ -34,7 +35,7 @@ func TestLayoutLargeBlobs(t *testing.T) {
 		if _, err := to.ImportLayout(t.Context(), dir, nil); err != nil {
 			t.Fatal(err)
 		}
-		// The kernel is given 4 MiB at a time, and once more to see the end.
+		// One write for each 4 MiB, one more that finds the end, and those of the small blobs.
 		if most := 2 + n/chunk + 2; runtime.GOOS == "linux" && n >= chunk && writes.Load() > int64(most) {
 			t.Errorf("%d bytes: %d writes, the kernel's would be %d", n, writes.Load(), most)
 		}
@@ -50,7 +51,7 @@ func TestLayoutLargeBlobs(t *testing.T) {
 			t.Error(err)
 		}
 		file := filepath.Join(dir, "blobs", "sha256", layers[0].Digest.Encoded())
-		// What was imported is no other name of the source's file, which others may change.
+		// The imported blob is not a link to the source's file, which others may change.
 		rewrite(t, file, flipBit)
 		if b, err := copied.ReadLayer(t.Context(), layers[0]); err != nil || !bytes.Equal(b, noise(1, n)) {
 			t.Errorf("%d bytes: after a change of the source: %v", n, err)
@@ -70,7 +71,7 @@ func TestLayoutLargeBlobs(t *testing.T) {
 			}
 			checkNothingVisible(t, r)
 		}
-		// A damaged blob of the registry doesn't get out.
+		// A damaged blob of the registry is not exported.
 		rewrite(t, filepath.Join(from.Root(), "blobs", "sha256", layers[0].Digest.Encoded()), func(b []byte) []byte { b[5] ^= 1; return b })
 		if err := from.ExportLayout(t.Context(), dir+"2", []ocilocal.Reference{ref}, nil); !errors.Is(err, ocilocal.ErrDigestMismatch) {
 			t.Errorf("%d bytes: %v", n, err)

@@ -18,25 +18,31 @@ import (
 // Only what it has made itself, and only where that can be known. These are all the paths, and why
 // each is ours:
 //
-//	path                        operation            why it is ours
-//	root/.ocilocal-id           removed, linked      our prefix; a small regular file, or a second name of
-//	                                                 the id, with the root locked
-//	root/tmp/…                  removed, truncated   the marks that blobtmp.go lists, in a root with an id
-//	root/blobs/<alg>/<hex>      removed              by a collection: a regular file under a digest, in a root
-//	                                                 with an id
-//	                            renamed              by Repair, to tmp/quarantine/: an entry under a digest that
-//	                                                 is not the blob. It stays whole, also if it is no file
-//	                            replaced             by a publish: a file or link under a digest that is not the
-//	                                                 blob. What a link leads to is not touched
-//	root/index.sqlite3*         renamed              by Rebuild, to index.sqlite3.broken: an index that is damaged,
-//	                                                 with this package's application id, or beside an id of ours
-//	root/tmp/<session>/<name>   linked               as index.sqlite3, while the root is locked and has none
-//	target/.ocilocal-<random>   removed, renamed     made by the same call with O_EXCL
-//	layout/.ocilocal-new        removed, renamed     our prefix; a regular file, with the layout locked
-//	layout/.ocilocal-tmp/…      removed              the same marks as in tmp/
-//	layout/blobs/<alg>/<hex>    replaced             a blob of the export whose file is damaged
-//	layout/index.json           replaced             the caller asked for it; its entries are kept
-//	target file                 replaced             the caller set ExportOptions.Overwrite
+//	path                        operation           why it is ours
+//	root/.ocilocal-id           removed, linked     our prefix; a small regular file, or a second
+//	                                                name of the id, with the root locked
+//	root/tmp/…                  removed, truncated  the marks that blobtmp.go lists, in a root
+//	                                                with an id
+//	root/blobs/<alg>/<hex>      removed             by a collection: a regular file under a
+//	                                                digest, in a root with an id
+//	                            renamed             by Repair, to tmp/quarantine/: an entry under
+//	                                                a digest that is not the blob. It stays
+//	                                                whole, even if it is not a file
+//	                            replaced            by a publish: a file or link under a digest
+//	                                                that is not the blob. The target of a link
+//	                                                is not touched
+//	root/index.sqlite3*         renamed             by Rebuild, to index.sqlite3.broken: an index
+//	                                                that is damaged, with this package's
+//	                                                application id, or beside an id of ours
+//	root/tmp/<session>/<name>   linked              as index.sqlite3, while the root is locked
+//	                                                and has none
+//	target/.ocilocal-<random>   removed, renamed    made by the same call with O_EXCL
+//	layout/.ocilocal-new        removed, renamed    our prefix; a regular file, with the layout
+//	                                                locked
+//	layout/.ocilocal-tmp/…      removed             the same marks as in tmp/
+//	layout/blobs/<alg>/<hex>    replaced            a blob of the export whose file is damaged
+//	layout/index.json           replaced            the caller asked for it; its entries are kept
+//	target file                 replaced            the caller set ExportOptions.Overwrite
 //
 // A root has an id, or this package makes one, which it does only where tmp/ and blobs/ are free:
 // see create in registrycreate.go. No call writes to a path from the caller that is in the
@@ -44,19 +50,27 @@ import (
 // deletes index.sqlite3, -wal and -shm.
 
 // A rootDir is an open directory: a registry's root, or one that is exported to or imported
-// from. No name leads out of it, as with [os.Root].
+// from. As with [os.Root], names are relative, with slashes, and none leads out of the directory: a
+// link in a foreign layout can't make an import read, or an export write, elsewhere. The directory
+// stays the same when its path is renamed or replaced.
 //
 // All file operations of this package below such a directory go through its methods, and those of
 // [rootFile]: they are the seam at which tests make an operation fail, record it, or stop the
 // process. The [os.Root] is a field and not embedded, so that a call past the seam does not
-// compile.
+// compile. The seam names these operations:
+//
+//	rootDir    open create stat mkdir link rename chmod chtimes remove readdir fsyncdir lock
+//	rootFile   write fsync chmod truncate
+//
+// Reading an open file and closing it are not among them.
 type rootDir struct {
 	dir   *os.Root
 	fault faultFunc
 }
 
-// A faultFunc is the tests' end of the seam. It is called before each operation, by any
-// goroutine, and an error that it returns is the operation's. It is nil in production.
+// A faultFunc is the tests' end of the seam. It is called before each operation, by any goroutine.
+// If it returns an error, the operation is not done and fails with that error. It is nil in
+// production. name is the new name for a link or rename.
 type faultFunc func(op, name string) error
 
 // before returns the error that a test wants op on name to fail with.
@@ -174,8 +188,9 @@ func (r *rootDir) Remove(name string) error {
 	return r.dir.Remove(name)
 }
 
-// makeDir makes a directory unless it exists. Anything else under its name, as a link is, is
-// an [ErrForeignRoot].
+// makeDir makes a directory unless it exists. If anything else has its name, such as a link, that
+// is [ErrForeignRoot]. A directory that a sweeper removes meanwhile is not an error: the caller
+// finds out when it uses the directory.
 func (r *rootDir) makeDir(name string, perm fs.FileMode) error {
 	err := r.Mkdir(name, perm)
 	if !errors.Is(err, fs.ErrExist) {
@@ -188,8 +203,8 @@ func (r *rootDir) makeDir(name string, perm fs.FileMode) error {
 	return ignoreNotExist(err) // removed since
 }
 
-// removeEmpty removes a directory. It stays if anything is in it, and so does anything else under
-// its name.
+// removeEmpty removes a directory if nothing is in it. Anything else that has its name stays. The
+// system decides whether the directory is empty, so a file that appears at that moment is safe.
 func (r *rootDir) removeEmpty(name string) error {
 	fi, err := r.Lstat(name)
 	if err == nil && fi.IsDir() {
@@ -220,8 +235,9 @@ func (r *rootDir) linkNew(name, to string) (moved bool, err error) {
 	return err == nil, err
 }
 
-// linkUnsupported reports whether err says that this file system, or this
-// file, cannot have another hard link.
+// linkUnsupported reports whether err says that this file system, or this file, cannot have another
+// hard link: EPERM on FAT, EMLINK for a file with too many names, EXDEV for a target on another
+// mount.
 func linkUnsupported(err error) bool {
 	for _, e := range []error{syscall.EPERM, syscall.EMLINK, syscall.EXDEV, errors.ErrUnsupported} {
 		if errors.Is(err, e) {
@@ -231,8 +247,10 @@ func linkUnsupported(err error) bool {
 	return false
 }
 
-// eachEntry calls visit with every name in a directory, a batch at a time. A directory that
-// does not exist has none.
+// eachEntry calls visit with every name in a directory, in no order. It reads a batch of names at a
+// time, so memory does not grow with the directory. A directory that does not exist has none. visit
+// may remove entries; whether it sees entries that are added meanwhile is open. The first error
+// ends it, errStop too: the caller tells that one apart.
 func (r *rootDir) eachEntry(ctx context.Context, dir string, visit func(name string) error) error {
 	f, err := r.Open(dir)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -264,7 +282,8 @@ func (r *rootDir) eachEntry(ctx context.Context, dir string, visit func(name str
 	}
 }
 
-// syncDir makes the entries of a directory durable.
+// syncDir makes the entries of a directory durable: after a link, rename, mkdir or removal, a power
+// cut can undo the change until the directory is synced.
 func (r *rootDir) syncDir(name string) error {
 	if runtime.GOOS == "windows" {
 		return nil // there, a directory cannot be synced: NTFS journals its entries
@@ -280,8 +299,9 @@ func (r *rootDir) syncDir(name string) error {
 	return errors.Join(err, d.Close())
 }
 
-// lockDir is [tryLockDir] that waits for whoever holds the lock. It makes the directory if it
-// is missing, as it is after its last holder has removed it.
+// lockDir waits until it gets the lock of a directory: see [tryLockDir]. It makes the directory if
+// it is missing, as it is after its last holder has removed it. It tries again and again, because a
+// call that waits for a lock in the kernel could not be ended by ctx.
 func (r *rootDir) lockDir(ctx context.Context, name string) (release func() error, err error) {
 	for {
 		if name != "." {
@@ -301,7 +321,8 @@ func (r *rootDir) lockDir(ctx context.Context, name string) (release func() erro
 	}
 }
 
-// lstatPath is Lstat of a path from outside the directory.
+// lstatPath is Lstat of a path outside the directory, by which a handle finds out whether the path
+// of its root still leads to the directory that it has open.
 func (r *rootDir) lstatPath(path string) (fs.FileInfo, error) {
 	if err := r.fault.before("stat", path); err != nil {
 		return nil, err
@@ -322,9 +343,10 @@ func resolveDir(dir string) (string, error) {
 	return filepath.EvalSymlinks(dir)
 }
 
-// eachParent calls visit with the directories in which a path lies, up to the root of the file
-// system, those that exist. Where the path is or leads through a symbolic link, that is both the
-// directories of the link and those of its target. The first error ends it.
+// eachParent calls visit with the existing directories in which a path lies, from the innermost to
+// the root of the file system. The path itself need not exist. A path through a symbolic link has
+// two rows of parents, those of the link and those of its target. Both are visited, so a directory
+// may come twice. The first error ends it.
 func eachParent(path string, visit func(dir string, fi fs.FileInfo) error) error {
 	lexical, err := filepath.Abs(path)
 	if err != nil {
@@ -349,7 +371,8 @@ func eachParent(path string, visit func(dir string, fi fs.FileInfo) error) error
 	return nil
 }
 
-// mkdirAllSync is [os.MkdirAll] that makes each level it makes durable.
+// mkdirAllSync is [os.MkdirAll], and makes the entry of each new directory durable. Otherwise a
+// power cut could lose the parent of a registry whose commits were durable.
 func mkdirAllSync(dir string, perm fs.FileMode, fault faultFunc) error {
 	if fi, err := os.Stat(dir); err == nil {
 		if !fi.IsDir() {
@@ -366,7 +389,7 @@ func mkdirAllSync(dir string, perm fs.FileMode, fault faultFunc) error {
 	if err := fault.before("mkdir", dir); err != nil {
 		return err
 	}
-	// Also when another process was faster: it may not have synced it yet.
+	// The parent is synced even if another process made dir: it may not have come to that yet.
 	if err := os.Mkdir(dir, perm); err != nil && !errors.Is(err, fs.ErrExist) {
 		return err
 	}

@@ -15,8 +15,8 @@ func networkFS(dir string) (string, error) {
 	return networkNames[uint32(st.Type)], nil
 }
 
-// networkNames are those that more than one machine can have mounted. FUSE isn't among
-// them, which can be anything and is mostly local, nor 9p, as which gVisor shows all its files.
+// networkNames are the file systems that several machines can mount at once. FUSE is not among
+// them: it can be anything, and mostly is local. Neither is 9p: gVisor shows all files as 9p.
 var networkNames = map[uint32]string{
 	0x6969:     "nfs",
 	0x517b:     "smb",
@@ -35,8 +35,9 @@ var networkNames = map[uint32]string{
 	0x564c:     "ncp",
 }
 
-// kernelCopies reports whether [os.File.ReadFrom] can have the kernel copy src
-// to dst (copy_file_range). Across file systems it may copy in small pieces instead.
+// kernelCopies reports whether [os.File.ReadFrom] can let the kernel copy src to dst
+// (copy_file_range). It is false for files on two file systems, where the copy may go through small
+// buffers and is slower than one by this package.
 func kernelCopies(src, dst *os.File) bool {
 	var a, b syscall.Stat_t
 	return syscall.Fstat(int(src.Fd()), &a) == nil && syscall.Fstat(int(dst.Fd()), &b) == nil && a.Dev == b.Dev

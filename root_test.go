@@ -10,12 +10,12 @@ import (
 	"github.com/ocilocal/ocilocal"
 )
 
-// TestDurableRoot: before the index of a new root gets its name, the entries of the root and of each
-// new parent directory are synced. So is the entry of a root that existed, because its maker may have
-// been killed before it synced it.
+// TestDurableRoot: before the index of a new root gets its name, the entries of the root and of
+// each new parent directory are synced. So is the entry of a root that existed: its maker may have
+// been killed before it came to that.
 func TestDurableRoot(t *testing.T) {
 	if runtime.GOOS == "windows" {
-		t.Skip("a directory isn't synced there")
+		t.Skip("Windows does not sync directories")
 	}
 	for name, made := range map[string][]string{"made": {"a", "a/b", "a/b/root"}, "there": {"."}} {
 		t.Run(name, func(t *testing.T) {
@@ -29,7 +29,7 @@ func TestDurableRoot(t *testing.T) {
 			named := slices.Index(rec.ops, "link index.sqlite3")
 			for _, dir := range made {
 				dir = filepath.Join(top, dir)
-				at, synced := slices.Index(rec.ops, "mkdir "+dir), false // −1: it was there
+				at, synced := slices.Index(rec.ops, "mkdir "+dir), false // at is −1 if dir existed
 				for i := at + 1; i < named; i++ {
 					synced = synced || rec.ops[i] == "open "+filepath.Dir(dir) && rec.ops[i+1] == "fsyncdir ."
 				}

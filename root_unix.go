@@ -23,9 +23,13 @@ var noSpace = []syscall.Errno{syscall.ENOSPC, syscall.EDQUOT}
 // noResources are the errors of a process or machine that is out of descriptors, memory or locks.
 var noResources = []syscall.Errno{syscall.EMFILE, syscall.ENFILE, syscall.ENOMEM, syscall.ENOBUFS, syscall.EAGAIN, syscall.ENOLCK}
 
-// tryLockDir tries to lock a directory of root against every other process and
-// every other handle in this one. held is false when somebody else has it, or
-// when it is gone. The lock ends with release, or with the process.
+// tryLockDir tries to lock a directory of root against every other process and every other handle
+// in this one. held is false if the directory is locked already or is gone. The lock ends with
+// release, or with the process.
+//
+// flock locks the open file, and not the process as fcntl does. So two handles of one process
+// exclude each other, closing another descriptor of the directory does not drop the lock, and the
+// kernel drops it when the process is killed.
 func tryLockDir(root *rootDir, name string) (release func() error, held bool, err error) {
 	if err := root.fault.before("lock", name); err != nil {
 		return nil, false, err
@@ -41,7 +45,8 @@ func tryLockDir(root *rootDir, name string) (release func() error, held bool, er
 		}
 		return nil, false, &os.PathError{Op: "flock", Path: name, Err: err}
 	}
-	// Between open and flock a sweeper may have removed it.
+	// Between open and flock a sweeper may have removed the directory, and another process may have
+	// made a new one under the name. The lock of a removed directory excludes nobody.
 	mine, err := d.Stat()
 	if err == nil {
 		var now os.FileInfo
@@ -53,7 +58,7 @@ func tryLockDir(root *rootDir, name string) (release func() error, held bool, er
 	return nil, false, ignoreNotExist(err)
 }
 
-// checkWritable is nil if this process may make entries in the directory.
+// checkWritable returns an error if this process may not make entries in the directory.
 func checkWritable(dir string) error {
 	const writeAndSearch = 0x2 | 0x1 // W_OK | X_OK
 	if err := syscall.Access(dir, writeAndSearch); err != nil {

@@ -22,9 +22,10 @@ var noSpace = []syscall.Errno{112, 39}
 // ERROR_COMMITMENT_LIMIT.
 var noResources = []syscall.Errno{4, 8, 14, 1450, 1455}
 
-// tryLockDir holds a directory by an open file inside it that nobody else may
-// read or write. It may be deleted, since sweeping removes the directory while
-// holding it. os.Root can't do this: it shares the files that it opens with everybody.
+// tryLockDir has the contract of that for Unix. It locks a directory by an open file in it that no
+// other handle may read or write. The file may be deleted, because a sweeper removes the directory
+// while it holds the lock. os.Root can't do this: it shares all files that it opens. Windows closes
+// the handle, and so drops the lock, when the process ends.
 func tryLockDir(root *rootDir, name string) (release func() error, held bool, err error) {
 	const errSharingViolation = syscall.Errno(32)
 	if err := root.fault.before("lock", name); err != nil {
@@ -47,5 +48,5 @@ func tryLockDir(root *rootDir, name string) (release func() error, held bool, er
 
 const fileShareDelete = 0x4 // FILE_SHARE_DELETE
 
-// checkWritable leaves it to the first write to fail here.
+// checkWritable is nil here: the first write fails instead.
 func checkWritable(string) error { return nil }

@@ -9,17 +9,18 @@ import (
 )
 
 // A rootFile is an open file below a [rootDir]. Like the directory, it lets tests make its
-// operations fail.
+// operations fail. One goroutine writes to it at a time.
 type rootFile struct {
 	file *os.File
 	name string // below the directory
 	root *rootDir
 
-	written, started int64 // bytes of the file: all, and those that are on their way to the disk
+	written, started int64 // bytes in the file, and those of them that were handed to the disk
 }
 
-// writebackEvery is how much of a large file is handed to the disk at once
-// while the rest comes in, so that fsync does not have to wait for all of it.
+// writebackEvery is how many bytes of a large file are handed to the disk at a time while the rest
+// comes in. Without that the kernel may keep all of them in memory until fsync, which then waits
+// for the whole file.
 const writebackEvery = 8 << 20
 
 // openFile is OpenFile for a file that is written or synced. It follows no symbolic link.
@@ -37,7 +38,7 @@ func (f *rootFile) Seek(off int64, whence int) (int64, error) { return f.file.Se
 func (f *rootFile) Stat() (fs.FileInfo, error)                { return f.file.Stat() }
 func (f *rootFile) Close() error                              { return f.file.Close() }
 
-// Write hands what it has written to the disk from time to time: see [writebackEvery].
+// Write hands bytes that were written to the disk from time to time: see [writebackEvery].
 func (f *rootFile) Write(p []byte) (int, error) {
 	if err := f.root.fault.before("write", f.name); err != nil {
 		return 0, err
@@ -65,10 +66,12 @@ func (f *rootFile) wrote(n int64) {
 	}
 }
 
-// start hands n bytes of the file to the disk, beginning at off; all that follow if n is 0.
+// start hands n bytes of the file from off on to the disk, or all from off on if n is 0. It does
+// not wait and promises nothing: only sync makes bytes durable.
 func (f *rootFile) start(off, n int64) { startWriteback(f.file, off, n) }
 
-// sync makes the bytes of the file durable.
+// sync makes the bytes of the file durable. After an error they can't be trusted, even if a second
+// sync succeeds: the kernel may have dropped the pages that it could not write.
 func (f *rootFile) sync() error {
 	if err := f.root.fault.before("fsync", f.name); err != nil {
 		return err
@@ -76,7 +79,7 @@ func (f *rootFile) sync() error {
 	return f.file.Sync()
 }
 
-// chmod sets the permissions of the open file, whatever its name means by now.
+// chmod sets the permissions of the open file, even if another file has got its name.
 func (f *rootFile) chmod(mode fs.FileMode) error {
 	if err := f.root.fault.before("chmod", f.name); err != nil {
 		return err
@@ -84,8 +87,8 @@ func (f *rootFile) chmod(mode fs.FileMode) error {
 	return f.file.Chmod(mode)
 }
 
-// truncate makes the file empty and goes to its beginning. It is for a stage's file that failed
-// it cannot continue.
+// truncate makes the file empty and goes to its beginning, for a transfer that can't continue with
+// the bytes that it has.
 func (f *rootFile) truncate() error {
 	if err := f.root.fault.before("truncate", f.name); err != nil {
 		return err
@@ -110,8 +113,8 @@ func checkRegular(f interface{ Stat() (fs.FileInfo, error) }) (int64, error) {
 	return fi.Size(), nil
 }
 
-// openRegular opens a file that the caller named. Anything but a regular file is
-// [ErrInvalidArgument].
+// openRegular opens a file that the caller named. Anything else than a regular file is
+// [ErrInvalidArgument]. Opening a named pipe does not block.
 func openRegular(name string) (*os.File, error) {
 	f, err := os.OpenFile(name, os.O_RDONLY|openNonblock, 0)
 	if err != nil {

@@ -9,10 +9,11 @@ import (
 	"testing"
 )
 
-// TestModesUmask opens and publishes under two umasks, in processes of their own.
+// TestModesUmask opens and publishes under two umasks, each in another process. The permissions of
+// root, index and blobs do not depend on the umask.
 func TestModesUmask(t *testing.T) {
 	if runtime.GOOS == "windows" {
-		t.Skip("no such modes there")
+		t.Skip("Windows has no such permissions")
 	}
 	exe, err := os.Executable()
 	if err != nil {

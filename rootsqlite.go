@@ -13,24 +13,24 @@ import (
 // database itself.
 var databaseFiles = [...]string{"", "-journal", "-wal", "-shm"}
 
-// checkDatabase decides whether SQLite may open the database at path. SQLite believes what lies
+// checkDatabase decides whether SQLite may open the database at path. SQLite believes the files
 // beside a database: it plays a journal back, and a write-ahead log decides what every row says. It
-// blocks on a named pipe, and follows links. So this is asked before each connection to any
-// database:
+// blocks on a named pipe, and follows links. So each connection to any database is preceded by this
+// check:
 //
 //   - path is absolute. A relative one would mean another file after a change of directory.
-//   - The database and its -wal and -shm are missing, or regular files with one link. A
-//     database itself may have more, as versions before this one left it while they created it.
+//   - The database and its -wal and -shm are missing, or regular files with one link. Only the
+//     database may have more: earlier versions of this package linked it while they created it.
 //   - They belong to the database's owner, to this user or to root (Unix), unless anyOwner is set.
-//   - There is no -journal. All databases that this package opens use a write-ahead log, so
-//     a journal is another database's, or another program's. The exception is a
-//     database with ownJournal, which this process alone is writing.
+//   - There is no -journal. All databases that this package opens use a write-ahead log, so a
+//     journal belongs to another database or another program. The exception is a database with
+//     ownJournal, which only this process writes.
 //
-// Limit: nothing stops who may write to the directory from putting files there after the check, nor
-// the database's owner from putting an old log of the same database there. A root is one trust
-// domain.
+// Limit: whoever may write to the directory can put files there after the check, and the owner of
+// the database can put an old log of it there. A root is one trust domain.
 //
-// Errors: [ErrForeignIndex], [ErrInvalidArgument] for a relative path, and the file system's.
+// Errors: [ErrForeignIndex], [ErrInvalidArgument] for a relative path, and any error of the file
+// system.
 func checkDatabase(path string, ownJournal, anyOwner bool) error {
 	if !filepath.IsAbs(path) {
 		return fmt.Errorf("%w: path of database %q is not absolute", ErrInvalidArgument, path)

@@ -7,8 +7,8 @@ import (
 	"syscall"
 )
 
-// startWriteback asks the kernel to begin writing a range. It is no fsync and
-// promises nothing, so its error says nothing either: fsync's will.
+// startWriteback asks the kernel to begin writing a range (sync_file_range). It promises nothing,
+// so its error is dropped: a write that failed is reported by the fsync that follows.
 func startWriteback(f *os.File, off, n int64) {
 	const syncFileRangeWrite = 2
 	_ = syscall.SyncFileRange(int(f.Fd()), off, n, syncFileRangeWrite)

@@ -4,5 +4,5 @@ package ocilocal
 
 import "os"
 
-// startWriteback is left to the kernel here.
+// startWriteback does nothing here: the kernel decides when it writes.
 func startWriteback(*os.File, int64, int64) {}
