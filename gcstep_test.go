@@ -32,6 +32,10 @@ func (c *lookCtx) Err() error {
 	return c.Context.Err()
 }
 
+// Done is nil: for a context that may end, database/sql starts goroutines, which look at it at any
+// moment, and after the call too.
+func (c *lookCtx) Done() <-chan struct{} { return nil }
+
 // Where garbage had its file there is something else now, which this package has not made. Its rows
 // go, and it stays.
 func TestGCForeignEntry(t *testing.T) {
@@ -90,7 +94,7 @@ func TestGCUnreconciledMeanwhile(t *testing.T) {
 			t.Fatal(err)
 		}
 		deleted := false
-		var looks atomic.Int64 // database/sql looks too, from goroutines that may outlast the call
+		var looks atomic.Int64
 		var marked atomic.Bool
 		ctx := &lookCtx{Context: t.Context(), look: func() {
 			if looks.Add(1) == int64(n) {
