@@ -66,7 +66,7 @@ const (
 //   - [ErrReadOnly], [ErrBusy], [ErrNoSpace], [ErrClosed]
 //   - any error from ctx, src or the file system
 func (r *LocalRegistry) ImportArchive(ctx context.Context, src io.Reader, opts *ImportOptions) (*ImportResult, error) {
-	result, err := r.importArchive(ctx, src, opts)
+	result, err := r.importArchive(ctx, src, nil, opts)
 	return result, opError("import archive", "", "", err)
 }
 
@@ -90,16 +90,17 @@ func (r *LocalRegistry) importArchiveFile(ctx context.Context, name string, opts
 		return nil, err
 	}
 	defer f.Close()
-	return r.importArchive(ctx, f, opts)
+	return r.importArchive(ctx, f, f, opts)
 }
 
-// importArchive is ImportArchive for callers that name the operation themselves.
-func (r *LocalRegistry) importArchive(ctx context.Context, src io.Reader, opts *ImportOptions) (*ImportResult, error) {
+// importArchive is ImportArchive for callers that name the operation themselves. If file is not nil,
+// it is src, and can be read again.
+func (r *LocalRegistry) importArchive(ctx context.Context, src io.Reader, file io.ReadSeeker, opts *ImportOptions) (*ImportResult, error) {
 	if opts == nil {
 		opts = &ImportOptions{}
 	}
 	return attend(ctx, opts.Progress, opts.Reference, func(ctx context.Context, m *meter) (*ImportResult, error) {
-		return r.importArchiveMetered(ctx, src, opts, m)
+		return r.importArchiveMetered(ctx, src, file, opts, m)
 	})
 }
 
@@ -107,7 +108,7 @@ func (r *LocalRegistry) importArchive(ctx context.Context, src io.Reader, opts *
 // is that stage. So fetch finds nothing: a blob that the importer has to fetch is in neither the
 // archive nor the registry. Every member of an image index may be absent, as the archive of one
 // platform leaves out the others.
-func (r *LocalRegistry) importArchiveMetered(ctx context.Context, src io.Reader, opts *ImportOptions, m *meter) (*ImportResult, error) {
+func (r *LocalRegistry) importArchiveMetered(ctx context.Context, src io.Reader, file io.ReadSeeker, opts *ImportOptions, m *meter) (*ImportResult, error) {
 	end, err := r.beginWrite(ctx)
 	if err != nil {
 		return nil, err
@@ -121,6 +122,11 @@ func (r *LocalRegistry) importArchiveMetered(ctx context.Context, src io.Reader,
 	im.fetch = func(_ context.Context, desc ocispec.Descriptor, _ role, _ *meteredItem) error {
 		return fmt.Errorf("%w: blob %s (%s) is neither in the archive nor in the registry", ErrIncomplete, desc.Digest, printable(desc.MediaType))
 	}
+	if file != nil {
+		im.mayRepeat(func(ctx context.Context, blobs map[digest.Digest]int64) error {
+			return im.readAgain(ctx, file, blobs)
+		})
+	}
 	blobs := newArchiveBlobs(ctx, im)
 	contents, err := readArchive(ctx, src, blobs.put)
 	if err = blobs.wait(err); err != nil {
@@ -131,6 +137,24 @@ func (r *LocalRegistry) importArchiveMetered(ctx context.Context, src io.Reader,
 		return nil, err
 	}
 	return im.run(ctx, index)
+}
+
+// readAgain stages blobs from an archive that was read before.
+func (im *importer) readAgain(ctx context.Context, archive io.ReadSeeker, blobs map[digest.Digest]int64) error {
+	if len(blobs) == 0 {
+		return nil
+	}
+	if _, err := archive.Seek(0, io.SeekStart); err != nil {
+		return err
+	}
+	_, err := readArchive(ctx, archive, func(ctx context.Context, d digest.Digest, src io.Reader, size int64) error {
+		if want, ok := blobs[d]; !ok || size != want || im.stage.has(d) {
+			return nil
+		}
+		_, _, err := im.stage.put(ctx, src, "", d, size)
+		return err
+	})
+	return err
 }
 
 // InspectArchive lists the entries of an archive and counts its blobs, without a registry. It

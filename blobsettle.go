@@ -123,7 +123,8 @@ func (st *stage) link(ctx context.Context, sf *stagedFile) error {
 
 // recheck makes sure that d has a file of the right size, and links the staged one again if a
 // collector has deleted it since settle. It is called inside the index's write transaction, which
-// keeps every collector out. It returns [ErrNotFound] for a blob that cannot be linked again.
+// keeps every collector out. It returns [ErrNotFound] for a blob that cannot be linked again, and
+// errGone if the stage is loose.
 func (st *stage) recheck(d digest.Digest, size int64) error {
 	err := st.store.checkSize(d, size)
 	if !errors.Is(err, ErrNotFound) {
@@ -133,7 +134,7 @@ func (st *stage) recheck(d digest.Digest, size int64) error {
 	defer st.mu.Unlock()
 	sf := st.files[d]
 	if sf == nil || sf.name == "" || sf.size != size {
-		return err
+		return st.explain(sf, err)
 	}
 	if sf.reused { // settle may have found it gone, and not synced it
 		if err := st.syncReused(sf.name); err != nil {

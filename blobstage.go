@@ -36,6 +36,9 @@ import (
 // replaced, the name below tmp/ is gone, since it was renamed. Then recheck cannot put the blob
 // back: such a publish fails with [ErrIncomplete], and succeeds when it is repeated.
 //
+// An import that can read its source again does without these links, because they are most of the
+// work for a blob that the store has: see loose. It repeats such a publish itself.
+//
 // After a failed fsync the stage fails, and nothing of it may be published: a second fsync could
 // report success for pages that the kernel has dropped.
 //
@@ -52,7 +55,13 @@ type stage struct {
 	unsyncedBytes int64
 	syncing       chan error // the outcome of the batch that is being synced; nil for none
 	failed        error      // sticky
+	// loose stages make no link into tmp/ for a blob that the store has. If a collector deletes
+	// such a blob, open and recheck fail with errGone.
+	loose bool
 }
+
+// errGone says that the store had a blob, and that a collector has deleted it since.
+var errGone = fmt.Errorf("%w: a collection has deleted it meanwhile", ErrIncomplete)
 
 // A batch of unsynced files is synced when it reaches one of these.
 const (
@@ -250,9 +259,9 @@ func (st *stage) reuse(ctx context.Context, d digest.Digest, size int64) (bool, 
 	return true, st.add(ctx, sf)
 }
 
-// borrow links a blob of the store into tmp/, so that a collection can't take its bytes from this
-// publish. It returns nil if the blob is missing or damaged. If same is not nil, a blob with other
-// bytes than these is damaged, and nothing is hashed.
+// borrow takes a blob of the store. Unless the stage is loose, it links the blob into tmp/, so that a
+// collection can't take its bytes from this publish. It returns nil if the blob is missing or
+// damaged. If same is not nil, a blob with other bytes than these is damaged, and nothing is hashed.
 func (st *stage) borrow(ctx context.Context, d digest.Digest, size int64, same []byte) (*stagedFile, error) {
 	written, err := st.store.verifyFile(ctx, d, size, same)
 	if processCondition(err) {
@@ -260,11 +269,15 @@ func (st *stage) borrow(ctx context.Context, d digest.Digest, size int64, same [
 	} else if err != nil {
 		return nil, nil
 	}
+	sf := &stagedFile{digest: d, size: size, reused: true, written: written}
+	if st.loose {
+		return sf, nil
+	}
 	dir, err := st.store.enter()
 	if err != nil {
 		return nil, err
 	}
-	sf := &stagedFile{name: path.Join(dir, rand.Text()), digest: d, size: size, reused: true, written: written}
+	sf.name = path.Join(dir, rand.Text())
 	switch err := st.store.root.Link(blobPath(d), sf.name); {
 	case errors.Is(err, fs.ErrNotExist): // collected in between
 		return nil, nil
@@ -312,7 +325,8 @@ func (st *stage) open(ctx context.Context, d digest.Digest, size int64) (*verifi
 	defer st.mu.Unlock() // held until the file is open: dedup may replace it by another name
 	sf := st.files[d]
 	if sf == nil || sf.name == "" {
-		return st.store.open(ctx, d, size)
+		v, err := st.store.open(ctx, d, size)
+		return v, st.explain(sf, err)
 	}
 	if size >= 0 && size != sf.size {
 		return nil, fmt.Errorf("blob %s: %w: has %d bytes, want %d", d, ErrSizeMismatch, sf.size, size)
@@ -322,6 +336,31 @@ func (st *stage) open(ctx context.Context, d digest.Digest, size int64) (*verifi
 		return nil, err
 	}
 	return st.store.verifier(ctx, f, d, sf.size), nil
+}
+
+// explain makes errGone of the error for a missing blob, if the stage has the blob by its name
+// below blobs/ only.
+func (st *stage) explain(sf *stagedFile, err error) error {
+	if st.loose && sf != nil && sf.name == "" && errors.Is(err, ErrNotFound) {
+		return fmt.Errorf("blob %s: %w", sf.digest, errGone)
+	}
+	return err
+}
+
+// tighten ends that the stage is loose. It forgets the blobs that the stage has by their names below
+// blobs/ only, and returns their sizes. They are to be staged again.
+func (st *stage) tighten() map[digest.Digest]int64 {
+	st.mu.Lock()
+	defer st.mu.Unlock()
+	st.loose = false
+	forgotten := map[digest.Digest]int64{}
+	for d, sf := range st.files {
+		if sf.reused && sf.name == "" {
+			forgotten[d] = sf.size
+			delete(st.files, d)
+		}
+	}
+	return forgotten
 }
 
 // keepOnly drops the staged blobs that are not needed, before each of them costs an fsync. An

@@ -67,7 +67,7 @@ func (v *verifier) Read(p []byte) (int, error) {
 // while it is hashed.
 func (v *verifier) WriteTo(dst io.Writer) (written int64, err error) {
 	if v.size-v.off <= copyBufferSize || v.err != nil {
-		return io.Copy(dst, struct{ io.Reader }{v})
+		return v.copyRest(dst)
 	}
 	bufs := [2]*[]byte{v.buffers.Get().(*[]byte), v.buffers.Get().(*[]byte)}
 	defer v.buffers.Put(bufs[0])
@@ -98,8 +98,20 @@ func (v *verifier) WriteTo(dst io.Writer) (written int64, err error) {
 	}
 	<-hashing
 	hashing <- struct{}{}
-	n, err := io.Copy(dst, struct{ io.Reader }{v})
+	n, err := v.copyRest(dst)
 	return written + n, err
+}
+
+// copyRest copies by Read. A buffer of the pool makes that one read of the file, where the small one
+// that io.Copy or [io.Discard] has would make many.
+func (v *verifier) copyRest(dst io.Writer) (int64, error) {
+	const small = 8 << 10
+	if v.size-v.off <= small {
+		return io.Copy(dst, struct{ io.Reader }{v})
+	}
+	buf := v.buffers.Get().(*[]byte)
+	defer v.buffers.Put(buf)
+	return io.CopyBuffer(struct{ io.Writer }{dst}, struct{ io.Reader }{v}, *buf)
 }
 
 // cutOff turns the end of a file that is too short into an [ErrSizeMismatch]. It returns any other

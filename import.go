@@ -175,6 +175,9 @@ type importer struct {
 	// last manifest: see the top of this file.
 	later []pendingBlob
 	meter *meter
+	// again stages blobs from the source that it has given, or could have given, before. If it is
+	// not nil, the stage is loose: see [importer.bringAgain].
+	again func(ctx context.Context, blobs map[digest.Digest]int64) error
 	// look opens a manifest of the source without staging it. If it is nil, all that the source has
 	// is in the stage.
 	look func(ctx context.Context, desc ocispec.Descriptor) (*verifier, error)
@@ -292,6 +295,11 @@ func (im *importer) run(ctx context.Context, index *layoutIndex) (*ImportResult,
 	}
 	im.meter.phase(PhasePublish)
 	updates, err := im.registry.publish(ctx, im.stage, pubs)
+	if errors.Is(err, errGone) {
+		if err = im.bringAgain(ctx); err == nil {
+			updates, err = im.registry.publish(ctx, im.stage, pubs)
+		}
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -352,6 +360,39 @@ func (im *importer) collect(ctx context.Context, entries []ocispec.Descriptor, c
 		pubs[i].absent = im.absent.manifests
 	}
 	return pubs, result, err
+}
+
+// bringAgain makes up for a collection that has deleted blobs which a loose stage has. From now on
+// the stage is not loose, so no other collection can do that: bringAgain is called once at most.
+func (im *importer) bringAgain(ctx context.Context) error {
+	blobs := im.stage.tighten()
+	for d, size := range blobs {
+		had, err := im.stage.reuse(ctx, d, size)
+		if had {
+			delete(blobs, d)
+		} else if err == nil {
+			err = im.charge(size)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return im.again(ctx, blobs)
+}
+
+// fetchAgain is an importer's again for a source that gives blobs one by one.
+func (im *importer) fetchAgain(ctx context.Context, blobs map[digest.Digest]int64) error {
+	for d, size := range blobs {
+		if err := im.fetch(ctx, ocispec.Descriptor{MediaType: mediaTypeBlob, Digest: d, Size: size}, roleLayer, nil); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// mayRepeat says that again gives the blobs of the source once more.
+func (im *importer) mayRepeat(again func(context.Context, map[digest.Digest]int64) error) {
+	im.again, im.stage.loose = again, true
 }
 
 // A pendingBlob is a config or layer that is needed and not yet brought. It has only the parts of a
@@ -558,6 +599,11 @@ type child struct {
 // memory of its bytes.
 func (im *importer) read(ctx context.Context, desc ocispec.Descriptor, depth int) (p pendingManifest, children []child, err error) {
 	src, err := im.stage.open(ctx, desc.Digest, desc.Size)
+	if errors.Is(err, errGone) {
+		if err = im.bringAgain(ctx); err == nil {
+			src, err = im.stage.open(ctx, desc.Digest, desc.Size)
+		}
+	}
 	if err != nil {
 		return p, nil, incomplete(err)
 	}

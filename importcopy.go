@@ -81,6 +81,7 @@ func (r *LocalRegistry) importRegistry(ctx context.Context, src *LocalRegistry, 
 		}
 		return nil
 	}
+	im.mayRepeat(im.fetchAgain)
 	result, err := im.run(ctx, &layoutIndex{entries: entries})
 	if result != nil {
 		result.Skipped = append(result.Skipped, skipped...)

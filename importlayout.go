@@ -29,6 +29,7 @@ func (r *LocalRegistry) layoutImporter(l *layout, opts *ImportOptions) *importer
 		}
 		return nil
 	}
+	im.mayRepeat(im.fetchAgain)
 	im.look = func(ctx context.Context, desc ocispec.Descriptor) (*verifier, error) {
 		f, err := l.open(desc)
 		if err != nil {

@@ -10,6 +10,8 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -409,4 +411,81 @@ func TestScheduleWrittenAgainWithoutLinks(t *testing.T) {
 	checkOutcomes(t, publish)
 	mustClose(t, publisher)
 	closeAndCheck(t, root, a, b, model{keptRef: {"kept"}, newRef: {"dead"}})
+}
+
+// TestScheduleImportCollected: a collection deletes content that an import has found in the
+// registry. It runs at each operation of the import on a blob, up to the transaction.
+func TestScheduleImportCollected(t *testing.T) {
+	t.Parallel()
+	from := openTemp(t, nil)
+	a, err := build(t, from, keptRef, nil, "one", "two")
+	if err != nil {
+		t.Fatal(err)
+	}
+	refs := []ocilocal.Reference{a.Reference()}
+	var archive bytes.Buffer
+	dir, file := filepath.Join(t.TempDir(), "layout"), filepath.Join(t.TempDir(), "a.tar")
+	if err := errors.Join(from.ExportArchive(t.Context(), &archive, refs, nil), from.ExportLayout(t.Context(), dir, refs, nil),
+		from.ExportArchiveFile(t.Context(), file, refs, nil)); err != nil {
+		t.Fatal(err)
+	}
+	for source, load := range map[string]func(r *ocilocal.LocalRegistry) (*ocilocal.ImportResult, error){
+		"stream": func(r *ocilocal.LocalRegistry) (*ocilocal.ImportResult, error) {
+			return r.ImportArchive(t.Context(), bytes.NewReader(archive.Bytes()), nil)
+		},
+		"file": func(r *ocilocal.LocalRegistry) (*ocilocal.ImportResult, error) {
+			return r.ImportPath(t.Context(), file, nil)
+		},
+		"layout": func(r *ocilocal.LocalRegistry) (*ocilocal.ImportResult, error) {
+			return r.ImportPath(t.Context(), dir, nil)
+		},
+		"registry": func(r *ocilocal.LocalRegistry) (*ocilocal.ImportResult, error) {
+			return r.ImportRegistry(t.Context(), from, refs[0], nil)
+		},
+	} {
+		t.Run(source, func(t *testing.T) {
+			_, r, beside := twoHandles(t)
+			for at, reached := 0, true; reached; at++ {
+				if _, err := load(r); err != nil {
+					t.Fatal(err)
+				}
+				if _, err := r.Remove(t.Context(), refs[0]); err != nil {
+					t.Fatal(err)
+				}
+				var mu sync.Mutex
+				n, settled, committing, deleted := 0, false, false, 0
+				ocilocal.SetFault(r, func(op, name string) error {
+					mu.Lock()
+					defer mu.Unlock()
+					settled = settled || op+" "+name == "fsyncdir blobs/sha256"
+					committing = settled && (committing || op+" "+name == inTransaction)
+					if !strings.HasPrefix(name, "blobs/") || committing {
+						return nil
+					}
+					if n++; n != at {
+						return nil
+					}
+					report, err := beside.GC(context.Background(), atOnce)
+					if err == nil {
+						deleted = report.Deleted.Blobs
+					}
+					return err
+				})
+				got, err := load(r)
+				ocilocal.SetFault(r, nil)
+				if err != nil {
+					t.Fatalf("collection at operation %d: %v", at, err)
+				}
+				if reached = at <= n; reached && at > 0 && deleted == 0 || n < 5 {
+					t.Errorf("collection at operation %d of %d has deleted nothing", at, n)
+				}
+				if got.BlobsWritten+got.BlobsReused != 4 {
+					t.Errorf("collection at operation %d: %d blobs written, %d reused", at, got.BlobsWritten, got.BlobsReused)
+				}
+				if found := problems(t, r, nil, nil); len(found) > 0 {
+					t.Errorf("collection at operation %d: %q", at, found)
+				}
+			}
+		})
+	}
 }
