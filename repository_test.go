@@ -182,60 +182,6 @@ func indexAfter(sorted []string, last string) int {
 	return i
 }
 
-// TestRepositoryPredecessors: an image index and referrers lead to a manifest, as far as the
-// repository shows them. A referrer that was built without a name is shown with its subject.
-func TestRepositoryPredecessors(t *testing.T) {
-	r := openTemp(t, nil)
-	p, other := repository(t, r, "localhost/app"), repository(t, r, "localhost/other")
-	desc := pushImage(t, p, "v1", "layer")
-	pushImage(t, other, "v1", "layer")
-	index := push(t, p, imageIndexOf(jsonOf(desc)))
-	manifest, config := image("signature")
-	signature := push(t, p, referring(manifest, desc), config, "signature")
-	b, err := r.NewReferrerBuilder(desc, &ocilocal.BuilderOptions{ArtifactType: testType})
-	if err != nil {
-		t.Fatal(err)
-	}
-	built, err := b.Build(t.Context())
-	if err != nil {
-		t.Fatal(err)
-	}
-	check := func(p *ocilocal.Repository, d ocispec.Descriptor, want ...digest.Digest) {
-		t.Helper()
-		found, err := p.Predecessors(t.Context(), d)
-		var got []digest.Digest
-		for _, d := range found {
-			got = append(got, d.Digest)
-		}
-		slices.Sort(got)
-		slices.Sort(want)
-		if err != nil || !slices.Equal(got, want) {
-			t.Errorf("%s: %q, %v, want %q", p.Name(), got, err, want)
-		}
-	}
-	check(p, desc, index.Digest, signature.Digest, built.Digest())
-	check(other, desc, built.Digest())
-	check(p, blobOf("layer"), desc.Digest)
-	check(p, index)
-	mustFail(t, p.DeleteManifest(t.Context(), desc.Digest), ocilocal.ErrInUse)
-	// A collection keeps referrers, so deleting one takes more than its name.
-	if err := p.DeleteManifest(t.Context(), signature.Digest); err != nil {
-		t.Fatal(err)
-	}
-	check(p, desc, index.Digest, built.Digest())
-	if err := p.DeleteManifest(t.Context(), built.Digest()); err != nil {
-		t.Fatal(err)
-	}
-	check(other, desc)
-	if err := p.DeleteManifest(t.Context(), index.Digest); err != nil {
-		t.Fatal(err)
-	}
-	check(p, desc)
-	if _, err := p.Resolve(t.Context(), "v1"); err != nil {
-		t.Error(err)
-	}
-}
-
 // jsonOf is a descriptor as JSON.
 func jsonOf(d ocispec.Descriptor) string {
 	return fmt.Sprintf(`{"mediaType":%q,"digest":%q,"size":%d}`, d.MediaType, d.Digest, d.Size)
@@ -244,49 +190,4 @@ func jsonOf(d ocispec.Descriptor) string {
 // referring adds a subject to the text of a manifest.
 func referring(manifest string, subject ocispec.Descriptor) string {
 	return strings.TrimSuffix(manifest, "}") + `,"subject":` + jsonOf(subject) + "}"
-}
-
-// TestRepositorySharedBlob: a blob that very many artifacts of other repositories need is found in
-// this one, too, as a member of an image index and of a referrer without a name, and only there.
-func TestRepositorySharedBlob(t *testing.T) {
-	r := openTemp(t, nil)
-	other, p, none := repository(t, r, "localhost/other"), repository(t, r, "localhost/app"), repository(t, r, "localhost/none")
-	for i := range 250 {
-		manifest, config := image(fmt.Sprint("layer ", i))
-		push(t, other, manifest, config, fmt.Sprint("layer ", i))
-	}
-	desc := pushImage(t, p, "", "of this one")
-	index := push(t, p, imageIndexOf(jsonOf(desc)))
-	if err := p.Tag(t.Context(), index, "v1"); err != nil {
-		t.Fatal(err)
-	}
-	collect(t, r, &ocilocal.GCOptions{Held: -1, Grace: 0}) // no blob is held any more
-	execIndex(t, r.Root(), "DELETE FROM holds WHERE name = 'localhost/app'")
-	for p, want := range map[*ocilocal.Repository]bool{p: true, none: false} {
-		if ok, err := p.Exists(t.Context(), blobOf("{}")); ok != want || err != nil {
-			t.Errorf("%s: %v, %v", p.Name(), ok, err)
-		}
-	}
-	execIndex(t, r.Root(), "DELETE FROM refs WHERE name = 'localhost/app'")
-	if ok, err := p.Exists(t.Context(), blobOf("{}")); ok || err != nil {
-		t.Errorf("%v, %v", ok, err)
-	}
-	subject, err := r.NewBuilder(ref("localhost/app:v2"), &ocilocal.BuilderOptions{ArtifactType: testType, Format: ocilocal.FormatArtifactManifest})
-	if err != nil {
-		t.Fatal(err)
-	}
-	built, err := subject.Build(t.Context())
-	if err != nil {
-		t.Fatal(err)
-	}
-	referrer, err := r.NewReferrerBuilder(built.Descriptor(), &ocilocal.BuilderOptions{ArtifactType: testType, Format: ocilocal.FormatImageManifest})
-	if err != nil {
-		t.Fatal(err)
-	}
-	if _, err := referrer.Build(t.Context()); err != nil {
-		t.Fatal(err)
-	}
-	if ok, err := p.Exists(t.Context(), blobOf("{}")); !ok || err != nil {
-		t.Errorf("%v, %v", ok, err)
-	}
 }

@@ -1,12 +1,9 @@
 package ocilocal_test
 
 import (
-	"context"
 	"errors"
-	"fmt"
 	"os"
 	"runtime"
-	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -100,51 +97,5 @@ func TestVerifyBusy(t *testing.T) {
 		if got := problems(t, r, nil, nil); len(got) != 1 {
 			t.Errorf("%s: found %q", what, got)
 		}
-	}
-}
-
-func TestVerifyResumes(t *testing.T) {
-	r := openTemp(t, artifactForm)
-	for i := range 20 {
-		published(t, r, fmt.Sprintf("example.com/a:%d", i), fmt.Sprint("layer", i), nil)
-	}
-	victims := blobNames(t, r)
-	for _, d := range victims {
-		os.Chmod(blobFile(r, d), 0o600)
-	}
-	var last ocilocal.Progress
-	var seen []digest.Digest
-	for p, err := range r.Verify(t.Context(), &ocilocal.VerifyOptions{Progress: func(p ocilocal.Progress) {
-		if p.ItemDone {
-			last = p
-		}
-	}}) {
-		if err != nil {
-			t.Fatal(err)
-		}
-		if seen = append(seen, p.Digest); len(seen) == 11 {
-			break // the eleventh is not done with
-		}
-	}
-	if last.Items != 10 || last.TotalItems != 40 || last.Item.Digest != seen[9] || last.Bytes == 0 {
-		t.Errorf("%+v", last)
-	}
-	seen = seen[:10]
-	for p, err := range r.Verify(t.Context(), &ocilocal.VerifyOptions{After: last.Item.Digest}) {
-		if err != nil {
-			t.Fatal(err)
-		}
-		seen = append(seen, p.Digest)
-	}
-	if !slices.Equal(seen, victims) {
-		t.Errorf("saw %d problems, want %d in the order of digests", len(seen), len(victims))
-	}
-	ctx, cancel := context.WithCancel(t.Context())
-	cancel()
-	var err error
-	for _, err = range r.Verify(ctx, nil) {
-	}
-	if !errors.Is(err, context.Canceled) {
-		t.Error(err)
 	}
 }

@@ -1,0 +1,53 @@
+package ocilocal_test
+
+import (
+	"fmt"
+	"testing"
+
+	"github.com/ocilocal/ocilocal"
+)
+
+// TestRepositorySharedBlob: a blob that very many artifacts of other repositories need is found in
+// this one, too, as a member of an image index and of a referrer without a name, and only there.
+func TestRepositorySharedBlob(t *testing.T) {
+	r := openTemp(t, nil)
+	other, p, none := repository(t, r, "localhost/other"), repository(t, r, "localhost/app"), repository(t, r, "localhost/none")
+	for i := range 250 {
+		manifest, config := image(fmt.Sprint("layer ", i))
+		push(t, other, manifest, config, fmt.Sprint("layer ", i))
+	}
+	desc := pushImage(t, p, "", "of this one")
+	index := push(t, p, imageIndexOf(jsonOf(desc)))
+	if err := p.Tag(t.Context(), index, "v1"); err != nil {
+		t.Fatal(err)
+	}
+	collect(t, r, &ocilocal.GCOptions{Held: -1, Grace: 0}) // no blob is held any more
+	execIndex(t, r.Root(), "DELETE FROM holds WHERE name = 'localhost/app'")
+	for p, want := range map[*ocilocal.Repository]bool{p: true, none: false} {
+		if ok, err := p.Exists(t.Context(), blobOf("{}")); ok != want || err != nil {
+			t.Errorf("%s: %v, %v", p.Name(), ok, err)
+		}
+	}
+	execIndex(t, r.Root(), "DELETE FROM refs WHERE name = 'localhost/app'")
+	if ok, err := p.Exists(t.Context(), blobOf("{}")); ok || err != nil {
+		t.Errorf("%v, %v", ok, err)
+	}
+	subject, err := r.NewBuilder(ref("localhost/app:v2"), &ocilocal.BuilderOptions{ArtifactType: testType, Format: ocilocal.FormatArtifactManifest})
+	if err != nil {
+		t.Fatal(err)
+	}
+	built, err := subject.Build(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	referrer, err := r.NewReferrerBuilder(built.Descriptor(), &ocilocal.BuilderOptions{ArtifactType: testType, Format: ocilocal.FormatImageManifest})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := referrer.Build(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if ok, err := p.Exists(t.Context(), blobOf("{}")); !ok || err != nil {
+		t.Errorf("%v, %v", ok, err)
+	}
+}
