@@ -11,8 +11,16 @@ import (
 	"time"
 )
 
-// index is the SQLite index of one root. It knows digests and rows, no files.
-// It is safe for concurrent use. All SQL of the package is in the files of this family:
+// index is the SQLite index of one root. It knows digests and rows, and no files. It is safe for
+// concurrent use.
+//
+// It has two handles on the database. readers is a pool of connections that can only query, about
+// one for each core; a query sees the last commit. writer is a single connection, which only a
+// write transaction uses (see [index.write]). What a write depends on is read through it, inside
+// the transaction: a reader would not see what the transaction has changed, and another process
+// could commit in between.
+//
+// All SQL of the package is in the files of this family:
 //
 //	indexdb.go         how SQLite opens a database, and what its errors mean
 //	indexschema.go     tables, versions, and the check that a database is ours
@@ -25,14 +33,14 @@ import (
 // and in the others, named for the feature that they serve.
 type index struct {
 	readers *sql.DB
-	writer  *indexTx // nil in a read-only registry; of the goroutine that leads, see write
-	busy    time.Duration
+	writer  *indexTx        // nil in a read-only registry; of the goroutine that leads, see write
+	busy    time.Duration   // how long a write waits for other processes
 	schema  []schemaVersion // schemas, except in tests
 	db      database
 
 	damaged atomic.Bool // explain has found the index damaged
 
-	mu        sync.Mutex           // guards what follows
+	mu        sync.Mutex           // guards the fields below
 	stmts     map[string]*sql.Stmt // on readers
 	typeTexts map[int64]string     // rows of types, which never change
 	queue     []*writeRequest
@@ -59,7 +67,8 @@ func openIndex(ctx context.Context, db database, busy time.Duration, schema []sc
 	return x, nil
 }
 
-// openUnchecked opens a database that may be damaged, or another program's.
+// openUnchecked opens a database that may be damaged, or another program's. The caller must check
+// it before it believes a row. No connection is made yet, so a missing file is found later.
 func openUnchecked(db database, busy time.Duration, schema []schemaVersion) (*index, error) {
 	x := &index{busy: busy, schema: schema, db: db, stmts: map[string]*sql.Stmt{}, typeTexts: map[int64]string{}}
 	var err error
@@ -89,6 +98,7 @@ func (x *index) readerPool(pragmas ...string) (*sql.DB, error) {
 	return x.db.pool(access, append(pragmas, "busy_timeout(5000)")...)
 }
 
+// close closes all connections. No call may be in progress: [LocalRegistry.Close] waits for them.
 func (x *index) close() error {
 	err := indexError(x.readers.Close())
 	if x.writer != nil {
@@ -97,9 +107,10 @@ func (x *index) close() error {
 	return err
 }
 
-// stmt returns the prepared form of a constant statement for readers.
+// stmt returns the prepared form of a constant statement for readers. It prepares each text once,
+// so no text may contain a value: the map would grow without bound.
 func (x *index) stmt(ctx context.Context, text string) (*sql.Stmt, error) {
-	if x.db.sameFile != nil { // connections that are open would go on with a file that nobody else sees
+	if x.db.sameFile != nil { // an open connection would go on reading a file that was replaced
 		if err := x.db.sameFile(); err != nil {
 			return nil, err
 		}
@@ -117,7 +128,8 @@ func (x *index) stmt(ctx context.Context, text string) (*sql.Stmt, error) {
 	return s, nil
 }
 
-// row reads at most one row outside a transaction.
+// row reads at most one row outside a transaction, and reports whether there was one. It takes no
+// context: such a look-up takes microseconds.
 func (x *index) row(text string, args []any, dest ...any) (bool, error) {
 	s, err := x.stmt(context.Background(), text)
 	if err != nil {

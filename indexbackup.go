@@ -22,12 +22,13 @@ const (
 	sqlOtherBlobs = `SELECT id, digest, size FROM other.content WHERE id > ? AND present ORDER BY id LIMIT ?`
 
 	// The ids of the two databases have nothing to do with each other. So each id is replaced by
-	// that of the same digest, or text, in main. A row of content here that the snapshot has too
-	// says afterwards that the blob is here, if either said so.
+	// that of the same digest, or text, in main. If either database says that a blob is here, the
+	// row in main says so afterwards.
 	//
-	// A row of a damaged snapshot that points at nothing must break a constraint, or the backup
-	// would lack what it points at, and nobody would know. So OR IGNORE, which ignores NOT NULL
-	// too, is only for types. Where NULL means something, a lost id becomes -1, which no row has.
+	// A row of a damaged snapshot that points at nothing must break a constraint. Otherwise the
+	// backup would silently lack the content that the row pointed at. So OR IGNORE, which ignores
+	// NOT NULL too, is only for types. Where NULL means something, a lost id becomes -1, which no
+	// row has.
 	sqlMergeTypes   = `INSERT OR IGNORE INTO main.types (text) SELECT text FROM other.types ORDER BY id`
 	sqlMergeContent = `INSERT INTO main.content (digest, size, kind, created, present, unneeded) SELECT digest, size, kind, created, present, unneeded FROM other.content WHERE true ORDER BY id
 		ON CONFLICT (digest) DO UPDATE SET size = excluded.size, kind = excluded.kind, created = excluded.created, present = excluded.present
@@ -45,7 +46,8 @@ const (
 		FROM other.members m WHERE true ORDER BY m.manifest, m.position ON CONFLICT (manifest, position) DO NOTHING`
 	sqlMergeGone = `DELETE FROM main.refs AS r WHERE NOT EXISTS (SELECT 1 FROM other.refs o WHERE o.name = r.name AND o.reference = r.reference)
 		AND NOT EXISTS (SELECT 1 FROM other.left_out o WHERE o.name = r.name AND o.reference = r.reference)`
-	// A ref that was only used is not one that was set.
+	// The next two set refs. A ref of which only the time of its last use differs is updated by the
+	// second, and not counted as set.
 	sqlMergeRefs = `INSERT OR REPLACE INTO main.refs (name, reference, manifest, digest, size, media_type, artifact_type, created, moved, used, entry)
 		SELECT o.name, o.reference, (SELECT id FROM main.content WHERE digest = o.digest), o.digest, o.size,
 		(SELECT id FROM main.types WHERE text = (SELECT text FROM other.types WHERE id = o.media_type)),
@@ -63,22 +65,24 @@ const (
 	sqlMergeHolds = `INSERT OR REPLACE INTO main.holds (name, content, since)
 		SELECT h.name, (SELECT id FROM main.content WHERE digest = (SELECT digest FROM other.content WHERE id = h.content)), h.since FROM other.holds h`
 
-	// The sum has the time of each ref's last change in it, so any change shows.
+	// The sum includes the time of each ref's last move, so nearly every change of a ref changes
+	// it.
 	sqlRefsMark = `SELECT count(*), coalesce(sum(moved % 1000000007 + length(entry)), 0),
 		coalesce((SELECT value FROM main.meta WHERE key = ?), '') FROM main.refs`
 )
 
-// refsMark returns a text that differs after any change of a ref, the text at the last backup to
-// this root, and how many refs there are. One statement reads all: between two, another backup
-// could commit and look like a change by somebody else.
+// refsMark returns a text that changes with the refs, the text at the last backup to this root, and
+// how many refs there are. If the two texts differ, somebody has changed the refs of the backup
+// since. One statement reads all: between two statements, another backup could commit, and would
+// look like such a change.
 func refsMark(q queryer) (mark, last string, refs int, err error) {
 	var sum int64
 	_, err = q.row(sqlRefsMark, []any{metaBackup}, &refs, &sum, &last)
 	return fmt.Sprintf("%d.%d", refs, sum), last, refs, err
 }
 
-// makeLeftOut makes the tables in which a snapshot keeps what leaveOut takes out: the refs, and the
-// digests.
+// makeLeftOut makes two tables in a snapshot, for the refs and the digests that leaveOut takes out.
+// merge reads them: a ref that was left out is not removed from an earlier backup.
 func (t *indexTx) makeLeftOut() error {
 	_, err := t.exec(sqlMakeLeftOut)
 	if err == nil {
@@ -87,8 +91,9 @@ func (t *indexTx) makeLeftOut() error {
 	return err
 }
 
-// leaveOut takes a blob and all that needs it out of a snapshot, with the refs to these, which it
-// returns.
+// leaveOut takes a blob and all manifests that need it out of a snapshot, because the blob could
+// not be copied. It also takes out the refs to these manifests, and returns them. all has the blob
+// itself and every manifest that leads to it.
 func (t *indexTx) leaveOut(all []digest.Digest) (refs []Reference, err error) {
 	for _, m := range all {
 		named, err := refsTo(t, m)
@@ -104,7 +109,7 @@ func (t *indexTx) leaveOut(all []digest.Digest) (refs []Reference, err error) {
 			}
 		}
 	}
-	for _, remove := range []func(digest.Digest) error{t.deleteManifest, t.deleteBlob} { // rows that point at others first
+	for _, remove := range []func(digest.Digest) error{t.deleteManifest, t.deleteBlob} { // manifests first: their rows point at blobs
 		for _, m := range all {
 			if err := remove(m); err != nil {
 				return nil, err
@@ -132,7 +137,9 @@ func (t *indexTx) otherBlobs(ctx context.Context, visit func(d digest.Digest, si
 }
 
 // merge copies all rows of the attached snapshot, and makes the refs those of the snapshot. It
-// returns how many refs it set and removed.
+// returns how many refs it set and removed. The order of the steps follows the foreign keys: types
+// and content come before the rows that point at them. The caller has copied all blobs before, and
+// runs merge in one transaction, so a backup that is cut off leaves the one before it whole.
 func (t *indexTx) merge(ctx context.Context) (set, removed int64, err error) {
 	for _, step := range []struct {
 		text string
@@ -155,12 +162,14 @@ func (t *indexTx) merge(ctx context.Context) (set, removed int64, err error) {
 	return set, removed, nil
 }
 
-// snapshot writes the index as it is at one moment to a new file, in one read transaction.
+// snapshot writes the index as it is at one moment to a new file, in one read transaction. Copying
+// the file instead would be wrong in two ways: a commit could tear the copy, and closing the file
+// after reading it would drop the locks that SQLite has on it (POSIX).
 func (x *index) snapshot(ctx context.Context, path string) error {
 	if err := checkDatabase(path, false, x.db.anyOwner); err != nil {
 		return err
 	}
-	db, err := x.readerPool() // query_only would forbid it
+	db, err := x.readerPool() // without query_only, which would forbid VACUUM INTO
 	if err != nil {
 		return err
 	}
@@ -168,8 +177,8 @@ func (x *index) snapshot(ctx context.Context, path string) error {
 	return errors.Join(x.explain(err), indexError(db.Close()))
 }
 
-// attach gives the transactions of x another database, by the name other. It
-// must be called before the first of them, since SQLite attaches none within one.
+// attach lets the transactions of x use another database by the name other. It must be called
+// before the first transaction, because SQLite does not attach a database inside one.
 func (x *index) attach(path string) error {
 	if err := checkDatabase(path, false, x.db.anyOwner); err != nil {
 		return err

@@ -21,15 +21,15 @@ import (
 //
 // Who owns a request:
 //
-//   - In x.queue, its caller does. It may withdraw, unless it was told to lead: whoever leads must
-//     hand the lead on, or all later calls would wait for ever. Both are decided under x.mu.
+//   - In x.queue, its caller does. It may withdraw, unless it has been given the lead: a leader
+//     must hand the lead on, or all later calls would wait for ever. Both are decided under x.mu.
 //   - In a batch, the leader does. The caller waits for the answer even if its context ends,
 //     because its part may be committed. The leader looks at the contexts of its batch until the
 //     write lock is held.
 //   - Each request is answered once. done and lead have room for their one message, so that
 //     nobody blocks on a caller that has not come to reading it.
 //
-// x.leading is set as long as somebody leads or has been told to. Only the leader uses x.writer.
+// x.leading is set while a caller leads or has been given the lead. Only the leader uses x.writer.
 //
 // A request that fails undoes its own savepoint and nothing else. A request that panics, or a
 // transaction that SQLite has ended, fails the whole batch: nothing of it is committed. A request
@@ -50,19 +50,22 @@ type writeRequest struct {
 	lead     chan struct{} // buffered; tells the caller to commit the queue
 }
 
-// write runs fn in a write transaction and returns once that is durable.
-// Callers that come while another is committing share the next commit, each in
-// a savepoint of its own: an error of fn undoes and fails that fn alone.
+// write runs fn in a write transaction and returns once that is durable. Callers that come while
+// another one is committing share the next commit. Each has its own savepoint, so an error of fn
+// undoes and fails that fn alone. fn must not use the index in any other way than by its argument:
+// it would wait for itself, or read what is older than the transaction.
 func (x *index) write(ctx context.Context, fn func(*indexTx) error) error {
 	return x.request(&writeRequest{ctx: ctx, fn: fn})
 }
 
-// writeAlone is write in a transaction that nobody shares: all that fn reads is
-// committed. No other call's failure undoes it after fn has acted outside the index.
+// writeAlone is write in a transaction that is not shared. All that fn reads is committed, and no
+// other call's failure undoes the transaction after fn has acted outside the index. So a collection
+// uses it, which deletes files inside fn.
 func (x *index) writeAlone(ctx context.Context, fn func(*indexTx) error) error {
 	return x.request(&writeRequest{ctx: ctx, fn: fn, alone: true})
 }
 
+// request queues a request and waits for its answer, in the meantime leading if it gets the lead.
 func (x *index) request(req *writeRequest) error {
 	if x.writer == nil {
 		return ErrReadOnly
@@ -182,7 +185,9 @@ func (t *indexTx) runAll(batch []*writeRequest) error {
 	return t.commit()
 }
 
-// run runs one request in its savepoint. failed is the request's error, err the transaction's.
+// run runs one request in its savepoint. failed is the request's error, err the transaction's. On
+// errors such as a full disk SQLite may end the whole transaction by itself. Then the savepoint
+// does not exist any more, and the requests before this one are undone as well: that is err.
 func (t *indexTx) run(r *writeRequest) (failed, err error) {
 	if failed := r.ctx.Err(); failed != nil {
 		return failed, nil
@@ -205,9 +210,9 @@ func (t *indexTx) run(r *writeRequest) (failed, err error) {
 	return failed, err
 }
 
-// begin waits for the write lock. It answers the requests whose context ends or
-// whose deadline passes meanwhile, and returns the others: with the lock held
-// if self is among them, which otherwise has no reason to wait on.
+// begin waits for the write lock. Meanwhile it answers the requests whose context ends or whose
+// deadline passes, and returns the others. If self is among these, the lock is held. If self has
+// its answer, begin returns at once without the lock, so that self's caller can return.
 func (x *index) begin(batch []*writeRequest, self *writeRequest) []*writeRequest {
 	for {
 		batch = slices.DeleteFunc(batch, func(r *writeRequest) bool {

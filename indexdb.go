@@ -43,7 +43,18 @@ type database struct {
 }
 
 // dsn names the database by URL, since a plain path would be cut at ?, # and %. The path must
-// be absolute; on Windows a slash comes before the drive.
+// be absolute; on Windows a slash comes before the drive. Each setting is in the DSN, because a
+// PRAGMA that is executed reaches only one connection of a pool:
+//
+//	_txlock=immediate    a transaction takes the write lock when it begins. One that reads first
+//	                     and writes later can fail without waiting (SQLITE_BUSY_SNAPSHOT)
+//	_dqs=0               "x" is never a text, so a misspelt column is an error
+//	_defensive=1         no statement can damage the database's own structures
+//	foreign_keys         no row points at nothing
+//	synchronous(FULL)    a commit is durable when it returns
+//	trusted_schema(0)    a planted schema can't call functions with side effects
+//	cell_size_check      a damaged page is noticed when it is read
+//	journal_size_limit   the log does not stay large for ever after one large transaction
 func (d *database) dsn(access string, pragmas ...string) string {
 	path := filepath.ToSlash(d.path)
 	if !strings.HasPrefix(path, "/") {
@@ -75,7 +86,9 @@ func (d *database) pool(access string, pragmas ...string) (*sql.DB, error) {
 	return sql.OpenDB(&connector{Connector: base, database: d}), nil
 }
 
-// A connector opens the connections of a pool, after a look at the files.
+// A connector opens the connections of a pool. It checks the files before SQLite opens them, since
+// opening alone can change or block something. It checks again when they are open: files that were
+// exchanged between the two steps are found then, before any row is read.
 type connector struct {
 	driver.Connector
 	database *database
@@ -98,7 +111,7 @@ func (c *connector) Connect(ctx context.Context) (_ driver.Conn, err error) {
 	return conn, nil
 }
 
-// check decides whether SQLite may open the database, and is asked again when it has.
+// check decides whether SQLite may open the database: see checkDatabase and the field same.
 func (d *database) check() error {
 	if err := checkDatabase(d.path, d.private, d.anyOwner); err != nil {
 		return err
@@ -128,8 +141,9 @@ var sqliteLimits = [...]struct{ id, most int }{
 	{sqlite3.SQLITE_LIMIT_WORKER_THREADS, 0},
 }
 
-// prepareConn sets the limits of a new connection, and has it open its files. The driver sets
-// limits only for an [sql.Conn], so the connection is lent to a pool for that.
+// prepareConn sets the limits of a new connection, and makes it open its files, which SQLite does
+// only with the first query. The driver sets limits only for an [sql.Conn], so the connection is
+// lent to a pool for that.
 func prepareConn(ctx context.Context, conn driver.Conn) error {
 	db := sql.OpenDB(lender{conn})
 	defer db.Close()
@@ -147,7 +161,7 @@ func prepareConn(ctx context.Context, conn driver.Conn) error {
 	return c.QueryRowContext(ctx, "PRAGMA schema_version").Scan(&version)
 }
 
-// A lender hands out one connection, which its pool cannot close.
+// A lender is a connector that gives out one connection, which its pool cannot close.
 type lender struct{ conn driver.Conn }
 
 func (l lender) Connect(context.Context) (driver.Conn, error) { return lent{l.conn}, nil }
@@ -158,7 +172,8 @@ type lent struct{ driver.Conn }
 func (lent) Close() error          { return nil }
 func (l lent) Unwrap() driver.Conn { return l.Conn }
 
-// indexError gives an error of SQLite its sentinel, by code.
+// indexError gives an error of SQLite its sentinel, by its code and never by its text. Other
+// errors, such as that of a context, stay as they are.
 func indexError(err error) error {
 	e, ok := errors.AsType[*sqlite.Error](err)
 	if !ok {
@@ -173,7 +188,7 @@ func indexError(err error) error {
 	case sqlite3.SQLITE_READONLY:
 		kind = ErrReadOnly
 	case sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_TOOBIG, sqlite3.SQLITE_MISMATCH,
-		sqlite3.SQLITE_ERROR: // our statements are right, so it is the schema that does not fit them
+		sqlite3.SQLITE_ERROR: // the statements are constant and tested, so the schema does not fit
 		kind = ErrCorruptIndex
 	}
 	if e.Code() == sqlite3.SQLITE_IOERR_SHMSIZE { // its shared memory, a file, can't grow

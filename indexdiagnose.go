@@ -10,8 +10,8 @@ import (
 	sqlite3 "modernc.org/sqlite/lib"
 )
 
-// explain gives an error of SQLite its sentinel, as [indexError] does, and finds out whether a
-// damaged index is one.
+// explain gives an error of SQLite its sentinel, as [indexError] does. If the error says that the
+// index is damaged, explain finds out whether that is true.
 //
 // When a read fails with EIO, a query ends with SQLITE_CORRUPT, and SQLite's integrity check
 // reports the page as damaged. Nothing in the error tells the two apart. So all pages are read once
@@ -20,7 +20,7 @@ import (
 // [ErrIndexIO]: to set an index aside because a disk or a cable failed for a moment would lose its
 // refs.
 //
-// This takes as long as reading the index, but an index that is damaged is only diagnosed once.
+// This takes as long as reading the index, but a damaged index is diagnosed only once per handle.
 func (x *index) explain(err error) error {
 	kind := indexError(err)
 	if errors.Is(kind, ErrCorruptIndex) {
@@ -42,8 +42,8 @@ func (x *index) explain(err error) error {
 	return kind
 }
 
-// newer returns a [*SchemaError] if a newer program has migrated the index since it was opened. Its
-// tables are then others than a read expects, which looks like damage.
+// newer returns a [*SchemaError] if a newer program has migrated the index since it was opened. A
+// read then finds other tables than it expects, which looks like damage.
 func (x *index) newer() error {
 	if len(x.schema) == 0 { // it is another program's
 		return nil
@@ -58,8 +58,8 @@ func (x *index) newer() error {
 	return nil
 }
 
-// readAll reads every page of the index. Its error is [ErrIndexIO], or nil also when
-// damage keeps SQLite from it.
+// readAll reads every page of the index, by SQLite's backup, and drops what it reads. It returns an
+// [ErrIndexIO] if a page can't be read. Any other failure is nil: it says nothing about the disk.
 func (x *index) readAll() error {
 	err := x.aside(func(conn *sql.Conn) error {
 		return conn.Raw(func(c any) error {
@@ -87,7 +87,7 @@ func (x *index) readAll() error {
 }
 
 // sound reports whether SQLite finds no damage. A read that fails for a moment looks like damage to
-// it, so a finding counts only if a second check makes the same.
+// SQLite, so a finding counts only if a second check finds the same.
 func (x *index) sound() (bool, error) {
 	var found [2]string
 	for i := range found {
@@ -101,7 +101,8 @@ func (x *index) sound() (bool, error) {
 	return found[0] != found[1], nil
 }
 
-// aside runs do with a connection that is not the pool's, all of whose connections may be busy.
+// aside runs do with a new connection, because all connections of the pool may be busy: explain is
+// called while rows of one of them are open.
 func (x *index) aside(do func(*sql.Conn) error) (err error) {
 	db, err := x.readerPool("query_only(1)")
 	if err != nil {

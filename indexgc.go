@@ -20,22 +20,28 @@ const (
 		WHERE (m.manifest, m.position) > (?, ?) ORDER BY m.manifest, m.position LIMIT ?`
 	sqlBlobRows = `SELECT id, digest, size, kind, created FROM content WHERE id > ? AND present ORDER BY id LIMIT ?`
 
-	// Each looks in one statement, so that no commit comes in between.
+	// Each of these reads all that it compares in one statement, so no commit comes in between.
 	sqlDangling     = `SELECT digest FROM refs r NOT INDEXED WHERE NOT EXISTS (SELECT 1 FROM manifests m WHERE m.id = r.manifest AND m.digest = r.digest)`
 	sqlLostManifest = `SELECT 1 FROM content c WHERE digest = ?1 AND present AND NOT EXISTS (SELECT 1 FROM manifests WHERE id = c.id)
 		AND (kind = ?2 OR EXISTS (SELECT 1 FROM members WHERE content = c.id AND role = ?2))`
 
-	// Rows of content that is not here, and that only the manifest ?1 names: they go with it.
+	// The rows of absent content that only the manifest ?1 names. They are deleted with it.
 	sqlOnlyNames = `SELECT c.id FROM (SELECT content FROM members WHERE manifest = ?1 UNION SELECT subject FROM manifests WHERE id = ?1) n
 		CROSS JOIN content c WHERE c.id = n.content AND NOT c.present
 		AND NOT EXISTS (SELECT 1 FROM members WHERE content = c.id AND manifest <> ?1) AND NOT EXISTS (SELECT 1 FROM manifests WHERE subject = c.id AND id <> ?1)
 		AND NOT EXISTS (SELECT 1 FROM holds WHERE content = c.id)`
 	sqlDeleteManifest = `DELETE FROM manifests WHERE id = ?`
-	// A blob that is only a subject now is one that is not here.
+	// A blob that is only named as a subject from now on is recorded as one that is not here.
 	sqlKeepSubject = `UPDATE content SET present = 0, size = -1 WHERE id = ?1 AND EXISTS (SELECT 1 FROM manifests WHERE subject = ?1)
 		AND NOT EXISTS (SELECT 1 FROM members WHERE content = ?1) AND NOT EXISTS (SELECT 1 FROM holds WHERE content = ?1)`
 	sqlDeleteContent = `DELETE FROM content WHERE id = ?`
 )
+
+// A collection marks what is needed from these scans of whole tables, before it takes the write
+// lock. Each is read in pages of gcPage rows, so a commit may come between two of them. That is
+// safe: a step looks again at each file under the lock before it deletes it (see stillDead). The
+// scans must not miss rows of a damaged index, because what they miss looks unneeded. So a row that
+// lacks its counterpart is an error, and ends the collection.
 
 // refTargets visits the manifest of each ref.
 func (x *index) refTargets(ctx context.Context, visit func(digest.Digest)) error {
@@ -70,9 +76,9 @@ func (x *index) dangling(ctx context.Context) ([]digest.Digest, error) {
 	return readRows(ctx, x, sqlDangling, 0, nil, scanDigest)
 }
 
-// manifestRows visits every manifest with its subject. A manifest whose row in content is lost or
-// another's is an [ErrCorruptIndex]: by its digest nobody finds what it needs, so that a collection
-// would delete that.
+// manifestRows visits every manifest with its subject. It is an [ErrCorruptIndex] if a manifest's
+// row in content is lost or has another digest: then its members are not found by its digest, and a
+// collection would delete them.
 func (x *index) manifestRows(ctx context.Context, visit func(d, subject digest.Digest)) error {
 	type row struct {
 		id         int64
@@ -98,9 +104,9 @@ func (x *index) manifestRows(ctx context.Context, visit func(d, subject digest.D
 	})
 }
 
-// memberRows visits every pair of a manifest and what it names, a manifest's one after the other,
-// and says of each whether it is recorded as absent. A pair of which one has lost its row in a
-// damaged index is an [ErrCorruptIndex]: nothing says what it was.
+// memberRows visits every pair of a manifest and a member, with all members of one manifest in a
+// row. absent says that the member is recorded as absent. If the manifest or the member has lost
+// its row in content, that is an [ErrCorruptIndex]: nothing says which digest it had.
 func (x *index) memberRows(ctx context.Context, visit func(manifest digest.Digest, kind role, d digest.Digest, absent bool)) error {
 	type row struct {
 		id          int64 // of manifest
@@ -133,7 +139,7 @@ func (x *index) memberRows(ctx context.Context, visit func(manifest digest.Diges
 	})
 }
 
-// A blobRow is what the index says of a blob.
+// A blobRow is the row of a blob.
 type blobRow struct {
 	digest  digest.Digest
 	size    int64
@@ -157,8 +163,8 @@ func (x *index) blobRows(ctx context.Context, visit func(blobRow) error) error {
 	return p.each(ctx, x, []any{int64(0)}, visit)
 }
 
-// delete removes the rows of a manifest with its members, or of a blob. No manifest may need it,
-// and no ref or hold may point at it.
+// delete removes the rows of a manifest with its members, or of a blob. The caller has made sure
+// that no manifest needs it and that no ref or hold points at it: else a foreign key fails.
 func (t *indexTx) delete(d digest.Digest) error {
 	if err := t.deleteManifest(d); err != nil {
 		return err
@@ -166,8 +172,9 @@ func (t *indexTx) delete(d digest.Digest) error {
 	return t.deleteBlob(d)
 }
 
-// deleteManifest removes the rows that say that d is a manifest, if there are any, and leaves that
-// of its blob. The rows of absent members and subjects that only this manifest names go with it.
+// deleteManifest removes the rows that say that d is a manifest, if there are any. The row of its
+// blob stays. The rows of absent members and subjects that only this manifest names are deleted
+// too.
 func (t *indexTx) deleteManifest(d digest.Digest) error {
 	id, err := contentID(t, d)
 	if id == 0 || err != nil {
@@ -217,18 +224,24 @@ const (
 	sqlPageSize = `PRAGMA page_size`
 )
 
-// displace makes sure that a commit which nobody has seen yet can never come to light.
+// displace makes sure that a hidden commit, which no process has seen yet, can never appear.
 //
 // A process that dies in the last moment of a commit leaves it whole in the write-ahead log, but
 // not in the memory that SQLite's processes share. The others do not see it, and the next one to
 // write puts its own frames in its place. If none writes, the commit appears when the log is read
-// again from the file. So a transaction that does something final because of what it sees must
-// write first. The write at its commit is too late, since the process may die before that too.
+// again from the file:
+//
+//	the log      … | seen commits | hidden commit |
+//	shared memory: ends here ─────┘
+//	displace     … | seen commits | one frame of this transaction, without a commit mark
+//
+// So a transaction that deletes files because of what it sees must write first. The write at its
+// commit is too late, since the process may die before that too.
 //
 // SQLite writes a changed page to the log before the commit if its cache has no room for another
-// page. So this changes a page, empties the cache, which then may hold one page, and reads others.
-// Exactly one frame is written. Where there is a commit to displace, the log's file need not grow
-// for that: so it succeeds on a full disk too.
+// page. So this changes a page, limits the cache to one page, empties it and reads other pages.
+// Exactly one frame is written. If there is a commit to displace, the file of the log need not grow
+// for that, so it succeeds on a full disk too.
 func (t *indexTx) displace() error {
 	var err error
 	for _, text := range []string{sqlSmallCache, sqlFill, sqlEmptyCache} {
@@ -247,9 +260,9 @@ func (t *indexTx) displace() error {
 	return errors.Join(err, always)
 }
 
-// nextFrame returns where in the log's file the frame ends that is written next, while tx is open
-// and has written nothing. It reads no rows: SQLite takes the figure from the memory that its
-// processes share.
+// nextFrame returns the offset in the log's file at which the frame that is written next will end,
+// while tx is open and has written nothing. If the file is shorter, no hidden commit is in it. The
+// figure comes from the memory that SQLite's processes share, so it reads no rows.
 func (x *index) nextFrame(tx *indexTx) (int64, error) {
 	const header, frameHeader = 32, 24
 	var page, busy, frames, done int64

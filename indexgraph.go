@@ -11,11 +11,12 @@ import (
 )
 
 const (
-	// All that leads to ?1, itself included: the manifests that need it; with ?2 those whose
-	// subject it is; and with ?3 the subjects of these. A manifest of the JSON array ?4, of the
-	// hexadecimal digits of digests as the index stores them, is led to only by what needs it. A
-	// ref counts unless it is (?5, ?6), or of the name ?5 if ?6 is ''. A hold counts if it is
-	// younger than ?7. CROSS JOIN: each is found from up.
+	// The rows that lead to ?1, and ?1 itself: the manifests that need it; with ?2 those that have
+	// it as their subject; and with ?3 the subjects of these. ?4 is a JSON array of digests, in
+	// hexadecimal digits of the bytes that the index stores. To a manifest in it, only manifests
+	// that need it lead. A ref counts unless it is (?5, ?6), or of the name ?5 if ?6 is ''. A hold
+	// counts if it is younger than ?7. CROSS JOIN keeps SQLite's planner from another order: each
+	// row is found from up.
 	sqlAbove = `WITH RECURSIVE missing (id) AS MATERIALIZED (SELECT c.id FROM json_each(?4) j CROSS JOIN content c WHERE c.digest = unhex(j.value)),
 		up (id) AS (SELECT id FROM content WHERE digest = ?1
 		UNION SELECT m.manifest FROM up CROSS JOIN members m WHERE m.content = up.id
@@ -24,8 +25,8 @@ const (
 		SELECT c.digest, EXISTS (SELECT 1 FROM refs WHERE manifest = up.id AND NOT (name = ?5 AND ?6 IN ('', reference)))
 			OR EXISTS (SELECT 1 FROM holds WHERE content = up.id AND since > ?7) FROM up CROSS JOIN content c WHERE c.id = up.id`
 
-	// The manifests after ?2 that need ?1, and those whose subject it is: each in the order of an
-	// index.
+	// The manifests after ?2 that need ?1, and those that have it as their subject. Each query is
+	// in the order of an index, so a page costs as much as its rows.
 	sqlNeeders = `SELECT m.manifest, c.digest FROM members m CROSS JOIN content c
 		WHERE m.content = (SELECT id FROM content WHERE digest = ?1) AND m.manifest > ?2 AND c.id = m.manifest ORDER BY m.manifest LIMIT ?3`
 	sqlSubjectOf = `SELECT id, digest FROM manifests WHERE subject = (SELECT id FROM content WHERE digest = ?1) AND digest > ?2 ORDER BY digest LIMIT ?3`
@@ -35,20 +36,22 @@ const (
 	sqlSubject = `SELECT s.digest FROM content c JOIN manifests m ON m.id = c.id JOIN content s ON s.id = m.subject WHERE c.digest = ?`
 )
 
-// ways are those by which a climb goes up.
+// ways say by which edges a climb goes up, and which refs and holds count at its top. An edge
+// always leads from a manifest to its members.
 type ways struct {
-	subjects  bool // the subject of what a ref leads to is led to as well
-	referrers bool // and so is what refers to it
+	subjects  bool // a manifest also leads to its subject
+	referrers bool // and a subject to its referrers
 	// name and reference are a ref to leave out, or all refs of a name if reference is "".
 	name, reference string
-	// heldSince is the time after which a hold must have begun to count as a ref does. Zero: all
-	// do.
+	// heldSince is the time after which a hold must have begun to count as a ref does. Zero means
+	// that all holds count.
 	heldSince time.Time
-	missing   []digest.Digest // manifests without a file, which only what needs them leads to
+	missing   []digest.Digest // manifests without a file: only what needs them leads to them
 }
 
-// above visits d and all that leads to it, and says of each whether a ref points at it.
-// visit must not query: rows are open meanwhile. [errStop] ends it.
+// above visits d and all that leads to it. ref says that a ref or hold that counts points at it.
+// visit must not query, because rows are open meanwhile. [errStop] ends it. The query is recursive
+// and has no limit: climb decides when another way is cheaper.
 func above(ctx context.Context, q queryer, d digest.Digest, w *ways, visit func(d digest.Digest, ref bool) error) error {
 	missing := make([]string, 0, len(w.missing))
 	for _, d := range w.missing {
@@ -86,8 +89,9 @@ func above(ctx context.Context, q queryer, d digest.Digest, w *ways, visit func(
 	return err
 }
 
-// pointers visits the manifests that need d, and with subjects those that have it as their subject,
-// some of them twice. [errStop] ends it.
+// pointers visits the manifests that need d, and with subjects those that have it as their subject.
+// A manifest that does both, or that names d twice, is visited twice. It reads in pages, so visit
+// may query and write. [errStop] ends it.
 func pointers(ctx context.Context, q queryer, d digest.Digest, subjects bool, visit func(manifest digest.Digest) error) error {
 	type row struct {
 		id int64

@@ -7,22 +7,22 @@ import (
 	"github.com/opencontainers/go-digest"
 )
 
-// A repository shows what its refs and holds lead to. There are two ways to find out whether it
-// shows a digest. Going up, from the digest to the manifests that need it, takes as long as these
-// are many: usually one or two, but every artifact without a config needs the blob "{}". Going
-// down, from all that the repository has, takes as long as that is large. So a search goes up for a
-// while, and then down.
+// A repository shows the content to which its refs and holds lead. There are two ways to find out
+// whether it shows a digest. Going up, from the digest to the manifests that need it, costs as
+// much as there are such manifests: usually one or two, but every artifact without a config needs
+// the blob "{}". Going down, from all that the repository has, costs as much as the repository is
+// large. So a search goes up for maxShownUp rows, and then down.
 
 const (
-	// What leads to ?1, itself included, at most ?4 rows, and of each whether a ref or hold of the
-	// name ?2 points at it: the manifests that need it, and with ?3 the subject of a manifest that
-	// nothing names.
+	// At most ?4 rows that lead to ?1, and ?1 itself. They are the manifests that need it, and with
+	// ?3 the subject of a manifest that nothing names. The column says whether a ref or hold of the
+	// name ?2 points at the row.
 	sqlShownUp = `WITH RECURSIVE up (id) AS (SELECT id FROM content WHERE digest = ?1
 		UNION SELECT m.manifest FROM up CROSS JOIN members m WHERE m.content = up.id
 		UNION SELECT m.subject FROM up CROSS JOIN manifests m WHERE ?3 AND m.id = up.id AND m.subject IS NOT NULL AND ` + nameless + ` LIMIT ?4)
 		SELECT EXISTS (SELECT 1 FROM refs WHERE manifest = up.id AND name = ?2) OR EXISTS (SELECT 1 FROM holds WHERE content = up.id AND name = ?2) FROM up`
 
-	// Whether one of the manifests that the name ?2 leads to needs ?1.
+	// A row if one of the manifests to which the name ?2 leads needs ?1.
 	sqlShownDown = `WITH RECURSIVE down (id) AS (SELECT manifest FROM refs WHERE name = ?2
 		UNION SELECT content FROM holds WHERE name = ?2
 		UNION SELECT m.content FROM down CROSS JOIN members m WHERE m.manifest = down.id AND m.role = 3
@@ -36,11 +36,12 @@ const (
 	sqlNamesOf = `SELECT reference FROM refs WHERE manifest = (SELECT id FROM content WHERE digest = ?1) AND name = ?2`
 )
 
-// maxShownUp is how many rows a search goes up.
+// maxShownUp is how many rows a search goes up before it goes down.
 const maxShownUp = 200
 
-// shown reports whether a ref or hold of a name leads to d. With subjects, a manifest that nothing
-// names is led to by its subject.
+// shown reports whether a ref or hold of a name leads to d. With subjects, a subject leads to its
+// referrers that nothing names. Other repositories' refs do not count, so nobody learns from one
+// repository what another one has.
 func shown(q queryer, name string, d digest.Digest, subjects bool) (bool, error) {
 	n, found := 0, false
 	err := eachRow(context.Background(), q, sqlShownUp, []any{digestBytes(d), name, subjects, maxShownUp}, func(rows *sql.Rows) error {

@@ -12,7 +12,8 @@ import (
 )
 
 const (
-	// A blob that is put is here. Until then its row is of an absent member or of a subject.
+	// A blob that is put is here from then on. A row that it had before is that of an absent member
+	// or of a subject.
 	sqlPutBlob = `INSERT INTO content (digest, size, kind, created, present) VALUES (?, ?, ?, ?, 1)
 		ON CONFLICT (digest) DO UPDATE SET size = excluded.size, kind = iif(present, kind, excluded.kind),
 		created = iif(present, created, excluded.created), present = 1 WHERE size <> excluded.size OR NOT present`
@@ -21,7 +22,7 @@ const (
 	sqlBecomeAbsent = `UPDATE content SET present = 0, size = ?2 WHERE digest = ?1`
 	sqlIsAbsent     = `SELECT 1 FROM content c WHERE digest = ? AND NOT present AND EXISTS (SELECT 1 FROM members WHERE content = c.id)`
 	sqlPutSubject   = `INSERT INTO content (digest, size, kind, created, present) VALUES (?, -1, ?, ?, 0) ON CONFLICT (digest) DO NOTHING`
-	// The role in which a manifest needs it; else that of blobs that nothing needs.
+	// The new kind is the role in which a manifest needs the blob, or ?3 if none does.
 	sqlNotManifest = `UPDATE content AS c SET kind = coalesce((SELECT min(role) FROM members WHERE content = c.id AND role <> ?2), ?3)
 		WHERE digest = ?1 AND kind = ?2 AND NOT EXISTS (SELECT 1 FROM manifests WHERE id = c.id)`
 	sqlContentID  = `SELECT id FROM content WHERE digest = ?`
@@ -47,7 +48,8 @@ const (
 	sqlMembers = `SELECT m.position, m.role, c.digest, (SELECT text FROM types WHERE id = m.media_type), m.size, c.present
 		FROM members m LEFT JOIN content c ON c.id = m.content
 		WHERE m.manifest = (SELECT id FROM content WHERE digest = ?) AND m.position >= ? ORDER BY m.position LIMIT ?`
-	// A page of referrers starts after the digest ?3. The index is in the order asked for.
+	// A page of referrers starts after the digest ?3. manifests_by_subject has this order, so a
+	// page reads only its own rows.
 	sqlReferrers = `SELECT (SELECT text FROM types WHERE id = m.media_type), m.digest, c.size, (SELECT text FROM types WHERE id = m.artifact_type), m.annotations
 		FROM manifests m LEFT JOIN content c ON c.id = m.id
 		WHERE m.subject = (SELECT id FROM content WHERE digest = ?1) AND (?2 = '' OR m.artifact_type = (SELECT id FROM types WHERE text = ?2))
@@ -60,26 +62,30 @@ func (t *indexTx) manifest(d digest.Digest) (desc ocispec.Descriptor, ok bool, e
 	return desc, ok, err
 }
 
-// putBlob records a blob, which is here. kind is the role it was first seen in.
+// putBlob records a blob that is here. The caller has found its file in this transaction, which
+// keeps every collector out. kind is the role in which it was first seen. A row that says already
+// that the blob is here keeps its kind and its time.
 func (t *indexTx) putBlob(d digest.Digest, size int64, kind role, now time.Time) error {
 	_, err := t.exec(sqlPutBlob, digestBytes(d), size, roleNumber(kind), now.UnixMicro())
 	return err
 }
 
-// putAbsent records that a manifest names a blob which need not be here. A blob that is recorded
-// as being here stays so.
+// putAbsent records that a manifest names a blob which need not be here. If the blob has a row that
+// says it is here, that row stays.
 func (t *indexTx) putAbsent(d digest.Digest, size int64, kind role, now time.Time) error {
 	_, err := t.exec(sqlPutAbsent, digestBytes(d), size, roleNumber(kind), now.UnixMicro())
 	return err
 }
 
-// notManifest corrects the row of a blob that says it is a manifest, and is not one.
+// notManifest corrects the row of a blob that is not a manifest though its row says so. Repair
+// calls it.
 func (t *indexTx) notManifest(d digest.Digest) error {
 	_, err := t.exec(sqlNotManifest, digestBytes(d), roleNumber(roleManifest), roleNumber(roleLayer))
 	return err
 }
 
-// becomeAbsent records of a blob that was here, or of a manifest, that it is absent.
+// becomeAbsent records that a blob or manifest which was here is absent. Some manifest must name
+// it, or nothing would ever remove the row.
 func (t *indexTx) becomeAbsent(d digest.Digest, size int64) error {
 	if err := t.deleteManifest(d); err != nil {
 		return err
@@ -101,8 +107,9 @@ func contentID(q queryer, d digest.Digest) (id int64, err error) {
 
 // internType returns the number of a media type or artifact type.
 //
-// What the transaction has read or written becomes known to the handle when it is committed: see
-// [indexTx.types]. Before, it may be of a call whose part is undone.
+// The handle remembers the numbers that it has seen, so that a publish does not look up the same
+// few types again. A number that this transaction has read or written is remembered only when it is
+// committed (see [indexTx.types]): before that, the row may be undone.
 func (t *indexTx) internType(text string) (id int64, err error) {
 	if id = t.types[text]; id == 0 {
 		id = t.newTypes[text]
@@ -150,7 +157,8 @@ func (x *index) typeText(number any) (text string, err error) {
 }
 
 // putManifest records a manifest and its members, unless it is recorded already, and returns the
-// recorded descriptor. Its own blob and its members' must be recorded before.
+// recorded descriptor. The rows of its own blob and of its members' blobs must exist. A manifest
+// that is recorded keeps its rows: its digest says that the document is the same.
 func (t *indexTx) putManifest(m *Manifest, now time.Time) (desc ocispec.Descriptor, err error) {
 	row, err := t.manifestColumns(m, now)
 	if err != nil {
@@ -185,8 +193,8 @@ func (t *indexTx) putMembers(m *Manifest, id any) error {
 	return nil
 }
 
-// manifestColumns returns the columns of a manifest's row, except its time. Its blob must be
-// recorded before. Its subject is recorded here, as one that is not here, unless there is a row.
+// manifestColumns returns the columns of a manifest's row, except its time. The row of its blob
+// must exist. If its subject has no row, it gets one that says it is not here.
 func (t *indexTx) manifestColumns(m *Manifest, now time.Time) (row []any, err error) {
 	row = []any{nil, digestBytes(m.Digest()), nil, nil, nil, nil}
 	id, err := contentID(t, m.Digest())
@@ -209,7 +217,8 @@ func (t *indexTx) manifestColumns(m *Manifest, now time.Time) (row []any, err er
 	return row, err
 }
 
-// putSubject returns the id of a subject's row, which it makes if need be.
+// putSubject returns the id of a subject's row. It makes the row if there is none: a referrer may
+// come before its subject.
 func (t *indexTx) putSubject(d digest.Digest, now time.Time) (id int64, err error) {
 	if id, err = contentID(t, d); id != 0 || err != nil {
 		return id, err
@@ -228,7 +237,8 @@ type member struct {
 	absent   bool // recorded as one that need not be here
 }
 
-// members visits what a manifest directly needs, in the manifest's order.
+// members visits the members of a manifest, in the manifest's order. It reads in pages, so visit
+// may query and write. A manifest without rows has no members.
 func members(q queryer, d digest.Digest, visit func(member) error) error {
 	id := digestBytes(d)
 	p := paging[member]{text: sqlMembers, size: 100, scan: func(rows *sql.Rows) (m member, err error) {
@@ -260,7 +270,7 @@ func checkFound(asked, found digest.Digest) error {
 	return fmt.Errorf("%w: looking for manifest %s finds %s", ErrCorruptIndex, asked, printable(string(found)))
 }
 
-// manifestRow returns a manifest's descriptor.
+// manifestRow returns a manifest's descriptor, and reports whether there is such a manifest.
 func manifestRow(q queryer, d digest.Digest) (desc ocispec.Descriptor, ok bool, err error) {
 	var row descriptorRow
 	if ok, err = q.row(sqlResolveDigest, []any{digestBytes(d)}, row.dest()...); ok && err == nil {
@@ -271,8 +281,8 @@ func manifestRow(q queryer, d digest.Digest) (desc ocispec.Descriptor, ok bool, 
 	return desc, ok && err == nil, err
 }
 
-// replaceManifest corrects the rows of a recorded manifest, and those of the refs that
-// point at it. Its members' blobs must be recorded before.
+// replaceManifest corrects the rows of a recorded manifest from its document, and the rows of the
+// refs that point at it. The rows of its members' blobs must exist. Repair calls it.
 func (t *indexTx) replaceManifest(m *Manifest, now time.Time) error {
 	clear(t.types) // a type's own row may be what is wrong
 	row, err := t.manifestColumns(m, now)
@@ -320,7 +330,7 @@ func (x *index) referrers(subject digest.Digest, artifactType string, after dige
 	})
 }
 
-// blobSize returns the size that a blob's row says, 0 if it has none or the blob is absent.
+// blobSize returns the size in a blob's row, and 0 if there is no row or the blob is absent.
 func blobSize(q queryer, d digest.Digest) (size int64, err error) {
 	_, err = q.row(sqlBlobSize, []any{digestBytes(d)}, &size)
 	return size, err

@@ -11,10 +11,21 @@ import (
 	sqlite3 "modernc.org/sqlite/lib"
 )
 
-// upgradeTo2 brings an index from schema version 1 to version 2, in one transaction. Everything is
-// copied before the old tables are dropped, so the file may grow by what the new tables need, and
-// SQLite uses the free pages for what comes later. Only VACUUM would make the file smaller, and
-// that needs a second copy of it.
+// upgradeTo2 brings an index from schema version 1 to version 2, in one transaction. After a kill
+// or a power cut the index is of version 1, as before, and the next Open migrates it.
+//
+//	version 1                    version 2
+//	blobs                   ──▶  content     and a row for each subject that had none
+//	manifests               ──▶  manifests
+//	members                 ──▶  members
+//	refs                    ──▶  refs        created and moved are both the old updated
+//	texts in the above      ──▶  types
+//	                             unnamed, holds: empty
+//	meta                         meta        as it was
+//
+// Everything is copied before the old tables are dropped, so the file may grow by the size of the
+// new tables. SQLite uses the free pages for later rows. Only VACUUM would make the file smaller,
+// and that needs a second copy of it.
 //
 // Rows are inserted in the order of their keys, and the indexes are made at the end: so pages are
 // filled one after the other. The ids of content follow the order in which content was published.
@@ -47,7 +58,7 @@ var upgradeTo2 = slices.Concat(
 		`INSERT INTO refs (name, reference, manifest, digest, size, media_type, artifact_type, created, moved)
 			SELECT name, reference, ` + idOf("o.manifest") + `, ` + bytesOf("o.manifest") + `, size, ` + typeOf("o.media_type") + `, ` + typeOf("o.artifact_type") + `, updated, updated
 			FROM old_refs o ORDER BY name, reference`,
-		`DROP TABLE old_refs`, // what points at others first
+		`DROP TABLE old_refs`, // before the tables to which its rows point
 		`DROP TABLE old_members`,
 		`DROP TABLE old_manifests`,
 		`DROP TABLE blobs`,
@@ -85,12 +96,14 @@ func numberOf(column string) string {
 	return `CASE ` + column + ` WHEN 'config' THEN 1 WHEN 'layer' THEN 2 WHEN 'manifest' THEN 3 ELSE 0 END`
 }
 
-// Where the index is large, a migration looks up rows all over it.
+// In a large index, a migration looks up rows all over it. A cache of 128,000 KiB saves reading
+// their pages again and again.
 const sqlLargeCache = `PRAGMA cache_size = -128000`
 
-// migrate brings the index to this program's schema version, unless another process was faster. It
-// is one transaction: if it fails or is killed, the index is as it was. Programs that know only the
-// old version then get a [*SchemaError], those that have the index open too.
+// migrate brings the index to this program's schema version, unless another process was faster: the
+// version is read again inside the transaction. It is one transaction, so if it fails or is killed,
+// the index is as it was. After it, programs that know only the old version get a [*SchemaError],
+// even those that have the index open.
 //
 // Errors: [ErrCorruptIndex] if the index has rows that cannot be brought over.
 func (x *index) migrate(ctx context.Context) error {
@@ -125,8 +138,8 @@ func migrationError(version int, err error) error {
 	return err
 }
 
-// brokenConstraint reports whether SQLite refused a row. Where that row came from an index, this
-// index breaks its own constraints.
+// brokenConstraint reports whether SQLite refused a row. If the row was copied from an index, that
+// index is damaged.
 func brokenConstraint(err error) bool {
 	e, ok := errors.AsType[*sqlite.Error](err)
 	return ok && e.Code()&0xff == sqlite3.SQLITE_CONSTRAINT

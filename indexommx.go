@@ -21,10 +21,10 @@ var ommxColumns = [...][]string{
 	2: {"name", "reference", "manifest_digest", "updated_at"},
 }
 
-// openOMMX opens the index of an OMMX v3 registry for reading only: the SDK's
-// processes may be writing it. SQLite makes the -shm and an empty -wal if they
-// do not exist, for the locks that readers take. Without a right to do so nobody
-// else is writing: then an empty or missing -wal is not needed.
+// openOMMX opens the index of an OMMX v3 registry for reading only: the SDK's processes may be
+// writing it. SQLite makes the -shm and an empty -wal if they do not exist, for the locks that
+// readers take. If it may not make them and the log has no content (walEmpty), openOMMX reads the
+// database alone, without locks. Nobody is writing then, since a writer would have made both files.
 func openOMMX(ctx context.Context, path string, walEmpty bool) (*index, error) {
 	x, err := openOMMXMode(ctx, path, indexReadOnly)
 	if walEmpty && (errors.Is(err, ErrIndexIO) || errors.Is(err, ErrReadOnly)) {
@@ -44,7 +44,8 @@ func openOMMXMode(ctx context.Context, path string, mode indexMode) (*index, err
 	return x, nil
 }
 
-// checkOMMX refuses a database that is not an OMMX v3 registry's. Its maker is not trusted.
+// checkOMMX refuses a database that is not the index of an OMMX v3 registry. Its maker is not
+// trusted: a view or a virtual table in the place of a table is refused too (see checkTable).
 func (x *index) checkOMMX(ctx context.Context) error {
 	var app, version int
 	err := eachRow(ctx, x, sqlOMMXVersion, nil, func(rows *sql.Rows) error { return rows.Scan(&app, &version) })
@@ -65,14 +66,16 @@ func (x *index) checkOMMX(ctx context.Context) error {
 	return err
 }
 
-// ommxRef is one row of refs of an OMMX v3 registry. None of it is checked.
+// ommxRef is one row of refs of an OMMX v3 registry. The values are unchecked, except that they are
+// at most 1,000 characters long.
 type ommxRef struct {
 	row                       int64
 	name, reference, manifest string
 	updated                   any // RFC 3339
 }
 
-// ommxRefs visits the refs of an OMMX v3 registry.
+// ommxRefs visits the refs of an OMMX v3 registry, in pages: no lock is held while visit runs, so
+// the SDK can go on writing.
 func (x *index) ommxRefs(ctx context.Context, visit func(ommxRef) error) error {
 	p := paging[ommxRef]{text: sqlOMMXRefs, size: 100, scan: func(rows *sql.Rows) (r ommxRef, err error) {
 		err = rows.Scan(&r.row, &r.name, &r.reference, &r.manifest, &r.updated)

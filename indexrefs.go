@@ -13,8 +13,8 @@ import (
 )
 
 const (
-	// In a damaged index, whose rows are out of order, SQLite finds other rows than it is asked
-	// for. So the keys are read back and compared.
+	// If the rows of a damaged index are out of order, SQLite may find another row than the one
+	// that it is asked for. So the keys are read back and compared.
 	sqlGetRef = `SELECT name, reference, digest FROM refs WHERE name = ? AND reference = ?`
 	sqlPutRef = `INSERT INTO refs (name, reference, manifest, digest, size, media_type, artifact_type, created, moved, entry)
 		VALUES (?1, ?2, (SELECT id FROM content WHERE digest = ?3), ?3, ?4, ?5, ?6, ?7, ?7, ?8)
@@ -34,12 +34,13 @@ const (
 	sqlRefDetail   = `SELECT name, reference, created, moved, used, entry FROM refs WHERE name = ? AND reference = ?`
 	sqlSetRefEntry = `UPDATE refs SET entry = ?3 WHERE name = ?1 AND reference = ?2`
 
-	// At most 1,000 manifests are looked at, since every manifest may need the same blob.
+	// At most 1,000 manifests are read: very many may need the same blob.
 	sqlOtherName = `SELECT r.name FROM (SELECT manifest FROM members WHERE content = (SELECT id FROM content WHERE digest = ?1) LIMIT 1000) m
 		JOIN refs r ON r.manifest = m.manifest WHERE r.name >= ?2 AND r.name < ?3 AND r.name <> ?4 LIMIT 1`
 )
 
-// ref returns the digest that a ref points at, "" if there is no such ref.
+// ref returns the digest that a ref points at, and "" if there is no such ref. A publish decides by
+// it what happens to the ref, so it reads inside the transaction.
 func (t *indexTx) ref(name, reference string) (d digest.Digest, err error) {
 	var key refKey
 	var b []byte
@@ -65,7 +66,8 @@ func (k refKey) check(name, reference string) error {
 }
 
 // putRef points a ref at a manifest, whose rows must exist. entry is what else an index.json says
-// of the ref, "" for nothing: it belongs to what the ref points at, and moves with it.
+// of the ref, in canonical JSON, or "" for nothing. It describes the manifest under this ref, so
+// moving the ref replaces it. now becomes the time of the move, and of a new ref's creation.
 func (t *indexTx) putRef(name, reference string, d ocispec.Descriptor, entry string, now time.Time) error {
 	mediaType, err := t.internType(d.MediaType)
 	if err != nil {
@@ -85,7 +87,7 @@ func (t *indexTx) setRefEntry(name, reference, entry string) error {
 	return err
 }
 
-// A refDetail is what the index says of a ref besides its descriptor.
+// A refDetail is the part of a ref's row that is not its descriptor.
 type refDetail struct {
 	created, moved time.Time
 	used           time.Time // zero if not known
@@ -124,7 +126,12 @@ func (x *index) resolve(name, reference string) (desc ocispec.Descriptor, ok boo
 	return desc, ok, err
 }
 
-// list returns one page of n refs: after (name, reference), and with names below the last argument.
+// list returns one page of at most n refs, in order: those after (name, reference) whose names are
+// below an upper bound. Rows that are out of order are an error, or a damaged index could make a
+// listing endless.
+//
+// typeText may query, and no query may run while rows are open. So the numbers of types are kept
+// until the page is read, and replaced by their texts then.
 func (x *index) list(name, reference, below string, n int) ([]Ref, error) {
 	var row descriptorRow
 	var refName, refReference string
@@ -179,8 +186,8 @@ func refRow(q queryer, name, reference string) (desc ocispec.Descriptor, updated
 	return desc, updated, ok && err == nil, err
 }
 
-// names returns one page of n names that have refs: from the first argument on, after the second,
-// below the third.
+// names returns one page of at most n names that have refs, in order. Each name is >= from, > after
+// and < below.
 func (x *index) names(from, after, below string, n int) ([]string, error) {
 	return readRows(context.Background(), x, sqlNames, n, []any{from, after, below, n}, func(rows *sql.Rows) (name string, err error) {
 		if err = rows.Scan(&name); err == nil {
@@ -197,8 +204,9 @@ func (x *index) names(from, after, below string, n int) ([]string, error) {
 	})
 }
 
-// otherName returns the name of a ref whose manifest needs d, "" if it finds none. The name begins
-// with prefix, which ends with a '/', and is not the one in not.
+// otherName returns the name of a ref whose manifest needs d, and "" if it finds none. The name
+// begins with prefix, which ends with a '/', and differs from not. A push asks for it, to mount d
+// from that repository: a wrong answer costs a request and nothing else.
 func (x *index) otherName(d digest.Digest, prefix, not string) (name string, err error) {
 	above := prefix[:len(prefix)-1] + "0" // the character after '/'
 	_, err = x.row(sqlOtherName, []any{digestBytes(d), prefix, above, not}, &name)

@@ -16,9 +16,10 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// A queryer runs queries: an index does, on any connection of its pool, and so does a transaction.
+// A queryer runs queries: an index on any connection of its pool, or a transaction on its own
+// connection. Functions that take a queryer are used inside and outside of transactions.
 type queryer interface {
-	// query returns rows, which keep a connection until they are closed: of the pool, or of the
+	// query returns rows. Until they are closed, they keep a connection of the pool, or that of the
 	// transaction. Only [eachRow] calls it.
 	query(ctx context.Context, text string, args []any) (*sql.Rows, error)
 	// row reads at most one row into dest, and reports whether there was one.
@@ -48,7 +49,8 @@ func eachRow(ctx context.Context, q queryer, text string, args []any, scan func(
 	return q.explain(rows.Err())
 }
 
-// readRows returns the rows of a query. Their number is about expected.
+// readRows returns the rows of a query. expected is about how many there are, for the allocation.
+// It never comes from outside.
 func readRows[T any](ctx context.Context, q queryer, text string, expected int, args []any, scan func(*sql.Rows) (T, error)) ([]T, error) {
 	all := make([]T, 0, expected)
 	err := eachRow(ctx, q, text, args, func(rows *sql.Rows) error {
@@ -64,8 +66,10 @@ func readRows[T any](ctx context.Context, q queryer, text string, expected int, 
 	return all, nil
 }
 
-// A paging reads a query in pages, so that no lock is held and little memory used however many rows
-// there are.
+// A paging reads a query in pages. Each page is a statement that begins after the key of the last
+// row. So however many rows there are, memory stays small, and no read transaction stays open,
+// which would keep SQLite from shortening its log. Pages are not of one moment: a row that is
+// written meanwhile is seen if its key comes later.
 type paging[T any] struct {
 	text string // the last argument is the limit of rows
 	size int    // of a page
@@ -108,7 +112,8 @@ func (p *paging[T]) each(ctx context.Context, q queryer, args []any, visit func(
 // errOutOfOrder ends a listing of a damaged index, which could otherwise never end.
 var errOutOfOrder = fmt.Errorf("%w: its rows are out of order", ErrCorruptIndex)
 
-// ascends reports whether a page's arguments are above those of the page before.
+// ascends reports whether a page's arguments are above those of the page before, compared like
+// keys: the first that differs decides.
 func ascends(before, after []any) bool {
 	for i := range before {
 		c := 0
@@ -139,8 +144,9 @@ func exists(q queryer, text string, args ...any) (bool, error) {
 var digestAlgorithms = [...]digest.Algorithm{1: digest.SHA256, 2: digest.SHA384, 3: digest.SHA512}
 
 // digestBytes returns a digest as the index stores it: one byte for the algorithm, then the hash.
-// These bytes are in the same order as the texts. For "", and for all else that is not a digest, it
-// returns no bytes, which are below and unequal to every digest.
+// That is half as long as the text, and in the same order. For "" and anything else that is not a
+// digest it returns no bytes, which are below and unequal to every digest. So a query finds no row
+// for them.
 func digestBytes(d digest.Digest) []byte {
 	if checkDigest(d) != nil {
 		return []byte{}
@@ -149,12 +155,14 @@ func digestBytes(d digest.Digest) []byte {
 	return append([]byte{byte(slices.Index(digestAlgorithms[:], d.Algorithm()))}, b...)
 }
 
-// digestFromBytes returns the digest that a row holds, or that of the row at which one points.
+// digestFromBytes returns the digest in a column. NULL is the digest of a row that is missing,
+// which another row points at.
+//
 // Errors: [ErrCorruptIndex].
 func digestFromBytes(b []byte) (digest.Digest, error) {
 	if len(b) > 0 && 0 < b[0] && int(b[0]) < len(digestAlgorithms) {
 		if alg := digestAlgorithms[b[0]]; len(b) == 1+alg.Size() {
-			text := make([]byte, 0, len(digest.SHA512)+1+2*sha512.Size) // on the stack: listings come by here often
+			text := make([]byte, 0, len(digest.SHA512)+1+2*sha512.Size) // on the stack, for listings
 			text = append(append(text, alg...), ':')
 			return digest.Digest(hex.AppendEncode(text, b[1:])), nil
 		}
@@ -165,7 +173,7 @@ func digestFromBytes(b []byte) (digest.Digest, error) {
 	return "", fmt.Errorf("%w: %x is not a digest", ErrCorruptIndex, b[:min(len(b), 70)])
 }
 
-// rowDigest checks a digest that a row of another program's index, or of schema version 1, holds.
+// rowDigest checks a digest that another program's index, or one of schema version 1, has as text.
 func rowDigest(s string) (digest.Digest, error) {
 	if err := checkDigest(digest.Digest(s)); err != nil {
 		return "", fmt.Errorf("%w: %w", ErrCorruptIndex, err)
@@ -197,7 +205,8 @@ var roles = [...]role{1: roleConfig, 2: roleLayer, 3: roleManifest}
 // roleNumber returns the number of a role.
 func roleNumber(r role) int { return slices.Index(roles[:], r) }
 
-// numberedRole returns the role that a row says. That of a damaged row is like no other.
+// numberedRole returns the role of a number. A number that is none, in a damaged row, becomes a
+// role that differs from all others, so that comparisons fail and no code takes it for a layer.
 func numberedRole(n int) role {
 	if 0 < n && n < len(roles) {
 		return roles[n]
@@ -212,10 +221,13 @@ type descriptorRow struct {
 	digest                               []byte
 }
 
+// dest returns the destinations for Scan, in the order of the columns.
 func (d *descriptorRow) dest() []any {
 	return []any{&d.mediaType, &d.digest, &d.size, &d.artifactType, &d.micro}
 }
 
+// value returns the descriptor and the time. Each column is checked: STRICT tables keep out wrong
+// types, but not flipped bits.
 func (d *descriptorRow) value() (desc ocispec.Descriptor, at time.Time, err error) {
 	size, ok := d.size.(int64)
 	micro, ok2 := d.micro.(int64)

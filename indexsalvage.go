@@ -12,6 +12,12 @@ import (
 	"github.com/opencontainers/go-digest"
 )
 
+// Rebuild reads a damaged index with these functions, for the facts that no blob says: refs,
+// manifests that were imported by digest, absent members and holds. Everything is hostile here.
+// The index may be another program's or made to mislead, so each table is checked before it is
+// read, and each value before it is used. Each scan ends at the damage, and keeps the rows before
+// it. What a row says is used only with a blob that hashes to its digest.
+
 const (
 	sqlSalvage1 = `SELECT name, reference, manifest, '' FROM refs WHERE (name, reference) > (?, ?) ORDER BY name, reference LIMIT ?`
 	sqlSalvage2 = `SELECT name, reference, digest, entry FROM refs WHERE (name, reference) > (?, ?) ORDER BY name, reference LIMIT ?`
@@ -25,9 +31,9 @@ const (
 	sqlTableColumn = `SELECT name, hidden FROM pragma_table_xinfo(?) ORDER BY cid LIMIT 100`
 )
 
-// checkTable makes sure that a table of a database that anybody may have made is a table in which
-// rows are stored, with these columns. A view, a virtual table or a generated column would let the
-// database's maker decide what a query does, and for how long. Otherwise [ErrCorruptIndex].
+// checkTable returns an [ErrCorruptIndex] unless name is a table in which rows are stored, with
+// exactly these columns. It is for databases that anybody may have made: a view, a virtual table or
+// a generated column would let the database's maker decide what a query does, and for how long.
 func (x *index) checkTable(ctx context.Context, name string, columns ...string) error {
 	var found []string
 	var tables, plain int
@@ -47,8 +53,8 @@ func (x *index) checkTable(ctx context.Context, name string, columns ...string) 
 	return err
 }
 
-// salvages are the columns of refs in each schema version, and the query that reads them. What the
-// index says of its version may be damaged, so the columns tell the versions apart.
+// salvages are the columns of refs in each schema version, and the query that reads them. The
+// version number in the index may be damaged, so the columns tell the versions apart.
 var salvages = [...]struct {
 	columns []string
 	text    string
@@ -64,10 +70,10 @@ type salvagedRef struct {
 	entry    string // JSON, "" for none
 }
 
-// salvage opens a damaged index of any schema version, and lets read take from it what can still be
-// read. The index at path must exist, and may be anybody's.
+// salvage opens a damaged index of any schema version, and calls read with it. The index at path
+// must exist, and may be anybody's. Damage is not an error: read has got the rows before it.
 //
-// Errors: those of read, and all that kept the index from being read, except damage.
+// Errors: those of read, and those of opening the index, except [ErrCorruptIndex].
 func salvage(path string, read func(*index) error) (err error) {
 	x, err := openUnchecked(database{path: path, mode: indexQueryOnly}, 0, nil)
 	if err != nil {
@@ -92,8 +98,8 @@ func (x *index) salvageRefs(ctx context.Context, visit func(salvagedRef) error) 
 	return err
 }
 
-// checkContent is checkTable for the table that other tables' ids are of. An index of version 1 has
-// none.
+// checkContent is checkTable for content, whose ids other tables have. An index of version 1 has no
+// such table.
 func (x *index) checkContent(ctx context.Context) error {
 	return x.checkTable(ctx, "content", "id", "digest", "size", "kind", "created", "present", "unneeded")
 }
@@ -127,7 +133,7 @@ func (x *index) salvageUnnamed(ctx context.Context, visit func(d digest.Digest, 
 	})
 }
 
-// salvageAbsent visits what is recorded as absent, until the damage.
+// salvageAbsent visits the digests that are recorded as absent, until the damage.
 func (x *index) salvageAbsent(ctx context.Context, visit func(digest.Digest)) error {
 	if err := x.checkContent(ctx); err != nil {
 		return err
@@ -163,7 +169,8 @@ func (x *index) salvageHolds(ctx context.Context, visit func(holdRow) error) err
 	})
 }
 
-// salvagedRefs visits the rows of refs that are refs.
+// salvagedRefs visits the rows of refs that have a valid name, reference and digest. It skips the
+// others: one bad row must not hide the good ones after it.
 func (x *index) salvagedRefs(ctx context.Context, text string, visit func(salvagedRef) error) error {
 	type row struct {
 		name, reference string

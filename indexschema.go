@@ -85,9 +85,9 @@ var schema2 = [...]string{
 // readableDigest is the text of the column digest.
 const readableDigest = `CASE hex(substr(digest, 1, 1)) WHEN '01' THEN 'sha256' WHEN '02' THEN 'sha384' WHEN '03' THEN 'sha512' END || ':' || lower(hex(substr(digest, 2)))`
 
-// createIndex makes a complete index at path, a private place that no other process looks at. The
-// caller gives it its name. So nobody ever sees half of an index, and nobody else takes part in the
-// switch to a write-ahead log, for which SQLite does not wait as busy_timeout says.
+// createIndex makes a complete index at path, in a directory of this process. The caller then links
+// it to its name. So no process ever sees half of an index. The switch to a write-ahead log is made
+// here as well: SQLite does not wait for it as busy_timeout says, so with others it could fail.
 func createIndex(ctx context.Context, path, id string, schema []schemaVersion, unreconciled bool) (err error) {
 	db, err := (&database{path: path, private: true}).pool("rwc")
 	if err != nil {
@@ -124,8 +124,9 @@ func createIndex(ctx context.Context, path, id string, schema []schemaVersion, u
 	return indexError(err)
 }
 
-// A flipped bit can turn a text into a blob of the same bytes. SQLite reads the schema all the
-// same, but a copy of the index would lack the object.
+// The last column is false for a row with a value of another type. A flipped bit can turn a text
+// into a blob of the same bytes. SQLite still reads the schema then, but a copy of the index would
+// lack the object.
 const sqlSchemaRows = `SELECT type, name, tbl_name, coalesce(sql, ''), typeof(type) = 'text' AND typeof(name) = 'text' AND typeof(tbl_name) = 'text'
 	AND typeof(rootpage) = 'integer' AND typeof(sql) IN ('text', 'null') FROM sqlite_schema`
 
@@ -140,9 +141,9 @@ func (t *indexTx) version() (version int, err error) {
 	return version, err
 }
 
-// checkSchema refuses a database that is not ours, that is newer, or that holds an object which is
-// not its version's: a planted trigger could change what our statements do. It
-// returns the schema's version.
+// checkSchema refuses a database that is not ours, that is newer, or that has other objects than
+// its version: a planted trigger could change what our statements do. It returns the schema's
+// version.
 //
 // Errors: [ErrForeignIndex], [*SchemaError], [ErrCorruptIndex], [ErrIndexIO].
 func (x *index) checkSchema(ctx context.Context) (version int, err error) {
@@ -221,8 +222,8 @@ func (x *index) checkSchema(ctx context.Context) (version int, err error) {
 	return version, nil
 }
 
-// checkJournalMode refuses an index that has lost its write-ahead log's mark: processes that
-// open it would then lock each other out, and leave a journal.
+// checkJournalMode refuses an index whose header does not say that it uses a write-ahead log.
+// Processes that open it would lock each other out, and leave a journal.
 func (x *index) checkJournalMode(ctx context.Context, conn *sql.Conn) error {
 	if x.db.private || x.db.mode == indexImmutable {
 		return nil
@@ -237,7 +238,8 @@ func (x *index) checkJournalMode(ctx context.Context, conn *sql.Conn) error {
 	return nil
 }
 
-// errUnrecognised is of a database so damaged that it does not say whose it is.
+// errUnrecognised marks an [ErrCorruptIndex] of a database that is so damaged that it does not say
+// whose it is. Rebuild sets such a database aside only beside an id of ours.
 var errUnrecognised = errors.New("nothing in it says that it is this package's")
 
 // unrecognised adds errUnrecognised to an [ErrCorruptIndex].
@@ -248,7 +250,7 @@ func unrecognised(err error) error {
 	return err
 }
 
-// openError is explain for the first look at a file. A file that is not a database is not ours.
+// openError is explain for the first read of a file. A file that is not a database is not ours.
 func (x *index) openError(err error) error {
 	if e, ok := errors.AsType[*sqlite.Error](err); ok && e.Code()&0xff == sqlite3.SQLITE_NOTADB {
 		return fmt.Errorf("%w: %w", ErrForeignIndex, err)

@@ -7,12 +7,13 @@ import (
 )
 
 const (
-	sqlTotals    = `SELECT count(*), coalesce(sum(size), 0), (SELECT count(*) FROM manifests) FROM content WHERE present` // of one moment
+	// One statement, so that the numbers are of one moment.
+	sqlTotals    = `SELECT count(*), coalesce(sum(size), 0), (SELECT count(*) FROM manifests) FROM content WHERE present`
 	sqlRefTotals = `SELECT count(*), count(DISTINCT name) FROM refs`
 
-	// Each is a merge of two scans, and then a look-up for each row that is left. A manifest's own
-	// row in content is left out of the second: where it has a ref, no member names it. Without its
-	// LIMIT, SQLite drops the order of a subquery, and with it the merge.
+	// Each query merges two scans, and then looks up each row that is left. The second query leaves
+	// out manifests, because a manifest with a ref has no member row that names it. Without the
+	// LIMIT, SQLite would drop the order of the subquery, and with it the merge.
 	sqlNoRef     = `SELECT m.digest FROM (SELECT id FROM manifests EXCEPT SELECT manifest FROM refs ORDER BY 1 LIMIT -1) o CROSS JOIN manifests m WHERE m.id = o.id`
 	sqlNoPointer = `SELECT c.digest FROM (SELECT id FROM content WHERE kind <> ?1 AND present EXCEPT SELECT content FROM members ORDER BY 1 LIMIT -1) o CROSS JOIN content c WHERE c.id = o.id`
 )

@@ -13,7 +13,11 @@ import (
 
 // An indexTx is the connection that writes, with the statements that are prepared on it. A function
 // that is given to write gets it while the write lock is held, and must not keep it. One goroutine
-// uses it at a time.
+// uses it at a time: the leader of a group commit (see indexcommit.go).
+//
+//	connect ──▶ begin ──▶ exec, row, query … ──▶ commit ──▶ begin of the next transaction
+//	   ▲                                    └──▶ rollback ─┘
+//	   └── after a rollback that failed
 //
 // It has no way to the index's readers, which would not see what the transaction has changed.
 type indexTx struct {
@@ -27,7 +31,8 @@ type indexTx struct {
 	explainer func(error) error    // the index's
 }
 
-// connect makes the connection, unless there is one.
+// connect makes the connection, unless there is one. No caller's context can end that: the
+// connection is for all of them.
 func (t *indexTx) connect() error {
 	if t.conn != nil {
 		return nil
@@ -39,7 +44,7 @@ func (t *indexTx) connect() error {
 	return indexError(err)
 }
 
-// begin waits for the write lock for as long as the connection's busy_timeout says.
+// begin takes the write lock, and waits for it as long as the connection's busy_timeout says.
 func (t *indexTx) begin() error {
 	if err := t.connect(); err != nil {
 		return err
@@ -52,7 +57,8 @@ func (t *indexTx) begin() error {
 // maxTypes is how many types a handle remembers. Another program may use any number of them.
 const maxTypes = 1000
 
-// commit makes the transaction durable.
+// commit makes the transaction durable. Only then do the numbers of its types count for later
+// transactions.
 func (t *indexTx) commit() error {
 	_, err := t.exec("COMMIT")
 	if err != nil {
@@ -65,8 +71,8 @@ func (t *indexTx) commit() error {
 	return nil
 }
 
-// rollback ends a transaction that can't be committed. Should even that fail,
-// the connection is given up, which ends the transaction for certain.
+// rollback ends a transaction that can't be committed. If even that fails, it closes the
+// connection, which ends the transaction for certain. The next begin makes a new one.
 func (t *indexTx) rollback() error {
 	_, err := t.exec("ROLLBACK")
 	if err == nil {
@@ -83,7 +89,7 @@ func (t *indexTx) rollback() error {
 	return err
 }
 
-// closeStmts closes the statements: database/sql does not when it closes their connection.
+// closeStmts closes the statements. database/sql does not do that when it closes their connection.
 func (t *indexTx) closeStmts() (err error) {
 	for _, s := range t.stmts {
 		err = errors.Join(err, s.Close())
@@ -92,6 +98,7 @@ func (t *indexTx) closeStmts() (err error) {
 	return err
 }
 
+// close closes the connection and the pool. No transaction may be open.
 func (t *indexTx) close() error {
 	err := t.closeStmts()
 	if t.conn != nil {
@@ -113,6 +120,8 @@ func (t *indexTx) stmt(text string) (*sql.Stmt, error) {
 	return s, nil
 }
 
+// exec runs a statement and returns how many rows it has changed. No context can interrupt it: see
+// query.
 func (t *indexTx) exec(text string, args ...any) (rows int64, err error) {
 	s, err := t.stmt(text)
 	if err != nil {
@@ -146,6 +155,7 @@ func (t *indexTx) query(_ context.Context, text string, args []any) (*sql.Rows, 
 
 func (t *indexTx) explain(err error) error { return t.explainer(err) }
 
+// scanned turns the error of a Scan of one row into the result of [queryer.row].
 func scanned(q queryer, err error) (bool, error) {
 	if errors.Is(err, sql.ErrNoRows) {
 		return false, nil
@@ -153,8 +163,8 @@ func scanned(q queryer, err error) (bool, error) {
 	return err == nil, q.explain(err)
 }
 
-// noTransaction reports whether err says that SQLite has ended the transaction by itself, as it
-// does on a full disk.
+// noTransaction reports whether a failed ROLLBACK or RELEASE says that SQLite has ended the
+// transaction by itself, as it does on a full disk. SQLITE_ERROR can mean nothing else there.
 func noTransaction(err error) bool {
 	e, ok := errors.AsType[*sqlite.Error](err)
 	return ok && e.Code()&0xff == sqlite3.SQLITE_ERROR
@@ -165,10 +175,10 @@ const (
 	sqlStamp   = `INSERT INTO meta (key, value) VALUES (?, '1') ON CONFLICT (key) DO UPDATE SET value = value + 1`
 )
 
-// stamp counts the transactions that change something, in a row on the page where the root's id is:
-// so each write-ahead log holds that page, and says whose log it is. SQLite takes any log that lies
-// beside an index for the index's own. If another registry's does, its pages hide ours, and
-// [LocalRegistry.checkID] finds the wrong id. An update that changes no byte would not write the
+// stamp counts the transactions that change something. SQLite takes any log that lies beside an
+// index for the log of this index. If it is another registry's, its pages hide ours. The counter is
+// a row on the same page as the root's id. So each log has that page, and [LocalRegistry.checkID]
+// finds the wrong id. It is a counter because an update that changes no byte would not write the
 // page.
 //
 // Limit: nothing tells an old log of the same index from its present one.

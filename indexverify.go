@@ -27,16 +27,23 @@ const (
 		WHERE (r.name, r.reference) > (?, ?) ORDER BY r.name, r.reference LIMIT ?`
 )
 
+// Verify compares the rows of the index with the blobs: blobsAfter says which blobs there should
+// be, rowsDiffer compares a manifest's rows with its document, badRefs checks the refs, and
+// integrity lets SQLite check its own file. A value in a damaged row may be anything, so it is
+// compared and reported, but never used as a size, a path or a key.
+
 // A checkedBlob is the row of a blob as verification takes it.
 type checkedBlob struct {
 	digest   digest.Digest // not checked
 	recorded bool          // its row says that it is here
 	size     int64         // by its row, and so any number
-	manifest bool          // by its own row, or by that among the manifests
+	manifest bool          // its own row, or a row of manifests, says that it is one
 	torn     bool          // its row among the manifests has another digest
 }
 
-// blobsAfter visits the blobs that are here in the order of their digests, after one of them.
+// blobsAfter visits the blobs that are here in the order of their digests, after one of them. By
+// that order a verification can go on where an earlier one was stopped. Rows that are out of order
+// are an error, since a damaged index could otherwise repeat rows for ever.
 func (x *index) blobsAfter(ctx context.Context, after digest.Digest, visit func(checkedBlob) error) error {
 	last := digestBytes(after)
 	kind := roleNumber(roleManifest)
@@ -51,8 +58,11 @@ func (x *index) blobsAfter(ctx context.Context, after digest.Digest, visit func(
 	return p.each(ctx, x, []any{kind, last}, visit)
 }
 
-// rowsDiffer describes the first difference between a manifest and its rows, "" if there is none. A
-// manifest without rows does not differ.
+// rowsDiffer describes the first difference between a manifest and its rows, and returns "" if
+// there is none. A manifest without rows does not differ. The caller has verified the bytes of m,
+// so in a difference the row is wrong. It compares the manifest's columns, then each member in
+// order, then their number. At last it looks at members that are manifests: one of them may have
+// lost its row, and then nothing says what it needs.
 func rowsDiffer(ctx context.Context, q queryer, m *Manifest) (string, error) {
 	compare := func(rows *sql.Rows, want []any, names ...string) (string, error) {
 		got := make([]any, len(want))
@@ -86,7 +96,7 @@ func rowsDiffer(ctx context.Context, q queryer, m *Manifest) (string, error) {
 	}
 	differ := ""
 	n := 0
-	// The rows are counted as they are read, since a position may be anything.
+	// The rows are counted as they are read, since a position in a damaged row may be any number.
 	p := paging[string]{text: sqlMemberColumns, size: 1000, scan: func(rows *sql.Rows) (string, error) {
 		if n++; n > len(m.children()) {
 			return fmt.Sprintf("more than %d members", len(m.children())), nil
@@ -129,7 +139,8 @@ func rowsDiffer(ctx context.Context, q queryer, m *Manifest) (string, error) {
 	return differ, nil
 }
 
-// columnText returns a column's value for a comparison. A BLOB is a digest, and NULL is none.
+// columnText returns a column's value as text, for a comparison and for messages. A BLOB is a
+// digest, or its hexadecimal digits if it is not one. NULL is "".
 func columnText(v any) string {
 	switch v := v.(type) {
 	case nil:
@@ -143,8 +154,9 @@ func columnText(v any) string {
 	return fmt.Sprint(v)
 }
 
-// badRefs visits the refs that nobody could have made, whose manifest has no row, or
-// whose columns differ from those of the manifest that they repeat.
+// badRefs visits the refs whose rows are wrong: with a name or digest that is not one, without a
+// row of their manifest, or with other columns than that row. visit gets the zero Reference where
+// the row does not say for certain which ref and digest belong together.
 func (x *index) badRefs(ctx context.Context, visit func(Reference, digest.Digest, error) error) error {
 	type row struct {
 		name, reference string
@@ -174,10 +186,10 @@ func (x *index) badRefs(ctx context.Context, visit func(Reference, digest.Digest
 	})
 }
 
-// integrity visits the damage that SQLite finds in the index. Like [index.explain], it does not
-// take a page that cannot be read for a damaged one: what the first check finds only counts if all
-// pages can be read, and if the check finds the very same again. Two reads that fail for a moment,
-// one in each check, leave different findings, and are [ErrIndexIO].
+// integrity visits the damage that SQLite finds in the index. Like [index.explain], it tells a page
+// that can't be read from a damaged one. A finding of the first check counts only if all pages can
+// be read, and if a second check has the same finding. If the two checks find different things,
+// reads fail now and then, which is an [ErrIndexIO].
 func (x *index) integrity(ctx context.Context, quick bool, visit func(string)) error {
 	found, err := x.damage(ctx, quick)
 	if err == nil && len(found) > 0 {
@@ -200,7 +212,8 @@ func (x *index) integrity(ctx context.Context, quick bool, visit func(string)) e
 	return err
 }
 
-// damage returns what SQLite's own checks find.
+// damage returns the findings of SQLite's own checks: of its pages and indexes, and of rows that
+// point at nothing. With quick it does not compare indexes with their tables.
 func (x *index) damage(ctx context.Context, quick bool) (found []string, err error) {
 	check := "PRAGMA integrity_check(100)"
 	if quick {
