@@ -17,22 +17,23 @@ import (
 
 // BackupOptions govern a backup. Nil is the zero value.
 type BackupOptions struct {
-	// Overwrite lets the backup undo changes that somebody made to its refs since the last backup.
+	// Overwrite lets the backup undo changes that another program made to its refs since the last
+	// backup.
 	Overwrite bool
 	// AllowNetworkFS is [Options.AllowNetworkFS] for the backup.
 	AllowNetworkFS bool
 	// AllowOtherOwner is [Options.AllowOtherOwner] for the backup.
 	AllowOtherOwner bool
-	// Progress, if not nil, is called with how far the backup is. Its counts begin again if
-	// something was collected meanwhile. Blobs that cannot be copied leave the totals.
+	// Progress, if not nil, is called with the state of the backup. Its counts begin again if
+	// content was collected meanwhile. Blobs that cannot be copied are subtracted from the totals.
 	Progress func(Progress)
 }
 
-// A BackupReport says what a backup did.
+// A BackupReport is the result of a backup.
 type BackupReport struct {
 	Refs         int // refs that the backup has now
 	RefsSet      int // refs that are new or changed since the last backup
-	RefsRemoved  int // refs that the registry has no more
+	RefsRemoved  int // refs that the registry no longer has
 	BlobsCopied  int
 	BlobsPresent int // blobs that the backup had already
 	BytesCopied  int64
@@ -42,42 +43,46 @@ type BackupReport struct {
 // A BackupFailure is a blob of the registry that is missing, damaged or unreadable.
 type BackupFailure struct {
 	Digest digest.Digest
-	Refs   []Reference // refs left out for it, unless an earlier failure has them; the backup keeps its own
-	Err    error
+	// Refs are the refs that were left out because of this blob. A ref is listed with one failure
+	// only. If the backup has such a ref from before, it keeps it.
+	Refs []Reference
+	Err  error
 }
 
-// Backup makes dir a registry with the refs that this one has at one moment, and with all that they
-// lead to. Other processes may write here meanwhile. dir is created if necessary. Until everything
-// is there, it stays as it was, and it can be opened at any time, during a backup for reading. The
-// next backup to the same dir copies only blobs that it lacks. Of the others it checks the sizes;
-// [LocalRegistry.Verify] checks the rest. Every blob is verified while it is copied.
+// Backup makes dir a registry with the refs that this one has at one moment, and with everything
+// that they lead to. Other processes may write to this registry meanwhile. dir is created if
+// necessary. Its refs change in one step, when all content is there. It can be opened at any time;
+// during a backup, it should only be read. The next backup to the same dir copies only the blobs that
+// dir does not have. It compares the sizes of the others; [LocalRegistry.Verify] checks their bytes.
+// Every blob is verified while it is copied.
 //
-// The backup has this registry's id, so it can take its place. Nothing but refs is ever deleted
-// from it: [LocalRegistry.GC] there deletes what was collected here. Nobody else should change its
-// refs.
+// The backup has this registry's id, so it can replace it. A backup deletes only refs from dir. The
+// content of collected artifacts stays there until [LocalRegistry.GC] of the backup. No other program
+// should change the refs of dir.
 //
 // A damaged or missing blob does not stop the backup. The refs that need it are left out, or stay
 // as they were in the backup.
 //
 // Errors:
-//   - [ErrIncomplete] with the report, after everything else was backed up, if blobs could not be
-//     read
-//   - [ErrConflict] if the backup's refs were changed and [BackupOptions.Overwrite] is not set, or
-//     if dir is a registry with another id
-//   - [ErrInvalidArgument] if dir is this registry's or lies in it
-//   - [ErrBusy] if collections, here or there, kept deleting what was being copied
-//   - [ErrCorruptIndex] if the index is damaged: a backup that lacked something would look whole
+//   - [ErrIncomplete] with the report: blobs could not be read, and everything else was backed up
+//   - [ErrConflict]: the backup's refs were changed and [BackupOptions.Overwrite] is not set, or dir
+//     is a registry with another id
+//   - [ErrInvalidArgument]: dir is this registry's directory or lies in it
+//   - [ErrBusy]: collections in either registry kept deleting content that was being copied
+//   - [ErrCorruptIndex]: the index is damaged, so a backup could lack content and look whole
 //   - those of [Open], [ErrNoSpace], and any error from ctx or the file system
-func (r *LocalRegistry) Backup(ctx context.Context, dir string, opts *BackupOptions) (*BackupReport, error) {
+func (r *LocalRegistry) Backup(ctx context.Context, dir string, opts *BackupOptions) (_ *BackupReport, err error) {
+	defer addOp(&err, "back up to", dir, "")
 	if opts == nil {
 		opts = &BackupOptions{}
 	}
-	report, err := attend(ctx, opts.Progress, Reference{}, func(ctx context.Context, m *meter) (*BackupReport, error) {
+	return attend(ctx, opts.Progress, Reference{}, func(ctx context.Context, m *meter) (*BackupReport, error) {
 		return r.backup(ctx, dir, opts, m)
 	})
-	return report, opError("back up to", dir, "", err)
 }
 
+// backup makes attempts until one is not disturbed by a collection. Each attempt begins with an empty
+// report, except for the blobs that were copied: the next attempt finds these in the target.
 func (r *LocalRegistry) backup(ctx context.Context, dir string, opts *BackupOptions, m *meter) (report *BackupReport, err error) {
 	end, err := r.begin(ctx)
 	if err != nil {
@@ -99,21 +104,22 @@ func (r *LocalRegistry) backup(ctx context.Context, dir string, opts *BackupOpti
 	return report, fmt.Errorf("%w: %w, %d times", ErrBusy, err, maxBackupAttempts)
 }
 
-// maxBackupAttempts is how often a backup starts again because something was collected meanwhile.
+// maxBackupAttempts is the number of attempts of a backup. An attempt fails if content is collected
+// meanwhile.
 const maxBackupAttempts = 10
 
 // A backup is one attempt, in this order:
 //
 //	snapshot  copy the index, as it is at one moment, into a private file of the target
 //	copy      bring the blobs of the snapshot to the target, durably
-//	leave out take manifests and refs that need a missing blob out of the snapshot
-//	merge     in one transaction of the target: check that nobody changed its refs, and that all
-//	          blobs are there; take in the rows of the snapshot; make the refs those of the snapshot
+//	leave out remove manifests and refs that need a missing blob from the snapshot
+//	merge     in one transaction of the target: check that its refs were not changed, and that all
+//	          blobs are there; add the rows of the snapshot; make the refs those of the snapshot
 //
-// Collections run meanwhile. If one has deleted a blob that the snapshot needs, the registry has
-// moved on, and the attempt ends with errCollected. The next one takes a new snapshot, and the
-// blobs that were copied are there already. A killed backup leaves the target as it was, with some
-// blobs more.
+// Collections may run meanwhile. If one has deleted a blob that the snapshot needs, the snapshot is
+// out of date, and the attempt ends with errCollected. The next one takes a new snapshot, and finds
+// the blobs that were copied before. A killed backup leaves the target as it was, with some more
+// blobs.
 type backup struct {
 	source, target *LocalRegistry
 	overwrite      bool
@@ -124,8 +130,11 @@ type backup struct {
 
 // errCollected ends an attempt whose snapshot needs blobs that were collected, in the source or in
 // the target.
-var errCollected = errors.New("something was collected while it was being copied")
+var errCollected = errors.New("content was collected while it was being copied")
 
+// backupOnce makes one attempt. It opens the target with this registry's id, so a directory that is
+// new gets that id, and a registry with another id is refused. The snapshot lies in the session of
+// this handle below the target's tmp/. Close removes it; after a kill, the next process does.
 func (r *LocalRegistry) backupOnce(ctx context.Context, dir string, opts *BackupOptions, report *BackupReport, m *meter) (err error) {
 	target, err := open(ctx, dir, &Options{Logger: r.opts.Logger, BusyTimeout: r.opts.BusyTimeout,
 		AllowNetworkFS: opts.AllowNetworkFS, AllowOtherOwner: opts.AllowOtherOwner, id: r.id, fault: r.opts.fault}, false)
@@ -144,7 +153,7 @@ func (r *LocalRegistry) backupOnce(ctx context.Context, dir string, opts *Backup
 	if err := b.checkMark(target.index); err != nil { // before the work; merge does it again
 		return err
 	}
-	name := filepath.Join(target.dir, session, rand.Text()) // goes with the session
+	name := filepath.Join(target.dir, session, rand.Text()) // removed with the session
 	if err := r.index.snapshot(ctx, name); err != nil {
 		return err
 	}
@@ -168,10 +177,12 @@ func (r *LocalRegistry) backupOnce(ctx context.Context, dir string, opts *Backup
 	return err
 }
 
-const backupBatch = 500 // blobs that are staged and synced together
+// backupBatch is the number of blobs that are staged and synced together. A stage keeps a file below
+// tmp/ for each of them, and a killed backup has to copy one batch again at most.
+const backupBatch = 500
 
-// copyBlobs brings the blobs of the snapshot to the target, and takes out of the snapshot what the
-// source does not have.
+// copyBlobs brings the blobs of the snapshot to the target, and removes rows from the snapshot that
+// need a blob which the source does not have.
 func (b *backup) copyBlobs(ctx context.Context) error {
 	var todo []ocispec.Descriptor
 	algs := map[digest.Algorithm]bool{}
@@ -193,8 +204,9 @@ func (b *backup) copyBlobs(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	b.report.BlobsPresent = max(0, b.report.BlobsPresent-b.report.BlobsCopied) // by attempts before
-	// A blob that is there may not be durable: its writer may have been killed before its fsync.
+	b.report.BlobsPresent = max(0, b.report.BlobsPresent-b.report.BlobsCopied) // without those of earlier attempts
+	// The name of a present blob may not be durable: its writer may have been killed before the fsync
+	// of the directory.
 	for alg := range algs {
 		if err := b.target.root.syncDir(path.Dir(blobPath(alg.FromString("")))); err != nil {
 			return err
@@ -210,7 +222,8 @@ func (b *backup) copyBlobs(ctx context.Context) error {
 	return b.snapshot.write(ctx, func(tx *indexTx) error { return b.leaveOut(ctx, tx, missing) })
 }
 
-// copyBatch copies blobs, durably, and appends those that the source does not have to missing.
+// copyBatch copies blobs, durably, and appends the blobs that the source does not have to missing. mu
+// guards missing while several tasks copy.
 func (b *backup) copyBatch(ctx context.Context, batch []ocispec.Descriptor, missing []BackupFailure) ([]BackupFailure, error) {
 	st := b.target.blobs.newStage()
 	defer func() { b.target.logDiscard(st.discard()) }()
@@ -249,7 +262,8 @@ func (b *backup) copyBatch(ctx context.Context, batch []ocispec.Descriptor, miss
 	return missing, nil
 }
 
-// copyBlob stages one blob. bad is a fault of the blob in the source, never of the process.
+// copyBlob stages one blob. bad is a fault of the blob in the source, which the backup reports and goes
+// on. err is an error of the target or the process, which ends the backup.
 func (b *backup) copyBlob(ctx context.Context, st *stage, desc ocispec.Descriptor, count func(n int)) (bad, err error) {
 	f, _, err := b.source.blobs.openFile(desc.Digest, desc.Size)
 	if processCondition(err) {
@@ -263,7 +277,7 @@ func (b *backup) copyBlob(ctx context.Context, st *stage, desc ocispec.Descripto
 	if err == nil || processCondition(err) {
 		return nil, err
 	}
-	// Either side may have failed. Reading the source by itself tells which.
+	// Either side may have failed. Reading the source alone shows which.
 	switch bad := b.source.blobs.verify(ctx, desc.Digest, desc.Size); {
 	case processCondition(bad):
 		return nil, bad
@@ -275,9 +289,16 @@ func (b *backup) copyBlob(ctx context.Context, st *stage, desc ocispec.Descripto
 	return nil, err
 }
 
-// leaveOut takes missing blobs, and the manifests that need them, out of the snapshot. A blob that
-// no ref leads to, in the snapshot or by now in the source, was collected, and is no failure. But a
-// snapshot in which a ref leads to it is out of date.
+// leaveOut removes missing blobs, and the manifests that need them, from the snapshot. A missing blob
+// is one of these:
+//
+//	a ref leads to it   in the snapshot   in the source now
+//	                    no                                   collected: left out, not a failure
+//	                    yes               no                 the snapshot is out of date: errCollected
+//	                    yes               yes                lost: a failure, and its refs are left out
+//
+// A lost blob that has a file again by now was put back meanwhile: that is errCollected too, so that
+// the next attempt copies it.
 func (b *backup) leaveOut(ctx context.Context, tx *indexTx, missing []BackupFailure) error {
 	if err := tx.makeLeftOut(); err != nil {
 		return err
@@ -304,7 +325,7 @@ func (b *backup) leaveOut(ctx context.Context, tx *indexTx, missing []BackupFail
 		case processCondition(err):
 			return err
 		case !led || err == nil && errors.Is(m.Err, ErrNotFound):
-			return errCollected // it was collected, or it has come back
+			return errCollected // it was collected, or it has been put back
 		}
 	}
 	for _, m := range missing {
@@ -322,16 +343,19 @@ func (b *backup) leaveOut(ctx context.Context, tx *indexTx, missing []BackupFail
 	return nil
 }
 
-// checkMark refuses a target whose refs somebody else has changed.
+// checkMark refuses a target whose refs another program has changed. Each backup stores a mark of the
+// refs that it has set. If the mark of the refs differs now, they were changed since.
 func (b *backup) checkMark(q queryer) error {
 	mark, last, refs, err := refsMark(q)
 	if err == nil && refs > 0 && last != mark && !b.overwrite {
-		err = fmt.Errorf("%w: its refs were changed since the last backup (BackupOptions.Overwrite undoes that)", ErrConflict)
+		err = fmt.Errorf("%w: the backup's refs were changed since the last backup (BackupOptions.Overwrite undoes that)", ErrConflict)
 	}
 	return err
 }
 
-// merge makes the target's index that of the snapshot, if all blobs are there.
+// merge gives the target's index the refs of the snapshot, if all blobs are there. It runs in a
+// transaction of the target, which keeps the target's collections out. checkMark is repeated here,
+// because the refs may have changed while blobs were copied.
 func (b *backup) merge(ctx context.Context, tx *indexTx) error {
 	if err := b.checkMark(tx); err != nil {
 		return err

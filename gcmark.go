@@ -16,15 +16,21 @@ import (
 )
 
 // The mark decides what a collection keeps. It reads the whole index and the names in blobs/, in
-// pages, without a lock and while others write. Then it spreads holds from the roots, and reads
-// every held manifest to see that its rows are true, because deletion relies on rows.
+// pages, without a lock and while others write. Then it spreads holds from the roots. Last, it reads
+// every kept manifest and compares it with its rows, because deletion relies on rows:
 //
-// The mark may be out of date when it is done. What it holds may be unneeded by then, and the next
-// collection deletes that. What it calls dead may be in use again: so nothing is deleted on its
-// word alone, and each step asks again with the lock held (see gcstep.go). Refs are read first:
-// what a ref pointed at then had all its rows by then.
+//	graph  rows of the index        → nodes
+//	walk   names in blobs/          → nodes
+//	follow roots → needs, subjects, referrers: each node gets a hold, or is dead
+//	check  bytes of kept manifests  → Missing, Invalid, unreliable
+//
+// The mark may be out of date when it is done. Content that it keeps may be unneeded by then; the
+// next collection deletes it. Content that it calls dead may be in use again. So nothing is deleted
+// because of the mark alone: each step checks again with the lock held (see gcstep.go). Refs are read
+// first: a manifest that a ref pointed at then had all its rows by then.
 
-// A gcNode is one digest that the index or blobs/ has.
+// A gcNode is one digest that the index or blobs/ has. A registry of a million blobs has a million
+// nodes, so edges are numbers of nodes and not pointers or digests.
 type gcNode struct {
 	digest    digest.Digest
 	size      int64     // of the file; of the row until a file is seen
@@ -44,22 +50,22 @@ type gcNode struct {
 	subject   int32   // of a manifest; −1 for none
 }
 
-// A hold is why a node is kept. Only holdNeeded promises that the node is there. The others keep
-// what is there: see climb.
+// A hold is the reason for which a node is kept. Only holdNeeded promises that the node has a file: a
+// publish has checked that. The other holds keep a file if there is one: see climb.
 type hold uint8
 
 const (
 	holdNone     hold = iota // dead
 	holdYoung                // it is younger than the grace, or something that leads to it is
 	holdReferrer             // it refers to a kept manifest, or something that leads to it
-	holdSubject              // it is the subject of a kept manifest or protected, or needed by one that is
+	holdSubject              // it is protected or the subject of a kept manifest, or needed by such a node
 	holdNeeded               // a ref points at it or a repository holds it, or something that needs it
 )
 
 // live reports whether a collection keeps n whatever its age.
 func (n *gcNode) live() bool { return n.hold >= holdReferrer }
 
-// count returns the arguments of Count.add for n.
+// count returns the arguments of [Count.add] for n. A node without a file takes no space.
 func (n *gcNode) count() (manifest bool, size int64) {
 	if n.file {
 		size = n.size
@@ -98,7 +104,8 @@ func (g *gcGraph) id(d digest.Digest) int32 {
 	return i
 }
 
-// mark decides what is kept. It fills all of the report that does not need deletion.
+// mark decides what is kept. It fills all fields of the report except Deleted, Revived and
+// Unreconciled.
 func (r *LocalRegistry) mark(ctx context.Context, opts GCOptions) (*gcGraph, error) {
 	g, err := r.graph(ctx, opts)
 	if err != nil {
@@ -115,11 +122,14 @@ func (r *LocalRegistry) mark(ctx context.Context, opts GCOptions) (*gcGraph, err
 	return g, nil
 }
 
-// graph reads the index into a gcGraph. Its queries run one after the other, and others write
-// between them. The order makes that safe. Refs come first, so a manifest that a ref is seen to
-// point at is either in the rows that are read next or was collected since. Blobs come last: a row
-// that is seen without the members that need it belongs to a publish since the mark began, and the
-// step finds its ref.
+// graph reads the index into a gcGraph. Its queries run one after the other, and other processes
+// write between them. The order makes that safe:
+//
+//	refs, holds → manifests → members → blobs
+//
+// Refs come first. A manifest that a ref was seen to point at is then in the rows that are read next,
+// unless it was collected since. Blobs come last. A blob whose members were not seen belongs to a
+// publish after the mark began; the step finds its ref.
 func (r *LocalRegistry) graph(ctx context.Context, opts GCOptions) (*gcGraph, error) {
 	g := &gcGraph{registry: r, opts: opts, began: time.Now(), ids: map[digest.Digest]int32{}}
 	g.heldSince = opts.heldBefore(g.began)
@@ -176,9 +186,9 @@ func (r *LocalRegistry) graph(ctx context.Context, opts GCOptions) (*gcGraph, er
 }
 
 // walk adds the files in blobs/. It comes after the rows: a file whose row came later is young, and
-// its step finds the row. A manifest whose file is not seen here may be collected already, or never
-// have been here, as a subject may: absent keeps the walks of subjects and referrers from relying on
-// it.
+// its step finds the row. A manifest whose file is not seen may have been collected, or it may be a
+// subject that was never in the registry. It is marked as absent, so that follow does not keep other
+// content because of it.
 func (g *gcGraph) walk(ctx context.Context) error {
 	err := g.registry.blobs.walk(ctx, func(e blobEntry) error {
 		if e.digest == "" {
@@ -204,15 +214,15 @@ func (g *gcGraph) walk(ctx context.Context) error {
 
 // follow gives each node its hold, the strongest first, by one walk for each hold:
 //
-//	hold          begins at                         goes to
-//	holdNeeded    refs                              needs
-//	holdSubject   held nodes, protected digests     needs, subjects
-//	holdReferrer  held nodes                        needs, subjects, referrers
-//	holdYoung     nodes younger than the grace      needs, subjects, referrers
+//	hold          begins at                                       goes to
+//	holdNeeded    refs, holds of repositories                     needs
+//	holdSubject   nodes with a stronger hold, protected digests   needs, subjects
+//	holdReferrer  nodes with a stronger hold                      needs, subjects, referrers
+//	holdYoung     nodes younger than the grace                    needs, subjects, referrers
 //
-// A node keeps the first hold that it gets. A subject, referrer or protected manifest without a
-// file gets none by these ways: nothing promises that it is here. GCOptions.DropReferrers closes the
-// way to referrers.
+// A node keeps the first hold that it gets, so each walk visits a node once, and the whole is linear.
+// A subject, referrer or protected manifest without a file gets no hold in these ways: nothing
+// promises that it is in the registry. With GCOptions.DropReferrers, no walk goes to referrers.
 func (g *gcGraph) follow() {
 	referrers := map[int32][]int32{}
 	if !g.opts.DropReferrers {
@@ -234,7 +244,7 @@ func (g *gcGraph) follow() {
 			n := &g.nodes[i]
 			switch {
 			case n.hold > h && h >= holdReferrer:
-				todo = append(todo, int32(i)) // to go from it by the ways of h
+				todo = append(todo, int32(i)) // its subject and referrers were not visited yet
 			case h == holdNeeded && (n.ref || n.held),
 				h == holdSubject && n.protected && !n.absent,
 				h == holdYoung && g.opts.young(n.age, g.began):
@@ -259,8 +269,9 @@ func (g *gcGraph) follow() {
 	}
 }
 
-// check reads every live manifest and compares it with its rows. It notes what is missing, what is
-// invalid, and which of these stop the collection.
+// check reads every live manifest and compares it with its rows. It notes missing and invalid
+// manifests, and which of these stop the collection. Several goroutines read, since this is most of
+// the work of a mark. A node that only its age keeps is not read.
 func (g *gcGraph) check(ctx context.Context) error {
 	var mu sync.Mutex // guards failed and the lists of g
 	var failed error
@@ -288,8 +299,10 @@ func (g *gcGraph) check(ctx context.Context) error {
 	return cmp.Or(ctx.Err(), failed)
 }
 
-// note adds what checkNode has found to the report. Its lists are bounded, so it can't tell alone
-// whether deletion is safe.
+// note adds a finding of checkNode to the report. The lists of the report are bounded and hold
+// harmless findings too, so they do not decide whether deletion is safe: g.unreliable does. A
+// finding about a manifest that is kept only as a referrer does not stop the collection, because no
+// ref needs it.
 func (g *gcGraph) note(n *gcNode, missing bool, invalid error) {
 	if missing && len(g.report.Missing) < maxGCList {
 		g.report.Missing = append(g.report.Missing, n.digest)
@@ -305,11 +318,12 @@ func (g *gcGraph) note(n *gcNode, missing bool, invalid error) {
 	}
 }
 
-// checkNode reports whether a live node is missing, and what is wrong with a manifest. err is of
-// the index or the process.
+// checkNode reports whether a live node is missing, and why a manifest is invalid. err concerns the
+// index or the process, and ends the collection. Other processes write meanwhile, so each finding is
+// looked at again before it counts: see stillLive and lost.
 func (g *gcGraph) checkNode(ctx context.Context, n *gcNode) (missing bool, invalid, err error) {
 	if !n.manifest && n.named {
-		// What it needs is in no row, so it would be deleted.
+		// No row says what it needs, so a collection would delete that.
 		if lost, err := g.lost(n); lost || err != nil {
 			return false, fmt.Errorf("%w: no row says what this manifest needs", ErrCorruptIndex), err
 		}
@@ -319,7 +333,7 @@ func (g *gcGraph) checkNode(ctx context.Context, n *gcNode) (missing bool, inval
 			return n.hold > holdReferrer, nil, nil
 		}
 		if n.file || !n.row {
-			return false, nil, nil // without a row it is a subject that was never here
+			return false, nil, nil // without a row it is a subject that was never in the registry
 		}
 		_, err := g.registry.blobs.size(n.digest) // it may have come after the walk
 		if errors.Is(err, ErrNotFound) {
@@ -344,8 +358,8 @@ func (g *gcGraph) checkNode(ctx context.Context, n *gcNode) (missing bool, inval
 	return false, err, nil
 }
 
-// stillLive reports whether a node without a file is still needed. Since its rows were read,
-// another process may have removed the ref and collected the file.
+// stillLive reports whether a node without a file is still needed. Since its rows were read, another
+// process may have removed the ref and collected the file. A referrer is never needed.
 func (g *gcGraph) stillLive(ctx context.Context, n *gcNode) (missing bool, invalid, err error) {
 	if n.hold == holdReferrer {
 		return false, nil, nil
@@ -367,7 +381,8 @@ func (g *gcGraph) lost(n *gcNode) (bool, error) {
 	return slices.Contains(dangling, n.digest), err
 }
 
-// sameRows checks that the rows name all that a manifest needs, and its subject.
+// sameRows checks that the rows name everything that a manifest needs, and its subject. Rows that name
+// more than the manifest are harmless here: they only keep more.
 func (g *gcGraph) sameRows(n *gcNode, m *Manifest) error {
 	rows := map[digest.Digest]bool{}
 	for _, c := range n.needs {
@@ -384,7 +399,8 @@ func (g *gcGraph) sameRows(n *gcNode, m *Manifest) error {
 	return nil
 }
 
-// count fills the report's figures.
+// count fills the figures of the report. A node that the index only names, without a row or a file, is
+// not content and is not counted.
 func (g *gcGraph) count() {
 	for i := range g.nodes {
 		n := &g.nodes[i]
@@ -404,7 +420,9 @@ func (g *gcGraph) count() {
 }
 
 // orphans returns the dead nodes that have a row or a file, each manifest before its needs and its
-// subject. So nothing dead points at a node by its turn.
+// subject (a topological order). So no dead manifest points at a node by the time of its turn, and
+// stillDead may take any manifest that does for a living one. It also means that a killed collection
+// never leaves a manifest's file without the files that the manifest needs.
 func (g *gcGraph) orphans() []int32 {
 	dead := func(i int32) bool { return g.nodes[i].hold == holdNone }
 	pointers := make([]int32, len(g.nodes))

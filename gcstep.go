@@ -17,55 +17,62 @@ import (
 //
 //	lock the index → is this node still dead? → displace → unlink files → delete rows → commit
 //
-// Whether a node is dead was decided without the lock, by the mark. Others have written since. So
-// the step asks again, and the lock keeps the answer true: every publish checks its blobs and
+// The mark decided without the lock whether a node is dead, and other processes have written since.
+// So the step checks again. The lock keeps the answer true: every publish checks its blobs and
 // writes its rows under the same lock. A publisher that finds its blob deleted puts it back from
 // tmp/ (see stage) or fails.
 //
-// Files go before rows. A collector that is killed in between leaves rows without files, which no
-// publish and no Tag relies on, and which the next collection deletes. The reverse order would need
+// Files go before rows. A collector that is killed in between leaves rows without files. No publish
+// and no Tag relies on such rows, and the next collection deletes them. The reverse order would need
 // space for the log before it frees any. No directory is synced: a file that comes back after a
 // power cut is an orphan again.
 //
 // One commit can be hidden from the step: its process died after the bytes reached SQLite's log and
-// before others could see them. It would come back when the log is read again, and could need what
-// the step deletes. Displacing puts a frame of ours in its place: see indexTx.displace. That
-// happens before the first file goes.
+// before other processes could see them. The commit would come back when the log is read again, and
+// could need a file that the step deletes. Displacing overwrites it with a frame of the step: see
+// indexTx.displace. That happens before the first file goes.
 //
-// On a full disk a step fails with [ErrNoSpace], when it displaces or when it commits. If some
-// files are gone by then, the next attempt has more space. If not, the sweep looks for space in
-// tmp/, and then takes a step without rows: it writes nothing to the index, deletes files until
-// gcRoom is free, and leaves their rows to the steps after it. Such a step can't displace. It needs
-// not, where the log's file ends before the frame that would be written next: no commit is hidden
-// there. Everywhere else displacing overwrites that frame, needs no space, and does not fail on
-// file systems that overwrite in place. On others the collection ends with [ErrNoSpace].
+// On a full disk a step fails with [ErrNoSpace], when it displaces or when it commits:
+//
+//   - If some files are gone by then, the next attempt has more space.
+//   - If not, the sweep removes old files below tmp/ and tries again.
+//   - Then it takes a step without rows. This step writes nothing to the index, deletes files until
+//     gcRoom is free, and leaves their rows to the steps after it.
+//
+// A step without rows cannot displace. It need not, if the log's file ends before the frame that
+// would be written next: then no commit is hidden there. If the file is longer, a step with rows can
+// displace: it overwrites that frame, which needs no space on file systems that overwrite in place.
+// On other file systems the collection ends with [ErrNoSpace].
 
-// gcStep is how long a step keeps the index locked, its commit not counted. gcPause is how long
-// the index is free then: longer than other processes sleep before they try again.
+// gcStep is how long a step keeps the index locked, without its commit. gcPause is how long the index
+// is free after that. It is longer than the time for which other processes sleep before they try
+// again, so each of them gets a turn.
 const (
 	gcStep  = 20 * time.Millisecond
 	gcPause = 2 * busyPoll
 )
 
-// gcHolds is of how many manifests the holds are removed in one transaction.
+// gcHolds is the number of manifests whose holds are removed in one transaction.
 const gcHolds = 100
 
-// gcRoom is how much a step without rows frees: enough to displace a commit and to delete some
-// rows. Once the disk was full, a step with rows frees as much before its time counts: where one
-// file is all that a slow machine deletes in that time, the commit can need more than that frees.
+// gcRoom is the number of bytes that a step without rows frees: enough to displace a commit and to
+// delete some rows. After the disk was full, a step with rows must free as much too, before it may
+// end because of its time. Otherwise a slow machine could delete one small file in each step, and
+// the commit would need more space than that.
 const gcRoom = 64 << 10
 
-// A gcSweep deletes what a mark has found dead.
+// A gcSweep deletes the nodes that a mark has found dead.
 type gcSweep struct {
 	*gcGraph
-	todo    []int32                // what is left, each manifest before its needs and its subject
+	todo    []int32                // nodes that are left, each manifest before its needs and its subject
 	freed   int                    // how many of todo the steps without rows have gone through
 	full    bool                   // a step has failed for lack of space
 	gone    map[digest.Digest]bool // files that this collection has deleted
 	revived map[digest.Digest]bool // nodes that were in use again at their turn
 }
 
-// sweep deletes the orphans, step by step.
+// sweep deletes the orphans, step by step. After a step that failed on a full disk, its nodes are
+// still in todo: n is 0 then, and s.gone has the files that are deleted already.
 func (g *gcGraph) sweep(ctx context.Context) error {
 	s := &gcSweep{gcGraph: g, todo: g.orphans(), gone: map[digest.Digest]bool{}, revived: map[digest.Digest]bool{}}
 	s.plan()
@@ -89,7 +96,7 @@ func (g *gcGraph) sweep(ctx context.Context) error {
 			looked, err = s.step(ctx, s.todo[s.freed:], false)
 			s.freed += looked
 		case full:
-			return nil // only rows are left, for the next collection
+			return nil // only rows are left, and the next collection deletes them
 		}
 		if err != nil {
 			return err
@@ -108,7 +115,7 @@ func (g *gcGraph) sweep(ctx context.Context) error {
 	return nil
 }
 
-// plan counts the orphans for the reports of progress.
+// plan counts the orphans for the totals of the progress.
 func (s *gcSweep) plan() {
 	for _, i := range s.todo {
 		s.meter.plan(1, s.nodes[i].descriptor().Size)
@@ -116,8 +123,8 @@ func (s *gcSweep) plan() {
 	s.meter.planned(PhaseDelete)
 }
 
-// tell reports nodes whose turn is over, outside of the transaction, because the caller's function
-// runs then.
+// tell reports the nodes of a step to the meter. It is called outside of the transaction, because it
+// runs the caller's Progress function, which may take long or use the registry.
 func (s *gcSweep) tell(nodes []int32) {
 	for _, i := range nodes {
 		desc := s.nodes[i].descriptor()
@@ -129,10 +136,11 @@ func (s *gcSweep) tell(nodes []int32) {
 	}
 }
 
-// dropHolds removes the rows of holds that are too old, of manifests that nothing else keeps. As
-// long as something else does, such as the subject of a held signature, the rows stay: they say
-// that the repository shows the manifest. On a full disk nothing is removed, and what is held stays
-// until the next collection.
+// dropHolds removes the rows of expired holds, for manifests that nothing else keeps. If something
+// else keeps the manifest, such as the subject of a signature, the row stays, because the repository
+// shows the manifest by it. dropHolds runs before the first step, which would otherwise see the hold
+// and keep the manifest. On a full disk no hold is removed, and such manifests stay until the next
+// collection.
 func (s *gcSweep) dropHolds(ctx context.Context) error {
 	var expired []digest.Digest
 	for _, i := range s.todo {
@@ -166,8 +174,13 @@ func (s *gcSweep) dropHolds(ctx context.Context) error {
 	return nil
 }
 
-// step deletes as many of todo, in order, as fit into one short transaction, and returns their
-// number. Without rows it deletes files only. Files that went before an error stay in s.gone.
+// step deletes nodes of todo, in order, for as long as one short transaction may take, and returns
+// their number. Without rows it deletes files only.
+//
+// After an error the transaction is rolled back, and n is 0: the rows are back, but deleted files are
+// not. They stay in s.gone, and a later step deletes their rows. Large files are only moved while
+// the index is locked, because freeing one can take a file system long. They are removed after the
+// commit.
 func (s *gcSweep) step(ctx context.Context, todo []int32, rows bool) (n int, err error) {
 	var done Count
 	var large []string // moved files whose space is freed once the index is unlocked
@@ -179,7 +192,7 @@ func (s *gcSweep) step(ctx context.Context, todo []int32, rows bool) (n int, err
 		prepared := false
 		room := int64(0)
 		for start := time.Now(); n < len(todo); n++ {
-			tight := s.full && room < gcRoom // its commit needs this space, however long that takes
+			tight := s.full && room < gcRoom // the commit needs this space
 			if late := s.opts.late(start); n > 0 && (late && !tight || !rows && room >= gcRoom) {
 				break
 			}
@@ -189,7 +202,9 @@ func (s *gcSweep) step(ctx context.Context, todo []int32, rows bool) (n int, err
 				return err
 			}
 			if n == 0 {
-				start = time.Now() // or a large lineage would be climbed again for each of its manifests
+				// The first check may climb a large lineage. Its time does not count: the step then
+				// uses the answer for more than one node.
+				start = time.Now()
 			}
 			if !dead {
 				s.revived[node.digest] = true
@@ -233,8 +248,10 @@ func (s *gcSweep) step(ctx context.Context, todo []int32, rows bool) (n int, err
 	return n, err
 }
 
-// collectOne deletes a manifest if nothing needs it and nothing refers to it. It does not matter
-// whether its subject is kept. What it needs is left to the next collection.
+// collectOne deletes a manifest if nothing needs it and nothing refers to it, even if its subject is
+// kept. It does not delete the blobs that the manifest needs: the next collection does.
+// [Repository.DeleteManifest] calls it for referrers. The graph has this one node, so one step is
+// enough, and no mark is needed: the step itself checks that the manifest is dead.
 func (r *LocalRegistry) collectOne(ctx context.Context, desc ocispec.Descriptor) error {
 	g := &gcGraph{registry: r, opts: GCOptions{Grace: NoGrace, DropReferrers: true}, began: time.Now()}
 	g.heldSince = g.opts.heldBefore(g.began)
@@ -244,8 +261,8 @@ func (r *LocalRegistry) collectOne(ctx context.Context, desc ocispec.Descriptor)
 	return err
 }
 
-// prepare makes sure, before the first file goes, that no hidden commit can come back that needs
-// it.
+// prepare makes sure, before the first file goes, that no hidden commit can come back that needs it.
+// A step with rows displaces such a commit. A step without rows only checks that there is none.
 func (s *gcSweep) prepare(tx *indexTx, rows bool) error {
 	if rows {
 		return tx.displace()
@@ -256,12 +273,14 @@ func (s *gcSweep) prepare(tx *indexTx, rows bool) error {
 	}
 	fi, err := s.registry.root.Lstat(indexFile + "-wal")
 	if err == nil && fi.Size() >= end {
-		err = fmt.Errorf("%w: a commit that nobody has seen may need what would be deleted, and cannot be displaced", ErrNoSpace)
+		err = fmt.Errorf("%w: a hidden commit in SQLite's log may need the files to delete, and cannot be displaced", ErrNoSpace)
 	}
 	return ignoreNotExist(err)
 }
 
-// unlink removes a node's file and counts it. A large file is only moved, to the returned name.
+// unlink removes a node's file and counts it. A large file is only moved, to the returned name. A file
+// that is missing now was removed by another collector, which has counted it. A node that had no file
+// before is counted by its row.
 func (s *gcSweep) unlink(n *gcNode, done *Count) (moved string, err error) {
 	moved, err = s.registry.blobs.unname(n.digest, n.size)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
@@ -273,10 +292,16 @@ func (s *gcSweep) unlink(n *gcNode, done *Count) (moved string, err error) {
 	return moved, nil
 }
 
-// stillDead asks again, in the transaction, whether a dead node is still dead. All dead manifests
-// that pointed at it are gone by its turn, so any manifest that points at it counts, one that came
-// back too. After a step without rows, the rows of gone manifests are still there and do not count.
-// A node without a file is needed or dead, never only kept: see climb.
+// stillDead checks again, in the transaction, whether a dead node is still dead. It is not if:
+//
+//   - its file was written since the mark, or is young. A publisher that reuses an old blob gives its
+//     file a new time: see stage.refresh
+//   - a ref or a hold points at it
+//   - a manifest points at it. All dead manifests that did are gone by its turn: see orphans. After
+//     a step without rows, the rows of such manifests are still there, and do not count
+//   - it is a referrer whose subject is kept
+//
+// A node without a file cannot be kept only by its subject or its referrers: see climb.
 func (s *gcSweep) stillDead(tx *indexTx, n *gcNode, up *climb, rows bool) (bool, error) {
 	fi, err := s.registry.root.Lstat(blobPath(n.digest))
 	there := err == nil
@@ -311,7 +336,7 @@ func (s *gcSweep) stillDead(tx *indexTx, n *gcNode, up *climb, rows bool) (bool,
 	return !used, err
 }
 
-// climb goes up by all the ways by which this collection keeps things.
+// climb returns a climb along all relations by which this collection keeps content.
 func (g *gcGraph) climb(ctx context.Context, q queryer) *climb {
 	return &climb{ctx: ctx, q: q, ways: ways{subjects: true, referrers: !g.opts.DropReferrers, heldSince: g.heldSince},
 		protected: g.opts.Protect, present: g.registry.blobs.present}

@@ -15,29 +15,29 @@ import (
 // RepairOptions govern [LocalRegistry.Repair]. Nil is the zero value.
 type RepairOptions struct {
 	// Sources are archives and layout directories that may have good copies of blobs that are
-	// damaged or missing here. They are searched in order and not changed. Only their blobs
-	// count: an archive without a valid index serves as well.
+	// damaged or missing here. They are searched in order and not changed. Only their blobs are
+	// used, so an archive need not have a valid index.
 	Sources []string
-	// Remote is asked for blobs that no source has. Nil asks no registry.
+	// Remote is asked for blobs that no source has. If it is nil, no registry is asked.
 	Remote *Remote
 	// From are references whose repositories Remote asks, in order. Nil means the repositories of
 	// the refs here that lead to a wanted blob.
 	From []Reference
-	// Progress, if not nil, is called with how far the repair is. Items are those of two
+	// Progress, if not nil, is called with the state of the repair. Items are those of two
 	// verifications, before and after, and the blobs that are healed.
 	Progress func(Progress)
-	// AllowOtherOwner is [Options.AllowOtherOwner] for the root that [Rebuild] opens. Repair has no
-	// use for it.
+	// AllowOtherOwner is [Options.AllowOtherOwner] for the root that [Rebuild] opens. Repair ignores
+	// it.
 	AllowOtherOwner bool
 
 	fault faultFunc // for the root that Rebuild opens
 }
 
-// A RepairReport says what a repair did.
+// A RepairReport is the result of a repair.
 type RepairReport struct {
-	Healed      []digest.Digest // damaged or missing blobs that a source or registry had
-	Quarantined []digest.Digest // damaged blobs that nothing could heal, and that were moved away
-	Recorded    []digest.Digest // manifests in blobs/ that the index has now
+	Healed      []digest.Digest // damaged or missing blobs that were replaced by good copies
+	Quarantined []digest.Digest // damaged blobs that could not be healed, and were moved away
+	Recorded    []digest.Digest // manifests in blobs/ that were added to the index
 	Rewritten   []digest.Digest // manifests whose rows were corrected
 	Recovered   []Ref           // refs made for manifests that lost theirs with the index
 	Left        []Problem       // problems that remain
@@ -45,38 +45,43 @@ type RepairReport struct {
 	FailedSources []SourceFailure // sources that could not be read, or not to their end
 }
 
-// A SourceFailure is one of RepairOptions.Sources and why it could not be read.
+// A SourceFailure is one of RepairOptions.Sources that could not be read, with the error.
 type SourceFailure struct {
 	Source string
 	Err    error
 }
 
-// Repair corrects what [LocalRegistry.Verify] finds, as far as blobs/, opts.Sources and opts.Remote
-// allow. It heals damaged and missing blobs. It moves damaged blobs that it cannot heal to
-// tmp/quarantine/, where a collection deletes them after its grace. It makes the index agree with
-// the manifests. An unreadable file stays where it is. On a sound registry it changes nothing.
+// Repair corrects the problems that [LocalRegistry.Verify] finds, as far as blobs/, opts.Sources and
+// opts.Remote allow. It heals damaged and missing blobs. It moves damaged blobs that it cannot heal
+// to tmp/quarantine/, where a collection deletes them after its grace. It makes the index agree with
+// the manifests. An unreadable file stays in its place. On a sound registry Repair changes nothing.
 // Other processes may use the registry meanwhile.
 //
-// If the index was lost, Repair records every manifest in blobs/. A manifest that no other refers
-// to gets the ref <id>.ocilocal.local/recovered:<algorithm>-<digits>, since its names are lost.
-// Repair then also looks for blobs that unrecorded manifests lack, in registries only if opts.From
-// is set. As long as one is missing, which Left says, no collection deletes anything. Repair can be
-// called again with other sources. To give such an artifact up, delete its manifest's file.
+// If the index was lost, Repair records every manifest in blobs/. A manifest that no other manifest
+// refers to gets the ref <id>.ocilocal.local/recovered:<algorithm>-<digits>, since its names are
+// lost. Repair then also looks for missing blobs that unrecorded manifests need. It asks registries
+// for them only if opts.From is set. While one is missing, RepairReport.Left lists it, and no
+// collection deletes anything. Repair can be called again with other sources. To give up such an
+// artifact, delete the file of its manifest.
 //
-// The report says what was done, after an error too. Errors:
+// The report is complete up to the error, if there is one.
+//
+// Errors:
 //   - [ErrReadOnly], [ErrBusy], [ErrNoSpace]
 //   - any other error from ctx, the index or the file system
-//   - last, after all else was done, and only if a blob is still wanted: the first error of a
-//     source, and a [*RemoteError] of a registry
-func (r *LocalRegistry) Repair(ctx context.Context, opts *RepairOptions) (*RepairReport, error) {
+//   - if a blob is still missing after everything was tried: the first error of a source, and the
+//     first [*RemoteError] of a registry
+func (r *LocalRegistry) Repair(ctx context.Context, opts *RepairOptions) (_ *RepairReport, err error) {
+	defer addOp(&err, "repair", "", "")
 	p := newRepair(r, opts)
-	_, err := attend(ctx, p.opts.Progress, Reference{}, func(ctx context.Context, m *meter) (struct{}, error) {
+	_, err = attend(ctx, p.opts.Progress, Reference{}, func(ctx context.Context, m *meter) (struct{}, error) {
 		p.meter = m
 		return struct{}{}, p.run(ctx)
 	})
-	return &p.report, opError("repair", "", "", err)
+	return &p.report, err
 }
 
+// newRepair returns a repair with an empty report. Rebuild fills in more before it runs it.
 func newRepair(r *LocalRegistry, opts *RepairOptions) *repair {
 	p := &repair{registry: r, wanted: map[digest.Digest]bool{}}
 	if opts != nil {
@@ -85,39 +90,45 @@ func newRepair(r *LocalRegistry, opts *RepairOptions) *repair {
 	return p
 }
 
-// A repair goes in this order, and each step relies on those before it:
+// A repair has these steps, and each relies on those before it:
 //
-//	mark      keep collections from deleting while the index may not know all (only if it was lost)
+//	mark      stop collections, because the index may lack content (only if it was lost)
 //	verify    find the problems
-//	sort      decide what each calls for; correct modes and sizes
-//	clear     move away what is not a file, so that a good file can take its name
-//	heal      take wanted blobs from the sources, then from registries; again if that brought a
-//	          manifest that lacks something
+//	sort      decide how each is repaired; correct modes and sizes
+//	clear     move away entries that are not files, so that a good file can take the name
+//	heal      take wanted blobs from the sources, then from registries; repeat this if it brought a
+//	          manifest that needs more blobs (only if the index was lost)
 //	clear     move away the damaged files that were not healed
-//	rewrite   make rows agree with manifests, now that all that can be there is there
+//	rewrite   make rows agree with manifests; every blob that could be had is there now
 //	record    record manifests without rows
 //	name      give refs to manifests: those of a damaged index, then names that Repair makes up
 //	unmark    if nothing is missing
-//	verify    find what is left
+//	verify    find the problems that are left
 //
-// A repair that is interrupted anywhere has lost nothing, and can be started again: blobs are only
-// replaced by good ones or moved, and rows only follow manifests that were read.
+// A repair that is interrupted anywhere has lost nothing, and can be started again: a blob is only
+// replaced by a good one or moved, and rows are only written for manifests that were read.
+//
+// Files are healed before rows, because rows are written only for artifacts that are whole. The mark
+// is removed last, because a collection would delete the blobs of manifests without rows.
 type repair struct {
 	registry *LocalRegistry
 	opts     RepairOptions
 	report   RepairReport
-	wanted   map[digest.Digest]bool // damaged and missing blobs
-	damaged  []digest.Digest        // those of wanted under whose names something is
+	wanted   map[digest.Digest]bool // damaged and missing blobs that were not healed yet
+	damaged  []digest.Digest        // blobs whose file is damaged, or whose name something else has
 	rows     []digest.Digest        // manifests whose rows are wrong
 	salvage  string                 // the damaged index whose refs are kept; "" for none
-	absent   map[digest.Digest]bool // what that index records as absent
+	absent   map[digest.Digest]bool // members that the index in salvage records as absent
 	lacks    map[digest.Digest]lack // missing blobs that unrecorded manifests need
 	meter    *meter
 
-	sourceErr error // the first of a source
-	remoteErr error // the first of a registry
+	sourceErr error // the first error of a source
+	remoteErr error // the first error of a registry
 }
 
+// run does all steps. Problems that can remain after a good repair are not in the report's Left:
+// unrecorded blobs, rows of collected blobs and foreign entries, which a collection deletes or which
+// are not this package's.
 func (p *repair) run(ctx context.Context) error {
 	end, err := p.registry.beginWrite(ctx)
 	if err != nil {
@@ -128,7 +139,7 @@ func (p *repair) run(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if unreconciled { // the mark stays until the end, should the repair be interrupted
+	if unreconciled { // an interrupted repair leaves the mark, and the next one goes on
 		if err := p.registry.write(ctx, func(tx *indexTx) error { return tx.setMeta(metaUnreconciled, "1") }); err != nil {
 			return err
 		}
@@ -195,7 +206,7 @@ func (p *repair) run(ctx context.Context) error {
 		return b.Kind == ProblemUnrecorded || b.Kind == ProblemCollected || b.Kind == ProblemForeign
 	})
 	for _, d := range slices.Sorted(maps.Keys(p.lacks)) {
-		err := fmt.Errorf("%w: manifest %s needs it and so isn't recorded", ErrNotFound, p.lacks[d].by)
+		err := fmt.Errorf("%w: manifest %s needs it and is not recorded without it", ErrNotFound, p.lacks[d].by)
 		p.report.Left = append(p.report.Left, Problem{Kind: ProblemMissing, Digest: d, Err: err})
 	}
 	if len(p.wanted) == 0 {
@@ -204,7 +215,8 @@ func (p *repair) run(ctx context.Context) error {
 	return errors.Join(p.sourceErr, p.remoteErr)
 }
 
-// verify finds the problems. times is how often that will be done, this time included.
+// verify finds the problems. times is the number of verifications that are still to come, this one
+// included: the totals of the progress count them all.
 func (p *repair) verify(ctx context.Context, times int) (problems []Problem, err error) {
 	v := &verification{registry: p.registry, meter: p.meter, times: times}
 	err = v.run(ctx, func(b Problem) error {
@@ -214,7 +226,8 @@ func (p *repair) verify(ctx context.Context, times int) (problems []Problem, err
 	return problems, err
 }
 
-// sort decides what to do about each problem, and does what needs no blob.
+// sort decides how each problem is repaired. It adds to wanted, damaged and rows, and corrects modes
+// and sizes at once, because that needs no blob.
 func (p *repair) sort(ctx context.Context, problems []Problem) error {
 	for _, b := range problems {
 		switch b.Kind {
@@ -227,7 +240,7 @@ func (p *repair) sort(ctx context.Context, problems []Problem) error {
 			if there {
 				p.damaged = append(p.damaged, b.Digest) // something else is in its place
 			}
-		case ProblemCollected: // a subject is worth healing, and without it nothing is lost
+		case ProblemCollected: // healed if it is a subject of something that a ref leads to
 			up := climb{ctx: ctx, q: p.registry.index, ways: ways{subjects: true}}
 			led, err := up.led(b.Digest)
 			if err != nil {
@@ -259,7 +272,7 @@ func (p *repair) sort(ctx context.Context, problems []Problem) error {
 			if !impossible(b) {
 				p.rows = append(p.rows, b.Digest)
 			}
-		case ProblemUnrecorded: // if manifests need it or it is one, its row was lost or says that it is not here
+		case ProblemUnrecorded: // rewriting the rows of manifests that name it, or its own, records it
 			if _, manifest, err := p.registry.index.resolveDigest(b.Digest); err != nil {
 				return err
 			} else if manifest {
@@ -278,12 +291,14 @@ func (p *repair) sort(ctx context.Context, problems []Problem) error {
 	return nil
 }
 
-// impossible reports whether a problem is of rows that this package can't have written.
+// impossible reports whether a problem is of rows that this package cannot have written. Repair cannot
+// correct them. Rebuild makes a new index then.
 func impossible(b Problem) bool {
 	return b.Kind == ProblemIndex || b.Kind == ProblemRef && b.Reference.IsZero()
 }
 
-// resize corrects the size in a blob's row, if the file is good.
+// resize corrects the size in a blob's row if the file is good. The digest is the identity of the
+// content, so a file that hashes to its name has the right size and the row is wrong.
 func (p *repair) resize(ctx context.Context, d digest.Digest) error {
 	size, err := p.registry.blobs.size(d)
 	if err == nil {

@@ -11,8 +11,8 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// heal takes wanted blobs from the sources, in order. A source that fails does not keep the others
-// from being asked: it goes into the report, with the first such error in p.sourceErr.
+// heal takes wanted blobs from the sources, in order. If a source fails, it goes into the report, the
+// first such error goes into p.sourceErr, and the next source is searched.
 func (p *repair) heal(ctx context.Context) error {
 	for _, source := range p.opts.Sources {
 		if len(p.wanted) == 0 {
@@ -42,7 +42,9 @@ func (p *repair) sourceFailed(source string, err error) {
 	}
 }
 
-// A healing takes blobs from one source into a stage.
+// A healing takes blobs from one source into a stage. It must tell two kinds of errors apart: an
+// error of the source ends only the search of this source, and an error of the registry ends the
+// repair. readArchive and layout report both in the same way, so put keeps the second kind in own.
 type healing struct {
 	*repair
 	stage *stage
@@ -50,8 +52,9 @@ type healing struct {
 	own   error // of the registry or the process, not of the source
 }
 
-// healFrom takes wanted blobs from one source. bad is an error of the source; the blobs that came
-// before it count all the same. err is an error of the registry or the process.
+// healFrom takes wanted blobs from one source. bad is an error of the source. The blobs that were
+// found before it are used. err is an error of the registry or the process. Blobs leave p.wanted only
+// after settle, when they are durable.
 func (p *repair) healFrom(ctx context.Context, source string) (bad, err error) {
 	h := &healing{repair: p, stage: p.registry.blobs.newStage()}
 	defer func() { p.registry.logDiscard(h.stage.discard()) }()
@@ -78,7 +81,9 @@ func (p *repair) healFrom(ctx context.Context, source string) (bad, err error) {
 	return bad, nil
 }
 
-// put stages a source's copy of d if d is wanted. A damaged copy is passed over.
+// put stages a source's copy of d if d is wanted. A damaged copy is skipped: another source may have a
+// good one. Any other error is that of the source if the reader failed, and otherwise that of the
+// registry, such as a full disk.
 func (h *healing) put(ctx context.Context, d digest.Digest, src io.Reader, size int64) error {
 	if !h.wanted[d] {
 		return nil
@@ -106,7 +111,7 @@ func (h *healing) put(ctx context.Context, d digest.Digest, src io.Reader, size 
 	return err
 }
 
-// A sourceReader remembers its error, which tells on which side a copy has failed.
+// A sourceReader remembers the error of its source. So put knows which side of a copy has failed.
 type sourceReader struct {
 	src io.Reader
 	err error
@@ -120,9 +125,9 @@ func (r *sourceReader) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// rightSize reports whether a source's copy of d may be good, by its size. It is asked before the
-// copy is read, because a sparse file can be larger than the disk. If nothing says how large d is,
-// the copy may be as large as a manifest, or as the damaged file.
+// rightSize reports whether a source's copy of d may be good, by its size. put asks before it reads the
+// copy, because a sparse file can be larger than the disk. If neither the index nor a manifest says
+// the size of d, the copy may be as large as a manifest or as the damaged file.
 func (p *repair) rightSize(d digest.Digest, size int64) (bool, error) {
 	desc, _, err := p.describe(d)
 	if err != nil {
@@ -138,8 +143,9 @@ func (p *repair) rightSize(d digest.Digest, size int64) (bool, error) {
 	return size <= max(here, MaxManifestSize), nil
 }
 
-// fromLayout takes blobs from a directory. Only blobs/ counts, and an entry there that is not a
-// regular file is passed over. The error is that of the last blob that could not be read.
+// fromLayout takes blobs from a directory. It reads only blobs/, so the directory need not be a valid
+// layout. A blob that cannot be read does not stop the others: the error is that of the last one. An
+// error of the process stops all.
 func (h *healing) fromLayout(ctx context.Context, dir string) (bad error) {
 	root, err := openRoot(dir, h.registry.root.fault)
 	if err != nil {
@@ -169,7 +175,7 @@ func (h *healing) fromLayout(ctx context.Context, dir string) (bad error) {
 	return bad
 }
 
-// fromArchive takes blobs from an archive. Its index need not be there, or valid.
+// fromArchive takes blobs from an archive. The archive need not have a valid index.json.
 func (h *healing) fromArchive(ctx context.Context, name string) error {
 	f, err := h.registry.openOther(name)
 	if err != nil {

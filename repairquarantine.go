@@ -12,11 +12,14 @@ import (
 	"github.com/opencontainers/go-digest"
 )
 
-// A damaged file is never deleted: it may be all that is left of its content. It leaves blobs/ for
-// tmp/quarantine/<digest>, so that nothing reads it by accident and a good file can take its name.
+// Repair never deletes a damaged file: it may be all that is left of the content. It moves the file
+// from blobs/ to tmp/quarantine/<digest>. So no call reads it by accident, and a good file can take
+// its name. A collection deletes it after its grace.
 
-// quarantine moves damaged entries out of blobs/. Without files it moves those that are not regular
-// files, which nothing can heal in their place. With files it moves those that were not healed.
+// quarantine moves damaged entries out of blobs/. It is called twice. Before healing, with files
+// false, it moves entries that are not regular files: a good file cannot replace a directory. After
+// healing, with files true, it moves the damaged files that were not healed. Those that were healed
+// have been replaced in their place, so that no reader finds the name missing.
 func (p *repair) quarantine(ctx context.Context, files bool) error {
 	for _, d := range p.damaged {
 		if files && !p.wanted[d] {
@@ -33,8 +36,9 @@ func (p *repair) quarantine(ctx context.Context, files bool) error {
 	return nil
 }
 
-// inspect looks again at a damaged entry. It returns nil if the entry is good now, or gone, or if
-// it cannot be read: an unreadable file may be good.
+// inspect looks again at a damaged entry, since another process may have healed or collected it. It
+// returns nil if the entry is good or missing now, or if it cannot be read: an unreadable file may
+// be good. The returned info identifies the file that was found damaged.
 func (p *repair) inspect(ctx context.Context, d digest.Digest, files bool) (fs.FileInfo, error) {
 	fi, err := p.registry.root.Lstat(blobPath(d))
 	switch {
@@ -69,9 +73,16 @@ func (p *repair) inspect(ctx context.Context, d digest.Digest, files bool) (fs.F
 	return nil, nil
 }
 
-// moveAway moves a damaged entry to quarantine, unless another process heals it meanwhile. No
-// publish can miss the file while it is moved there and back, because publishers check their blobs
-// with the index locked, and moveAway holds that lock.
+// moveAway moves a damaged entry to quarantine, unless another process has replaced it.
+//
+// The problem: a publisher can replace the file by a good one between the check and the rename, as it
+// needs no lock for that. The rename would then move the good file away.
+//
+// The rule: check the identity of the file before and after the rename. If the moved file is not the
+// damaged one, it is moved back.
+//
+// It is safe because the index is locked meanwhile. Publishers check their blobs with that lock, so
+// none of them finds the name missing while the file is moved there and back.
 func (p *repair) moveAway(ctx context.Context, d digest.Digest, bad fs.FileInfo) error {
 	root := p.registry.root
 	dir := path.Join(tmpDir, quarantineDir)
@@ -101,7 +112,9 @@ func (p *repair) moveAway(ctx context.Context, d digest.Digest, bad fs.FileInfo)
 	if err != nil || !moved {
 		return err
 	}
-	root.Chtimes(to, time.Now()) // its grace begins. This fails on another user's file, whose grace has begun already
+	// The grace of a quarantined file begins now. Setting the time fails for another user's file,
+	// whose old time then counts.
+	root.Chtimes(to, time.Now())
 	p.report.Quarantined = append(p.report.Quarantined, d)
 	return nil
 }

@@ -10,30 +10,43 @@ import (
 )
 
 // Rebuild makes a new index for the registry in dir from its blobs, if the index is lost or
-// damaged. The directory blobs must be left. Then it does what [LocalRegistry.Repair] does. If the
-// index is sound, Rebuild is Repair. No other process may have the registry open: one that has it
-// can write no more.
+// damaged. The directory blobs must still exist. Then Rebuild does the same as
+// [LocalRegistry.Repair]. If the index is sound, it does only that. No other process may have the
+// registry open: its writes fail afterwards.
 //
 // A damaged index is not deleted. It is renamed to index.sqlite3.broken (or .broken2, …), and
 // Rebuild keeps the refs, and the untagged manifests of a [Repository], that can still be read from
-// it. If there is no index, or a new one, as a killed rebuild leaves it, Rebuild keeps those of the
+// it. If there is no index, or a new one that a killed rebuild has left, Rebuild keeps those of the
 // last file with such a name. Manifests without refs get the names that Repair makes up.
 //
 // Errors:
-//   - [ErrNotFound] if dir is not a registry
-//   - [ErrForeignIndex] if the index is another program's
+//   - [ErrNotFound]: dir is not a registry
+//   - [ErrForeignIndex]: the index belongs to another program
 //   - [ErrNewerSchema]
 //   - those of [Open] and [LocalRegistry.Repair]
-func Rebuild(ctx context.Context, dir string, opts *RepairOptions) (*RepairReport, error) {
+func Rebuild(ctx context.Context, dir string, opts *RepairOptions) (_ *RepairReport, err error) {
+	defer addOp(&err, "rebuild", dir, "")
 	if opts == nil {
 		opts = &RepairOptions{}
 	}
-	report, err := attend(ctx, opts.Progress, Reference{}, func(ctx context.Context, m *meter) (*RepairReport, error) {
+	return attend(ctx, opts.Progress, Reference{}, func(ctx context.Context, m *meter) (*RepairReport, error) {
 		return rebuild(ctx, dir, opts, m)
 	})
-	return report, opError("rebuild", dir, "", err)
 }
 
+// rebuild decides by the state of the index:
+//
+//	sound                         repair, with the refs of an index set aside before if this is new
+//	damaged, found by Open        set aside, make a new one, repair
+//	damaged, found by the repair  likewise; the report keeps what the first repair healed
+//	unrecognisable, our id        likewise: damage can change the application id too
+//	unrecognisable, no id of ours ErrForeignIndex: the directory may belong to another program
+//	missing                       Open makes a new one, because adopt is set; repair
+//	unreadable, newer schema      that error: nothing is known to be damaged
+//
+// A rebuild that is killed leaves the damaged index under its old name or under the new one, and the
+// next rebuild goes on from there. The new index is marked as unreconciled until the repair is done,
+// so no collection deletes anything in between.
 func rebuild(ctx context.Context, dir string, opts *RepairOptions, m *meter) (*RepairReport, error) {
 	dir, err := resolveDir(dir)
 	var root *rootDir
@@ -50,12 +63,13 @@ func rebuild(ctx context.Context, dir string, opts *RepairOptions, m *meter) (*R
 		}
 		return nil, err
 	}
-	// Only files of an index are renamed with it. A lost index may have left a journal.
+	// The files of the index are renamed together, so each must be a regular file. A lost index may
+	// have left a journal.
 	_, lost := root.Lstat(indexFile)
 	if err := checkDatabase(filepath.Join(dir, indexFile), lost != nil, opts.AllowOtherOwner); err != nil {
 		return nil, err
 	}
-	before := &RepairReport{} // of an index that proved to be damaged
+	before := &RepairReport{} // of a repair that found the index damaged
 	r, err := Open(ctx, dir, &Options{AllowOtherOwner: opts.AllowOtherOwner, fault: opts.fault, adopt: true})
 	if err == nil {
 		damaged := false
@@ -76,20 +90,19 @@ func rebuild(ctx context.Context, dir string, opts *RepairOptions, m *meter) (*R
 		}
 		err = errors.Join(ErrCorruptIndex, err, r.Close())
 	}
-	// An index that cannot be read, for lack of descriptors for example, is not known to be
-	// damaged.
+	// An index that cannot be read, for example without free descriptors, is not known to be damaged.
 	if !errors.Is(err, ErrCorruptIndex) && !errors.Is(err, ErrForeignIndex) || errors.Is(err, ErrNewerSchema) || errors.Is(err, ErrForeignRoot) || processCondition(err) {
 		return nil, err
 	}
-	// Damage may have made our index unrecognisable. Other programs have a directory blobs and a
-	// file id too, so the id must be one that this package has made.
+	// Damage may have made the index unrecognisable. Other programs use the names blobs and id too,
+	// so the file id must have the form that this package writes.
 	if errors.Is(err, errUnrecognised) || errors.Is(err, ErrForeignIndex) && !errors.Is(err, errNoID) {
 		id, lost := readID(root)
 		if lost == nil && !isMadeID(id) {
 			lost = errBadID
 		}
 		if errors.Is(lost, fs.ErrNotExist) || errors.Is(lost, errBadID) {
-			return nil, fmt.Errorf("%w: %w; and there is no %s that this package has made (if the registry is this package's, rename %s to %s first)",
+			return nil, fmt.Errorf("%w: %w; and there is no file %s by this package (if the registry belongs to this package, rename %s to %s first)",
 				ErrForeignIndex, err, idFile, indexFile, asideName(1))
 		}
 		if lost != nil {
@@ -112,7 +125,7 @@ func rebuild(ctx context.Context, dir string, opts *RepairOptions, m *meter) (*R
 	return &p.report, errors.Join(err, r.Close())
 }
 
-// salvagePath returns the absolute path of an index that was set aside, "" if there was none.
+// salvagePath returns the path of an index that was set aside, and "" if there was none.
 func salvagePath(root *rootDir, dir, aside string) string {
 	if _, err := root.Lstat(aside); errors.Is(err, fs.ErrNotExist) {
 		return ""
@@ -140,9 +153,10 @@ func asideName(n int) string {
 	return name
 }
 
-// setAside renames the index's files, and returns the new name of the first. The index goes first:
-// until the last file follows, Open refuses what is left. An index without its log would look
-// sound.
+// setAside renames the files of the index, and returns the new name of the first. The index itself is
+// renamed before its log. If the rename is interrupted, Open finds a log without an index and refuses
+// it. In the other order it would find an index without its log, which looks sound and has lost
+// commits.
 func setAside(root *rootDir) (string, error) {
 	for n := 1; ; n++ {
 		aside := asideName(n)
@@ -153,8 +167,9 @@ func setAside(root *rootDir) (string, error) {
 	}
 }
 
-// moveIndex renames the files of an index, unless a name is taken. Files that a killed rebuild has
-// left follow those that it has renamed.
+// moveIndex renames the files of an index, and reports false if one of the new names is taken. Only
+// the names of files that exist are checked. So a log that a killed rebuild has left follows the
+// index that it had renamed.
 func moveIndex(root *rootDir, from, to string) (done bool, err error) {
 	var there []string
 	for _, suffix := range []string{"", "-journal", "-wal", "-shm"} {

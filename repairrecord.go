@@ -11,13 +11,17 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// Rows are written here as a publish writes them: the manifest and all that it needs are staged by
-// an importer whose source has nothing, and record checks each blob in the transaction. So a
-// manifest gets rows only if its closure is whole, and a collection that runs meanwhile can't break
-// it.
+// Repair writes rows in the same way as a publish. An importer whose source is empty stages the
+// manifest and all that it needs, by links to the files in blobs/. Then record checks each blob in
+// the transaction. So a manifest gets rows only if its closure is whole. A collection that runs
+// meanwhile cannot break it: a staged file that it deletes is linked again.
 
-// rewrite makes the rows of a recorded manifest agree with its bytes. If these are not a
-// manifest's, the blob's row must not say so either.
+// rewrite makes the rows of a recorded manifest agree with its bytes. If the bytes are not a manifest,
+// the rows must not say that they are one.
+//
+// The old rows of members are deleted first, since they may be wrong in any way. Then all manifests
+// below are recorded too, because their rows may be missing. All of it is one transaction, so no
+// other process sees the manifest without its members.
 func (p *repair) rewrite(ctx context.Context, d digest.Digest) error {
 	_, err := p.registry.readVerified(ctx, ocispec.Descriptor{Digest: d, Size: -1})
 	if errors.Is(err, ErrInvalidManifest) || errors.Is(err, ErrUnsupportedMediaType) || errors.Is(err, ErrTooLarge) {
@@ -31,7 +35,7 @@ func (p *repair) rewrite(ctx context.Context, d digest.Digest) error {
 		return p.tolerate(ctx, err)
 	}
 	err = p.registry.write(ctx, func(tx *indexTx) error {
-		if err := tx.deleteMembers(d); err != nil { // they may be there without their manifest's row
+		if err := tx.deleteMembers(d); err != nil { // they may exist without the row of the manifest
 			return err
 		}
 		checked := map[digest.Digest]bool{}
@@ -48,7 +52,8 @@ func (p *repair) rewrite(ctx context.Context, d digest.Digest) error {
 	return p.tolerate(ctx, err)
 }
 
-// load stages a manifest that is in blobs/, with all that it needs.
+// load stages a manifest that is in blobs/, with everything that it needs, and settles the stage. The
+// caller discards the stage. It is nil if the manifest itself cannot be read.
 func (p *repair) load(ctx context.Context, d digest.Digest) (m *Manifest, pub publication, st *stage, err error) {
 	m, err = p.registry.readVerified(ctx, ocispec.Descriptor{Digest: d, Size: -1})
 	if err != nil {
@@ -68,8 +73,8 @@ func (p *repair) load(ctx context.Context, d digest.Digest) (m *Manifest, pub pu
 	return m, pub, im.stage, err
 }
 
-// mayLack reports whether a member of an image index is recorded as absent, by the index or by the
-// damaged one whose refs are kept.
+// mayLack reports whether a member of an image index is recorded as absent, by this index or by the
+// damaged one in salvage.
 func (p *repair) mayLack(d digest.Digest) (bool, error) {
 	if p.absent[d] {
 		return true, nil
@@ -77,8 +82,9 @@ func (p *repair) mayLack(d digest.Digest) (bool, error) {
 	return isAbsent(p.registry.index, d)
 }
 
-// tolerate returns nil for an error that concerns one artifact. The last verification reports what
-// is left of it.
+// tolerate returns nil for an error that concerns one artifact only, so that the repair goes on with
+// the others. The verification at the end finds the artifact again and reports it. An error of the
+// process or of ctx is returned, even if it is wrapped in one of these.
 func (p *repair) tolerate(ctx context.Context, err error) error {
 	for _, e := range []error{
 		ErrIncomplete, ErrNotFound, ErrInvalidDigest, ErrInvalidManifest, ErrUnsupportedMediaType,
@@ -91,7 +97,7 @@ func (p *repair) tolerate(ctx context.Context, err error) error {
 	return err
 }
 
-// record records the manifests in blobs/ that have no row, if all their needs are there.
+// record records the manifests in blobs/ that have no row, if everything that they need is there.
 func (p *repair) record(ctx context.Context) error {
 	unknown, err := p.unrecorded(ctx)
 	if err != nil {
@@ -105,7 +111,8 @@ func (p *repair) record(ctx context.Context) error {
 	return nil
 }
 
-// unrecorded returns the files in blobs/ that may be manifests and have no row.
+// unrecorded returns the files in blobs/ that may be manifests and have no row. Only the first byte of
+// a file is read here. Whether it is a manifest is decided when it is parsed.
 func (p *repair) unrecorded(ctx context.Context) (unknown []digest.Digest, err error) {
 	err = p.registry.blobs.walk(ctx, func(e blobEntry) error {
 		if e.digest == "" || e.info.Size() > MaxManifestSize {
@@ -131,7 +138,9 @@ type lack struct {
 	role role
 }
 
-// findLacks finds the blobs that unrecorded manifests need and that are missing, and wants them.
+// findLacks finds the missing blobs that unrecorded manifests need, and adds them to wanted. Absent
+// members and foreign layers are not missed. It starts with an empty p.lacks each time, because a
+// healed manifest may need more, and a healed blob is not missing any more.
 func (p *repair) findLacks(ctx context.Context) error {
 	p.lacks = map[digest.Digest]lack{}
 	unknown, err := p.unrecorded(ctx)
@@ -171,7 +180,7 @@ func (p *repair) findLacks(ctx context.Context) error {
 	return nil
 }
 
-// recordOne records one manifest, with a list's manifests below it.
+// recordOne records one manifest, and the manifests below an image index, without a ref.
 func (p *repair) recordOne(ctx context.Context, d digest.Digest) error {
 	if _, ok, err := p.registry.index.resolveDigest(d); ok || err != nil {
 		return err // it was recorded with the image index that needs it
@@ -189,8 +198,10 @@ func (p *repair) recordOne(ctx context.Context, d digest.Digest) error {
 	return p.tolerate(ctx, err)
 }
 
-// reconcile gives refs to the manifests that have lost theirs. If no manifest lacks anything, it
-// also removes the mark, so that collections delete again.
+// reconcile gives refs to the manifests that have lost theirs: those that neither a ref nor another
+// manifest points at. A subject or a member of an index needs no ref, since it is kept by the other
+// manifest. If no unrecorded manifest lacks anything, reconcile also removes the mark, so that
+// collections delete again. As long as one does, a collection would delete the blobs that it has.
 func (p *repair) reconcile(ctx context.Context) error {
 	var tops []digest.Digest
 	x := p.registry.index
@@ -231,7 +242,8 @@ func (p *repair) reconcile(ctx context.Context) error {
 	return p.registry.write(ctx, func(tx *indexTx) error { return tx.deleteMeta(metaUnreconciled) })
 }
 
-// keepAbsent notes what the index that was set aside records as absent, before anything is recorded.
+// keepAbsent reads which members the index that was set aside records as absent. It runs before
+// anything is recorded: without it, an image index with absent members would not count as whole.
 func (p *repair) keepAbsent(ctx context.Context) error {
 	if p.salvage == "" {
 		return nil
@@ -242,7 +254,9 @@ func (p *repair) keepAbsent(ctx context.Context) error {
 	})
 }
 
-// keep takes refs, holds, and what was imported by digest, from the index that was set aside.
+// keep takes refs, the facts of imports by digest, and holds from the index that was set aside. The
+// index is damaged: salvage ends a read at the damage, and the next read begins with another table.
+// Refs whose manifest is not whole are left out by name.
 func (p *repair) keep(ctx context.Context) error {
 	err := salvage(p.salvage, func(x *index) error {
 		return x.salvageRefs(ctx, func(s salvagedRef) error { return p.name(ctx, s.manifest, s.Reference, s.entry) })
@@ -271,8 +285,8 @@ func (p *repair) keep(ctx context.Context) error {
 	})
 }
 
-// name gives a manifest a ref with an entry, unless the manifest is not whole or the ref points
-// elsewhere.
+// name gives a manifest a ref, with the facts of its index.json entry. It does nothing if the manifest
+// is not whole or if the ref points elsewhere: this registry's own refs are newer than salvaged ones.
 func (p *repair) name(ctx context.Context, d digest.Digest, ref Reference, entry string) error {
 	u, err := p.registry.tag(ctx, d, ref, nil)
 	if errors.Is(err, ErrConflict) || errors.Is(err, ErrDigestMismatch) {
@@ -288,11 +302,13 @@ func (p *repair) name(ctx context.Context, d digest.Digest, ref Reference, entry
 	return p.tolerate(ctx, err)
 }
 
-// recoveredName returns the reference for a manifest whose names were lost.
+// recoveredName returns the reference for a manifest whose names were lost. It depends only on the
+// digest, so a repeated repair gives the same name. Its host is under .local, so it is never taken for
+// a name in a remote registry.
 func (r *LocalRegistry) recoveredName(d digest.Digest) (Reference, error) {
 	encoded := d.Encoded()
 	if len(encoded) > 64 {
-		encoded = encoded[:64] // a tag has 128 characters at most
+		encoded = encoded[:64] // a tag has at most 128 characters
 	}
 	return ParseReference(fmt.Sprintf("%s/recovered:%s-%s", r.localHost(), d.Algorithm(), encoded))
 }

@@ -17,12 +17,12 @@ import (
 type VerifyOptions struct {
 	// Quick compares sizes, and reads no blobs except manifests.
 	Quick bool
-	// After, if not empty, continues after that digest: that of the last item that Progress
+	// After, if not empty, continues a verification after that digest: the last one that Progress
 	// reported as done.
 	After digest.Digest
-	// Progress, if not nil, is called with how far the verification is. Items are digests of files
-	// and of rows. They are done in the order of their digests, and then all their problems have
-	// been yielded. With Quick, bytes are not counted.
+	// Progress, if not nil, is called with the state of the verification. Items are digests of files
+	// and of rows. They are done in the order of their digests. All problems of an item are yielded
+	// before it is reported as done. With Quick, bytes are not counted.
 	Progress func(Progress)
 }
 
@@ -35,16 +35,16 @@ const (
 	// ProblemUnreconciled: the index is new or empty beside blobs. See [GCReport] and
 	// [LocalRegistry.Repair].
 	ProblemUnreconciled ProblemKind = "index is not reconciled"
-	// ProblemRef: a ref points at a manifest that the index does not have, or describes it
-	// otherwise. Or its name is invalid; then Problem.Reference is zero.
+	// ProblemRef: a ref points at a manifest that the index does not have or describes differently.
+	// Or the name of the ref is invalid; then Problem.Reference is zero.
 	ProblemRef ProblemKind = "ref is dangling"
 	// ProblemMissing: the index has a blob that blobs/ does not have and that a ref leads to.
 	ProblemMissing ProblemKind = "blob is missing"
-	// ProblemCollected: the index has a blob that blobs/ does not have and that no ref needs. An
-	// interrupted collection leaves such rows, and the next one deletes them. A subject is not
-	// needed either.
+	// ProblemCollected: the index has a blob that blobs/ does not have and that no ref needs. The
+	// subject of an artifact is not needed by it. An interrupted collection leaves such rows, and the
+	// next one deletes them.
 	ProblemCollected ProblemKind = "row of a collected blob"
-	// ProblemSize: a file has another size than the index says. Without a ProblemDigest for the
+	// ProblemSize: a file has another size than the index says. If there is no ProblemDigest for the
 	// same digest, the index is wrong.
 	ProblemSize ProblemKind = "blob has another size"
 	// ProblemDigest: a file's bytes do not hash to its name.
@@ -57,11 +57,11 @@ const (
 	ProblemManifest ProblemKind = "manifest is invalid"
 	// ProblemRows: the index contradicts a manifest's bytes.
 	ProblemRows ProblemKind = "index contradicts manifest"
-	// ProblemUnrecorded: a blob that the index does not know. It may be work in flight, or the rest
-	// of a killed process. GC deletes it.
+	// ProblemUnrecorded: a blob that the index does not know. A call that is running may be about to
+	// publish it, or a killed process has left it. GC deletes it.
 	ProblemUnrecorded ProblemKind = "blob is unrecorded"
 	// ProblemForeign: an entry of blobs/ that is not a blob.
-	ProblemForeign ProblemKind = "entry is no blob"
+	ProblemForeign ProblemKind = "entry is not a blob"
 )
 
 // A Problem is one finding of [LocalRegistry.Verify].
@@ -87,14 +87,15 @@ func (p Problem) String() string {
 
 // Verify compares the index with blobs/, and every file with its digest. It yields every problem:
 // first those of the index, then those of blobs in the order of their digests, so that a
-// verification can be continued. It reads several files at once, holds about 100 bytes for each
-// blob, and changes nothing.
+// verification can be continued. It reads several files at once, uses about 100 bytes of memory for
+// each blob, and changes nothing.
 //
-// Others may write meanwhile. Work in flight may show as [ProblemUnrecorded]. On a read-only
-// registry, a collection may show as [ProblemMissing], [ProblemCollected] or [ProblemRows].
+// Other processes may write meanwhile. A blob that is being published may be reported as
+// [ProblemUnrecorded]. On a read-only registry, a collection in progress may be reported as
+// [ProblemMissing], [ProblemCollected] or [ProblemRows].
 //
-// An error is yielded once, at the end. It is of ctx, the index or the file system, or a condition
-// of the process, such as too many open files. None of these is ever reported as damage.
+// An error is yielded once, at the end. It is an error from ctx, the index or the file system, or a
+// condition of the process, such as too many open files. None of these is ever reported as damage.
 func (r *LocalRegistry) Verify(ctx context.Context, opts *VerifyOptions) iter.Seq2[Problem, error] {
 	v := &verification{registry: r, times: 1}
 	if opts != nil {
@@ -125,15 +126,28 @@ func (r *LocalRegistry) Verify(ctx context.Context, opts *VerifyOptions) iter.Se
 	}
 }
 
+// A verification is one run of Verify or one of the two runs of a repair:
+//
+//	index    integrity of the database, refs that dangle                one goroutine
+//	files    digests in blobs/, sorted
+//	entries  files and rows, merged in the order of digests  ─┐
+//	blob     check one entry                                  ├ order: to the caller
+//	                                                          └ work: to one worker per processor
+//	run      take the results in order, and yield them
+//
+// Each entry goes to order before it goes to work. order is bounded: if the caller is slow, entries
+// waits, and so do the workers. So the memory for results is bounded too.
 type verification struct {
 	registry *LocalRegistry
 	opts     VerifyOptions
 	meter    *meter
 	reports  *progressQueue // of meter; nil if another goroutine delivers them
-	times    int            // that everything will be checked, this time included
+	times    int            // verifications that are still to come, this one included, for the totals
 }
 
-// A verifyEntry is a digest of the index or of blobs/, on its way to a worker and back.
+// A verifyEntry is a digest of the index or of blobs/, on its way to a worker and back. problems has
+// room for one result, so a worker never waits for the caller. item and err are written before the
+// result is sent and read after it, which makes them safe without a lock.
 type verifyEntry struct {
 	checkedBlob
 	problems chan []Problem
@@ -141,6 +155,9 @@ type verifyEntry struct {
 	err      error        // of the index or the process; ends the verification. Read after problems
 }
 
+// run verifies everything and calls found with each problem, on its own goroutine. An error of found
+// ends it. The deferred calls end the workers before run returns: cancel first, then wait, so none
+// reads files after the registry is closed.
 func (v *verification) run(ctx context.Context, found func(Problem) error) error {
 	v.meter.phase(PhasePlan)
 	v.reports.deliver()
@@ -200,7 +217,8 @@ func (v *verification) run(ctx context.Context, found func(Problem) error) error
 	return cmp.Or(ctx.Err(), failed)
 }
 
-// result waits for the problems of an entry, and delivers reports meanwhile.
+// result waits for the problems of an entry. Meanwhile it delivers reports of progress, since the
+// caller's functions must run on this goroutine.
 func (v *verification) result(ctx context.Context, e *verifyEntry) ([]Problem, error) {
 	for {
 		select {
@@ -214,7 +232,8 @@ func (v *verification) result(ctx context.Context, e *verifyEntry) ([]Problem, e
 	}
 }
 
-// index looks for problems that do not concern a single blob.
+// index finds the problems that do not concern a single blob. A verification that is continued skips
+// it, since the first one has yielded them.
 func (v *verification) index(ctx context.Context, found func(Problem) error) error {
 	x := v.registry.index
 	var bad []string
@@ -249,7 +268,7 @@ func (v *verification) files(ctx context.Context, found func(Problem) error) (fi
 			files = append(files, e.digest)
 			bytes += v.counted(e.info.Size())
 		case e.digest == "" && v.opts.After == "":
-			return found(Problem{Kind: ProblemForeign, Path: e.path, Err: errors.New("its name or kind is not a blob's")})
+			return found(Problem{Kind: ProblemForeign, Path: e.path, Err: errors.New("its name or kind is not that of a blob")})
 		}
 		return nil
 	})
@@ -258,7 +277,8 @@ func (v *verification) files(ctx context.Context, found func(Problem) error) (fi
 	return files, err
 }
 
-// counted returns how many bytes of a file of this size are counted.
+// counted returns the number of bytes that the progress counts for a file of this size. A quick
+// verification reads almost none.
 func (v *verification) counted(size int64) int64 {
 	if v.opts.Quick {
 		return 0
@@ -266,7 +286,9 @@ func (v *verification) counted(size int64) int64 {
 	return size
 }
 
-// entries visits the digests of the index and of blobs/, in order.
+// entries visits the digests of the index and of blobs/, in order, each once. It merges two sorted
+// lists: files, and the rows, which it reads in pages. A file without a row is visited with a
+// checkedBlob that is not recorded.
 func (v *verification) entries(ctx context.Context, files []digest.Digest, visit func(checkedBlob) error) error {
 	unrecorded := func(below digest.Digest) error { // "" for all
 		for len(files) > 0 && (below == "" || files[0] < below) {

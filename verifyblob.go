@@ -11,8 +11,10 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// again looks a second time at what seems to be wrong, with the write lock held where that is
-// possible. The lock keeps collections out, which delete files before rows, and rows one by one.
+// again checks a finding a second time, with the write lock held if the registry is not read-only.
+// Without the lock, a collection in progress looks like damage: it deletes files before rows, and rows
+// one by one. With the lock, no collection is between two of these. A read-only registry cannot lock,
+// so its findings may be those of a collection.
 func (v *verification) again(ctx context.Context, look func(queryer) error) error {
 	if v.registry.blobs.readOnly {
 		return look(v.registry.index)
@@ -20,7 +22,8 @@ func (v *verification) again(ctx context.Context, look func(queryer) error) erro
 	return v.registry.writeAlone(ctx, func(tx *indexTx) error { return look(tx) })
 }
 
-// missing reports whether the index has a blob that has no file, and whether a ref needs it. A
+// missing reports whether the index has a blob that has no file, and whether a ref needs it. Both are
+// decided under again, so that a blob that was collected or put back meanwhile is not reported. A
 // manifest without a file is not kept by its referrers or its subject: see climb.
 func (v *verification) missing(ctx context.Context, d digest.Digest) (recorded, needed bool, err error) {
 	if known, err := hasBlob(v.registry.index, d); !known || err != nil {
@@ -45,14 +48,15 @@ func (v *verification) missing(ctx context.Context, d digest.Digest) (recorded, 
 	return recorded, needed, err
 }
 
-// blob checks one digest. Others write meanwhile, so each finding is one of these:
+// blob checks one digest. Other processes write meanwhile, so there are three kinds of findings:
 //
-//   - about bytes: the file was read and is what it is, whatever the index says by now
-//   - about a row and a file: it may only show a publish or a collection half way. So whatever
-//     would mean a loss is looked at again, by again, before it is reported. A file that is gone by
-//     the time it is opened was collected, and is not reported.
-//   - a condition of the process or an error of the index: it goes into e.err, ends the
-//     verification, and voids what was found for this digest
+//   - About bytes: the file was read, and its bytes are wrong whatever the index says by now. The
+//     finding is reported at once.
+//   - About a row and a file: it may only show a publish or a collection in progress. A finding that
+//     would mean a loss is checked again, by again, before it is reported. A file that is missing
+//     when it is opened was collected, and is not reported.
+//   - A condition of the process or an error of the index: it goes into e.err, ends the
+//     verification, and discards the findings for this digest.
 func (v *verification) blob(ctx context.Context, e *verifyEntry) (problems []Problem) {
 	add := func(kind ProblemKind, err error) {
 		problems = append(problems, Problem{Kind: kind, Digest: e.digest, Err: err})
@@ -74,7 +78,7 @@ func (v *verification) blob(ctx context.Context, e *verifyEntry) (problems []Pro
 		case needed:
 			add(ProblemMissing, ErrNotFound)
 		default:
-			add(ProblemCollected, errors.New("no ref needs it, and its file is not there"))
+			add(ProblemCollected, errors.New("its file is missing, and no ref needs it"))
 		}
 		return problems
 	}
@@ -119,9 +123,10 @@ func (v *verification) blob(ctx context.Context, e *verifyEntry) (problems []Pro
 	return problems
 }
 
-// manifest checks a manifest's bytes, and compares them with its rows. A size mismatch with the
-// rows is found by blob, so the bytes are read by the file's own size. A manifest without a row is
-// reported only if something else says that it is one: otherwise it was collected, or is not one.
+// manifest checks a manifest's bytes, and compares them with its rows. blob has compared the size with
+// the row, so the bytes are read by the size of the file. That finds a manifest good whose row has a
+// wrong size. A manifest without a row of its own is reported only if another row says that it is
+// one. Otherwise it was collected, or it is not a manifest.
 func (v *verification) manifest(ctx context.Context, e *verifyEntry, size int64) []Problem {
 	problem := func(kind ProblemKind, err error) []Problem {
 		return []Problem{{Kind: kind, Digest: e.digest, Err: err}}
@@ -152,7 +157,7 @@ func (v *verification) manifest(ctx context.Context, e *verifyEntry, size int64)
 	invalid := func(err error) bool {
 		return errors.Is(err, ErrInvalidManifest) || errors.Is(err, ErrUnsupportedMediaType) || errors.Is(err, ErrTooLarge)
 	}
-	desc.Size = size // what the row says is compared below
+	desc.Size = size // rowsDiffer compares the size of the row below
 	m, err := r.readVerified(ctx, desc)
 	if invalid(err) { // unless it is the row's media type that is wrong
 		if other, bad := r.readVerified(ctx, ocispec.Descriptor{Digest: e.digest, Size: size}); bad == nil && other.MediaType() != desc.MediaType {

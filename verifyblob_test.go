@@ -49,13 +49,13 @@ func TestCorruption(t *testing.T) {
 		"layer, wrong name": {func(t *testing.T, _ *ocilocal.LocalRegistry, l, m string) {
 			write(t, filepath.Join(filepath.Dir(l), digest.FromString("other").Encoded()), layer)
 		}, []string{"blob is unrecorded other", "blob is damaged other"}, []string{"blob is unrecorded other"}, nil},
-		"layer, a directory": {func(t *testing.T, _ *ocilocal.LocalRegistry, l, _ string) { remove(t, l); os.Mkdir(l, 0o755) }, []string{"entry is no blob blobs/sha256/LAYER", "blob is missing layer"}, nil, []string{"blob is missing layer"}},
+		"layer, a directory": {func(t *testing.T, _ *ocilocal.LocalRegistry, l, _ string) { remove(t, l); os.Mkdir(l, 0o755) }, []string{"entry is not a blob blobs/sha256/LAYER", "blob is missing layer"}, nil, []string{"blob is missing layer"}},
 		"layer, permissions": {func(t *testing.T, _ *ocilocal.LocalRegistry, l, _ string) { os.Chmod(l, 0o600) }, []string{"blob has other permissions layer"}, nil, nil},
 		"manifest, bit flip": {func(t *testing.T, _ *ocilocal.LocalRegistry, _, m string) { flip(t, m) }, []string{"blob is damaged manifest"}, nil, []string{"blob is missing manifest"}},
 		"manifest, missing":  {func(t *testing.T, _ *ocilocal.LocalRegistry, _, m string) { remove(t, m) }, []string{"blob is missing manifest"}, nil, []string{"blob is missing manifest"}},
 		"foreign file": {func(t *testing.T, r *ocilocal.LocalRegistry, _, _ string) {
 			write(t, filepath.Join(r.Root(), "blobs", "README"), "x")
-		}, []string{"entry is no blob blobs/README"}, nil, nil},
+		}, []string{"entry is not a blob blobs/README"}, nil, nil},
 		"file without row": {func(t *testing.T, r *ocilocal.LocalRegistry, l, _ string) {
 			write(t, blobFile(r, digest.FromString("other")), "other")
 		}, []string{"blob is unrecorded other"}, nil, nil},
