@@ -74,20 +74,20 @@ func isHeldName(name string) bool {
 	return checkDigest(digest.NewDigestFromEncoded(digest.SHA256, name)) == nil
 }
 
-// hold moves a complete file of this root, below tmp/, to where blobs are held. verified says that
-// this handle has compared the bytes with d. Renaming replaces a file that is held already: it has
-// the same bytes, unless a power cut has damaged it, and then it is healed.
+// hold moves a complete file of this root, below tmp/, to where blobs are held. fi is of the file
+// if this handle has compared its bytes with d, and nil otherwise. Renaming replaces a file that is
+// held already: it has the same bytes, unless a power cut has damaged it, and then it is healed.
 //
 // The directories are made only if the rename fails without them, which is once per repository and
 // period. A collection may remove them between the two steps, so this is tried several times.
-func (s *blobStore) hold(repository, file string, d digest.Digest, verified bool) (err error) {
+func (s *blobStore) hold(repository, file string, d digest.Digest, fi fs.FileInfo) (err error) {
 	held := path.Join(s.tmp, heldDir)
 	for range 10 {
 		period := path.Join(held, periodOf(time.Now()))
 		dir := path.Join(period, heldName(repository))
 		name := path.Join(dir, digestName(d))
 		if err = s.root.Rename(file, name); err == nil {
-			if fi, err := s.root.Lstat(name); err == nil && verified {
+			if fi != nil {
 				s.noteVerified(name, fi)
 			}
 			return nil
@@ -128,7 +128,13 @@ func (s *blobStore) holdLink(ctx context.Context, repository, name string, d dig
 	if err != nil {
 		return err
 	}
-	err = s.hold(repository, link, d, s.wasVerified(name))
+	fi, err := s.root.Lstat(link)
+	if err == nil {
+		if !s.isVerified(name, fi) {
+			fi = nil
+		}
+		err = s.hold(repository, link, d, fi)
+	}
 	// If the new name was a link to the same file already, rename(2) did nothing and left the old
 	// name.
 	return errors.Join(err, ignoreNotExist(s.root.Remove(link)))
@@ -143,10 +149,11 @@ func (s *blobStore) holdNew(ctx context.Context, repository string, src io.Reade
 		return ocispec.Descriptor{}, err
 	}
 	sf.file.start(0, 0) // on its way to the disk by the time that the manifest comes
-	err = sf.file.Close()
+	fi, err := sf.file.Stat()
+	err = errors.Join(err, sf.file.Close())
 	sf.file = nil
 	if err == nil {
-		err = s.hold(repository, sf.name, sf.digest, true)
+		err = s.hold(repository, sf.name, sf.digest, fi)
 	}
 	if err != nil {
 		return ocispec.Descriptor{}, errors.Join(err, st.drop(sf))

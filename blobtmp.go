@@ -28,11 +28,10 @@ import (
 //	tmp/held/<period>/<repository>/<digest>
 //	                         a collection when the period is old: see heldDir. Mark: a number,
 //	                         a SHA-256 and a digest for names; a regular file.
-//	tmp/upload/<id>-<repository>/
+//	tmp/upload/<id>-<repository>
 //	                         the request that ends the upload; a collection, or a request that
 //	                         begins one, when it is old and not locked: see incoming. Mark: a
-//	                         name by rand.Text and a SHA-256; a directory with nothing but data
-//	                         in it.
+//	                         name by rand.Text and a SHA-256; a regular file.
 //
 // A directory is removed entry by entry, without entering a directory, a link or a mount in it. The
 // last step is a call that fails for a directory that is not empty.
@@ -240,7 +239,7 @@ func (s *blobStore) checkTmp() error {
 			case partialDir:
 				return fi.IsDir() && isDigestName(name)
 			case uploadDir:
-				return fi.IsDir() && isUploadName(name)
+				return fi.Mode().IsRegular() && isUploadName(name)
 			case heldDir:
 				_, period := periodEnd(name)
 				return fi.IsDir() && period

@@ -18,37 +18,36 @@ import (
 
 // An incoming upload is a blob that a client sends in several requests:
 //
-//	tmp/upload/<id>-<hash of the repository>/data
+//	tmp/upload/<id>-<hash of the repository>
 //
 // The file is the whole state. Its size is the offset at which the next bytes belong, so the upload
 // outlives the process that began it, and any process of the root can continue it. A request that
-// writes locks the directory: two requests never append at once, and a kill releases the lock.
-// Nothing is synced. After a power cut the file may hold other bytes, and the digest at the end
-// finds that.
+// writes locks the file: two requests never append at once, and a kill releases the lock. Nothing
+// is synced. After a power cut the file may hold other bytes, and the digest at the end finds that.
 //
 // The steps of an upload, and what a kill after each of them leaves:
 //
-//	newUpload   a directory             an upload without bytes, which can be continued
+//	newUpload   an empty file           an upload without bytes, which can be continued
 //	append      bytes at the end        an upload that continues at the file's size
-//	finish      the file is held        the blob is complete and held; the directory is empty
-//	remove      no directory            nothing
+//	finish      the file is moved       the blob is complete and held
+//	remove      no file                 nothing
 //
-// An empty directory after finish looks like an upload without bytes, which harms nobody. Uploads
-// that nobody ends are removed when they are old and not locked: by a collection, or by a request
-// that begins another one when there are too many.
+// Both finish and remove act while the file is locked, and openLocked looks at the name when it has
+// the lock. So a request that waited for the lock finds the upload gone, and never writes to a blob
+// that is complete. Uploads that nobody ends are removed when they are old and not locked: by a
+// collection, or by a request that begins another one when there are too many.
 type incoming struct {
-	store   *blobStore
-	dir     string
-	release func() error // drops the lock of dir
-	file    *rootFile    // nil when it is closed
-	size    int64        // bytes in the file
+	store *blobStore
+	name  string
+	file  *rootFile // locked; nil when it is closed
+	size  int64     // bytes in the file
 }
 
 // uploadDir is where uploads are, below tmp/.
 const uploadDir = "upload"
 
-// uploadName is the name of an upload's directory. It has the repository in it, so that a client
-// that may push to one repository can't use the id of an upload into another.
+// uploadName is the name of an upload's file. It has the repository in it, so that a client that
+// may push to one repository can't use the id of an upload into another.
 func uploadName(repository, id string) string { return id + "-" + heldName(repository) }
 
 // isUploadName reports whether a name has the form of uploadName's.
@@ -57,7 +56,7 @@ func isUploadName(name string) bool {
 	return isTempName(id) && isHeldName(repository)
 }
 
-// uploadPath returns the directory of an upload, and [ErrNotFound] for an id that cannot be one.
+// uploadPath returns the file of an upload, and [ErrNotFound] for an id that cannot be one.
 // The id comes from a client: this check is what keeps it from naming another file.
 func (s *blobStore) uploadPath(repository, id string) (string, error) {
 	if !isTempName(id) {
@@ -72,11 +71,23 @@ func (s *blobStore) newUpload(repository string) (id string, err error) {
 		return "", ErrReadOnly
 	}
 	id = rand.Text()
-	dir, err := s.uploadPath(repository, id)
-	if err == nil {
-		err = makePartialDir(s.root, dir)
+	name, err := s.uploadPath(repository, id)
+	if err != nil {
+		return "", err
 	}
-	return id, err
+	for range 10 { // a collection may remove the directory in between
+		var f *rootFile
+		if f, err = s.root.openFile(name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600); err == nil {
+			return id, f.Close()
+		}
+		if !errors.Is(err, fs.ErrNotExist) {
+			break
+		}
+		if err := s.root.makeDir(path.Dir(name), 0o700); err != nil {
+			return "", err
+		}
+	}
+	return "", err
 }
 
 // uploadSize returns how many bytes of an upload are here. It takes no lock, so a request that is
@@ -84,17 +95,12 @@ func (s *blobStore) newUpload(repository string) (id string, err error) {
 //
 // Errors: [ErrNotFound], and any error of the file system.
 func (s *blobStore) uploadSize(repository, id string) (int64, error) {
-	dir, err := s.uploadPath(repository, id)
+	name, err := s.uploadPath(repository, id)
 	if err != nil {
 		return 0, err
 	}
-	fi, err := s.root.Lstat(path.Join(dir, partialData))
-	if errors.Is(err, fs.ErrNotExist) {
-		if fi, err = s.root.Lstat(dir); err == nil && fi.IsDir() {
-			return 0, nil // nothing has been written
-		}
-	}
-	if errors.Is(err, fs.ErrNotExist) {
+	fi, err := s.root.Lstat(name)
+	if errors.Is(err, fs.ErrNotExist) || err == nil && !fi.Mode().IsRegular() {
 		return 0, fmt.Errorf("upload: %w", ErrNotFound)
 	}
 	if err != nil {
@@ -113,25 +119,23 @@ const uploadWait = 5 * time.Second
 // Errors: [ErrNotFound], [ErrInUse] if another request has it, and any error from ctx or the file
 // system.
 func (s *blobStore) openUpload(ctx context.Context, repository, id string) (_ *incoming, err error) {
-	dir, err := s.uploadPath(repository, id)
+	name, err := s.uploadPath(repository, id)
 	if err != nil {
 		return nil, err
 	}
-	u := &incoming{store: s, dir: dir}
-	for began := time.Now(); u.release == nil; {
-		// A lock of another process can't be waited for with a context, so it is tried again and
-		// again.
-		release, held, err := tryLockDir(s.root, dir)
-		switch {
-		case err != nil:
+	u := &incoming{store: s, name: name}
+	for began := time.Now(); u.file == nil; {
+		if u.file, err = s.root.openLocked(name); err != nil {
 			return nil, err
-		case held:
-			u.release = release
-			continue
 		}
-		if fi, err := s.root.Lstat(dir); errors.Is(err, fs.ErrNotExist) || err == nil && !fi.IsDir() {
+		if u.file != nil {
+			break
+		}
+		if fi, err := s.root.Lstat(name); errors.Is(err, fs.ErrNotExist) || err == nil && !fi.Mode().IsRegular() {
 			return nil, fmt.Errorf("upload: %w", ErrNotFound)
 		}
+		// A lock of another process can't be waited for with a context, so it is tried again and
+		// again.
 		if time.Since(began) > uploadWait {
 			return nil, fmt.Errorf("upload: %w by another request", ErrInUse)
 		}
@@ -141,11 +145,7 @@ func (s *blobStore) openUpload(ctx context.Context, repository, id string) (_ *i
 		case <-time.After(5 * time.Millisecond):
 		}
 	}
-	u.file, err = s.root.openFile(u.name(), os.O_RDWR|os.O_CREATE, 0o600)
-	if err == nil {
-		u.size, err = checkRegular(u.file)
-	}
-	if err == nil {
+	if u.size, err = checkRegular(u.file); err == nil && u.size > 0 {
 		_, err = u.file.Seek(u.size, io.SeekStart)
 		u.file.written, u.file.started = u.size, u.size
 	}
@@ -154,8 +154,6 @@ func (s *blobStore) openUpload(ctx context.Context, repository, id string) (_ *i
 	}
 	return u, nil
 }
-
-func (u *incoming) name() string { return path.Join(u.dir, partialData) }
 
 // append adds the bytes of src, and hashes them into h. The bytes that were written before an error
 // stay, and size includes them: the client continues after them. The upload may have at most limit
@@ -178,28 +176,24 @@ func (u *incoming) append(ctx context.Context, src io.Reader, h hash.Hash, limit
 
 // close ends the request and drops the lock. The upload stays.
 func (u *incoming) close() error {
-	var err error
-	if u.file != nil {
-		err = u.file.Close()
-		u.file = nil
+	if u.file == nil {
+		return nil
 	}
-	return errors.Join(err, u.release())
+	err := u.file.Close()
+	u.file = nil
+	return err
 }
 
 // remove ends the request, and the upload with its bytes. The lock is dropped last, so no other
 // request sees half of it.
 func (u *incoming) remove() error {
-	var err error
-	if u.file != nil {
-		err = u.file.Close()
-		u.file = nil
-	}
-	return errors.Join(err, u.store.removeDir(u.dir, isPartialFile), u.release())
+	err := ignoreNotExist(u.store.root.Remove(u.name)) // while it is locked
+	return errors.Join(err, u.close())
 }
 
 // finish holds the complete bytes as a blob of the repository. verified says that all bytes were
-// hashed while they came in, and have the digest. Otherwise the file is read here. The caller then
-// removes the upload, of which only the directory is left.
+// hashed while they came in, and have the digest. Otherwise the file is read here. Then the request
+// ends and the upload is gone.
 //
 // Errors: [ErrDigestMismatch], and any error from ctx or the file system. After them the bytes are
 // still the upload's.
@@ -218,21 +212,27 @@ func (u *incoming) finish(ctx context.Context, repository string, d digest.Diges
 	if err := u.file.chmod(0o444); err != nil {
 		return err
 	}
-	err := u.file.Close()
-	u.file = nil
+	fi, err := u.file.Stat()
 	if err != nil {
 		return err
 	}
-	return s.hold(repository, u.name(), d, true)
+	return errors.Join(s.hold(repository, u.name, d, fi), u.close())
 }
 
-// sweepUpload removes the directory of an upload that no request has.
-func (s *blobStore) sweepUpload(dir string) error {
-	fi, err := s.root.Lstat(dir)
-	if err != nil || !fi.IsDir() || !isUploadName(path.Base(dir)) {
+// sweepUpload removes an upload that no request has.
+func (s *blobStore) sweepUpload(name string) error {
+	fi, err := s.root.Lstat(name)
+	if err != nil || !fi.Mode().IsRegular() || !isUploadName(path.Base(name)) {
 		return ignoreNotExist(err)
 	}
-	return s.removeIdle(dir, isPartialFile)
+	f, err := s.root.openLocked(name)
+	if f == nil {
+		if errors.Is(err, fs.ErrPermission) {
+			err = nil // another user's: theirs to sweep
+		}
+		return err
+	}
+	return errors.Join(ignoreNotExist(s.root.Remove(name)), f.Close())
 }
 
 // countUploads returns how many uploads there are, counting up to limit. If there are that many, it
@@ -264,14 +264,8 @@ func (s *blobStore) countUploads(ctx context.Context, limit int, before time.Tim
 	return n, count(true)
 }
 
-// uploadIdleSince reports whether an upload has had no byte since a moment. The directory counts as
-// well: before the first byte there is no file.
-func (s *blobStore) uploadIdleSince(dir string, moment time.Time) bool {
-	for _, name := range []string{dir, path.Join(dir, partialData)} {
-		fi, err := s.root.Lstat(name)
-		if err == nil && fi.ModTime().After(moment) {
-			return false
-		}
-	}
-	return true
+// uploadIdleSince reports whether an upload has had no byte since a moment.
+func (s *blobStore) uploadIdleSince(name string, moment time.Time) bool {
+	fi, err := s.root.Lstat(name)
+	return err != nil || !fi.ModTime().After(moment)
 }

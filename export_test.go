@@ -12,6 +12,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"net/http"
 	"slices"
 	"time"
 
@@ -367,6 +368,17 @@ func ParseContentRange(s string) (start, length int64, ok bool) {
 	r, ok := parseContentRange(s)
 	return r.start, r.length, ok
 }
+
+// KeptHashes returns for how many uploads a handler has kept the hash.
+func KeptHashes(h http.Handler) int {
+	own := h.(*handler)
+	own.mu.Lock()
+	defer own.mu.Unlock()
+	return len(own.hashes)
+}
+
+// MaxUploadHashes is how many it keeps at most.
+const MaxUploadHashes = maxUploadHashes
 
 // SetLogger is [Options.Logger] for an open registry. No call may be under way.
 func SetLogger(r *LocalRegistry, l *slog.Logger) { r.opts.Logger = l }

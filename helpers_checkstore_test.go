@@ -125,7 +125,7 @@ func (c *storeCheck) files() {
 		case parts[0] == "blobs" && len(parts) == 3 && fi.Mode().IsRegular():
 			return c.blob(p, parts[1], parts[2], fi)
 		case len(parts) > 1 && parts[1] == "held" && (len(parts) < 5 && fi.IsDir() || len(parts) == 5 && fi.Mode().IsRegular()):
-		case len(parts) > 1 && parts[1] == "upload" && (len(parts) < 4 && fi.IsDir() || len(parts) == 4 && fi.Mode().IsRegular()): // they outlive processes too
+		case len(parts) > 1 && parts[1] == "upload" && (len(parts) == 2 && fi.IsDir() || len(parts) == 3 && fi.Mode().IsRegular()): // they outlive processes too
 		default:
 			c.bad("I8: %s does not belong here", rel)
 		}

@@ -58,6 +58,35 @@ func tryLockDir(root *rootDir, name string) (release func() error, held bool, er
 	return nil, false, ignoreNotExist(err)
 }
 
+// tryLockFile opens a regular file of root for reading and writing, locked against every other
+// call of it in any process until it is closed. It returns nil when somebody else has the lock, or
+// when the name is gone, or leads to another file once the lock is held.
+func tryLockFile(root *rootDir, name string) (*os.File, error) {
+	if err := root.fault.before("lock", name); err != nil {
+		return nil, err
+	}
+	f, err := root.OpenFile(name, os.O_RDWR|openNoFollow, 0)
+	if err != nil {
+		return nil, ignoreNotExist(err)
+	}
+	if err := syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
+		f.Close()
+		if errors.Is(err, syscall.EWOULDBLOCK) {
+			return nil, nil
+		}
+		return nil, &os.PathError{Op: "flock", Path: name, Err: err}
+	}
+	mine, err := f.Stat()
+	if err == nil {
+		var now os.FileInfo
+		if now, err = root.Lstat(name); err == nil && os.SameFile(mine, now) {
+			return f, nil
+		}
+	}
+	f.Close()
+	return nil, ignoreNotExist(err)
+}
+
 // checkWritable returns an error if this process may not make entries in the directory.
 func checkWritable(dir string) error {
 	const writeAndSearch = 0x2 | 0x1 // W_OK | X_OK

@@ -46,6 +46,29 @@ func tryLockDir(root *rootDir, name string) (release func() error, held bool, er
 	return nil, false, &os.PathError{Op: "lock", Path: name, Err: err}
 }
 
+// tryLockFile opens a file for reading and writing that nobody else may read or write until it is
+// closed. It may be renamed and deleted meanwhile. It returns nil when somebody else has the file,
+// or when it is gone.
+func tryLockFile(root *rootDir, name string) (*os.File, error) {
+	const errSharingViolation = syscall.Errno(32)
+	if err := root.fault.before("lock", name); err != nil {
+		return nil, err
+	}
+	path, err := syscall.UTF16PtrFromString(filepath.Join(root.dir.Name(), filepath.FromSlash(name)))
+	if err != nil {
+		return nil, err
+	}
+	h, err := syscall.CreateFile(path, syscall.GENERIC_READ|syscall.GENERIC_WRITE, fileShareDelete,
+		nil, syscall.OPEN_EXISTING, syscall.FILE_ATTRIBUTE_NORMAL|syscall.FILE_FLAG_OPEN_REPARSE_POINT, 0)
+	switch err {
+	case nil:
+		return os.NewFile(uintptr(h), name), nil
+	case errSharingViolation, syscall.ERROR_FILE_NOT_FOUND, syscall.ERROR_PATH_NOT_FOUND:
+		return nil, nil
+	}
+	return nil, &os.PathError{Op: "open", Path: name, Err: err}
+}
+
 const fileShareDelete = 0x4 // FILE_SHARE_DELETE
 
 // checkWritable is nil here: the first write fails instead.

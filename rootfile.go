@@ -32,6 +32,16 @@ func (r *rootDir) openFile(name string, flag int, perm fs.FileMode) (*rootFile, 
 	return &rootFile{file: f, name: name, root: r}, nil
 }
 
+// openLocked opens an existing file for reading and writing, and locks it against every other
+// openLocked until it is closed. It returns nil if the file is locked or gone.
+func (r *rootDir) openLocked(name string) (*rootFile, error) {
+	f, err := tryLockFile(r, name)
+	if f == nil || err != nil {
+		return nil, err
+	}
+	return &rootFile{file: f, name: name, root: r}, nil
+}
+
 func (f *rootFile) Read(p []byte) (int, error)                { return f.file.Read(p) }
 func (f *rootFile) ReadAt(p []byte, off int64) (int, error)   { return f.file.ReadAt(p, off) }
 func (f *rootFile) Seek(off int64, whence int) (int64, error) { return f.file.Seek(off, whence) }

@@ -41,16 +41,28 @@ func (h *handler) takeHash(id string, size int64, alg digest.Algorithm) uploadHa
 	return uploadHash{hash: noHash{}}
 }
 
-// keepHash keeps the hash for the next request.
+// keepHash keeps the hash for the next request. If there are too many, another one goes: uploads
+// that nobody continues must not keep theirs for ever.
 func (h *handler) keepHash(id string, kept uploadHash) {
 	if kept.hash == (noHash{}) {
 		return
 	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if len(h.hashes) < maxUploadHashes {
-		h.hashes[id] = kept
+	for other := range h.hashes {
+		if len(h.hashes) < maxUploadHashes {
+			break
+		}
+		delete(h.hashes, other)
 	}
+	h.hashes[id] = kept
+}
+
+// dropHash forgets the hash of an upload.
+func (h *handler) dropHash(id string) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	delete(h.hashes, id)
 }
 
 // noHash takes the place of a hash that cannot be continued.
@@ -85,7 +97,7 @@ func (x *exchange) queryDigest(name string) (digest.Digest, error) {
 // An upload session, as the distribution specification has it. Location may change from answer to
 // answer by the specification, but here it is the same for the whole session.
 //
-//	POST   /v2/<name>/blobs/uploads/   202, Location: newUpload made a directory below tmp/upload/
+//	POST   /v2/<name>/blobs/uploads/   202, Location: newUpload made a file below tmp/upload/
 //	PATCH  Location                    202, Range: chunk appended the body; any number of times
 //	GET    Location                    204, Range: the client asks where to continue
 //	PUT    Location?digest=<digest>    201: chunk appended the body, and finish holds the blob
@@ -217,6 +229,7 @@ func (x *exchange) uploadStatus() error {
 // cancelUpload serves DELETE of an upload.
 func (x *exchange) cancelUpload() error {
 	return x.withUpload(func(u *incoming) (gone bool, err error) {
+		x.dropHash(x.upload)
 		if err := u.remove(); err != nil {
 			return true, err
 		}
@@ -329,12 +342,12 @@ func (x *exchange) putUpload() error {
 		if err == nil {
 			err = u.finish(x.r.Context(), x.repo.name, d, verified)
 		}
-		if err != nil && !errors.Is(err, ErrDigestMismatch) {
-			return false, err
+		switch {
+		case err == nil:
+			return true, x.created(d)
+		case errors.Is(err, ErrDigestMismatch):
+			return true, errors.Join(err, u.remove())
 		}
-		if err := errors.Join(err, u.remove()); err != nil {
-			return true, err
-		}
-		return true, x.created(d)
+		return false, err
 	})
 }

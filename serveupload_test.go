@@ -4,6 +4,7 @@ import (
 	"errors"
 	"io"
 	"net/http"
+	"net/http/httptest"
 	"strings"
 	"testing"
 
@@ -71,6 +72,90 @@ func TestServeUploads(t *testing.T) {
 	at = sites[0].want(202, "POST", "/v2/org/app/blobs/uploads/", "").header.Get("Location")
 	sites[1].want(204, "DELETE", at, "")
 	sites[0].want(404, "PATCH", at, "x")
+}
+
+// TestServeUploadHashes: the hash of an upload goes with the upload. If nobody continues as many
+// uploads as there are hashes kept, those that come later have theirs all the same.
+func TestServeUploadHashes(t *testing.T) {
+	t.Parallel()
+	h := openTemp(t, nil).Handler(&ocilocal.HandlerOptions{MaxUploads: 2 * ocilocal.MaxUploadHashes})
+	ask := func(method, path, body string, want int) http.Header {
+		w := httptest.NewRecorder()
+		h.ServeHTTP(w, httptest.NewRequest(method, path, strings.NewReader(body)))
+		if w.Code != want {
+			t.Fatalf("%s %s: %d %s", method, path, w.Code, w.Body)
+		}
+		return w.Header()
+	}
+	begun := func() string {
+		at := ask("POST", "/v2/org/app/blobs/uploads/", "", 202).Get("Location")
+		ask("PATCH", at, "x", 202)
+		return at
+	}
+	kept := func(want int) {
+		t.Helper()
+		if got := ocilocal.KeptHashes(h); got != want {
+			t.Fatalf("%d hashes are kept, want %d", got, want)
+		}
+	}
+	ask("DELETE", begun(), "", 204)
+	ask("PUT", begun()+"?digest="+string(digestOfText("xy")), "y", 201)
+	ask("PUT", begun()+"?digest="+string(digestOfText("xy")), "z", 400)
+	kept(0)
+	for range ocilocal.MaxUploadHashes {
+		begun()
+	}
+	kept(ocilocal.MaxUploadHashes)
+	at := begun()
+	kept(ocilocal.MaxUploadHashes)
+	ask("PUT", at+"?digest="+string(digestOfText("xy")), "y", 201)
+	kept(ocilocal.MaxUploadHashes - 1)
+}
+
+// TestServeUploadEnds: a request that comes while the last one of an upload is under way finds the
+// upload gone, and adds nothing to the blob.
+func TestServeUploadEnds(t *testing.T) {
+	t.Parallel()
+	root := t.TempDir()
+	sites := []*served{serveAt(t, mustOpen(t, root), nil), serveAt(t, mustOpen(t, root), nil)}
+	at := sites[0].want(202, "POST", "/v2/org/app/blobs/uploads/", "").header.Get("Location")
+	d := digestOfText("text")
+	body, end := io.Pipe()
+	last := make(chan received, 1)
+	go func() {
+		a, err := sites[0].try("PUT", at+"?digest="+string(d), body)
+		if err != nil {
+			t.Error(err)
+		}
+		last <- a
+	}()
+	if _, err := io.WriteString(end, "te"); err != nil {
+		t.Fatal(err)
+	}
+	// Once these bytes have arrived the upload is locked.
+	for sites[1].want(204, "GET", at, "").header.Get("Range") != "0-1" {
+	}
+	late := make(chan received, 1)
+	go func() {
+		a, err := sites[1].try("PATCH", at, strings.NewReader("more"))
+		if err != nil {
+			t.Error(err)
+		}
+		late <- a
+	}()
+	if _, err := io.WriteString(end, "xt"); err != nil {
+		t.Fatal(err)
+	}
+	end.Close()
+	if a := <-last; a.status != 201 {
+		t.Error(a)
+	}
+	if a := <-late; a.status != 404 {
+		t.Error(a)
+	}
+	if a := sites[1].want(200, "GET", "/v2/org/app/blobs/"+string(d), ""); a.body != "text" {
+		t.Errorf("%q", a.body)
+	}
 }
 
 // TestServeMount mounts a blob from a named repository and from any. Where that is not possible or
