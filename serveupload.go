@@ -23,7 +23,7 @@ type uploadHash struct {
 }
 
 // maxUploadHashes bounds how many hashes are kept. Without one, an upload is read again.
-const maxUploadHashes = 1024
+const maxUploadHashes = 256
 
 // takeHash returns the hash of an upload of a size, and noHash if it is not known. No other request
 // has it until keepHash.
