@@ -76,6 +76,11 @@ func RefuseNetworkFS(name string, allow bool) error {
 	return (&LocalRegistry{opts: Options{AllowNetworkFS: allow}}).checkFS(name)
 }
 
+// TryLockDir tries to lock a directory below r's root.
+func TryLockDir(r *LocalRegistry, name string) (release func() error, held bool, err error) {
+	return tryLockDir(r.root, name)
+}
+
 // --- graph ---
 
 // Closure lists what manifests need, by their bytes: manifests, and then configs and layers.

@@ -29,7 +29,8 @@ var noResources = []syscall.Errno{syscall.EMFILE, syscall.ENFILE, syscall.ENOMEM
 //
 // flock locks the open file, and not the process as fcntl does. So two handles of one process
 // exclude each other, closing another descriptor of the directory does not drop the lock, and the
-// kernel drops it when the process is killed.
+// kernel drops it when the process is killed. A child process has a copy of each descriptor between
+// fork and exec, and by the copy the lock would outlive a close. So release unlocks before it closes.
 func tryLockDir(root *rootDir, name string) (release func() error, held bool, err error) {
 	if err := root.fault.before("lock", name); err != nil {
 		return nil, false, err
@@ -45,16 +46,20 @@ func tryLockDir(root *rootDir, name string) (release func() error, held bool, er
 		}
 		return nil, false, &os.PathError{Op: "flock", Path: name, Err: err}
 	}
+	unlock := func() error {
+		_ = syscall.Flock(int(d.Fd()), syscall.LOCK_UN)
+		return d.Close()
+	}
 	// Between open and flock a sweeper may have removed the directory, and another process may have
 	// made a new one under the name. The lock of a removed directory excludes nobody.
 	mine, err := d.Stat()
 	if err == nil {
 		var now os.FileInfo
 		if now, err = root.Lstat(name); err == nil && os.SameFile(mine, now) {
-			return d.Close, true, nil
+			return unlock, true, nil
 		}
 	}
-	d.Close()
+	unlock()
 	return nil, false, ignoreNotExist(err)
 }
 
