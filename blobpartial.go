@@ -41,10 +41,11 @@ type partial struct {
 	file    *rootFile    // nil when the stage has it
 	w       *hashingWriter
 	digest  digest.Digest
-	size    int64 // that it must have in the end
-	have    int64 // bytes that are written and hashed
-	kept    int64 // of have, those of an earlier transfer
-	stays   bool  // the blob is staged, and the directory is the stage's to remove
+	size    int64  // that it must have in the end
+	have    int64  // bytes that are written and hashed
+	kept    int64  // of have, those of an earlier transfer
+	stays   bool   // the blob is staged, and the directory is the stage's to remove
+	grown   func() // if not nil, is called when bytes have been appended
 }
 
 // openPartial continues where an earlier transfer of the blob stopped, or begins one. It returns
@@ -163,12 +164,28 @@ func (p *partial) reset() error {
 // byte too many to notice them. The file then is too long, and finish or the next openPartial
 // empties it.
 func (p *partial) append(ctx context.Context, src io.Reader) error {
-	n, err := p.stage.store.copy(p.w, io.LimitReader(&ctxReader{ctx, src}, p.size-p.have+1))
+	dst := io.Writer(p.w)
+	if p.grown != nil {
+		dst = &reportingWriter{p.w, p.grown}
+	}
+	n, err := p.stage.store.copy(dst, io.LimitReader(&ctxReader{ctx, src}, p.size-p.have+1))
 	p.have += n
 	if p.have > p.size {
 		return fmt.Errorf("%w: more than the %d bytes it should have", ErrSizeMismatch, p.size)
 	}
 	return err
+}
+
+// A reportingWriter calls a function after each write.
+type reportingWriter struct {
+	dst   io.Writer
+	after func()
+}
+
+func (w *reportingWriter) Write(b []byte) (int, error) {
+	n, err := w.dst.Write(b)
+	w.after()
+	return n, err
 }
 
 // finish takes the complete blob into the stage. After an [ErrDigestMismatch] the file is empty: it

@@ -142,7 +142,8 @@
 // pushes leave it out; whether a registry takes such an artifact is its decision. Reading it
 // fails with [ErrAbsent]. A later import, or a pull of the same manifest, fills it in. A pull
 // leaves out foreign layers that the registry does not have, and wants every member of an index. The
-// urls of foreign layers are never fetched.
+// urls of foreign layers are never fetched. A mirror records whatever its clients have not asked for
+// yet as absent: see [Upstream].
 //
 // # Errors
 //
@@ -187,8 +188,11 @@
 // Before a blob is sent, it is verified, or it is verified on the way and breaks off before its last
 // byte. A handle verifies a file once, as long as that is not changed.
 //
-// With an [Upstream] the handler is a mirror: it pulls what is not here, once for all callers. It
-// serves what it has while the other registry is down.
+// With an [Upstream] the handler is a mirror. It fetches each manifest and blob when a client first
+// asks for it, once for all clients, and sends a large blob while it arrives. It serves what it has
+// while the other registry is down. Docker uses it by registry-mirrors, containerd by hosts.toml, and
+// podman, buildah and skopeo by registries.conf. containerd names the registry in the query: a
+// [HandlerOptions.Name] that reads ns lets one handler mirror several registries.
 //
 // The zero HandlerOptions are for tests and for programs of one user. Before other machines can
 // reach the handler, set:

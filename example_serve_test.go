@@ -124,20 +124,20 @@ func ExampleUpstream() {
 	}))
 	defer mirror.Close()
 
-	client, doneThree := scratch()
-	defer doneThree()
-	remote := &ocilocal.Remote{}
 	ref := ocilocal.MustParseReference(strings.TrimPrefix(mirror.URL, "http://") + "/team/note:v1")
-	desc, err := remote.Resolve(ctx, ref)
-	if err != nil {
-		log.Fatal(err)
+	for _, upstream := range []string{"up", "down"} {
+		client, doneThree := scratch()
+		defer doneThree()
+		pulled, err := client.Pull(ctx, ref, nil)
+		if err != nil {
+			log.Fatal(err)
+		}
+		fmt.Println("upstream", upstream, "pulled", pulled.BlobsWritten, "blobs")
+		if upstream == "up" {
+			server.Close() // the mirror has what the first client asked for
+		}
 	}
-	server.Close()
-	pulled, err := client.Pull(ctx, ref, nil)
-	if err != nil {
-		log.Fatal(err)
-	}
-	fmt.Println(pulled.Artifact.Digest() == desc.Digest)
 	// Output:
-	// true
+	// upstream up pulled 3 blobs
+	// upstream down pulled 3 blobs
 }

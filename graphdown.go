@@ -109,8 +109,9 @@ func (c *closure) addReferrer(ctx context.Context, desc ocispec.Descriptor) (her
 type descent struct {
 	q        queryer
 	subjects bool
-	absent   bool // visit child manifests that are recorded as absent, too
-	seen     map[digest.Digest]bool
+	// lacked says which members that are recorded as absent are visited too. Nil: none.
+	lacked func(member) bool
+	seen   map[digest.Digest]bool
 }
 
 // each visits what is met first by going down from a manifest. Of a subject only the digest is
@@ -139,7 +140,7 @@ func (w *descent) each(ctx context.Context, root ocispec.Descriptor, visit func(
 			continue
 		}
 		if err := members(w.q, m.Digest, func(c member) error {
-			if c.absent && !(w.absent && c.role == roleManifest) {
+			if c.absent && (w.lacked == nil || !w.lacked(c)) {
 				return nil
 			}
 			if c.role == roleManifest {

@@ -5,6 +5,7 @@ import (
 	"database/sql"
 	"encoding/json"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/opencontainers/go-digest"
@@ -21,7 +22,10 @@ const (
 		ON CONFLICT (digest) DO UPDATE SET size = excluded.size, kind = excluded.kind WHERE size = -1`
 	sqlBecomeAbsent = `UPDATE content SET present = 0, size = ?2 WHERE digest = ?1`
 	sqlIsAbsent     = `SELECT 1 FROM content c WHERE digest = ? AND NOT present AND EXISTS (SELECT 1 FROM members WHERE content = c.id)`
-	sqlPutSubject   = `INSERT INTO content (digest, size, kind, created, present) VALUES (?, -1, ?, ?, 0) ON CONFLICT (digest) DO NOTHING`
+	// What manifests say of a blob that they name, one row for each combination.
+	sqlStated = `SELECT DISTINCT role, size FROM members WHERE content = (SELECT id FROM content WHERE digest = ?) AND role <> ? ORDER BY role, size LIMIT 8`
+
+	sqlPutSubject = `INSERT INTO content (digest, size, kind, created, present) VALUES (?, -1, ?, ?, 0) ON CONFLICT (digest) DO NOTHING`
 	// The new kind is the role in which a manifest needs the blob, or ?3 if none does.
 	sqlNotManifest = `UPDATE content AS c SET kind = coalesce((SELECT min(role) FROM members WHERE content = c.id AND role <> ?2), ?3)
 		WHERE digest = ?1 AND kind = ?2 AND NOT EXISTS (SELECT 1 FROM manifests WHERE id = c.id)`
@@ -97,6 +101,26 @@ func (t *indexTx) becomeAbsent(d digest.Digest, size int64) error {
 // isAbsent reports whether a manifest names d and its rows record d as absent.
 func isAbsent(q queryer, d digest.Digest) (bool, error) {
 	return exists(q, sqlIsAbsent, digestBytes(d))
+}
+
+// statedSizes returns the sizes that manifests state for a config or layer that they name, a few at
+// most, and a role in which they name it.
+func statedSizes(q queryer, d digest.Digest) (as role, sizes []int64, err error) {
+	err = eachRow(context.Background(), q, sqlStated, []any{digestBytes(d), roleNumber(roleManifest)}, func(rows *sql.Rows) error {
+		var kind int
+		var size int64
+		if err := rows.Scan(&kind, &size); err != nil {
+			return err
+		}
+		if len(sizes) == 0 {
+			as = numberedRole(kind)
+		}
+		if !slices.Contains(sizes, size) {
+			sizes = append(sizes, size)
+		}
+		return nil
+	})
+	return as, sizes, err
 }
 
 // contentID returns the id of a digest's row, 0 if it has none.

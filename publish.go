@@ -373,9 +373,12 @@ func (r *LocalRegistry) guarded(fn func(*indexTx) error) func(*indexTx) error {
 	}
 }
 
-// checkClosure looks, by the index's rows, that all of a manifest's blobs are there.
+// checkClosure looks, by the index's rows, that all of a manifest's blobs are there. Members of image
+// indexes and foreign layers may be absent. Other blobs are absent where a mirror has not fetched
+// them yet, and are missing here.
 func (r *LocalRegistry) checkClosure(ctx context.Context, q queryer, desc ocispec.Descriptor) error {
-	return (&descent{q: q}).each(ctx, desc, func(d ocispec.Descriptor) error {
+	down := descent{q: q, lacked: func(c member) bool { return c.role != roleManifest && !foreignLayer(c.desc.MediaType) }}
+	return down.each(ctx, desc, func(d ocispec.Descriptor) error {
 		return incomplete(r.blobs.checkSize(d.Digest, d.Size))
 	})
 }

@@ -364,7 +364,7 @@ func (p *puller) whole(ctx context.Context, desc ocispec.Descriptor) bool {
 // full reports whether everything is here that a pull would bring: what whole looks for, and the
 // members of image indexes that are absent, which the remote registry may have by now.
 func (p *puller) full(ctx context.Context, desc ocispec.Descriptor) bool {
-	all := descent{q: p.registry.index, absent: true}
+	all := descent{q: p.registry.index, lacked: func(c member) bool { return !foreignLayer(c.desc.MediaType) }}
 	return all.each(ctx, desc, func(d ocispec.Descriptor) error {
 		return p.registry.blobs.checkSize(d.Digest, d.Size)
 	}) == nil

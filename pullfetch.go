@@ -18,6 +18,9 @@ type fetcher struct {
 	ref      Reference // for messages
 	stage    *stage
 	received atomic.Int64 // bytes of blobs
+	// grown, if not nil, is called when bytes of a large blob have been written to the file of its
+	// partial.
+	grown func()
 }
 
 // fetch stages one blob or manifest. If the registry itself says that it does not have it, the error
@@ -156,6 +159,7 @@ func (p *fetcher) fetchOnce(ctx context.Context, from *remoteRepo, desc ocispec.
 // attempts count from one again: a line that breaks now and then does not end a large transfer.
 func (p *fetcher) resume(ctx context.Context, desc ocispec.Descriptor, part *partial, item *meteredItem) error {
 	item.resume(part.have)
+	part.grown = p.grown
 	answered, err := p.repo.viaMirrors(ctx, false, func(mirror *remoteRepo) error {
 		part.kept = part.have // from elsewhere
 		return p.resumeOnce(ctx, mirror, desc, part, item)

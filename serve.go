@@ -25,7 +25,8 @@ type HandlerOptions struct {
 	// [*ChallengeError] answers 401 with its challenge, and any other error answers 403. The text
 	// of the error is not sent. A mount also asks for ActionPull of the other repository.
 	Authorize func(r *http.Request, repository string, action Action) error
-	// Upstream, if not nil, is a registry from which misses are pulled.
+	// Upstream, if not nil, is a registry from which misses are fetched. A client that may pull can
+	// make this registry fetch.
 	Upstream *Upstream
 	// ReadOnly refuses pushes and deletions with 405.
 	ReadOnly bool
@@ -106,14 +107,14 @@ const (
 type handler struct {
 	registry *LocalRegistry
 	opts     HandlerOptions
+	upstream *upstream // nil without one
 
 	// largeManifests has one element for each large manifest that is being parsed. It bounds their
 	// number, because parsing can take twenty times the memory of the bytes.
 	largeManifests chan struct{}
 
-	mu     sync.Mutex              // guards hashes and asked
-	hashes map[string]uploadHash   // of uploads, by id: see takeHash
-	asked  map[Reference]time.Time // when the upstream was asked for a tag
+	mu     sync.Mutex            // guards hashes
+	hashes map[string]uploadHash // of uploads, by id: see takeHash
 }
 
 // Handler returns a handler that serves the registry by the API of the OCI distribution
@@ -127,7 +128,7 @@ type handler struct {
 // The handler answers 503 after [LocalRegistry.Close]. A registry that is open read-only is served
 // read-only.
 func (r *LocalRegistry) Handler(opts *HandlerOptions) http.Handler {
-	h := &handler{registry: r, hashes: map[string]uploadHash{}, asked: map[Reference]time.Time{}, largeManifests: make(chan struct{}, maxLargeManifests)}
+	h := &handler{registry: r, hashes: map[string]uploadHash{}, largeManifests: make(chan struct{}, maxLargeManifests)}
 	if opts != nil {
 		h.opts = *opts
 	}
@@ -146,6 +147,7 @@ func (r *LocalRegistry) Handler(opts *HandlerOptions) http.Handler {
 	if r.blobs.readOnly {
 		h.opts.ReadOnly = true
 	}
+	h.upstream = newUpstream(r, h.opts.Upstream)
 	return h
 }
 

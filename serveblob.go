@@ -53,13 +53,16 @@ func (x *exchange) getBlob() error {
 	if b == nil || err != nil {
 		return damaged(err)
 	}
-	defer b.file.Close()
+	defer b.close()
 	x.describe(x.digest, mediaTypeBlob, b.part.length)
 	if b.ranged {
 		x.w.Header().Set("Content-Range", fmt.Sprintf("bytes %d-%d/%d", b.part.start, b.part.start+b.part.length-1, b.size))
 		x.w.WriteHeader(http.StatusPartialContent)
 	}
 	return x.stream(func(w *serveWriter) error {
+		if b.follower != nil {
+			return x.sendFollowed(w, b)
+		}
 		if b.unverified == nil {
 			return w.sendFile(b.file, b.part.length)
 		}
@@ -80,6 +83,15 @@ type servedBlob struct {
 	part       byteRange   // what is sent
 	ranged     bool        // the answer is a 206
 	unverified *verifier   // reads the file; nil if that has been verified
+	follower   *follower   // reads the file, which is not complete yet; nil otherwise
+}
+
+func (b *servedBlob) close() {
+	if b.follower != nil {
+		b.follower.Close()
+		return
+	}
+	b.file.Close()
 }
 
 // openBlob opens the blob of the path, or answers the request and returns nil. The registry must be
@@ -93,7 +105,14 @@ func (x *exchange) openBlob() (_ *servedBlob, err error) {
 	}
 	defer end()
 	b := &servedBlob{}
-	if b.name, b.size, err = x.locate(x.digest); err != nil {
+	b.name, b.size, err = x.locate(x.digest)
+	if x.upstream != nil && errors.Is(err, ErrNotFound) {
+		if followed, answered, err := x.openAbsent(); followed != nil || answered || err != nil {
+			return followed, err
+		}
+		b.name, b.size, err = x.locate(x.digest)
+	}
+	if err != nil {
 		return nil, err
 	}
 	if x.unchanged(x.digest) {

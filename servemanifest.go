@@ -21,7 +21,7 @@ func (x *exchange) reference() string {
 // read only the index. A GET has the whole manifest in memory, verified, before it answers, so
 // damage is a 500. Accept is ignored: manifests are never converted, so there is nothing to choose.
 func (x *exchange) getManifest() error {
-	desc, err := x.resolve()
+	desc, m, err := x.resolve()
 	if err != nil {
 		return err
 	}
@@ -33,8 +33,10 @@ func (x *exchange) getManifest() error {
 		x.w.WriteHeader(http.StatusOK)
 		return nil
 	}
-	raw, err := x.readManifest(desc)
-	if err != nil {
+	var raw []byte
+	if m != nil {
+		raw = m.raw
+	} else if raw, err = x.readManifest(desc); err != nil {
 		return damaged(err)
 	}
 	x.describe(desc.Digest, desc.MediaType, desc.Size)
@@ -81,6 +83,11 @@ func (x *exchange) putManifest() error {
 	m, err := parseManifest(mediaType, raw)
 	if err != nil {
 		return err
+	}
+	if x.upstream != nil {
+		if err := x.complete(m); err != nil {
+			return err
+		}
 	}
 	opts := &PutManifestOptions{Tag: x.tag, Digest: x.digest}
 	if x.tag != "" {

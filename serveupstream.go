@@ -1,20 +1,45 @@
 package ocilocal
 
 import (
+	"cmp"
 	"context"
 	"errors"
+	"fmt"
 	"net/http"
+	"sync"
 	"time"
 
+	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// An Upstream makes a [LocalRegistry.Handler] a mirror of another registry. A manifest that is not
-// here is pulled with all that it needs, whatever its platforms, before it is served. It then is
-// under its own name here, like any other pull. All requests that miss the same content share one
-// pull, and an interrupted pull is resumed by the next.
+// An Upstream makes a [LocalRegistry.Handler] a mirror of another registry. Each manifest and each
+// blob is fetched when a client first asks for it, once for all requests that ask meanwhile, and is
+// kept. So an image index costs only the platforms that clients want. A client gets a blob of 1 MiB
+// or more while it arrives.
 //
-// Tags and referrers are listed as they are here. Pushes stay here, too: see HandlerOptions.ReadOnly.
+//   - Manifests: a tag is kept as a ref. A digest that nothing in the repository leads to is kept as
+//     a ref by digest. Refs stay until they are deleted, and collections keep what they lead to.
+//   - Blobs: what a manifest of the repository names is fetched; other blobs are 404. HEAD answers
+//     with the size that the manifest states and fetches nothing. A range is sent after the whole
+//     blob has been fetched and verified. If all clients of a blob leave, its transfer ends. The
+//     bytes of a blob of 1 MiB or more are kept, and the next request resumes it.
+//   - A tag that is here is served for Revalidate, and then asked for again. If the upstream fails,
+//     does not answer within ten seconds, or has the tag no more, the tag is served as it is here.
+//   - Lists of tags and referrers have what the upstream lists and what is here. If the upstream
+//     fails, they have what is here.
+//   - What neither has is 404, if the upstream itself says so. If the upstream fails, refuses access
+//     or sends other bytes than the digest says, the answer is 502: a 404 would say that the content
+//     does not exist. Clients of mirrors then ask the upstream themselves. If a blob is already
+//     being sent, the answer breaks off before its last byte.
+//
+// An artifact that clients have fetched only in part is here with absent members: reading one is
+// [ErrAbsent], and [LocalRegistry.Pull] fetches them. Exports, copies and pushes of it fail with
+// [ErrIncomplete]. Pushes to the handler stay here: see HandlerOptions.ReadOnly. The next
+// revalidation of a tag replaces what was pushed under it, if the upstream has the tag.
+//
+// With [Options.SeparateRegistries] a manifest is pulled with all that it needs before it is served.
+// A registry that is open read-only fetches nothing.
 type Upstream struct {
 	// Remote is the client to pull with. Nil means [Options.Remote].
 	Remote *Remote
@@ -22,83 +47,255 @@ type Upstream struct {
 	// means the host of the local name. Then HandlerOptions must have a Host or a Name: the server
 	// itself is not at localhost.
 	Host string
-	// MaxBytes, if positive, is how many bytes one miss may add: see [PullOptions]. A miss that needs
-	// more is answered with 502.
+	// Name, if not nil, returns the name in the upstream of a repository here, in place of Host. Both
+	// names have the registry and the repository, as docker.io/library/alpine. An error means that
+	// the repository is not mirrored.
+	Name func(name string) (string, error)
+	// MaxBytes, if positive, is how large a manifest or blob may be. A larger one is answered with
+	// 502. With [Options.SeparateRegistries] it bounds all that one miss adds.
 	MaxBytes int64
-	// Revalidate is for how long a tag is served before the registry is asked again. If that fails,
-	// for any reason, the tag is served as it is here. Zero means one minute. A negative value asks
-	// each time.
+	// Revalidate is for how long a tag is served before the registry is asked again. Zero means one
+	// minute. A negative value asks each time.
 	Revalidate time.Duration
 }
 
 const (
 	defaultRevalidate = time.Minute
 	maxAskedTags      = 10_000
+	// maxRevalidation is how long a client waits for news of a tag that is here.
+	maxRevalidation = 10 * time.Second
 )
 
-// resolve returns the descriptor of the manifest of the path. It asks the upstream if there is one.
-func (x *exchange) resolve() (ocispec.Descriptor, error) {
-	ctx := x.r.Context()
-	desc, err := x.repo.Resolve(ctx, x.reference())
-	if x.opts.Upstream == nil || err != nil && !errors.Is(err, ErrNotFound) {
-		return desc, err
-	}
-	local, refErr := x.repo.reference(x.reference())
-	if refErr != nil {
-		return desc, err
-	}
-	if err == nil && (x.tag == "" || x.askedLately(local)) {
-		return desc, nil
-	}
-	pullErr := x.pullThrough(ctx, local)
-	if pullErr == nil {
-		return x.repo.Resolve(ctx, x.reference())
-	}
-	if err == nil {
-		x.registry.opts.Logger.Warn("ocilocal: a tag could not be asked for again", "reference", local.String(), "error", pullErr)
-		return desc, nil
-	}
-	if errors.Is(pullErr, ErrNotFound) || ctx.Err() != nil {
-		return desc, pullErr
-	}
-	x.registry.opts.Logger.Warn("ocilocal: a pull from the upstream failed", "reference", local.String(), "error", pullErr)
-	return desc, serveErrorf(http.StatusBadGateway, codeUnknown, "the upstream registry failed")
+// An upstream is an [Upstream] of a handler, with what the requests share.
+type upstream struct {
+	Upstream
+	registry *LocalRegistry
+
+	mu      sync.Mutex              // guards what follows
+	asked   map[Reference]time.Time // when the upstream was last asked for a tag
+	fetches map[string]*sharedFetch
 }
 
-// pullThrough brings a manifest from the upstream, under its name here.
-func (x *exchange) pullThrough(ctx context.Context, local Reference) error {
-	u := x.opts.Upstream
-	from := local
-	if u.Host != "" {
-		name, err := canonicalName(u.Host + "/" + local.Repository())
-		if err == nil {
-			_, reference := local.key()
-			from, err = referenceFromKey(name, reference)
+// newUpstream returns nil without an upstream, and for a registry that can keep nothing.
+func newUpstream(r *LocalRegistry, opts *Upstream) *upstream {
+	if opts == nil || r.blobs.readOnly {
+		return nil
+	}
+	u := &upstream{Upstream: *opts, registry: r, asked: map[Reference]time.Time{}, fetches: map[string]*sharedFetch{}}
+	u.Remote = cmp.Or(u.Remote, r.remote)
+	u.Revalidate = cmp.Or(u.Revalidate, defaultRevalidate)
+	return u
+}
+
+// source returns the repository of the upstream for a tag or digest of a repository here.
+//
+// Errors: [ErrNotFound] for a repository that is not mirrored, [ErrInvalidReference].
+func (u *upstream) source(p *Repository, reference string) (*remoteRepo, error) {
+	from, err := u.reference(p, reference)
+	if err != nil {
+		return nil, err
+	}
+	return u.Remote.source(from)
+}
+
+func (u *upstream) reference(p *Repository, reference string) (from Reference, err error) {
+	name := p.name
+	switch {
+	case u.Name != nil:
+		if name, err = u.Name(name); err != nil {
+			return from, fmt.Errorf("%w: %s is not mirrored: %w", ErrNotFound, p.name, err)
+		}
+	case u.Host != "":
+		local, err := p.reference(reference)
+		if err != nil {
+			return from, err
+		}
+		name = u.Host + "/" + local.Repository()
+	}
+	if name, err = canonicalName(name); err != nil {
+		return from, err
+	}
+	return referenceFromKey(name, reference)
+}
+
+// resolve returns the descriptor of the manifest of the path. It asks the upstream if there is one,
+// and returns the manifest too if that has just come from there.
+func (x *exchange) resolve() (ocispec.Descriptor, *Manifest, error) {
+	desc, err := x.repo.Resolve(x.r.Context(), x.reference())
+	u := x.upstream
+	if u == nil || err != nil && !errors.Is(err, ErrNotFound) {
+		return desc, nil, err
+	}
+	local, invalid := x.repo.reference(x.reference())
+	if invalid != nil || err == nil && (x.tag == "" || u.askedLately(local)) {
+		return desc, nil, err
+	}
+	ctx := x.r.Context()
+	if err == nil {
+		limited, cancel := context.WithTimeout(ctx, maxRevalidation)
+		defer cancel()
+		ctx = limited
+	}
+	m, failed := x.pullManifest(ctx, local, desc.Digest)
+	if err == nil && failed != nil {
+		x.registry.opts.Logger.Warn("ocilocal: a tag could not be asked for again", "reference", local.String(), "error", failed)
+		failed = x.r.Context().Err()
+	}
+	if failed != nil {
+		return desc, nil, x.upstreamError(failed)
+	}
+	u.noteAsked(local) // after a failure, too: not every request waits for a registry that is down
+	if m != nil {
+		desc = m.Descriptor()
+	} else if err != nil { // pulled with all that it needs
+		desc, err = x.repo.Resolve(x.r.Context(), x.reference())
+		return desc, nil, err
+	}
+	return desc, m, nil
+}
+
+// pullManifest brings a manifest from the upstream, under its name here. known is the digest that
+// the name has here, "" for none. The result is nil if the upstream has the same.
+func (x *exchange) pullManifest(ctx context.Context, local Reference, known digest.Digest) (*Manifest, error) {
+	u := x.upstream
+	if u.registry.opts.SeparateRegistries {
+		return nil, x.pullWhole(ctx, local)
+	}
+	f, err := u.join(ctx, "manifest "+local.String(), func(ctx context.Context, f *sharedFetch) (err error) {
+		f.manifest, err = u.fetchManifest(ctx, x.repo, local, known)
+		return err
+	})
+	if err != nil {
+		return nil, err
+	}
+	defer f.leave()
+	if err := f.wait(ctx); err != nil {
+		return nil, err
+	}
+	return f.manifest, nil
+}
+
+// pullWhole brings a manifest with all that it needs.
+func (x *exchange) pullWhole(ctx context.Context, local Reference) error {
+	_, key := local.key()
+	from, err := x.upstream.reference(x.repo, key)
+	if err != nil {
+		return err
+	}
+	opts := &PullOptions{Remote: x.upstream.Remote, As: local, MaxBytes: x.upstream.MaxBytes, PublishOptions: PublishOptions{Policy: Replace}}
+	_, err = x.registry.Pull(ctx, from, opts)
+	return err
+}
+
+// fetchManifest fetches a manifest and publishes it without what it needs.
+func (u *upstream) fetchManifest(ctx context.Context, p *Repository, local Reference, known digest.Digest) (*Manifest, error) {
+	_, key := local.key()
+	src, err := u.source(p, key)
+	if err != nil {
+		return nil, err
+	}
+	if known != "" {
+		desc, err := src.head(ctx, key)
+		if err != nil || desc.Digest == known {
+			return nil, absentThere(src, err)
+		}
+		key = string(desc.Digest) // should the tag move now
+	}
+	m, err := src.manifest(ctx, key, "")
+	if err != nil {
+		return nil, absentThere(src, err)
+	}
+	if err := u.charge(int64(len(m.raw))); err != nil {
+		return nil, err
+	}
+	return m, u.keep(ctx, p, local, m)
+}
+
+// keep publishes a manifest of the upstream under its name here. Whatever it names may be absent. A
+// manifest by digest gets no ref if something in the repository leads to it already: an image index,
+// or its subject.
+func (u *upstream) keep(ctx context.Context, p *Repository, local Reference, m *Manifest) error {
+	if local.Digest() != "" {
+		led, err := p.shows(u.registry.index, m.digest)
+		if subject, ok := m.Subject(); ok && !led && err == nil {
+			led, err = p.shows(u.registry.index, subject.Digest)
 		}
 		if err != nil {
 			return err
 		}
-	}
-	_, err := x.registry.Pull(ctx, from, &PullOptions{Remote: u.Remote, As: local, MaxBytes: u.MaxBytes, PublishOptions: PublishOptions{Policy: Replace}})
-	if err == nil && local.Tag() != "" {
-		x.mu.Lock()
-		defer x.mu.Unlock()
-		if len(x.asked) >= maxAskedTags {
-			clear(x.asked)
+		if led {
+			local = Reference{}
 		}
-		x.asked[local] = time.Now()
+	}
+	st := u.registry.blobs.newStage()
+	defer func() { u.registry.logDiscard(st.discard()) }()
+	if _, err := st.putBytes(ctx, m.raw, m.digest.Algorithm()); err != nil {
+		return err
+	}
+	pub := onlyManifest(local, m, PublishOptions{Policy: Replace})
+	pub.absent = map[digest.Digest]bool{}
+	for _, c := range m.children() {
+		pub.absent[c.Digest] = true
+	}
+	// Clients may be in the middle of the manifest that the tag leads to now.
+	pub.also = func(tx *indexTx) error { return p.holdReplaced(tx, local, m.digest) }
+	_, err := u.registry.publish(ctx, st, []publication{pub})
+	return err
+}
+
+// charge refuses content that is larger than the limit.
+func (u *upstream) charge(n int64) error {
+	if u.MaxBytes > 0 && n > u.MaxBytes {
+		return fmt.Errorf("%w: %d bytes, Upstream.MaxBytes is %d", ErrTooLarge, n, u.MaxBytes)
+	}
+	return nil
+}
+
+// absentThere makes a plain [ErrNotFound] of the answer of a registry that something does not exist.
+func absentThere(src *remoteRepo, err error) error {
+	if absent, _ := src.saysAbsent(err); absent {
+		return fmt.Errorf("%w: %v", ErrNotFound, err)
 	}
 	return err
 }
 
-// askedLately reports whether the upstream need not be asked for a tag again.
-func (x *exchange) askedLately(local Reference) bool {
-	limit := x.opts.Upstream.Revalidate
-	if limit == 0 {
-		limit = defaultRevalidate
+// upstreamError is the answer to a client after a failed fetch. The text of the error may be about
+// the network of this server, so it goes to the log only.
+func (x *exchange) upstreamError(err error) error {
+	if x.r.Context().Err() != nil {
+		return err
 	}
-	x.mu.Lock()
-	defer x.mu.Unlock()
-	at, ok := x.asked[local]
-	return ok && time.Since(at) < limit
+	if _, remote := errors.AsType[*RemoteError](err); !remote {
+		if errors.Is(err, ErrNotFound) {
+			return err
+		}
+		for _, e := range serverErrors {
+			if errors.Is(err, e.is) {
+				return err
+			}
+		}
+	}
+	x.registry.opts.Logger.Warn("ocilocal: the upstream registry failed", "path", x.r.URL.Path, "error", err)
+	return serveErrorf(http.StatusBadGateway, codeUnknown, "the upstream registry failed")
+}
+
+// askedLately reports whether the upstream need not be asked for a tag again.
+func (u *upstream) askedLately(local Reference) bool {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	at, ok := u.asked[local]
+	return ok && time.Since(at) < u.Revalidate
+}
+
+// noteAsked remembers that the upstream was asked for a tag now.
+func (u *upstream) noteAsked(local Reference) {
+	if local.Tag() == "" {
+		return
+	}
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	if len(u.asked) >= maxAskedTags {
+		clear(u.asked)
+	}
+	u.asked[local] = time.Now()
 }

@@ -2,83 +2,283 @@ package ocilocal_test
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net/http"
 	"net/http/httptest"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"testing"
 	"time"
+
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/ocilocal/ocilocal"
 )
 
-// TestServeUpstream: a miss is pulled once for all callers, tags follow the upstream, and what is
-// here is served without it.
+// A servedMirror is a registry that is served as a mirror of an origin.
+type servedMirror struct {
+	*served // the mirror
+	r       *ocilocal.LocalRegistry
+	opts    *ocilocal.HandlerOptions // of the mirror
+	origin  *served
+
+	mu   sync.Mutex
+	log  []string // the requests that the origin has had
+	hook func(w http.ResponseWriter, r *http.Request) (done bool)
+}
+
+// newMirror serves an empty mirror of an empty origin. Nil options are those of a mirror that asks
+// for each tag once.
+func newMirror(t *testing.T, opts *ocilocal.Options, upstream *ocilocal.Upstream) *servedMirror {
+	t.Helper()
+	m := &servedMirror{r: openTemp(t, opts)}
+	handler := openTemp(t, nil).Handler(nil)
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		m.mu.Lock()
+		m.log = append(m.log, r.Method+" "+r.URL.Path)
+		hook := m.hook
+		m.mu.Unlock()
+		if hook == nil || !hook(w, r) {
+			handler.ServeHTTP(w, r)
+		}
+	}))
+	t.Cleanup(server.Close)
+	m.origin = &served{server, strings.TrimPrefix(server.URL, "http://"), t}
+	if upstream == nil {
+		upstream = &ocilocal.Upstream{Revalidate: time.Hour}
+	}
+	upstream.Host = m.origin.host
+	if upstream.Remote == nil {
+		upstream.Remote = &ocilocal.Remote{Retry: quick}
+		t.Cleanup(upstream.Remote.CloseIdleConnections)
+	}
+	m.opts = &ocilocal.HandlerOptions{Upstream: upstream}
+	m.served = serveAt(t, m.r, m.opts)
+	return m
+}
+
+// requests returns the requests to the origin that contain a text, and forgets all.
+func (m *servedMirror) requests(text string) (found []string) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for _, l := range m.log {
+		if strings.Contains(l, text) {
+			found = append(found, l)
+		}
+	}
+	m.log = nil
+	return found
+}
+
+// wantRequests checks the requests to the origin since the last look, whatever their order.
+func (m *servedMirror) wantRequests(want ...string) {
+	m.t.Helper()
+	got := m.requests("")
+	rest := map[string]int{}
+	for _, l := range want {
+		rest[l]++
+	}
+	for _, l := range got {
+		rest[l]--
+	}
+	for _, n := range rest {
+		if n != 0 {
+			m.t.Errorf("the origin was asked %v, want %v", got, want)
+			return
+		}
+	}
+}
+
+// intercept has the origin ask a function first, which returns true if it has answered.
+func (m *servedMirror) intercept(hook func(w http.ResponseWriter, r *http.Request) (done bool)) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.hook = hook
+}
+
+// down makes the origin fail.
+func (m *servedMirror) down() {
+	m.intercept(func(w http.ResponseWriter, _ *http.Request) bool {
+		http.Error(w, "down", http.StatusServiceUnavailable)
+		return true
+	})
+}
+
+const appBlobs, appManifests = "/v2/org/app/blobs/", "/v2/org/app/manifests/"
+
+func blobAt(text string) string     { return appBlobs + string(digestOfText(text)) }
+func manifestAt(text string) string { return appManifests + string(digestOfText(text)) }
+
+// TestServeUpstream has many clients ask for an image at a time. Each manifest and blob is fetched
+// once, when it is asked for. Without the upstream, what is here is served.
 func TestServeUpstream(t *testing.T) {
 	t.Parallel()
-	far := openTemp(t, nil)
-	var blobs, requests atomic.Int64
-	h := far.Handler(nil)
-	upstream := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		requests.Add(1)
-		if r.Method == "GET" && strings.Contains(r.URL.Path, "/blobs/") {
-			blobs.Add(1)
-		}
-		h.ServeHTTP(w, r)
-	}))
-	defer upstream.Close()
-	origin := &served{upstream, strings.TrimPrefix(upstream.URL, "http://"), t}
-	first := origin.pushImage("org/app", "v1", "one", "two")
+	m := newMirror(t, nil, nil)
+	first := m.origin.pushImage("org/app", "v1", "one", "two")
 	text := imageOf("one", "two")
-
-	near := openTemp(t, nil)
-	serving := func(revalidate time.Duration) *served {
-		return serveAt(t, near, &ocilocal.HandlerOptions{Upstream: &ocilocal.Upstream{Host: origin.host, Revalidate: revalidate}})
+	m.requests("")
+	together := func(path, want string) {
+		t.Helper()
+		var callers sync.WaitGroup
+		for range 8 {
+			callers.Go(func() {
+				if a, err := m.try("GET", path, nil); err != nil || a.status != 200 || a.body != want {
+					t.Errorf("%s: %v, %v", path, a, err)
+				}
+			})
+		}
+		callers.Wait()
+		m.wantRequests("GET " + path)
 	}
-	lazy, eager := serving(time.Hour), serving(-1)
-	var callers sync.WaitGroup
-	for range 8 {
-		callers.Go(func() {
-			if a, err := lazy.try("GET", "/v2/org/app/manifests/v1", nil); err != nil || a.status != 200 || a.body != text {
-				t.Errorf("%v, %v", a, err)
-			}
-		})
-	}
-	callers.Wait()
-	if blobs.Load() != 3 {
-		t.Errorf("%d blobs were asked for", blobs.Load())
-	}
+	together(appManifests+"v1", text)
 	for _, blob := range []string{"one", "two", "{}"} {
-		if a := lazy.want(200, "GET", "/v2/org/app/blobs/"+string(digestOfText(blob)), ""); a.body != blob {
+		together(blobAt(blob), blob)
+	}
+	if a := m.want(200, "GET", appManifests+string(first), ""); a.body != text {
+		t.Error(a)
+	}
+	m.wantRequests()
+	m.want(404, "GET", appManifests+"v2", "")
+	m.want(404, "GET", manifestAt("x"), "")
+	checkSound(t, m.r)
+
+	m.down()
+	m.want(200, "GET", appManifests+"v1", "")
+	m.want(200, "GET", appManifests+string(first), "")
+	m.want(200, "GET", blobAt("one"), "")
+	for _, path := range []string{appManifests + "v3", manifestAt("y"), "/v2/org/other/manifests/v1"} {
+		if a := m.want(502, "GET", path, ""); strings.Contains(a.body, "127.0.0.1") {
 			t.Error(a.body)
 		}
 	}
-	lazy.want(404, "GET", "/v2/org/app/manifests/v2", "")
-	lazy.want(404, "GET", "/v2/org/app/manifests/"+string(digestOfText("x")), "")
+}
 
-	// By digest, and as a tag that moves.
-	second := origin.pushImage("org/app", "v1", "three")
-	lazy.want(200, "HEAD", "/v2/org/app/manifests/"+string(second), "")
-	if a := lazy.want(200, "HEAD", "/v2/org/app/manifests/v1", ""); a.header.Get("Docker-Content-Digest") != string(first) {
-		t.Error(a.header)
+// TestServeUpstreamPlatforms pulls one platform of an image index through a mirror, which fetches
+// nothing else. The mirror stays sound, and no collection takes anything from it.
+func TestServeUpstreamPlatforms(t *testing.T) {
+	t.Parallel()
+	m := newMirror(t, nil, nil)
+	for _, layer := range []string{"amd", "arm", "old"} {
+		m.origin.pushImage("org/app", "", layer)
 	}
-	if a := eager.want(200, "HEAD", "/v2/org/app/manifests/v1", ""); a.header.Get("Docker-Content-Digest") != string(second) {
-		t.Error(a.header)
+	amd, arm, old := imageOf("amd"), imageOf("arm"), imageOf("old")
+	nested := imageIndexOf(desc(imageType, old))
+	index := imageIndexOf(with(desc(imageType, amd), `"platform":{"os":"linux","architecture":"amd64"}`),
+		with(desc(imageType, arm), `"platform":{"os":"linux","architecture":"arm64"}`), desc(ocispec.MediaTypeImageIndex, nested))
+	m.origin.want(201, "PUT", manifestAt(nested), nested, "Content-Type", ocispec.MediaTypeImageIndex)
+	m.origin.want(201, "PUT", appManifests+"v1", index, "Content-Type", ocispec.MediaTypeImageIndex)
+	m.requests("")
+	pull := func(architecture string) {
+		t.Helper()
+		r := openRemote(t, nil)
+		ref := ocilocal.MustParseReference(m.host + "/org/app:v1")
+		if _, err := r.Pull(t.Context(), ref, &ocilocal.PullOptions{Platform: &ocispec.Platform{OS: "linux", Architecture: architecture}}); err != nil {
+			t.Fatal(err)
+		}
+		checkSound(t, m.r)
+		collect(t, m.r, atOnce)
 	}
-	before := requests.Load()
-	lazy.want(200, "GET", "/v2/org/app/manifests/v1", "")
-	if requests.Load() != before {
-		t.Error("the upstream was asked for a tag again")
-	}
+	pull("arm64")
+	m.wantRequests("GET "+appManifests+"v1", "GET "+manifestAt(arm), "GET "+blobAt("arm"), "GET "+blobAt("{}"))
+	pull("arm64")
+	m.wantRequests()
+	pull("amd64")
+	m.wantRequests("GET "+manifestAt(amd), "GET "+blobAt("amd"))
+	m.want(200, "GET", manifestAt(nested), "")
+	m.want(200, "GET", manifestAt(old), "")
+	collect(t, m.r, atOnce)
+	m.wantRequests("GET "+manifestAt(nested), "GET "+manifestAt(old))
 
-	// Without the upstream: what is here is served, and a miss is not taken for an absence.
-	upstream.Close()
-	eager.want(200, "GET", "/v2/org/app/manifests/v1", "")
-	eager.want(200, "GET", "/v2/org/app/manifests/"+string(first), "")
-	if a := eager.want(502, "GET", "/v2/org/app/manifests/v3", ""); strings.Contains(a.body, "127.0.0.1") {
-		t.Error(a.body)
+	// It is absent for the registry, too, until somebody asks for it.
+	ctx := t.Context()
+	local := ocilocal.MustParseReference("localhost/org/app:v1")
+	if _, err := m.r.OpenBlob(ctx, ocispec.Descriptor{Digest: digestOfText("old"), Size: 3}); !errors.Is(err, ocilocal.ErrAbsent) {
+		t.Errorf("OpenBlob: %v", err)
+	}
+	other := ocilocal.MustParseReference("localhost/org/copy:v1")
+	if _, err := m.r.Tag(ctx, digestOfText(old), other, nil); !errors.Is(err, ocilocal.ErrIncomplete) {
+		t.Errorf("Tag: %v", err)
+	}
+	if _, err := openTemp(t, nil).ImportRegistry(ctx, m.r, local, nil); !errors.Is(err, ocilocal.ErrIncomplete) {
+		t.Errorf("ImportRegistry: %v", err)
+	}
+	target := t.TempDir()
+	if report, err := m.r.Backup(ctx, target, nil); err != nil || len(report.Failed) > 0 {
+		t.Errorf("Backup: %+v, %v", report, err)
+	}
+	m.requests("")
+	from := ocilocal.MustParseReference(m.origin.host + "/org/app:v1")
+	got, err := m.r.Pull(ctx, from, &ocilocal.PullOptions{As: local, Remote: m.opts.Upstream.Remote})
+	if err != nil || len(got.Absent) > 0 {
+		t.Errorf("Pull: %+v, %v", got, err)
+	}
+	if got := m.requests("/blobs/"); len(got) != 1 {
+		t.Errorf("the pull asked for %v", got)
+	}
+	if _, err := m.r.Tag(ctx, digestOfText(old), other, nil); err != nil {
+		t.Error(err)
+	}
+	checkSound(t, m.r)
+}
+
+// TestServeUpstreamTags: a tag follows the upstream once the limit has passed, and stays as it is if
+// the upstream fails or has it no more.
+func TestServeUpstreamTags(t *testing.T) {
+	t.Parallel()
+	m := newMirror(t, nil, nil)
+	eager := serveAt(t, m.r, &ocilocal.HandlerOptions{Upstream: &ocilocal.Upstream{Host: m.origin.host, Remote: m.opts.Upstream.Remote, Revalidate: -1}})
+	at := func(s *served, want string) {
+		t.Helper()
+		if a := s.want(200, "GET", appManifests+"v1", ""); a.body != want {
+			t.Errorf("got %s, want %s", a.body, want)
+		}
+	}
+	m.origin.pushImage("org/app", "v1", "one")
+	m.requests("")
+	at(m.served, imageOf("one"))
+	m.wantRequests("GET " + appManifests + "v1")
+	at(m.served, imageOf("one"))
+	m.wantRequests()
+	at(eager, imageOf("one"))
+	m.wantRequests("HEAD " + appManifests + "v1")
+	m.origin.pushImage("org/app", "v1", "two")
+	m.requests("")
+	at(m.served, imageOf("one"))
+	m.wantRequests()
+	at(eager, imageOf("two"))
+	m.wantRequests("HEAD "+appManifests+"v1", "GET "+manifestAt(imageOf("two")))
+	at(m.served, imageOf("two"))
+
+	// A client may be in the middle of what the tag has left.
+	m.want(200, "GET", manifestAt(imageOf("one")), "")
+	m.want(200, "GET", blobAt("one"), "")
+	m.wantRequests("GET " + blobAt("one"))
+
+	// The tag is deleted, then the upstream is down.
+	m.origin.want(202, "DELETE", appManifests+"v1", "")
+	at(eager, imageOf("two"))
+	m.down()
+	at(eager, imageOf("two"))
+	m.want(200, "HEAD", appManifests+"v1", "")
+	m.want(502, "GET", blobAt("two"), "")
+	checkSound(t, m.r)
+}
+
+// TestServeUpstreamFailing: while the upstream is down, not every request for a tag waits for it.
+func TestServeUpstreamFailing(t *testing.T) {
+	t.Parallel()
+	m := newMirror(t, nil, nil)
+	m.origin.pushImage("org/app", "v1", "one")
+	m.want(200, "GET", appManifests+"v1", "")
+	again := serveAt(t, m.r, m.opts) // has not asked for the tag yet
+	m.down()
+	m.requests("")
+	for i := range 3 {
+		again.want(200, "GET", appManifests+"v1", "")
+		if got := m.requests("HEAD"); len(got) > 0 != (i == 0) {
+			t.Errorf("request %d: %v", i, got)
+		}
 	}
 }
 
@@ -103,4 +303,56 @@ func TestServeMirror(t *testing.T) {
 	if _, err := near.Resolve(t.Context(), ocilocal.MustParseReference(origin.host+"/org/app:v1")); err != nil {
 		t.Error(err)
 	}
+}
+
+// TestServeUpstreamNames maps names, and leaves out some.
+func TestServeUpstreamNames(t *testing.T) {
+	t.Parallel()
+	m := newMirror(t, nil, nil)
+	m.origin.pushImage("org/app", "v1", "one")
+	s := serveAt(t, m.r, &ocilocal.HandlerOptions{Upstream: &ocilocal.Upstream{Remote: m.opts.Upstream.Remote, Name: func(name string) (string, error) {
+		rest, ok := strings.CutPrefix(name, "localhost/mirror/")
+		if !ok {
+			return "", errors.New("not mirrored")
+		}
+		return m.origin.host + "/" + rest, nil
+	}}})
+	s.want(200, "GET", "/v2/mirror/org/app/manifests/v1", "")
+	s.want(200, "GET", "/v2/mirror/org/app/blobs/"+string(digestOfText("one")), "")
+	m.requests("")
+	s.want(404, "GET", "/v2/org/app/manifests/v1", "")
+	m.wantRequests()
+}
+
+// TestServeUpstreamReadOnly: a registry that cannot keep anything serves what it has.
+func TestServeUpstreamReadOnly(t *testing.T) {
+	t.Parallel()
+	m := newMirror(t, nil, nil)
+	m.origin.pushImage("org/app", "v1", "one", "two")
+	m.want(200, "GET", appManifests+"v1", "")
+	m.want(200, "GET", blobAt("one"), "")
+	r, err := ocilocal.OpenReadOnly(t.Context(), m.r.Root(), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	m.requests("")
+	s := serveAt(t, r, m.opts)
+	s.want(200, "GET", appManifests+"v1", "")
+	s.want(200, "GET", blobAt("one"), "")
+	s.want(404, "GET", blobAt("two"), "")
+	s.want(404, "GET", appManifests+"v2", "")
+	m.wantRequests()
+}
+
+// TestServeUpstreamSeparate: where registries are kept apart, a manifest comes with all its blobs.
+func TestServeUpstreamSeparate(t *testing.T) {
+	t.Parallel()
+	m := newMirror(t, &ocilocal.Options{SeparateRegistries: true}, nil)
+	m.origin.pushImage("org/app", "v1", "one")
+	m.want(200, "GET", appManifests+"v1", "")
+	m.down()
+	m.want(200, "GET", blobAt("one"), "")
+	m.want(404, "GET", blobAt("none"), "")
+	checkSound(t, m.r)
 }

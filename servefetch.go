@@ -1,0 +1,348 @@
+package ocilocal
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"os"
+	"path"
+	"sync"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+)
+
+// A sharedFetch brings one manifest or blob from the upstream, for all requests that want it.
+//
+// Like a [sharedPull] it belongs to no request: it runs until it is done, or until the last request
+// that waits for it has left. So a client that goes away ends nothing for the others.
+//
+// The requests for a large blob do not wait for its end. The bytes are in a file below tmp/ as soon
+// as they have arrived, and each request reads that file with a [follower] while it grows. The bytes
+// may still turn out to be wrong, and a second attempt may overwrite them. So each request hashes
+// what it sends, and keeps the last byte back until its own bytes have the right digest and the
+// fetch has succeeded.
+type sharedFetch struct {
+	u        *upstream
+	key      string
+	cancel   context.CancelFunc
+	waiting  int // requests; guarded by upstream.mu
+	done     chan struct{}
+	err      error     // set before done is closed
+	manifest *Manifest // likewise: what was fetched, unless it is a blob or nothing is new
+
+	began chan struct{} // closed when the first bytes have been written
+	mu    sync.Mutex
+	more  chan struct{} // closed when more bytes have been written; guarded by mu
+}
+
+// join returns the fetch with that key, or starts one that does work. The caller must leave it.
+func (u *upstream) join(ctx context.Context, key string, work func(context.Context, *sharedFetch) error) (*sharedFetch, error) {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	if f := u.fetches[key]; f != nil {
+		f.waiting++
+		return f, nil
+	}
+	end, err := u.registry.beginWrite(ctx)
+	if err != nil {
+		return nil, err
+	}
+	own, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	f := &sharedFetch{u: u, key: key, cancel: cancel, waiting: 1, done: make(chan struct{}), began: make(chan struct{})}
+	f.more = f.began
+	u.fetches[key] = f
+	go func() {
+		defer end()
+		settle(func() error { return work(own, f) }, f.end)
+	}()
+	return f, nil
+}
+
+// end wakes the requests.
+func (f *sharedFetch) end(err error) {
+	f.forget()
+	f.err = err
+	f.cancel()
+	close(f.done)
+}
+
+// forget lets the next request begin again.
+func (f *sharedFetch) forget() {
+	f.u.mu.Lock()
+	defer f.u.mu.Unlock()
+	if f.u.fetches[f.key] == f {
+		delete(f.u.fetches, f.key)
+	}
+}
+
+// leave says that a request needs the fetch no more. The last one ends it.
+func (f *sharedFetch) leave() {
+	f.u.mu.Lock()
+	f.waiting--
+	last := f.waiting == 0
+	if last && f.u.fetches[f.key] == f {
+		delete(f.u.fetches, f.key)
+	}
+	f.u.mu.Unlock()
+	if last {
+		f.cancel()
+	}
+}
+
+// wait returns when the fetch is done, with its error, or when ctx ends.
+func (f *sharedFetch) wait(ctx context.Context) error {
+	select {
+	case <-f.done:
+		raise(f.err)
+		return f.err
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// grown says that more bytes of the blob are in its file.
+func (f *sharedFetch) grown() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	close(f.more)
+	f.more = make(chan struct{})
+}
+
+// growth returns a channel that is closed when more bytes are in the file than now.
+func (f *sharedFetch) growth() <-chan struct{} {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.more
+}
+
+// A wantedBlob is a blob that manifests of a repository name, and that is not here.
+type wantedBlob struct {
+	digest digest.Digest
+	role   role
+	// sizes are what manifests of the registry state. One of them may lie, so all are tried.
+	sizes []int64
+}
+
+// wanted returns what the manifests say of a blob that the repository shows.
+//
+// Errors: [ErrNotFound] for another blob, and for a manifest.
+func (p *Repository) wanted(d digest.Digest) (*wantedBlob, error) {
+	b := &wantedBlob{digest: d}
+	var err error
+	if b.role, b.sizes, err = statedSizes(p.registry.index, d); err != nil {
+		return nil, err
+	}
+	ok := len(b.sizes) > 0
+	if ok {
+		ok, err = p.shows(p.registry.index, d)
+	}
+	if err == nil && !ok {
+		err = fmt.Errorf("%s in %s: %w", d, p.name, ErrNotFound)
+	}
+	return b, err
+}
+
+// fetchBlob joins the fetch of a blob.
+func (u *upstream) fetchBlob(ctx context.Context, p *Repository, b *wantedBlob) (*sharedFetch, error) {
+	return u.join(ctx, "blob "+p.name+"@"+string(b.digest), func(ctx context.Context, f *sharedFetch) (err error) {
+		src, err := u.source(p, string(b.digest))
+		if err != nil {
+			return err
+		}
+		st := u.registry.blobs.newStage()
+		defer func() { u.registry.logDiscard(st.discard()) }()
+		from := &fetcher{registry: u.registry, repo: src, ref: src.ref, stage: st, grown: f.grown}
+		for _, size := range b.sizes {
+			desc := ocispec.Descriptor{MediaType: mediaTypeBlob, Digest: b.digest, Size: size}
+			if err = u.stageBlob(ctx, from, desc); err == nil {
+				return u.registry.fill(ctx, st, desc, b.role)
+			}
+			if !errors.Is(err, ErrSizeMismatch) {
+				break
+			}
+		}
+		return absentThere(src, err)
+	})
+}
+
+// stageBlob stages a blob of the upstream. Its file may be here, from a publish that has not come to
+// its rows or a collector that was killed.
+func (u *upstream) stageBlob(ctx context.Context, from *fetcher, desc ocispec.Descriptor) error {
+	if ok, err := from.stage.reuse(ctx, desc.Digest, desc.Size); ok || err != nil {
+		return err
+	}
+	if err := u.charge(desc.Size); err != nil {
+		return err
+	}
+	return from.bring(ctx, desc, roleLayer, nil)
+}
+
+// fill makes a staged blob present that was absent or lost. If no manifest names it any more, its
+// file is left to collections.
+func (r *LocalRegistry) fill(ctx context.Context, st *stage, desc ocispec.Descriptor, as role) error {
+	if err := st.settle(ctx, func(d digest.Digest) (bool, error) { return hasBlob(r.index, d) }); err != nil {
+		return err
+	}
+	return r.write(ctx, func(tx *indexTx) error {
+		_, sizes, err := statedSizes(tx, desc.Digest)
+		if err != nil || len(sizes) == 0 {
+			return err
+		}
+		if err := st.recheck(desc.Digest, desc.Size); err != nil {
+			return err
+		}
+		return tx.putBlob(desc.Digest, desc.Size, as, time.Now())
+	})
+}
+
+// openAbsent is openBlob for a blob that is not here. It answers HEAD, returns a blob to be followed
+// if that is what the request wants, and otherwise nil when the blob is here.
+func (x *exchange) openAbsent() (b *servedBlob, answered bool, err error) {
+	ctx := x.r.Context()
+	wanted, err := x.repo.wanted(x.digest)
+	if err != nil {
+		return nil, false, err
+	}
+	if x.unchanged(x.digest) {
+		return nil, true, nil
+	}
+	size := wanted.sizes[0]
+	if x.r.Method == "HEAD" {
+		x.w.Header().Set("Accept-Ranges", "bytes")
+		x.describe(x.digest, mediaTypeBlob, size)
+		x.w.WriteHeader(http.StatusOK)
+		return nil, true, nil
+	}
+	f, err := x.upstream.fetchBlob(ctx, x.repo, wanted)
+	if err != nil {
+		return nil, false, err
+	}
+	if x.r.Header.Get("Range") == "" && len(wanted.sizes) == 1 && size >= keepPartial {
+		// The first bytes say that the upstream has the blob. Before them there can be an answer.
+		select {
+		case <-f.began:
+		case <-f.done:
+		case <-ctx.Done():
+		}
+		if b := x.follow(f, size); b != nil {
+			return b, false, nil
+		}
+	}
+	defer f.leave()
+	if err := f.wait(ctx); err != nil {
+		return nil, false, x.upstreamError(err)
+	}
+	return nil, false, nil
+}
+
+// follow returns a blob that is still being fetched, and nil if it is complete or has failed.
+func (x *exchange) follow(f *sharedFetch, size int64) *servedBlob {
+	select {
+	case <-f.done:
+		return nil
+	default:
+	}
+	store := x.registry.blobs
+	file, err := store.root.OpenFile(path.Join(partialPath(x.digest), partialData), os.O_RDONLY|openNoFollow, 0)
+	if err != nil {
+		return nil
+	}
+	src := &follower{ctx: x.r.Context(), file: file, fetch: f}
+	return &servedBlob{size: size, part: byteRange{0, size}, follower: src, unverified: store.verifier(src.ctx, src, x.digest, size)}
+}
+
+// A follower reads the file of a blob while a fetch writes it.
+type follower struct {
+	ctx   context.Context
+	file  *os.File
+	fetch *sharedFetch
+	// idle calls wait, which returns when there may be more. Nil only waits.
+	idle func(wait func())
+}
+
+// Read returns io.EOF at the end of the file if the fetch has succeeded, and otherwise its error.
+func (r *follower) Read(p []byte) (int, error) {
+	for {
+		more, ended := r.fetch.growth(), false
+		select {
+		case <-r.fetch.done:
+			ended = true // so that the next read sees all bytes
+		default:
+		}
+		n, err := r.file.Read(p)
+		if n > 0 || err != io.EOF {
+			return n, err
+		}
+		if ended {
+			return 0, cmp.Or(r.fetch.err, io.EOF)
+		}
+		r.idle(func() {
+			select {
+			case <-more:
+			case <-r.fetch.done:
+			case <-r.ctx.Done():
+			}
+		})
+		if err := r.ctx.Err(); err != nil {
+			return 0, err
+		}
+	}
+}
+
+// Close leaves the fetch.
+func (r *follower) Close() error {
+	r.fetch.leave()
+	return r.file.Close()
+}
+
+// sendFollowed sends a blob while it arrives. What has arrived is not kept back while more is
+// awaited, and the client is not blamed for that time.
+func (x *exchange) sendFollowed(w *serveWriter, b *servedBlob) error {
+	b.follower.idle = func(wait func()) {
+		_ = http.NewResponseController(x.w).Flush()
+		wait()
+		w.stall.begin()
+	}
+	buf := make([]byte, 64<<10)
+	_, err := io.CopyBuffer(struct{ io.Writer }{w}, struct{ io.Reader }{b.unverified}, buf)
+	return err
+}
+
+// complete fetches the blobs that a pushed manifest needs and that are absent here: HEAD has told the
+// client that they are here.
+func (x *exchange) complete(m *Manifest) error {
+	ctx := x.r.Context()
+	for i, c := range m.children() {
+		if m.childRole(i) == roleManifest {
+			continue
+		}
+		_, _, err := x.locate(c.Digest)
+		if err == nil {
+			continue
+		}
+		var wanted *wantedBlob
+		if errors.Is(err, ErrNotFound) {
+			wanted, err = x.repo.wanted(c.Digest)
+		}
+		if errors.Is(err, ErrNotFound) { // the publish says so
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		f, err := x.upstream.fetchBlob(ctx, x.repo, wanted)
+		if err == nil {
+			err = f.wait(ctx)
+			f.leave()
+		}
+		if err != nil {
+			return x.upstreamError(err)
+		}
+	}
+	return nil
+}

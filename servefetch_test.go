@@ -1,0 +1,420 @@
+package ocilocal_test
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"io"
+	"net/http"
+	"os"
+	"strings"
+	"sync"
+	"testing"
+
+	"github.com/ocilocal/ocilocal"
+)
+
+// aLargeBlob is so large that its transfers can be followed and resumed.
+func aLargeBlob(seed byte) string { return string(noise(seed, 3<<20)) }
+
+// breakOff has the origin send the first n bytes of a blob, and then do more, which may be nil. Then
+// the connection breaks off.
+func (m *servedMirror) breakOff(text string, n int, more func()) {
+	m.intercept(func(w http.ResponseWriter, r *http.Request) bool {
+		if r.Method != "GET" || !strings.HasSuffix(r.URL.Path, string(digestOfText(text))) {
+			return false
+		}
+		from := 0
+		if s := r.Header.Get("Range"); s != "" {
+			var last int
+			fmt.Sscanf(s, "bytes=%d-%d", &from, &last)
+			w.Header().Set("Content-Range", fmt.Sprintf("bytes %d-%d/%d", from, last, len(text)))
+		}
+		w.Header().Set("Content-Length", fmt.Sprint(len(text)-from))
+		if from > 0 {
+			w.WriteHeader(http.StatusPartialContent)
+		}
+		io.WriteString(w, text[from:max(from, n)])
+		http.NewResponseController(w).Flush()
+		if more != nil {
+			more()
+		}
+		panic(http.ErrAbortHandler)
+	})
+}
+
+// get begins a GET.
+func (s *served) get(ctx context.Context, path string) *http.Response {
+	s.t.Helper()
+	req, err := http.NewRequestWithContext(ctx, "GET", s.URL+path, nil)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	res, err := s.Client().Do(req)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	s.t.Cleanup(func() { res.Body.Close() })
+	return res
+}
+
+// readSome reads n bytes of a blob and compares them.
+func readSome(t *testing.T, res *http.Response, n int, want string) {
+	t.Helper()
+	got := make([]byte, n)
+	if _, err := io.ReadFull(res.Body, got); err != nil || string(got) != want[:n] {
+		t.Fatalf("read %d bytes: %v", n, err)
+	}
+}
+
+// TestServeFollow: clients get the first bytes of a large blob while the origin has not sent the
+// others. One that comes later gets them, too, and one that leaves ends nothing. The origin is asked
+// once.
+func TestServeFollow(t *testing.T) {
+	t.Parallel()
+	m := newMirror(t, nil, nil)
+	layer := aLargeBlob(1)
+	m.origin.pushImage("org/app", "v1", layer)
+	m.want(200, "GET", appManifests+"v1", "")
+	m.requests("")
+	half, read := len(layer)/2, make(chan struct{})
+	m.intercept(func(w http.ResponseWriter, r *http.Request) bool {
+		w.Header().Set("Content-Length", fmt.Sprint(len(layer)))
+		io.WriteString(w, layer[:half])
+		http.NewResponseController(w).Flush()
+		<-read
+		io.WriteString(w, layer[half:])
+		return true
+	})
+	gone, leave := context.WithCancel(t.Context())
+	first, second := m.get(t.Context(), blobAt(layer)), m.get(gone, blobAt(layer))
+	readSome(t, first, half, layer)
+	readSome(t, second, half, layer)
+	leave()
+	io.Copy(io.Discard, second.Body)
+	var late sync.WaitGroup
+	for range 4 {
+		late.Go(func() {
+			if a, err := m.try("GET", blobAt(layer), nil); err != nil || a.status != 200 || a.body != layer {
+				t.Errorf("a later client: %d, %d bytes, %v", a.status, len(a.body), err)
+			}
+		})
+	}
+	late.Go(func() {
+		a, err := m.try("GET", blobAt(layer), nil, "Range", "bytes=1-3")
+		if err != nil || a.status != 206 || a.body != layer[1:4] {
+			t.Errorf("a range: %d, %q, %v", a.status, a.body, err)
+		}
+	})
+	close(read)
+	if rest, err := io.ReadAll(first.Body); err != nil || string(rest) != layer[half:] {
+		t.Errorf("the rest has %d bytes, %v", len(rest), err)
+	}
+	late.Wait()
+	m.wantRequests("GET " + blobAt(layer))
+	checkSound(t, m.r)
+	collect(t, m.r, atOnce)
+	m.want(200, "GET", blobAt(layer), "")
+	m.wantRequests()
+}
+
+// TestServeFetchResumed: if the last client of a blob leaves, its transfer ends. The next one
+// continues it, also by another handle of the root, and after the origin has broken off.
+func TestServeFetchResumed(t *testing.T) {
+	t.Parallel()
+	m := newMirror(t, nil, nil)
+	layer := aLargeBlob(2)
+	m.origin.pushImage("org/app", "v1", layer)
+	m.want(200, "GET", appManifests+"v1", "")
+	left := make(chan struct{})
+	m.breakOff(layer, 1<<20, func() { <-left })
+	ctx, leave := context.WithCancel(t.Context())
+	readSome(t, m.get(ctx, blobAt(layer)), 1<<20, layer)
+	leave()
+	close(left)
+
+	m.breakOff(layer, 2<<20, nil)
+	res := m.get(t.Context(), blobAt(layer))
+	if got, err := io.ReadAll(res.Body); err == nil || !strings.HasPrefix(layer, string(got)) || len(got) == len(layer) {
+		t.Errorf("from an origin that breaks off: %d, %d bytes, %v", res.StatusCode, len(got), err)
+	}
+
+	other, err := ocilocal.Open(t.Context(), m.r.Root(), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer other.Close()
+	from := ""
+	m.intercept(func(_ http.ResponseWriter, r *http.Request) bool {
+		from = r.Header.Get("Range")
+		return false
+	})
+	if a := serveAt(t, other, m.opts).want(200, "GET", blobAt(layer), ""); a.body != layer {
+		t.Errorf("%d bytes", len(a.body))
+	}
+	if want := fmt.Sprintf("bytes=%d-%d", 2<<20, len(layer)-1); from != want {
+		t.Errorf("the origin was asked for %q, want %q", from, want)
+	}
+	checkSound(t, m.r)
+}
+
+// TestServeFetchProcesses: two handles of a root, as of two processes, fetch a large blob once.
+func TestServeFetchProcesses(t *testing.T) {
+	t.Parallel()
+	m := newMirror(t, nil, nil)
+	layer := aLargeBlob(3)
+	m.origin.pushImage("org/app", "v1", layer)
+	m.want(200, "GET", appManifests+"v1", "")
+	other, err := ocilocal.Open(t.Context(), m.r.Root(), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { other.Close() })
+	m.requests("")
+	var clients sync.WaitGroup
+	for _, s := range []*served{m.served, serveAt(t, other, m.opts)} {
+		for range 3 {
+			clients.Go(func() {
+				if a, err := s.try("GET", blobAt(layer), nil); err != nil || a.status != 200 || a.body != layer {
+					t.Errorf("%d, %d bytes, %v", a.status, len(a.body), err)
+				}
+			})
+		}
+	}
+	clients.Wait()
+	m.wantRequests("GET " + blobAt(layer))
+	checkSound(t, m.r)
+}
+
+// TestServeFetchLies: whatever an origin does, no client gets a whole blob of other bytes, nothing of
+// them stays, and the next client gets the right ones.
+func TestServeFetchLies(t *testing.T) {
+	t.Parallel()
+	status := func(n int, code string) func(w http.ResponseWriter, text string) {
+		return func(w http.ResponseWriter, _ string) {
+			w.WriteHeader(n)
+			fmt.Fprintf(w, `{"errors":[{"code":%q,"message":"secret of %s"}]}`, code, "10.0.0.1")
+		}
+	}
+	for name, lie := range map[string]struct {
+		answer func(w http.ResponseWriter, text string)
+		status int // to the client, before it gets any bytes
+	}{
+		"other bytes": {answer: func(w http.ResponseWriter, text string) {
+			w.Write(bytes.ToUpper(noise(9, len(text))))
+		}},
+		"another last byte": {answer: func(w http.ResponseWriter, text string) {
+			io.WriteString(w, text[:len(text)-1]+"\x00")
+		}},
+		"too long":     {answer: func(w http.ResponseWriter, text string) { io.WriteString(w, text+"!") }},
+		"too short":    {answer: func(w http.ResponseWriter, text string) { io.WriteString(w, text[:len(text)-1]) }},
+		"empty":        {answer: func(http.ResponseWriter, string) {}},
+		"absent":       {answer: status(404, "BLOB_UNKNOWN"), status: 404},
+		"unauthorized": {answer: status(401, "UNAUTHORIZED"), status: 502},
+		"denied":       {answer: status(403, "DENIED"), status: 502},
+		"too many":     {answer: status(429, "TOOMANYREQUESTS"), status: 502},
+		"failing":      {answer: status(500, "UNKNOWN"), status: 502},
+		"a login page": {answer: func(w http.ResponseWriter, _ string) { io.WriteString(w, "<html>log in</html>") }},
+		"breaking off": {answer: func(http.ResponseWriter, string) { panic(http.ErrAbortHandler) }, status: 502},
+		"half an answer": {answer: func(w http.ResponseWriter, text string) {
+			io.WriteString(w, text[:len(text)/2])
+			panic(http.ErrAbortHandler)
+		}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			m := newMirror(t, nil, nil)
+			for _, layer := range []string{aLargeBlob(4), "small"} {
+				m.origin.pushImage("org/app", "v1", layer)
+				m.want(200, "GET", manifestAt(imageOf(layer)), "")
+				m.intercept(func(w http.ResponseWriter, r *http.Request) bool {
+					lies := r.Method == "GET" && r.URL.Path == blobAt(layer)
+					if lies {
+						lie.answer(w, layer)
+					}
+					return lies
+				})
+				for _, ranges := range []string{"", "bytes=1-"} {
+					fields := []string{}
+					if ranges != "" {
+						fields = append(fields, "Range", ranges)
+					}
+					a, err := m.try("GET", blobAt(layer), nil, fields...)
+					if err == nil && a.status < 300 || lie.status != 0 && (err != nil || a.status != lie.status) || strings.Contains(a.body, layer) {
+						t.Errorf("%s: %d, %d bytes, %v", ranges, a.status, len(a.body), err)
+					}
+					if strings.Contains(a.body, "10.0.0.1") || strings.Contains(a.body, m.origin.host) {
+						t.Errorf("%s: %s", ranges, a.body)
+					}
+				}
+				m.want(200, "HEAD", blobAt(layer), "")
+				checkSound(t, m.r)
+				m.intercept(nil)
+				if a := m.want(200, "GET", blobAt(layer), ""); a.body != layer {
+					t.Errorf("the truth has %d bytes", len(a.body))
+				}
+				checkSound(t, m.r)
+			}
+		})
+	}
+}
+
+// TestServeFetchSizes: a manifest that states another size of a blob than it has breaks only itself.
+func TestServeFetchSizes(t *testing.T) {
+	t.Parallel()
+	m := newMirror(t, nil, nil)
+	layer := aLargeBlob(5)
+	m.origin.pushImage("org/app", "v1", layer)
+	lie := strings.Replace(imageOf(layer), fmt.Sprint(len(layer)), fmt.Sprint(len(layer)-1), 1)
+	m.intercept(func(w http.ResponseWriter, r *http.Request) bool {
+		if !strings.HasSuffix(r.URL.Path, "/manifests/lie") {
+			return false
+		}
+		w.Header().Set("Content-Type", imageType)
+		io.WriteString(w, lie)
+		return true
+	})
+	m.want(200, "GET", appManifests+"lie", "")
+	if a, err := m.try("GET", blobAt(layer), nil); err == nil && a.status == 200 {
+		t.Errorf("%d bytes of the wrong size", len(a.body))
+	}
+	m.want(200, "GET", appManifests+"v1", "")
+	if a := m.want(200, "GET", blobAt(layer), ""); a.body != layer {
+		t.Errorf("%d bytes", len(a.body))
+	}
+}
+
+// TestServeFetchAbsent asks for what is not here in other ways than GET.
+func TestServeFetchAbsent(t *testing.T) {
+	t.Parallel()
+	m := newMirror(t, nil, &ocilocal.Upstream{MaxBytes: 1000})
+	large := strings.Repeat("l", 1001)
+	m.origin.pushImage("org/app", "v1", "one", "two", large)
+	m.origin.pushBlob("org/app", "unnamed")
+	m.want(200, "GET", appManifests+"v1", "")
+	m.requests("")
+	if a := m.want(200, "HEAD", blobAt("one"), ""); a.header.Get("Content-Length") != "3" || a.header.Get("Docker-Content-Digest") != string(digestOfText("one")) {
+		t.Error(a.header)
+	}
+	m.want(304, "GET", blobAt("one"), "", "If-None-Match", `"`+string(digestOfText("one"))+`"`)
+	m.want(404, "GET", blobAt("unnamed"), "")
+	m.want(404, "HEAD", blobAt("unnamed"), "")
+	m.want(404, "GET", strings.Replace(blobAt("one"), "org/app", "org/other", 1), "")
+	m.want(502, "GET", blobAt(large), "")
+	m.wantRequests()
+	m.want(416, "GET", blobAt("one"), "", "Range", "bytes=3-")
+	if a := m.want(206, "GET", blobAt("one"), "", "Range", "bytes=1-1"); a.body != "n" {
+		t.Error(a.body)
+	}
+	m.wantRequests("GET " + blobAt("one"))
+
+	// HEAD has said that a blob is here. So a push may rely on it.
+	for _, text := range []string{"two", "{}"} {
+		m.want(200, "HEAD", blobAt(text), "")
+	}
+	pushed := imageOf("two")
+	m.want(201, "PUT", "/v2/org/app/manifests/pushed", pushed, "Content-Type", imageType)
+	m.wantRequests("GET "+blobAt("two"), "GET "+blobAt("{}"))
+	m.want(400, "PUT", "/v2/org/app/manifests/pushed", imageOf("three"), "Content-Type", imageType)
+	m.want(502, "PUT", "/v2/org/app/manifests/pushed", imageOf(large), "Content-Type", imageType)
+	checkSound(t, m.r)
+
+	// A foreign layer is fetched if the origin has it.
+	const foreign = "application/vnd.oci.image.layer.nondistributable.v1.tar+gzip"
+	image := strings.Replace(imageOf("far"), "text/plain", foreign, 1)
+	m.origin.want(201, "PUT", appManifests+"foreign", image, "Content-Type", imageType)
+	m.want(200, "GET", appManifests+"foreign", "")
+	m.want(404, "GET", blobAt("far"), "")
+	m.origin.pushBlob("org/app", "far")
+	if a := m.want(200, "GET", blobAt("far"), ""); a.body != "far" {
+		t.Error(a.body)
+	}
+	checkSound(t, m.r)
+}
+
+// TestServeFetchLost: content that was lost is fetched again.
+func TestServeFetchLost(t *testing.T) {
+	t.Parallel()
+	m := newMirror(t, nil, nil)
+	m.origin.pushImage("org/app", "v1", "one")
+	m.want(200, "GET", appManifests+"v1", "")
+	m.want(200, "GET", blobAt("one"), "")
+	if err := os.Remove(blobFile(m.r, digestOfText("one"))); err != nil {
+		t.Fatal(err)
+	}
+	if a := m.want(200, "GET", blobAt("one"), ""); a.body != "one" {
+		t.Error(a.body)
+	}
+	checkSound(t, m.r)
+}
+
+// TestServeFetchCollected has collections with no grace run beside clients of a mirror. Every client
+// gets what it asks for, and what refs lead to stays.
+func TestServeFetchCollected(t *testing.T) {
+	t.Parallel()
+	m := newMirror(t, nil, nil)
+	ctx, stop := context.WithCancel(t.Context())
+	var collector sync.WaitGroup
+	collector.Go(func() {
+		for ctx.Err() == nil {
+			if _, err := m.r.GC(ctx, atOnce); err != nil && ctx.Err() == nil {
+				t.Error(err)
+				return
+			}
+		}
+	})
+	var clients sync.WaitGroup
+	for i := range 4 {
+		clients.Go(func() {
+			for n := range 10 {
+				layer := fmt.Sprintf("layer %d of %d", n, i)
+				m.origin.pushImage("org/app", fmt.Sprintf("v%d-%d", i, n), layer)
+				m.want(200, "GET", fmt.Sprintf("%sv%d-%d", appManifests, i, n), "")
+				for _, text := range []string{layer, "{}"} {
+					if a := m.want(200, "GET", blobAt(text), ""); a.body != text {
+						t.Errorf("%q", a.body)
+					}
+				}
+			}
+		})
+	}
+	clients.Wait()
+	stop()
+	collector.Wait()
+	checkSound(t, m.r)
+	for i := range 4 {
+		m.want(200, "GET", blobAt(fmt.Sprintf("layer 9 of %d", i)), "")
+	}
+}
+
+// TestServeFollowLies follows a blob whose bytes turn out to be wrong when the client has nearly all
+// of them. The answer breaks off before the last one.
+func TestServeFollowLies(t *testing.T) {
+	t.Parallel()
+	m := newMirror(t, nil, nil)
+	layer, lie := aLargeBlob(6), aLargeBlob(7)
+	m.origin.pushImage("org/app", "v1", layer)
+	m.want(200, "GET", appManifests+"v1", "")
+	read := make(chan struct{})
+	m.intercept(func(w http.ResponseWriter, r *http.Request) bool {
+		io.WriteString(w, lie) // chunked: its end is still to come
+		http.NewResponseController(w).Flush()
+		<-read
+		return true
+	})
+	res := m.get(t.Context(), blobAt(layer))
+	most := len(lie) - 256<<10
+	readSome(t, res, most, lie)
+	rest := make([]byte, 256<<10)
+	n, _ := res.Body.Read(rest)
+	close(read)
+	more, err := io.ReadAll(res.Body)
+	if n += most + len(more); err == nil || n >= len(lie) {
+		t.Errorf("got %d bytes of %d, %v", n, len(lie), err)
+	}
+	m.intercept(nil)
+	if a := m.want(200, "GET", blobAt(layer), ""); a.body != layer {
+		t.Errorf("%d bytes", len(a.body))
+	}
+	checkSound(t, m.r)
+}
