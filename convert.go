@@ -113,7 +113,11 @@ func (r *LocalRegistry) convert(ctx context.Context, src, dst Reference, opts *C
 	if err := r.stageConverted(ctx, st, to); err != nil {
 		return nil, err
 	}
-	updates, err := r.publish(ctx, st, []publication{onlyManifest(dst, to, o.PublishOptions)})
+	p := onlyManifest(dst, to, o.PublishOptions)
+	if p.entry, err = r.platformOf(src, desc.Digest); err != nil {
+		return nil, err
+	}
+	updates, err := r.publish(ctx, st, []publication{p})
 	if err != nil {
 		return nil, err
 	}
@@ -126,6 +130,16 @@ func (r *LocalRegistry) convert(ctx context.Context, src, dst Reference, opts *C
 	}
 	result.Artifact = r.newArtifact(dst, to.Descriptor(), to)
 	return result, nil
+}
+
+// platformOf returns the facts of a manifest that are those of its converted form too: the platform.
+// Annotations of an entry may speak of the manifest itself, as a signature does.
+func (r *LocalRegistry) platformOf(ref Reference, d digest.Digest) (entry string, err error) {
+	f, err := r.knownFacts(ref, d)
+	if err != nil {
+		return "", err
+	}
+	return entryFacts{Platform: f.Platform}.text()
 }
 
 // converted returns the other form, and m's fields for it.

@@ -120,8 +120,10 @@
 // What else an entry of index.json says, its platform and its annotations, is kept in the index of
 // the registry: with the ref, or with the manifest if it got no ref. Exports of that ref or digest
 // write it again. It belongs to the content: a ref that moves loses it, unless the import that
-// moves the ref brings its own. Pulls, builds, tags and copies have none. urls and data are not
-// kept.
+// moves the ref brings its own. A Tag takes it from another ref of the same manifest, and the first
+// ref of content that was imported by digest takes it from there. ImportRegistry, Backup and Rebuild
+// keep it, and Convert keeps the platform. Push, Pull and the handler don't, because a registry has
+// no place for it. urls and data are not kept.
 //
 // # Raw content
 //

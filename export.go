@@ -140,7 +140,7 @@ func (r *LocalRegistry) newExport(ctx context.Context, refs []Reference, opts *E
 		if err != nil {
 			return nil, fmt.Errorf("%s: %w", ref, err)
 		}
-		facts, err := r.refFacts(ctx, ref)
+		facts, err := r.entryFacts(ctx, ref, desc.Digest)
 		if err != nil {
 			return nil, fmt.Errorf("%s: %w", ref, err)
 		}
@@ -161,7 +161,7 @@ func (r *LocalRegistry) newExport(ctx context.Context, refs []Reference, opts *E
 		if err != nil {
 			return nil, err
 		}
-		facts, err := r.unnamedFacts(ctx, d)
+		facts, err := r.entryFacts(ctx, Reference{}, d)
 		if err != nil {
 			return nil, fmt.Errorf("%s: %w", d, err)
 		}
@@ -179,31 +179,6 @@ func (r *LocalRegistry) newExport(ctx context.Context, refs []Reference, opts *E
 	m.planAll(x.manifests)
 	m.planAll(x.blobs)
 	return x, nil
-}
-
-// refFacts returns what an index.json said of a ref when it was imported.
-func (r *LocalRegistry) refFacts(ctx context.Context, ref Reference) (f entryFacts, err error) {
-	err = r.within(ctx, func() error {
-		name, reference := ref.key()
-		detail, _, err := refDetails(r.index, name, reference)
-		if err == nil {
-			f, err = parseFacts(detail.entry)
-		}
-		return err
-	})
-	return f, err
-}
-
-// unnamedFacts returns what an index.json said of a manifest when it was imported by digest.
-func (r *LocalRegistry) unnamedFacts(ctx context.Context, d digest.Digest) (f entryFacts, err error) {
-	err = r.within(ctx, func() error {
-		text, err := unnamedEntry(r.index, d)
-		if err == nil {
-			f, err = parseFacts(text)
-		}
-		return err
-	})
-	return f, err
 }
 
 // with returns the annotations of an entry that has a name.

@@ -3,7 +3,6 @@ package ocilocal
 import (
 	"context"
 	"fmt"
-	"maps"
 
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -53,7 +52,11 @@ func (r *LocalRegistry) importRegistry(ctx context.Context, src *LocalRegistry, 
 	}
 	o := *opts
 	o.one, o.Rename, o.Select = true, true, string(root.Digest)
-	root.Annotations = maps.Clone(root.Annotations)
+	facts, err := src.knownFacts(ref, root.Digest)
+	if err != nil {
+		return nil, err
+	}
+	root.Platform, root.Annotations = facts.Platform, facts.Annotations
 	if root.Annotations == nil {
 		root.Annotations = map[string]string{}
 	}

@@ -14,10 +14,6 @@ import (
 //lint:ignore ST1012 it is named as [fs.SkipDir] is, which is not an error either
 var SkipEntry = errors.New("skip this entry")
 
-// annotationImageName is the annotation in which containerd, and so `docker save`, writes the full
-// name of an entry. They write only the tag to org.opencontainers.image.ref.name.
-const annotationImageName = "io.containerd.image.name"
-
 // A claim is the name of an entry in an index.json. Nothing proves it. At most one field is set.
 type claim struct {
 	// ref is the entry's full name: host, repository, and tag or digest. Zero if it has none.

@@ -21,6 +21,7 @@ const (
 	sqlHolds       = `SELECT h.name, h.content, c.digest, h.since FROM holds h CROSS JOIN content c WHERE (h.name, h.content) > (?, ?) AND c.id = h.content ORDER BY h.name, h.content LIMIT ?`
 
 	sqlSetUnnamed  = `INSERT INTO unnamed (manifest, since, entry) SELECT id, ?2, ?3 FROM content WHERE digest = ?1 ON CONFLICT (manifest) DO UPDATE SET since = excluded.since, entry = excluded.entry`
+	sqlTakeUnnamed = `DELETE FROM unnamed WHERE manifest = (SELECT id FROM content WHERE digest = ?) RETURNING entry`
 	sqlUnnamedFact = `SELECT entry FROM unnamed WHERE manifest = (SELECT id FROM content WHERE digest = ?)`
 )
 
@@ -83,6 +84,13 @@ func (t *indexTx) setUnnamed(d digest.Digest, entry string, since time.Time) err
 		err = ErrNotFound
 	}
 	return err
+}
+
+// takeUnnamed removes the record that a manifest was imported by digest, and returns what an index.json
+// said of it, "" for nothing.
+func (t *indexTx) takeUnnamed(d digest.Digest) (entry string, err error) {
+	_, err = t.row(sqlTakeUnnamed, []any{digestBytes(d)}, &entry)
+	return entry, err
 }
 
 // unnamedEntry returns what an index.json said of a manifest that was imported by digest, "" for

@@ -31,7 +31,8 @@ const (
 		WHERE (name, reference) > (?1, ?2) AND name < ?3 ORDER BY name, reference LIMIT ?4`
 	sqlNames = `SELECT DISTINCT name FROM refs WHERE name >= ?1 AND name > ?2 AND name < ?3 ORDER BY name LIMIT ?4`
 
-	sqlRefDetail   = `SELECT name, reference, created, moved, used, entry FROM refs WHERE name = ? AND reference = ?`
+	sqlRefDetail   = `SELECT name, reference, created, moved, used, entry, digest FROM refs WHERE name = ? AND reference = ?`
+	sqlEntryOf     = `SELECT entry FROM refs WHERE manifest = (SELECT id FROM content WHERE digest = ?) AND entry <> '' ORDER BY name, reference LIMIT 1`
 	sqlSetRefEntry = `UPDATE refs SET entry = ?3 WHERE name = ?1 AND reference = ?2`
 
 	// At most 1,000 manifests are read: very many may need the same blob.
@@ -87,18 +88,27 @@ func (t *indexTx) setRefEntry(name, reference, entry string) error {
 	return err
 }
 
+// entryOf returns what an index.json said of the first ref that points at a manifest and of which one
+// said anything, "" for nothing.
+func entryOf(q queryer, d digest.Digest) (entry string, err error) {
+	_, err = q.row(sqlEntryOf, []any{digestBytes(d)}, &entry)
+	return entry, err
+}
+
 // A refDetail is the part of a ref's row that is not its descriptor.
 type refDetail struct {
 	created, moved time.Time
 	used           time.Time // zero if not known
 	entry          string
+	digest         digest.Digest
 }
 
 // refDetails returns the refDetail of a ref, if there is such a ref.
 func refDetails(q queryer, name, reference string) (detail refDetail, ok bool, err error) {
 	var key refKey
 	var created, moved, used int64
-	ok, err = q.row(sqlRefDetail, []any{name, reference}, &key.name, &key.reference, &created, &moved, &used, &detail.entry)
+	var b []byte
+	ok, err = q.row(sqlRefDetail, []any{name, reference}, &key.name, &key.reference, &created, &moved, &used, &detail.entry, &b)
 	if !ok || err != nil {
 		return refDetail{}, false, err
 	}
@@ -106,7 +116,10 @@ func refDetails(q queryer, name, reference string) (detail refDetail, ok bool, e
 	if used != 0 {
 		detail.used = time.UnixMicro(used)
 	}
-	return detail, true, key.check(name, reference)
+	if err = key.check(name, reference); err == nil {
+		detail.digest, err = digestFromBytes(b)
+	}
+	return detail, true, err
 }
 
 // deleteRef removes a ref, if there is one.

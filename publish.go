@@ -217,14 +217,18 @@ func (p *publication) putRef(tx *indexTx, outcome Outcome, root ocispec.Descript
 		if !p.moved.IsZero() && p.moved.Before(now) {
 			at = p.moved
 		}
-		return tx.putRef(name, reference, root, p.entry, at)
-	case outcome == Unchanged && p.entry != "":
-		// The ref may come from a build or a pull, and say nothing of an index.json yet.
-		detail, _, err := refDetails(tx, name, reference)
-		if err != nil || detail.entry == p.entry || detail.entry != "" && p.Policy != Replace {
+		return putNamed(tx, name, reference, root, p.entry, at)
+	case outcome == Unchanged:
+		left, err := takeFacts(tx, root.Digest)
+		if p.entry == "" && left == "" || err != nil {
 			return err
 		}
-		return tx.setRefEntry(name, reference, p.entry)
+		// The ref may come from a build or a pull, and say nothing of an index.json yet.
+		detail, _, err := refDetails(tx, name, reference)
+		if err != nil || detail.entry != "" && (p.entry == "" || p.Policy != Replace) {
+			return err
+		}
+		return tx.setRefEntry(name, reference, cmp.Or(p.entry, left))
 	case p.byDigest:
 		return tx.setUnnamed(root.Digest, p.entry, now)
 	}

@@ -74,7 +74,15 @@ func (r *LocalRegistry) tagIn(ctx context.Context, tx *indexTx, d digest.Digest,
 	if err := r.checkClosure(ctx, tx, desc); err != nil || u.Outcome == Unchanged {
 		return u, err
 	}
-	return u, tx.putRef(name, reference, desc, "", time.Now())
+	// The platform and the annotations of another ref describe the same manifest.
+	entry, err := entryOf(tx, d)
+	if err == nil {
+		entry, err = withoutNames(entry)
+	}
+	if err != nil {
+		return u, err
+	}
+	return u, putNamed(tx, name, reference, desc, entry, time.Now())
 }
 
 // Remove deletes a ref and returns the descriptor that it pointed at. A ref with a tag and a

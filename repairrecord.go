@@ -292,7 +292,7 @@ func (p *repair) name(ctx context.Context, d digest.Digest, ref Reference, entry
 	if errors.Is(err, ErrConflict) || errors.Is(err, ErrDigestMismatch) {
 		return nil
 	}
-	if err == nil && entry != "" {
+	if err == nil && (entry != "" || u.Outcome != Unchanged) { // Tag may have taken that of another ref
 		name, reference := ref.key()
 		err = p.registry.write(ctx, func(tx *indexTx) error { return tx.setRefEntry(name, reference, entry) })
 	}
