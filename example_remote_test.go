@@ -5,8 +5,11 @@ import (
 	"errors"
 	"fmt"
 	"log"
+	"net/http"
+	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"strings"
 
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -16,20 +19,23 @@ import (
 
 func ExampleLocalRegistry_Push() {
 	ctx := context.Background()
-	server := serve() // a registry in this process
+	served, doneServed := scratch()
+	defer doneServed()
+	server := httptest.NewServer(served.Handler(nil)) // a registry in this process
 	defer server.Close()
+	host := strings.TrimPrefix(server.URL, "http://")
 	r, done := scratch()
 	defer done()
-	note(r, server.host+"/team/note:v1", "one")
+	note(r, host+"/team/note:v1", "one")
 
-	pushed, err := r.Push(ctx, server.ref("team/note:v1"), nil)
+	pushed, err := r.Push(ctx, ocilocal.MustParseReference(host+"/team/note:v1"), nil)
 	if err != nil {
 		log.Fatal(err)
 	}
 	fmt.Println(pushed.BlobsSent, "blobs sent")
 
 	// Under another name there. The registry has the blobs, so none is sent.
-	pushed, err = r.Push(ctx, server.ref("team/note:v1"), &ocilocal.PushOptions{As: server.ref("team/release:v1")})
+	pushed, err = r.Push(ctx, ocilocal.MustParseReference(host+"/team/note:v1"), &ocilocal.PushOptions{As: ocilocal.MustParseReference(host + "/team/release:v1")})
 	if err != nil {
 		log.Fatal(err)
 	}
@@ -41,11 +47,14 @@ func ExampleLocalRegistry_Push() {
 
 func ExampleLocalRegistry_Pull() {
 	ctx := context.Background()
-	server := serve() // a registry in this process
+	served, doneServed := scratch()
+	defer doneServed()
+	server := httptest.NewServer(served.Handler(nil)) // a registry in this process
 	defer server.Close()
+	host := strings.TrimPrefix(server.URL, "http://")
 	from, done := scratch()
 	defer done()
-	ref := server.ref("team/note:v1")
+	ref := ocilocal.MustParseReference(host + "/team/note:v1")
 	a := note(from, ref.String(), "one")
 	if _, err := from.Push(ctx, ref, nil); err != nil {
 		log.Fatal(err)
@@ -73,11 +82,14 @@ func ExampleLocalRegistry_Pull() {
 // Load answers from the local registry. With a Remote, it pulls an artifact that is not there.
 func ExampleOptions_remote() {
 	ctx := context.Background()
-	server := serve()
+	served, doneServed := scratch()
+	defer doneServed()
+	server := httptest.NewServer(served.Handler(nil)) // a registry in this process
 	defer server.Close()
+	host := strings.TrimPrefix(server.URL, "http://")
 	from, done := scratch()
 	defer done()
-	ref := server.ref("team/note:v1")
+	ref := ocilocal.MustParseReference(host + "/team/note:v1")
 	note(from, ref.String(), "one")
 	if _, err := from.Push(ctx, ref, nil); err != nil {
 		log.Fatal(err)
@@ -105,16 +117,25 @@ func ExampleOptions_remote() {
 
 func ExampleRemote() {
 	ctx := context.Background()
-	server := serve()
+	served, doneServed := scratch()
+	defer doneServed()
+	server := httptest.NewServer(served.Handler(&ocilocal.HandlerOptions{
+		Authorize: func(r *http.Request, _ string, _ ocilocal.Action) error {
+			if user, password, _ := r.BasicAuth(); user != "me" || password != "secret" {
+				return &ocilocal.ChallengeError{Challenge: `Basic realm="notes"`}
+			}
+			return nil
+		},
+	}))
 	defer server.Close()
-	server.user, server.password = "me", "secret"
+	host := strings.TrimPrefix(server.URL, "http://")
 	r, done := scratch()
 	defer done()
-	ref := server.ref("team/note:v1")
+	ref := ocilocal.MustParseReference(host + "/team/note:v1")
 	note(r, ref.String(), "one")
 
 	remote := &ocilocal.Remote{
-		Credentials: ocilocal.StaticCredential(server.host, ocilocal.Credential{Username: "me", Password: "secret"}),
+		Credentials: ocilocal.StaticCredential(host, ocilocal.Credential{Username: "me", Password: "secret"}),
 	}
 	defer remote.CloseIdleConnections()
 	if _, err := r.Push(ctx, ref, &ocilocal.PushOptions{Remote: remote}); err != nil {
@@ -126,7 +147,7 @@ func ExampleRemote() {
 		}
 		fmt.Println("tag", tag)
 	}
-	_, err := remote.Resolve(ctx, server.ref("team/note:v2"))
+	_, err := remote.Resolve(ctx, ocilocal.MustParseReference(host+"/team/note:v2"))
 	if e, ok := errors.AsType[*ocilocal.RemoteError](err); ok && errors.Is(err, ocilocal.ErrNotFound) {
 		fmt.Println(e.Method, "answered", e.Status)
 	}
@@ -154,13 +175,16 @@ func ExampleFirstCredential() {
 
 func ExampleRemote_Referrers() {
 	ctx := context.Background()
-	server := serve()
+	served, doneServed := scratch()
+	defer doneServed()
+	server := httptest.NewServer(served.Handler(nil)) // a registry in this process
 	defer server.Close()
+	host := strings.TrimPrefix(server.URL, "http://")
 	r, done := scratch()
 	defer done()
-	subject := note(r, server.host+"/team/note:v1", "one")
+	subject := note(r, host+"/team/note:v1", "one")
 
-	b, err := r.NewBuilder(server.ref("team/note:signature"), &ocilocal.BuilderOptions{ArtifactType: "application/vnd.example.signature"})
+	b, err := r.NewBuilder(ocilocal.MustParseReference(host+"/team/note:signature"), &ocilocal.BuilderOptions{ArtifactType: "application/vnd.example.signature"})
 	if err != nil {
 		log.Fatal(err)
 	}
@@ -172,13 +196,13 @@ func ExampleRemote_Referrers() {
 		log.Fatal(err)
 	}
 	for _, tag := range []string{"v1", "signature"} {
-		if _, err := r.Push(ctx, server.ref("team/note:"+tag), nil); err != nil {
+		if _, err := r.Push(ctx, ocilocal.MustParseReference(host+"/team/note:"+tag), nil); err != nil {
 			log.Fatal(err)
 		}
 	}
 	remote := &ocilocal.Remote{}
 	defer remote.CloseIdleConnections()
-	for d, err := range remote.Referrers(ctx, server.ref("team/note:v1"), "") {
+	for d, err := range remote.Referrers(ctx, ocilocal.MustParseReference(host+"/team/note:v1"), "") {
 		if err != nil {
 			log.Fatal(err)
 		}
@@ -190,11 +214,14 @@ func ExampleRemote_Referrers() {
 // A manifest can be read and deleted on the remote registry. Nothing is stored here.
 func ExampleRemote_Manifest() {
 	ctx := context.Background()
-	server := serve()
+	served, doneServed := scratch()
+	defer doneServed()
+	server := httptest.NewServer(served.Handler(nil)) // a registry in this process
 	defer server.Close()
+	host := strings.TrimPrefix(server.URL, "http://")
 	r, done := scratch()
 	defer done()
-	a := note(r, server.host+"/team/note:v1", "one")
+	a := note(r, host+"/team/note:v1", "one")
 	if _, err := r.Push(ctx, a.Reference(), nil); err != nil {
 		log.Fatal(err)
 	}
@@ -244,17 +271,20 @@ func ExampleFileCredentials() {
 // Of an image index for several platforms, only one image is pulled.
 func ExamplePullOptions_platform() {
 	ctx := context.Background()
-	server := serve()
+	served, doneServed := scratch()
+	defer doneServed()
+	server := httptest.NewServer(served.Handler(nil)) // a registry in this process
 	defer server.Close()
+	host := strings.TrimPrefix(server.URL, "http://")
 	from, done := scratch()
 	defer done()
-	index, err := from.NewIndexBuilder(server.ref("team/note:v1"), nil)
+	index, err := from.NewIndexBuilder(ocilocal.MustParseReference(host+"/team/note:v1"), nil)
 	if err != nil {
 		log.Fatal(err)
 	}
 	defer index.Cancel()
 	for _, arch := range []string{"amd64", "arm64"} {
-		desc := note(from, server.host+"/team/note:"+arch, "for "+arch).Descriptor()
+		desc := note(from, host+"/team/note:"+arch, "for "+arch).Descriptor()
 		desc.Platform = &ocispec.Platform{OS: "linux", Architecture: arch}
 		if _, err := index.AddManifest(ctx, desc); err != nil {
 			log.Fatal(err)
@@ -270,7 +300,7 @@ func ExamplePullOptions_platform() {
 
 	r, doneToo := scratch()
 	defer doneToo()
-	pulled, err := r.Pull(ctx, server.ref("team/note:v1"), &ocilocal.PullOptions{
+	pulled, err := r.Pull(ctx, ocilocal.MustParseReference(host+"/team/note:v1"), &ocilocal.PullOptions{
 		Platform: &ocispec.Platform{OS: "linux", Architecture: "arm64"},
 	})
 	if err != nil {
@@ -291,11 +321,14 @@ func ExamplePullOptions_platform() {
 // A program that draws a bar redraws it with each report. One that logs writes a line for each item.
 func ExampleProgress() {
 	ctx := context.Background()
-	server := serve() // a registry in this process
+	served, doneServed := scratch()
+	defer doneServed()
+	server := httptest.NewServer(served.Handler(nil)) // a registry in this process
 	defer server.Close()
+	host := strings.TrimPrefix(server.URL, "http://")
 	r, done := scratch()
 	defer done()
-	ref := server.ref("team/note:v1")
+	ref := ocilocal.MustParseReference(host + "/team/note:v1")
 	note(r, ref.String(), "one")
 
 	percent := int64(0)
@@ -338,14 +371,27 @@ func ExampleProgress() {
 // not have.
 func ExampleRemote_mirrors() {
 	ctx := context.Background()
-	registry, mirror := serve(), serve()
+	origin, doneOrigin := scratch()
+	defer doneOrigin()
+	cache, doneCache := scratch()
+	defer doneCache()
+	blobs := 0 // that the registry itself sends
+	handler := origin.Handler(nil)
+	registry := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.Method == "GET" && strings.Contains(r.URL.Path, "/blobs/") {
+			blobs++
+		}
+		handler.ServeHTTP(w, r)
+	}))
 	defer registry.Close()
+	mirror := httptest.NewServer(cache.Handler(nil))
 	defer mirror.Close()
+	host, mirrorHost := strings.TrimPrefix(registry.URL, "http://"), strings.TrimPrefix(mirror.URL, "http://")
 	from, done := scratch()
 	defer done()
-	ref := registry.ref("team/note:v1")
+	ref := ocilocal.MustParseReference(host + "/team/note:v1")
 	note(from, ref.String(), "one")
-	for _, to := range []ocilocal.Reference{ref, mirror.ref("cache/team/note:any")} {
+	for _, to := range []ocilocal.Reference{ref, ocilocal.MustParseReference(mirrorHost + "/cache/team/note:any")} {
 		if _, err := from.Push(ctx, ref, &ocilocal.PushOptions{As: to}); err != nil {
 			log.Fatal(err)
 		}
@@ -354,14 +400,14 @@ func ExampleRemote_mirrors() {
 	r, doneToo := scratch()
 	defer doneToo()
 	remote := &ocilocal.Remote{Mirrors: map[string][]ocilocal.Mirror{
-		registry.host: {{Location: mirror.host + "/cache"}}, // for example "docker.io": {{Location: "mirror.gcr.io"}}
+		host: {{Location: mirrorHost + "/cache"}}, // for example "docker.io": {{Location: "mirror.gcr.io"}}
 	}}
 	defer remote.CloseIdleConnections()
 	pulled, err := r.Pull(ctx, ref, &ocilocal.PullOptions{Remote: remote})
 	if err != nil {
 		log.Fatal(err)
 	}
-	fmt.Println(pulled.Artifact.Reference() == ref, registry.served(), "bytes from the registry")
+	fmt.Println(pulled.Artifact.Reference() == ref, blobs, "blobs from the registry")
 	// Output:
-	// true 0 bytes from the registry
+	// true 0 blobs from the registry
 }

@@ -169,11 +169,11 @@ func faultArchive() []byte {
 // off, and a second request continues it.
 func pullFlow(r *ocilocal.LocalRegistry) error {
 	config, large, shared := "{}", string(noise(35, 1<<20)), string(keptLayers[0])
-	s := &server{host: "registry.test", blobs: map[string][]byte{}, manifests: map[string]map[string]stored{}}
+	s := &server{host: "registry.test"} // without a registry behind it, which would have files
 	for _, b := range []string{config, large, shared} {
-		s.blobs["org/model@"+string(digest.FromString(b))] = []byte(b)
+		s.plantBlob("org/model", digest.FromString(b), []byte(b))
 	}
-	s.putRaw("org/model", "v1", ocispec.MediaTypeImageManifest, fmt.Appendf(nil,
+	s.plant("org/model", "v1", ocispec.MediaTypeImageManifest, fmt.Appendf(nil,
 		`{"schemaVersion":2,"artifactType":%q,"config":%s,"layers":[%s,%s],"annotations":{%q:"imported"}}`,
 		testType, desc("application/vnd.oci.empty.v1+json", config), desc("a/b", large), desc("a/b", shared), labelKey))
 	// Without connections, which would cost descriptors: only files count here.

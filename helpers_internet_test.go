@@ -163,9 +163,9 @@ func (s *site) asked() []string {
 	return slices.Clone(s.requests)
 }
 
-// registry is a site with a registry in memory.
+// registry is a site with a registry.
 func (in *internet) registry(origin, ip string) *server {
-	s := &server{blobs: map[string][]byte{}, manifests: map[string]map[string]stored{}, uploads: map[string]*bytes.Buffer{}, pageSize: 100}
+	s := unservedServer(in.t)
 	scheme, host, _ := strings.Cut(origin, "://")
 	if s.host = host; scheme == "http" {
 		in.plain = append(in.plain, host)

@@ -1,23 +1,23 @@
-// A registry for tests of the client: it does as the distribution spec says, and tests override
-// single answers.
+// A registry for tests of the client: LocalRegistry.Handler on a registry of the test, behind a
+// layer for what an honest registry does not do.
 
 package ocilocal_test
 
 import (
 	"bytes"
-	"cmp"
+	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
-	"maps"
 	"net/http"
 	"net/http/httptest"
-	"net/url"
-	"slices"
+	"path"
 	"strconv"
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -25,10 +25,19 @@ import (
 	"github.com/ocilocal/ocilocal"
 )
 
-// A server is a registry in memory (distribution-spec 1.1). Its fields are set before it is used.
+// A server is a registry that tests can spoil. It keeps a log of the requests, may answer some of
+// them wrongly, and passes the others to LocalRegistry.Handler. The registry behind it is opened
+// when something is stored or asked for: many tests answer all requests themselves.
+//
+// The fields before mu are set before the first request.
 type server struct {
 	*httptest.Server
+	t    testing.TB
 	host string // 127.0.0.1:port
+
+	// origin is the server whose registry this one serves. Nil means a registry of its own. Tests
+	// that spoil the same content in many ways share a registry, because each costs some time.
+	origin *server
 
 	// override may answer a request itself, and then returns true.
 	override func(w http.ResponseWriter, r *http.Request) bool
@@ -41,19 +50,23 @@ type server struct {
 	noArtifacts    bool  // refuses artifact manifests
 	minChunk       int64 // OCI-Chunk-Min-Length
 	maxPut         int64 // larger bodies are 413
-	pageSize       int
+	pageSize       int   // of lists; 0 is the handler's choice
 
-	mu        sync.Mutex
-	log       []string                     // method and path with query
-	headers   []http.Header                // of each of log
-	sent      int64                        // bytes of blobs
-	blobs     map[string][]byte            // repository@digest
-	manifests map[string]map[string]stored // repository → digest or tag
-	uploads   map[string]*bytes.Buffer
-	began     int // uploads
-	tokens    int // handed out
+	mu      sync.Mutex
+	log     []string      // method and path with query
+	headers []http.Header // of each of log
+	sent    int64         // bytes of blobs
+	tokens  int           // handed out
+	planted map[string]stored
+
+	conditional sync.Mutex // is held from the check of If-Match until the manifest is stored
+	open        sync.Once
+	registry    *ocilocal.LocalRegistry // see local
+	honest      http.Handler            // see handler
+	serves      sync.Once
 }
 
+// A stored is a manifest or a blob on a server.
 type stored struct {
 	mediaType string
 	body      []byte
@@ -62,16 +75,56 @@ type stored struct {
 
 func newServer(t testing.TB) *server {
 	t.Helper()
-	s := serve()
+	s := unservedServer(t)
+	s.Server = httptest.NewServer(s)
+	s.host = strings.TrimPrefix(s.URL, "http://")
 	t.Cleanup(s.Close)
 	return s
 }
 
-func serve() *server {
-	s := &server{blobs: map[string][]byte{}, manifests: map[string]map[string]stored{}, uploads: map[string]*bytes.Buffer{}, pageSize: 100}
-	s.Server = httptest.NewServer(s)
-	s.host = strings.TrimPrefix(s.URL, "http://")
+// unservedServer returns a server that listens nowhere yet.
+func unservedServer(t testing.TB) *server {
+	s := &server{t: t}
+	t.Cleanup(func() {
+		if s.registry == nil {
+			return
+		}
+		if err := s.registry.Close(); err != nil {
+			t.Error(err)
+		}
+	})
 	return s
+}
+
+// local returns the registry behind the server. Repository org/app of the server is localhost/org/app
+// there.
+func (s *server) local() *ocilocal.LocalRegistry {
+	if s.origin != nil {
+		return s.origin.local()
+	}
+	s.open.Do(func() {
+		r, err := ocilocal.Open(context.Background(), s.t.TempDir(), nil)
+		if err != nil {
+			panic(err)
+		}
+		s.registry = r
+	})
+	return s.registry
+}
+
+func (s *server) repository(name string) *ocilocal.Repository {
+	p, err := s.local().Repository("localhost/" + name)
+	if err != nil {
+		panic(err)
+	}
+	return p
+}
+
+func (s *server) handler() http.Handler {
+	s.serves.Do(func() {
+		s.honest = s.local().Handler(&ocilocal.HandlerOptions{MinChunk: s.minChunk, Authorize: s.authorize})
+	})
+	return s.honest
 }
 
 // ref returns a reference to something on the server.
@@ -116,39 +169,9 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	s.headers = append(s.headers, r.Header.Clone())
 	override := s.override
 	s.mu.Unlock()
-	if override != nil && override(w, r) {
-		return
+	if override == nil || !override(w, r) {
+		s.plain(w, r)
 	}
-	if r.URL.Path == "/token" {
-		s.serveToken(w, r)
-		return
-	}
-	rest, ok := strings.CutPrefix(r.URL.Path, "/v2/")
-	if !ok {
-		http.NotFound(w, r)
-		return
-	}
-	if !s.authorized(w, r) {
-		return
-	}
-	for _, kind := range []string{"/manifests/", "/blobs/uploads/", "/blobs/", "/referrers/", "/tags/list"} {
-		if repo, reference, ok := strings.Cut(rest, kind); ok {
-			switch kind {
-			case "/manifests/":
-				s.manifest(w, r, repo, reference)
-			case "/blobs/uploads/":
-				s.upload(w, r, repo, reference)
-			case "/blobs/":
-				s.blob(w, r, repo, reference)
-			case "/referrers/":
-				s.referrers(w, r, repo, reference)
-			case "/tags/list":
-				s.tags(w, r, repo)
-			}
-			return
-		}
-	}
-	http.NotFound(w, r)
 }
 
 func fail(w http.ResponseWriter, status int, code string) {
@@ -157,26 +180,165 @@ func fail(w http.ResponseWriter, status int, code string) {
 	fmt.Fprintf(w, `{"errors":[{"code":%q,"message":"what the server says"}]}`, code)
 }
 
-func (s *server) authorized(w http.ResponseWriter, r *http.Request) bool {
+// plain answers without override.
+func (s *server) plain(w http.ResponseWriter, r *http.Request) {
+	if r.URL.Path == "/token" {
+		s.serveToken(w, r)
+		return
+	}
+	if s.authorize(r, "", 0) == nil {
+		if s.deviates(w, r) {
+			return
+		}
+		r = s.changed(r)
+	}
+	if r.Header.Get("If-Match") != "" {
+		s.conditional.Lock()
+		defer s.conditional.Unlock()
+		if repo, tag, _ := strings.Cut(r.URL.Path, "/manifests/"); !s.matches(r, strings.TrimPrefix(repo, "/v2/"), tag) {
+			fail(w, 412, "DENIED")
+			return
+		}
+	}
+	s.handler().ServeHTTP(&serverWriter{w, s, r}, r)
+}
+
+// matches says whether the condition of a PUT holds. The specification has no conditions, and the
+// handler ignores them. Some registries do not.
+func (s *server) matches(r *http.Request, repo, tag string) bool {
+	return r.Header.Get("If-Match") == `"`+string(s.at(repo, tag).digest)+`"`
+}
+
+// deviates answers where the server is to do something else than the handler would.
+func (s *server) deviates(w http.ResponseWriter, r *http.Request) bool {
+	manifest, upload := strings.Contains(r.URL.Path, "/manifests/"), strings.Contains(r.URL.Path, "/blobs/uploads/")
+	text := r.Header.Get("Range")
+	switch {
+	case s.noReferrers && strings.Contains(r.URL.Path, "/referrers/"):
+		http.NotFound(w, r)
+	case upload && path.Base(r.URL.Path) != "uploads" && r.URL.Query().Get("state") != "of upload":
+		fail(w, 404, "BLOB_UPLOAD_UNKNOWN") // the query of the Location belongs to the address
+	case upload && s.maxPut > 0 && r.ContentLength > s.maxPut:
+		fail(w, 413, "SIZE_INVALID")
+	case text != "" && (strings.HasSuffix(text, "-") || !strings.Contains(text, "-")):
+		fail(w, 416, "BLOB_UNKNOWN") // as with go-containerregistry's registry, a range has both ends
+	case manifest && r.Method == "PUT" && s.noArtifacts && r.Header.Get("Content-Type") == ocilocal.MediaTypeArtifactManifest:
+		fail(w, 400, "MANIFEST_INVALID")
+	case manifest && r.Method == "PUT" && s.sparse:
+		body, err := io.ReadAll(r.Body)
+		if err != nil {
+			s.t.Error(err)
+		}
+		repo, reference, _ := strings.Cut(strings.TrimPrefix(r.URL.Path, "/v2/"), "/manifests/")
+		d := s.plant(repo, reference, r.Header.Get("Content-Type"), body)
+		w.Header().Set("Docker-Content-Digest", string(d))
+		w.WriteHeader(201)
+	case manifest && r.Method == "DELETE":
+		return s.deletes(w, r)
+	case r.Method == "GET" || r.Method == "HEAD":
+		return s.servePlanted(w, r)
+	default:
+		return false
+	}
+	return true
+}
+
+// deletes deletes a manifest that was planted. Without the referrers API, it deletes any manifest: the
+// handler would keep one that a list of referrers names, and other registries do not look into lists.
+func (s *server) deletes(w http.ResponseWriter, r *http.Request) bool {
+	repo, reference, _ := strings.Cut(strings.TrimPrefix(r.URL.Path, "/v2/"), "/manifests/")
+	s.mu.Lock()
+	_, planted := s.planted[r.URL.Path]
+	s.mu.Unlock()
+	if !planted && !s.noReferrers || s.at(repo, reference).digest == "" {
+		return false
+	}
+	s.plantAt(r.URL.Path, stored{})
+	w.WriteHeader(202)
+	return true
+}
+
+// changed returns the request that the handler gets.
+func (s *server) changed(r *http.Request) *http.Request {
+	q := r.URL.Query()
+	switch {
+	case r.Method == "POST":
+		if s.noMount {
+			q.Del("mount")
+			q.Del("from")
+		}
+		q.Set("state", "of upload") // the handler keeps it in the Location
+	case s.pageSize > 0 && (path.Base(r.URL.Path) == "list" || strings.Contains(r.URL.Path, "/referrers/")):
+		q.Set("n", strconv.Itoa(s.pageSize))
+	default:
+		return r
+	}
+	changed, u := *r, *r.URL
+	u.RawQuery = q.Encode()
+	changed.URL = &u
+	return &changed
+}
+
+// serverWriter is the answer of the handler.
+type serverWriter struct {
+	http.ResponseWriter
+	s *server
+	r *http.Request
+}
+
+func (w *serverWriter) Unwrap() http.ResponseWriter { return w.ResponseWriter }
+
+func (w *serverWriter) WriteHeader(code int) {
+	if w.s.noReferrers {
+		w.Header().Del("OCI-Subject")
+	}
+	if w.r.Method == "PUT" && code == 201 { // it has the manifest now, whatever was planted
+		w.s.mu.Lock()
+		delete(w.s.planted, w.r.URL.Path)
+		delete(w.s.planted, path.Dir(w.r.URL.Path)+"/"+w.Header().Get("Docker-Content-Digest"))
+		w.s.mu.Unlock()
+	}
+	w.ResponseWriter.WriteHeader(code)
+}
+
+func (w *serverWriter) Write(p []byte) (int, error) {
+	n, err := w.ResponseWriter.Write(p)
+	if strings.Contains(w.r.URL.Path, "/blobs/sha") {
+		w.s.mu.Lock()
+		w.s.sent += int64(n)
+		w.s.mu.Unlock()
+	}
+	return n, err
+}
+
+// authorize is [ocilocal.HandlerOptions.Authorize].
+func (s *server) authorize(r *http.Request, _ string, _ ocilocal.Action) error {
 	if s.user == "" {
-		return true
+		return nil
 	}
 	if s.token {
 		if got, ok := strings.CutPrefix(r.Header.Get("Authorization"), "Bearer token-for-"); ok {
-			rest := strings.TrimPrefix(r.URL.Path, "/v2/")
-			if strings.Contains(got, "repository:"+rest[:strings.IndexByte(rest, '/')]) {
-				return true
+			first, _, _ := strings.Cut(strings.TrimPrefix(r.URL.Path, "/v2/"), "/")
+			if strings.Contains(got, "repository:"+first) {
+				return nil
 			}
 		}
-		w.Header().Set("WWW-Authenticate", fmt.Sprintf(`Bearer realm="%s/token",service="test registry"`, s.URL))
-	} else {
-		if user, password, ok := r.BasicAuth(); ok && user == s.user && password == s.password {
-			return true
-		}
-		w.Header().Set("WWW-Authenticate", `Basic realm="test registry"`)
+		return &ocilocal.ChallengeError{Challenge: fmt.Sprintf(`Bearer realm="%s/token",service="test registry"`, s.URL)}
 	}
-	fail(w, 401, "UNAUTHORIZED")
-	return false
+	if user, password, ok := r.BasicAuth(); ok && user == s.user && password == s.password {
+		return nil
+	}
+	return &ocilocal.ChallengeError{Challenge: `Basic realm="test registry"`}
+}
+
+// authorized is for overrides. It answers a request that has no right with a challenge.
+func (s *server) authorized(w http.ResponseWriter, r *http.Request) bool {
+	err := s.authorize(r, "", 0)
+	if challenge, ok := errors.AsType[*ocilocal.ChallengeError](err); ok {
+		w.Header().Set("WWW-Authenticate", challenge.Challenge)
+		fail(w, 401, "UNAUTHORIZED")
+	}
+	return err == nil
 }
 
 func (s *server) serveToken(w http.ResponseWriter, r *http.Request) {
@@ -192,204 +354,99 @@ func (s *server) serveToken(w http.ResponseWriter, r *http.Request) {
 	json.NewEncoder(w).Encode(map[string]any{"token": "token-for-" + strings.ReplaceAll(strings.Join(r.Form["scope"], "+"), " ", "+"), "expires_in": 300})
 }
 
-func (s *server) manifest(w http.ResponseWriter, r *http.Request, repo, reference string) {
+// plant makes the server have a manifest that no honest registry takes. With a nil body, the server
+// has lost it.
+func (s *server) plant(repo, reference, mediaType string, body []byte) digest.Digest {
+	d := digest.FromBytes(body)
+	if body == nil {
+		d = ""
+	}
+	for _, r := range []string{reference, string(d)} {
+		if r != "" {
+			s.plantAt("/v2/"+repo+"/manifests/"+r, stored{mediaType, body, d})
+		}
+	}
+	return d
+}
+
+// plantBlob makes the server have other bytes under a digest. With nil, it has lost the blob.
+func (s *server) plantBlob(repo string, d digest.Digest, body []byte) {
+	content := stored{"application/octet-stream", body, d}
+	if body == nil {
+		content.digest = ""
+	}
+	s.plantAt("/v2/"+repo+"/blobs/"+string(d), content)
+}
+
+func (s *server) plantAt(path string, content stored) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	m, ok := s.manifests[repo][reference]
-	switch r.Method {
-	case http.MethodPut:
-		s.putManifest(w, r, repo, reference)
-		return
-	case http.MethodDelete:
-		delete(s.manifests[repo], reference)
-		w.WriteHeader(202)
-		return
+	if s.planted == nil {
+		s.planted = map[string]stored{}
 	}
-	if !ok {
-		fail(w, 404, "MANIFEST_UNKNOWN")
-		return
-	}
-	w.Header().Set("Content-Type", m.mediaType)
-	w.Header().Set("Docker-Content-Digest", string(m.digest))
-	w.Header().Set("Content-Length", strconv.Itoa(len(m.body)))
-	w.Header().Set("ETag", `"`+string(m.digest)+`"`)
-	if r.Method == http.MethodGet {
-		w.Write(m.body)
-	}
+	s.planted[path] = content
 }
 
-// putManifest is called with mu held.
-func (s *server) putManifest(w http.ResponseWriter, r *http.Request, repo, reference string) {
-	body, _ := io.ReadAll(r.Body)
-	m, err := ocilocal.ParseManifest(r.Header.Get("Content-Type"), body)
-	if err != nil || s.noArtifacts && m.MediaType() == ocilocal.MediaTypeArtifactManifest {
-		fail(w, 400, "MANIFEST_INVALID")
-		return
-	}
-	if match := r.Header.Get("If-Match"); match != "" && match != `"`+string(s.manifests[repo][reference].digest)+`"` {
-		fail(w, 412, "DENIED")
-		return
-	}
-	var needs []ocispec.Descriptor
-	if c, ok := m.Config(); ok {
-		needs = append(needs, c)
-	}
-	for _, d := range append(needs, m.Layers()...) {
-		if _, ok := s.blobs[repo+"@"+string(d.Digest)]; !ok && !s.sparse {
-			fail(w, 404, "MANIFEST_BLOB_UNKNOWN")
-			return
-		}
-	}
-	for _, d := range m.Manifests() {
-		_, blob := s.blobs[repo+"@"+string(d.Digest)]
-		if _, ok := s.manifests[repo][string(d.Digest)]; !ok && !blob && !s.sparse {
-			fail(w, 404, "MANIFEST_BLOB_UNKNOWN")
-			return
-		}
-	}
-	if s.manifests[repo] == nil {
-		s.manifests[repo] = map[string]stored{}
-	}
-	sm := stored{m.MediaType(), body, m.Digest()}
-	s.manifests[repo][string(m.Digest())] = sm
-	s.manifests[repo][reference] = sm
-	if subject, ok := m.Subject(); ok && !s.noReferrers {
-		w.Header().Set("OCI-Subject", string(subject.Digest))
-	}
-	w.Header().Set("Docker-Content-Digest", string(m.Digest()))
-	w.WriteHeader(201)
-}
-
-func (s *server) blob(w http.ResponseWriter, r *http.Request, repo, reference string) {
+// servePlanted answers a request for what was planted.
+func (s *server) servePlanted(w http.ResponseWriter, r *http.Request) bool {
 	s.mu.Lock()
-	b, ok := s.blobs[repo+"@"+reference]
+	content, ok := s.planted[r.URL.Path]
 	s.mu.Unlock()
-	if !ok {
+	switch {
+	case !ok:
+		return false
+	case content.digest == "" && strings.Contains(r.URL.Path, "/blobs/"):
 		fail(w, 404, "BLOB_UNKNOWN")
-		return
+	case content.digest == "":
+		fail(w, 404, "MANIFEST_UNKNOWN")
+	default:
+		w.Header().Set("Content-Type", content.mediaType)
+		w.Header().Set("Docker-Content-Digest", string(content.digest))
+		w.Header().Set("ETag", `"`+string(content.digest)+`"`)
+		http.ServeContent(&serverWriter{w, s, r}, r, "", time.Time{}, bytes.NewReader(content.body))
 	}
-	w.Header().Set("Content-Type", "application/octet-stream")
-	status := 200
-	if text := r.Header.Get("Range"); text != "" {
-		var first, last int
-		// As go-containerregistry's registry does it: a range has both ends.
-		if _, err := fmt.Sscanf(text, "bytes=%d-%d", &first, &last); err != nil || first > last || last >= len(b) {
-			fail(w, 416, "BLOB_UNKNOWN")
-			return
-		}
-		w.Header().Set("Content-Range", fmt.Sprintf("bytes %d-%d/%d", first, last, len(b)))
-		b, status = b[first:last+1], 206
-	}
-	w.Header().Set("Content-Length", strconv.Itoa(len(b)))
-	w.WriteHeader(status)
-	if r.Method == http.MethodGet {
-		n, _ := w.Write(b)
-		s.mu.Lock()
-		s.sent += int64(n)
-		s.mu.Unlock()
-	}
+	return true
 }
 
-func (s *server) upload(w http.ResponseWriter, r *http.Request, repo, id string) {
+// at returns the manifest that the server has under a tag or a digest, or nothing.
+func (s *server) at(repo, reference string) stored {
 	s.mu.Lock()
-	defer s.mu.Unlock()
-	if r.Method == http.MethodPost {
-		q := r.URL.Query()
-		if b, ok := s.blobs[q.Get("from")+"@"+q.Get("mount")]; ok && !s.noMount {
-			s.blobs[repo+"@"+q.Get("mount")] = b
-			w.WriteHeader(201)
-			return
-		}
-		s.began++
-		id = fmt.Sprint("upload", s.began)
-		s.uploads[id] = &bytes.Buffer{}
-		if s.minChunk > 0 {
-			w.Header().Set("OCI-Chunk-Min-Length", fmt.Sprint(s.minChunk))
-		}
-		s.session(w, repo, id, 202)
-		return
+	content, ok := s.planted["/v2/"+repo+"/manifests/"+reference]
+	s.mu.Unlock()
+	if ok {
+		return content
 	}
-	buf := s.uploads[id]
-	if buf == nil || r.URL.Query().Get("state") != "of "+id {
-		fail(w, 404, "BLOB_UPLOAD_UNKNOWN")
-		return
+	p := s.repository(repo)
+	desc, err := p.Resolve(context.Background(), reference)
+	if errors.Is(err, ocilocal.ErrNotFound) {
+		return stored{}
 	}
-	if s.maxPut > 0 && r.ContentLength > s.maxPut {
-		fail(w, 413, "SIZE_INVALID")
-		return
+	var body []byte
+	if err == nil {
+		body, err = s.read(p, desc)
 	}
-	switch r.Method {
-	case http.MethodGet:
-		s.session(w, repo, id, 204)
-	case http.MethodPatch:
-		if from, _, _ := strings.Cut(r.Header.Get("Content-Range"), "-"); from != fmt.Sprint(buf.Len()) {
-			s.session(w, repo, id, 416)
-			return
-		}
-		io.Copy(buf, r.Body)
-		s.session(w, repo, id, 202)
-	case http.MethodPut:
-		io.Copy(buf, r.Body)
-		d := digest.Digest(r.URL.Query().Get("digest"))
-		if d.Algorithm().FromBytes(buf.Bytes()) != d {
-			fail(w, 400, "DIGEST_INVALID")
-			return
-		}
-		s.blobs[repo+"@"+string(d)] = buf.Bytes()
-		delete(s.uploads, id)
-		w.WriteHeader(201)
-	case http.MethodDelete:
-		delete(s.uploads, id)
-		w.WriteHeader(204)
+	if err != nil {
+		s.t.Error(err)
 	}
+	return stored{desc.MediaType, body, desc.Digest}
 }
 
-func (s *server) session(w http.ResponseWriter, repo, id string, status int) {
-	w.Header().Set("Location", "/v2/"+repo+"/blobs/uploads/"+id+"?state="+url.QueryEscape("of "+id))
-	w.Header().Set("Range", fmt.Sprintf("0-%d", max(s.uploads[id].Len()-1, 0)))
-	w.WriteHeader(status)
+func (s *server) read(p *ocilocal.Repository, desc ocispec.Descriptor) ([]byte, error) {
+	src, err := p.Fetch(context.Background(), desc)
+	if err != nil {
+		return nil, err
+	}
+	defer src.Close()
+	return io.ReadAll(src)
 }
 
-func (s *server) referrers(w http.ResponseWriter, r *http.Request, repo, subject string) {
-	if s.noReferrers {
-		http.NotFound(w, r)
-		return
+// blobSize returns the size of a blob in the server's registry, −1 if it is not there.
+func (s *server) blobSize(repo string, d digest.Digest) int64 {
+	desc, err := s.repository(repo).StatBlob(context.Background(), d)
+	if err != nil {
+		return -1
 	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	doc := ocispec.Index{MediaType: ocispec.MediaTypeImageIndex, Manifests: []ocispec.Descriptor{}}
-	doc.SchemaVersion = 2
-	for _, key := range slices.Sorted(maps.Keys(s.manifests[repo])) {
-		sm := s.manifests[repo][key]
-		m, _ := ocilocal.ParseManifest(sm.mediaType, sm.body)
-		if got, ok := m.Subject(); ok && string(got.Digest) == subject && key == string(sm.digest) && key > r.URL.Query().Get("last") {
-			if n := len(doc.Manifests); n == s.pageSize {
-				w.Header().Set("Link", fmt.Sprintf(`<?last=%s>; rel="next"`, doc.Manifests[n-1].Digest))
-				break
-			}
-			d := m.Descriptor()
-			d.Annotations = m.Annotations()
-			doc.Manifests = append(doc.Manifests, d)
-		}
-	}
-	w.Header().Set("Content-Type", ocispec.MediaTypeImageIndex)
-	json.NewEncoder(w).Encode(doc)
-}
-
-func (s *server) tags(w http.ResponseWriter, r *http.Request, repo string) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	var tags []string
-	for _, key := range slices.Sorted(maps.Keys(s.manifests[repo])) {
-		if !strings.Contains(key, ":") && key > r.URL.Query().Get("last") {
-			tags = append(tags, key)
-		}
-	}
-	if len(tags) > s.pageSize {
-		tags = tags[:s.pageSize]
-		w.Header().Set("Link", fmt.Sprintf(`</v2/%s/tags/list?last=%s>; rel="next"`, repo, tags[len(tags)-1]))
-	}
-	json.NewEncoder(w).Encode(map[string]any{"name": repo, "tags": tags})
+	return desc.Size
 }
 
 // put stores an artifact with layers on the server, and returns the digest of its manifest.
@@ -397,13 +454,9 @@ func (s *server) put(t testing.TB, repo, tag string, layers ...[]byte) digest.Di
 	t.Helper()
 	doc := ocispec.Manifest{MediaType: ocispec.MediaTypeImageManifest, ArtifactType: testType, Config: ocispec.DescriptorEmptyJSON}
 	doc.SchemaVersion = 2
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.blobs[repo+"@"+string(doc.Config.Digest)] = []byte("{}")
+	s.putBlob(repo, []byte("{}"))
 	for _, l := range layers {
-		d := digest.FromBytes(l)
-		s.blobs[repo+"@"+string(d)] = l
-		doc.Layers = append(doc.Layers, ocispec.Descriptor{MediaType: "application/x-layer", Digest: d, Size: int64(len(l))})
+		doc.Layers = append(doc.Layers, ocispec.Descriptor{MediaType: "application/x-layer", Digest: s.putBlob(repo, l), Size: int64(len(l))})
 	}
 	raw, err := json.Marshal(doc)
 	if err != nil {
@@ -412,14 +465,25 @@ func (s *server) put(t testing.TB, repo, tag string, layers ...[]byte) digest.Di
 	return s.putRaw(repo, tag, doc.MediaType, raw)
 }
 
-// putRaw is called with mu held.
-func (s *server) putRaw(repo, tag, mediaType string, raw []byte) digest.Digest {
-	d := digest.FromBytes(raw)
-	if s.manifests[repo] == nil {
-		s.manifests[repo] = map[string]stored{}
+func (s *server) putBlob(repo string, b []byte) digest.Digest {
+	s.t.Helper()
+	d, err := s.repository(repo).PutBlob(context.Background(), bytes.NewReader(b), digest.FromBytes(b), int64(len(b)))
+	if err != nil {
+		s.t.Error(err)
 	}
-	m := stored{mediaType, raw, d}
-	s.manifests[repo][string(d)] = m
-	s.manifests[repo][cmp.Or(tag, string(d))] = m
-	return d
+	return d.Digest
+}
+
+// putRaw stores a manifest of which the server has all content.
+func (s *server) putRaw(repo, tag, mediaType string, raw []byte) digest.Digest {
+	s.t.Helper()
+	opts := &ocilocal.PutManifestOptions{Tag: tag}
+	if tag != "" {
+		opts.Policy = ocilocal.Replace
+	}
+	u, err := s.repository(repo).PutManifest(context.Background(), mediaType, raw, opts)
+	if err != nil {
+		s.t.Error(err)
+	}
+	return u.Descriptor.Digest
 }

@@ -19,7 +19,7 @@ func TestPullIndex(t *testing.T) {
 	index := fmt.Sprintf(`{"schemaVersion":2,"mediaType":"application/vnd.oci.image.index.v1+json","manifests":[
 		{"mediaType":"application/vnd.oci.image.manifest.v1+json","digest":%q,"size":%d,"platform":{"os":"linux","architecture":"amd64"}},
 		{"mediaType":"application/vnd.oci.image.manifest.v1+json","digest":%q,"size":%d,"platform":{"os":"linux","architecture":"arm64","variant":"v8"}}]}`,
-		amd, len(s.manifests["org/multi"][string(amd)].body), arm, len(s.manifests["org/multi"][string(arm)].body))
+		amd, len(s.at("org/multi", string(amd)).body), arm, len(s.at("org/multi", string(arm)).body))
 	whole := s.putRaw("org/multi", "v1", ocispec.MediaTypeImageIndex, []byte(index))
 
 	r := openRemote(t, nil)

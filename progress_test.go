@@ -119,7 +119,7 @@ func TestProgress(t *testing.T) {
 		size += int64(len(layers[i]))
 	}
 	d := s.put(t, "org/model", "v1", layers...)
-	m := s.manifests["org/model"][string(d)]
+	m := s.at("org/model", string(d))
 	size += int64(len(m.body))
 	r := openRemote(t, nil)
 	check := func(what string, l *progressLog, err error, skippedItems int, skippedBytes int64, phases ...ocilocal.Phase) {
@@ -185,7 +185,7 @@ func TestProgressOfIndex(t *testing.T) {
 	var list []string
 	for i := range 3 {
 		d := s.put(t, "org/multi", "", noise(byte(i), 1<<20), noise(100, 1000))
-		list = append(list, fmt.Sprintf(`{"mediaType":%q,"digest":%q,"size":%d}`, ocispec.MediaTypeImageManifest, d, len(s.manifests["org/multi"][string(d)].body)))
+		list = append(list, fmt.Sprintf(`{"mediaType":%q,"digest":%q,"size":%d}`, ocispec.MediaTypeImageManifest, d, len(s.at("org/multi", string(d)).body)))
 	}
 	s.putRaw("org/multi", "v1", ocispec.MediaTypeImageIndex, fmt.Appendf(nil, `{"schemaVersion":2,"mediaType":%q,"manifests":[%s]}`, ocispec.MediaTypeImageIndex, strings.Join(list, ",")))
 	l := newProgressLog(t)

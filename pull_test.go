@@ -4,11 +4,13 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"net/http"
 	"net/http/httptest"
 	"os"
 	"path"
+	"strings"
 	"testing"
 	"time"
 
@@ -77,9 +79,9 @@ func TestPull(t *testing.T) {
 // cutAfter makes the server break off blobs after so many bytes, as long as times is positive.
 func (s *server) cutAfter(n int64, times int) {
 	s.override = func(w http.ResponseWriter, r *http.Request) bool {
+		large := r.Method == http.MethodGet && strings.Contains(r.URL.Path, "/blobs/") && s.blobSize("org/model", digest.Digest(path.Base(r.URL.Path))) > n
 		s.mu.Lock()
-		size := int64(len(s.blobs["org/model@"+path.Base(r.URL.Path)]))
-		cut := times > 0 && r.Method == http.MethodGet && size > n
+		cut := large && times > 0
 		if cut {
 			times--
 		}
@@ -87,7 +89,7 @@ func (s *server) cutAfter(n int64, times int) {
 		if !cut {
 			return false
 		}
-		s.blob(&cutWriter{ResponseWriter: w, left: n}, r, "org/model", path.Base(r.URL.Path))
+		s.plain(&cutWriter{ResponseWriter: w, left: n}, r)
 		panic(http.ErrAbortHandler)
 	}
 }
@@ -100,7 +102,9 @@ type cutWriter struct {
 func (c *cutWriter) Write(p []byte) (int, error) {
 	n, err := c.ResponseWriter.Write(p[:min(int64(len(p)), c.left)])
 	c.ResponseWriter.(http.Flusher).Flush()
-	c.left -= int64(n)
+	if c.left -= int64(n); n < len(p) && err == nil {
+		err = io.ErrShortWrite
+	}
 	return n, err
 }
 
@@ -271,9 +275,8 @@ func TestCloseEndsConnections(t *testing.T) {
 func TestPullForms(t *testing.T) {
 	s := newServer(t)
 	config, layer := []byte(`{"architecture":"amd64","os":"linux"}`), noise(1, 500)
-	s.mu.Lock()
 	for _, b := range [][]byte{config, layer, {}} {
-		s.blobs["org/model@"+string(digest.FromBytes(b))] = b
+		s.putBlob("org/model", b)
 	}
 	desc := func(mediaType string, b []byte) string {
 		return fmt.Sprintf(`{"mediaType":%q,"digest":%q,"size":%d}`, mediaType, digest.FromBytes(b), len(b))
@@ -291,9 +294,8 @@ func TestPullForms(t *testing.T) {
 		"empty":  s.putRaw("org/model", "empty", ocilocal.MediaTypeDockerManifest, image("["+desc("application/octet-stream", nil)+"]")),
 	}
 	first := []byte(`{"schemaVersion":1,"name":"org/model","tag":"x","fsLayers":[],"history":[]}`)
-	s.putRaw("org/model", "first", "application/vnd.docker.distribution.manifest.v1+prettyjws", first)
-	s.putRaw("org/model", "first-as-json", "application/json", first)
-	s.mu.Unlock()
+	s.plant("org/model", "first", "application/vnd.docker.distribution.manifest.v1+prettyjws", first)
+	s.plant("org/model", "first-as-json", "application/json", first)
 	r := openRemote(t, nil)
 	for tag, d := range want {
 		if got, err := r.Pull(t.Context(), s.ref("org/model:"+tag), nil); err != nil || got.Artifact.Digest() != d {
@@ -305,8 +307,8 @@ func TestPullForms(t *testing.T) {
 	if _, err := r.Push(t.Context(), s.ref("org/model:empty"), &ocilocal.PushOptions{As: to, ChunkSize: 10}); err != nil {
 		t.Error(err)
 	}
-	if b, ok := s.blobs["org/copy@"+string(digest.FromBytes(nil))]; !ok || len(b) > 0 {
-		t.Errorf("%q, %v", b, ok)
+	if n := s.blobSize("org/copy", digest.FromBytes(nil)); n != 0 {
+		t.Errorf("%d bytes", n)
 	}
 	_, err := r.Pull(t.Context(), s.ref("org/model:first"), nil)
 	mustFail(t, err, ocilocal.ErrUnsupportedMediaType)

@@ -112,14 +112,14 @@ func TestPullKilled(t *testing.T) {
 			if !strings.Contains(r.URL.Path, "/blobs/") {
 				return false
 			}
-			s.blob(&meteredWriter{ResponseWriter: w, left: func(n int64) int64 {
+			s.plain(&meteredWriter{ResponseWriter: w, left: func(n int64) int64 {
 				over := sent.Add(n) - most
 				if over < 0 {
 					return n
 				}
 				once.Do(func() { close(stopped) })
 				return max(n-over, 0)
-			}, gone: r.Context().Done()}, r, "org/model", filepath.Base(r.URL.Path))
+			}, gone: r.Context().Done()}, r)
 			return true
 		}
 		root := filepath.Join(t.TempDir(), "root")
@@ -136,7 +136,7 @@ func TestPullKilled(t *testing.T) {
 			if !strings.Contains(r.URL.Path, "/blobs/") {
 				return false
 			}
-			s.blob(&meteredWriter{ResponseWriter: w, left: func(n int64) int64 { served.Add(n); return n }}, r, "org/model", filepath.Base(r.URL.Path))
+			s.plain(&meteredWriter{ResponseWriter: w, left: func(n int64) int64 { served.Add(n); return n }}, r)
 			return true
 		}
 		s.mu.Unlock()

@@ -212,7 +212,7 @@ func TestPullPlatformHere(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			s := newServer(t)
 			image := func(config, arch string) string {
-				s.blobs["org/multi@"+string(digest.FromString(config))] = []byte(config)
+				s.putBlob("org/multi", []byte(config))
 				doc := `{"schemaVersion":2,"mediaType":"` + ocispec.MediaTypeImageManifest + `","config":` + desc(ocispec.MediaTypeImageConfig, config) + `,"layers":[]}`
 				s.putRaw("org/multi", arch, ocispec.MediaTypeImageManifest, []byte(doc))
 				return strings.TrimSuffix(desc(ocispec.MediaTypeImageManifest, doc), "}") + `,"platform":{"os":"linux","architecture":"` + arch + `"}}`
@@ -226,7 +226,7 @@ func TestPullPlatformHere(t *testing.T) {
 			}
 			s.forget()
 			got, err := r.Pull(t.Context(), s.ref("org/multi:v1"), &ocilocal.PullOptions{Platform: want, PublishOptions: ocilocal.PublishOptions{Policy: c.policy}})
-			if got == nil || got.Update.Outcome != c.outcome || got.Update.Descriptor.Digest != s.manifests["org/multi"]["arm64"].digest || errors.Is(err, ocilocal.ErrConflict) != (c.outcome == ocilocal.Conflicted) {
+			if got == nil || got.Update.Outcome != c.outcome || got.Update.Descriptor.Digest != s.at("org/multi", "arm64").digest || errors.Is(err, ocilocal.ErrConflict) != (c.outcome == ocilocal.Conflicted) {
 				t.Errorf("%+v, %v", got, err)
 			}
 			if n := len(s.requests("")); c.requests >= 0 && n != c.requests {

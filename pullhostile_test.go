@@ -33,9 +33,16 @@ type victim struct {
 func newVictim(t *testing.T) *victim {
 	v := &victim{server: newServer(t), small: noise(1, 1000), large: noise(2, 3<<20), asked: map[string]int{}}
 	d := v.put(t, "org/model", "v1", v.small, v.large)
-	v.manifest = v.manifests["org/model"][string(d)]
+	v.manifest = v.at("org/model", string(d))
 	v.smallAt, v.largeAt = "/blobs/"+string(digest.FromBytes(v.small)), "/blobs/"+string(digest.FromBytes(v.large))
 	return v
+}
+
+// again returns a victim with the same artifact, on another server.
+func (v *victim) again(t *testing.T) *victim {
+	s := newServer(t)
+	s.origin = v.server
+	return &victim{server: s, small: v.small, large: v.large, smallAt: v.smallAt, largeAt: v.largeAt, manifest: v.manifest, asked: map[string]int{}}
 }
 
 // on makes requests whose path ends with end have their own answer. HEAD is refused, so that
@@ -148,7 +155,7 @@ func TestPullHostile(t *testing.T) {
 		"child's Content-Type isn't its descriptor's": {func(v *victim) {
 			doc := strings.Replace(string(v.manifest.body), `"mediaType":"`+image+`",`, "", 1) // the document does not state its type
 			child := v.putRaw("org/model", "", image, []byte(doc))
-			v.putRaw("org/model", "v1", ocispec.MediaTypeImageIndex, fmt.Appendf(nil,
+			v.plant("org/model", "v1", ocispec.MediaTypeImageIndex, fmt.Appendf(nil,
 				`{"schemaVersion":2,"mediaType":%q,"manifests":[{"mediaType":%q,"digest":%q,"size":%d}]}`, ocispec.MediaTypeImageIndex, image, child, len(doc)))
 			v.on("/manifests/"+string(child), body([]byte(doc), "Content-Type", ocilocal.MediaTypeDockerManifest))
 		}, ocilocal.ErrInvalidManifest, 1},
@@ -213,9 +220,10 @@ func TestPullHostile(t *testing.T) {
 		"large blob: content changes":     {large(func(v *victim) http.HandlerFunc { return cutThen(v.large, rest(noise(9, len(v.large)))) }), ocilocal.ErrDigestMismatch, 0},
 		"large blob: no Range there ever": {large(func(v *victim) http.HandlerFunc { return cutThen(v.large, status(416)) }), ocilocal.ErrRejected, 0},
 	}
+	good := newVictim(t)
 	for name, row := range rows {
 		t.Run(name, func(t *testing.T) {
-			v := newVictim(t)
+			v := good.again(t)
 			row.set(v)
 			r := openRemote(t, &ocilocal.Remote{StallTimeout: 5 * time.Second})
 			var before, after runtime.MemStats
@@ -387,7 +395,7 @@ func TestPullForeignURLs(t *testing.T) {
 	raw := fmt.Sprintf(`{"schemaVersion":2,"mediaType":%q,"config":{"mediaType":"application/vnd.oci.empty.v1+json","digest":%q,"size":2},
 		"layers":[{"mediaType":"application/x-layer","digest":%q,"size":10,"urls":[%q]}]}`, ocispec.MediaTypeImageManifest,
 		digest.FromString("{}"), digest.FromString("elsewhere."), elsewhere.URL+"/blob")
-	s.putRaw("org/model", "v1", ocispec.MediaTypeImageManifest, []byte(raw))
+	s.plant("org/model", "v1", ocispec.MediaTypeImageManifest, []byte(raw))
 	r := openRemote(t, nil)
 	if _, err := r.Pull(t.Context(), s.ref("org/model:v1"), nil); !errors.Is(err, ocilocal.ErrNotFound) {
 		t.Error(err)

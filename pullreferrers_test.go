@@ -19,7 +19,7 @@ func TestPullReferrersDeadEntry(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	delete(s.manifests["org/model"], string(signatures[0].Digest()))
+	s.plant("org/model", string(signatures[0].Digest()), "", nil) // it is lost
 	got, err := openRemote(t, nil).Pull(t.Context(), subject.Reference(), &ocilocal.PullOptions{Referrers: true})
 	if err != nil || len(got.Referrers) != 1 || got.Referrers[0].Digest != signatures[1].Digest() {
 		t.Errorf("%+v, %v", got, err)

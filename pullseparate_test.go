@@ -60,7 +60,7 @@ func TestPullSeparateRegistries(t *testing.T) {
 	}
 	a, b := newServer(t), newServer(t)
 	a.put(t, "org/model", "v1", secret)
-	delete(a.blobs, "org/model@"+string(digest.FromBytes(secret)))
+	a.plantBlob("org/model", digest.FromBytes(secret), nil) // it is lost
 	_, err := r.Pull(t.Context(), a.ref("org/model:v1"), nil)
 	mustFail(t, err, ocilocal.ErrNotFound)
 	// By the digest of what is here, too.
@@ -86,7 +86,7 @@ func TestPullSeparateRegistries(t *testing.T) {
 	}
 	// From the same registry, it is received once, as a child of an image index too.
 	child := a.put(t, "org/model", "", large)
-	size := len(a.manifests["org/model"][string(child)].body)
+	size := len(a.at("org/model", string(child)).body)
 	a.putRaw("org/model", "multi", ocispec.MediaTypeImageIndex, []byte(`{"schemaVersion":2,"mediaType":"`+ocispec.MediaTypeImageIndex+
 		`","manifests":[{"mediaType":"`+ocispec.MediaTypeImageManifest+`","digest":"`+string(child)+`","size":`+strconv.Itoa(size)+`}]}`))
 	a.put(t, "org/other", "v1", noise(2, 10), large)
@@ -117,7 +117,7 @@ func TestPullSeparateRegistries(t *testing.T) {
 func TestPullMaxBytes(t *testing.T) {
 	s := newServer(t)
 	d := s.put(t, "org/model", "v1", noise(1, 1000), noise(2, 2<<20))
-	manifest := int64(len(s.manifests["org/model"][string(d)].body))
+	manifest := int64(len(s.at("org/model", string(d)).body))
 	total := manifest + 2 + 1000 + 2<<20
 	r := openRemote(t, nil)
 	for _, limit := range []int64{1, manifest, total - 1} {

@@ -69,7 +69,7 @@ func TestPush(t *testing.T) {
 			if got.BlobsSent != 3 || got.BytesSent < int64(len(large)) || got.Descriptor.Digest != a.Digest() {
 				t.Errorf("%+v", got)
 			}
-			if d := digest.FromBytes(large); string(server.blobs["org/model@"+string(d)]) != string(large) {
+			if d := digest.FromBytes(large); server.blobSize("org/model", d) != int64(len(large)) {
 				t.Error("the layer is not there")
 			}
 			chunks := len(server.requests("PATCH"))
@@ -261,13 +261,13 @@ func TestPushExpected(t *testing.T) {
 			t.Errorf("%s: %v", tag, err)
 		}
 	}
-	if got := s.manifests["org/model"]["v1"].digest; got != there {
+	if got := s.at("org/model", "v1").digest; got != there {
 		t.Errorf("the tag is at %s", got)
 	}
 	if _, err := r.Push(t.Context(), ref, &ocilocal.PushOptions{Expected: there}); err != nil {
 		t.Error(err)
 	}
-	if got := s.manifests["org/model"]["v1"].digest; got != a.Digest() {
+	if got := s.at("org/model", "v1").digest; got != a.Digest() {
 		t.Errorf("the tag is at %s", got)
 	}
 }
@@ -284,7 +284,7 @@ func TestReferrersTravel(t *testing.T) {
 		if got, err := r.Push(t.Context(), subject.Reference(), &ocilocal.PushOptions{Referrers: true, ReferrerTypes: []string{testType}}); err != nil || len(got.Referrers) != 3 {
 			t.Fatalf("%+v, %v", got, err)
 		}
-		if _, there := s.manifests["org/model"][string(other.Digest())]; there {
+		if s.at("org/model", string(other.Digest())).digest != "" {
 			t.Error("a referrer of another type was pushed")
 		}
 		if got, err := r.Push(t.Context(), subject.Reference(), &ocilocal.PushOptions{Referrers: true}); err != nil || len(got.Referrers) != 4 {
@@ -367,8 +367,8 @@ func TestPushReadOnlyLogin(t *testing.T) {
 			// One that is there and not listed can't be listed.
 			s.mu.Lock()
 			s.noReferrers = true
-			delete(s.manifests["org/model"], "sha256-"+subject.Digest().Encoded())
 			s.mu.Unlock()
+			s.plant("org/model", "sha256-"+subject.Digest().Encoded(), "", nil)
 			_, err := r.Push(t.Context(), signatures[0].Reference(), nil)
 			mustFail(t, err, ocilocal.ErrDenied)
 		})

@@ -12,6 +12,8 @@ import (
 // TestHostileRealms: where registries may send credentials to get tokens.
 func TestHostileRealms(t *testing.T) {
 	const public, private = "203.0.113.1", "10.0.0.5"
+	origin := newServer(t)
+	origin.put(t, "org/model", "v1", noise(1, 10))
 	for _, c := range []struct {
 		registry, ip string // "https://registry.test" if empty
 		realm        string
@@ -89,7 +91,7 @@ func TestHostileRealms(t *testing.T) {
 				c.ip = public
 			}
 			s := in.registry(c.registry, c.ip)
-			s.put(t, "org/model", "v1", noise(1, 10))
+			s.origin = origin
 			s.wantToken(c.realm)
 			over := s.override
 			s.override = func(w http.ResponseWriter, r *http.Request) bool {

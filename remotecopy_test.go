@@ -20,7 +20,7 @@ func TestRemoteCopy(t *testing.T) {
 	large := noise(1, 3<<20)
 	child := a.put(t, "org/model", "v1", large, noise(2, 100), nil)
 	index := a.putRaw("org/model", "multi", ocispec.MediaTypeImageIndex, fmt.Appendf(nil, `{"schemaVersion":2,"mediaType":%q,"manifests":[{"mediaType":%q,"digest":%q,"size":%d}]}`,
-		ocispec.MediaTypeImageIndex, ocispec.MediaTypeImageManifest, child, len(a.manifests["org/model"][string(child)].body)))
+		ocispec.MediaTypeImageIndex, ocispec.MediaTypeImageManifest, child, len(a.at("org/model", string(child)).body)))
 	remote := &ocilocal.Remote{Retry: quick, MaxPerHost: 1}
 	defer remote.CloseIdleConnections()
 	other := &ocilocal.Remote{Retry: quick}
@@ -113,14 +113,11 @@ func TestRemoteCopyOrder(t *testing.T) {
 	index := a.putRaw("org/model", "multi", ocispec.MediaTypeImageIndex, fmt.Appendf(nil,
 		`{"schemaVersion":2,"mediaType":%q,"manifests":[{"mediaType":"application/x-layer","digest":%q,"size":%d},{"mediaType":%q,"digest":%q,"size":%d}]}`,
 		ocispec.MediaTypeImageIndex, digest.FromBytes(large), len(large),
-		ocispec.MediaTypeImageManifest, member, len(a.manifests["org/model"][string(member)].body)))
+		ocispec.MediaTypeImageManifest, member, len(a.at("org/model", string(member)).body)))
 	early := false
 	a.override = func(_ http.ResponseWriter, q *http.Request) bool {
 		if strings.HasSuffix(q.URL.Path, string(member)) { // its turn has come
-			b.mu.Lock()
-			_, there := b.blobs["org/model@"+string(digest.FromBytes(large))]
-			b.mu.Unlock()
-			early = early || !there
+			early = early || b.blobSize("org/model", digest.FromBytes(large)) < 0
 		}
 		return false
 	}

@@ -72,7 +72,7 @@ func TestPrivateTargets(t *testing.T) {
 						return true
 					case sends == "" && r.Method == "POST":
 						w = locationOf{w, c.target}
-						s.upload(w, r, "org/model", "")
+						s.plain(w, r)
 						return true
 					case method == "upload status" && r.Method == "PATCH" && r.Host != "registry.test":
 						w.WriteHeader(500)

@@ -108,6 +108,7 @@ func rawAnswer(text string) http.HandlerFunc {
 func TestHostileWire(t *testing.T) {
 	t.Parallel()
 	const ansi = "\x1b[31mred\x1b[0m\u202e\x9b"
+	good, rows := newVictim(t), 0
 	for name, c := range map[string]struct {
 		text string
 		want error
@@ -135,8 +136,10 @@ func TestHostileWire(t *testing.T) {
 		"headers for ever":          {"HTTP/1.1 200 OK\r\nX-Y: " + strings.Repeat("x", 1<<20), ocilocal.ErrTransport},
 	} {
 		for _, end := range []string{"manifest", "blob", "upload"} {
+			rows++
+			mine := fmt.Sprintf("org/mine%d:v1", rows)
 			t.Run(name+", "+end, func(t *testing.T) {
-				v := newVictim(t)
+				v := good.again(t)
 				answer := rawAnswer(c.text)
 				switch end {
 				case "manifest":
@@ -153,7 +156,7 @@ func TestHostileWire(t *testing.T) {
 					return err
 				}
 				if end == "upload" {
-					ref = v.ref("org/mine:v1")
+					ref = v.ref(mine)
 					pushed(t, r, ref, nil, nil, noise(7, 100))
 					do = func() error {
 						_, err := r.Push(t.Context(), ref, nil)

@@ -88,6 +88,8 @@ func TestMirrorFails(t *testing.T) {
 	wrong := func(n int) http.HandlerFunc {
 		return func(w http.ResponseWriter, _ *http.Request) { w.Write(noise(9, n)) }
 	}
+	origin := newServer(t)
+	want := origin.put(t, "org/model", "v1", large, small)
 	for name, c := range map[string]struct {
 		manifest, large, small http.HandlerFunc // nil: as it should
 	}{
@@ -118,8 +120,7 @@ func TestMirrorFails(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			s, m := newServer(t), newServer(t)
-			want := s.put(t, "org/model", "v1", large, small)
-			m.put(t, "org/model", "", large, small)
+			s.origin, m.origin = origin, origin
 			m.override = func(w http.ResponseWriter, q *http.Request) bool {
 				for end, answer := range map[digest.Digest]http.HandlerFunc{want: c.manifest, digest.FromBytes(large): c.large, digest.FromBytes(small): c.small} {
 					if strings.HasSuffix(q.URL.Path, string(end)) && answer != nil {

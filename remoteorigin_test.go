@@ -8,6 +8,8 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/opencontainers/go-digest"
+
 	"github.com/ocilocal/ocilocal"
 )
 
@@ -26,7 +28,7 @@ func (m redirects) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 // sendOn makes a registry answer requests for a blob of 100 bytes with a redirect.
 func (s *server) sendOn(to string) {
 	s.override = func(w http.ResponseWriter, r *http.Request) bool {
-		if r.Method != http.MethodGet || !strings.Contains(r.URL.Path, "/blobs/") || len(s.blobs["org/model@"+path.Base(r.URL.Path)]) != 100 || !s.authorized(w, r) {
+		if r.Method != http.MethodGet || !strings.Contains(r.URL.Path, "/blobs/") || s.blobSize("org/model", digest.Digest(path.Base(r.URL.Path))) != 100 || !s.authorized(w, r) {
 			return false
 		}
 		if to != "" {
@@ -41,6 +43,9 @@ func (s *server) sendOn(to string) {
 // there.
 func TestHostileRedirects(t *testing.T) {
 	t.Parallel()
+	blob := noise(1, 100)
+	origin := newServer(t)
+	origin.put(t, "org/model", "v1", blob)
 	for name, c := range map[string]struct {
 		registry string // "https://registry.test" if empty
 		to       string
@@ -63,7 +68,7 @@ func TestHostileRedirects(t *testing.T) {
 		"its name in capitals":     {to: "https://REGISTRY.Test/blob", at: registrySite, secret: true},
 		"relative":                 {to: "/blob", at: registrySite, secret: true},
 		"there and back":           {to: "https://cdn.test/back", more: redirects{"/back": "https://registry.test/blob"}, at: registrySite},
-		"there and back to log in": {to: "https://cdn.test/back", more: redirects{"/back": "https://registry.test/v2/org/model/blobs/x"}, want: ocilocal.ErrUnauthorized},
+		"there and back to log in": {to: "https://cdn.test/back", more: redirects{"/back": "https://registry.test/v2/org/model/blobs/" + string(digest.FromString("x"))}, want: ocilocal.ErrUnauthorized},
 		"who wants basic":          {to: "https://cdn.test/basic", want: ocilocal.ErrUnauthorized},
 		"who wants a token":        {to: "https://cdn.test/bearer", want: ocilocal.ErrUnauthorized, unasked: []string{"auth.test:443"}},
 		"five times":               {to: "https://cdn.test/1", more: hops(5), at: "cdn.test:443"},
@@ -87,7 +92,6 @@ func TestHostileRedirects(t *testing.T) {
 				c.registry = "https://registry.test"
 			}
 			_, host, _ := strings.Cut(c.registry, "://")
-			blob := noise(1, 100)
 			target := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 				switch r.URL.Path {
 				case "/blob":
@@ -104,7 +108,7 @@ func TestHostileRedirects(t *testing.T) {
 			})
 			s := in.registry(c.registry, "203.0.113.1")
 			s.user, s.password = "me", secretPassword
-			s.put(t, "org/model", "v1", blob)
+			s.origin = origin
 			s.sendOn(c.to)
 			over := s.override
 			s.override = func(w http.ResponseWriter, r *http.Request) bool {

@@ -63,6 +63,7 @@ func TestResolveHeads(t *testing.T) {
 func TestPullContentTypes(t *testing.T) {
 	t.Parallel()
 	const image = ocispec.MediaTypeImageManifest
+	good := newVictim(t)
 	for given, want := range map[string]error{
 		image: nil, image + "; charset=utf-8": nil, image + ";": nil, image + "; charset": nil, image + ", application/json": nil,
 		"Application/vnd.OCI.image.manifest.v1+JSON": nil,
@@ -71,7 +72,7 @@ func TestPullContentTypes(t *testing.T) {
 		"application/vnd.docker.distribution.manifest.v1+prettyjws": ocilocal.ErrUnsupportedMediaType,
 		ocilocal.MediaTypeDockerManifest:                            ocilocal.ErrInvalidManifest,
 	} {
-		v := newVictim(t)
+		v := good.again(t)
 		v.on("/manifests/v1", func(w http.ResponseWriter, _ *http.Request) {
 			w.Header()["Content-Type"] = []string{given}
 			if given == "" {

@@ -6,6 +6,7 @@ import (
 	"io"
 	"net/http"
 	"net/http/httptest"
+	"path"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -189,21 +190,14 @@ func TestReferrersFirst(t *testing.T) {
 					}
 					if !honours { // it comes in between again, and overwrites what comes now
 						rec := httptest.NewRecorder()
-						s.mu.Lock()
-						list := s.manifests["org/model"][strings.TrimPrefix(tag, "/manifests/")]
-						s.mu.Unlock()
-						q.Header.Del("If-None-Match")
-						s.manifest(rec, q, "org/model", strings.TrimPrefix(tag, "/manifests/"))
-						s.mu.Lock()
+						list := s.at("org/model", strings.TrimPrefix(tag, "/manifests/"))
+						s.plain(rec, q)
 						s.putRaw("org/model", strings.TrimPrefix(tag, "/manifests/"), list.mediaType, list.body)
-						s.mu.Unlock()
 						w.WriteHeader(201)
 						return true
 					}
 				}
-				s.mu.Lock()
-				_, exists := s.manifests["org/model"][strings.TrimPrefix(tag, "/manifests/")]
-				s.mu.Unlock()
+				exists := s.at("org/model", strings.TrimPrefix(tag, "/manifests/")).digest != ""
 				if honours && exists && q.Header.Get("If-None-Match") == "*" {
 					fail(w, 412, "DENIED")
 					return true
@@ -273,10 +267,8 @@ func TestReferrersWeakETag(t *testing.T) {
 			return true
 		}
 		if q.Method == "GET" && strings.Contains(q.URL.Path, "/manifests/sha256-") {
-			s.mu.Lock()
-			m, ok := s.manifests["org/model"][q.URL.Path[strings.LastIndex(q.URL.Path, "/")+1:]]
-			s.mu.Unlock()
-			if !ok {
+			m := s.at("org/model", path.Base(q.URL.Path))
+			if m.digest == "" {
 				return false
 			}
 			w.Header().Set("Content-Type", m.mediaType)
@@ -310,12 +302,10 @@ func TestReferrersOverwritten(t *testing.T) {
 			return false
 		}
 		b, _ := io.ReadAll(q.Body)
-		s.mu.Lock()
-		defer s.mu.Unlock()
-		s.putRaw("org/model", tag, ocispec.MediaTypeImageIndex, b)
+		s.plant("org/model", tag, ocispec.MediaTypeImageIndex, b)
 		if writes.Add(1) == 1 {
 			d := signatures[1].Descriptor()
-			s.putRaw("org/model", tag, ocispec.MediaTypeImageIndex, fmt.Appendf(nil,
+			s.plant("org/model", tag, ocispec.MediaTypeImageIndex, fmt.Appendf(nil,
 				`{"schemaVersion":2,"mediaType":%q,"manifests":[{"mediaType":%q,"digest":%q,"size":%d}]}`,
 				ocispec.MediaTypeImageIndex, d.MediaType, d.Digest, d.Size))
 		}

@@ -179,6 +179,8 @@ func TestHostileTokenServers(t *testing.T) {
 			fmt.Fprintf(w, `{"errors":[{"code":"\u001b[31mX","message":%q}]}`, r.Header.Get("Authorization")+" "+password+" "+r.Form.Get("refresh_token")+" "+r.Form.Encode())
 		}
 	}
+	good := newServer(t)
+	good.put(t, "org/model", "v1", noise(1, 10))
 	for name, c := range map[string]struct {
 		token http.HandlerFunc
 		cred  ocilocal.Credential
@@ -220,7 +222,7 @@ func TestHostileTokenServers(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			in := newInternet(t)
 			s := in.registry("https://registry.test", "203.0.113.1")
-			s.put(t, "org/model", "v1", noise(1, 10))
+			s.origin = good
 			s.wantToken("https://auth.test/token")
 			server := in.tokenSite("https://auth.test", "203.0.113.2", c.token)
 			for _, origin := range []string{"https://evil.test", "http://auth.test", "https://auth.test:8443", "https://169.254.169.254"} {

@@ -196,8 +196,7 @@ func (l locationOf) WriteHeader(status int) {
 // one of the registry, and is not repeated.
 func TestProxies(t *testing.T) {
 	plain := newServer(t)
-	secure := serve()
-	secure.Server.Close()
+	secure := unservedServer(t)
 	secure.Server = httptest.NewTLSServer(secure)
 	defer secure.Close()
 	const plainHost, secureHost = "plain.test", "secure.test"
