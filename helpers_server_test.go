@@ -301,14 +301,21 @@ func (w *serverWriter) WriteHeader(code int) {
 	w.ResponseWriter.WriteHeader(code)
 }
 
+// Write counts bytes before it sends them: a client that has them all may ask for the count at once.
 func (w *serverWriter) Write(p []byte) (int, error) {
+	w.count(len(p))
 	n, err := w.ResponseWriter.Write(p)
-	if strings.Contains(w.r.URL.Path, "/blobs/sha") {
-		w.s.mu.Lock()
-		w.s.sent += int64(n)
-		w.s.mu.Unlock()
-	}
+	w.count(n - len(p))
 	return n, err
+}
+
+func (w *serverWriter) count(n int) {
+	if !strings.Contains(w.r.URL.Path, "/blobs/sha") {
+		return
+	}
+	w.s.mu.Lock()
+	defer w.s.mu.Unlock()
+	w.s.sent += int64(n)
 }
 
 // authorize is [ocilocal.HandlerOptions.Authorize].
