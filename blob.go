@@ -34,11 +34,12 @@ type blobStore struct {
 	readOnly bool
 	buffers  sync.Pool // *[]byte of copyBufferSize
 
-	mu      sync.Mutex                // guards what follows
-	session string                    // tmp/<name>, made and locked by the first write; "" before
-	release func() error              // drops the session's lock
-	perm    fs.FileMode               // the permissions that a new session has here
-	algDirs map[digest.Algorithm]bool // whose directory exists durably: see makeAlgDir
+	mu       sync.Mutex   // guards what follows
+	session  string       // tmp/<name>, made and locked by the first write; "" before
+	release  func() error // drops the session's lock
+	perm     fs.FileMode  // the permissions that a new session has here
+	dirSyncs map[digest.Algorithm]*sharedSync
+	algDirs  map[digest.Algorithm]bool // whose directory exists durably: see makeAlgDir
 
 	verified map[string]fs.FileInfo // files that this handle has verified, by name: see noteVerified
 }
@@ -54,6 +55,7 @@ func newBlobStore(root *rootDir, readOnly bool) *blobStore {
 		perm:     sessionPerm,
 		readOnly: readOnly,
 		algDirs:  map[digest.Algorithm]bool{},
+		dirSyncs: map[digest.Algorithm]*sharedSync{},
 		buffers: sync.Pool{New: func() any {
 			b := make([]byte, copyBufferSize)
 			return &b
@@ -114,6 +116,9 @@ func (s *blobStore) openFile(d digest.Digest, size int64) (*os.File, int64, erro
 	}
 	f, got, err := s.openNamed(blobPath(d), d, size)
 	if err != nil {
+		if openNoFollow != 0 && errors.Is(err, ErrNotFound) {
+			return nil, 0, err // not even a link
+		}
 		// A link below blobs/ is not followed. It counts as damage, so that a put heals it.
 		if _, bad := s.size(d); errors.Is(bad, ErrDigestMismatch) {
 			err = bad

@@ -171,6 +171,12 @@ func (s *blobStore) heldFile(repository string, d digest.Digest) (name string, s
 	if err := checkDigest(d); err != nil {
 		return "", 0, err
 	}
+	// Most are in the present period, of which no file is older.
+	name = path.Join(s.tmp, heldDir, periodOf(time.Now()), heldName(repository), digestName(d))
+	if fi, err := s.root.Lstat(name); err == nil && fi.Mode().IsRegular() {
+		return name, fi.Size(), nil
+	}
+	name = ""
 	newest := time.Time{}
 	err = s.eachHeld(repository, d, func(file string, end time.Time, fi fs.FileInfo) error {
 		if fi.Mode().IsRegular() && end.After(newest) {
@@ -296,7 +302,6 @@ func (st *stage) takeHeld(ctx context.Context, repository string, d digest.Diges
 	if err != nil {
 		return err
 	}
-	verified := s.wasVerified(held)
 	sf := &stagedFile{name: path.Join(dir, rand.Text()), digest: d, size: size}
 	switch err := s.root.Link(held, sf.name); {
 	case linkUnsupported(err):
@@ -309,10 +314,13 @@ func (st *stage) takeHeld(ctx context.Context, repository string, d digest.Diges
 	case err != nil:
 		return notHeld(d, err)
 	}
+	var fi fs.FileInfo
 	if sf.file, err = s.root.openFile(sf.name, os.O_RDONLY, 0); err == nil {
-		sf.size, err = checkRegular(sf.file)
+		if sf.size, err = checkRegular(sf.file); err == nil {
+			fi, err = sf.file.Stat()
+		}
 	}
-	if err == nil && !verified {
+	if err == nil && !s.isVerified(held, fi) {
 		_, err = s.verifier(ctx, sf.file, d, sf.size).WriteTo(io.Discard)
 	}
 	if err != nil {

@@ -9,6 +9,7 @@ import (
 	"os"
 	"path"
 	"slices"
+	"sync"
 	"time"
 
 	"github.com/opencontainers/go-digest"
@@ -204,6 +205,9 @@ func (st *stage) syncReused(name string) error {
 // dedup turns sf into a reused blob if the store has a good file with the same bytes. Reading that
 // file costs less than an fsync, and the disk keeps one copy. st.mu must be held.
 func (st *stage) dedup(ctx context.Context, sf *stagedFile) error {
+	if sf.missed {
+		return nil
+	}
 	have, _ := st.borrow(ctx, sf.digest, sf.size, nil) // a failure costs only an fsync
 	if have == nil {
 		return ctx.Err()
@@ -288,13 +292,69 @@ func (st *stage) fail(err error) error {
 }
 
 // syncAlgDirs makes the names of this stage's blobs durable, with one fsync for each algorithm.
+// Publishes that come at the same time share it.
 func (st *stage) syncAlgDirs(dirs map[digest.Algorithm]bool) error {
 	for alg := range dirs {
-		if err := st.store.root.syncDir(path.Join(blobsDir, string(alg))); err != nil {
+		err := st.store.dirSync(alg).do(func() error {
+			return st.store.root.syncDir(path.Join(blobsDir, string(alg)))
+		})
+		if err != nil {
 			return st.fail(err)
 		}
 	}
 	return nil
+}
+
+// dirSync returns the shared fsync of blobs/<alg>.
+func (s *blobStore) dirSync(alg digest.Algorithm) *sharedSync {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	shared := s.dirSyncs[alg]
+	if shared == nil {
+		shared = newSharedSync()
+		s.dirSyncs[alg] = shared
+	}
+	return shared
+}
+
+// A sharedSync lets concurrent callers share an fsync. An fsync covers what was done before it
+// began. So a caller can't join the one that is under way. It waits for the next one, and everybody
+// who comes before that begins waits with it: the first of them makes it for all. An error is the
+// error of each.
+type sharedSync struct {
+	syncing chan struct{} // full during an fsync
+
+	mu   sync.Mutex
+	next *syncBatch // nil if nobody waits
+}
+
+func newSharedSync() *sharedSync { return &sharedSync{syncing: make(chan struct{}, 1)} }
+
+type syncBatch struct {
+	done chan struct{} // closed after the fsync
+	err  error
+}
+
+// do returns after a call of fn that began after do did, with its error.
+func (s *sharedSync) do(fn func() error) error {
+	s.mu.Lock()
+	b := s.next
+	if b != nil {
+		s.mu.Unlock()
+		<-b.done
+		return b.err
+	}
+	b = &syncBatch{done: make(chan struct{}), err: errors.New("an fsync for several calls ended in a panic")}
+	s.next = b
+	s.mu.Unlock()
+	s.syncing <- struct{}{}
+	defer func() { <-s.syncing }()
+	defer close(b.done)
+	s.mu.Lock()
+	s.next = nil // who comes from now on may be too late for this one
+	s.mu.Unlock()
+	b.err = fn()
+	return b.err
 }
 
 // maxParallelSyncs bounds the goroutines, and so the system threads, that wait in fsync.

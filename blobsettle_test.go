@@ -1,6 +1,7 @@
 package ocilocal_test
 
 import (
+	"errors"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -8,11 +9,58 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"testing/synctest"
 
 	"github.com/opencontainers/go-digest"
 
 	"github.com/ocilocal/ocilocal"
 )
+
+// TestSharedSync: calls that come during an fsync wait for the next one, which they share with its
+// error. The one under way may have begun before they did.
+func TestSharedSync(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		failed := errors.New("failed")
+		began, end := make(chan int), make(chan error)
+		n := 0
+		sync := ocilocal.SharedSync(func() error {
+			n++
+			began <- n
+			return <-end
+		})
+		results := make(chan error, 8)
+		call := func() { results <- sync() }
+		go call()
+		<-began
+		for range 3 {
+			go call()
+		}
+		synctest.Wait()
+		if len(results) > 0 {
+			t.Fatal("a call came back during an fsync that began before it")
+		}
+		end <- nil
+		if err := <-results; err != nil {
+			t.Fatal(err)
+		}
+		<-began
+		go call() // too late for the second
+		synctest.Wait()
+		end <- failed
+		for range 3 {
+			if err := <-results; err != failed {
+				t.Fatal(err)
+			}
+		}
+		if <-began != 3 {
+			t.Fatal(n)
+		}
+		end <- nil
+		if err := <-results; err != nil {
+			t.Fatal(err)
+		}
+	})
+}
 
 // TestPutBackDurably: a collector deletes a blob right before the commit, and the publish restores
 // it from its staged file. That file had not been synced, because the blob had been there.

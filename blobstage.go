@@ -76,6 +76,7 @@ type stagedFile struct {
 	size   int64
 	file   *rootFile // nil once it is being synced, and for a blob that was there already
 	reused bool      // the bytes were in the store already
+	missed bool      // the store had no good file of the bytes, a moment ago
 	// written is when the file of a reused blob was written; zero if that is not known.
 	written time.Time
 	// partial is the directory that keeps the file until the store has it; "" for none.
@@ -207,8 +208,12 @@ func (st *stage) putBytes(ctx context.Context, b []byte, alg digest.Algorithm) (
 	if ok, err := st.reuse(ctx, d, int64(len(b))); ok || ctx.Err() != nil {
 		return d, err
 	}
-	_, _, err := st.put(ctx, bytes.NewReader(b), alg, d, int64(len(b)))
-	return d, err
+	sf, err := st.receive(ctx, bytes.NewReader(b), alg, d, int64(len(b)))
+	if err != nil {
+		return d, err
+	}
+	sf.missed = true
+	return d, st.add(ctx, sf)
 }
 
 // create makes an empty file in the session's directory. Its name is random and new (O_EXCL).

@@ -81,6 +81,12 @@ func TryLockDir(r *LocalRegistry, name string) (release func() error, held bool,
 	return tryLockDir(r.root, name)
 }
 
+// SharedSync returns a function that calls fn as concurrent fsyncs of a directory are shared.
+func SharedSync(fn func() error) func() error {
+	s := newSharedSync()
+	return func() error { return s.do(fn) }
+}
+
 // --- graph ---
 
 // Closure lists what manifests need, by their bytes: manifests, and then configs and layers.

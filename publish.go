@@ -146,6 +146,9 @@ func (r *LocalRegistry) publish(ctx context.Context, st *stage, pubs []publicati
 			return nil, err
 		}
 		// A conflict that is found now saves the fsyncs. Only the transaction decides: see below.
+		if p.ref.IsZero() || p.Policy == Replace && p.Expected == "" {
+			continue // never a conflict
+		}
 		name, reference := p.ref.key()
 		existing, _, err := r.index.resolve(name, reference)
 		if err != nil {
