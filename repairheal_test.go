@@ -66,6 +66,8 @@ func TestRepairBadSources(t *testing.T) {
 		return name
 	}
 	noArchive := archive("bad.tar", []byte("not an archive"))
+	// What an old docker save writes: a tar, and not an OCI archive.
+	docker := archive("docker.tar", tarOf(t, entry{name: "manifest.json", body: "[]"}))
 	noIndex := archive("no-index.tar", tarOf(t, blobEntry("second")))
 	whole := tarOf(t, layoutVersion, blobEntry("first"), blobEntry("second"))
 	truncated := archive("truncated.tar", whole[:len(whole)-2048-100]) // within the second blob's entry
@@ -81,6 +83,7 @@ func TestRepairBadSources(t *testing.T) {
 		healed  []digest.Digest
 	}{
 		"an archive without an index":    {[]string{noArchive, noIndex}, []string{noArchive}, []digest.Digest{second}},
+		"docker save's archive":          {[]string{docker, noIndex}, nil, []digest.Digest{second}},
 		"a truncated archive":            {[]string{truncated}, []string{truncated}, []digest.Digest{first}},
 		"a link in a layout":             {[]string{missing, linked}, []string{missing, linked}, []digest.Digest{second}},
 		"all blobs, from bad and better": {[]string{missing, noArchive, truncated, linked}, []string{missing, noArchive, truncated}, []digest.Digest{first, second}},
@@ -97,7 +100,7 @@ func TestRepairBadSources(t *testing.T) {
 			failed = append(failed, f.Source)
 		}
 		slices.Sort(report.Healed)
-		if !slices.Equal(failed, c.failed) || !slices.Equal(report.Healed, digests(c.healed...)) || (err == nil) != (len(c.healed) == 2) {
+		if !slices.Equal(failed, c.failed) || !slices.Equal(report.Healed, digests(c.healed...)) || (err != nil) != (len(c.failed) > 0 && len(c.healed) < 2) {
 			t.Errorf("%s: %v, %+v", what, err, report)
 		}
 		if _, err := r.Repair(t.Context(), &ocilocal.RepairOptions{Sources: []string{archive("good.tar", whole)}}); err != nil {
