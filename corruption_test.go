@@ -328,7 +328,7 @@ func TestRebuildDamagedRows(t *testing.T) {
 			t.Fatalf("no rows or values for %+v", c)
 		}
 		for _, row := range kinds[c.table] {
-			for _, value := range values[c.kind][:min(scaled(3, 20, 20), len(values[c.kind]))] {
+			for _, value := range values[c.kind][:min(scaled(2, 20, 20), len(values[c.kind]))] {
 				d.putIndex(t, d.index)
 				execIndex(t, d.root, fmt.Sprintf(`PRAGMA ignore_check_constraints = ON; UPDATE OR IGNORE %[1]s SET %[2]s = %[3]s WHERE (%[4]s) = (SELECT %[4]s FROM %[1]s WHERE %[5]s LIMIT 1)`,
 					c.table, c.name, value, keys[c.table], row))

@@ -398,7 +398,7 @@ var faultErrors = []error{
 
 // TestFaultAtEveryOperation fails each file operation of each flow in turn, from opening to
 // closing. A flow that reports success has done all. Any error is typed, and the flow has changed
-// nothing. Once the cause is over, the same handle does the flow. The quick run fails every twelfth
+// nothing. Once the cause is over, the same handle does the flow. The quick run fails every 15th
 // operation. The full run fails each with every errno, the others with one.
 func TestFaultAtEveryOperation(t *testing.T) {
 	for i := range flows {
@@ -415,7 +415,7 @@ func TestFaultAtEveryOperation(t *testing.T) {
 					t.Errorf("no %s is recorded: the seam or this test misses it (seen: %v)", op, seen)
 				}
 			}
-			points := everyNth(all, scaled(12, 1, 1))
+			points := everyNth(all, scaled(15, 1, 1))
 			for n, p := range points {
 				for e := range scaled(1, 1, len(faultErrors)) {
 					if errno := faultErrors[(n+4*e+i)%len(faultErrors)]; !f.withFault(t, p, errno) {

@@ -11,6 +11,8 @@ import (
 	"io"
 	"os"
 	"os/exec"
+	"runtime"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -46,10 +48,22 @@ func TestMain(m *testing.M) {
 		os.Exit(0)
 	}
 	flag.Parse()
+	fillProcessors()
 	remove := tempInMemory()
 	code := runChecked(m)
 	remove()
 	os.Exit(code)
+}
+
+// fillProcessors lets twice as many tests run beside each other as there are processors, because
+// they wait for disks, processes and timers half of the time. The flag -parallel decides, if given.
+// Fuzz runs take the same flag as their number of workers, and so keep its default.
+func fillProcessors() {
+	given := flag.Lookup("test.fuzz").Value.String() != ""
+	flag.Visit(func(f *flag.Flag) { given = given || f.Name == "test.parallel" })
+	if !given {
+		flag.Set("test.parallel", strconv.Itoa(2*runtime.GOMAXPROCS(0)))
+	}
 }
 
 // tempInMemory lets the quick tests keep their files in memory, where a system allows it.

@@ -55,10 +55,10 @@ func stepWorker(_ *bufio.Scanner, args []string) error {
 }
 
 // TestKillAtEveryOperation ends a process at each file operation of each flow in turn. The quick
-// run takes every 15th, the deep run every third. What the process has acknowledged is there
+// run takes every 20th, the deep run every third. What the process has acknowledged is there
 // whole; anything else is there whole or not at all; and the next process goes on at once.
 func TestKillAtEveryOperation(t *testing.T) {
-	step := scaled(15, 3, 1)
+	step := scaled(20, 3, 1)
 	for i := range flows {
 		f := &flows[i]
 		t.Run(f.name, func(t *testing.T) {

@@ -27,7 +27,7 @@ var mutants = []mutant{
 		"TestRealSyncs", true},
 	{"no fsync asked for", "err := sf.file.sync()\n", "var err error\n",
 		"TestDurableOrder", false},
-	{"commits without fsync", "synchronous(FULL)", "synchronous(NORMAL)",
+	{"commits without fsync", `"synchronous(FULL)"`, `"synchronous(NORMAL)"`,
 		"TestIndexPragmas", true},
 	{"reused blobs not synced", "return st.fail(errors.Join(f.sync(), f.Close()))", "return f.Close()",
 		"TestDurableOrder|TestFailedDirectorySync", true},
