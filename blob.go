@@ -180,7 +180,10 @@ func (s *blobStore) verify(ctx context.Context, d digest.Digest, size int64) err
 // verifyFile is verify, and returns when the file was written. If same is not nil, the bytes of the
 // file are compared with it and not hashed, which is cheaper. They are at most copyBufferSize.
 func (s *blobStore) verifyFile(ctx context.Context, d digest.Digest, size int64, same []byte) (written time.Time, err error) {
-	f, size, err := s.openFile(d, size)
+	if err := checkDigest(d); err != nil {
+		return written, err
+	}
+	f, size, err := s.openNamed(blobPath(d), d, size)
 	if err != nil {
 		return written, err
 	}

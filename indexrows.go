@@ -84,11 +84,11 @@ type paging[T any] struct {
 //
 // Errors: those of visit, ctx and the index; [ErrCorruptIndex] for rows that are out of order.
 func (p *paging[T]) each(ctx context.Context, q queryer, args []any, visit func(T) error) error {
-	for {
+	for expected := min(p.size, 8); ; expected = p.size { // most lists are short
 		if err := ctx.Err(); err != nil {
 			return err
 		}
-		page, err := readRows(ctx, q, p.text, p.size, append(slices.Clone(args), p.size), p.scan)
+		page, err := readRows(ctx, q, p.text, expected, append(slices.Clone(args), p.size), p.scan)
 		if err != nil {
 			return err
 		}

@@ -226,6 +226,7 @@ func (p *puller) intact(ctx context.Context, root ocispec.Descriptor) (bool, err
 
 func (p *puller) run(ctx context.Context) (*PullResult, error) {
 	reference := p.repo.reference()
+	var looked digest.Digest // the manifest that settled was last asked about
 	switch {
 	case p.opts.Platform != nil: // the index has to be read anyway
 	case p.ref.Digest() != "":
@@ -240,7 +241,8 @@ func (p *puller) run(ctx context.Context) (*PullResult, error) {
 		if result, err := p.settled(ctx, desc); result != nil || err != nil {
 			return result, err
 		}
-		reference = string(desc.Digest) // should the tag move now
+		looked = desc.Digest
+		reference = string(looked) // should the tag move now
 	}
 	m, err := p.repo.manifest(ctx, reference, "")
 	if err != nil {
@@ -254,8 +256,14 @@ func (p *puller) run(ctx context.Context) (*PullResult, error) {
 		if result, err := p.settled(ctx, chosen); result != nil || err != nil {
 			return result, err
 		}
+		looked = chosen.Digest
 		if m, err = p.repo.manifest(ctx, string(chosen.Digest), chosen.MediaType); err != nil {
 			return nil, err
+		}
+	}
+	if m.Digest() != looked {
+		if result, err := p.settled(ctx, m.Descriptor()); result != nil || err != nil {
+			return result, err
 		}
 	}
 	return p.bring(ctx, m)
@@ -264,9 +272,6 @@ func (p *puller) run(ctx context.Context) (*PullResult, error) {
 // bring points the ref at a manifest that the remote registry has sent, after it has fetched
 // everything that the manifest needs.
 func (p *puller) bring(ctx context.Context, m *Manifest) (*PullResult, error) {
-	if result, err := p.settled(ctx, m.Descriptor()); result != nil || err != nil {
-		return result, err
-	}
 	if p.registry.blobs.readOnly {
 		return nil, ErrReadOnly
 	}
