@@ -11,9 +11,9 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// A LocalArtifact is an immutable view of one artifact in a registry. What its
-// reference points at later doesn't change it. Copies share the manifest once
-// it is read. It is safe for concurrent use, and needs its registry open.
+// A LocalArtifact is an immutable view of one artifact in a registry. It stays the same when its
+// reference is moved. Copies share the manifest once it is read. It is safe for concurrent use, and
+// needs its registry open.
 type LocalArtifact struct {
 	registry *LocalRegistry
 	ref      Reference
@@ -21,12 +21,14 @@ type LocalArtifact struct {
 	shared   *sharedManifest
 }
 
-// sharedManifest is read at most once with success.
+// A sharedManifest is the manifest of an artifact and of its copies. Once it was read it stays.
 type sharedManifest struct {
 	mu       sync.Mutex
 	manifest *Manifest // guarded by mu; nil until a read succeeded
 }
 
+// newArtifact returns the view of a manifest, whose row or bytes the caller has seen. m may be nil:
+// then the manifest is read when it is needed.
 func (r *LocalRegistry) newArtifact(ref Reference, desc ocispec.Descriptor, m *Manifest) *LocalArtifact {
 	return &LocalArtifact{registry: r, ref: ref, desc: desc, shared: &sharedManifest{manifest: m}}
 }
@@ -46,17 +48,19 @@ func (a *LocalArtifact) MediaType() string { return a.desc.MediaType }
 // ArtifactType returns the artifact's type: see [Manifest.ArtifactType].
 func (a *LocalArtifact) ArtifactType() string { return a.desc.ArtifactType }
 
-// Manifest reads and verifies the manifest, once: later calls, also of copies
-// of a, return the same. A failed read is tried again by the next call.
-// Errors: [ErrNotFound] if it was removed and collected, [ErrDigestMismatch],
-// [ErrSizeMismatch], [ErrInvalidManifest], and any error from ctx or the file system.
+// Manifest reads and verifies the manifest, once: later calls, of copies of a too, return the same.
+// After a failed read, the next call reads again.
+//
+// Errors: [ErrNotFound] if it was removed and collected, [ErrDigestMismatch], [ErrSizeMismatch],
+// [ErrInvalidManifest], and any error from ctx or the file system.
 func (a *LocalArtifact) Manifest(ctx context.Context) (*Manifest, error) {
 	m, err := a.manifest(ctx)
 	return m, opError("read manifest", a.ref.String(), a.desc.Digest, err)
 }
 
-// manifest is Manifest, whose error the caller completes with its own operation. The lock makes
-// concurrent calls wait for one read instead of each reading the blob.
+// manifest is Manifest, without an operation in its error: the caller adds its own. The lock makes
+// concurrent calls wait for one read instead of each reading the blob. A call that waits does not
+// look at its context; a manifest is small.
 func (a *LocalArtifact) manifest(ctx context.Context) (*Manifest, error) {
 	a.shared.mu.Lock()
 	defer a.shared.mu.Unlock()
@@ -75,7 +79,8 @@ func (a *LocalArtifact) manifest(ctx context.Context) (*Manifest, error) {
 	return m, err
 }
 
-// readVerified reads and parses a manifest's file. A size of −1 takes the file's own.
+// readVerified reads, verifies and parses a manifest of the store. A size of −1 is unknown. The
+// media type of desc says how to read a document that does not name its own.
 func (r *LocalRegistry) readVerified(ctx context.Context, desc ocispec.Descriptor) (*Manifest, error) {
 	src, err := r.blobs.open(ctx, desc.Digest, desc.Size)
 	if err != nil {
@@ -84,9 +89,8 @@ func (r *LocalRegistry) readVerified(ctx context.Context, desc ocispec.Descripto
 	return readManifest(src, desc)
 }
 
-// looksLikeManifest looks at the first byte, which saves reading most blobs. An unreadable file is
-// not a manifest.
-// The error is a processCondition.
+// looksLikeManifest reports whether a blob's first character is a brace, so that most blobs need
+// not be read whole. An unreadable file is not a manifest. The error is a processCondition.
 func (r *LocalRegistry) looksLikeManifest(d digest.Digest) (bool, error) {
 	f, _, err := r.blobs.openFile(d, -1)
 	if processCondition(err) {
@@ -194,7 +198,9 @@ func (a *LocalArtifact) OpenLayer(ctx context.Context, desc ocispec.Descriptor) 
 	return a.registry.OpenBlob(ctx, own)
 }
 
-// own returns the manifest's descriptor with desc's digest, whose size is the one to trust.
+// own returns the descriptor in the manifest that has the digest of desc. Its size is verified with
+// the manifest; that of desc comes from the caller. A digest that the manifest does not name is
+// refused: otherwise the artifact would be a way to any blob of the registry.
 func (a *LocalArtifact) own(ctx context.Context, desc ocispec.Descriptor) (ocispec.Descriptor, error) {
 	m, err := a.manifest(ctx)
 	if err != nil {
@@ -208,8 +214,8 @@ func (a *LocalArtifact) own(ctx context.Context, desc ocispec.Descriptor) (ocisp
 	return ocispec.Descriptor{}, fmt.Errorf("the artifact has no such layer: %w", ErrNotFound)
 }
 
-// ReadLayer returns all bytes of a layer, verified. It is for layers that are
-// known to fit into memory. Errors are those of [LocalArtifact.OpenLayer] and of its reader.
+// ReadLayer returns all bytes of a layer, verified. It is for layers that fit into memory. Errors
+// are those of [LocalArtifact.OpenLayer] and of its reader.
 func (a *LocalArtifact) ReadLayer(ctx context.Context, desc ocispec.Descriptor) (_ []byte, err error) {
 	defer addOp(&err, "read layer", a.ref.String(), desc.Digest)
 	src, err := a.OpenLayer(ctx, desc)

@@ -11,8 +11,8 @@ import (
 	"github.com/ocilocal/ocilocal"
 )
 
-// TestManifestReadOnce: copies of an artifact share the manifest once it is read, whatever becomes
-// of the file; a read that failed is tried again.
+// TestManifestReadOnce: copies of an artifact share the manifest once it was read, even if its file
+// is removed. After a failed read, the next call reads again.
 func TestManifestReadOnce(t *testing.T) {
 	ctx := t.Context()
 	r := openTemp(t, nil)
@@ -50,7 +50,8 @@ func TestManifestReadOnce(t *testing.T) {
 	}
 }
 
-// What names nothing is refused, instead of being looked for in vain.
+// TestNamesNothing: a zero reference, and a name or digest that is none, are refused. They are not
+// looked up, and so not reported as missing.
 func TestNamesNothing(t *testing.T) {
 	ctx := t.Context()
 	r := openTemp(t, nil)

@@ -50,7 +50,12 @@ func (r *LocalRegistry) FS(ctx context.Context) fs.FS {
 	return &view{ctx: ctx, registry: r, tree: &refTree{ctx: ctx, registry: r}}
 }
 
-// A view makes an [fs.FS] of what a tree knows.
+// A view is an [fs.FS] on a tree. The tree knows names and descriptors, and the view opens blobs:
+//
+//	LocalArtifact.FS   view ──▶ layerTree                    the layers of one artifact
+//	LocalRegistry.FS   view ──▶ refTree ──▶ layerTree …      the refs, and the layers of each
+//
+// A refTree reads the index in each call, so each call shows the refs of that moment.
 type view struct {
 	ctx      context.Context
 	registry *LocalRegistry
@@ -58,12 +63,13 @@ type view struct {
 }
 
 type tree interface {
-	// look tells what a valid path is; fs.ErrNotExist if nothing.
+	// look returns the directory or layer at a valid path, or fs.ErrNotExist.
 	look(name string) (viewInfo, error)
 	// entries lists a directory, sorted.
 	entries(dir string) ([]fs.DirEntry, error)
 }
 
+// look checks that the registry is open and the path is valid, and asks the tree.
 func (v *view) look(op, name string) (viewInfo, error) {
 	var info viewInfo
 	err := v.registry.within(v.ctx, func() error { return nil }) // open, and ctx not done
@@ -76,6 +82,7 @@ func (v *view) look(op, name string) (viewInfo, error) {
 	return info, pathError(op, name, err)
 }
 
+// pathError wraps an error as the package io/fs demands. nil stays nil.
 func pathError(op, name string, err error) error {
 	if err == nil {
 		return nil
@@ -163,7 +170,8 @@ func (i viewInfo) Sys() any {
 	return i.layer
 }
 
-// viewDir is an open directory. Its listing is made by the first ReadDir.
+// viewDir is an open directory. The first ReadDir makes its listing, and later calls go on in that,
+// whatever changes meanwhile.
 type viewDir struct {
 	viewInfo
 	view   *view
@@ -196,16 +204,18 @@ func (d *viewDir) ReadDir(n int) ([]fs.DirEntry, error) {
 	return page, nil
 }
 
-// viewFile is an open layer: a stream until somebody seeks, then a file.
+// viewFile is an open layer. It begins as a stream, which verifies what is read and never reads a
+// byte twice. The first Seek or ReadAt makes it a file, which is verified whole before that: bytes
+// at any place can't be verified on the way. A caller that only reads never pays for the file.
 type viewFile struct {
 	viewInfo
 	view *view
 	path string
 
-	mu     sync.Mutex
-	stream io.ReadCloser // until file is there
+	mu     sync.Mutex    // guards the fields below
+	stream io.ReadCloser // not used once there is a file
 	read   int64         // bytes read from stream
-	file   *BlobFile
+	file   *BlobFile     // nil before the first Seek or ReadAt
 	closed bool
 }
 
@@ -230,7 +240,8 @@ func (f *viewFile) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// atAnyPlace returns the layer as a file, at the place up to which it was read.
+// atAnyPlace makes the layer a file, unless it is one, and returns the file. Its offset is the
+// one up to which the stream was read.
 func (f *viewFile) atAnyPlace() (*BlobFile, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -285,8 +296,9 @@ func (f *viewFile) Close() error {
 	return f.stream.Close()
 }
 
-// A layerTree has an artifact's layers by their paths. Directories are what paths
-// have in common; they aren't kept, so that hostile titles cost no memory.
+// A layerTree has an artifact's layers, sorted by their paths. It does not store directories: a
+// name is a directory if some path begins with it and a slash, which a search finds. Otherwise a
+// manifest of 4 MiB with hostile titles could make millions of directories.
 type layerTree []layerPath // sorted
 
 type layerPath struct {
@@ -294,6 +306,9 @@ type layerPath struct {
 	layer ocispec.Descriptor
 }
 
+// newLayerTree gives each layer a path. A title is taken if it is a path, if no earlier layer has
+// it, and if no other path makes it a directory. The other layers are named by their digests, at
+// the top. No title can be such a name (see isLayerPath), so a layer can't hide another one.
 func newLayerTree(layers []ocispec.Descriptor) layerTree {
 	t := layerTree{}
 	taken := map[string]bool{}
@@ -329,7 +344,8 @@ func (t layerTree) sort() {
 	slices.SortFunc(t, func(a, b layerPath) int { return cmp.Compare(a.path, b.path) })
 }
 
-// isLayerPath reports whether a title can be a path, and is none that a digest makes.
+// isLayerPath reports whether a title can be a path. It can't begin with a digest, which names
+// another layer, or have characters that mislead a terminal or mean a directory on Windows.
 func isLayerPath(title string) bool {
 	const longest = 4096
 	first, _, _ := strings.Cut(title, "/")
@@ -343,6 +359,7 @@ func (t layerTree) from(s string) int {
 	return sort.Search(len(t), func(i int) bool { return t[i].path >= s })
 }
 
+// isDir reports whether a path lies below name.
 func (t layerTree) isDir(name string) bool {
 	i := t.from(name + "/")
 	return name == "." || i < len(t) && strings.HasPrefix(t[i].path, name+"/")
@@ -379,9 +396,11 @@ func (t layerTree) entries(dir string) ([]fs.DirEntry, error) {
 	return all, nil
 }
 
-// behindSlash is the character after the slash: what begins with name/ is below name + behindSlash.
+// behindSlash is the character after the slash in ASCII. Every text that begins with name/ sorts
+// before name + behindSlash, so a search for that skips all of them.
 const behindSlash = "0"
 
+// prefixOf returns the text with which all paths in a directory begin.
 func prefixOf(dir string) string {
 	if dir == "." {
 		return ""
@@ -397,7 +416,9 @@ func sortEntries(all []fs.DirEntry) {
 	slices.SortFunc(all, func(a, b fs.DirEntry) int { return cmp.Compare(a.Name(), b.Name()) })
 }
 
-// A refTree has the refs by the parts of their names, and each artifact's layers below.
+// A refTree has the refs as directories, by the parts of their names, and the layers of each
+// artifact below. A directory is a part of a name as long as some ref's name begins with it. The
+// index finds that by a range of names, so no call reads all refs.
 type refTree struct {
 	ctx      context.Context
 	registry *LocalRegistry
@@ -406,7 +427,7 @@ type refTree struct {
 	recent []recentTree // guarded by mu; the latest first, at most maxRecentTrees
 }
 
-// A recentTree is the layers of a manifest. A manifest never changes, so they do not either.
+// A recentTree has the layers of a manifest. Neither of them ever changes.
 type recentTree struct {
 	manifest digest.Digest
 	layers   layerTree
@@ -416,8 +437,9 @@ type recentTree struct {
 // again for each of their layers.
 const maxRecentTrees = 8
 
-// layers returns the tree of an artifact's layers. A walk asks for it at each of its layers: so
-// the latest trees are kept, or the cost would grow with the square of their number.
+// layers returns the tree of an artifact's layers. A walk asks for it at each layer of the
+// artifact. Reading the manifest each time would cost the square of their number, so the latest
+// trees are kept.
 func (t *refTree) layers(ref Reference, desc ocispec.Descriptor) (layerTree, error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -437,9 +459,10 @@ func (t *refTree) layers(ref Reference, desc ocispec.Descriptor) (layerTree, err
 	return tree, nil
 }
 
-// artifact returns the layers of the artifact in whose tree name is, and the path
-// there; a nil tree if name is in none. Its directory is the first after the host
-// whose name has a tag or digest: a part of a repository's name has none.
+// artifact returns the layers of the artifact in whose directory name lies, and the path from
+// there. The tree is nil if name lies above all artifacts. An artifact's directory is the first
+// one after the host with a colon or an @ in its name: no part of a repository's name can have
+// these.
 func (t *refTree) artifact(name string) (layerTree, string, error) {
 	parts := strings.Split(name, "/")
 	i := slices.IndexFunc(parts[1:], func(s string) bool { return strings.ContainsAny(s, ":@") })
@@ -481,8 +504,7 @@ func (t *refTree) look(name string) (viewInfo, error) {
 	return info, err
 }
 
-// next returns the first name that has refs, begins with prefix, is at least from and after
-// another.
+// next returns the first name >= from and > after that has refs and begins with prefix, or "".
 func (t *refTree) next(from, after, prefix string) (name string, err error) {
 	err = t.registry.within(t.ctx, func() error {
 		page, err := t.registry.index.names(from, after, prefix+"\x7f", 1)

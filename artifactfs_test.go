@@ -21,7 +21,7 @@ import (
 	"github.com/ocilocal/ocilocal"
 )
 
-// titled builds an artifact whose layers have titles and contents, in turns; "" is no title.
+// titled builds an artifact with layers, given as pairs of title and content. "" means no title.
 func titled(t testing.TB, r *ocilocal.LocalRegistry, ref string, pairs ...string) *ocilocal.LocalArtifact {
 	t.Helper()
 	b, err := r.NewBuilder(ocilocal.MustParseReference(ref), &ocilocal.BuilderOptions{ArtifactType: testType})
@@ -54,7 +54,7 @@ func viewOf(t testing.TB, a *ocilocal.LocalArtifact) fs.FS {
 	return view
 }
 
-// files returns "path=content" for each file below.
+// files returns "path=content" for each file of the tree.
 func files(t testing.TB, view fs.FS) (all []string) {
 	t.Helper()
 	err := fs.WalkDir(view, ".", func(name string, d fs.DirEntry, err error) error {
@@ -71,6 +71,7 @@ func files(t testing.TB, view fs.FS) (all []string) {
 	return all
 }
 
+// TestFS reads the tree of an artifact's layers: by their titles, and by digest without one.
 func TestFS(t *testing.T) {
 	r := openTemp(t, nil)
 	a := titled(t, r, "example.com/app:v1", "config.json", "{}", "bin/tool", "run", "bin/lib/one.so", "1", "bin-two", "2", "", "untitled")
@@ -111,7 +112,7 @@ func TestFS(t *testing.T) {
 	}
 }
 
-// Whatever the titles are, each layer is there, and no name is twice.
+// TestFSTitles: with any titles, each layer is in the tree, and no name occurs twice.
 func TestFSTitles(t *testing.T) {
 	r := openTemp(t, nil)
 	d := func(s string) string { return digest.FromString(s).String() }
@@ -125,7 +126,7 @@ func TestFSTitles(t *testing.T) {
 		{[]string{`a\b`, "1", "a\x00b", "2", "a\nb", "3", "\u202eevil", "4", strings.Repeat("a/", 4000) + "a", "5"}, []string{
 			d("1") + "=1", d("2") + "=2", d("3") + "=3", d("4") + "=4", d("5") + "=5"}},
 		{[]string{"with space.txt", "1", "表.csv", "2", "C:", "3"}, []string{"with space.txt=1", "表.csv=2", "C:=3"}},
-		// A title that is the digest of another layer doesn't take its name.
+		// A title can't be the digest of another layer.
 		{[]string{d("2"), "1", "", "2"}, []string{d("1") + "=1", d("2") + "=2"}},
 		{[]string{d("2") + "/x", "1", "", "2"}, []string{d("1") + "=1", d("2") + "=2"}},
 		{[]string{"x", "1", "", "1", "", "1"}, []string{"x=1", d("1") + "=1"}},
@@ -149,7 +150,8 @@ func TestFSTitles(t *testing.T) {
 	}
 }
 
-// Directories are not kept, so a manifest of 4 MiB can't make millions of them.
+// TestFSOfManyDirectories: directories are not stored, so a manifest of 4 MiB can't make millions
+// of them.
 func TestFSOfManyDirectories(t *testing.T) {
 	r := openTemp(t, nil)
 	var pairs []string
@@ -165,6 +167,7 @@ func TestFSOfManyDirectories(t *testing.T) {
 	}
 }
 
+// TestFSFile reads, seeks in and closes a file of the tree. Damage is found in each way.
 func TestFSFile(t *testing.T) {
 	r := openTemp(t, nil)
 	content := strings.Repeat("0123456789", 50_000)
@@ -179,7 +182,7 @@ func TestFSFile(t *testing.T) {
 		t.Cleanup(func() { f.Close() })
 		return f
 	}
-	// Reading goes on where it was, by the stream and by the file.
+	// Reading goes on at the same place when the stream becomes a file.
 	f := open()
 	first := make([]byte, 13)
 	if _, err := io.ReadFull(f, first); err != nil {
@@ -206,7 +209,7 @@ func TestFSFile(t *testing.T) {
 			t.Error("after Close:", err)
 		}
 	}
-	// What isn't the layer any more is never served as such.
+	// A damaged file is never read as the layer.
 	rewrite(t, blobFile(r, digest.FromString(content)), flipBit)
 	if _, err := io.ReadAll(open()); !errors.Is(err, ocilocal.ErrDigestMismatch) {
 		t.Error(err)
@@ -222,6 +225,7 @@ func TestFSFile(t *testing.T) {
 func readErr(f fs.File) error { _, err := f.Read(make([]byte, 1)); return err }
 func seekErr(f fs.File) error { _, err := f.(io.Seeker).Seek(0, io.SeekStart); return err }
 
+// TestRegistryFS walks the tree of a whole registry. The path of an artifact is its reference.
 func TestRegistryFS(t *testing.T) {
 	r := openTemp(t, nil)
 	view := r.FS(t.Context())
@@ -262,7 +266,7 @@ func TestRegistryFS(t *testing.T) {
 			t.Errorf("%q: %v", name, err)
 		}
 	}
-	// Each call sees the index as it is.
+	// Each call sees the index as it is at that moment.
 	if _, err := r.Remove(t.Context(), ocilocal.MustParseReference("example.com/app:v1")); err != nil {
 		t.Fatal(err)
 	}
@@ -276,8 +280,8 @@ func TestRegistryFS(t *testing.T) {
 	}
 }
 
-// TestRegistryFSCost: reading all layers of an artifact reads its manifest once, and not once
-// for each layer, which would take a time that grows with the square of their number.
+// TestRegistryFSCost: reading all layers of an artifact reads its manifest once. Reading it for
+// each layer would cost the square of their number.
 func TestRegistryFSCost(t *testing.T) {
 	r := openTemp(t, nil)
 	var refs []string
@@ -333,7 +337,7 @@ func TestRegistryFSCost(t *testing.T) {
 	}
 }
 
-// An image index has no layers.
+// TestFSOfIndex: the tree of an image index is empty, since it has no layers.
 func TestFSOfIndex(t *testing.T) {
 	r := openTemp(t, nil)
 	top := imageIndex(ocispec.MediaTypeImageIndex)
@@ -349,7 +353,7 @@ func TestFSOfIndex(t *testing.T) {
 	}
 }
 
-// The tree can be served as it is.
+// TestFSOverHTTP serves the tree by http.FileServerFS.
 func TestFSOverHTTP(t *testing.T) {
 	r := openTemp(t, nil)
 	titled(t, r, "example.com/app:v1", "dir/page.html", "<p>hello")

@@ -102,11 +102,11 @@ var damages = []struct {
 	{"missing", nil, ocilocal.ErrNotFound},
 }
 
-// waysToRead return what a reader hands out, in whatever order it is asked.
+// waysToRead read from a reader in different ways, and return the bytes that they got.
 var waysToRead = map[string]func(src io.Reader) ([]byte, error){
 	"ReadAll": io.ReadAll,
 	"one byte": func(src io.Reader) ([]byte, error) {
-		// Both ends of a large blob: its middle would take long.
+		// Both ends of a large blob. Its middle would take long.
 		const middle = 1<<20 - 2000
 		head, err := io.ReadAll(iotest.OneByteReader(io.LimitReader(src, 1000)))
 		for err == nil && len(head)%(1<<20) == 1000 {
@@ -129,7 +129,7 @@ var waysToRead = map[string]func(src io.Reader) ([]byte, error){
 		return b.Bytes(), err
 	},
 	"big": func(src io.Reader) ([]byte, error) {
-		// What a Read leaves behind its n counts as handed out.
+		// Bytes that a Read leaves in the buffer after its n count as returned.
 		var all []byte
 		for {
 			buf := make([]byte, 4<<20)
@@ -151,8 +151,8 @@ var waysToRead = map[string]func(src io.Reader) ([]byte, error){
 func sum(b [64]byte) []byte    { return b[:] }
 func sum384(b [48]byte) []byte { return b[:] }
 
-// TestLargeLayerMemory streams a layer that is larger than the memory it may
-// take: 64 MiB, then 256 MiB, in the full run 4 GiB.
+// TestLargeLayerMemory streams a layer that is larger than the memory that may be used. It has 64
+// MiB, then 256 MiB, and 4 GiB in the full run.
 func TestLargeLayerMemory(t *testing.T) {
 	const most = 32 << 20
 	size := int64(scaled(64, 256, 4096)) << 20
@@ -193,12 +193,12 @@ func TestLargeLayerMemory(t *testing.T) {
 	}
 }
 
-// readerFunc is a function as a reader.
+// A readerFunc is a function that is used as a reader.
 type readerFunc func(p []byte) (int, error)
 
 func (f readerFunc) Read(p []byte) (int, error) { return f(p) }
 
-// TestAddLayerFails breaks off a layer: nothing is left, and the builder goes on.
+// TestAddLayerFails breaks off a layer. No file of it is left, and the builder can be used on.
 func TestAddLayerFails(t *testing.T) {
 	errSource := errors.New("source failed")
 	for name, c := range map[string]struct {
@@ -251,6 +251,7 @@ func TestAddLayerFails(t *testing.T) {
 	}
 }
 
+// TestCancelLeavesNothing cancels a builder with layers. No file is left below tmp/ or blobs/.
 func TestCancelLeavesNothing(t *testing.T) {
 	r := openTemp(t, nil)
 	ctx := t.Context()

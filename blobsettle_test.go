@@ -63,7 +63,7 @@ func TestSharedSync(t *testing.T) {
 }
 
 // TestPutBackDurably: a collector deletes a blob right before the commit, and the publish restores
-// it from its staged file. That file had not been synced, because the blob had been there.
+// it from its staged file. That file was not synced before, because the store had the blob.
 func TestPutBackDurably(t *testing.T) {
 	if runtime.GOOS == "windows" {
 		t.Skip("a directory isn't synced there")

@@ -20,10 +20,9 @@ import (
 	"github.com/ocilocal/ocilocal"
 )
 
-// TestFailedFsyncIsFinal: once an fsync has failed, nobody knows what is on the
-// disk, and a second fsync would say that all is well. So a builder whose
-// Build failed at one never publishes those files; a new builder, which writes
-// the bytes again, does.
+// TestFailedFsyncIsFinal: after a failed fsync it is not known which bytes are on the disk, and a
+// second fsync would report success. So a builder whose Build failed there never publishes those
+// files. A new builder writes the bytes again, and succeeds.
 func TestFailedFsyncIsFinal(t *testing.T) {
 	ctx := context.Background()
 	for _, layers := range []int{1, 3} {
@@ -57,7 +56,7 @@ func TestFailedFsyncIsFinal(t *testing.T) {
 			if _, err := b.Build(ctx); !errors.Is(err, syscall.EIO) {
 				t.Fatalf("fsync failed, Build returns %v", err)
 			}
-			// The seam counts what the second Build syncs of the files whose fsync failed.
+			// The seam counts whether the second Build syncs the files whose fsync failed.
 			var synced atomic.Int64
 			ocilocal.SetFault(r, func(op, _ string) error {
 				if op == "fsync" {
@@ -107,8 +106,8 @@ func manyLayers(t *testing.T, ref ocilocal.Reference, n int) (dir string) {
 	return dir
 }
 
-// Files are synced 64 at a time while the next are written: whichever fsync
-// fails, in whichever batch, the import fails, and a later one is whole.
+// TestFailedFsyncOfAnyBatch: files are synced 64 at a time while the next are written. If any fsync
+// of any batch fails, the import fails. The next import succeeds.
 func TestFailedFsyncOfAnyBatch(t *testing.T) {
 	t.Parallel()
 	const layers = 150
@@ -135,7 +134,8 @@ func TestFailedFsyncOfAnyBatch(t *testing.T) {
 	}
 }
 
-// However many blobs come in, few files are open and wait for their fsync.
+// TestFewUnsyncedFiles: however many blobs come in, only few files are open and wait for their
+// fsync.
 func TestFewUnsyncedFiles(t *testing.T) {
 	t.Parallel()
 	dir := manyLayers(t, ocilocal.MustParseReference(movedRef), 500)
@@ -157,13 +157,13 @@ func TestFewUnsyncedFiles(t *testing.T) {
 	if _, err := r.ImportLayout(t.Context(), dir, nil); err != nil {
 		t.Fatal(err)
 	}
-	// One batch that is being synced, one that is full, and what the workers are writing.
+	// One batch that is being synced, one that is full, and the files that the workers write.
 	if most > 2*64+8 || most < 64 {
 		t.Errorf("%d files waited for their fsync at once", most)
 	}
 }
 
-// TestHealUnreadable imports the same content over a blob that the disk doesn't give back.
+// TestHealUnreadable imports the same content over a blob that the disk can't read.
 func TestHealUnreadable(t *testing.T) {
 	r := openTemp(t, nil)
 	a, layer := oneLayer(t, r, "example.com/a:v1", []byte("body"))
@@ -189,7 +189,7 @@ func TestHealUnreadable(t *testing.T) {
 	}
 }
 
-// TestHeal publishes the same content over damaged blobs.
+// TestHeal publishes the same content over damaged blobs, which are replaced.
 func TestHeal(t *testing.T) {
 	t.Parallel()
 	ctx := t.Context()
@@ -249,6 +249,7 @@ func TestHeal(t *testing.T) {
 	}
 }
 
+// TestDedup publishes content that the store has partly. The blob that it has is not written again.
 func TestDedup(t *testing.T) {
 	r := openTemp(t, nil)
 	body := noise(5, 50_000)

@@ -14,8 +14,8 @@ import (
 	"github.com/ocilocal/ocilocal"
 )
 
-// TestRebuildForeignTmp: Rebuild takes the blobs of a directory without an id for a registry's,
-// but no tmp/ in which there is anything that a registry does not make.
+// TestRebuildForeignTmp: Rebuild accepts a directory without an id if it has blobs. It refuses one
+// whose tmp/ has anything that a registry does not make.
 func TestRebuildForeignTmp(t *testing.T) {
 	session := rand.Text()
 	for _, c := range []struct {

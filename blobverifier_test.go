@@ -11,7 +11,7 @@ import (
 	"github.com/ocilocal/ocilocal"
 )
 
-// TestVerifiedReader damages blobs in every way: no reader gets a whole one.
+// TestVerifiedReader damages blobs in every way. No reader gets all bytes of a damaged one.
 func TestVerifiedReader(t *testing.T) {
 	t.Parallel()
 	ctx := t.Context()
@@ -68,7 +68,7 @@ func TestVerifiedReader(t *testing.T) {
 	}
 }
 
-// TestDamageWhileReading changes the file below a reader that is open.
+// TestDamageWhileReading changes the file of a reader that is open.
 func TestDamageWhileReading(t *testing.T) {
 	t.Parallel()
 	body := noise(2, 3<<20)
@@ -96,6 +96,8 @@ func TestDamageWhileReading(t *testing.T) {
 	}
 }
 
+// TestReaderContextAndClose: a reader fails with the error of its context, and after Close with
+// ErrClosed.
 func TestReaderContextAndClose(t *testing.T) {
 	r := openTemp(t, nil)
 	_, layer := oneLayer(t, r, "example.com/a:v1", noise(3, 3<<20))

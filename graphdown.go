@@ -10,14 +10,20 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// A closure gathers all that some artifacts need, by the bytes of their manifests, each manifest
-// and each blob once. It is for what leaves the registry, where rows are not enough: each manifest
-// is read and verified. It keeps descriptors only, so that its size does not grow with that of the
-// manifests.
+// There are two ways down from a manifest to what it needs:
+//
+//	closure   by the manifests' bytes, which are read and verified: for exports and pushes, since
+//	          content that leaves the registry must be right even if the index is damaged
+//	descent   by the index's rows, which is much faster: for the checks of publishing and upkeep
+//
+// graphup.go has the way up.
+
+// A closure gathers all that some artifacts need, each manifest and each blob once. It keeps
+// descriptors only, so its size does not grow with the size of the manifests.
 type closure struct {
 	registry  *LocalRegistry
 	manifests []ocispec.Descriptor // children before parents
-	blobs     []ocispec.Descriptor // configs and layers. Nobody has looked whether they are there
+	blobs     []ocispec.Descriptor // configs and layers, whose files were not looked for
 	seen      map[digest.Digest]bool
 }
 
@@ -35,6 +41,8 @@ func (c *closure) add(ctx context.Context, desc ocispec.Descriptor) (*Manifest, 
 	return c.down(ctx, desc, 0, len(c.seen)+MaxClosure)
 }
 
+// down is add for a manifest at a depth of nesting. most bounds the size of seen: MaxClosure more
+// than before the artifact, because a closure of several artifacts may be larger.
 func (c *closure) down(ctx context.Context, desc ocispec.Descriptor, depth, most int) (m *Manifest, err error) {
 	if depth > MaxIndexNesting {
 		return nil, fmt.Errorf("%w: image indexes nested more than %d deep", ErrTooLarge, MaxIndexNesting)
@@ -104,8 +112,9 @@ func (c *closure) addReferrer(ctx context.Context, desc ocispec.Descriptor) (her
 	return false, err
 }
 
-// A descent goes down from manifests to all that they need by the index's rows, and with subjects
-// to their subjects and what these need. It meets each digest once.
+// A descent goes down, by the index's rows, from manifests to all that they need. With subjects it
+// also goes to their subjects and to all that these need. It meets each digest once, however many
+// calls of each lead to it.
 type descent struct {
 	q        queryer
 	subjects bool
@@ -114,8 +123,10 @@ type descent struct {
 	seen   map[digest.Digest]bool
 }
 
-// each visits what is met first by going down from a manifest. Of a subject only the digest is
-// known: its size is −1. visit may query: no rows are open meanwhile.
+// each visits the content to which root leads and which this descent has not met before, root
+// first. Of a subject only the digest is known, so its size is −1. visit may query, because no
+// rows are open meanwhile. A chain of subjects may be very long, so each keeps a list and does
+// not recurse.
 func (w *descent) each(ctx context.Context, root ocispec.Descriptor, visit func(ocispec.Descriptor) error) error {
 	meet := func(d ocispec.Descriptor) (first bool, err error) {
 		if w.seen[d.Digest] {
@@ -127,7 +138,7 @@ func (w *descent) each(ctx context.Context, root ocispec.Descriptor, visit func(
 		w.seen[d.Digest] = true
 		return true, visit(d)
 	}
-	for todo := []ocispec.Descriptor{root}; len(todo) > 0; { // manifests. A chain of subjects may be long
+	for todo := []ocispec.Descriptor{root}; len(todo) > 0; {
 		m := todo[len(todo)-1]
 		todo = todo[:len(todo)-1]
 		if err := ctx.Err(); err != nil {

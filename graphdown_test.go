@@ -13,8 +13,8 @@ import (
 	"github.com/ocilocal/ocilocal"
 )
 
-// TestClosure: what an artifact needs is listed once, children before parents, and a manifest that
-// is missing, damaged or too large an artifact ends the list.
+// TestClosure: all content that an artifact needs is listed once, children before parents. A
+// missing or damaged manifest, or an artifact that is too large, ends the list.
 func TestClosure(t *testing.T) {
 	r := openTemp(t, nil)
 	a := child(t, r, "example.com/a:v1", ocilocal.BuilderOptions{}, nil, nil, "shared", "one", "shared")
@@ -34,7 +34,8 @@ func TestClosure(t *testing.T) {
 	}
 }
 
-// TestTagLongLineage: rows are followed without recursion, along a long chain of subjects too.
+// TestTagLongLineage: rows are followed without recursion, even along a very long chain of
+// subjects.
 func TestTagLongLineage(t *testing.T) {
 	r := openTemp(t, nil)
 	var a *ocilocal.LocalArtifact
@@ -45,7 +46,7 @@ func TestTagLongLineage(t *testing.T) {
 	if err != nil || u.Own.Manifests+u.Shared.Manifests != 50 {
 		t.Errorf("%+v, %v", u, err)
 	}
-	// Tag asks for what is needed, which subjects are not.
+	// Tag checks the content that is needed. Subjects are not needed.
 	if err := os.Remove(blobFile(r, digest.FromString("0"))); err != nil {
 		t.Fatal(err)
 	}

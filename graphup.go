@@ -7,29 +7,33 @@ import (
 	"github.com/opencontainers/go-digest"
 )
 
-// A climb goes up, by the index's rows, from a digest to what leads to it: the manifests that need
-// it, what needs these, and so on. It answers the question whether a ref leads to a digest, which
-// all of upkeep asks.
+// A climb goes up, by the index's rows, from a digest to the manifests that need it, to those that
+// need these, and so on. It answers the question of all upkeep: does a ref lead to this digest?
 //
-// A manifest can also be kept, by what refers to it or, with referrers, by what it refers to. Kept
-// is not needed: a publish makes sure that what a manifest needs is there, but never looks for its
-// subject. So rows of a kept manifest can be left without a file, as by a collector that was killed
-// between the two. Such a manifest is dead, and so is what only it leads to. With present a climb
-// tells these apart.
+//	ref ──▶ image index ──▶ manifest ──▶ layer       members: needed
+//	                           ▲  subject
+//	                           └───────── referrer   kept, not needed (see ways)
+//
+// By the ways, a manifest can also be kept: by its referrers, or by its subject. Kept is not
+// needed: a publish makes sure that all members of a manifest are there, but never looks for its
+// subject. So the rows of a kept manifest can exist without its file, for example after a
+// collector was killed between the two. Such a manifest is dead, and so is content to which only
+// it leads. With present a climb takes files into account, and finds that out.
 type climb struct {
 	ctx context.Context
 	q   queryer
 	ways
-	// protected are digests that count as if a ref pointed at them, where their files are there.
+	// protected are digests that count as if a ref pointed at them, if they have files.
 	protected []digest.Digest
-	// present reports whether a file is there. Nil means that all are.
+	// present reports whether a digest has a file. Nil means that all have.
 	present func(digest.Digest) (bool, error)
 
-	known map[digest.Digest]bool // what led has answered
+	known map[digest.Digest]bool // the answers of led
 }
 
-// led reports whether a ref leads to d. If none does, none leads to any of what leads to d either.
-// All that it finds out it remembers: the answers are of one moment only where q is a transaction.
+// led reports whether a ref leads to d. It remembers its answers: if no ref leads to d, none leads
+// to any digest above d either, and they are answered too. The answers are of one moment only if q
+// is a transaction.
 func (c *climb) led(d digest.Digest) (bool, error) {
 	if led, ok := c.known[d]; ok {
 		return led, nil
@@ -40,8 +44,8 @@ func (c *climb) led(d digest.Digest) (bool, error) {
 			return false, err
 		}
 		if led && c.present != nil {
-			// Each manifest without a file takes a way out of the graph, so look again without
-			// these.
+			// A manifest without a file is no way to its subject or its referrers. So climb again
+			// without these ways. Each turn finds at least one such manifest more, or it ends.
 			more, err := c.look(seen)
 			if err != nil {
 				return false, err
@@ -63,7 +67,7 @@ func (c *climb) led(d digest.Digest) (bool, error) {
 	}
 }
 
-// up goes up from d until it meets a ref, and returns what it has seen.
+// up goes up from d until it meets a ref, and returns the digests that it has seen.
 func (c *climb) up(d digest.Digest) (led bool, seen []digest.Digest, err error) {
 	if err := c.ctx.Err(); err != nil {
 		return false, nil, err
@@ -78,7 +82,8 @@ func (c *climb) up(d digest.Digest) (led bool, seen []digest.Digest, err error) 
 	return led, seen, err
 }
 
-// look notes what of seen has no file, and reports whether it found any that it didn't know.
+// look adds the digests in seen that have no file to c.missing, and reports whether it found a new
+// one.
 func (c *climb) look(seen []digest.Digest) (more bool, err error) {
 	for _, d := range seen {
 		there, err := c.present(d)
@@ -93,7 +98,8 @@ func (c *climb) look(seen []digest.Digest) (more bool, err error) {
 	return more, nil
 }
 
-// all returns d and all that leads to it, at most limit digests, and which of them refs point at.
+// all returns d and all that leads to it, at most limit digests. named are those of them at which a
+// ref points. It does not look at files.
 func (c *climb) all(d digest.Digest, limit int) (all, named []digest.Digest, err error) {
 	if err := c.ctx.Err(); err != nil {
 		return nil, nil, err

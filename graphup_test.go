@@ -10,8 +10,8 @@ import (
 	"github.com/ocilocal/ocilocal"
 )
 
-// TestClimb: a digest is led to by what needs it, and by the ways that are asked for. A manifest
-// without a file is led to only by what needs it.
+// TestClimb: the manifests that need a digest lead to it, and with the ways also subjects and
+// referrers. To a manifest without a file only manifests that need it lead.
 func TestClimb(t *testing.T) {
 	r := openTemp(t, nil)
 	base := published(t, r, "example.com/base:v1", "base", nil)

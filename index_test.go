@@ -8,7 +8,7 @@ import (
 	"github.com/ocilocal/ocilocal"
 )
 
-// TestQueryCancelled: the end of a context stops a query that runs, and the index goes on.
+// TestQueryCancelled: the end of a context stops a query that is running. The next query works.
 func TestQueryCancelled(t *testing.T) {
 	r := openTemp(t, nil)
 	ctx, cancel := context.WithCancel(t.Context())

@@ -14,8 +14,8 @@ import (
 )
 
 // TestBackupRows backs up to a root whose index has other ids for the same digests and types. Every
-// row of the registry must come over: of members and subjects that are not here, of what is kept
-// without a ref, and of what an index.json said of a ref.
+// row must be copied: those of absent members and subjects, of content without a ref, and of the
+// entries of an index.json.
 func TestBackupRows(t *testing.T) {
 	t.Parallel()
 	ctx := t.Context()
@@ -76,8 +76,8 @@ func TestBackupRows(t *testing.T) {
 	compare("ref", "unnamed", "hold")
 }
 
-// TestBackupDamagedIndex: rows that point at nothing stop a backup, which would otherwise lack what
-// they pointed at and seem to be whole. The backup that was there stays as it was.
+// TestBackupDamagedIndex: rows that point at nothing stop a backup, because it would lack content
+// and still look whole. An earlier backup stays as it was.
 func TestBackupDamagedIndex(t *testing.T) {
 	t.Parallel()
 	ctx := t.Context()

@@ -15,7 +15,7 @@ import (
 	"github.com/ocilocal/ocilocal"
 )
 
-// soon is how long the tests of this file wait for what must not take long.
+// soon is how long the tests of this file wait for an event that must come quickly.
 const soon = 20 * time.Second
 
 // lockIndex takes the index's write lock as another process would, until release.
@@ -37,7 +37,7 @@ func lockIndex(t *testing.T, root string) (release func()) {
 	return release
 }
 
-// outcome waits for a call's error.
+// outcome waits for the error of a call, and fails the test if that takes too long.
 func outcome(t *testing.T, done <-chan error) error {
 	t.Helper()
 	select {
@@ -49,7 +49,7 @@ func outcome(t *testing.T, done <-chan error) error {
 	}
 }
 
-// A batch is what follows a leader: calls that share one transaction.
+// A batch is a leader and the calls that share its transaction.
 type batch struct {
 	t       *testing.T
 	r       *ocilocal.LocalRegistry
@@ -57,7 +57,7 @@ type batch struct {
 	leader  chan error
 }
 
-// newBatch occupies the transaction, so that the calls to come wait together.
+// newBatch keeps the transaction busy, so that the calls that are added wait together.
 func newBatch(t *testing.T, r *ocilocal.LocalRegistry) *batch {
 	b := &batch{t: t, r: r, release: make(chan struct{}), leader: make(chan error, 1)}
 	inside := make(chan struct{})
@@ -72,7 +72,7 @@ func newBatch(t *testing.T, r *ocilocal.LocalRegistry) *batch {
 	return b
 }
 
-// add queues a call behind those added before.
+// add queues a call after those that were added before.
 func (b *batch) add(ctx context.Context, fn func(exec func(string) error) error) (done chan error) {
 	b.t.Helper()
 	done = make(chan error, 1)
@@ -106,7 +106,7 @@ func put(key string) func(func(string) error) error {
 	}
 }
 
-// keys returns what put calls have left in the index.
+// keys returns the keys that the calls have written and committed.
 func keys(t *testing.T, r *ocilocal.LocalRegistry) string {
 	t.Helper()
 	db, err := sql.Open("sqlite", filepath.Join(r.Root(), "index.sqlite3"))
@@ -122,8 +122,8 @@ func keys(t *testing.T, r *ocilocal.LocalRegistry) string {
 	return all
 }
 
-// TestSharedCommit lets calls share a transaction in which one of them goes
-// wrong. Each call returns and learns what became of it, and the next works.
+// TestSharedCommit lets calls share a transaction in which one of them fails, panics or ends it.
+// Each call gets its own outcome, and the next call works.
 func TestSharedCommit(t *testing.T) {
 	errOwn := errors.New("own error")
 	for name, c := range map[string]struct {
@@ -185,8 +185,8 @@ func TestSharedCommit(t *testing.T) {
 	}
 }
 
-// TestImpatientLeader: a call that commits for others as well still returns
-// when its context ends, though another process has the lock; the others wait on.
+// TestImpatientLeader: while another process has the lock, a call that leads returns when its
+// context ends. The calls of its batch go on waiting.
 func TestImpatientLeader(t *testing.T) {
 	r := openTemp(t, nil)
 	unlock := lockIndex(t, r.Root())
@@ -242,9 +242,8 @@ func TestImpatientLeader(t *testing.T) {
 	}
 }
 
-// TestWithdrawnLeader ends the context of a call at the moment at which the call is to commit the
-// queue. Then it either commits or hands the queue on; the calls after it must not wait for a
-// leader that has left.
+// TestWithdrawnLeader ends the context of a call at the moment at which it gets the lead. It must
+// either commit the queue or hand the lead on: otherwise the calls after it would wait for ever.
 func TestWithdrawnLeader(t *testing.T) {
 	r := openTemp(t, nil)
 	ended, cancel := context.WithCancel(t.Context())
@@ -259,7 +258,7 @@ func TestWithdrawnLeader(t *testing.T) {
 	if err := outcome(t, done); err != nil {
 		t.Error(err)
 	}
-	// The same for a call that comes to lead when the one before has committed.
+	// The same for a call that gets the lead from the one before.
 	for range 50 {
 		b := newBatch(t, r)
 		ctx, cancel := context.WithCancel(t.Context())
@@ -277,8 +276,8 @@ func TestWithdrawnLeader(t *testing.T) {
 	}
 }
 
-// TestBusyTimeout: while another process has the lock, calls that come one
-// after another fail, each after its own time, and reading goes on.
+// TestBusyTimeout: while another process has the lock, each call fails with ErrBusy after
+// BusyTimeout, counted from its own beginning. Reading goes on.
 func TestBusyTimeout(t *testing.T) {
 	r := openTemp(t, &ocilocal.Options{BusyTimeout: 250 * time.Millisecond})
 	if _, err := build(t, r, "example.com/a:v1", nil, "x"); err != nil {

@@ -7,8 +7,8 @@ import (
 	"github.com/ocilocal/ocilocal"
 )
 
-// TestIndexPragmas: durability and safety of the index rest on these. No test
-// short of a power cut sees what is lost without the first.
+// TestIndexPragmas: every connection has the settings on which durability and safety of the index
+// rest. Only a power cut would show that the first one is missing.
 func TestIndexPragmas(t *testing.T) {
 	r := openTemp(t, nil)
 	for name, want := range map[string]string{
@@ -24,8 +24,8 @@ func TestIndexPragmas(t *testing.T) {
 	}
 }
 
-// TestIndexHardened: no statement alters the schema's table, and no row is longer than any of ours
-// can be.
+// TestIndexHardened: no statement can alter the table of the schema, and no row can be longer than
+// this package's longest.
 func TestIndexHardened(t *testing.T) {
 	r := openTemp(t, nil)
 	for _, text := range []string{"UPDATE sqlite_schema SET sql = ''", "INSERT INTO meta (key, value) VALUES ('long', hex(zeroblob(9000000)))"} {

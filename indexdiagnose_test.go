@@ -18,8 +18,8 @@ import (
 
 func init() { workers["readindex"] = readIndexWorker }
 
-// readIndexWorker opens a registry, verifies all of it and says what came of it: the error's kind,
-// and how many problems with the index were found.
+// readIndexWorker opens a registry and verifies all of it. It reports the kind of the error, and
+// how many problems with the index were found.
 func readIndexWorker(_ *bufio.Scanner, args []string) error {
 	ctx := context.Background()
 	problems := 0
@@ -46,9 +46,8 @@ func readIndexWorker(_ *bufio.Scanner, args []string) error {
 	return nil
 }
 
-// TestIndexReadErrors makes the kernel fail reads of the index with EIO, from the n-th on and only
-// the n-th. A read that fails says nothing about the index: it is reported as such, and as no
-// damage.
+// TestIndexReadErrors makes the kernel fail reads of the index with EIO: the n-th alone, or all
+// from the n-th on. Each is reported as a failed read, and never as damage of the index.
 func TestIndexReadErrors(t *testing.T) {
 	t.Parallel()
 	strace, err := exec.LookPath("strace")

@@ -15,9 +15,9 @@ import (
 	"github.com/ocilocal/ocilocal"
 )
 
-// undoCommit lets publish commit, and then takes the commit back in the way in which the
-// death of its process can: the log has it, but SQLite's shared memory doesn't say so. So
-// nobody sees it, until the log is read anew or the next commit takes its place.
+// undoCommit lets publish commit, and then hides the commit as the death of its process can: the
+// log has it, but SQLite's shared memory does not say so. No process sees it until the log is read
+// again from the file. The next commit overwrites it.
 func undoCommit(t *testing.T, root string, publish func()) {
 	t.Helper()
 	shm, err := os.OpenFile(filepath.Join(root, "index.sqlite3-shm"), os.O_RDWR, 0)
@@ -35,9 +35,9 @@ func undoCommit(t *testing.T, root string, publish func()) {
 	}
 }
 
-// A process dies in the last moment of a commit, so that only the log has it. A collector, to
-// whom its blobs are garbage, deletes them. That commit must not come back then,
-// when the collector is done nor if it is killed at any moment.
+// TestCollectionAfterUnseenCommit: a process dies in the last moment of a commit, so that only the
+// log has it. To a collector the blobs of that commit are garbage, and it deletes them. The commit
+// must not appear afterwards, even if the collector is killed at any moment.
 func TestCollectionAfterUnseenCommit(t *testing.T) {
 	t.Parallel()
 	for _, what := range []string{"publish", "tag"} {
@@ -109,15 +109,15 @@ func TestCollectionAfterUnseenCommit(t *testing.T) {
 	}
 }
 
-// sweep publishes, which removes what dead processes left in tmp/.
+// sweep publishes, which removes the files that dead processes left in tmp/.
 func sweep(t *testing.T, r *ocilocal.LocalRegistry) {
 	t.Helper()
 	child(t, r, "example.com/new:v1", ocilocal.BuilderOptions{}, nil, nil, "new")
 	checkNoTmp(t, r)
 }
 
-// Somebody deletes the log after a crash: what was committed since the last checkpoint is
-// lost, by name, but the registry is sound, says what nobody names, and takes it in again.
+// TestDeletedLog: somebody deletes the log after a crash. The refs since the last checkpoint are
+// lost, but the registry is sound. It reports the blobs that no row names, and Repair records them.
 func TestDeletedLog(t *testing.T) {
 	root := t.TempDir()
 	r := mustOpen(t, root)

@@ -46,7 +46,7 @@ func TestRepositoryPredecessors(t *testing.T) {
 	check(p, blobOf("layer"), desc.Digest)
 	check(p, index)
 	mustFail(t, p.DeleteManifest(t.Context(), desc.Digest), ocilocal.ErrInUse)
-	// A collection keeps referrers, so deleting one takes more than its name.
+	// A collection keeps referrers, so DeleteManifest must do more than remove refs.
 	if err := p.DeleteManifest(t.Context(), signature.Digest); err != nil {
 		t.Fatal(err)
 	}

@@ -7,8 +7,9 @@ import (
 	"github.com/ocilocal/ocilocal"
 )
 
-// TestRepositorySharedBlob: a blob that very many artifacts of other repositories need is found in
-// this one, too, as a member of an image index and of a referrer without a name, and only there.
+// TestRepositorySharedBlob: very many artifacts of another repository need the same blob. A
+// repository shows it only if its own content needs it, through an image index or through a
+// referrer without a name.
 func TestRepositorySharedBlob(t *testing.T) {
 	r := openTemp(t, nil)
 	other, p, none := repository(t, r, "localhost/other"), repository(t, r, "localhost/app"), repository(t, r, "localhost/none")

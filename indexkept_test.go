@@ -11,8 +11,8 @@ import (
 	"github.com/opencontainers/go-digest"
 )
 
-// TestHoldRows: holds are set, renewed, listed by repository and all together, and
-// dropped. The rows of held content can't be deleted.
+// TestHoldRows sets, renews, lists and drops holds, of one repository and of all. The rows of held
+// content can't be deleted.
 func TestHoldRows(t *testing.T) {
 	r := openTemp(t, nil)
 	ctx := t.Context()
@@ -67,8 +67,8 @@ func TestHoldRows(t *testing.T) {
 	check([]string{xb}, []string{xb})
 }
 
-// TestUnnamedRows: what an index.json said of a manifest that was imported by digest is kept as
-// long as the manifest's rows are.
+// TestUnnamedRows: the entry of an index.json for a manifest that was imported by digest is kept as
+// long as the rows of the manifest.
 func TestUnnamedRows(t *testing.T) {
 	r := openTemp(t, nil)
 	ctx := t.Context()

@@ -61,8 +61,7 @@ func imageRows(t *testing.T, texts ...string) (*ocilocal.Manifest, []digest.Dige
 }
 
 // TestAbsentRows: a manifest can be published without some of its blobs, if the publication says
-// so. Its rows say which. A later publish of such a blob makes it a present one, for every
-// manifest.
+// so. Its rows say which. When such a blob is published later, it is present for every manifest.
 func TestAbsentRows(t *testing.T) {
 	r := openTemp(t, nil)
 	ctx := t.Context()
@@ -105,8 +104,8 @@ func TestAbsentRows(t *testing.T) {
 }
 
 // TestSubjectRows: a subject that is not here has a row that says so, until it is published. When
-// it is collected while its referrers stay, that row is again of one that is not here. With its
-// last referrer it goes.
+// it is collected and its referrers stay, the row says again that it is not here. The row is
+// deleted with the last referrer.
 func TestSubjectRows(t *testing.T) {
 	ctx := t.Context()
 	other := openTemp(t, nil)
@@ -166,7 +165,7 @@ func collectProblems(ctx context.Context, r *ocilocal.LocalRegistry) (all []ocil
 	return all, nil
 }
 
-// TestAbsentRowsGo: the rows of absent members go with the last manifest that names them.
+// TestAbsentRowsGo: the row of an absent member is deleted with the last manifest that names it.
 func TestAbsentRowsGo(t *testing.T) {
 	r := openTemp(t, nil)
 	ctx := t.Context()
@@ -203,8 +202,8 @@ func TestAbsentRowsGo(t *testing.T) {
 	}
 }
 
-// TestTypes: a number that a call has given to a type is used by nobody else once that call failed,
-// and by everybody once it is committed.
+// TestTypes: if a call that has given a number to a type fails, no other call uses that number.
+// Once it is committed, all calls do.
 func TestTypes(t *testing.T) {
 	r := openTemp(t, nil)
 	ctx := t.Context()
@@ -238,7 +237,8 @@ func TestTypes(t *testing.T) {
 	}
 }
 
-// TestDigestBytes: the bytes of digests are in the order of their texts, and give them back.
+// TestDigestBytes: the bytes of digests are in the order of their texts, and are turned back into
+// the same texts.
 func TestDigestBytes(t *testing.T) {
 	var all []digest.Digest
 	for _, s := range []string{"", "a", "b", "c"} {

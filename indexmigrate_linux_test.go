@@ -61,8 +61,8 @@ func TestMigrateKilled(t *testing.T) {
 	}
 }
 
-// TestMigrateFullDisk migrates an index on disks that have less and less room. It is ErrNoSpace and
-// the index is as it was, until there is enough.
+// TestMigrateFullDisk migrates an index on disks with more and more room. As long as there is too
+// little, it fails with ErrNoSpace and the index is as it was.
 func TestMigrateFullDisk(t *testing.T) {
 	golden, says := largeSchema1Root(t, 500)
 	mnt := mountTmpfs(t, "size=8m")

@@ -25,7 +25,7 @@ func init() {
 	workers["migrate"] = migrateWorker
 }
 
-// migrateWorker opens the root in its argument, closes it, and says what came of it.
+// migrateWorker opens the root in its argument, closes it, and reports the outcome.
 func migrateWorker(in *bufio.Scanner, args []string) error {
 	if len(args) > 1 { // wait for a line
 		say("ready")
@@ -46,8 +46,8 @@ func migrateWorker(in *bufio.Scanner, args []string) error {
 // digestText is the SQL for the text of the column digest of c.
 const digestText = "CASE hex(substr(c.digest, 1, 1)) WHEN '01' THEN 'sha256:' WHEN '02' THEN 'sha384:' WHEN '03' THEN 'sha512:' END || lower(hex(substr(c.digest, 2)))"
 
-// indexRows are queries that say, in one text for each row, all that an index of each schema
-// version says. Those of the same place say the same.
+// indexRows are queries that return all facts of an index as texts, one for each row, for each
+// schema version. Queries at the same place return the same texts.
 var indexRows = map[int][]string{
 	1: {
 		"SELECT 'meta', key, value FROM meta WHERE key <> 'commits'",
@@ -68,8 +68,8 @@ var indexRows = map[int][]string{
 	},
 }
 
-// indexSays returns the schema version of an index that nobody else uses and what it says, sorted.
-// It must be sound.
+// indexSays returns the schema version of an index and all its facts, sorted. The index must be
+// sound, and no other process may use it.
 func indexSays(t *testing.T, root string) (version int, says []string) {
 	t.Helper()
 	db, err := sql.Open("sqlite", filepath.Join(root, "index.sqlite3"))
@@ -109,8 +109,8 @@ func indexSays(t *testing.T, root string) (version int, says []string) {
 	return version, says
 }
 
-// checkMigrated opens a root, and makes sure that its index then has this program's version and
-// says what it said before.
+// checkMigrated opens a root, and makes sure that its index then has this program's version and the
+// same facts as before.
 func checkMigrated(t *testing.T, root string, before []string) {
 	t.Helper()
 	mustClose(t, mustOpen(t, root))
@@ -119,7 +119,7 @@ func checkMigrated(t *testing.T, root string, before []string) {
 	}
 }
 
-// schema1Root unpacks the registry of schema version 1, and returns what its index says.
+// schema1Root unpacks the registry of schema version 1, and returns the facts of its index.
 func schema1Root(t *testing.T) (root string, says []string) {
 	t.Helper()
 	root = unpackGolden(t, "ocilocal-schema1.tar.gz")
@@ -131,7 +131,7 @@ func schema1Root(t *testing.T) (root string, says []string) {
 	return root, says
 }
 
-// largeSchema1Root is schema1Root with n artifacts more, of which only rows are there.
+// largeSchema1Root is schema1Root with n artifacts more, which have rows and no blobs.
 func largeSchema1Root(t *testing.T, n int) (root string, says []string) {
 	t.Helper()
 	root, _ = schema1Root(t)
@@ -150,8 +150,8 @@ func largeSchema1Root(t *testing.T, n int) (root string, says []string) {
 	return root, says
 }
 
-// TestMigrateSchema1 brings indexes of version 1 up to date. The new one says what the old one
-// said.
+// TestMigrateSchema1 brings indexes of version 1 up to date. The new index has the facts of the old
+// one.
 func TestMigrateSchema1(t *testing.T) {
 	t.Parallel()
 	root, says := schema1Root(t)
@@ -163,7 +163,7 @@ func TestMigrateSchema1(t *testing.T) {
 	checkMigrated(t, root, says)
 }
 
-// countdown is a context that is cancelled when it has been asked so many times.
+// countdown is a context that is cancelled when its error was asked for so many times.
 type countdown struct {
 	context.Context
 	left atomic.Int64
@@ -208,7 +208,7 @@ func TestMigrateCancelled(t *testing.T) {
 	checkMigrated(t, root, says)
 }
 
-// TestMigrateTogether has several processes open one index of version 1 at once. One of them
+// TestMigrateTogether lets several processes open one index of version 1 at once. One of them
 // migrates it, and the others wait.
 func TestMigrateTogether(t *testing.T) {
 	t.Parallel()
@@ -232,8 +232,8 @@ func TestMigrateTogether(t *testing.T) {
 	}
 }
 
-// TestMigrateDuringRead: a process that reads an index of version 1 goes on reading that while
-// another process migrates it, and then it can write no more.
+// TestMigrateDuringRead: a process that reads an index of version 1 reads on while another process
+// migrates it. Afterwards it can't write.
 func TestMigrateDuringRead(t *testing.T) {
 	t.Parallel()
 	root, says := schema1Root(t)
@@ -270,8 +270,8 @@ func TestMigrateDuringRead(t *testing.T) {
 	checkMigrated(t, root, says)
 }
 
-// TestMigrateDamaged: an index of version 1 whose rows cannot be brought over is left as it is, and
-// Rebuild keeps the refs.
+// TestMigrateDamaged: an index of version 1 whose rows can't all be migrated stays as it is.
+// Rebuild keeps its refs.
 func TestMigrateDamaged(t *testing.T) {
 	t.Parallel()
 	for _, text := range []string{

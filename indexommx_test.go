@@ -10,7 +10,8 @@ import (
 	"github.com/ocilocal/ocilocal"
 )
 
-// TestOMMXHostileIndex imports from indexes whose refs are not the SDK's table.
+// TestOMMXHostileIndex imports from indexes in which refs is a view, a virtual table or another
+// table. They are refused, and none of them is read.
 func TestOMMXHostileIndex(t *testing.T) {
 	r := openTemp(t, nil)
 	for what, text := range hostileRefs {

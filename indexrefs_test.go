@@ -6,8 +6,8 @@ import (
 	"github.com/ocilocal/ocilocal"
 )
 
-// TestRefRows: a ref's row keeps the time of its first publish when the ref is moved. What else an
-// index.json said of it is of what it points at, and goes when it points elsewhere.
+// TestRefRows: when a ref is moved, its row keeps the time of its first publish. The entry of an
+// index.json belongs to the old manifest, and is removed.
 func TestRefRows(t *testing.T) {
 	r := openTemp(t, nil)
 	ctx := t.Context()

@@ -9,9 +9,9 @@ import (
 	"github.com/ocilocal/ocilocal"
 )
 
-// TestOneReader runs all that reads the index with a single connection to do it on. A query that
-// runs while another one's rows are open would wait for that connection for ever. The loops over
-// listings query too, as callers may.
+// TestOneReader makes all calls that read the index with a pool of a single connection. A query
+// that runs while rows of another one are open would wait for that connection for ever. The
+// bodies of loops over listings query as well, because callers may do so.
 func TestOneReader(t *testing.T) {
 	r := openTemp(t, nil)
 	ocilocal.IndexReaders(r, 1)
@@ -79,7 +79,7 @@ func TestOneReader(t *testing.T) {
 	}
 }
 
-// ignoreInvalid is for artifacts without a name.
+// ignoreInvalid returns nil for the error about an artifact without a name.
 func ignoreInvalid(err error) error {
 	if errors.Is(err, ocilocal.ErrInvalidReference) {
 		return nil

@@ -13,7 +13,7 @@ import (
 	"github.com/ocilocal/ocilocal"
 )
 
-// rootWithRef makes a registry with one ref, closed.
+// rootWithRef makes a registry with one ref, and closes it.
 func rootWithRef(t *testing.T, root string) {
 	t.Helper()
 	r := mustOpen(t, root)
@@ -62,8 +62,8 @@ func TestRebuildPaths(t *testing.T) {
 	}
 }
 
-// TestSalvageKeeps rebuilds an index of which everything can still be read. It keeps the holds of
-// repositories, with their times, and what an index.json said of refs.
+// TestSalvageKeeps rebuilds an index of which everything can still be read. The new index has the
+// same holds, with their times, and the same entries of an index.json.
 func TestSalvageKeeps(t *testing.T) {
 	root := filepath.Join(t.TempDir(), "root")
 	r := mustOpen(t, root)
@@ -109,8 +109,8 @@ func TestSalvageKeeps(t *testing.T) {
 	}
 }
 
-// TestSalvageFails: an index that was set aside and cannot be opened may hold refs. Rebuild reports
-// that, and keeps the refs when it runs again without the obstacle.
+// TestSalvageFails: an index that was set aside can't be opened, and may have refs. Rebuild reports
+// that. When it runs again and can open the index, it keeps the refs.
 func TestSalvageFails(t *testing.T) {
 	root := filepath.Join(t.TempDir(), "root")
 	rootWithRef(t, root)
@@ -140,8 +140,8 @@ func TestSalvageFails(t *testing.T) {
 	mustClose(t, r)
 }
 
-// hostileRefs are objects that could stand in for the table refs. Each would decide what a query of
-// it finds, or never let it end. DIGEST stands for the name of the column with the manifest.
+// hostileRefs are objects in the place of the table refs. Each decides what a query of it finds, or
+// never lets it end. DIGEST stands for the name of the column with the manifest.
 var hostileRefs = map[string]string{
 	"endless view": `CREATE VIEW refs AS WITH RECURSIVE n (x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n)
 		SELECT 'x.test/a' AS name, 'v' || x AS reference, 'sha256:' AS DIGEST, '' AS updated_at FROM n`,
@@ -153,8 +153,8 @@ var hostileRefs = map[string]string{
 	"nothing":          `CREATE TABLE other (DIGEST TEXT)`,
 }
 
-// TestRebuildHostileIndex rebuilds from indexes whose refs are not a table with rows. None of them
-// is read.
+// TestRebuildHostileIndex rebuilds from indexes in which refs is not a plain table. None of them is
+// read.
 func TestRebuildHostileIndex(t *testing.T) {
 	t.Parallel()
 	for what, text := range hostileRefs {

@@ -10,8 +10,8 @@ import (
 	"github.com/ocilocal/ocilocal"
 )
 
-// TestMigratedWhileOpen: an older program doesn't write to an index that a newer one has migrated
-// meanwhile.
+// TestMigratedWhileOpen: a program that has an index open does not write to it after a newer
+// program has migrated it.
 func TestMigratedWhileOpen(t *testing.T) {
 	r := openTemp(t, nil)
 	if _, err := build(t, r, "example.com/a:v1", nil, "x"); err != nil {
@@ -29,8 +29,8 @@ func TestMigratedWhileOpen(t *testing.T) {
 	}
 }
 
-// TestReadAfterMigration: if a newer program has changed the tables, an older one that still has
-// the index open says so. It does not take the index for damaged.
+// TestReadAfterMigration: if a newer program has changed the tables, a read by an older one that
+// has the index open fails with a SchemaError. It does not report damage.
 func TestReadAfterMigration(t *testing.T) {
 	r := openTemp(t, nil)
 	dontWatch(r.Root())
@@ -45,8 +45,8 @@ func TestReadAfterMigration(t *testing.T) {
 	}
 }
 
-// TestMigration: a program that knows more brings an index up to date, whole or not at all,
-// while older ones keep off.
+// TestMigration: a newer program migrates an index, wholly or not at all. Older programs refuse it
+// from then on.
 func TestMigration(t *testing.T) {
 	ctx := t.Context()
 	const table = "CREATE TABLE extra (a TEXT NOT NULL) STRICT"

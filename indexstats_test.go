@@ -11,8 +11,8 @@ import (
 	"github.com/ocilocal/ocilocal"
 )
 
-// TestStatsAgreeWithGC compares the index's word with what garbage collection,
-// which goes the other way round, finds and deletes.
+// TestStatsAgreeWithGC compares the numbers of Stats, which come from queries, with those of a
+// collection, which follows the graph from the refs and deletes the rest.
 func TestStatsAgreeWithGC(t *testing.T) {
 	t.Parallel()
 	ctx := t.Context()
@@ -44,7 +44,8 @@ func TestStatsAgreeWithGC(t *testing.T) {
 				made = append(made, child(t, r, ref, o, descOf(subject), map[string]string{"i": fmt.Sprint(i)}, layers...))
 			}
 		}
-		// Two image indexes, of which the second takes the first one's name, with a member and layers in common.
+		// Two image indexes with a member and layers in common. The second takes the name of the
+		// first.
 		for _, layers := range [][]string{{"layer 1", "of the first"}, {"layer 1", "layer 2"}} {
 			var members, blobs []string
 			for _, layer := range layers {
@@ -79,7 +80,7 @@ func TestStatsAgreeWithGC(t *testing.T) {
 		if s.Orphans != report.Deleted || s.Orphans.Manifests == 0 {
 			t.Errorf("seed %d: orphans are %+v, deleted were %+v", seed, s.Orphans, report.Deleted)
 		}
-		// What a ref's usage calls its own goes with the ref.
+		// RefUsage says how many bytes only this ref needs. They are freed when it is removed.
 		for ref, err := range r.Refs(ctx, nil) {
 			if err != nil {
 				t.Fatal(err)

@@ -10,8 +10,8 @@ import (
 	"github.com/ocilocal/ocilocal"
 )
 
-// TestForeignLog puts another registry's write-ahead log beside an index. The two
-// indexes are alike, so that the log's pages would fit: SQLite itself finds nothing wrong.
+// TestForeignLog puts another registry's write-ahead log beside an index. The two indexes are
+// alike, so the pages of the log fit and SQLite itself finds nothing wrong.
 func TestForeignLog(t *testing.T) {
 	const moved = "example.com/log:v1"
 	var roots [2]string

@@ -13,6 +13,8 @@ import (
 	"github.com/ocilocal/ocilocal"
 )
 
+// TestVerifyResumes stops a verification in the middle. Another one goes on after the last blob
+// that the first had finished. Together they report each problem once, in the order of digests.
 func TestVerifyResumes(t *testing.T) {
 	r := openTemp(t, artifactForm)
 	for i := range 20 {

@@ -11,19 +11,29 @@ import (
 	"unicode/utf8"
 )
 
-// encoding/json takes documents that two readers can understand differently:
-// it matches field names without regard to case, lets the last of several equal
-// keys win, replaces invalid UTF-8, and reads null as "leave it". The bytes of a
-// manifest are hashed once and read by many programs, so what one of them could
-// read in another way is refused here, before encoding/json sees it.
+// encoding/json accepts documents that two readers can understand differently: it ignores the case
+// of field names, lets the last of several equal keys win, replaces invalid UTF-8, and leaves a
+// field as it is for null. The bytes of a manifest are hashed once and read by many programs. A
+// document that means one thing to a security scanner and another to a runtime would be an attack.
+// So a document that has two readings is refused here, before encoding/json sees it.
+//
+// The check is one pass over the bytes:
+//
+//	checkJSON ──▶ value ──┬─▶ object ──▶ key, field, value …   duplicate keys, case, required
+//	                      ├─▶ array  ──▶ value …
+//	                      ├─▶ text                             surrogates
+//	                      └─▶ numbers and literals             range of integers
+//
+// A jsonType goes down with it and says which fields are known. Below an unknown field it is nil,
+// and then only the rules that hold for any JSON are checked.
 
 // maxJSONInteger is the largest integer that every JSON reader keeps exactly (RFC 8259, section 6).
 const maxJSONInteger = 1<<53 - 1
 
-// A jsonType says what a value must be. The nil type takes any value.
+// A jsonType says what a value must be. The nil type accepts any value.
 type jsonType struct {
 	kind   byte        // '"' string, '0' integer, '[' array, '{' object
-	fields []jsonField // the known fields of an object, at most 16; others are taken as they are
+	fields []jsonField // the known fields of an object, at most 16; others may have any value
 	elem   *jsonType   // the type of an array's elements, or of the values in a map
 }
 
@@ -37,12 +47,12 @@ type jsonField struct {
 // fieldSet has bit i set for field i of a jsonType.
 type fieldSet uint16
 
-// jsonKinds says in words what a value of each kind is.
+// jsonKinds names each kind for messages.
 var jsonKinds = map[byte]string{'"': "a string", '0': "an integer from 0 to 2^53-1", '[': "an array", '{': "an object"}
 
-// The documents whose fields this package reads (image-spec manifest.md,
-// image-index.md, descriptor.md and image-layout.md). All manifest forms are
-// one type: a field of one form in another is as dangerous in odd case as in the right one.
+// The documents whose fields this package reads (image-spec manifest.md, image-index.md,
+// descriptor.md and image-layout.md). All manifest forms are one type: in an image manifest, the
+// key "Manifests" is as dangerous as "manifests", and both must be noticed.
 var (
 	jsonString = &jsonType{kind: '"'}
 	jsonInt    = &jsonType{kind: '0'}
@@ -83,9 +93,9 @@ var (
 	}}
 )
 
-// decodeStrict decodes raw into v after [checkJSON] accepted it. The error
-// matches no sentinel: the caller knows what kind of document it is and wraps it.
-// The caller has bounded len(raw); memory stays within a small multiple of that.
+// decodeStrict decodes raw into v after [checkJSON] has accepted it. The error matches no sentinel:
+// the caller knows what kind of document it is, and wraps it. The caller has bounded len(raw).
+// Memory stays within a small multiple of that.
 func decodeStrict(raw []byte, t *jsonType, v any) (present fieldSet, err error) {
 	if present, err = checkJSON(raw, t); err != nil {
 		return 0, err
@@ -98,7 +108,7 @@ func decodeStrict(raw []byte, t *jsonType, v any) (present fieldSet, err error) 
 //
 //   - no key twice in any object, compared after undoing escapes;
 //   - no key that differs only in case from a known field of its object;
-//   - known fields, array elements and map values of their type, null only as a known field's value;
+//   - known fields, array elements and map values of their type, and null only for a known field;
 //   - integers of known fields from 0 to 2^53−1, written without fraction or exponent;
 //   - all required fields;
 //   - no unpaired surrogate escapes, which have no faithful decoding (RFC 8259, section 8.2).
@@ -112,7 +122,7 @@ func checkJSON(raw []byte, t *jsonType) (fieldSet, error) {
 		return 0, &jsonError{text: "JSON document is not valid UTF-8"}
 	}
 	if !json.Valid(raw) {
-		return 0, json.Unmarshal(raw, new(struct{})) // says what is wrong
+		return 0, json.Unmarshal(raw, new(struct{})) // its error says where the syntax is wrong
 	}
 	s := jsonScanner{raw: raw, keys: make([][]byte, 0, 32)}
 	s.space()
@@ -157,13 +167,13 @@ func keyStep(key []byte) string {
 	return "." + printable(string(key))
 }
 
-// A jsonScanner walks raw, which is valid JSON: no position in it needs a check
-// against the end, and every separator is where it must be.
-// Recursion is bounded by MaxJSONDepth.
+// A jsonScanner walks raw. That is valid JSON (see json.Valid in checkJSON), so no position needs
+// a check against the end, and every separator is where it must be. MaxJSONDepth bounds the
+// recursion.
 type jsonScanner struct {
 	raw  []byte
 	pos  int
-	keys [][]byte // the keys so far of all open objects, innermost last
+	keys [][]byte // the keys so far of all open objects, innermost last: one slice for all of them
 	root fieldSet
 }
 
@@ -272,7 +282,7 @@ func (s *jsonScanner) object(t *jsonType, depth int) *jsonError {
 		}
 	}
 	if twice := repeated(s.keys[base:]); twice != nil {
-		return s.fail("key %s is there twice", printable(string(twice)))
+		return s.fail("duplicate key %s", printable(string(twice)))
 	}
 	s.keys = s.keys[:base]
 	if t != nil {
@@ -317,8 +327,8 @@ func (t *jsonType) bit(name string) fieldSet {
 	return 1 << slices.IndexFunc(t.fields, func(f jsonField) bool { return f.name == name })
 }
 
-// repeated returns a key that is there twice, or nil. It may reorder keys. The
-// sort keeps objects of hundreds of thousands of keys at n log n, whatever the keys.
+// repeated returns a key that occurs twice, or nil. It may reorder keys. Sorting many keys keeps the
+// time at n log n: an object can have hundreds of thousands of them.
 func repeated(keys [][]byte) []byte {
 	if len(keys) > 16 {
 		slices.SortFunc(keys, bytes.Compare)
@@ -384,7 +394,7 @@ func (s *jsonScanner) text() (escaped bool, err *jsonError) {
 	}
 }
 
-// hex4 reads the four digits behind the 'u' at the position, and stops at the last.
+// hex4 reads the four digits after the 'u' at the position, and stops at the last one.
 func (s *jsonScanner) hex4() rune {
 	n, _ := strconv.ParseUint(string(s.raw[s.pos+1:s.pos+5]), 16, 16)
 	s.pos += 4

@@ -12,7 +12,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// TestCheckJSON holds the rules that go for any document, with the place that the error names.
+// TestCheckJSON has documents that break the rules for any JSON. The error names the place.
 func TestCheckJSON(t *testing.T) {
 	deep := func(n int) string { return strings.Repeat("[", n) + strings.Repeat("]", n) }
 	manyKeys := func(last string) string {
@@ -52,11 +52,11 @@ func TestCheckJSON(t *testing.T) {
 		{`"x"`, "not an object"},
 		{`{"x":` + deep(MaxJSONDepth) + `}`, "…[0][0]"},
 		{`{"x":` + deep(100_000) + `}`, "max depth"},
-		{`{"x":1,"x":1}`, `key x is there twice`},
-		{`{"x":1,"\u0078":1}`, `key x is there twice`},
-		{`{"a":[{"b":{"c":1,"d":2,"c":3}}]}`, `a[0].b: key c is there twice`},
-		{manyKeys(`"k500":1`), `key k500 is there twice`},
-		{`{"annotations":{"a":"1","a":"1"}}`, `annotations: key a is there twice`},
+		{`{"x":1,"x":1}`, `duplicate key x`},
+		{`{"x":1,"\u0078":1}`, `duplicate key x`},
+		{`{"a":[{"b":{"c":1,"d":2,"c":3}}]}`, `a[0].b: duplicate key c`},
+		{manyKeys(`"k500":1`), `duplicate key k500`},
+		{`{"annotations":{"a":"1","a":"1"}}`, `annotations: duplicate key a`},
 		{`{"MEDIATYPE":"x"}`, `key MEDIATYPE is mediaType in another case`},
 		{`{"mediatYpe":null}`, "in another case"},
 		{`{"\u004dediaType":"x"}`, "in another case"},
@@ -94,6 +94,7 @@ func TestCheckJSON(t *testing.T) {
 	}
 }
 
+// TestDecodeStrict decodes a document, and refuses one that encoding/json would accept.
 func TestDecodeStrict(t *testing.T) {
 	var layout ocispec.ImageLayout
 	if _, err := decodeStrict([]byte(`{"imageLayoutVersion":"1.0.0","more":{}}`), jsonLayout, &layout); err != nil || layout.Version != "1.0.0" {
@@ -110,7 +111,7 @@ func TestDecodeStrict(t *testing.T) {
 	}
 }
 
-// A large document costs a bounded multiple of its size, whatever is in it.
+// TestCheckJSONBounds: a large document costs a bounded multiple of its size, whatever its content.
 func TestCheckJSONBounds(t *testing.T) {
 	const size = MaxManifestSize / 8 // enough to show the multiple, and quick under the race detector
 	fill := func(item func(i int) string, open, end string) []byte {
@@ -143,13 +144,13 @@ func TestCheckJSONBounds(t *testing.T) {
 	}
 }
 
-// FuzzCheckJSON compares the scanner with encoding/json: it never takes what
-// encoding/json refuses, and what only it refuses has one of its own reasons.
+// FuzzCheckJSON compares the scanner with encoding/json. It never accepts a document that
+// encoding/json refuses. If it alone refuses one, the reason is one of its own rules.
 func FuzzCheckJSON(f *testing.F) {
 	for _, s := range []string{`{}`, `{"a":[1,{"b":"\ud83d\ude00"}]}`, `{"a":"\ud800"}`, `{"layers":[{"mediaType":"a"}]}`, `[[1.5e9,-0]]`, `"\\\""`, "{\"\xff\":1}"} {
 		f.Add([]byte(s))
 	}
-	reasons := []string{"byte order mark", "UTF-8", "twice", "in another case", "not a", "missing", "nested", "surrogate"}
+	reasons := []string{"byte order mark", "UTF-8", "duplicate key", "in another case", "not a", "missing", "nested", "surrogate"}
 	f.Fuzz(func(t *testing.T, raw []byte) {
 		_, free := checkJSON(raw, nil)
 		_, typed := checkJSON(raw, jsonManifest)

@@ -19,18 +19,20 @@ type manifestSpec struct {
 	subject      *ocispec.Descriptor
 }
 
-// emptyJSON is the descriptor of the blob "{}", which stands where an image
-// manifest must have a blob and the artifact has none (image-spec manifest.md,
-// "Guidance for an Empty Descriptor"). The builder stores that blob too.
+// emptyJSON is the descriptor of the blob "{}". It takes the place of a config or layer that an
+// image manifest must have and the artifact has not (image-spec manifest.md, "Guidance for an Empty
+// Descriptor"). The builder stores that blob too.
 var emptyJSON = ocispec.Descriptor{
 	MediaType: ocispec.MediaTypeEmptyJSON,
 	Digest:    ocispec.DescriptorEmptyJSON.Digest,
 	Size:      2,
 }
 
-// buildManifest writes the canonical document of spec: equal input gives equal
-// bytes, and so one digest. Descriptors are written whole except for data, which
-// repeats what the digest says already.
+// buildManifest writes the canonical document of spec: equal input gives equal bytes, and so one
+// digest. A change of these bytes would give every artifact that is built again another digest, so
+// the form is fixed for ever. Descriptors are written whole except for data, which repeats the
+// content. The document is parsed like a foreign one, so a Builder can't make a manifest that this
+// package would refuse.
 //
 // Errors: [ErrInvalidArgument] for a config in an artifact manifest, a missing
 // artifact type, an unknown format or invalid UTF-8, and those of [ParseManifest],
@@ -58,7 +60,7 @@ func buildManifest(f ManifestFormat, spec manifestSpec) (*Manifest, error) {
 	}
 	// manifest.md: with an empty config only artifactType says what the artifact is.
 	if spec.artifactType == "" && (config == nil || config.MediaType == ocispec.MediaTypeEmptyJSON) {
-		return nil, fmt.Errorf("%w: an artifact type is needed", ErrInvalidArgument)
+		return nil, fmt.Errorf("%w: artifact type is empty", ErrInvalidArgument)
 	}
 
 	var w canonicalWriter
@@ -110,11 +112,11 @@ func buildIndex(spec manifestSpec) (*Manifest, error) {
 	return parseManifest(ocispec.MediaTypeImageIndex, w.buf)
 }
 
-// A canonicalWriter writes JSON of which there is one spelling only: keys sorted
-// bytewise by the caller or, in maps, by [canonicalWriter.texts]; no white space;
-// integers only; and strings as Rust's serde_json writes them, so that the same
-// manifest built with either OMMX SDK has the same digest. encoding/json would
-// also escape <, >, &, U+2028 and U+2029.
+// A canonicalWriter writes JSON with one spelling for each document:
+//   - keys are sorted bytewise, by the caller or, in maps, by [canonicalWriter.texts]
+//   - there is no white space, and all numbers are integers
+//   - strings are escaped as Rust's serde_json does it, so that the same manifest built with either
+//     OMMX SDK has the same digest. encoding/json would also escape <, >, &, U+2028 and U+2029
 type canonicalWriter struct {
 	buf []byte
 	err error // the first string that can't be written
@@ -189,8 +191,9 @@ func (w *canonicalWriter) list(name string, values []string) {
 	}
 }
 
-// canonicalAnnotations writes annotations, which may be nil, as a JSON object of
-// one spelling. Invalid UTF-8 is [ErrInvalidArgument]: no JSON text can carry it.
+// canonicalAnnotations writes annotations, which may be nil, as a canonical JSON object. The index
+// stores this text, and Verify compares it with the document's. Invalid UTF-8 is
+// [ErrInvalidArgument], because JSON can't represent it.
 func canonicalAnnotations(annotations map[string]string) (string, error) {
 	var w canonicalWriter
 	w.texts(annotations)

@@ -35,9 +35,9 @@ func likeEncodingJSON(t *testing.T, doc []byte) []byte {
 	return bytes.TrimSuffix(b.Bytes(), []byte("\n"))
 }
 
-// FuzzCanonical compares the canonical documents with encoding/json: they say what they were built
-// from, in the one spelling that encoding/json has too, and the order in which
-// annotations are set does not matter.
+// FuzzCanonical reads canonical documents with encoding/json. They have the content that they were
+// built from, in the spelling of encoding/json, and the order in which annotations are set does not
+// matter.
 func FuzzCanonical(f *testing.F) {
 	f.Add("key", "value", "other", "<>&\u2028", "application/vnd.example", "a/b", int64(3), true)
 	f.Add("", "\x00\b\t\n\v\f\r\x1f\x7f", "\"\\/", "\U0001f600\ufffd", "a/b", "text/plain; charset=utf-8", int64(0), false)
@@ -97,7 +97,7 @@ func FuzzCanonical(f *testing.F) {
 	})
 }
 
-// withoutEmpty drops a platform without content, which is not written as such.
+// withoutEmpty drops a platform without content: the canonical form does not write it.
 func withoutEmpty(d ocispec.Descriptor) ocispec.Descriptor {
 	if d.Platform != nil && reflect.DeepEqual(*d.Platform, ocispec.Platform{}) {
 		d.Platform = nil

@@ -10,12 +10,12 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// Limits on documents from outside. What passes one is [ErrTooLarge], but for
-// the JSON depth, which makes a manifest an [ErrInvalidManifest].
+// Limits on documents from outside. A document beyond one of them is an [ErrTooLarge]. Only a
+// manifest that is nested too deep is an [ErrInvalidManifest].
 const (
-	// MaxManifestSize bounds manifests and indexes, in bytes: what distribution-spec
-	// ("Pushing Manifests") obliges registries to take. A descriptor is over 100
-	// bytes long, so it also bounds the descriptors of one document, to some 37,000.
+	// MaxManifestSize bounds manifests and image indexes, in bytes. It is the size that registries
+	// are expected to accept (distribution-spec, "Pushing Manifests"). A descriptor has over 100
+	// bytes, so it also bounds the descriptors of one document, to about 37,000.
 	MaxManifestSize = 4 << 20
 	// MaxLayoutIndexSize bounds the index.json of a layout, in bytes: enough for 100,000 entries with
 	// long names and some annotations. It is not a manifest, and no registry has to take it.
@@ -31,17 +31,17 @@ const (
 	MaxJSONDepth = 64
 )
 
-// Media types of manifests beside image-spec's. Docker's are image-spec's forms
-// under older names.
+// Media types of manifests that image-spec 1.1 does not define. Docker's manifests have the forms
+// of image-spec under older names.
 const (
 	MediaTypeArtifactManifest   = "application/vnd.oci.artifact.manifest.v1+json" // image-spec 1.1.0-rc2, artifact.md
 	MediaTypeDockerManifest     = "application/vnd.docker.distribution.manifest.v2+json"
 	MediaTypeDockerManifestList = "application/vnd.docker.distribution.manifest.list.v2+json"
 )
 
-// A Manifest is a read-only view of a manifest document of any accepted form.
-// The document's bytes are kept as they came. Methods return copies, so nobody
-// can alter the view; a Manifest is safe for concurrent use.
+// A Manifest is a read-only view of a manifest document of any accepted form. It keeps the bytes of
+// the document as they came. Methods return copies, so callers can't change it. It is safe for
+// concurrent use.
 type Manifest struct {
 	doc    manifestDoc // its MediaType is the effective one
 	form   manifestForm
@@ -71,7 +71,7 @@ const (
 	formArtifact
 )
 
-// formOf returns 0 for a media type that is no accepted manifest's.
+// formOf returns the form of a manifest's media type, and 0 for any other media type.
 func formOf(mediaType string) manifestForm {
 	switch mediaType {
 	case ocispec.MediaTypeImageManifest, MediaTypeDockerManifest:
@@ -87,20 +87,25 @@ func formOf(mediaType string) manifestForm {
 // ParseManifest reads an OCI image manifest, image index or artifact manifest, or
 // a Docker manifest (version 2, schema 2) or manifest list. It keeps a copy of raw.
 //
-// mediaType is what the descriptor or the registry calls the document, without
-// parameters. If it is "", the document's own mediaType counts, and if that is
-// missing too, the structure. Only the two documents of image-spec 1.1 may leave mediaType
-// out: Docker's and artifact manifests must have it. So equal bytes never have two media types.
+// mediaType is the media type by which the descriptor or the registry names the document, without
+// parameters. If it is "", the mediaType in the document counts. If that is missing too, the
+// structure decides. Only the two documents of image-spec 1.1 may omit mediaType: Docker's and
+// artifact manifests must have it. So equal bytes never have two media types.
 //
-// A document must mean the same to every reader, so beyond the specification's
-// rules it is refused when it holds parts of two forms (CVE-2021-41190),
-// contradicts mediaType, repeats a key or has a known key in another case, is
-// not strict JSON in UTF-8, gives one digest two sizes, or has a data field that
-// is not the content. Unknown fields are allowed.
+// A document must mean the same to every reader. So it is refused, beyond the rules of the
+// specification, if it
+//   - has parts of two forms (CVE-2021-41190), or contradicts mediaType
+//   - repeats a key, or has a known key in another case
+//   - is not strict JSON in UTF-8
+//   - gives one digest two sizes, or has a data field that is not the content
 //
-// Errors: [ErrTooLarge] above [MaxManifestSize]; [ErrUnsupportedMediaType];
-// [ErrInvalidManifest] for the rest, together with [ErrInvalidDigest],
-// [ErrDigestMismatch] or [ErrSizeMismatch] where these say more.
+// Unknown fields are allowed.
+//
+// Errors:
+//   - [ErrTooLarge]: raw has more than [MaxManifestSize] bytes
+//   - [ErrUnsupportedMediaType]
+//   - [ErrInvalidManifest] for the rest, together with [ErrInvalidDigest], [ErrDigestMismatch] or
+//     [ErrSizeMismatch] if one of these says more
 func ParseManifest(mediaType string, raw []byte) (*Manifest, error) {
 	if len(raw) > MaxManifestSize { // before the copy
 		return nil, tooLargeManifest(len(raw))
@@ -112,13 +117,14 @@ func tooLargeManifest(size int) error {
 	return fmt.Errorf("%w: manifest of %d bytes, at most %d are taken", ErrTooLarge, size, MaxManifestSize)
 }
 
-// parseManifest is [ParseManifest] for a raw that nobody writes to any more.
+// parseManifest is [ParseManifest] without the copy: raw must not change any more. Every manifest
+// that comes from anywhere passes through here, so the rest of the package relies on its checks.
 func parseManifest(mediaType string, raw []byte) (*Manifest, error) {
 	if len(raw) > MaxManifestSize {
 		return nil, tooLargeManifest(len(raw))
 	}
 	if mediaType != "" && formOf(mediaType) == 0 {
-		return nil, fmt.Errorf("%w: %s is no manifest's", ErrUnsupportedMediaType, printable(mediaType))
+		return nil, fmt.Errorf("%w: %s is not a manifest media type", ErrUnsupportedMediaType, printable(mediaType))
 	}
 	m := &Manifest{raw: raw}
 	present, err := decodeStrict(raw, jsonManifest, &m.doc)
@@ -164,7 +170,7 @@ func (m *Manifest) settleForm(mediaType string, present fieldSet) error {
 		m.doc.MediaType = mediaType
 	case own != "":
 		if formOf(own) == 0 {
-			return fmt.Errorf("%w: %s is no manifest's", ErrUnsupportedMediaType, printable(own))
+			return fmt.Errorf("%w: %s is not a manifest media type", ErrUnsupportedMediaType, printable(own))
 		}
 	case present&hasManifests != 0:
 		m.doc.MediaType = ocispec.MediaTypeImageIndex
@@ -211,7 +217,8 @@ func (m *Manifest) checkFields(present fieldSet) error {
 	return nil
 }
 
-// checkDescriptors checks each descriptor, and that they agree with each other.
+// checkDescriptors checks each descriptor, and that two with one digest agree about the size. The
+// registry records one size for each digest.
 func (m *Manifest) checkDescriptors() error {
 	sizes := make(map[digest.Digest]int64, len(m.layers)+len(m.doc.Manifests)+2)
 	check := func(d *ocispec.Descriptor) error {
@@ -247,9 +254,9 @@ func (m *Manifest) checkDescriptors() error {
 	return nil
 }
 
-// checkDescriptor checks what image-spec descriptor.md says of d alone, as far as
-// [checkJSON] has not: it has seen to presence, types and the range of size.
-// The error begins with the field's name.
+// checkDescriptor checks the rules of image-spec descriptor.md for d alone. [checkJSON] has checked
+// already that the required fields are there, their types and the range of size. The error begins
+// with the name of the field.
 func checkDescriptor(d *ocispec.Descriptor) error {
 	if err := checkMediaType("mediaType", d.MediaType); err != nil {
 		return err
@@ -274,9 +281,9 @@ func checkDescriptor(d *ocispec.Descriptor) error {
 	return nil
 }
 
-// checkMediaType refuses what no media type can be (RFC 6838, section 4.2,
-// allows 127 characters on either side of the '/') and what would harm a terminal.
-// It leaves the rest: image-spec wants unknown types to be stored and copied.
+// checkMediaType refuses a text that is longer than any media type (RFC 6838, section 4.2, allows
+// 127 characters on either side of the '/') or could harm a terminal. It accepts all others:
+// image-spec wants unknown types to be stored and copied.
 func checkMediaType(field, s string) error {
 	bad := s == "" || len(s) > 255
 	for _, c := range []byte(s) {
@@ -288,7 +295,7 @@ func checkMediaType(field, s string) error {
 	return nil
 }
 
-// MediaType returns the document's media type: the one it was given as, else its own, else the detected one.
+// MediaType returns the media type of the document. [ParseManifest] says where it comes from.
 func (m *Manifest) MediaType() string { return m.doc.MediaType }
 
 // IsIndex reports whether the document is an image index or a manifest list.
@@ -340,7 +347,8 @@ func (m *Manifest) layersWhere(match func(*ocispec.Descriptor) bool) []ocispec.D
 // Annotations returns the document's annotations; nil when it has none.
 func (m *Manifest) Annotations() map[string]string { return maps.Clone(m.doc.Annotations) }
 
-// Subject returns the descriptor of the manifest that this one refers to, and false if it has no subject.
+// Subject returns the descriptor of the manifest to which this one refers, and false if it has no
+// subject.
 func (m *Manifest) Subject() (ocispec.Descriptor, bool) { return cloneOptional(m.doc.Subject) }
 
 // Bytes returns the document as it was read.
@@ -349,8 +357,8 @@ func (m *Manifest) Bytes() []byte { return bytes.Clone(m.raw) }
 // Size returns the length of the document in bytes.
 func (m *Manifest) Size() int64 { return int64(len(m.raw)) }
 
-// Digest returns the digest of the document by which the registry has it: sha256, if
-// it came in by no other. [ParseManifest] always makes it sha256.
+// Digest returns the digest by which the registry has the document. It is a SHA-256 digest unless
+// the document came under another one. That of a manifest from [ParseManifest] always is SHA-256.
 func (m *Manifest) Digest() digest.Digest { return m.digest }
 
 // Descriptor returns media type, digest, size and artifact type of the document.
@@ -363,6 +371,7 @@ func (m *Manifest) Descriptor() ocispec.Descriptor {
 	}
 }
 
+// cloneDescriptor copies a descriptor with all that its fields point at.
 func cloneDescriptor(d ocispec.Descriptor) ocispec.Descriptor {
 	d.URLs = slices.Clone(d.URLs)
 	d.Annotations = maps.Clone(d.Annotations)
@@ -393,7 +402,8 @@ func cloneDescriptors(ds []ocispec.Descriptor) []ocispec.Descriptor {
 	return clones
 }
 
-// A role says what a member of the material closure is to its manifest.
+// A role says in which part of its manifest a member stands. The index stores it as a number: see
+// roleNumber.
 type role string
 
 const (
@@ -402,10 +412,9 @@ const (
 	roleManifest role = "manifest"
 )
 
-// children returns the direct members of the material closure in document
-// order: the config if there is one, then the layers, or the members of an
-// index. The subject is not among them. The caller must not write to what the
-// descriptors point at.
+// children returns the descriptors of all content that the manifest needs, in document order: the
+// config if there is one, then the layers; or the members of an image index. The subject is not
+// among them. The caller must not write through the pointers, maps and slices in them.
 func (m *Manifest) children() []ocispec.Descriptor {
 	switch {
 	case m.form == formIndex:
@@ -416,8 +425,8 @@ func (m *Manifest) children() []ocispec.Descriptor {
 	return append([]ocispec.Descriptor{*m.doc.Config}, m.layers...)
 }
 
-// childRole returns the role of children()[i]. A member of an index whose media type is
-// unknown is carried as it is, like a layer: image-index.md wants no error for it.
+// childRole returns the role of children()[i]. A member of an image index whose media type is
+// unknown is stored and copied like a layer: image-index.md forbids an error for it.
 func (m *Manifest) childRole(i int) role {
 	switch {
 	case m.form == formIndex && formOf(m.doc.Manifests[i].MediaType) != 0:

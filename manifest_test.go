@@ -22,26 +22,26 @@ const (
 	manIdx = `"schemaVersion":2,"mediaType":"application/vnd.oci.image.index.v1+json"`
 )
 
-// manDesc is a descriptor of dgst with size as it is written, and more fields.
+// manDesc returns a descriptor of dgst, with the size as it is to be written and more fields.
 func manDesc(dgst, size, more string) string {
 	return fmt.Sprintf(`{"mediaType":"a/b","digest":%q,"size":%s%s}`, dgst, size, more)
 }
 
-// manLayer is an image manifest with one layer.
+// manLayer returns an image manifest with one layer.
 func manLayer(dgst, size, more string) string {
 	return `{` + manOCI + `,"config":` + manDesc(manHex("c"), "2", "") + `,"layers":[` + manDesc(dgst, size, more) + `]}`
 }
 
 func manHex(c string) string { return "sha256:" + strings.Repeat(c, 64) }
 
-// manPadded is a valid image manifest of n bytes.
+// manPadded returns a valid image manifest of n bytes.
 func manPadded(n int) string {
 	head := strings.TrimSuffix(manLayer(manSHA, "0", ""), "}") + `,"annotations":{"a":"`
 	return head + strings.Repeat("x", n-len(head)-3) + `"}}`
 }
 
-// manGood holds accepted documents with the type they are given as, and the one they turn out to be.
-// A function, because worker processes that do not need the large ones start more quickly.
+// manGood returns documents that are accepted, each with the media type that is given and the one
+// that results. It is a function so that worker processes do not make the large ones.
 func manGood() []manGoodCase {
 	return []manGoodCase{
 		{"image", "", manLayer(manSHA, "0", ""), ocispec.MediaTypeImageManifest},
@@ -73,8 +73,8 @@ func manGood() []manGoodCase {
 
 type manGoodCase struct{ name, as, in, want string }
 
-// manBad holds refused documents, the sentinels that the error matches, and
-// the place or reason that it names.
+// manBad returns documents that are refused, each with the sentinels that the error matches and the
+// place or reason in its text.
 func manBad() []manBadCase {
 	invalid, unsupported, large := ocilocal.ErrInvalidManifest, ocilocal.ErrUnsupportedMediaType, ocilocal.ErrTooLarge
 	descr := manDesc(manSHA, "0", "")
@@ -116,9 +116,9 @@ func manBad() []manBadCase {
 		{"artifactType with escape", "", image + `,"artifactType":"a\u001b"}`, []error{invalid}, "artifactType"},
 
 		// JSON.
-		{"duplicate key", "", `{"schemaVersion":2,"manifests":[],"manifests":[]}`, []error{invalid}, "twice"},
-		{"duplicate key by escape", "", `{"schemaVersion":2,"manifests":[],"manifest\u0073":[]}`, []error{invalid}, "twice"},
-		{"duplicate key in a descriptor", "", manLayer(manSHA, "0", `,"size":1`), []error{invalid}, `layers[0]: key size is there twice`},
+		{"duplicate key", "", `{"schemaVersion":2,"manifests":[],"manifests":[]}`, []error{invalid}, "duplicate key"},
+		{"duplicate key by escape", "", `{"schemaVersion":2,"manifests":[],"manifest\u0073":[]}`, []error{invalid}, "duplicate key"},
+		{"duplicate key in a descriptor", "", manLayer(manSHA, "0", `,"size":1`), []error{invalid}, `layers[0]: duplicate key size`},
 		{"duplicate annotation", "", manLayer(manSHA, "0", `,"annotations":{"a":"1","a":"1"}`), []error{invalid}, "layers[0].annotations"},
 		{"MEDIATYPE", "", image + `,"MEDIATYPE":"application/vnd.oci.image.index.v1+json"}`, []error{invalid}, "another case"},
 		{"Digest in a descriptor", "", manLayer(manSHA, "0", `,"Digest":"x"`), []error{invalid}, "layers[0]"},
@@ -179,6 +179,7 @@ type manBadCase struct {
 	says         string
 }
 
+// TestParseManifestGood parses documents that are accepted, and compares the media types.
 func TestParseManifestGood(t *testing.T) {
 	for _, c := range manGood() {
 		m, err := ocilocal.ParseManifest(c.as, []byte(c.in))
@@ -195,6 +196,7 @@ func TestParseManifestGood(t *testing.T) {
 	}
 }
 
+// TestParseManifestBad parses documents that must be refused, each for one reason.
 func TestParseManifestBad(t *testing.T) {
 	for _, c := range manBad() {
 		m, err := ocilocal.ParseManifest(c.as, []byte(c.in))
@@ -216,7 +218,8 @@ func TestParseManifestBad(t *testing.T) {
 	}
 }
 
-// What is in a manifest comes out of it, and changing what came out changes nothing.
+// TestManifestAccessors: the methods return the content of the document. A change of a returned
+// value does not change the manifest.
 func TestManifestAccessors(t *testing.T) {
 	const index = `{"schemaVersion":2,"artifactType":"t/i","manifests":[{"mediaType":"m/1","digest":"` + manSHA + `","size":0,` +
 		`"urls":["u"],"data":"","platform":{"architecture":"a","os":"o","os.version":"v","os.features":["f"],"variant":"w"}}]}`
@@ -314,8 +317,9 @@ func TestManifestAccessors(t *testing.T) {
 	}
 }
 
-// The bytes that the Builder's digests rest on. The artifact form is the one of
-// OMMX's first native builder. A change here changes the digest of every build.
+// TestBuildManifestBytes has the exact bytes of built manifests. The artifact form is that of
+// OMMX's first native builder. A change of these bytes changes the digest of every artifact that
+// is built.
 func TestBuildManifestBytes(t *testing.T) {
 	layer := ocispec.Descriptor{MediaType: ocilocal.MediaTypeOMMXInstance, Digest: digest.Digest(manHex("1")), Size: 42,
 		Annotations: map[string]string{"org.ommx.v1.instance.title": "a<b>&\u2028\"é\x7f\x01"}}
@@ -371,6 +375,7 @@ func TestBuildManifestBytes(t *testing.T) {
 	}
 }
 
+// TestBuildManifestRefuses builds manifests that image-spec does not allow.
 func TestBuildManifestRefuses(t *testing.T) {
 	good := ocispec.Descriptor{MediaType: "a/b", Digest: manSHA}
 	negative, wrong, untyped := good, good, good
@@ -406,7 +411,7 @@ func TestBuildManifestRefuses(t *testing.T) {
 	}
 }
 
-// Invariant 7: whatever the insertion order, the bytes are the same.
+// TestBuildManifestOrder: the bytes do not depend on the order in which annotations are set.
 func TestBuildManifestOrder(t *testing.T) {
 	keys := []string{"a", "A", "aa", "b", "", "é", "e\u0301", "\U0001f600", "\uffff", "org.ommx.v1.x", "org.ommx.v1-x", "z\x00", "<", "\""}
 	var first *ocilocal.Manifest
@@ -436,7 +441,8 @@ func TestBuildManifestOrder(t *testing.T) {
 	}
 }
 
-// What serde_json::to_string gives for a BTreeMap<String, String> with the text as value.
+// TestCanonicalAnnotations compares with the output of Rust's serde_json::to_string for a
+// BTreeMap<String, String> that has the text as a value.
 func TestCanonicalAnnotations(t *testing.T) {
 	for in, want := range map[string]string{
 		"":                         `""`,
@@ -471,6 +477,8 @@ func TestCanonicalAnnotations(t *testing.T) {
 	}
 }
 
+// FuzzManifest: an accepted document means the same to encoding/json, and can be written
+// canonically.
 func FuzzManifest(f *testing.F) {
 	for _, c := range manGood() {
 		if len(c.in) < 1<<16 {
@@ -535,7 +543,7 @@ func FuzzManifest(f *testing.F) {
 				t.Fatalf("descriptor %v", d)
 			}
 		}
-		// Whatever was accepted can be written canonically, in either form.
+		// Every accepted document can be written canonically, in either form.
 		if !m.IsIndex() && m.ArtifactType() != "" {
 			spec := ocilocal.ManifestSpec{ArtifactType: m.ArtifactType(), Layers: m.Layers(), Annotations: m.Annotations()}
 			for _, form := range []ocilocal.ManifestFormat{ocilocal.FormatArtifactManifest, ocilocal.FormatImageManifest} {
@@ -551,7 +559,7 @@ func FuzzManifest(f *testing.F) {
 	})
 }
 
-// manKiB is a manifest of about 1 KiB, as an OMMX artifact has.
+// manKiB is a manifest of about 1 KiB, like that of an OMMX artifact.
 func manKiB() []byte {
 	spec := ocilocal.ManifestSpec{ArtifactType: ocilocal.ArtifactTypeOMMX, Annotations: map[string]string{"org.opencontainers.image.created": "2024-05-01T00:00:00Z"}}
 	for i := range 3 {

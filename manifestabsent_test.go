@@ -15,7 +15,7 @@ import (
 	"github.com/ocilocal/ocilocal"
 )
 
-// A lacking layout has an artifact of which a part is not there: a member of an image index, or a
+// A lacking layout has an artifact without one of its parts: a member of an image index, or a
 // foreign layer.
 type lacking struct {
 	top     string // the manifest or image index
@@ -60,8 +60,7 @@ func lackingLayouts() map[string]*lacking {
 	}
 }
 
-// TestAbsentMembers takes artifacts of which a part is absent through every operation, and then lets
-// the part come.
+// TestAbsentMembers uses artifacts with an absent part in every operation. Then it adds the part.
 func TestAbsentMembers(t *testing.T) {
 	t.Parallel()
 	for name, l := range lackingLayouts() {
@@ -90,7 +89,7 @@ func TestAbsentMembers(t *testing.T) {
 				t.Error(err)
 			}
 
-			// It goes out as it is, and comes in again.
+			// It is exported without the part, and can be imported again.
 			dir := t.TempDir()
 			var archive bytes.Buffer
 			if err := errors.Join(r.ExportLayout(ctx, dir, []ocilocal.Reference{ref(lackingName)}, nil), r.ExportArchive(ctx, &archive, []ocilocal.Reference{ref(lackingName)}, nil)); err != nil {
@@ -117,7 +116,7 @@ func TestAbsentMembers(t *testing.T) {
 			}
 			checkAbsent(t, copied, l.absent)
 
-			// The whole artifact fills in what was absent.
+			// An import of the whole artifact adds the part.
 			whole, err := r.ImportLayout(ctx, layoutDir(t, l.entries(l.missing...)...), nil)
 			if err != nil || len(whole.Absent) != 0 || whole.Artifacts[0].Update.Outcome != ocilocal.Unchanged {
 				t.Fatalf("the whole artifact: %+v, %v", whole, err)
@@ -127,7 +126,7 @@ func TestAbsentMembers(t *testing.T) {
 			}
 			collect(t, r, atOnce)
 			checkSound(t, r)
-			// A source without it takes nothing away.
+			// A source without the part does not remove it.
 			if got, err := r.ImportLayout(ctx, layoutDir(t, l.entries()...), nil); err != nil || len(got.Absent) != 0 {
 				t.Errorf("the part again: %+v, %v", got, err)
 			}
@@ -150,8 +149,8 @@ func TestAbsentMembers(t *testing.T) {
 	}
 }
 
-// TestRemoteAbsentMembers pushes artifacts of which a part is absent, to a registry that takes them
-// and to one that does not, and pulls them before and after the part has come to the registry.
+// TestRemoteAbsentMembers pushes artifacts with an absent part to a registry that accepts them and
+// to one that does not. It pulls them before and after the registry has the part.
 func TestRemoteAbsentMembers(t *testing.T) {
 	t.Parallel()
 	for name, l := range lackingLayouts() {
@@ -189,7 +188,7 @@ func TestRemoteAbsentMembers(t *testing.T) {
 				checkAbsent(t, fresh, l.absent)
 				checkSound(t, fresh)
 			}
-			// What is absent here already may be absent there.
+			// A part that is absent here already may be absent there.
 			if got, err := r.Pull(ctx, at, nil); err != nil || got.Update.Reference != at || !foreign && len(got.Absent) != 1 {
 				t.Errorf("what is absent here too: %+v, %v", got, err)
 			}
@@ -221,7 +220,7 @@ func TestRemoteAbsentMembers(t *testing.T) {
 	}
 }
 
-// checkAbsent checks that reading absent content says that it is absent.
+// checkAbsent checks that a read of absent content fails with an error that says so.
 func checkAbsent(t *testing.T, r *ocilocal.LocalRegistry, d digest.Digest) {
 	t.Helper()
 	_, hasErr := r.HasBlob(t.Context(), d)
@@ -235,8 +234,8 @@ func checkAbsent(t *testing.T, r *ocilocal.LocalRegistry, d digest.Digest) {
 	}
 }
 
-// TestAbsentOnly: only a member of an image index and a foreign layer may be absent. Whatever else
-// is missing stops the import, and so does a member of another registry that was lost there.
+// TestAbsentOnly: only a member of an image index and a foreign layer may be absent. Any other
+// missing blob stops the import. So does a member that another registry has lost.
 func TestAbsentOnly(t *testing.T) {
 	t.Parallel()
 	manifest, config := image("layer")
@@ -264,8 +263,8 @@ func TestAbsentOnly(t *testing.T) {
 	}
 }
 
-// TestAbsentElsewhereNeeded: content that is absent for one artifact is missing for another that
-// needs it, in the same import too.
+// TestAbsentElsewhereNeeded: content may be absent for one artifact. For another one that needs it,
+// it is missing, even in the same import.
 func TestAbsentElsewhereNeeded(t *testing.T) {
 	t.Parallel()
 	l := lackingLayouts()["OCI foreign"]
@@ -300,8 +299,8 @@ func TestAbsentElsewhereNeeded(t *testing.T) {
 	checkSound(t, r)
 }
 
-// TestAbsentAfterKilledCollector: a collector that was killed between file and row leaves a row
-// that says that a member is here. An import that records the member as absent believes the file.
+// TestAbsentAfterKilledCollector: a collector that was killed after it had deleted a file leaves a
+// row that says the member is here. An import that records the member as absent goes by the file.
 func TestAbsentAfterKilledCollector(t *testing.T) {
 	t.Parallel()
 	l := lackingLayouts()["sparse index"]
@@ -325,8 +324,8 @@ func TestAbsentAfterKilledCollector(t *testing.T) {
 	checkSound(t, r)
 }
 
-// TestRebuildAbsent: what was absent is still absent after a Rebuild of a damaged index, and does not
-// keep collections from deleting.
+// TestRebuildAbsent: after a Rebuild of a damaged index, absent members are still recorded as
+// absent, and collections can delete.
 func TestRebuildAbsent(t *testing.T) {
 	t.Parallel()
 	for name, l := range lackingLayouts() {
@@ -351,7 +350,7 @@ func TestRebuildAbsent(t *testing.T) {
 	}
 }
 
-// TestDescriptorData imports content whose blobs are not there and whose descriptors carry the
+// TestDescriptorData imports artifacts without the files of some blobs. The descriptors carry their
 // bytes.
 func TestDescriptorData(t *testing.T) {
 	t.Parallel()

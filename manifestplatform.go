@@ -6,7 +6,8 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// normalVariant returns the variant of a platform. The one that image-spec takes for granted is the empty one.
+// normalVariant returns the variant of a platform, and "" for the variant that is usual for the
+// architecture. Some tools write linux/arm64/v8 and others linux/arm64, and both mean the same.
 func normalVariant(p *ocispec.Platform) string {
 	if p.Architecture == "arm64" && p.Variant == "v8" || p.Architecture == "amd64" && p.Variant == "v1" {
 		return ""
@@ -14,15 +15,18 @@ func normalVariant(p *ocispec.Platform) string {
 	return p.Variant
 }
 
-// fitsPlatform compares platforms. Fields that the wanted one leaves empty fit anything.
+// fitsPlatform reports whether got is a platform as wanted. A field that want leaves empty fits
+// anything. OS features are not compared.
 func fitsPlatform(want, got *ocispec.Platform) bool {
 	fits := func(want, got string) bool { return want == "" || want == got }
 	variant := want.Variant == "" || normalVariant(want) == normalVariant(got)
 	return variant && fits(want.OS, got.OS) && fits(want.Architecture, got.Architecture) && fits(want.OSVersion, got.OSVersion)
 }
 
-// choosePlatform returns the first manifest of an index that is for a platform. One of the usual variant
-// comes before others if the platform leaves the variant open.
+// choosePlatform returns the first manifest of an image index that is for a platform. If want has
+// no variant, a manifest of the usual variant is preferred to an earlier one of another variant.
+//
+// Errors: [ErrNotFound].
 func choosePlatform(m *Manifest, want *ocispec.Platform) (ocispec.Descriptor, error) {
 	var found *ocispec.Descriptor
 	for i, d := range m.doc.Manifests {

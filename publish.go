@@ -61,14 +61,14 @@ func (o Outcome) String() string {
 	return "none"
 }
 
-// A RefUpdate tells what became of a ref. The zero value stands for content
-// that was stored without one.
+// A RefUpdate is the outcome of a publish for one ref. The zero value stands for content that was
+// stored without a ref.
 type RefUpdate struct {
 	Reference Reference
 	Outcome   Outcome
 	// Descriptor is of the manifest that was offered.
 	Descriptor ocispec.Descriptor
-	// Existing is what the ref pointed at before; if Conflicted, still does.
+	// Existing is the digest at which the ref pointed before. If Conflicted, it still does.
 	Existing digest.Digest
 }
 
@@ -80,7 +80,7 @@ func (u *RefUpdate) conflict(expected digest.Digest) error {
 	return &ConflictError{Reference: u.Reference, Existing: u.Existing, Incoming: u.Descriptor.Digest, Expected: expected}
 }
 
-// A publication is one artifact to be made discoverable.
+// A publication is one artifact that becomes visible, with its ref if it has one.
 type publication struct {
 	ref  Reference // zero: stored without a ref
 	root ocispec.Descriptor
@@ -103,9 +103,9 @@ type publication struct {
 	PublishOptions
 }
 
-// A pendingManifest is a manifest that is staged and not yet recorded. A parsed document can
-// take twenty times the memory of its bytes, and an image index may name hundreds of them. So
-// an import keeps only small ones, and the others are read again, one at a time, for their rows.
+// A pendingManifest is a manifest that is staged and not yet recorded. A parsed document can take
+// twenty times the memory of its bytes, and an image index may name hundreds of them. So an import
+// keeps only small ones. The others are read again, one at a time, when their rows are written.
 type pendingManifest struct {
 	ocispec.Descriptor
 	parsed  *Manifest          // nil: to be read again
@@ -130,10 +130,22 @@ func onlyManifest(ref Reference, m *Manifest, opts PublishOptions) publication {
 	return publication{ref: ref, root: desc, manifests: []pendingManifest{{Descriptor: desc, parsed: m}}, PublishOptions: opts}
 }
 
-// publish is the only way by which manifests and refs get into the index. It
-// makes the stage's blobs durable, then writes the rows of all publications
-// in one transaction, in which it looks again that every blob is there.
-// Conflicts are outcomes here; any error means that nothing was published.
+// publish is the only way by which manifests and refs get into the index:
+//
+//	accept    refuses an artifact type or digest that must not be published
+//	decide    asks the policy, as the index is now; only saves work if all conflict
+//	settle    makes the stage's blobs durable under their names below blobs/
+//	write     in one transaction of the index, for each publication:
+//	  decide    asks the policy again: this answer counts
+//	  record    checks that each blob is there, and writes its row and the manifests'
+//	  putRef    points the ref at the manifest
+//
+// A kill before the commit leaves blobs that no row names, which a collection removes. After the
+// commit all is durable. No collector deletes a blob between record and the commit, since it needs
+// the write lock for that. Readers see all publications or none.
+//
+// Conflicts are outcomes here, and the other publications still count. Any error means that nothing
+// was published.
 func (r *LocalRegistry) publish(ctx context.Context, st *stage, pubs []publication) ([]RefUpdate, error) {
 	if r.blobs.readOnly {
 		return nil, ErrReadOnly
@@ -211,7 +223,8 @@ func (r *LocalRegistry) publish(ctx context.Context, st *stage, pubs []publicati
 	return updates, nil
 }
 
-// putRef writes the row of the ref, or of a root that was imported by digest.
+// putRef writes the row of the ref, or of a root that was imported by digest. A ref that is
+// Unchanged keeps its time.
 func (p *publication) putRef(tx *indexTx, outcome Outcome, root ocispec.Descriptor, now time.Time) error {
 	name, reference := p.ref.key()
 	switch {
@@ -226,7 +239,8 @@ func (p *publication) putRef(tx *indexTx, outcome Outcome, root ocispec.Descript
 		if p.entry == "" && left == "" || err != nil {
 			return err
 		}
-		// The ref may come from a build or a pull, and say nothing of an index.json yet.
+		// The ref may come from a build or a pull, and have no entry of an index.json yet. Only
+		// Replace changes an entry that it has.
 		detail, _, err := refDetails(tx, name, reference)
 		if err != nil || detail.entry != "" && (p.entry == "" || p.Policy != Replace) {
 			return err
@@ -238,7 +252,8 @@ func (p *publication) putRef(tx *indexTx, outcome Outcome, root ocispec.Descript
 	return nil
 }
 
-// accept refuses what must not be published under any circumstances.
+// accept refuses a publication that no policy allows: a ref by digest that names another manifest,
+// and an artifact type that the registry does not take.
 func (r *LocalRegistry) accept(p *publication) error {
 	if d := p.ref.Digest(); d != "" && d != p.root.Digest {
 		return fmt.Errorf("%w: %s names another digest than the manifest's, %s", ErrDigestMismatch, p.ref, p.root.Digest)
@@ -260,7 +275,7 @@ func (r *LocalRegistry) acceptType(m ocispec.Descriptor) error {
 	return fmt.Errorf("%w: %s is not among the registry's Options.ArtifactTypes", ErrArtifactType, printable(m.ArtifactType))
 }
 
-// decide applies the ref policy to what the ref points at ("" for no ref).
+// decide applies the ref policy. existing is the digest at which the ref points, "" for no ref.
 func (p *publication) decide(existing digest.Digest) RefUpdate {
 	if p.ref.IsZero() {
 		return RefUpdate{Descriptor: p.root}
@@ -286,9 +301,10 @@ func (o PublishOptions) outcome(existing, incoming digest.Digest) Outcome {
 	}
 }
 
-// record writes the rows of one manifest after looking that its bytes and those of its config and
-// layers are there. Child manifests come before it. A child in absent and a foreign layer may be
-// missing, and are recorded as absent then. It returns the descriptor that the index has for it.
+// record writes the rows of one manifest, after it has found the files of the manifest, its config
+// and its layers. The caller records child manifests before. A child in absent and a foreign layer
+// may be missing, and are recorded as absent then. checked has the digests that were found in this
+// transaction. It returns the descriptor that the index has for the manifest.
 func record(ctx context.Context, tx *indexTx, st *stage, p pendingManifest, absent, checked map[digest.Digest]bool, now time.Time) (ocispec.Descriptor, error) {
 	blob := func(d digest.Digest, size int64, kind role) error {
 		if checked[d] {
@@ -311,9 +327,9 @@ func record(ctx context.Context, tx *indexTx, st *stage, p pendingManifest, abse
 		kind := m.childRole(i)
 		var err error
 		if absent[c.Digest] {
-			// Not linked again if it is staged, since what it needs is not.
+			// It is not linked again even if it is staged: the content that it needs is not staged.
 			if err = st.store.checkSize(c.Digest, c.Size); err == nil {
-				err = tx.putAbsent(c.Digest, c.Size, kind, now) // another's, which keeps its row
+				err = tx.putAbsent(c.Digest, c.Size, kind, now) // it is here for another artifact, and stays so
 			}
 		} else {
 			err = blob(c.Digest, c.Size, kind)
@@ -328,10 +344,10 @@ func record(ctx context.Context, tx *indexTx, st *stage, p pendingManifest, abse
 	return tx.putManifest(m, now)
 }
 
-// recordAbsent records that a child of a manifest is not here, which the caller has found in the
-// same transaction. If a row says that it is, and no ref needs it, a collector was killed when it
-// had deleted the file: the rest of its work is done here. Otherwise it was lost, which stays for
-// Verify to find.
+// recordAbsent records that a child of a manifest is not here. The caller has looked for its file
+// in the same transaction. If a row says that it is here and no ref needs it, a collector was
+// killed after it had deleted the file, and recordAbsent finishes its work. If a ref needs it,
+// the file was lost. That row stays, so that Verify finds the loss.
 func recordAbsent(ctx context.Context, tx *indexTx, c ocispec.Descriptor, kind role, now time.Time) error {
 	known, err := hasBlob(tx, c.Digest)
 	if known && err == nil {
@@ -348,7 +364,8 @@ func recordAbsent(ctx context.Context, tx *indexTx, c ocispec.Descriptor, kind r
 	return err
 }
 
-// incomplete says of a missing blob that an artifact lacks it.
+// incomplete makes [ErrIncomplete] of [ErrNotFound]: a missing blob means that an artifact is not
+// whole. Other errors stay as they are.
 func incomplete(err error) error {
 	if errors.Is(err, ErrNotFound) {
 		return fmt.Errorf("%w: %w", ErrIncomplete, err)
@@ -356,8 +373,8 @@ func incomplete(err error) error {
 	return err
 }
 
-// write is index.write for this root: it fails if the index file was replaced
-// since it was opened, when a commit would go to a file that nobody will read.
+// write is index.write for this root. It fails if the index file was replaced since it was
+// opened: a commit would go to a file that no other process reads.
 func (r *LocalRegistry) write(ctx context.Context, fn func(*indexTx) error) error {
 	return r.index.write(ctx, r.guarded(fn))
 }
@@ -367,7 +384,8 @@ func (r *LocalRegistry) writeAlone(ctx context.Context, fn func(*indexTx) error)
 	return r.index.writeAlone(ctx, r.guarded(fn))
 }
 
-// guarded is fn, called only if the root and its index are still those that were opened.
+// guarded returns fn with a check before it that the root and its index are still those that were
+// opened.
 func (r *LocalRegistry) guarded(fn func(*indexTx) error) func(*indexTx) error {
 	return func(tx *indexTx) error {
 		if err := r.checkBound(); err != nil {
@@ -380,9 +398,10 @@ func (r *LocalRegistry) guarded(fn func(*indexTx) error) func(*indexTx) error {
 	}
 }
 
-// checkClosure looks, by the index's rows, that all of a manifest's blobs are there. Members of image
-// indexes and foreign layers may be absent. Other blobs are absent where a mirror has not fetched
-// them yet, and are missing here.
+// checkClosure returns [ErrIncomplete] unless all content that a manifest needs, by the index's
+// rows, has files of the right size. It does not read them. Members of image indexes and foreign
+// layers may be absent. Other blobs are absent where a mirror has not fetched them yet, and are
+// missing here.
 func (r *LocalRegistry) checkClosure(ctx context.Context, q queryer, desc ocispec.Descriptor) error {
 	down := descent{q: q, lacked: func(c member) bool { return c.role != roleManifest && !foreignLayer(c.desc.MediaType) }}
 	return down.each(ctx, desc, func(d ocispec.Descriptor) error {

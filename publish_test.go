@@ -16,7 +16,7 @@ import (
 	"github.com/ocilocal/ocilocal"
 )
 
-// imageIndex is an image index of manifests of the given types.
+// imageIndex returns an image index of manifests of the given types.
 func imageIndex(mediaType string, manifests ...string) string {
 	var ds []string
 	for _, m := range manifests {
@@ -25,7 +25,7 @@ func imageIndex(mediaType string, manifests ...string) string {
 	return fmt.Sprintf(`{"schemaVersion":2,"mediaType":%q,"manifests":[%s]}`, ocispec.MediaTypeImageIndex, strings.Join(ds, ","))
 }
 
-// archiveOf is an archive of blobs whose index.json names top.
+// archiveOf returns an archive of blobs whose index.json names top.
 func archiveOf(t *testing.T, mediaType, top string, blobs ...string) []byte {
 	t.Helper()
 	entries := []entry{{name: "index.json", body: fmt.Sprintf(
@@ -99,8 +99,8 @@ func TestClosures(t *testing.T) {
 	}
 }
 
-// TestTwoMediaTypes imports bytes that do not name their media type under two of them, in both
-// orders. They have one reading: the other descriptor is refused and changes nothing.
+// TestTwoMediaTypes imports bytes without a mediaType under two media types, in both orders. One of
+// them is refused each time and changes nothing: equal bytes have one media type.
 func TestTwoMediaTypes(t *testing.T) {
 	ctx := t.Context()
 	manifest, config := image("layer")
@@ -125,9 +125,9 @@ func TestTwoMediaTypes(t *testing.T) {
 	}
 }
 
-// TestPartMissing takes one file after another away from an image index that a ref points at.
-// No other name is given to it then, it doesn't go out, verification names what is missing, and a
-// collection goes on without deleting what may be needed.
+// TestPartMissing removes one file after another of an image index that a ref points at. Then it
+// can be neither tagged nor exported, Verify names the missing file, and a collection deletes
+// nothing that may be needed.
 func TestPartMissing(t *testing.T) {
 	manifest, config := image("layer")
 	top := imageIndex(imageType, manifest)
@@ -174,8 +174,8 @@ func TestPartMissing(t *testing.T) {
 	}
 }
 
-// TestUnknownMember has an image index with a member of a type that nobody knows: it is kept,
-// verified, and goes out again as it came in.
+// TestUnknownMember: a member of an image index with an unknown media type is kept, verified and
+// exported like a layer.
 func TestUnknownMember(t *testing.T) {
 	manifest, config := image("layer")
 	const note = "<note/>"
@@ -208,7 +208,7 @@ func TestUnknownMember(t *testing.T) {
 	}
 }
 
-// TestMaxClosure has three artifacts that together have more blobs than one may have.
+// TestMaxClosure: three artifacts together may have more blobs than MaxClosure allows for one.
 func TestMaxClosure(t *testing.T) {
 	t.Parallel()
 	const layers = ocilocal.MaxClosure/3 + 1
@@ -242,7 +242,8 @@ func TestMaxClosure(t *testing.T) {
 	}
 }
 
-// TestManyLargeManifests: manifests are in memory until they are published, so all of an import's together are bounded.
+// TestManyLargeManifests: manifests are in memory until they are published. So all manifests of one
+// import together are bounded.
 func TestManyLargeManifests(t *testing.T) {
 	needsDeep(t, "128 MiB of manifests")
 	pad := strings.Repeat("x", 4_000_000)
