@@ -14,20 +14,23 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// BuilderOptions govern what a [Builder] makes. Nil is the zero value.
+// BuilderOptions are the options of a [Builder]. Nil is the zero value.
 type BuilderOptions struct {
-	// ArtifactType is the type of the artifact, such as "application/vnd.example.model".
-	// It may be empty only for an image manifest with a config whose media type says it.
+	// ArtifactType is the type of the artifact, such as "application/vnd.example.model". It may be
+	// empty only for an image manifest with a config: the config's media type is the type then.
 	ArtifactType string
-	// Format is the manifest's form. Zero is the registry's [Options.Format].
+	// Format is the form of the manifest. Zero means the registry's [Options.Format].
 	Format ManifestFormat
 	// PublishOptions say what happens if the ref exists.
 	PublishOptions
 }
 
-// A Builder makes one new artifact. Layers stream to disk as they are added;
-// nothing is visible until Build publishes all of it at once. It is safe for
-// concurrent use; layers stand in the order in which their calls returned.
+// A Builder makes one new artifact. Layers stream to disk as they are added, and nothing is visible
+// until Build publishes all of it at once. It is safe for concurrent use. Layers are in the order in
+// which their calls returned.
+//
+// The bytes of layers lie in a stage below tmp/, each under its own file, until Build or Cancel. A
+// killed process leaves them there, and the next writing process removes them.
 type Builder struct {
 	registry *LocalRegistry
 	ref      Reference
@@ -37,14 +40,14 @@ type Builder struct {
 	mu     sync.Mutex // guards what follows
 	spec   manifestSpec
 	done   bool      // built or cancelled
-	update RefUpdate // what Build did
+	update RefUpdate // the outcome of Build
 }
 
 // NewBuilder starts an artifact that will be published as ref. The caller ends it with Build or
 // Cancel. A deferred Cancel does nothing after Build has succeeded.
 //
 // Errors:
-//   - [ErrInvalidReference]: ref is zero, or has a digest, which cannot be known yet
+//   - [ErrInvalidReference]: ref is zero, or has a digest, which is not known before the build
 //   - [ErrInvalidArgument]: the artifact type is not a media type
 //   - [ErrReadOnly], [ErrClosed]
 func (r *LocalRegistry) NewBuilder(ref Reference, opts *BuilderOptions) (_ *Builder, err error) {
@@ -55,7 +58,7 @@ func (r *LocalRegistry) NewBuilder(ref Reference, opts *BuilderOptions) (_ *Buil
 	return r.newBuilder(ref, opts)
 }
 
-// newBuilder is NewBuilder that takes the zero Reference too, for an artifact that gets no ref.
+// newBuilder is NewBuilder that also accepts the zero Reference, for an artifact that gets no ref.
 func (r *LocalRegistry) newBuilder(ref Reference, opts *BuilderOptions) (*Builder, error) {
 	end, err := r.begin(context.Background())
 	if err != nil {
@@ -73,7 +76,7 @@ func (r *LocalRegistry) newBuilder(ref Reference, opts *BuilderOptions) (*Builde
 	case r.blobs.readOnly:
 		return nil, ErrReadOnly
 	case ref.Digest() != "":
-		return nil, fmt.Errorf("%w: a digest can't be chosen for what is yet to be built", ErrInvalidReference)
+		return nil, fmt.Errorf("%w: %s has a digest, which is known only after the build", ErrInvalidReference, ref)
 	}
 	if t := b.opts.ArtifactType; t != "" {
 		if err := checkTypeName("artifact type", t); err != nil {
@@ -99,9 +102,9 @@ func (r *LocalRegistry) NewOMMXBuilder(ref Reference, opts *BuilderOptions) (*Bu
 	return r.NewBuilder(ref, &o)
 }
 
-// NewGitHubBuilder is NewBuilder for ghcr.io/org/repo/name:tag, spelled as
-// [GitHubReference] does, with the annotation org.opencontainers.image.source
-// set to the repository's address, by which GitHub ties the package to it.
+// NewGitHubBuilder is NewBuilder for the reference that [GitHubReference] makes:
+// ghcr.io/org/repo/name:tag. It sets the annotation org.opencontainers.image.source to the address of
+// the GitHub repository, by which GitHub links the package to it.
 func (r *LocalRegistry) NewGitHubBuilder(org, repo, name, tag string, opts *BuilderOptions) (_ *Builder, err error) {
 	defer addOp(&err, "start build of", org+"/"+repo+"/"+name, "")
 	ref, err := GitHubReference(org, repo, name, tag)
@@ -116,8 +119,7 @@ func (r *LocalRegistry) NewGitHubBuilder(org, repo, name, tag string, opts *Buil
 }
 
 // AddLayer copies src to its end into a new layer and returns the layer's descriptor. annotations
-// may be nil. Memory does not grow with the layer. After an error the builder does not have the
-// layer and is otherwise unchanged.
+// may be nil. Memory does not grow with the layer. After an error the builder is unchanged.
 //
 // Errors:
 //   - [ErrClosed] after Build or Cancel
@@ -138,9 +140,9 @@ func (b *Builder) AddLayerBytes(ctx context.Context, mediaType string, data []by
 	})
 }
 
-// AddLayerFile is AddLayer for a regular file. Unless annotations say
-// otherwise, the layer's org.opencontainers.image.title is the file's base name.
-// Anything but a regular file, and the registry's own index, is an [ErrInvalidArgument].
+// AddLayerFile is AddLayer for a regular file. Unless annotations have another, the layer gets the
+// annotation org.opencontainers.image.title with the file's base name. AddLayerFile returns
+// [ErrInvalidArgument] for the registry's own index, and for a path that is not a regular file.
 func (b *Builder) AddLayerFile(ctx context.Context, mediaType, path string, annotations map[string]string) (ocispec.Descriptor, error) {
 	withTitle := map[string]string{ocispec.AnnotationTitle: filepath.Base(path)}
 	maps.Copy(withTitle, annotations)
@@ -155,7 +157,7 @@ func (b *Builder) AddLayerFile(ctx context.Context, mediaType, path string, anno
 }
 
 // AddExistingLayer adds a layer that the registry already has, such as one of another artifact. The
-// layer gets the media type and annotations of desc. Its bytes are verified, not copied, and stay
+// layer gets the media type and annotations of desc. Its bytes are verified and not copied. They stay
 // until Build or Cancel, even if the blob is collected meanwhile.
 //
 // Errors:
@@ -169,14 +171,16 @@ func (b *Builder) AddExistingLayer(ctx context.Context, desc ocispec.Descriptor)
 		return fmt.Errorf("%w: %w", ErrInvalidArgument, err)
 	}
 	desc = cloneDescriptor(desc)
-	desc.Data = nil // manifests that are built have none
+	desc.Data = nil // builders never write data
 	_, err = b.putBlob(ctx, "", func() (digest.Digest, int64, error) {
 		return desc.Digest, desc.Size, b.stage.take(ctx, desc.Digest, desc.Size)
 	}, func(ocispec.Descriptor) { b.spec.layers = append(b.spec.layers, desc) })
 	return err
 }
 
-// addLayer is the body of the methods that add a layer. put brings its bytes into the stage.
+// addLayer is the body of the methods that add a layer. put brings its bytes into the stage. Media type
+// and annotations are checked before that, so that a mistake does not cost a copy. The annotations
+// are cloned for the builder and for the result, because the caller may change its own map.
 func (b *Builder) addLayer(ctx context.Context, mediaType string, annotations map[string]string, put func() (digest.Digest, int64, error)) (desc ocispec.Descriptor, err error) {
 	defer addOp(&err, "add layer to", b.ref.String(), "")
 	err = checkTypeName("media type", mediaType)
@@ -196,7 +200,9 @@ func (b *Builder) addLayer(ctx context.Context, mediaType string, annotations ma
 	return desc, err
 }
 
-// putBlob runs put, and record with mu held if that succeeded.
+// putBlob runs put, and then record with mu held. mu is not held during put, so several layers can be
+// copied at once. Build or Cancel may end the builder meanwhile: done is checked before put, to save
+// the copy, and again after it. A blob that came too late is in no manifest; discard removes it.
 func (b *Builder) putBlob(ctx context.Context, mediaType string, put func() (digest.Digest, int64, error), record func(ocispec.Descriptor)) (ocispec.Descriptor, error) {
 	end, err := b.registry.begin(ctx)
 	if err != nil {
@@ -220,15 +226,18 @@ func (b *Builder) putBlob(ctx context.Context, mediaType string, put func() (dig
 	return desc, nil
 }
 
+// isDone reports whether the builder was built or cancelled.
 func (b *Builder) isDone() bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	return b.done
 }
 
-// SetConfig sets the config blob. Only image manifests have one: in the other
-// form it fails with [ErrInvalidArgument]. A second call replaces the first.
-// Further errors are those of [Builder.AddLayerBytes].
+// SetConfig sets the config blob. A second call replaces the first.
+//
+// Errors:
+//   - [ErrInvalidArgument]: the builder makes an artifact manifest, which has no config
+//   - those of [Builder.AddLayerBytes]
 func (b *Builder) SetConfig(ctx context.Context, mediaType string, data []byte) (_ ocispec.Descriptor, err error) {
 	defer addOp(&err, "set config of", b.ref.String(), "")
 	if b.opts.Format == FormatArtifactManifest {
@@ -243,8 +252,11 @@ func (b *Builder) SetConfig(ctx context.Context, mediaType string, data []byte) 
 	}, func(d ocispec.Descriptor) { b.spec.config = &d })
 }
 
-// SetAnnotation sets an annotation of the manifest. Key and value must be valid UTF-8
-// ([ErrInvalidArgument]); the key must not be empty. [ErrClosed] after Build or Cancel.
+// SetAnnotation sets an annotation of the manifest. A second call with the same key replaces the value.
+//
+// Errors:
+//   - [ErrInvalidArgument]: key or value is not valid UTF-8, or key is empty
+//   - [ErrClosed] after Build or Cancel
 func (b *Builder) SetAnnotation(key, value string) (err error) {
 	defer addOp(&err, "annotate", b.ref.String(), "")
 	if err := checkAnnotation(key, value); err != nil {
@@ -262,9 +274,10 @@ func (b *Builder) SetAnnotation(key, value string) (err error) {
 	return nil
 }
 
-// SetSubject makes the artifact refer to another manifest (image-spec
-// manifest.md, "subject"), which need not be in the registry.
-// Errors: [ErrInvalidManifest] for a descriptor that can't stand there, [ErrClosed].
+// SetSubject makes the artifact refer to another manifest (image-spec manifest.md, "subject"). That
+// manifest need not be in the registry.
+//
+// Errors: [ErrInvalidManifest] for a descriptor that a manifest cannot have, [ErrClosed].
 func (b *Builder) SetSubject(desc ocispec.Descriptor) (err error) {
 	defer addOp(&err, "set subject of", b.ref.String(), desc.Digest)
 	if err := checkPlaceable(&desc); err != nil {
@@ -280,11 +293,12 @@ func (b *Builder) SetSubject(desc ocispec.Descriptor) (err error) {
 	return nil
 }
 
-// checkAnnotation refuses an annotation that no manifest can have.
+// checkAnnotation refuses an annotation that a manifest cannot have. The builders check each part when it
+// is given, so that Build does not fail for a mistake that cannot be taken back.
 func checkAnnotation(key, value string) error {
 	_, err := canonicalAnnotations(map[string]string{key: value})
 	if key == "" {
-		err = errors.New("its key is empty")
+		err = errors.New("key is empty")
 	}
 	if err != nil {
 		return fmt.Errorf("%w: annotation: %w", ErrInvalidArgument, err)
@@ -292,7 +306,8 @@ func checkAnnotation(key, value string) error {
 	return nil
 }
 
-// checkPlaceable refuses a descriptor that no manifest can have.
+// checkPlaceable refuses a descriptor that a manifest cannot have. Building and parsing a manifest with
+// it applies the same rules as Build, so the two never disagree.
 func checkPlaceable(desc *ocispec.Descriptor) error {
 	if err := checkDescriptor(desc); err != nil {
 		return err
@@ -301,8 +316,8 @@ func checkPlaceable(desc *ocispec.Descriptor) error {
 	return err
 }
 
-// checkTypeName refuses a text that is not a media type by RFC 6838, section 4.2. It is for what
-// builders make: manifests by others may have such a text.
+// checkTypeName refuses a text that is not a media type (RFC 6838, section 4.2). Only builders check
+// this: manifests by other tools may have other texts, and are accepted.
 func checkTypeName(field, s string) error {
 	const longest = 127 // on either side of the '/'
 	top, sub, _ := strings.Cut(s, "/")
@@ -318,18 +333,23 @@ func checkTypeName(field, s string) error {
 	return nil
 }
 
-// Build seals the manifest and publishes the artifact in one step. When it returns nil, everything
-// is durable and visible, and the builder is closed. Otherwise nothing is published, and the
-// builder is unchanged: call Build again, or Cancel. In two cases every further Build fails:
-//   - after a failed fsync, because the kernel may have dropped bytes that it can't sync again
-//   - with [ErrIncomplete], on a file system without hard links, after a blob was collected
-//     before the commit
+// Build makes the manifest and publishes the artifact in one step. When it returns nil, everything is
+// durable and visible, and the builder is closed. Otherwise nothing is published, and the builder is
+// unchanged: call Build again, or Cancel. In two cases every further Build fails:
+//   - after a failed fsync: the kernel may have dropped bytes, and cannot sync them again
+//   - with [ErrIncomplete], on a file system without hard links: a blob was collected before the
+//     commit
 //
-// Equal input gives equal bytes, and so an equal digest, in whatever order annotations were set.
+// Equal input gives equal bytes and so an equal digest. The order in which annotations were set does
+// not matter.
 //
-// Errors: [*ConflictError], [ErrClosed], [ErrInvalidManifest],
-// [ErrInvalidArgument], [ErrArtifactType], [ErrTooLarge], [ErrIncomplete],
-// [ErrBusy], [ErrNoSpace], and any error from ctx or the file system.
+// Errors:
+//   - [*ConflictError]
+//   - [ErrInvalidManifest], [ErrInvalidArgument], [ErrTooLarge]: no manifest can be made of the parts
+//   - [ErrArtifactType]: see [Options.ArtifactTypes]
+//   - [ErrIncomplete]: see above
+//   - [ErrClosed] after Build or Cancel
+//   - [ErrBusy], [ErrNoSpace], and any error from ctx or the file system
 func (b *Builder) Build(ctx context.Context) (_ *LocalArtifact, err error) {
 	defer addOp(&err, "build", b.ref.String(), "")
 	end, err := b.registry.begin(ctx)
@@ -370,23 +390,24 @@ func (b *Builder) Build(ctx context.Context) (_ *LocalArtifact, err error) {
 	return b.registry.newArtifact(b.ref, m.Descriptor(), m), nil
 }
 
-// logDiscard reports leftovers in tmp/ after what mattered has succeeded.
+// logDiscard logs an error of discarding a stage. The call has succeeded or failed for another reason
+// by then, so the error is not returned. The files stay below tmp/ until the registry is closed.
 func (r *LocalRegistry) logDiscard(err error) {
 	if err != nil {
 		r.opts.Logger.Warn("ocilocal: temporary files are left until this registry is closed", "error", err)
 	}
 }
 
-// Update tells what Build did to the ref, or would not do to it in a conflict. It is zero before.
+// Update returns the outcome of Build for the ref, also after a conflict. It is zero before Build.
 func (b *Builder) Update() RefUpdate {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	return b.update
 }
 
-// Cancel gives up what was added and closes the builder. After Build has
-// succeeded, or a second time, it does nothing. An error, the file system's, says that
-// temporary files are left, until the registry is closed.
+// Cancel discards all layers and closes the builder. After Build has succeeded, or a second time, it
+// does nothing. An error, from the file system, means that temporary files are left until the
+// registry is closed.
 func (b *Builder) Cancel() (err error) {
 	defer addOp(&err, "cancel build of", b.ref.String(), "")
 	b.mu.Lock()

@@ -9,7 +9,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// IndexBuilderOptions govern what an [IndexBuilder] makes. Nil is the zero value.
+// IndexBuilderOptions are the options of an [IndexBuilder]. Nil is the zero value.
 type IndexBuilderOptions struct {
 	// ArtifactType, if not empty, is the type of the image index.
 	ArtifactType string
@@ -19,7 +19,10 @@ type IndexBuilderOptions struct {
 
 // An IndexBuilder makes an image index: a list of manifests that the registry has, such as one
 // image for each platform. Nothing is visible until Build publishes it. It is safe for concurrent
-// use; manifests stand in the order in which the calls that added them returned.
+// use. Manifests are in the order in which the calls that added them returned.
+//
+// Unlike a [Builder] it has no stage before Build: the manifests are published already, and stay where
+// they are.
 type IndexBuilder struct {
 	registry *LocalRegistry
 	ref      Reference
@@ -28,14 +31,14 @@ type IndexBuilder struct {
 	mu     sync.Mutex // guards what follows
 	spec   manifestSpec
 	done   bool      // built or cancelled
-	update RefUpdate // what Build did
+	update RefUpdate // the outcome of Build
 }
 
 // NewIndexBuilder starts an image index that will be published as ref. The caller ends it with
 // Build or Cancel. A deferred Cancel does nothing after Build has succeeded.
 //
 // Errors:
-//   - [ErrInvalidReference]: ref is zero, or has a digest, which cannot be known yet
+//   - [ErrInvalidReference]: ref is zero, or has a digest, which is not known before the build
 //   - [ErrInvalidArgument]: the artifact type is not a media type
 //   - [ErrReadOnly], [ErrClosed]
 func (r *LocalRegistry) NewIndexBuilder(ref Reference, opts *IndexBuilderOptions) (_ *IndexBuilder, err error) {
@@ -49,7 +52,7 @@ func (r *LocalRegistry) NewIndexBuilder(ref Reference, opts *IndexBuilderOptions
 		return nil, err
 	}
 	if ref.Digest() != "" {
-		return nil, fmt.Errorf("%w: a digest can't be chosen for what is yet to be built", ErrInvalidReference)
+		return nil, fmt.Errorf("%w: %s has a digest, which is known only after the build", ErrInvalidReference, ref)
 	}
 	b := &IndexBuilder{registry: r, ref: ref}
 	if opts != nil {
@@ -65,9 +68,9 @@ func (r *LocalRegistry) NewIndexBuilder(ref Reference, opts *IndexBuilderOptions
 }
 
 // AddManifest adds a manifest, or an image index, that the registry has, and returns its
-// descriptor. desc needs only a Digest. Its Platform, Annotations, ArtifactType and URLs are
-// written as they are; MediaType and Size are the registry's. Until Build the manifest needs a ref,
-// or a collection may delete it.
+// descriptor. desc needs only a Digest. Its Platform, Annotations, ArtifactType and URLs are written
+// unchanged. MediaType and Size come from the registry. A manifest without a ref may be collected
+// before Build.
 //
 // Errors:
 //   - [ErrNotFound]: the registry does not have the manifest
@@ -136,14 +139,15 @@ func (b *IndexBuilder) SetSubject(desc ocispec.Descriptor) (err error) {
 	return nil
 }
 
-// Build seals the index and publishes it in one step. When it returns nil, the index is durable and
+// Build makes the index and publishes it in one step. When it returns nil, the index is durable and
 // visible, and the builder is closed. Otherwise nothing is published, and the builder is unchanged.
-// Equal input gives equal bytes, and so an equal digest, in whatever order annotations were set.
+// Equal input gives equal bytes and so an equal digest. The order in which annotations were set does
+// not matter.
 //
 // Errors:
 //   - [*ConflictError]
-//   - [ErrIncomplete]: a manifest, or something that it needs, has been collected since
-//   - [ErrTooLarge]: a limit is passed, such as [MaxIndexNesting]
+//   - [ErrIncomplete]: a manifest, or content that it needs, has been collected since
+//   - [ErrTooLarge]: a limit is exceeded, such as [MaxIndexNesting]
 //   - [ErrClosed], [ErrBusy], [ErrNoSpace], and any error from ctx or the file system
 func (b *IndexBuilder) Build(ctx context.Context) (_ *LocalArtifact, err error) {
 	defer addOp(&err, "build index", b.ref.String(), "")
@@ -184,7 +188,7 @@ func (b *IndexBuilder) Build(ctx context.Context) (_ *LocalArtifact, err error) 
 	return r.newArtifact(b.ref, m.Descriptor(), m), nil
 }
 
-// Update tells what Build did to the ref, or would not do to it in a conflict. It is zero before.
+// Update returns the outcome of Build for the ref, also after a conflict. It is zero before Build.
 func (b *IndexBuilder) Update() RefUpdate {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -198,8 +202,9 @@ func (b *IndexBuilder) Cancel() {
 	b.done = true
 }
 
-// checkMembers checks the manifests below an image index whose members are published: each is read
-// and verified, and they must not be nested too deep.
+// checkMembers checks the manifests below an image index whose members are published. Each is read and
+// verified, and they must not be nested too deep. It is called before the transaction, because it
+// reads files.
 func (r *LocalRegistry) checkMembers(ctx context.Context, m *Manifest) error {
 	c := r.newClosure()
 	for i, d := range m.children() {
@@ -213,8 +218,9 @@ func (r *LocalRegistry) checkMembers(ctx context.Context, m *Manifest) error {
 	return nil
 }
 
-// checkMemberRows looks, in the transaction that publishes an image index, that the manifests below
-// it are still recorded with all that they need. A collection may have begun to delete them.
+// checkMemberRows checks, in the transaction that publishes an image index, that the manifests below it
+// are still recorded and whole. A collection may have begun to delete them since checkMembers. publish
+// checks only the manifests that it writes itself, and not those that are published already.
 func (r *LocalRegistry) checkMemberRows(ctx context.Context, tx *indexTx, m *Manifest) error {
 	for i, d := range m.children() {
 		if m.childRole(i) != roleManifest {

@@ -7,16 +7,17 @@ import (
 )
 
 // NewReferrerBuilder starts an artifact without a name that refers to subject, such as a signature
-// or a bill of materials. The subject need not be here. Build publishes the artifact by digest, and
-// [LocalRegistry.Referrers] lists it.
+// or a bill of materials. The subject need not be in the registry. Build publishes the artifact by
+// digest, and [LocalRegistry.Referrers] lists it.
 //
 // A referrer has no ref. A collection keeps it as long as its subject, unless
-// [GCOptions.DropReferrers] is set, and deletes it if nothing keeps the subject. To push one, push
-// its subject with [PushOptions.Referrers], or the reference that [Reference.WithDigest] makes of
-// the subject's name and the digest of the referrer.
+// [GCOptions.DropReferrers] is set, and deletes it if nothing keeps the subject. To push a referrer,
+// push its subject with [PushOptions.Referrers]. Or push it by its own digest, with the reference
+// that [Reference.WithDigest] makes of the subject's name.
 //
-// Errors: those of [LocalRegistry.NewBuilder] and [Builder.SetSubject], and [ErrInvalidArgument] if
-// PublishOptions are set, because they are about a ref.
+// Errors:
+//   - [ErrInvalidArgument]: PublishOptions are set, although there is no ref
+//   - those of [LocalRegistry.NewBuilder] and [Builder.SetSubject]
 func (r *LocalRegistry) NewReferrerBuilder(subject ocispec.Descriptor, opts *BuilderOptions) (_ *Builder, err error) {
 	defer addOp(&err, "start build of a referrer of", "", subject.Digest)
 	if opts != nil && opts.PublishOptions != (PublishOptions{}) {

@@ -44,38 +44,38 @@ type ConvertResult struct {
 
 // Convert writes the artifact src in the other manifest form and publishes it as dst. An image
 // manifest, OCI's or Docker's, becomes an artifact manifest. An artifact manifest becomes an image
-// manifest. The source and its refs stay as they are. src must be in the registry: nothing is
+// manifest. The source and its refs do not change. src must be in the registry: nothing is
 // fetched. A src with a digest is found by the digest, as [LocalRegistry.Resolve] does. ctx governs
 // the call.
 //
-// The new artifact has the source's artifact type (for an image manifest without one, its config's
-// media type), its annotations, and its layers in their order. The layers' descriptors are the same
-// except for their data fields, so the blobs are the same, and they are verified. An image manifest
-// gets the empty config {}. An artifact manifest cannot have a config: one that is not empty is
-// dropped, and [ConvertResult.DroppedConfig] says so. The empty layer by which an image manifest
-// says that it has none becomes no layer, and the reverse. Unknown fields are left out.
+// The new artifact has these parts:
+//   - the source's artifact type; for an image manifest without one, the media type of its config
+//   - the source's annotations
+//   - the source's layers, in their order. Their descriptors do not change, except that data is left
+//     out. So the blobs are the same, and they are verified. The empty layer of an image manifest
+//     without layers is not copied to an artifact manifest. It is added in the other direction.
+//   - a config, in an image manifest: the empty object {}. An artifact manifest has no config. If the
+//     source has another one, it is dropped: see [ConvertResult.DroppedConfig].
 //
-// The bytes are canonical. Converting the same source again gives the same digest. An artifact that
-// a [Builder] made without a config, converted there and back, has its first digest again.
+// Unknown fields are left out.
+//
+// The bytes are canonical, so converting the same source again gives the same digest. If a [Builder]
+// made an artifact without a config, converting it to the other form and back gives its first digest.
 //
 // Errors:
-//   - [ErrNotFound] if src is not in the registry
-//   - [ErrUnsupportedMediaType] if src is an image index: convert the manifests in it one by one
-//   - [ErrInvalidArgument] if dst is src
-//   - [ErrInvalidReference] if src or dst is zero
-//   - [ErrInvalidManifest] for a damaged source
-//   - [ErrIncomplete] for a missing layer, together with [ErrDigestMismatch] or [ErrSizeMismatch]
-//     for a damaged one
+//   - [ErrNotFound]: src is not in the registry
+//   - [ErrUnsupportedMediaType]: src is an image index: convert the manifests in it one by one
+//   - [ErrInvalidArgument]: dst is src
+//   - [ErrInvalidReference]: src or dst is zero
+//   - [ErrInvalidManifest]: the source is damaged
+//   - [ErrIncomplete]: a layer is missing. For a damaged layer, the error matches
+//     [ErrDigestMismatch] or [ErrSizeMismatch] too
 //   - [*ConflictError] together with the result
-//   - [ErrDigestMismatch] if dst names another digest than the result's
+//   - [ErrDigestMismatch]: dst has another digest than the result
 //   - [ErrArtifactType], [ErrTooLarge], [ErrReadOnly], [ErrBusy]
 //   - any error from ctx or the file system
-func (r *LocalRegistry) Convert(ctx context.Context, src, dst Reference, opts *ConvertOptions) (*ConvertResult, error) {
-	result, err := r.convert(ctx, src, dst, opts)
-	return result, opError("convert", src.String(), "", err)
-}
-
-func (r *LocalRegistry) convert(ctx context.Context, src, dst Reference, opts *ConvertOptions) (*ConvertResult, error) {
+func (r *LocalRegistry) Convert(ctx context.Context, src, dst Reference, opts *ConvertOptions) (_ *ConvertResult, err error) {
+	defer addOp(&err, "convert", src.String(), "")
 	end, err := r.beginWrite(ctx)
 	if err != nil {
 		return nil, err
@@ -142,7 +142,8 @@ func (r *LocalRegistry) platformOf(ref Reference, d digest.Digest) (entry string
 	return entryFacts{Platform: f.Platform}.text()
 }
 
-// converted returns the other form, and m's fields for it.
+// converted returns the form to convert to, and the fields of m for it. buildManifest adds the parts
+// that only this form has: the empty config and the empty layer.
 func converted(m *Manifest, subject ConvertSubject) (ManifestFormat, manifestSpec, error) {
 	spec := manifestSpec{artifactType: m.ArtifactType(), layers: m.realLayers(), annotations: m.doc.Annotations}
 	switch subject {
@@ -163,8 +164,9 @@ func converted(m *Manifest, subject ConvertSubject) (ManifestFormat, manifestSpe
 	return 0, spec, fmt.Errorf("%w: %s is an image index (convert its manifests one by one)", ErrUnsupportedMediaType, m.Digest())
 }
 
-// stageConverted stages a new manifest and its needs. The registry should have them all, except
-// perhaps the empty blob.
+// stageConverted stages a new manifest and everything that it needs. The registry has the layers of a
+// sound source. It may not have the empty blob, which an artifact manifest does not need. A missing
+// or damaged layer is [ErrIncomplete], because the new artifact cannot be published without it.
 func (r *LocalRegistry) stageConverted(ctx context.Context, st *stage, m *Manifest) error {
 	for _, c := range m.children() {
 		if c.Digest == emptyJSON.Digest {

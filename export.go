@@ -16,21 +16,35 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
+// How an export is written. newExport collects a list; ExportArchive and ExportLayout write it:
+//
+//	oci-layout            {"imageLayoutVersion":"1.0.0"}
+//	index.json            one entry for each ref, digest, subject and referrer; canonical JSON
+//	blobs/<alg>/<hex>     manifests, then configs and layers; each list sorted by digest
+//
+// A tar has the files in this order: a reader knows all names before the first blob. In a directory,
+// index.json is written last: until then, readers see the directory as it was.
+//
+// Equal content gives equal bytes. All lists are sorted by name and digest, JSON is canonical, and
+// headers have no times or owners. Each blob is verified while it is written.
+
 // ExportNames says how an export writes names to index.json.
 type ExportNames int
 
 const (
 	// NamesFull writes the full name to org.opencontainers.image.ref.name, as skopeo and podman do.
 	NamesFull ExportNames = iota
-	// NamesTags writes only the tag there, as oras, umoci and kitops do, which find entries by it.
-	// The repository is lost: [ImportOptions.Repository] gives it again.
+	// NamesTags writes only the tag to that annotation, as oras, umoci and kitops do. They find
+	// entries by it. The repository is lost: [ImportOptions.Repository] can restore it.
 	NamesTags
-	// NamesContainerd writes the tag there and the full name to io.containerd.image.name, as
-	// containerd and `docker save` do. Nothing is lost, and tools that look for a tag find it.
+	// NamesContainerd writes the tag to that annotation and the full name to
+	// io.containerd.image.name, as containerd and `docker save` do. Nothing is lost, and tools that
+	// search for a tag find it.
 	NamesContainerd
 )
 
-// annotations returns the annotations of an entry that is called ref.
+// annotations returns the annotations that name an entry ref. A ref without a tag is named by its
+// digest.
 func (n ExportNames) annotations(ref Reference) map[string]string {
 	tag := cmp.Or(ref.Tag(), string(ref.Digest()))
 	switch n {
@@ -42,37 +56,41 @@ func (n ExportNames) annotations(ref Reference) map[string]string {
 	return map[string]string{ocispec.AnnotationRefName: ref.String()}
 }
 
-// ExportOptions say what an export holds besides the artifacts of its refs, and
-// how it is written. Nil is the zero value.
+// ExportOptions choose further content of an export besides the artifacts of its refs, and how it is
+// written. Nil is the zero value.
 //
 // The OMMX SDKs read only archives that are not compressed and that list one manifest. For them,
 // export one ref, without Lineage, Referrers, Digests and Gzip. The artifact must be an image
 // manifest of an OMMX artifact type.
 type ExportOptions struct {
-	// Digests are manifests to export as well, without a name.
+	// Digests are further manifests to export, without names.
 	Digests []digest.Digest
-	// Lineage adds the subject of each artifact, that one's subject, and so on
-	// to the end of the chain, without a name. All of it must be there.
+	// Lineage adds the subject of each artifact, the subject of that one, and so on to the end of
+	// the chain, without names. The registry must have all of them.
 	Lineage bool
-	// Referrers adds every manifest whose subject is a manifest of the export, such as a
-	// signature of an artifact, then those whose subject is one of these, and
-	// so on, each with all it needs. They are listed in index.json
-	// without a name, even where refs point at them.
+	// Referrers adds every manifest whose subject is a manifest of the export, such as a signature
+	// of an artifact, and their referrers in turn, each with everything that it needs. index.json
+	// lists them without names, even if refs point at them.
 	Referrers bool
-	// Names is how names are written. Zero is [NamesFull]. With [NamesTags], two refs that have the
-	// same tag are [ErrInvalidArgument].
+	// Names is the form of names. Zero is [NamesFull]. With [NamesTags], two refs that have the same
+	// tag are [ErrInvalidArgument].
 	Names ExportNames
 	// Gzip compresses an archive. A layout directory is never compressed.
 	Gzip bool
-	// Progress, if not nil, is called with how far the export is.
+	// Progress, if not nil, is called with the state of the export.
 	Progress func(Progress)
-	// Overwrite lets [LocalRegistry.ExportArchiveFile] replace a file, and
-	// [LocalRegistry.ExportLayout] a name that stands for another digest.
+	// Overwrite lets [LocalRegistry.ExportArchiveFile] replace a file. It lets
+	// [LocalRegistry.ExportLayout] move a name that has another digest in the directory.
 	Overwrite bool
 }
 
-// writeNew makes a file in dir that has its name only when it is complete and
-// durable. Until then it is called temp.
+// writeNew makes a file in dir. The order makes sure that the name never has an incomplete file, also
+// after a power cut:
+//
+//	temp, O_EXCL → write → fsync → close → link (or rename, with overwrite) → remove temp → fsync dir
+//
+// Without overwrite, the link fails if another process has made the name meanwhile. A killed process
+// leaves temp.
 func writeNew(dir *rootDir, temp, name string, overwrite bool, write func(io.Writer) error) (err error) {
 	if _, err := dir.Lstat(name); err == nil && !overwrite {
 		return ErrExists
@@ -104,14 +122,15 @@ func writeNew(dir *rootDir, temp, name string, overwrite bool, write func(io.Wri
 	return dir.syncDir(".")
 }
 
-// export is the list of what one export holds, each manifest and blob once.
+// An export is the list of the content of one export, each manifest and blob once. It has descriptors
+// only: blobs are read when they are written.
 type export struct {
-	closure // its lists are sorted by digest in the end
+	closure // sort orders its lists by digest
 	opts    ExportOptions
 	meter   *meter
-	entries []exportEntry          // of index.json, sorted
-	entered map[digest.Digest]bool // entries
-	named   map[digest.Digest]bool // entries with a name
+	entries []exportEntry          // entries of index.json; sorted by sort
+	entered map[digest.Digest]bool // the manifests that have an entry
+	named   map[digest.Digest]bool // the manifests that have an entry with a name
 }
 
 // An exportEntry is an entry of index.json.
@@ -120,7 +139,9 @@ type exportEntry struct {
 	named bool // it has the name of a ref
 }
 
-// newExport gathers the closure of what is exported from the manifests.
+// newExport collects the content of an export, by reading and verifying its manifests. Each step is a
+// short call of its own, so Close does not wait for the whole export. A collection may delete content
+// in between, if its ref is removed: the export then fails with [ErrNotFound].
 func (r *LocalRegistry) newExport(ctx context.Context, refs []Reference, opts *ExportOptions, m *meter) (*export, error) {
 	x := &export{closure: r.newClosure(), entered: map[digest.Digest]bool{}, named: map[digest.Digest]bool{}, meter: m}
 	m.phase(PhasePlan)
@@ -128,7 +149,7 @@ func (r *LocalRegistry) newExport(ctx context.Context, refs []Reference, opts *E
 		x.opts = *opts
 	}
 	if len(refs) == 0 && len(x.opts.Digests) == 0 {
-		return nil, fmt.Errorf("%w: nothing was chosen to be exported", ErrInvalidArgument)
+		return nil, fmt.Errorf("%w: no refs and no digests to export", ErrInvalidArgument)
 	}
 	tags := map[string]Reference{}
 	for _, ref := range slices.Compact(slices.SortedFunc(slices.Values(refs), Reference.Compare)) {
@@ -181,7 +202,9 @@ func (r *LocalRegistry) newExport(ctx context.Context, refs []Reference, opts *E
 	return x, nil
 }
 
-// with returns the annotations of an entry that has a name.
+// with returns the annotations of an entry that has a name: the facts, and the annotations of the name,
+// which win. With NamesTags, a name of containerd that was imported is left out: its repository would
+// contradict the choice.
 func (f entryFacts) with(names ExportNames, name map[string]string) map[string]string {
 	all := maps.Clone(f.Annotations)
 	if all == nil {
@@ -194,8 +217,10 @@ func (f entryFacts) with(names ExportNames, name map[string]string) map[string]s
 	return all
 }
 
-// root adds an entry with its closure, and with its lineage if that is asked for. named says
-// whether the entry has the name of a ref: of those without one, the first of each manifest counts.
+// root adds an entry with its closure and, if ExportOptions.Lineage is set, the entries of its subjects.
+// A manifest can have several entries with names, and one without. named says whether the entry has
+// the name of a ref. The loop goes up the chain of subjects and stops at a manifest that has an entry
+// already: its subjects have entries too.
 func (x *export) root(ctx context.Context, desc ocispec.Descriptor, named bool) error {
 	for {
 		var m *Manifest
@@ -226,9 +251,9 @@ func (x *export) root(ctx context.Context, desc ocispec.Descriptor, named bool) 
 	}
 }
 
-// referrers adds what refers to any of the manifests, these included.
+// referrers adds the referrers of all manifests of the export, the added ones included.
 func (x *export) referrers(ctx context.Context) error {
-	for i := 0; i < len(x.manifests); i++ { // it grows
+	for i := 0; i < len(x.manifests); i++ { // root appends to x.manifests
 		subject := x.manifests[i].Digest
 		for desc, err := range x.registry.Referrers(ctx, subject, nil) {
 			if err == nil {
@@ -243,7 +268,9 @@ func (x *export) referrers(ctx context.Context) error {
 	return nil
 }
 
-// sort puts the lists into the order that only the content decides.
+// sort orders the lists by content alone, so that the order of the caller's refs does not matter. An
+// entry without a name is removed if the same manifest has one with a name: the manifest may have been
+// added as a subject first.
 func (x *export) sort() {
 	x.entries = slices.DeleteFunc(x.entries, func(e exportEntry) bool { return !e.named && x.named[e.Digest] })
 	byDigest := func(a, b ocispec.Descriptor) int { return strings.Compare(string(a.Digest), string(b.Digest)) }
@@ -257,8 +284,8 @@ func (x *export) sort() {
 	})
 }
 
-// entryName returns the fullest name that an entry of an index.json has, to tell entries apart. The
-// name of other content is none.
+// entryName returns the longest name of an entry of an index.json, to compare entries. A name of other
+// content is not a name of the entry, and gives "".
 func entryName(e ocispec.Descriptor) string {
 	if entryClaim(e).from != "" {
 		return ""
@@ -266,9 +293,11 @@ func entryName(e ocispec.Descriptor) string {
 	return cmp.Or(e.Annotations[annotationImageName], e.Annotations[ocispec.AnnotationRefName])
 }
 
+// layoutFile is the content of oci-layout (image-spec image-layout.md, "oci-layout file").
 const layoutFile = `{"imageLayoutVersion":"` + ocispec.ImageLayoutVersion + `"}`
 
-// index returns the bytes of index.json.
+// index returns the bytes of index.json. An import accepts at most MaxLayoutIndexSize, so an export does
+// not write more.
 func (x *export) index() ([]byte, error) {
 	var w canonicalWriter
 	w.raw("{")
@@ -282,7 +311,7 @@ func (x *export) index() ([]byte, error) {
 	w.int(2)
 	w.raw("}")
 	if w.err == nil && len(w.buf) > MaxLayoutIndexSize {
-		w.err = fmt.Errorf("%w: index.json of %d artifacts would have %d bytes, at most %d are taken",
+		w.err = fmt.Errorf("%w: index.json of %d artifacts would have %d bytes, the limit is %d",
 			ErrTooLarge, len(x.entries), len(w.buf), MaxLayoutIndexSize)
 	}
 	return w.buf, w.err

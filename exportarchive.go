@@ -15,20 +15,24 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// ExportArchive writes the artifacts that refs name, with all they need, to dst as an OCI
-// archive: oci-layout and index.json first, where every entry carries its full name,
-// then manifests, then the other blobs. Equal content gives equal bytes (entries are
-// sorted, times are zero), gzipped ones by the same version of Go only.
+// ExportArchive writes the artifacts that refs name, with everything that they need, to dst as an OCI
+// archive. The archive has oci-layout and index.json first, then manifests, then the other blobs. By
+// default every entry of index.json has its full name. Equal content gives equal bytes: entries are
+// sorted, and times are zero. Gzipped bytes are equal only if the version of Go is the same.
 //
-// After an error, the bytes that were written are not an archive. Errors:
+// After an error, the bytes that were written are not an archive.
+//
+// Errors:
 //   - [ErrNotFound]: a ref does not resolve, or a blob was collected meanwhile
-//   - [ErrIncomplete]: a lineage has a gap
+//   - [ErrIncomplete]: with ExportOptions.Lineage, a subject is not in the registry
 //   - [ErrTooLarge]: there are more artifacts than an index.json can list
 //   - [ErrInvalidDigest]: one of ExportOptions.Digests is not a digest
-//   - [ErrInvalidArgument]: nothing was chosen, or two refs have the same tag with [NamesTags]
+//   - [ErrInvalidArgument]: there are no refs and no digests, or two refs have the same tag with
+//     [NamesTags]
 //   - [ErrDigestMismatch], [ErrSizeMismatch]: a blob is damaged
 //   - [ErrClosed], and any error from ctx, dst or the file system
-func (r *LocalRegistry) ExportArchive(ctx context.Context, dst io.Writer, refs []Reference, opts *ExportOptions) error {
+func (r *LocalRegistry) ExportArchive(ctx context.Context, dst io.Writer, refs []Reference, opts *ExportOptions) (err error) {
+	defer addOp(&err, "export archive", "", "")
 	m := exportMeter(opts)
 	x, err := r.newExport(ctx, refs, opts, m)
 	if err == nil {
@@ -37,15 +41,16 @@ func (r *LocalRegistry) ExportArchive(ctx context.Context, dst io.Writer, refs [
 	if err == nil {
 		m.finish()
 	}
-	return opError("export archive", "", "", err)
+	return err
 }
 
-// ExportArchiveFile is [LocalRegistry.ExportArchive] to a file, which has its name
-// only when it is complete and its bytes are on disk. It fails with [ErrExists] if the name
-// is taken and ExportOptions.Overwrite isn't set; a symbolic link there
-// is replaced, never followed. Where the file system has no hard links, looking for
-// the name and taking it are two steps, and a file that another process makes in between
-// is replaced. A killed process leaves a file beside it whose name begins with ".ocilocal-".
+// ExportArchiveFile is [LocalRegistry.ExportArchive] to a file. The file gets its name when it is
+// complete and its bytes are on disk. If the name is taken and ExportOptions.Overwrite is not set, the
+// export fails with [ErrExists]. A symbolic link with that name is replaced, never followed.
+//
+// On a file system without hard links, checking the name and taking it are two steps: a file that
+// another process makes in between is replaced. A killed process leaves a file in the same directory
+// whose name begins with ".ocilocal-".
 func (r *LocalRegistry) ExportArchiveFile(ctx context.Context, name string, refs []Reference, opts *ExportOptions) (err error) {
 	defer addOp(&err, "export archive", name, "")
 	m := exportMeter(opts)
@@ -74,7 +79,8 @@ func (r *LocalRegistry) ExportArchiveFile(ctx context.Context, name string, refs
 	return err
 }
 
-// exportMeter returns the meter of an export to an archive, all of which runs on one goroutine.
+// exportMeter returns the meter of an export to an archive. All of it runs on the caller's goroutine, so
+// the caller's function can be called directly.
 func exportMeter(opts *ExportOptions) *meter {
 	if opts == nil {
 		return nil
@@ -82,7 +88,8 @@ func exportMeter(opts *ExportOptions) *meter {
 	return newMeter(opts.Progress, Reference{})
 }
 
-// archive writes all of it as a tar.
+// archive writes the export as a tar, gzipped or not. The caller closes dst. gzip's Close writes the
+// checksum, so its error counts.
 func (x *export) archive(ctx context.Context, dst io.Writer) error {
 	index, err := x.index()
 	if err != nil {
@@ -98,6 +105,9 @@ func (x *export) archive(ctx context.Context, dst io.Writer) error {
 	return x.tar(ctx, dst, index)
 }
 
+// tar writes the files of the export in a fixed order. OpenBlob verifies each blob, and fails before the
+// last byte of a damaged one. So a damaged blob never becomes a complete entry. Each blob is a call of
+// its own: a collection of an artifact that was removed meanwhile ends the export.
 func (x *export) tar(ctx context.Context, dst io.Writer, index []byte) error {
 	tw := tar.NewWriter(dst)
 	if err := writeEntry(tw, ocispec.ImageLayoutFile, strings.NewReader(layoutFile), int64(len(layoutFile))); err != nil {
@@ -121,6 +131,8 @@ func (x *export) tar(ctx context.Context, dst io.Writer, index []byte) error {
 	return tw.Close()
 }
 
+// writeEntry writes one file. The header has no time and no owner, so that equal content gives equal
+// bytes. tar.Writer fails if src has more bytes than size or, at the next header, fewer.
 func writeEntry(tw *tar.Writer, name string, src io.Reader, size int64) error {
 	err := tw.WriteHeader(&tar.Header{Typeflag: tar.TypeReg, Name: name, Size: size, Mode: 0o444})
 	if err == nil {

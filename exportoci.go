@@ -15,35 +15,47 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// What an export has in a layout directory only as long as it runs.
+// Temporary names in a layout directory. They exist only while an export runs, or after it was killed.
 const (
-	layoutTmp  = ".ocilocal-tmp" // the lock, and the directory of blobs on their way in
-	layoutTemp = ".ocilocal-new" // the file that is to be oci-layout or index.json
+	layoutTmp  = ".ocilocal-tmp" // the lock, and the directory of blobs that are being copied
+	layoutTemp = ".ocilocal-new" // oci-layout or index.json while it is being written
 )
 
-// ExportLayout writes the artifacts that refs name, with all they need, into an OCI
-// image layout directory, which is created or added to: what other tools have
-// put into it stays, in index.json too. A blob that is there whole stays as it
-// is, a damaged one is replaced. index.json is replaced last, in one step, when all
-// else is on disk. Exports of this package into one directory wait for each
-// other; other tools don't, so let none write to it meanwhile.
+// ExportLayout writes the artifacts that refs name, with everything that they need, into an OCI image
+// layout directory. The directory is created, or content is added to it. Files and entries of other
+// tools are kept. A good blob in the directory is not written again, and a damaged one is replaced.
+// index.json is replaced last, in one step, when everything else is on disk. Exports of this package
+// into one directory wait for each other. Other tools do not wait, so none may write to it meanwhile.
 //
-// After an error, index.json is as it was, unless the error came after it had been replaced, as
-// when its directory could not be synced. The next export into the directory removes the files that
-// a killed one has left. Errors:
-//   - [ErrExists]: a name stands for another digest there (ExportOptions.Overwrite moves it)
-//   - [ErrInvalidLayout]: the directory holds something else
+// After an error, index.json is usually as it was. It is new if the error came after the replacement,
+// for example because the directory could not be synced. The next export into the directory removes
+// the files that a killed one has left.
+//
+// Errors:
+//   - [ErrExists]: a name in the directory has another digest, and ExportOptions.Overwrite is not set
+//   - [ErrInvalidLayout]: the directory is not empty and not a layout, or the layout is malformed
 //   - those of [LocalRegistry.ExportArchive]
-func (r *LocalRegistry) ExportLayout(ctx context.Context, dir string, refs []Reference, opts *ExportOptions) error {
+func (r *LocalRegistry) ExportLayout(ctx context.Context, dir string, refs []Reference, opts *ExportOptions) (err error) {
+	defer addOp(&err, "export layout", dir, "")
 	if opts == nil {
 		opts = &ExportOptions{}
 	}
-	_, err := attend(ctx, opts.Progress, Reference{}, func(ctx context.Context, m *meter) (struct{}, error) {
+	_, err = attend(ctx, opts.Progress, Reference{}, func(ctx context.Context, m *meter) (struct{}, error) {
 		return struct{}{}, r.exportLayout(ctx, dir, refs, opts, m)
 	})
-	return opError("export layout", dir, "", err)
+	return err
 }
 
+// exportLayout writes into a directory in this order, with the directory locked:
+//
+//	check    the directory is not in the registry; it is a layout, or empty
+//	addTo    the new index.json, in memory: a conflict ends the export before any copy
+//	blobs    staged in layoutTmp, synced, linked into blobs/
+//	version  oci-layout, if it is missing
+//	index    index.json, by rename
+//
+// A kill at any point leaves a valid layout with the old index.json, some more blobs, and perhaps the
+// temporary names. An oci-layout without an index.json is recognised by prepareLayout.
 func (r *LocalRegistry) exportLayout(ctx context.Context, dir string, refs []Reference, opts *ExportOptions, m *meter) (err error) {
 	x, err := r.newExport(ctx, refs, opts, m)
 	if err != nil {
@@ -90,9 +102,12 @@ func (r *LocalRegistry) exportLayout(ctx context.Context, dir string, refs []Ref
 	return writeLayoutFile(root, ocispec.ImageIndexFile, index)
 }
 
+// writeLayoutFile replaces a file of the layout. layoutTemp is fixed, because the directory is locked. A
+// file that a killed export has left there is removed first. Anything else under that name is not
+// this package's, and is an error.
 func writeLayoutFile(root *rootDir, name string, b []byte) error {
 	if fi, err := root.Lstat(layoutTemp); err == nil && !fi.Mode().IsRegular() {
-		return fmt.Errorf("%w: %s is not a file that an export has left", ErrInvalidLayout, layoutTemp)
+		return fmt.Errorf("%w: %s exists and is not a regular file, as an export leaves it", ErrInvalidLayout, layoutTemp)
 	}
 	if err := ignoreNotExist(root.Remove(layoutTemp)); err != nil {
 		return err
@@ -103,12 +118,17 @@ func writeLayoutFile(root *rootDir, name string, b []byte) error {
 	})
 }
 
-// lockLayout keeps other exports out of a layout directory, those of other processes included.
+// lockLayout keeps other exports out of a layout directory, also those of other processes.
 //
-// Whoever can open a directory can lock it, and a reader of the layout must not be able to stop its
-// writer. So the lock is on layoutTmp, which only its owner can open. release removes it while it
-// is still held. An export that was waiting for it then finds that its name has gone, and makes
-// another. A lock of a process that was killed has ended: the next export takes the directory over.
+// The problem: everybody who can open a directory can lock it. A user who may only read the layout
+// could stop its writer.
+//
+// The rule: the lock is on layoutTmp, which only its owner can open. release removes layoutTmp while
+// it still holds the lock. An export that was waiting for the lock then finds that the name is gone,
+// and makes another directory.
+//
+// It is safe after a kill, because the lock ends with the process: the next export takes over the
+// directory and removes the files in it.
 func lockLayout(ctx context.Context, root *rootDir) (release func() error, err error) {
 	if fi, err := root.Lstat(layoutTmp); err == nil && !fi.IsDir() {
 		return nil, fmt.Errorf("%w: %s is not a directory", ErrInvalidLayout, layoutTmp)
@@ -120,17 +140,18 @@ func lockLayout(ctx context.Context, root *rootDir) (release func() error, err e
 	store := newBlobStore(root, true)
 	store.tmp = layoutTmp
 	return func() error {
-		_ = store.sweep() // what exports that were killed have left
+		_ = store.sweep() // files of exports that were killed
 		_ = root.Remove(path.Join(layoutTmp, lockFile))
 		err := root.Remove(layoutTmp)
-		if errors.Is(err, fs.ErrExist) { // something in it is not ours
+		if errors.Is(err, fs.ErrExist) { // it is not empty: other files in it are not this package's
 			err = nil
 		}
 		return errors.Join(err, unlock())
 	}, nil
 }
 
-// prepareLayout makes sure that l is a layout or may become one: then it is fresh.
+// prepareLayout checks that l is a layout, or that it may become one: then it is fresh. A fresh
+// directory has no index.json, and no entries except those of an export that was interrupted.
 func prepareLayout(ctx context.Context, l *layout) (fresh bool, err error) {
 	version, err := l.has(ocispec.ImageLayoutFile)
 	if err == nil && version {
@@ -142,7 +163,7 @@ func prepareLayout(ctx context.Context, l *layout) (fresh bool, err error) {
 	if index, err := l.has(ocispec.ImageIndexFile); err != nil || index {
 		return false, err
 	}
-	ours := []string{blobsDir, layoutTmp, layoutTemp, ocispec.ImageLayoutFile} // left by an export that was cut off
+	ours := []string{blobsDir, layoutTmp, layoutTemp, ocispec.ImageLayoutFile}
 	return true, l.root.eachEntry(ctx, ".", func(name string) error {
 		if !slices.Contains(ours, name) {
 			return fmt.Errorf("%w: the directory holds %s and is not a layout", ErrInvalidLayout, printable(name))
@@ -151,8 +172,9 @@ func prepareLayout(ctx context.Context, l *layout) (fresh bool, err error) {
 	})
 }
 
-// addTo returns the index.json that l has with x's entries added. What it
-// doesn't know in there it keeps.
+// addTo returns the index.json of l with the entries of x added. Other tools may have written fields and
+// entries that this package does not know. They are kept, because the document is decoded only to raw
+// values. The entries are parsed as well, to compare their names and digests.
 func (x *export) addTo(l *layout, fresh bool) ([]byte, error) {
 	added, err := x.index()
 	if err != nil || fresh {
@@ -189,7 +211,9 @@ func (x *export) addTo(l *layout, fresh bool) ([]byte, error) {
 	return out, err
 }
 
-// merge returns the entries that were there, as parsed and as they stand, with ours.
+// merge returns the old entries and the new ones. was are the old entries parsed, entries the same in
+// raw form. An entry that exists with the same name and digest is not added again. A name with another
+// digest is [ErrExists] or, with Overwrite, all its old entries are removed.
 func (x *export) merge(was []ocispec.Descriptor, entries, ours []json.RawMessage) ([]json.RawMessage, error) {
 	type key struct{ name, digest string }
 	name := entryName
@@ -207,7 +231,7 @@ func (x *export) merge(was []ocispec.Descriptor, entries, ours []json.RawMessage
 		}
 		if d := digests[n]; n != "" && d != "" {
 			if !x.opts.Overwrite {
-				return nil, fmt.Errorf("%s is %s there: %w (ExportOptions.Overwrite moves it)", n, printable(d), ErrExists)
+				return nil, fmt.Errorf("%s is %s in the directory: %w (ExportOptions.Overwrite moves it)", n, printable(d), ErrExists)
 			}
 			moved[n] = true
 		}
@@ -222,7 +246,8 @@ func (x *export) merge(was []ocispec.Descriptor, entries, ours []json.RawMessage
 	return append(keep, add...), nil
 }
 
-// verbatim is json.Marshal that leaves <, > and & in strings alone.
+// verbatim is json.Marshal that does not escape <, > and & in strings. json.Marshal escapes them in raw
+// values too, and so would change entries of other tools.
 func verbatim(v any) ([]byte, error) {
 	var b bytes.Buffer
 	e := json.NewEncoder(&b)
@@ -231,7 +256,9 @@ func verbatim(v any) ([]byte, error) {
 	return bytes.TrimSuffix(b.Bytes(), []byte("\n")), err
 }
 
-// writeBlobs takes the way that every blob of a registry takes too: see stage.
+// writeBlobs writes the blobs by a stage, as a registry does: see stage for the order of its steps. The
+// layout has its own blobStore, whose tmp/ is layoutTmp. The directory is synced before settle, which
+// makes the entry blobs/ durable.
 func (x *export) writeBlobs(ctx context.Context, root *rootDir) (err error) {
 	err = root.Mkdir(blobsDir, 0o755)
 	if errors.Is(err, fs.ErrExist) {
@@ -263,7 +290,8 @@ func (x *export) writeBlobs(ctx context.Context, root *rootDir) (err error) {
 	return st.settle(ctx, nil)
 }
 
-// writeBlob stages a blob unless the layout has it.
+// writeBlob stages a blob unless the layout has a good one. The call on the registry lasts only for this
+// blob. putFile verifies the bytes while it copies them.
 func (x *export) writeBlob(ctx context.Context, st *stage, d ocispec.Descriptor) error {
 	ok, err := st.reuse(ctx, d.Digest, d.Size)
 	if err != nil {

@@ -8,20 +8,23 @@ import (
 	"github.com/opencontainers/go-digest"
 )
 
-// Parent returns the artifact that a's subject names. If a has no subject, it returns nil and no
+// Parent returns the artifact that is the subject of a. If a has no subject, Parent returns nil and no
 // error: a is the first of its line. Both forms of manifest can have subjects, and be subjects. The
 // parent's Reference is zero.
 //
 // Errors:
-//   - [*MissingSubjectError], which matches [ErrNotFound], if the subject is not in the registry
-//   - [ErrSizeMismatch] or [ErrInvalidManifest] if a describes its subject otherwise than the
-//     registry
-//   - those of [LocalArtifact.Manifest] for a's own manifest
+//   - [*MissingSubjectError], which matches [ErrNotFound]: the subject is not in the registry
+//   - [ErrSizeMismatch], [ErrInvalidManifest]: the registry has the subject with another size or
+//     media type than a says
+//   - those of [LocalArtifact.Manifest] for the manifest of a
 func (a *LocalArtifact) Parent(ctx context.Context) (*LocalArtifact, error) {
 	p, err := a.parent(ctx)
 	return p, opError("find parent of", a.ref.String(), a.desc.Digest, err)
 }
 
+// parent is Parent for History, which names the operation itself. The manifest of a is read before the
+// call begins, because that read begins a call of its own. The subject is looked up in the index only;
+// its bytes are verified when they are read.
 func (a *LocalArtifact) parent(ctx context.Context) (*LocalArtifact, error) {
 	m, err := a.manifest(ctx)
 	if err != nil || m.doc.Subject == nil {
@@ -51,10 +54,10 @@ func (a *LocalArtifact) parent(ctx context.Context) (*LocalArtifact, error) {
 // governs the iteration. An error is yielded once, at the end, with a nil artifact.
 //
 // Errors:
-//   - [*MissingSubjectError] for a parent that is not in the registry
-//   - [ErrInvalidManifest] for a chain that comes back to one of its artifacts, which only a broken
-//     hash allows
-//   - [ErrTooLarge] for more than [MaxClosure] generations
+//   - [*MissingSubjectError]: a parent is not in the registry
+//   - [ErrInvalidManifest]: the chain returns to one of its artifacts, which is possible only if the
+//     hash function is broken
+//   - [ErrTooLarge]: there are more than [MaxClosure] generations
 //   - those of [LocalArtifact.Parent]
 func (a *LocalArtifact) History(ctx context.Context) iter.Seq2[*LocalArtifact, error] {
 	return func(yield func(*LocalArtifact, error) bool) {

@@ -43,9 +43,10 @@ type AnnotationChange struct {
 }
 
 // Diff compares a with other by their layers and their manifests' annotations. Two layers are the
-// same if digest and media type are. Among equal layers the first goes with the first. The two
-// artifacts may have different forms of manifest. The empty layer of an image manifest without
-// layers counts as none. Configs, which only one form has, are not compared.
+// same if they have the same digest and media type. If a layer occurs several times, the first one
+// of a is paired with the first one of other, and so on. The two artifacts may have different forms
+// of manifest. The empty layer of an image manifest without layers is not counted as a layer. Configs
+// are not compared, because only one form has them.
 //
 // Errors: [ErrInvalidArgument] if other is nil, and those of [LocalArtifact.Manifest].
 func (a *LocalArtifact) Diff(ctx context.Context, other *LocalArtifact) (*Diff, error) {
@@ -65,7 +66,8 @@ func (a *LocalArtifact) Diff(ctx context.Context, other *LocalArtifact) (*Diff, 
 	return d, nil
 }
 
-// realLayers returns the layers without the empty layer that stands for none.
+// realLayers returns the layers of a manifest. An image manifest without layers has one empty layer
+// instead (image-spec manifest.md, "Guidelines for Artifact Usage"), which is left out.
 func (m *Manifest) realLayers() []ocispec.Descriptor {
 	if m.form == formImage && len(m.layers) == 1 &&
 		m.layers[0].MediaType == emptyJSON.MediaType && m.layers[0].Digest == emptyJSON.Digest {
@@ -74,12 +76,15 @@ func (m *Manifest) realLayers() []ocispec.Descriptor {
 	return m.layers
 }
 
+// layers pairs the layers of the two artifacts. Each layer of the second takes the first free layer of
+// the same identity from the first. The rest of the first were removed. It takes linear time, except
+// for the sort of the rest.
 func (d *Diff) layers(from, to []ocispec.Descriptor) {
 	type identity struct {
 		digest    digest.Digest
 		mediaType string
 	}
-	free := map[identity][]int{} // places in from that nothing in to has taken
+	free := map[identity][]int{} // positions in from that are not paired yet
 	for i, l := range from {
 		id := identity{l.Digest, l.MediaType}
 		free[id] = append(free[id], i)
@@ -101,6 +106,7 @@ func (d *Diff) layers(from, to []ocispec.Descriptor) {
 	}
 }
 
+// diffAnnotations returns the annotations that differ, sorted by key.
 func diffAnnotations(from, to map[string]string) (changes []AnnotationChange) {
 	keys := maps.Clone(from)
 	if keys == nil {

@@ -20,8 +20,8 @@ type Ref struct {
 }
 
 // Resolve returns the descriptor of the manifest that ref names. It reads only the index. A
-// reference with a digest is resolved by that digest, under whatever name the registry has it,
-// as [LocalRegistry.ResolveDigest] does.
+// reference with a digest is resolved by that digest alone, as [LocalRegistry.ResolveDigest] does:
+// the registry may have the manifest under any name.
 //
 // Errors: [ErrNotFound], [ErrInvalidReference] for a zero ref, [ErrCorruptIndex], [ErrIndexIO].
 func (r *LocalRegistry) Resolve(ctx context.Context, ref Reference) (_ ocispec.Descriptor, err error) {
@@ -37,8 +37,10 @@ func (r *LocalRegistry) Resolve(ctx context.Context, ref Reference) (_ ocispec.D
 // ResolveDigest returns the descriptor of the manifest with that digest. A manifest to which no
 // ref points any more is found until it is collected.
 //
-// Errors: [ErrNotFound], with [ErrAbsent] where it applies, [ErrInvalidDigest], [ErrCorruptIndex],
-// [ErrIndexIO].
+// Errors:
+//   - [ErrNotFound], with [ErrAbsent] if the registry records the manifest as absent
+//   - [ErrInvalidDigest]
+//   - [ErrCorruptIndex], [ErrIndexIO]
 func (r *LocalRegistry) ResolveDigest(ctx context.Context, d digest.Digest) (_ ocispec.Descriptor, err error) {
 	defer addOp(&err, "resolve", "", d)
 	end, err := r.begin(ctx)
@@ -69,7 +71,7 @@ func (r *LocalRegistry) resolveDigest(d digest.Digest) (ocispec.Descriptor, erro
 	return desc, r.absence(err, d)
 }
 
-// found makes [ErrNotFound] of the answer of the index that there is no such row.
+// found turns the index's answer "no such row" into [ErrNotFound].
 func found(desc ocispec.Descriptor, ok bool, err error) (ocispec.Descriptor, error) {
 	if err == nil && !ok {
 		err = ErrNotFound
@@ -88,8 +90,9 @@ func (r *LocalRegistry) Exists(ctx context.Context, ref Reference) (bool, error)
 	return err == nil, err
 }
 
-// LoadDigest returns the artifact whose manifest has that digest; its
-// Reference is zero. Errors are those of [LocalRegistry.ResolveDigest].
+// LoadDigest returns the artifact whose manifest has that digest. Its Reference is zero.
+//
+// Errors are those of [LocalRegistry.ResolveDigest].
 func (r *LocalRegistry) LoadDigest(ctx context.Context, d digest.Digest) (*LocalArtifact, error) {
 	desc, err := r.ResolveDigest(ctx, d)
 	if err != nil {
@@ -98,9 +101,14 @@ func (r *LocalRegistry) LoadDigest(ctx context.Context, d digest.Digest) (*Local
 	return r.newArtifact(Reference{}, desc, nil), nil
 }
 
-// inPages returns an iterator over the items of pages. read is asked for the n items after the
-// last one of the page before, which is nil at first. Nothing of a page is held open while the
-// caller's code runs. A positive limit bounds the items. An error is yielded once, at the end.
+// inPages returns an iterator over the items of pages. read returns the n items after the last one of
+// the page before, which is nil at first. A positive limit bounds the items. An error is yielded once,
+// at the end.
+//
+// All listings are built on it. A page is read to its end before its items are yielded, so no rows
+// and no connection are open while the caller's code runs. That code may query, write or close the
+// registry. The next page begins by key and not by number: rows that are added or deleted meanwhile
+// neither repeat nor hide others.
 func inPages[T any](limit, size int, read func(last *T, n int) ([]T, error)) iter.Seq2[T, error] {
 	return func(yield func(T, error) bool) {
 		var last *T
@@ -132,19 +140,18 @@ func inPages[T any](limit, size int, read func(last *T, n int) ([]T, error)) ite
 type ListOptions struct {
 	// Name, if not empty, is the one registry/repository to list, as [Reference.Name] returns it.
 	Name string
-	// Prefix, if not empty, is what registry/repository must begin with, such as "ghcr.io/org/".
+	// Prefix, if not empty, is the beginning of registry/repository, such as "ghcr.io/org/".
 	Prefix string
-	// After, if not zero, starts the listing after it, whether or not it
-	// exists: the last reference of a page begins the next.
+	// After, if not zero, starts the listing after this reference, whether or not it exists. So the
+	// last reference of a page begins the next one.
 	After Reference
-	// Limit, if positive, ends the listing after that many.
+	// Limit, if positive, is the largest number of refs to list.
 	Limit int
 }
 
-// Refs lists refs in the order of [Reference.Compare], from the index only. It reads
-// in pages, so that memory stays the same and no lock is held while the
-// caller's code runs; a ref that is added or removed meanwhile may or may not
-// be seen. An error is yielded once, at the end.
+// Refs lists refs in the order of [Reference.Compare], from the index only. It reads in pages, so
+// that memory does not grow and no lock is held while the caller's code runs. A ref that is added or
+// removed meanwhile may or may not be listed. An error is yielded once, at the end.
 //
 // Errors: [ErrInvalidArgument] for a Name that no reference has, [ErrCorruptIndex], [ErrIndexIO],
 // and any error from ctx.
@@ -169,9 +176,11 @@ func (r *LocalRegistry) Refs(ctx context.Context, opts *ListOptions) iter.Seq2[R
 	}
 }
 
+// listPage is the number of refs, or names, in one page.
 const listPage = 512
 
-// check refuses a name that no reference can have.
+// check refuses a name that a reference cannot have. A name in another spelling would list nothing, and
+// the caller would take it for an empty repository.
 func (o *ListOptions) check() error {
 	if o.Name == "" {
 		return nil
@@ -186,9 +195,11 @@ func (o *ListOptions) check() error {
 	return nil
 }
 
-// bounds returns the keys between which the listing lies.
+// bounds returns the range of keys of the listing: greater than (name, reference), with a name less than
+// below. Ranges use the primary key, so a listing of one name does not read the others. An empty range
+// has below = "".
 func (o *ListOptions) bounds() (name, reference, below string) {
-	// Names hold ASCII only, so these are above all of them.
+	// Names have printable ASCII characters only, so this is greater than all of them.
 	const aboveAll = "\x7f"
 	below = aboveAll
 	if o.Prefix != "" {
@@ -205,6 +216,7 @@ func (o *ListOptions) bounds() (name, reference, below string) {
 	return name, reference, below
 }
 
+// page reads one page of refs, as a call that begins and ends with it.
 func (r *LocalRegistry) page(ctx context.Context, name, reference, below string, n int) ([]Ref, error) {
 	end, err := r.begin(ctx)
 	if err != nil {

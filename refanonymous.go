@@ -11,18 +11,20 @@ import (
 	"time"
 )
 
-// anonymousTime is how the time stands in the tag of an anonymous artifact: in
-// UTC, of one length, so that names sort by age, and without a ':', which no tag may have.
+// anonymousTime is the layout of the time in the tag of an anonymous artifact. It is in UTC and of fixed
+// length, so that names sort by age. It has no ':', which a tag cannot have.
 const anonymousTime = "20060102T150405.000000Z"
 
-const anonymousNonce = 13 // characters of 5 bits: with the time, never twice
+// anonymousNonce is the number of random characters after the time, of 5 bits each. Two artifacts of the
+// same microsecond get the same name with a probability of 2^-65.
+const anonymousNonce = 13
 
 // NewAnonymousBuilder is [LocalRegistry.NewBuilder] for an artifact that does not need a name,
 // such as an intermediate result. It is published as
-// <id>.ocilocal.local/anonymous:<time>-<nonce>, with the registry's [LocalRegistry.ID], the time in
-// UTC, and random letters and digits: a reference as good as any other, by
-// which the artifact stays until [LocalRegistry.Remove] or [LocalRegistry.PruneAnonymous]. The
-// artifact that Build returns tells it.
+// <id>.ocilocal.local/anonymous:<time>-<nonce>. The parts are the registry's [LocalRegistry.ID], the
+// time in UTC, and random letters and digits. The reference is like any other: it keeps the artifact
+// until [LocalRegistry.Remove] or [LocalRegistry.PruneAnonymous]. The artifact that Build returns has
+// it.
 //
 // Errors:
 //   - [ErrInvalidArgument]: the options have Expected, although the ref is a new one
@@ -40,29 +42,33 @@ func (r *LocalRegistry) NewAnonymousBuilder(opts *BuilderOptions) (_ *Builder, e
 	return r.NewBuilder(ref, opts)
 }
 
-// anonymousName is the name that this registry's anonymous artifacts share.
+// anonymousName is the name that all anonymous artifacts of this registry share. It has the registry's
+// id, so that names of two registries never collide after an import.
 func (r *LocalRegistry) anonymousName() string { return r.localHost() + "/anonymous" }
 
-// anonymousReference makes up the reference of one anonymous artifact.
+// anonymousReference makes the reference of one anonymous artifact. It refuses Expected: a new reference
+// points at nothing yet, so such a publish would always conflict.
 func (r *LocalRegistry) anonymousReference(o PublishOptions) (Reference, error) {
 	if o.Expected != "" {
-		return Reference{}, fmt.Errorf("%w: an anonymous reference is a new one and can't be expected to be at %s", ErrInvalidArgument, printable(string(o.Expected)))
+		return Reference{}, fmt.Errorf("%w: PublishOptions.Expected is %s, but an anonymous reference is always new", ErrInvalidArgument, printable(string(o.Expected)))
 	}
 	tag := time.Now().UTC().Format(anonymousTime) + "-" + strings.ToLower(rand.Text()[:anonymousNonce])
 	return ParseReference(r.anonymousName() + ":" + tag)
 }
 
-// isAnonymousTag tells the tags of anonymous artifacts from those that
-// somebody else has put on their name.
+// isAnonymousTag reports whether a tag has the form that anonymousReference makes. A user can set other
+// tags under the same name, and these must not be pruned.
 func isAnonymousTag(tag string) bool {
 	made, nonce, _ := strings.Cut(tag, "-")
 	_, err := time.Parse(anonymousTime, made)
 	return err == nil && len(nonce) == anonymousNonce
 }
 
-// AnonymousRefs lists this registry's anonymous artifacts, those of the earliest
-// name first, as [LocalRegistry.Refs] does. [LocalRegistry.OtherAnonymousRefs] lists the names that
-// another registry made up. Errors too are as there.
+// AnonymousRefs lists this registry's anonymous artifacts, the oldest names first, as
+// [LocalRegistry.Refs] does. [LocalRegistry.OtherAnonymousRefs] lists the names that another registry
+// made up.
+//
+// Errors are those of [LocalRegistry.Refs].
 func (r *LocalRegistry) AnonymousRefs(ctx context.Context) iter.Seq2[Ref, error] {
 	return func(yield func(Ref, error) bool) {
 		for ref, err := range r.Refs(ctx, &ListOptions{Name: r.anonymousName()}) {
@@ -73,10 +79,12 @@ func (r *LocalRegistry) AnonymousRefs(ctx context.Context) iter.Seq2[Ref, error]
 	}
 }
 
-// OtherAnonymousRefs lists the refs whose names other registries made up, and that imports or pulls
-// brought here, as [LocalRegistry.Refs] does: anonymous artifacts of registries of this package,
-// and anonymous artifacts, experiments and checkpoints of OMMX v3 registries, such as
-// 0123abcd.ommx.local/checkpoint:7. Errors too are as there.
+// OtherAnonymousRefs lists the refs whose names other registries made up, as [LocalRegistry.Refs] does.
+// Imports and pulls bring such refs. They are anonymous artifacts of registries of this package, and
+// anonymous artifacts, experiments and checkpoints of OMMX v3 registries, such as
+// 0123abcd.ommx.local/checkpoint:7.
+//
+// Errors are those of [LocalRegistry.Refs].
 func (r *LocalRegistry) OtherAnonymousRefs(ctx context.Context) iter.Seq2[Ref, error] {
 	return func(yield func(Ref, error) bool) {
 		for name, err := range r.Repositories(ctx, nil) {
@@ -103,26 +111,27 @@ func (r *LocalRegistry) isOthersName(name string) bool {
 		strings.HasSuffix(host, localHostSuffix) && repository == "anonymous" && host != r.localHost()
 }
 
-// defaultGrace is the age below which collecting and pruning leave things alone.
+// defaultGrace is the age below which collections and PruneAnonymous keep content and refs.
 const defaultGrace = 24 * time.Hour
 
 // PruneOptions choose anonymous refs to remove. Nil is the zero value.
 type PruneOptions struct {
-	// OlderThan is how long ago a ref must have been written to be removed. Zero
-	// means 24 hours; less than zero, such as [NoGrace], removes all.
+	// OlderThan is the age from which refs are removed, counted from their last write. Zero means 24
+	// hours. A negative age, such as [NoGrace], removes all.
 	OlderThan time.Duration
 	// Others removes the refs of [LocalRegistry.OtherAnonymousRefs] too.
 	Others bool
 }
 
-// prunePage is how many refs are removed in one transaction at most.
+// prunePage is the largest number of refs that one transaction removes. Other writers get their turn
+// between two pages.
 const prunePage = 100
 
-// PruneAnonymous removes this registry's anonymous refs that are old enough, with
-// [PruneOptions.Others] also those that other registries made up, and returns them in the order of
-// their names. A ref that is moved meanwhile stays. The artifacts stay until garbage collection,
-// and [LocalRegistry.Tag] restores a ref until then. Of several that prune at the same time, each
-// ref is returned by one.
+// PruneAnonymous removes this registry's anonymous refs that are old enough, and returns them in the
+// order of their names. With [PruneOptions.Others] it also removes those that other registries made
+// up. A ref that is moved meanwhile stays. The artifacts stay until they are collected. Until then
+// [LocalRegistry.Tag] can restore a ref. If several calls prune at the same time, each ref is in the
+// result of one of them.
 //
 // Errors, together with the refs that were removed by then: [ErrReadOnly], [ErrBusy],
 // [ErrCorruptIndex], [ErrIndexIO], and any error from ctx.
@@ -158,8 +167,8 @@ func (r *LocalRegistry) PruneAnonymous(ctx context.Context, opts *PruneOptions) 
 	return removed, nil
 }
 
-// pruneName removes the anonymous refs of one name that are older than age, or all if that is
-// negative.
+// pruneName removes the anonymous refs of one name that are older than age, or all if age is negative.
+// Under a name that another registry made up, every tag counts: this package knows only its own form.
 func (r *LocalRegistry) pruneName(ctx context.Context, prunedName string, age time.Duration) (removed []Ref, err error) {
 	young := time.Now().Add(-age)
 	ours := prunedName == r.anonymousName()
@@ -185,7 +194,8 @@ func (r *LocalRegistry) pruneName(ctx context.Context, prunedName string, age ti
 	return removed, ctx.Err()
 }
 
-// removeUnchanged removes those of refs that are still as they were read, all in one step.
+// removeUnchanged removes the refs that are still as they were read, all in one transaction. A ref that
+// was moved since is in use again, even if it points at the same digest: its time has changed.
 func (r *LocalRegistry) removeUnchanged(ctx context.Context, refs []Ref) (removed []Ref, err error) {
 	if len(refs) == 0 {
 		return nil, nil

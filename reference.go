@@ -12,19 +12,17 @@ import (
 
 // Limits and names of the reference grammar.
 const (
-	// maxReferenceLen is refused before anything is parsed. The longest
-	// canonical reference is a name of 255 bytes, a tag of 128 and a sha512
-	// digest of 135 with their separators: 520. Twice that leaves room for
-	// every spelling that becomes shorter, and keeps hostile input out of the scanner.
+	// maxReferenceLen bounds the text before anything is parsed. The longest canonical reference is a
+	// name of 255 bytes, a tag of 128 and a sha512 digest of 135, with two separators: 520. Twice that
+	// leaves room for spellings that become shorter, and keeps hostile input out of the scanner.
 	maxReferenceLen = 1024
-	// maxNameLen bounds registry, '/' and repository together: the limit that
-	// distribution-spec ("Pulling manifests") says many clients impose. A longer
-	// name could be stored here but not pushed with them.
+	// maxNameLen bounds registry, '/' and repository together. Many clients have this limit
+	// (distribution-spec, "Pulling manifests"), so they could not push or pull a longer name.
 	maxNameLen = 255
 	maxHostLen = 253 // RFC 1035, section 3.1, in text form
 	maxTagLen  = 128 // distribution-spec, "Pulling manifests"
 
-	defaultTag = "latest" // what every client of Docker Hub's lineage means by a bare name
+	defaultTag = "latest" // the tag of a name without one, as in Docker
 
 	registryDockerHub = "docker.io" // its canonical name; requests go to registry-1.docker.io
 	registryGitHub    = "ghcr.io"
@@ -32,9 +30,8 @@ const (
 
 // A Reference names an artifact: registry, repository, and a tag, a digest or both.
 //
-// It is always in canonical form, so two spellings of one name are equal by ==
-// and the same map key. The zero Reference names nothing; it is the only one
-// without a name, and every other one has a tag or a digest.
+// It is always in canonical form. So two spellings of one name are equal by ==, and are the same map
+// key. The zero Reference names nothing. Every other one has a name, and a tag or a digest.
 type Reference struct {
 	name   string // registry + "/" + repository; the registry holds no '/'
 	tag    string
@@ -43,37 +40,35 @@ type Reference struct {
 
 // ParseReference reads host[:port]/repository[:tag][@digest] and makes it canonical.
 //
-// The grammar is distribution-spec 1.1's (section "Pulling manifests"):
+// The grammar is that of distribution-spec 1.1, "Pulling manifests":
 //
 //	repository  [a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*(\/[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*)*
 //	tag         [a-zA-Z0-9_][a-zA-Z0-9._-]{0,127}
 //	digest      lower-case sha256, sha384 or sha512
 //
-// The spec leaves the host and the short forms open; these are Docker's rules,
-// which users expect of every client:
+// The spec does not define the host and the short forms. They follow Docker's rules, which users
+// expect of every client:
 //
-//   - The text before the first '/' is a host only if it has a '.' or a ':', or
-//     is localhost, or is an IPv6 address in brackets. Otherwise the host is docker.io.
-//     Without a '/' there is no host: "app:5000" is docker.io/library/app with tag 5000.
+//   - The text before the first '/' is a host only if it has a '.' or a ':', or is localhost, or is
+//     an IPv6 address in brackets. Otherwise the host is docker.io. Without a '/' there is no host:
+//     "app:5000" is docker.io/library/app with tag 5000.
 //   - index.docker.io and registry-1.docker.io are docker.io.
 //   - A docker.io repository of one component is in library/.
-//   - The tag is "latest" where there is neither tag nor digest.
+//   - Without a tag and a digest, the tag is "latest".
 //
-// Hosts are lower-cased and IPv6 addresses (without zone) take their canonical
-// form. A host that ends in a number has to be an IPv4 address of four decimal
-// parts, because resolvers read 127.1 and 0x7f000001 as other spellings of one;
-// [::ffff:127.0.0.1] is refused for the same reason.
-// A port stays as it is: host and host:443 are two registries.
-// Text that is only a digest is refused, and so is "sha256:" before anything,
-// though docker.io/library/sha256:x is a name.
+// Hosts become lower case, and IPv6 addresses (without zone) get their canonical form. A host that
+// ends in a number must be an IPv4 address of four decimal parts, because resolvers read 127.1 and
+// 0x7f000001 as other spellings of one. [::ffff:127.0.0.1] is refused for the same reason. A port is
+// not changed: host and host:443 are two registries. Text that is only a digest is refused, and so is
+// any text that begins with "sha256:". docker.io/library/sha256:x is a name.
 //
-// Nothing else is corrected: no trimming, no unescaping, no lower-casing of repositories.
+// Nothing else is corrected: no trimming, no unescaping, no lower case for repositories.
 //
-// Errors: [ErrInvalidReference], and also [ErrInvalidDigest] where the digest is at fault.
+// Errors: [ErrInvalidReference], which also matches [ErrInvalidDigest] if the digest is invalid.
 func ParseReference(s string) (Reference, error) {
 	switch {
 	case s == "":
-		return Reference{}, fmt.Errorf("%w: it is empty, want host/repository:tag", ErrInvalidReference)
+		return Reference{}, fmt.Errorf("%w: reference is empty, want host/repository:tag", ErrInvalidReference)
 	case len(s) > maxReferenceLen:
 		return Reference{}, fmt.Errorf("%w: %s has %d bytes, want at most %d",
 			ErrInvalidReference, printable(s), len(s), maxReferenceLen)
@@ -98,7 +93,7 @@ func ParseReference(s string) (Reference, error) {
 		name, tag, tagged = rest[:i], rest[i+1:], true
 	}
 	if slash < 0 && isOnlyDigest(name, tagged) {
-		return Reference{}, fmt.Errorf("%w: %s is only a digest, want a name before it: repository@sha256:…",
+		return Reference{}, fmt.Errorf("%w: %s is only a digest, want a repository before it: repository@sha256:…",
 			ErrInvalidReference, printable(s))
 	}
 	var err error
@@ -126,14 +121,14 @@ func MustParseReference(s string) Reference {
 	return r
 }
 
-// GitHubReference returns ghcr.io/org/repo/name:tag. GitHub's names may have
-// upper-case letters and the registry's may not, so org, repo and name are
-// lower-cased; tag is kept. Name may have several components; org and repo have one.
+// GitHubReference returns ghcr.io/org/repo/name:tag. Names on GitHub may have upper-case letters, but
+// repositories may not, so org, repo and name become lower case. tag is not changed. name may have
+// several components; org and repo have one.
 //
 // Errors: [ErrInvalidReference].
 func GitHubReference(org, repo, name, tag string) (Reference, error) {
 	for _, part := range [...]string{org, repo, name} {
-		// Before ToLower, which would turn look-alikes such as U+212A into ASCII.
+		// This comes before ToLower, which turns look-alikes such as U+212A (Kelvin) into ASCII.
 		if err := checkPrintable(part); err != nil {
 			return Reference{}, err
 		}
@@ -154,7 +149,8 @@ func GitHubReference(org, repo, name, tag string) (Reference, error) {
 	return Reference{name: full, tag: tag}, nil
 }
 
-// Registry returns the host with its port if it has one: "docker.io", "localhost:5000", "[::1]:5000".
+// Registry returns the host, with its port if there is one: "docker.io", "localhost:5000",
+// "[::1]:5000".
 func (r Reference) Registry() string {
 	registry, _, _ := strings.Cut(r.name, "/")
 	return registry
@@ -172,22 +168,22 @@ func (r Reference) Name() string { return r.name }
 // Tag returns the tag, or "" for a reference by digest alone.
 func (r Reference) Tag() string { return r.tag }
 
-// Digest returns the digest that the reference is pinned to, or "".
+// Digest returns the digest to which the reference is pinned, or "".
 func (r Reference) Digest() digest.Digest { return r.digest }
 
 // IsZero reports whether r is the zero Reference, which names nothing.
 func (r Reference) IsZero() bool { return r == Reference{} }
 
-// checkGiven refuses the zero Reference.
+// checkGiven refuses the zero Reference. Every exported method that needs a reference calls it.
 func (r Reference) checkGiven() error {
 	if r.IsZero() {
-		return fmt.Errorf("%w: it is empty", ErrInvalidReference)
+		return fmt.Errorf("%w: reference is empty", ErrInvalidReference)
 	}
 	return nil
 }
 
-// String returns the canonical spelling, with nothing left to a default.
-// [ParseReference] of it returns r. The zero Reference gives "".
+// String returns the canonical spelling with all parts that defaults have set. [ParseReference] of it
+// returns r. The zero Reference gives "".
 func (r Reference) String() string {
 	switch {
 	case r.digest == "" && r.tag == "":
@@ -201,13 +197,12 @@ func (r Reference) String() string {
 	}
 }
 
-// WithTag returns the same name with this tag. It drops the digest, which was
-// said of another tag.
+// WithTag returns the same name with this tag. It drops the digest, which belongs to the old tag.
 //
 // Errors: [ErrInvalidReference], also for the zero Reference.
 func (r Reference) WithTag(tag string) (Reference, error) {
 	if r.IsZero() {
-		return Reference{}, fmt.Errorf("%w: a zero reference has no name to put tag %s on", ErrInvalidReference, printable(tag))
+		return Reference{}, fmt.Errorf("%w: reference is empty, cannot add tag %s", ErrInvalidReference, printable(tag))
 	}
 	if err := checkTag(tag); err != nil {
 		return Reference{}, err
@@ -217,11 +212,11 @@ func (r Reference) WithTag(tag string) (Reference, error) {
 
 // WithDigest returns the same name by digest alone. It drops the tag.
 //
-// Errors: [ErrInvalidReference], also for the zero Reference; and
-// [ErrInvalidDigest] where d is at fault.
+// Errors: [ErrInvalidReference], also for the zero Reference. It matches [ErrInvalidDigest] too if d is
+// invalid.
 func (r Reference) WithDigest(d digest.Digest) (Reference, error) {
 	if r.IsZero() {
-		return Reference{}, fmt.Errorf("%w: a zero reference has no name to put digest %s on", ErrInvalidReference, printable(string(d)))
+		return Reference{}, fmt.Errorf("%w: reference is empty, cannot add digest %s", ErrInvalidReference, printable(string(d)))
 	}
 	if err := checkDigest(d); err != nil {
 		return Reference{}, fmt.Errorf("%w: %w", ErrInvalidReference, err)
@@ -229,8 +224,8 @@ func (r Reference) WithDigest(d digest.Digest) (Reference, error) {
 	return Reference{name: r.name, digest: d}, nil
 }
 
-// Compare orders by name, then by tag (or digest where there is no tag), as
-// bytes: the order of the index. It returns -1, 0 or 1, and 0 only where r == o.
+// Compare orders references by name, then by tag (or by digest if there is no tag), as bytes. That is
+// the order of the index. It returns -1, 0 or 1, and 0 only if r == o.
 func (r Reference) Compare(o Reference) int {
 	rName, rRef := r.key()
 	oName, oRef := o.key()
@@ -241,14 +236,14 @@ func (r Reference) Compare(o Reference) int {
 	)
 }
 
-// MarshalText returns the canonical spelling; the zero Reference gives no bytes.
-// The error is always nil.
+// MarshalText returns the canonical spelling. The zero Reference gives no bytes. The error is always
+// nil.
 func (r Reference) MarshalText() ([]byte, error) { return []byte(r.String()), nil }
 
-// UnmarshalText is [ParseReference], but takes no bytes as the zero Reference.
-// After an error r is unchanged.
+// UnmarshalText is [ParseReference], except that empty text gives the zero Reference. After an error r
+// is unchanged.
 //
-// Errors: as [ParseReference].
+// Errors are those of [ParseReference].
 func (r *Reference) UnmarshalText(text []byte) error {
 	if len(text) == 0 {
 		*r = Reference{}
@@ -262,9 +257,9 @@ func (r *Reference) UnmarshalText(text []byte) error {
 	return nil
 }
 
-// key returns what identifies the ref in the index: the name, and the tag if
-// there is one, else the digest. A digest beside a tag is not part of it: it
-// says what the ref should point at, not which ref it is.
+// key returns the primary key of the ref in the index: the name, and the tag if there is one, or else
+// the digest. The digest of a reference with a tag is not part of the key: it says at which manifest
+// the ref should point.
 func (r Reference) key() (name, reference string) {
 	if r.tag != "" {
 		return r.name, r.tag
@@ -272,10 +267,9 @@ func (r Reference) key() (name, reference string) {
 	return r.name, string(r.digest)
 }
 
-// referenceFromKey is the inverse of key. Both parts are validated, since the
-// index is a file that others can alter, and a name that isn't canonical is
-// refused, since no look-up could find it. A valid key costs no allocation,
-// unless its host is an IPv6 address.
+// referenceFromKey is the inverse of key. Both parts are validated, because another program can alter
+// the index. A name that is not canonical is refused, because no query could find it. A valid key
+// costs no allocation, unless its host is an IPv6 address: listings make millions of them.
 func referenceFromKey(name, reference string) (Reference, error) {
 	canonical, err := canonicalName(name)
 	if err != nil {
@@ -285,7 +279,7 @@ func referenceFromKey(name, reference string) (Reference, error) {
 		return Reference{}, fmt.Errorf("%w: name %s is not in its canonical form %s",
 			ErrInvalidReference, printable(name), printable(canonical))
 	}
-	// No tag has a ':' and every digest has one.
+	// A tag cannot have a ':', and every digest has one.
 	if strings.IndexByte(reference, ':') < 0 {
 		if err := checkTag(reference); err != nil {
 			return Reference{}, err
@@ -298,7 +292,8 @@ func referenceFromKey(name, reference string) (Reference, error) {
 	return Reference{name: name, digest: digest.Digest(reference)}, nil
 }
 
-// checkTag returns an [ErrInvalidReference] unless tag is a tag of distribution-spec.
+// checkTag returns an [ErrInvalidReference] unless tag is a tag (distribution-spec, "Pulling
+// manifests").
 func checkTag(tag string) error {
 	i := tagFault(tag)
 	switch {
@@ -316,11 +311,12 @@ func checkTag(tag string) error {
 		ErrInvalidReference, printable(tag), quoteAt(tag, i), i)
 }
 
-// isBareTag reports whether s is a tag, and so has no '/', ':' or '@'.
-// The ref.name annotation of a layout may be that or a full name.
+// isBareTag reports whether s is a tag. A tag has no '/', ':' or '@', so it is never a full name. The
+// ref.name annotation of a layout may be either.
 func isBareTag(s string) bool { return tagFault(s) < 0 }
 
-// tagFault returns the offset of the first byte that keeps s from being a tag, or -1.
+// tagFault returns the offset of the first byte that a tag cannot have there, and -1 if s is a tag. For
+// text that is too long, that is the first byte beyond the limit.
 func tagFault(s string) int {
 	if s == "" {
 		return 0
@@ -337,8 +333,9 @@ func tagFault(s string) int {
 	return -1
 }
 
-// isOnlyDigest reports whether text without a '/' means a digest and not a
-// name: sha256:…, or 64 hexadecimal digits, which Docker takes for an image ID.
+// isOnlyDigest reports whether text without a '/' means a digest and not a name: sha256:…, or 64
+// hexadecimal digits, which Docker takes for an image ID. By the grammar both are names with a tag or
+// without one. Users who write them mean a digest, and would get a name on Docker Hub.
 func isOnlyDigest(name string, tagged bool) bool {
 	if tagged {
 		return digestHexLen(digest.Algorithm(name)) != 0
@@ -347,9 +344,9 @@ func isOnlyDigest(name string, tagged bool) bool {
 	return len(name) == n && checkDigest(digest.NewDigestFromEncoded(digest.SHA256, name)) == nil
 }
 
-// canonicalName returns registry + "/" + repository with all defaults applied:
-// s itself, without allocation, if it is in that form already.
-// It takes no byte that isn't in the grammar's allow-lists, so it needs no earlier check.
+// canonicalName returns registry + "/" + repository with all defaults applied. If s has this form
+// already, it returns s itself, without allocation. It accepts only the bytes of the grammar, so it
+// needs no check before it.
 func canonicalName(s string) (string, error) {
 	registry, repository, found := strings.Cut(s, "/")
 	if !found || !isHost(registry) {
@@ -376,15 +373,15 @@ func canonicalName(s string) (string, error) {
 	return s, nil
 }
 
-// isHost reports whether the text before the first '/' is a host. No repository
-// can have an upper-case letter, so Localhost can only be meant as one.
+// isHost reports whether the text before the first '/' is a host. A repository cannot have an upper-case
+// letter, so Localhost must be a host.
 func isHost(s string) bool {
 	return strings.IndexByte(s, '.') >= 0 || strings.IndexByte(s, ':') >= 0 ||
 		strings.HasPrefix(s, "[") || strings.EqualFold(s, "localhost")
 }
 
-// canonicalHost checks and lower-cases host[:port]. It returns s itself if
-// there is nothing to change.
+// canonicalHost checks host[:port] and returns it in lower case. It returns s itself if it is
+// canonical already.
 func canonicalHost(s string) (string, error) {
 	if strings.HasPrefix(s, "[") {
 		return canonicalIPv6(s)
@@ -400,7 +397,7 @@ func canonicalHost(s string) (string, error) {
 			ErrInvalidReference, printable(host), len(host), maxHostLen)
 	}
 	upper := false
-	label := 0 // where the current one starts
+	label := 0 // offset of the current label
 	for i := 0; i <= len(host); i++ {
 		if i == len(host) || host[i] == '.' {
 			if i == label || host[label] == '-' || host[i-1] == '-' {
@@ -437,7 +434,8 @@ func canonicalHost(s string) (string, error) {
 	return s, nil
 }
 
-// canonicalIPv6 does the same for [address][:port].
+// canonicalIPv6 is canonicalHost for [address][:port]. Zones are refused because they have a meaning on
+// one machine only.
 func canonicalIPv6(s string) (string, error) {
 	text, rest, closed := strings.Cut(s[1:], "]")
 	addr, err := netip.ParseAddr(text)
@@ -457,8 +455,8 @@ func canonicalIPv6(s string) (string, error) {
 	return "[" + addr.String() + "]" + rest, nil
 }
 
-// checkPort takes 1 to 65535 in the one spelling without leading zeros;
-// host is what it stands in.
+// checkPort accepts 1 to 65535 without leading zeros, so that each port has one spelling. host is the
+// text with the port, for the error.
 func checkPort(host, port string) error {
 	if host == "http:" || host == "https:" {
 		return fmt.Errorf("%w: %q is the start of a URL, want a host without scheme", ErrInvalidReference, host)
@@ -476,8 +474,8 @@ func checkPort(host, port string) error {
 	return nil
 }
 
-// isNumber reports whether a resolver could read a host that ends in this
-// lower-case label as an IPv4 address (WHATWG URL, "ends in a number").
+// isNumber reports whether a resolver could read a host that ends in this lower-case label as an IPv4
+// address (WHATWG URL, "ends-in-a-number checker").
 func isNumber(label string) bool {
 	digits, hex := strings.CutPrefix(label, "0x")
 	for _, c := range []byte(digits) {
@@ -488,9 +486,9 @@ func isNumber(label string) bool {
 	return true
 }
 
-// repositoryFault returns the offset of the first byte that keeps s from being
-// a repository, len(s) if it ends too early, or -1. To the grammar '/' is one
-// more separator: letters and digits have to stand on both sides of each.
+// repositoryFault returns the offset of the first byte that a repository cannot have there, len(s) if s
+// ends with a separator or is empty, and -1 if s is a repository. In the grammar, '/' is a separator
+// like the others: each must have letters or digits on both sides.
 func repositoryFault(s string) int {
 	for i := 0; ; {
 		start := i
@@ -521,7 +519,7 @@ func repositoryFault(s string) int {
 	}
 }
 
-// repositoryError puts what repositoryFault found into words.
+// repositoryError returns the error for a finding of repositoryFault.
 func repositoryError(s string, i int) error {
 	const want = "want lower-case letters and digits, joined by '.', '_', '__' or hyphens, in components separated by '/'"
 	switch {
@@ -533,8 +531,8 @@ func repositoryError(s string, i int) error {
 	return fmt.Errorf("%w: repository %s has %s at byte %d, %s", ErrInvalidReference, printable(s), quoteAt(s, i), i, want)
 }
 
-// checkPrintable refuses control characters, spaces and everything beyond
-// ASCII, look-alike letters among it.
+// checkPrintable refuses spaces, control characters and everything beyond ASCII, such as letters that
+// look like ASCII ones.
 func checkPrintable(s string) error {
 	for i := range len(s) {
 		if c := s[i]; c <= ' ' || c > '~' {
@@ -545,11 +543,12 @@ func checkPrintable(s string) error {
 	return nil
 }
 
-// quoteAt quotes the character at s[i:], with anything beyond ASCII escaped so
-// that a look-alike shows.
+// quoteAt quotes the character at s[i:]. Characters beyond ASCII are escaped, so that the message shows
+// letters that only look like ASCII ones.
 func quoteAt(s string, i int) string {
 	_, n := utf8.DecodeRuneInString(s[i:])
 	return fmt.Sprintf("%+q", s[i:i+n])
 }
 
+// isLowerAlnum reports whether c is a lower-case ASCII letter or a digit.
 func isLowerAlnum(c byte) bool { return 'a' <= c && c <= 'z' || '0' <= c && c <= '9' }

@@ -9,6 +9,8 @@ import (
 // Of opts it uses Prefix, Limit, and the name of After, after which the listing starts. With Name
 // it lists that name if it has refs. It reads in pages, as [LocalRegistry.Refs] does. An error is
 // yielded once, at the end.
+//
+// Errors are those of [LocalRegistry.Refs].
 func (r *LocalRegistry) Repositories(ctx context.Context, opts *ListOptions) iter.Seq2[string, error] {
 	var o ListOptions
 	if opts != nil {

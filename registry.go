@@ -14,59 +14,63 @@ import (
 	"time"
 )
 
+// Names in a root. Those of the directories are in blob.go.
 const (
 	indexFile = "index.sqlite3"
 	idFile    = "id"
 )
 
-// Options are what [Open] can be told. The zero value, like nil, is fit for most programs.
+// Options are the options of [Open]. Nil is the zero value, which suits most programs.
 type Options struct {
-	// BusyTimeout is how long a write waits for other processes before it
-	// fails with [ErrBusy]. Zero or less means 30 seconds.
+	// BusyTimeout is how long a write waits for other processes before it fails with [ErrBusy].
+	// Zero or less means 30 seconds.
 	BusyTimeout time.Duration
-	// Format is the manifest form of what builders make that don't choose
-	// one. Zero means [FormatImageManifest].
+	// Format is the manifest form for builders that do not choose one. Zero means
+	// [FormatImageManifest].
 	Format ManifestFormat
-	// ArtifactTypes, if not empty, are the only artifact types that may be
-	// published; others fail with [ErrArtifactType].
+	// ArtifactTypes, if not empty, are the only artifact types that may be published. Others fail
+	// with [ErrArtifactType].
 	ArtifactTypes []string
-	// LegacyRoot, if not empty, is the root of an OMMX v2 local registry, where
-	// [LocalRegistry.Load] looks for what is not here yet. [DefaultLegacyRoot]
-	// returns where OMMX keeps it. It is never written to.
+	// LegacyRoot, if not empty, is the root of an OMMX v2 local registry. [LocalRegistry.Load] looks
+	// there for artifacts that this registry does not have. [DefaultLegacyRoot] returns the
+	// directory that OMMX uses. It is never written to.
 	LegacyRoot string
-	// Remote is the client that [LocalRegistry.Load] pulls with what is not here
-	// yet, and that Pull and Push use unless they are given another. Without one,
-	// Load doesn't use the network, and Pull and Push use the zero Remote.
+	// Remote is the client with which [LocalRegistry.Load] pulls artifacts that this registry does
+	// not have. Pull and Push use it too, unless their options have another. Without it, Load does
+	// not use the network, and Pull and Push use the zero Remote.
 	Remote *Remote
-	// SeparateRegistries keeps content of different remote registries apart: a pull uses a manifest
-	// or blob that is here only if a ref of the same registry host leads to it, and fetches it
-	// otherwise. Without it, whoever publishes a manifest that names the digest of something that
-	// is here gives that content a name of theirs by a pull, and gets it by the next push under
-	// that name.
+	// SeparateRegistries keeps content of different remote registries apart. A pull uses a local
+	// manifest or blob only if a ref of the same registry host leads to it, and fetches it
+	// otherwise. Without this option, a hostile registry can publish a manifest with the digest of
+	// content that another registry has protected. A pull then gives the local content a name in
+	// the hostile registry, and the next push under that name sends it there.
 	//
-	// It costs a look at the index for each blob, and a second download of what another
-	// registry brought before; on the disk, the bytes are kept once. It protects only as far as
-	// every pull into the root has it. Refs that were built, tagged or imported count as
-	// content of the host in their names.
+	// It costs a query of the index for each blob. Content that another registry has sent before is
+	// downloaded again; on the disk, its bytes are kept once. The option protects only if every pull
+	// into the root has it. Refs that were built, tagged or imported count as content of the host in
+	// their names.
 	SeparateRegistries bool
-	// AllowNetworkFS opens a root on a network file system, which otherwise
-	// fails with [ErrNetworkFS]. There, only one machine at a time may use it.
+	// AllowNetworkFS opens a root on a network file system. Otherwise that fails with
+	// [ErrNetworkFS]. Only one machine at a time may use such a root.
 	AllowNetworkFS bool
 	// AllowOtherOwner opens a root that belongs to another user, or whose index, log, tmp/ or
-	// blobs/ does; otherwise that is an [ErrForeignRoot], unless the other user is root. The
+	// blobs/ does. Otherwise that fails with [ErrForeignRoot], unless the other user is root. The
 	// owner of a root decides what every reference in it means. It has no effect on Windows.
 	AllowOtherOwner bool
 	// Logger gets events that no call can return as an error. Nil discards them.
 	Logger *slog.Logger
 
 	fault faultFunc // for rootDir
-	adopt bool      // take blobs/ for the registry's although the directory has no id: only Rebuild may
+	adopt bool      // accept a blobs/ in a directory without an id: only Rebuild does
 	id    string    // of a root that is created; "" makes a random one
-	more  []string  // makes a schema version after those that there are, for tests
+	more  []string  // the statements of one more schema version, for tests
 }
 
-// A LocalRegistry is an open root directory. Any number of goroutines may use
-// one, and any number of processes on one machine may open the same root.
+// A LocalRegistry is an open root directory. Any number of goroutines may use one, and any number of
+// processes on one machine may open the same root.
+//
+// open sets the fields above pulls, and they do not change. Each exported method holds the registry
+// open by begin, so it may use root, blobs and index until it returns.
 type LocalRegistry struct {
 	dir    string // absolute, without symbolic links
 	opts   Options
@@ -82,13 +86,16 @@ type LocalRegistry struct {
 
 	mu     sync.Mutex
 	closed bool           // guarded by mu
-	calls  sync.WaitGroup // those under way; none is added once closed is set
+	calls  sync.WaitGroup // calls that have begun and not ended; none is added once closed is set
 }
 
-// DefaultRoot returns the directory for a user's registry: $OCILOCAL_ROOT if
-// that is set, else ocilocal in $XDG_DATA_HOME or ~/.local/share (Unix),
-// ~/Library/Application Support (macOS) or %LocalAppData% (Windows).
-// Error: that of [os.UserHomeDir], where none of these is known.
+// DefaultRoot returns the directory for a user's registry. That is $OCILOCAL_ROOT if it is set, and
+// otherwise the directory ocilocal in:
+//   - Unix: $XDG_DATA_HOME or ~/.local/share
+//   - macOS: ~/Library/Application Support
+//   - Windows: %LocalAppData%
+//
+// Error: that of [os.UserHomeDir], if none of these is known.
 func DefaultRoot() (string, error) {
 	if dir := os.Getenv("OCILOCAL_ROOT"); dir != "" {
 		return dir, nil
@@ -117,17 +124,17 @@ func DefaultRoot() (string, error) {
 }
 
 // Open opens the registry in dir for reading and writing. It creates the directory, and the
-// registry in it, if they are missing, and completes one whose creation was interrupted. Several
+// registry in it, if they are missing, and completes a creation that was interrupted. Several
 // processes may do so at once.
 //
-// A registry is created only where the names tmp, blobs and id are free. Otherwise, and where
-// index.sqlite3 is another program's, nothing in the directory is changed. An index by an older
-// version of this package is brought up to date. Symbolic links in dir are resolved once: the
-// registry stays the directory that dir led to, and if that is moved or replaced while the
-// registry is open, calls fail with [ErrForeignIndex]. ctx governs the call only.
+// A registry is created only if the names tmp, blobs and id are free in dir. If they are not, or if
+// index.sqlite3 belongs to another program, nothing in the directory is changed. An index by an older
+// version of this package is migrated. Symbolic links in dir are resolved once: the registry stays
+// with the directory to which dir led. If that is moved or replaced while the registry is open, calls
+// fail with [ErrForeignIndex]. ctx governs the call only.
 //
 // Errors:
-//   - [ErrForeignRoot]: tmp, blobs or id exist and are not a registry's, or a file of the
+//   - [ErrForeignRoot]: tmp, blobs or id exist and do not belong to a registry, or a file of the
 //     registry belongs to another user
 //   - [ErrForeignIndex]: index.sqlite3 was not made by this package for this root
 //   - [ErrNewerSchema]: the index is by a newer version of this package
@@ -141,18 +148,27 @@ func Open(ctx context.Context, dir string, opts *Options) (*LocalRegistry, error
 	return r, opError("open", dir, "", err)
 }
 
-// OpenReadOnly opens an existing registry and never changes it: writing
-// methods fail with [ErrReadOnly]. It works on a directory that this process
-// may not write, provided that no other process writes to it meanwhile.
+// OpenReadOnly opens an existing registry and never changes it: writing methods fail with
+// [ErrReadOnly]. It works on a directory that this process may not write, if no other process writes
+// to it meanwhile.
 //
 // Errors are those of [Open], and
 //   - [ErrNotFound]: dir has no registry
-//   - [ErrReadOnly]: the index is by an older version, which only Open brings up to date
+//   - [ErrReadOnly]: the index is by an older version, which only Open migrates
 func OpenReadOnly(ctx context.Context, dir string, opts *Options) (*LocalRegistry, error) {
 	r, err := open(ctx, dir, opts, true)
 	return r, opError("open read-only", dir, "", err)
 }
 
+// open is Open, or OpenReadOnly if readOnly is set. Backup uses it for its target. The order matters:
+//
+//	the directory         opened once; all later access is relative to it
+//	checkRoot             owner and file system, before anything in it is opened or made
+//	create                if there is no index
+//	r.opened              the identity of the index file, before SQLite opens it by its path:
+//	                      checkBound compares it, so a file that is exchanged in between is found
+//	openIndex, checkID    the index is this package's, and this root's
+//	makeDirs              last, since nothing may be made in a directory that is not a registry
 func open(ctx context.Context, dir string, opts *Options, readOnly bool) (_ *LocalRegistry, err error) {
 	if err := ctx.Err(); err != nil {
 		return nil, err
@@ -175,7 +191,7 @@ func open(ctx context.Context, dir string, opts *Options, readOnly bool) (_ *Loc
 		return nil, fmt.Errorf("%w: directory name is empty", ErrInvalidArgument)
 	}
 	if _, err := os.Stat(dir); errors.Is(err, fs.ErrNotExist) {
-		dir = filepath.Clean(dir) // the system takes a/../b for nothing where there is no a
+		dir = filepath.Clean(dir) // without a directory a, the system does not find a/../b
 	}
 	if !readOnly {
 		if err := mkdirAllSync(dir, 0o700, r.opts.fault); err != nil {
@@ -233,6 +249,7 @@ func open(ctx context.Context, dir string, opts *Options, readOnly bool) (_ *Loc
 	return r, nil
 }
 
+// schema returns the schema versions of the index: the released ones and, in tests, one more.
 func (r *LocalRegistry) schema() []schemaVersion {
 	if more := r.opts.more; len(more) > 0 {
 		newest := schemas[len(schemas)-1].objects
@@ -241,11 +258,20 @@ func (r *LocalRegistry) schema() []schemaVersion {
 	return schemas[:]
 }
 
-// openIndex opens the index, in the mode that the root allows.
+// openIndex opens the index in the mode that the root allows:
+//
+//	read-write   after Open. The directories must be writable, since SQLite finds out only at the
+//	             first write
+//	query only   after OpenReadOnly of a writable directory: SQLite may make the -shm that it shares
+//	             with writers, but changes nothing else
+//	read-only    in a directory that cannot be written: a -shm of another process is used
+//	immutable    if there is none, and the log is empty: nobody writes, so no locks are needed
+//
+// If there is no -shm and the log is not empty, its commits cannot be read. Ignoring them would show
+// an old state, so that is an error.
 func (r *LocalRegistry) openIndex(ctx context.Context, readOnly bool) (*index, error) {
 	db := database{path: filepath.Join(r.dir, indexFile), anyOwner: r.opts.AllowOtherOwner, same: r.checkBound, sameFile: r.checkIndexFile}
 	if !readOnly {
-		// SQLite would open what it can't write, and fail at the first write only.
 		for _, dir := range []string{r.dir, filepath.Join(r.dir, tmpDir), filepath.Join(r.dir, blobsDir)} {
 			if err := checkWritable(dir); err != nil && !errors.Is(err, fs.ErrNotExist) {
 				return nil, fmt.Errorf("%w: %w (OpenReadOnly reads it)", ErrReadOnly, err)
@@ -253,8 +279,6 @@ func (r *LocalRegistry) openIndex(ctx context.Context, readOnly bool) (*index, e
 		}
 		return openIndex(ctx, db, r.opts.BusyTimeout, r.schema())
 	}
-	// SQLite reads a WAL database only with a -shm beside it, shared with
-	// writers. Where it may, it makes one, and the last to close cleans up.
 	db.mode = indexReadOnly
 	if checkWritable(r.dir) == nil {
 		db.mode = indexQueryOnly
@@ -264,7 +288,7 @@ func (r *LocalRegistry) openIndex(ctx context.Context, readOnly bool) (*index, e
 		return x, err
 	}
 	if fi, statErr := r.root.Stat(indexFile + "-wal"); statErr == nil && fi.Size() > 0 {
-		return nil, fmt.Errorf("%s-wal holds changes that can't be read without writing (open it once where it can be written): %w", indexFile, err)
+		return nil, fmt.Errorf("%s-wal holds changes that cannot be read without write access (open the registry once with write access): %w", indexFile, err)
 	}
 	db.mode = indexImmutable
 	return openIndex(ctx, db, r.opts.BusyTimeout, r.schema())
@@ -280,6 +304,6 @@ func (r *LocalRegistry) ID() string { return r.id }
 // localHost is the host of names that this registry makes up.
 func (r *LocalRegistry) localHost() string { return r.id + localHostSuffix }
 
-// localHostSuffix ends the names of hosts that exist nowhere: refs there were made up by a
-// registry.
+// localHostSuffix ends the host of every name that a registry makes up. No such host exists: names
+// under .local are not in the global DNS (RFC 6762).
 const localHostSuffix = ".ocilocal.local"

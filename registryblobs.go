@@ -12,7 +12,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// HasBlob returns the size of a blob. It looks at the directory entry, not at the bytes.
+// HasBlob returns the size of a blob. It reads the directory entry, and not the bytes.
 //
 // Errors: [ErrNotFound], with [ErrAbsent] where it applies, [ErrInvalidDigest], and any error from
 // the file system.
@@ -27,9 +27,9 @@ func (r *LocalRegistry) HasBlob(ctx context.Context, d digest.Digest) (size int6
 	return size, r.absence(err, d)
 }
 
-// Blobs walks blobs/ and yields the digest and size of every file there, in no
-// order, whether or not an artifact needs it. It doesn't read the files.
-// An error, from ctx or the file system, is yielded once, at the end.
+// Blobs walks blobs/ and yields the digest and size of every file there, in no particular order,
+// whether or not an artifact needs it. It does not read the files. An error, from ctx or the file
+// system, is yielded once, at the end.
 func (r *LocalRegistry) Blobs(ctx context.Context) iter.Seq2[ocispec.Descriptor, error] {
 	return func(yield func(ocispec.Descriptor, error) bool) {
 		end, err := r.begin(ctx)
@@ -43,7 +43,9 @@ func (r *LocalRegistry) Blobs(ctx context.Context) iter.Seq2[ocispec.Descriptor,
 			if e.digest == "" {
 				return nil
 			}
-			end() // the caller's code may close the registry
+			// The caller's code may close the registry, which waits for calls: so the call ends
+			// before it runs, and begins again after it.
+			end()
 			end = func() {}
 			if !yield(ocispec.Descriptor{Digest: e.digest, Size: e.info.Size()}, nil) {
 				return stop
@@ -60,13 +62,16 @@ func (r *LocalRegistry) Blobs(ctx context.Context) iter.Seq2[ocispec.Descriptor,
 	}
 }
 
-// OpenBlob returns a reader of a blob that verifies size and digest on the
-// way: the Read that would return the last byte fails instead if the content
-// is not what desc says, so no reader ever gets a whole bad blob. Only Digest and Size of desc
-// count; a Size of −1 is unknown. ctx governs the reads too.
+// OpenBlob returns a reader of a blob that verifies size and digest on the way. If the content does
+// not match desc, the Read that would return the last byte fails instead. So no reader ever gets a
+// whole bad blob. Only Digest and Size of desc are used; a Size of −1 is unknown. ctx governs the
+// reads too.
 //
-// Errors, from the call or from Read: [ErrNotFound], with [ErrAbsent] where it applies, [ErrInvalidDigest],
-// [ErrSizeMismatch], [ErrDigestMismatch], and any error from ctx or the file system.
+// Errors, from the call or from Read:
+//   - [ErrNotFound], with [ErrAbsent] if the registry records the blob as absent
+//   - [ErrInvalidDigest]
+//   - [ErrSizeMismatch], [ErrDigestMismatch]: the blob is damaged
+//   - any error from ctx or the file system
 func (r *LocalRegistry) OpenBlob(ctx context.Context, desc ocispec.Descriptor) (_ io.ReadCloser, err error) {
 	defer addOp(&err, "open blob", "", desc.Digest)
 	end, err := r.begin(ctx)
@@ -76,32 +81,35 @@ func (r *LocalRegistry) OpenBlob(ctx context.Context, desc ocispec.Descriptor) (
 	defer end()
 	v, err := r.blobs.open(ctx, desc.Digest, desc.Size)
 	if err != nil {
-		return nil, r.absence(err, desc.Digest) // and not a nil *verifier
+		return nil, r.absence(err, desc.Digest) // v would be a reader that is not nil
 	}
 	return v, nil
 }
 
-// absence adds [ErrAbsent] to an [ErrNotFound] of content that is recorded as absent.
+// absence adds [ErrAbsent] to an [ErrNotFound] of content that is recorded as absent. Other errors stay
+// as they are. The index is asked only after a file was not found, so reads of present blobs cost no
+// query.
 func (r *LocalRegistry) absence(err error, d digest.Digest) error {
 	if !errors.Is(err, ErrNotFound) {
 		return err
 	}
 	absent, failed := isAbsent(r.index, d)
 	if absent {
-		err = fmt.Errorf("%w: this registry has a manifest that names it, and not the content: %w", ErrAbsent, err)
+		err = fmt.Errorf("%w: a manifest in this registry names it, but the content is not here: %w", ErrAbsent, err)
 	}
 	return errors.Join(err, failed)
 }
 
-// A BlobFile is a blob open for reading at any place. Its bytes were verified
-// when it was opened. ReadAt may be called from several goroutines.
+// A BlobFile is a blob that is open for reading at any offset. Its bytes were verified when it was
+// opened. ReadAt may be called from several goroutines.
 type BlobFile struct {
 	f    *os.File
 	size int64
 }
 
-// OpenBlobFile reads a blob once to verify it, and returns it for access at
-// any place. Errors are those of [LocalRegistry.OpenBlob].
+// OpenBlobFile reads a blob once to verify it, and returns it for access at any offset.
+//
+// Errors are those of [LocalRegistry.OpenBlob].
 func (r *LocalRegistry) OpenBlobFile(ctx context.Context, desc ocispec.Descriptor) (_ *BlobFile, err error) {
 	defer addOp(&err, "open blob", "", desc.Digest)
 	end, err := r.begin(ctx)
@@ -113,7 +121,7 @@ func (r *LocalRegistry) OpenBlobFile(ctx context.Context, desc ocispec.Descripto
 	if err != nil {
 		return nil, r.absence(err, desc.Digest)
 	}
-	// The same open file is verified and handed out, whatever its name comes to mean.
+	// The open file is verified and returned. A file that gets its name meanwhile has no effect.
 	if _, err = r.blobs.verifier(ctx, f, desc.Digest, size).WriteTo(io.Discard); err == nil {
 		_, err = f.Seek(0, io.SeekStart)
 	}

@@ -14,26 +14,26 @@ import (
 	"strings"
 )
 
-// idTemp is what the file id is called until it is complete. It exists only while the directory
-// is locked, or after a process was killed in that time.
+// idTemp is the name of the file id until it is complete. It exists only while the directory is
+// locked, or after a process was killed in that time.
 const idTemp = ".ocilocal-id"
 
-// create makes the directory a root, or completes what a killed process has begun. One process
-// at a time does it, with the directory locked:
+// create makes the directory a root, or completes a creation that a killed process has begun. One
+// process at a time does it, with the directory locked:
 //
-//	id             the first file, and the mark: tmp/ and blobs/ beside it are ours. So it is
-//	               made only where both names are free.
+//	id             the first file, and the mark: tmp/ and blobs/ beside it belong to the registry. So
+//	               it is made only if both names are free.
 //	blobs/, tmp/   empty
 //	index.sqlite3  made in a session below tmp/, and linked when it is complete
 //
-// The id and the index get their names by [rootDir.linkNew], so that a file that another program
-// puts there meanwhile is not replaced. A process that is killed before the id has its name leaves
-// an empty directory, or [idTemp]. One that is killed later leaves an id, from which the next Open
-// knows that it may go on, and perhaps a second name of the id or of the index. The next Open
-// removes the former, the sweep of tmp/ the latter.
+// The id and the index get their names by [rootDir.linkNew], which does not replace a file that
+// another program puts there meanwhile. A process that is killed before the id has its name leaves
+// an empty directory, or [idTemp]. One that is killed later leaves an id, so the next Open knows that
+// it may go on. It may also leave a second name of the id or of the index. The next Open removes the
+// former, and the sweep of tmp/ the latter.
 func (r *LocalRegistry) create(ctx context.Context) error {
-	// Whoever made the root may have been killed before its entry was synced.
-	// Where this process can't do that, it didn't make the root either.
+	// The process that made the directory may have been killed before its entry was synced. If this
+	// process may not sync the parent, it has not made the directory.
 	if err := syncEntries(filepath.Dir(r.dir), r.opts.fault); err != nil && !errors.Is(err, fs.ErrPermission) {
 		return err
 	}
@@ -44,7 +44,8 @@ func (r *LocalRegistry) create(ctx context.Context) error {
 	return errors.Join(r.createLocked(ctx), unlock())
 }
 
-// lockRoot locks the directory, for at most the time for which a write waits too.
+// lockRoot locks the directory. It waits as long as a write waits for the index, and then fails with
+// [ErrBusy].
 func (r *LocalRegistry) lockRoot(ctx context.Context) (unlock func() error, err error) {
 	wait, cancel := context.WithTimeout(ctx, r.opts.BusyTimeout)
 	defer cancel()
@@ -55,6 +56,9 @@ func (r *LocalRegistry) lockRoot(ctx context.Context) (unlock func() error, err 
 	return unlock, err
 }
 
+// createLocked is create with the directory locked. The index is made under a private name, with its
+// schema and in WAL mode, so no other process ever opens a half-made index: it either has no name or
+// is complete. The index of a root with blobs gets the mark that it is not reconciled.
 func (r *LocalRegistry) createLocked(ctx context.Context) error {
 	if _, err := r.root.Lstat(indexFile); !errors.Is(err, fs.ErrNotExist) {
 		return err // another process was faster
@@ -91,14 +95,14 @@ func (r *LocalRegistry) createLocked(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	// On Windows this fails if another process has opened the index already. Then the name goes
+	// On Windows this fails if another process has opened the index already. Then the name is removed
 	// with the session.
 	_ = r.root.Remove(private)
 	return r.root.syncDir(".")
 }
 
-// checkNoLog refuses to make an index where the log of a lost one lies: SQLite would take
-// it for the new one's, and what it says for the truth.
+// checkNoLog refuses to make an index beside the log of a lost one. SQLite would take the log for that
+// of the new index, and apply its commits.
 func (r *LocalRegistry) checkNoLog() error {
 	for _, suffix := range []string{"-wal", "-journal"} {
 		_, err := r.root.Lstat(indexFile + suffix)
@@ -112,8 +116,9 @@ func (r *LocalRegistry) checkNoLog() error {
 	return nil
 }
 
-// claim returns the id of the directory, which it writes if there is none. Without an id nothing
-// in the directory is ours: then it fails with [ErrForeignRoot] unless our names are free.
+// claim returns the id of the directory, and writes one if there is none. Without an id, nothing in
+// the directory belongs to a registry: then claim fails with [ErrForeignRoot] unless the names of a
+// registry are free.
 func (r *LocalRegistry) claim() (id string, err error) {
 	id, err = readID(r.root)
 	if err == nil && !isMadeID(id) && id != r.opts.id && !r.opts.adopt {
@@ -137,8 +142,8 @@ func (r *LocalRegistry) claim() (id string, err error) {
 	return readID(r.root)
 }
 
-// checkFree looks whether a root can be made: nothing has our names. For Rebuild, blobs/ may
-// exist, and a tmp/ in which everything is marked as ours.
+// checkFree checks that a root can be made: the names blobs and tmp are free. For Rebuild, blobs/ may
+// exist, and a tmp/ in which each entry has the marks of this package.
 func (r *LocalRegistry) checkFree() error {
 	for _, name := range []string{blobsDir, tmpDir} {
 		_, err := r.root.Lstat(name)
@@ -157,7 +162,8 @@ func (r *LocalRegistry) checkFree() error {
 	return nil
 }
 
-// makeDirs makes the directories of a root that are missing, and checks those that exist.
+// makeDirs makes the directories of a root that are missing, and checks those that exist. A copy of a
+// root can lack them, since some tools do not copy empty directories.
 func (r *LocalRegistry) makeDirs() error {
 	missing, err := r.checkDirs()
 	if err != nil || len(missing) == 0 {
@@ -171,10 +177,12 @@ func (r *LocalRegistry) makeDirs() error {
 	return r.root.syncDir(".")
 }
 
-// isMadeID reports whether an id has the form of those that writeID makes.
+// isMadeID reports whether an id has the form that writeID gives it: the text of [rand.Text] in lower
+// case.
 func isMadeID(id string) bool { return isTempName(strings.ToUpper(id)) && strings.ToLower(id) == id }
 
-// writeID gives the directory its id. It is called with the directory locked.
+// writeID gives the directory its id. It is called with the directory locked. The file is complete and
+// synced before it gets its name, so an id that can be read is whole.
 func (r *LocalRegistry) writeID() error {
 	if err := r.removeIDTemp(); err != nil {
 		return err
@@ -198,8 +206,8 @@ func (r *LocalRegistry) writeID() error {
 	return r.root.syncDir(".")
 }
 
-// removeIDLink removes the second name of the id, which a process leaves that is killed between the
-// link of the id and the removal of [idTemp]. Any other file under that name stays.
+// removeIDLink removes the second name of the id. A process leaves it if it is killed between the link
+// of the id and the removal of [idTemp]. Any other file under that name stays.
 func (r *LocalRegistry) removeIDLink() error {
 	temp, err := r.root.Lstat(idTemp)
 	if err != nil {
@@ -212,7 +220,8 @@ func (r *LocalRegistry) removeIDLink() error {
 	return ignoreNotExist(r.root.Remove(idTemp))
 }
 
-// removeIDTemp removes what a process has left that was killed while it wrote the id.
+// removeIDTemp removes the file that a process leaves if it is killed while it writes the id. A file
+// that this package cannot have left is not removed.
 func (r *LocalRegistry) removeIDTemp() error {
 	fi, err := r.root.Lstat(idTemp)
 	if err != nil {
@@ -224,10 +233,12 @@ func (r *LocalRegistry) removeIDTemp() error {
 	return r.root.Remove(idTemp)
 }
 
-// maxIDFile is how many bytes a file id may have.
+// maxIDFile is the largest size of a file id: 64 characters and a newline.
 const maxIDFile = 65
 
-// readID returns the id of a root. A file id that cannot be one is errBadID.
+// readID returns the id of a root. If the file id is not one that a registry can have made, the error
+// is errBadID. Names of anonymous artifacts have the id in their host, so it may have only lower-case
+// letters and digits.
 func readID(root *rootDir) (string, error) {
 	f, err := root.OpenFile(idFile, os.O_RDONLY|openNoFollow, 0)
 	if err != nil {
@@ -254,13 +265,14 @@ func readID(root *rootDir) (string, error) {
 	return id, nil
 }
 
-// errBadID is of a file that has the id's name and is not one.
+// errBadID is the error for a file with the name of the id that does not hold one.
 var errBadID = errors.New("the file " + idFile + " was not made by a registry")
 
-// errNoID is of an index that is this package's, in a root that has lost its id.
+// errNoID is the error for an index by this package in a root that has lost its id.
 var errNoID = errors.New("the root has no file")
 
-// checkID makes sure that the index is this root's own.
+// checkID checks that the index belongs to this root: it has the same id as the file. Otherwise an
+// index that was copied into another root would make its collections delete that root's blobs.
 func (r *LocalRegistry) checkID() error {
 	var err error
 	if r.id, err = meta(r.index, metaID); err != nil {

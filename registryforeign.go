@@ -12,7 +12,8 @@ import (
 	"github.com/opencontainers/go-digest"
 )
 
-// checkRoot looks at where the root lies, who owns it and who may write to it.
+// checkRoot checks the owner of the root and of its index, and the file system. It warns if others may
+// write to the directory. It is the first check of open: nothing in the root is opened or made before.
 func (r *LocalRegistry) checkRoot() (err error) {
 	if r.self, err = r.root.Stat("."); err != nil {
 		return err
@@ -43,8 +44,8 @@ func (r *LocalRegistry) checkRoot() (err error) {
 	return r.checkFS(name)
 }
 
-// checkDirs refuses a tmp/ or blobs/ that is not a directory, as a link is not, or not this
-// user's. It returns those that are missing, as they are in a copy without empty directories.
+// checkDirs refuses a tmp/ or blobs/ that belongs to another user, or that is not a directory but, for
+// example, a link. It returns those that are missing, as in a copy without empty directories.
 func (r *LocalRegistry) checkDirs() (missing []string, err error) {
 	for _, name := range []string{blobsDir, tmpDir} {
 		fi, err := r.root.Lstat(name)
@@ -64,8 +65,8 @@ func (r *LocalRegistry) checkDirs() (missing []string, err error) {
 	return missing, nil
 }
 
-// checkOwner refuses a file or directory of the root that belongs to another user, unless that is
-// the system's root. Its owner could change what the registry answers at any time.
+// checkOwner refuses a file or directory of the root that belongs to another user, unless that user is
+// root. The owner could change the answers of the registry at any time.
 func (r *LocalRegistry) checkOwner(name string, fi fs.FileInfo) error {
 	owner, _ := ownerAndLinks(fi)
 	if r.opts.AllowOtherOwner || owner == 0 || owner == os.Geteuid() {
@@ -81,12 +82,13 @@ func (r *LocalRegistry) checkOwner(name string, fi fs.FileInfo) error {
 // checkBound returns [ErrForeignIndex] unless the path by which this handle was opened still leads
 // to the directory and to the index that it has open.
 //
-// Files are opened relative to the open directory, but SQLite goes by the path, for its log and
-// for each new connection. If the path leads elsewhere, because a directory or a mount was
-// exchanged, the two halves of this handle would work on two registries: it would publish here
-// what only the other's index names, and delete blobs here that only this one's index needs.
-// So this is asked before and after each connection is made, and in each write. A read on an open
-// connection, which takes a few microseconds, asks only checkIndexFile.
+// The problem: files are opened relative to the open directory, but SQLite uses the path, for its log
+// and for each new connection. If the path leads elsewhere, because a directory or a mount was
+// exchanged, the two halves of this handle would work on two registries. It would publish blobs in
+// one and rows in the other, and collections would delete blobs that only the other index needs.
+//
+// The rule: checkBound is called before and after each connection is made, and in each write. A read
+// on an open connection takes a few microseconds, and calls only checkIndexFile.
 func (r *LocalRegistry) checkBound() error {
 	dir, err := r.root.lstatPath(r.dir)
 	if err == nil && !os.SameFile(r.self, dir) {
@@ -99,8 +101,9 @@ func (r *LocalRegistry) checkBound() error {
 }
 
 // checkIndexFile returns [ErrForeignIndex] unless the path leads to the index that this handle has
-// open. Then it leads to the directory, too, unless somebody has moved the file into another one. A
-// read is right even then: the index is the one that others see, and blobs are read from the open directory.
+// open. If it does, it also leads to the directory, unless somebody has moved the index into another
+// one. Even then a read is right: other processes see the same index, and blobs are read from the
+// open directory.
 func (r *LocalRegistry) checkIndexFile() error {
 	index, err := r.root.lstatPath(filepath.Join(r.dir, indexFile))
 	if err == nil && !os.SameFile(r.opened, index) {
@@ -112,17 +115,17 @@ func (r *LocalRegistry) checkIndexFile() error {
 	return err
 }
 
-// checkFS refuses a network file system, by name; "" is a local one.
+// checkFS refuses a network file system with this name. A local one has the name "".
 func (r *LocalRegistry) checkFS(name string) error {
 	if name == "" || r.opts.AllowNetworkFS {
 		return nil
 	}
-	return fmt.Errorf("%w (%s): two machines would damage the index (Options.AllowNetworkFS opens it all the same)", ErrNetworkFS, name)
+	return fmt.Errorf("%w (%s): two machines would damage the index (Options.AllowNetworkFS opens it anyway)", ErrNetworkFS, name)
 }
 
-// openOther opens a regular file that the caller names. It refuses those of the index: closing
-// any descriptor of them would drop the locks that SQLite holds in this process. It looks at the
-// root, so the caller has begun its call.
+// openOther opens a regular file that the caller names. It refuses the files of the index: POSIX locks
+// belong to the process, and closing any descriptor of such a file would drop the locks that SQLite
+// holds. It reads the root, so it must be called within a call that has begun.
 func (r *LocalRegistry) openOther(name string) (*os.File, error) {
 	fi, err := os.Stat(name)
 	if err != nil {
@@ -149,8 +152,8 @@ func (r *LocalRegistry) ownFile(fi fs.FileInfo) (string, error) {
 	return "", nil
 }
 
-// isAt reports whether fi is of what has that name below the root. A name that cannot be looked
-// at, for want of descriptors say, may be fi's, so that is an error.
+// isAt reports whether fi describes the entry with that name below the root. If the entry cannot be
+// read, for example without free descriptors, it could be the same file. So that is an error.
 func (r *LocalRegistry) isAt(name string, fi fs.FileInfo) (bool, error) {
 	mine, err := r.root.Lstat(name)
 	if err != nil {
@@ -159,13 +162,15 @@ func (r *LocalRegistry) isAt(name string, fi fs.FileInfo) (bool, error) {
 	return os.SameFile(mine, fi), nil
 }
 
-// checkTarget refuses to write to a path that the caller names if it is, or lies in, this
-// registry. Every call that writes to a caller's path asks it before it makes anything.
-// Files and directories are told by what they are and not by their names, since a path may
-// lead here through links, mounts and hard links. below are names that the call is going to
-// use in the directory path.
+// checkTarget refuses a path that the caller names if it is in this registry or leads to it. Every call
+// that writes to such a path calls checkTarget before it makes anything. Files and directories are
+// compared by identity and not by name, since a path may lead here through links, mounts and hard
+// links. below are the names that the call will use in the directory path.
 //
-// Errors: [ErrInvalidArgument] and the file system's.
+// Three kinds of entries are compared with those of the registry: the parents of the path, the path
+// itself, and the names below it. For the last two, the entry and the target of a link both count.
+//
+// Errors: [ErrInvalidArgument], and any error from the file system.
 func (r *LocalRegistry) checkTarget(path string, below ...string) error {
 	own := []string{".", blobsDir, tmpDir, idFile}
 	for _, alg := range []digest.Algorithm{digest.SHA256, digest.SHA384, digest.SHA512} {

@@ -11,23 +11,25 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// A Repository is a view of one name (registry/repository) in a registry, by which raw content is
-// put, read and deleted as over the distribution API. It is safe for concurrent use, and needs its
-// registry open.
+// A Repository is a view of one name (registry/repository) in a registry. By it, raw content is put,
+// read and deleted as over the distribution API. It is safe for concurrent use. Its registry must be
+// open.
 //
-// It shows what refs of the name lead to, what was put into it by digest, and the referrers of
-// these that are in the registry without a name. Other content of the registry is not found, even
-// if its digest is known.
+// It shows three kinds of content: content to which refs of the name lead, content that was put into
+// it by digest, and referrers of these that are in the registry without a name. Other content of the
+// registry is not found, even if its digest is known: a name must not give access to the content of
+// another one.
 //
 // Its methods Fetch, Exists, Push, Resolve, Tag, Untag, Predecessors, Delete and Tags have the
-// signatures that oras-go asks of a target, so oras.Copy and oras.ExtendedCopy take it.
+// signatures of a target of oras-go, so it can be given to oras.Copy and oras.ExtendedCopy.
 type Repository struct {
 	registry *LocalRegistry
 	name     string
 }
 
 // Repository returns the view of a name, such as "localhost/org/app" or "ghcr.io/org/app". The name
-// is read as [ParseReference] reads the part before the tag. It need not have any content yet.
+// is parsed like the part of a reference before the tag: see [ParseReference]. It need not have any
+// content yet.
 //
 // Error: [ErrInvalidReference].
 func (r *LocalRegistry) Repository(name string) (*Repository, error) {
@@ -59,14 +61,15 @@ func (p *Repository) begin(ctx context.Context) (end func(), err error) {
 	return p.registry.begin(ctx)
 }
 
-// shows reports whether the repository shows a published manifest or blob.
+// shows reports whether the repository shows a published manifest or blob. Held blobs are not in the
+// index: see locate.
 func (p *Repository) shows(q queryer, d digest.Digest) (bool, error) {
 	return shown(q, p.name, d, true)
 }
 
-// locate returns the file and size of content that the repository shows: below blobs/ or, if it has
-// not been published, held. A held file that was put again may be damaged by a power cut while the
-// published one is whole.
+// locate returns the file and size of content that the repository shows: below blobs/ or, if it was not
+// published, below tmp/held/. The published file comes first, because it is synced: a held file may be
+// damaged by a power cut.
 //
 // Errors: [ErrNotFound], [ErrInvalidDigest], and any error of the index or the file system.
 func (p *Repository) locate(d digest.Digest) (name string, size int64, err error) {
@@ -89,7 +92,8 @@ func (p *Repository) locate(d digest.Digest) (name string, size int64, err error
 	return name, size, err
 }
 
-// manifest returns the descriptor of a manifest that the repository shows.
+// manifest returns the descriptor of a manifest that the repository shows. With the transaction of a
+// write as q, the answer holds until the commit.
 func (p *Repository) manifest(q queryer, d digest.Digest) (ocispec.Descriptor, error) {
 	if err := checkDigest(d); err != nil {
 		return ocispec.Descriptor{}, err
@@ -128,7 +132,8 @@ func (p *Repository) StatManifest(ctx context.Context, d digest.Digest) (_ ocisp
 	return p.manifest(p.registry.index, d)
 }
 
-// StatBlob is Stat that takes a manifest, too, for a blob.
+// StatBlob is Stat that returns the descriptor of a blob for a manifest too: in a registry, manifests are
+// stored as blobs.
 func (p *Repository) StatBlob(ctx context.Context, d digest.Digest) (_ ocispec.Descriptor, err error) {
 	defer addOp(&err, "look for blob in", p.name, d)
 	end, err := p.begin(ctx)
@@ -178,7 +183,7 @@ func (p *Repository) Fetch(ctx context.Context, desc ocispec.Descriptor) (_ io.R
 	return store.verifier(ctx, f, desc.Digest, size), nil
 }
 
-// OpenFile returns a manifest or blob for access at any place. Its bytes are verified when this
+// OpenFile returns a manifest or blob for access at any offset. Its bytes are verified when this
 // handle of the registry opens it for the first time.
 //
 // Errors are those of [Repository.Stat], [ErrSizeMismatch] and [ErrDigestMismatch].
@@ -226,11 +231,15 @@ func (p *Repository) Resolve(ctx context.Context, reference string) (_ ocispec.D
 }
 
 // Tag points a tag of the repository at a manifest that the repository shows. A tag that points
-// elsewhere is moved: [Repository.PutManifest] and [LocalRegistry.Tag] have policies. The digest of
-// the manifest, as reference, keeps the manifest until [Repository.Untag] or [Repository.Delete].
+// elsewhere is moved; [Repository.PutManifest] and [LocalRegistry.Tag] have policies for that. If
+// reference is the digest of the manifest, Tag keeps the manifest until [Repository.Untag] or
+// [Repository.Delete].
 //
-// Errors: [ErrNotFound], [ErrInvalidReference], [ErrDigestMismatch] for another digest as
-// reference, and those of [LocalRegistry.Tag].
+// Errors:
+//   - [ErrNotFound]: the repository does not show the manifest
+//   - [ErrInvalidReference]
+//   - [ErrDigestMismatch]: reference is another digest
+//   - those of [LocalRegistry.Tag]
 func (p *Repository) Tag(ctx context.Context, desc ocispec.Descriptor, reference string) (err error) {
 	defer addOp(&err, "tag in "+p.name, reference, desc.Digest)
 	ref, err := p.reference(reference)
@@ -257,8 +266,9 @@ func (p *Repository) Tag(ctx context.Context, desc ocispec.Descriptor, reference
 	})
 }
 
-// Tags calls fn with the tags of the repository after last, in order, a page at a time. last is ""
-// for all, and need not exist. fn may use the registry. Its error ends the listing.
+// Tags calls fn with the tags of the repository after last, in order, a page at a time. An empty last
+// lists all. last need not exist. fn may use the registry. An error of fn ends the listing and is
+// returned.
 //
 // Errors: those of fn, [ErrCorruptIndex], [ErrIndexIO], and any error from ctx.
 func (p *Repository) Tags(ctx context.Context, last string, fn func(tags []string) error) error {
@@ -279,7 +289,7 @@ func (p *Repository) Tags(ctx context.Context, last string, fn func(tags []strin
 	}
 }
 
-// TagList returns at most limit tags of the repository after last, in order, which need not exist.
+// TagList returns at most limit tags of the repository after last, in order. last need not exist.
 //
 // Errors: [ErrCorruptIndex], [ErrIndexIO], and any error from ctx.
 func (p *Repository) TagList(ctx context.Context, last string, limit int) (tags []string, err error) {
@@ -293,7 +303,8 @@ func (p *Repository) TagList(ctx context.Context, last string, limit int) (tags 
 		for _, ref := range page {
 			last = ref.Reference.Tag()
 			if d := ref.Reference.Digest(); d != "" {
-				// Any number of refs by digest may follow. No tag lies between them.
+				// Any number of refs by digest may follow, and no tag is between them. So the next
+				// page begins after the last possible digest of this algorithm.
 				last = string(d.Algorithm()) + ":~"
 				continue
 			}
@@ -307,7 +318,8 @@ func (p *Repository) TagList(ctx context.Context, last string, limit int) (tags 
 }
 
 // Predecessors returns the manifests in the repository that point at desc: its referrers, with
-// their annotations, and the manifests that need it. Both are read from the index, in pages.
+// their annotations, and the manifests that need it. Both are read from the index, in pages. The
+// result is complete and not limited.
 //
 // Errors: [ErrInvalidDigest], [ErrCorruptIndex], [ErrIndexIO], and any error from ctx.
 func (p *Repository) Predecessors(ctx context.Context, desc ocispec.Descriptor) (found []ocispec.Descriptor, err error) {
@@ -338,7 +350,8 @@ func (p *Repository) Predecessors(ctx context.Context, desc ocispec.Descriptor) 
 	return found, nil
 }
 
-// Referrers is [LocalRegistry.Referrers] of what the repository shows.
+// Referrers is [LocalRegistry.Referrers], limited to manifests that the repository shows. Errors are the
+// same.
 func (p *Repository) Referrers(ctx context.Context, subject digest.Digest, opts *ReferrersOptions) iter.Seq2[ocispec.Descriptor, error] {
 	var o ReferrersOptions
 	if opts != nil {

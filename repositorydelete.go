@@ -9,8 +9,9 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// Untag deletes a tag. The repository still shows the manifest by its digest, for [GCOptions.Held].
-// A digest as reference ends what [Repository.Tag] with that digest has begun.
+// Untag deletes a tag. The repository still shows the manifest by its digest, for [GCOptions.Held]: a
+// client may untag first and delete or tag the digest next. If reference is a digest, Untag undoes
+// [Repository.Tag] with that digest.
 //
 // Errors: [ErrNotFound], [ErrInvalidReference], [ErrReadOnly], [ErrBusy], and any error from ctx.
 func (p *Repository) Untag(ctx context.Context, reference string) (err error) {
@@ -38,8 +39,9 @@ func (p *Repository) Untag(ctx context.Context, reference string) (err error) {
 	})
 }
 
-// Delete deletes a manifest, if the media type is one of a manifest, and otherwise a blob. Errors
-// are those of [Repository.DeleteManifest] and [Repository.DeleteBlob].
+// Delete deletes a manifest, if desc has the media type of one, and otherwise a blob.
+//
+// Errors are those of [Repository.DeleteManifest] and [Repository.DeleteBlob].
 func (p *Repository) Delete(ctx context.Context, desc ocispec.Descriptor) error {
 	if formOf(desc.MediaType) != 0 {
 		return p.DeleteManifest(ctx, desc.Digest)
@@ -47,14 +49,18 @@ func (p *Repository) Delete(ctx context.Context, desc ocispec.Descriptor) error 
 	return p.DeleteBlob(ctx, desc.Digest)
 }
 
-// DeleteManifest deletes all tags of the repository that point at a manifest, and whatever else
-// keeps it here. The repository no longer shows the manifest. Its bytes, and those that only it
-// needs, go with the next collection.
+// DeleteManifest deletes all tags of the repository that point at a manifest, and its hold there. The
+// repository no longer shows the manifest. The next collection deletes its bytes, and those that only
+// it needs.
+//
+// A referrer would still be shown and kept because of its subject. So a referrer is collected at once:
+// after the transaction that deletes its refs, in a second one. If the process is killed in between,
+// the referrer stays, and can be deleted again.
 //
 // Errors:
 //   - [ErrNotFound]: the repository does not show the manifest
-//   - [ErrInUse], and nothing was deleted: an image index in the repository needs the manifest, or
-//     it is a referrer that has referrers
+//   - [ErrInUse]: an image index in the repository needs the manifest, or it is a referrer that has
+//     referrers. Nothing was deleted
 //   - [ErrInvalidDigest], [ErrReadOnly], [ErrBusy], and any error from ctx or the file system
 func (p *Repository) DeleteManifest(ctx context.Context, d digest.Digest) (err error) {
 	defer addOp(&err, "delete manifest from", p.name, d)
@@ -101,11 +107,11 @@ func (p *Repository) DeleteManifest(ctx context.Context, d digest.Digest) (err e
 	if err != nil || subject == "" {
 		return err
 	}
-	// A collection would keep it because of its subject.
 	return p.registry.collectOne(ctx, desc)
 }
 
-// DeleteBlob deletes a blob that was put into the repository, and that no manifest there needs.
+// DeleteBlob deletes a blob that was put into the repository and that no manifest there needs. Other
+// repositories that hold the same bytes keep them.
 //
 // Errors:
 //   - [ErrNotFound]: the repository does not show the blob

@@ -16,9 +16,10 @@ import (
 // application/octet-stream. The bytes must hash to want, unless that is empty: then the digest is
 // SHA-256. There must be size bytes, unless that is −1. Memory does not grow with the blob.
 //
-// The blob is there for every process when PutBlob returns nil, and stays until a manifest of the
-// repository needs it, but at least for [GCOptions.Held]. It is durable with that manifest: see
-// [Repository.PutManifest]. Putting a blob that is there is harmless.
+// When PutBlob returns nil, every process can read the blob. It is held for [GCOptions.Held]; a manifest
+// of the repository that needs it keeps it for longer. It becomes durable with that manifest: see
+// [Repository.PutManifest]. So a power cut may lose a held blob, and the client must put it again.
+// Putting a blob that is there already is harmless.
 //
 // Errors:
 //   - [ErrDigestMismatch], [ErrSizeMismatch]: src has other bytes
@@ -37,9 +38,9 @@ func (p *Repository) PutBlob(ctx context.Context, src io.Reader, want digest.Dig
 	return p.registry.blobs.holdNew(ctx, p.name, src, digest.SHA256, want, size)
 }
 
-// Mount puts a blob into the repository that another one shows, without copying it where the file
-// system has hard links. If from is nil, any blob of the registry is taken: whoever knows a digest
-// then gets the content.
+// Mount puts a blob into the repository that another one shows. If the file system has hard links, the
+// blob is not copied. If from is nil, any blob of the registry can be mounted. Everybody who may call
+// Mount so, and knows a digest, then gets the content.
 //
 // Errors: [ErrNotFound], [ErrInvalidDigest], [ErrReadOnly], and any error from ctx or the file
 // system.
@@ -72,22 +73,22 @@ func (p *Repository) Mount(ctx context.Context, d digest.Digest, from *Repositor
 // PutManifestOptions say how a manifest is put. Nil is the zero value.
 type PutManifestOptions struct {
 	// Tag, if not empty, is the tag under which the manifest is published, by the Policy and
-	// Expected of PublishOptions. Without one it is put by digest.
+	// Expected of PublishOptions. Without a tag it is put by digest.
 	Tag string
-	// Digest, if not empty, is what the bytes must hash to. It chooses the algorithm, which is
-	// SHA-256 otherwise.
+	// Digest, if not empty, is the digest that the bytes must have. It also chooses the algorithm,
+	// which is SHA-256 otherwise.
 	Digest digest.Digest
 	PublishOptions
 }
 
-// PutManifest publishes the bytes of a manifest or image index. All that it needs must be in the
-// repository: see [Repository.PutBlob]. When it returns nil, the manifest and all its content are
-// durable. mediaType is as for [ParseManifest], which says what is accepted.
+// PutManifest publishes the bytes of a manifest or image index. Everything that it needs must be in the
+// repository: see [Repository.PutBlob]. When PutManifest returns nil, the manifest and all its content
+// are durable. mediaType is that of [ParseManifest], which says which documents are accepted.
 //
-// A manifest without a tag is held by the repository: if it is put by digest, and when its tag is
-// moved or deleted. It stays for [GCOptions.Held], as long as its subject, and as long as an image
-// index in the repository needs it. [Repository.Tag] with its digest keeps it for good. Putting one
-// that is there is harmless.
+// The repository holds a manifest that has no tag, because it was put by digest, or because its tag was
+// moved or deleted. It is kept for [GCOptions.Held], as long as its subject is kept, and as long as an
+// image index in the repository needs it. [Repository.Tag] with its digest keeps it for good. Putting
+// a manifest that is there already is harmless.
 //
 // Errors:
 //   - [ErrIncomplete]: a config, layer or manifest that it needs is not in the repository
@@ -159,7 +160,8 @@ func (p *Repository) PutManifest(ctx context.Context, mediaType string, raw []by
 	return updates[0], updates[0].conflict(o.Expected)
 }
 
-// holdReplaced holds the manifest that a tag is about to be moved from.
+// holdReplaced holds the manifest from which a tag is about to be moved, in the transaction that moves
+// it. A client that has resolved the old tag can still pull its manifest by digest.
 func (p *Repository) holdReplaced(tx *indexTx, ref Reference, to digest.Digest) error {
 	if ref.IsZero() {
 		return nil
@@ -171,8 +173,12 @@ func (p *Repository) holdReplaced(tx *indexTx, ref Reference, to digest.Digest) 
 	return tx.setHold(p.name, from, time.Now())
 }
 
-// takeChildren takes what a manifest needs into the stage where it is held. The rest must be
-// published in the repository: then it is durable, and the publish looks again that it is there.
+// takeChildren checks that the repository shows everything that a manifest needs, and takes held blobs
+// into the stage, so that the publish makes them durable. Other content must be published in the
+// repository: then it is durable already, and the publish checks again that it is there.
+//
+// A manifest may only name content of this repository. Otherwise a client that knows a digest could
+// put a manifest with it, and read the content of another repository.
 func (p *Repository) takeChildren(ctx context.Context, st *stage, m *Manifest) error {
 	seen := map[digest.Digest]bool{}
 	for i, c := range m.children() {
@@ -198,7 +204,7 @@ func (p *Repository) takeChildren(ctx context.Context, st *stage, m *Manifest) e
 		}
 		ok, err := p.shows(p.registry.index, c.Digest)
 		if err == nil && !ok && foreignLayer(c.MediaType) {
-			// It may be absent. But what another repository has must not be shown here because a
+			// It may be absent. But if another repository has it, it must not be shown here because a
 			// manifest names it.
 			if ok, err = p.registry.blobs.present(c.Digest); err == nil && !ok {
 				continue
@@ -215,7 +221,7 @@ func (p *Repository) takeChildren(ctx context.Context, st *stage, m *Manifest) e
 	return p.registry.checkMembers(ctx, m)
 }
 
-// sizeAs returns an [ErrSizeMismatch] if a staged blob has another size than its descriptor says.
+// sizeAs returns an [ErrSizeMismatch] if a staged blob does not have the size in its descriptor.
 func sizeAs(st *stage, desc ocispec.Descriptor) error {
 	if n, ok := st.size(desc.Digest); ok && n != desc.Size {
 		return fmt.Errorf("blob %s: %w: has %d bytes, the manifest says %d", desc.Digest, ErrSizeMismatch, n, desc.Size)
@@ -223,8 +229,8 @@ func sizeAs(st *stage, desc ocispec.Descriptor) error {
 	return nil
 }
 
-// Push puts a manifest by its digest, if the media type is one of a manifest, and otherwise a blob.
-// Pushing what is there is harmless. A manifest comes after all that it needs.
+// Push puts a manifest by its digest, if desc has the media type of one, and otherwise a blob. Pushing
+// content that is there already is harmless. A manifest must be pushed after everything that it needs.
 //
 // Errors are those of [Repository.PutManifest] and [Repository.PutBlob].
 func (p *Repository) Push(ctx context.Context, desc ocispec.Descriptor, src io.Reader) error {
@@ -240,10 +246,11 @@ func (p *Repository) Push(ctx context.Context, desc ocispec.Descriptor, src io.R
 	return err
 }
 
-// readPushed reads a manifest of the size that its descriptor says.
+// readPushed reads a manifest that must have the size in its descriptor. The size is checked before
+// anything is read, and the read is bounded, because the caller's size may be wrong.
 func readPushed(ctx context.Context, desc ocispec.Descriptor, src io.Reader) ([]byte, error) {
 	if desc.Size > MaxManifestSize {
-		return nil, fmt.Errorf("%w: manifest of %d bytes, at most %d are taken", ErrTooLarge, desc.Size, MaxManifestSize)
+		return nil, fmt.Errorf("%w: manifest has %d bytes, the limit is %d", ErrTooLarge, desc.Size, MaxManifestSize)
 	}
 	raw, err := io.ReadAll(io.LimitReader(&ctxReader{ctx, src}, MaxManifestSize+1))
 	if err == nil && int64(len(raw)) != desc.Size {

@@ -11,12 +11,13 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// A Count is a number of digests, each counted once, and their bytes.
+// A Count is a number of digests, each counted once, and their total size.
 type Count struct {
-	Manifests, Blobs int // Blobs counts everything else
+	Manifests, Blobs int // Blobs are all digests that are not manifests
 	Bytes            int64
 }
 
+// add counts one digest.
 func (c *Count) add(manifest bool, size int64) {
 	if manifest {
 		c.Manifests++
@@ -30,17 +31,17 @@ func (c *Count) add(manifest bool, size int64) {
 type Stats struct {
 	Refs         int
 	Repositories int   // distinct names that have refs
-	Total        Count // all that was published and not collected
-	Orphans      Count // of Total, what no ref keeps: what [LocalRegistry.GC] with [NoGrace] deletes
+	Total        Count // all content that was published and not collected
+	Orphans      Count // the part of Total that [LocalRegistry.GC] with [NoGrace] deletes
 }
 
-// Stats counts by the index alone: it walks no directory and reads no blob. So it does not see
-// files of interrupted work that never reached the index; [LocalRegistry.GCReport] does. The
-// figures are read one after the other. While others write, they may be of different moments.
+// Stats counts by the index alone: it walks no directory and reads no blob. So it does not see files
+// of interrupted calls that are not in the index; [LocalRegistry.GCReport] does. The figures are
+// read one after the other. While other processes write, they may be of different moments.
 //
 // The time grows with the number of artifacts and the size of their annotations: about 0.1 s for
-// 100,000 artifacts without annotations. With thousands of orphans it is ten times as much, and
-// [LocalRegistry.GC] is due.
+// 100,000 artifacts without annotations. With thousands of orphans it is ten times as much, and it is
+// time for [LocalRegistry.GC].
 //
 // Errors: [ErrCorruptIndex], [ErrIndexIO], and any error from ctx.
 func (r *LocalRegistry) Stats(ctx context.Context) (s Stats, err error) {
@@ -53,7 +54,7 @@ func (r *LocalRegistry) Stats(ctx context.Context) (s Stats, err error) {
 	x := r.index
 	var noRef, noPointer []digest.Digest
 	blobs := 0
-	// Two halves that take about the same time, on two connections.
+	// Each half uses one connection, and both take about the same time.
 	var wg sync.WaitGroup
 	var errs [2]error
 	for i, steps := range [2][]func() error{{
@@ -90,11 +91,13 @@ func (r *LocalRegistry) Stats(ctx context.Context) (s Stats, err error) {
 	return s, nil
 }
 
-// manyOrphans is about how many times longer it takes to look at one digest by itself than as part
-// of a scan of all.
+// manyOrphans decides between two ways of counting orphans, which give the same figures: orphans goes
+// up from each candidate, and deadRows goes down from all refs. One digest takes about 50 times as
+// long by itself as in a scan of all.
 const manyOrphans = 50
 
-// deadRows counts the rows that no ref leads to, by going down from all refs as a collection does.
+// deadRows counts the rows that no ref leads to, by going down from all refs as a collection does. It
+// uses the graph of a collection without its files, so nodes count by their rows.
 func (r *LocalRegistry) deadRows(ctx context.Context) (c Count, err error) {
 	g, err := r.graph(ctx, GCOptions{Grace: NoGrace})
 	if err != nil {
@@ -110,7 +113,8 @@ func (r *LocalRegistry) deadRows(ctx context.Context) (c Count, err error) {
 }
 
 // orphans counts the rows that no ref leads to, by going up from the candidates: manifests without
-// a ref, blobs that no manifest needs, and blobs that only such manifests need.
+// a ref, blobs that no manifest needs, and blobs that only such manifests need. Every orphan is among
+// these. climb remembers its answers, so shared ancestors are visited once.
 func (x *index) orphans(ctx context.Context, noRef, noPointer []digest.Digest) (c Count, err error) {
 	up := climb{ctx: ctx, q: x, ways: keptByDefault()}
 	counted := map[digest.Digest]bool{}
@@ -149,8 +153,8 @@ func (x *index) orphans(ctx context.Context, noRef, noPointer []digest.Digest) (
 // A Usage is the content of some refs.
 type Usage struct {
 	Refs   int
-	Own    Count // what removing the refs and [LocalRegistry.GC] would free, referrers included
-	Shared Count // what other refs keep as well
+	Own    Count // content that is freed if the refs are removed and collected, referrers included
+	Shared Count // content that other refs keep as well
 }
 
 // RefUsage counts the content of a ref by the index alone: its manifest, all that it needs, its
@@ -204,26 +208,30 @@ func (r *LocalRegistry) RepositoryUsage(ctx context.Context, name string) (Usage
 	return u.Usage, nil
 }
 
-// usage sums up a Usage.
+// A usage computes a Usage. It goes down from the refs, each digest once, and asks for each whether
+// another ref leads to it.
 type usage struct {
 	Usage
 	descent
 	index  *index
-	others climb           // leaves the refs out
+	others climb           // goes up to all refs except those whose usage is computed
 	own    []digest.Digest // manifests among Own whose referrers are not counted yet
 }
 
+// newUsage returns an empty usage. The caller says in others which refs to leave out.
 func newUsage(ctx context.Context, x *index) *usage {
 	return &usage{descent: descent{q: x, subjects: true}, index: x, others: climb{ctx: ctx, q: x, ways: keptByDefault()}}
 }
 
-// keptByDefault are the ways by which a collection without options keeps things.
+// keptByDefault are the relations by which a collection without options keeps content. Figures about
+// orphans use them too, so that they agree with GC.
 func keptByDefault() ways {
 	return ways{subjects: true, referrers: true, heldSince: (&GCOptions{}).heldBefore(time.Now())}
 }
 
-// add counts a manifest, its needs and its subjects, and the referrers of those that would go. What
-// other refs keep may have any number of referrers, which do not belong to this usage.
+// add counts a manifest, everything that it needs, its subjects, and the referrers of manifests among
+// Own: they would be collected with these. Referrers of shared manifests are kept by the other refs,
+// so they are not counted.
 func (u *usage) add(d digest.Digest) error {
 	ctx := u.others.ctx
 	count := func(d digest.Digest) error {
@@ -253,7 +261,7 @@ func (u *usage) add(d digest.Digest) error {
 	return nil
 }
 
-// count counts one digest. A subject that is not here does not count.
+// count counts one digest as Own or Shared. A subject that is not in the registry does not count.
 func (u *usage) count(d digest.Digest) error {
 	q := u.q
 	here, err := hasBlob(q, d)
