@@ -9,6 +9,7 @@ import (
 	"iter"
 	"net/http"
 	"net/url"
+	"slices"
 
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -138,28 +139,34 @@ func (r *Remote) Tags(ctx context.Context, ref Reference) iter.Seq2[string, erro
 	return func(yield func(string, error) bool) {
 		p, err := r.repo(ref)
 		if err == nil {
-			listed := 0
-			u := p.url("tags", "list")
-			err = p.pages(ctx, u, nil, func(body []byte, _ *http.Response) (bool, error) {
-				var doc struct {
-					Tags []string `json:"tags"`
-				}
-				if err := json.Unmarshal(body, &doc); err != nil {
-					return false, fmt.Errorf("%w: list of tags: %w", ErrProtocol, err)
-				}
-				if listed += len(doc.Tags); listed > maxListed {
-					return false, fmt.Errorf("%w: more than %d tags", ErrTooLarge, maxListed)
-				}
-				for _, tag := range doc.Tags {
-					if checkTag(tag) == nil && !yield(tag, nil) {
-						return false, errStop
+			err = p.tagPages(ctx, p.url("tags", "list"), func(page []string) bool {
+				for _, tag := range page {
+					if !yield(tag, nil) {
+						return false
 					}
 				}
-				return true, nil
+				return true
 			})
 		}
-		if err != nil && !errors.Is(err, errStop) {
+		if err != nil {
 			yield("", opError("list tags of", ref.Name(), "", err))
 		}
 	}
+}
+
+// tagPages visits the pages of a list of tags that begins at u, until visit returns false.
+func (p *remoteRepo) tagPages(ctx context.Context, u *url.URL, visit func(page []string) (more bool)) error {
+	listed := 0
+	return p.pages(ctx, u, nil, func(body []byte, _ *http.Response) (bool, error) {
+		var doc struct {
+			Tags []string `json:"tags"`
+		}
+		if err := json.Unmarshal(body, &doc); err != nil {
+			return false, fmt.Errorf("%w: list of tags: %w", ErrProtocol, err)
+		}
+		if listed += len(doc.Tags); listed > maxListed {
+			return false, fmt.Errorf("%w: more than %d tags", ErrTooLarge, maxListed)
+		}
+		return visit(slices.DeleteFunc(doc.Tags, func(tag string) bool { return checkTag(tag) != nil })), nil
+	})
 }

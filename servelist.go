@@ -57,15 +57,18 @@ func (x *exchange) tags() error {
 	if len(last) > maxTagLen {
 		last = last[:maxTagLen+1] // still after the same tags, since none is longer than maxTagLen
 	}
-	tags := []string{}
+	tags, known := []string{}, false
 	if n > 0 {
 		page, err := x.repo.TagList(x.r.Context(), last, n+1)
 		if err != nil {
 			return err
 		}
-		tags = append(tags, page...)
+		if tags = append(tags, page...); x.upstream != nil {
+			page, known = x.upstreamTags(last, n+1)
+			tags = mergeTags(tags, page, n+1)
+		}
 	}
-	if len(tags) == 0 {
+	if len(tags) == 0 && !known {
 		if err := x.checkKnown(); err != nil {
 			return err
 		}
@@ -159,7 +162,7 @@ func (x *exchange) referrers() error {
 	n = max(n, 1) // the next page begins after an entry of this one
 	index := ocispec.Index{Versioned: specs.Versioned{SchemaVersion: 2}, MediaType: ocispec.MediaTypeImageIndex, Manifests: []ocispec.Descriptor{}}
 	size := 0
-	for d, err := range x.repo.Referrers(x.r.Context(), x.digest, opts) {
+	for d, err := range x.allReferrers(opts) {
 		if err != nil {
 			return err
 		}

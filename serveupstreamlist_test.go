@@ -1,0 +1,135 @@
+package ocilocal_test
+
+import (
+	"encoding/json"
+	"fmt"
+	"net/http"
+	"slices"
+	"strings"
+	"testing"
+
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+)
+
+// allPages follows the links of a list and returns the entries of all pages, by get.
+func (s *served) allPages(path string, get func(body string) []string) (all []string) {
+	s.t.Helper()
+	for path != "" {
+		a := s.want(200, "GET", path, "")
+		all = append(all, get(a.body)...)
+		link, _, _ := strings.Cut(strings.TrimPrefix(a.header.Get("Link"), "<"), ">")
+		path = link
+	}
+	return all
+}
+
+func tagsOf(body string) []string {
+	var doc struct{ Tags []string }
+	_ = json.Unmarshal([]byte(body), &doc)
+	return doc.Tags
+}
+
+func digestsOf(body string) (all []string) {
+	var doc ocispec.Index
+	_ = json.Unmarshal([]byte(body), &doc)
+	for _, d := range doc.Manifests {
+		all = append(all, string(d.Digest))
+	}
+	return all
+}
+
+// referrerOf is a manifest with a subject and one layer.
+func referrerOf(subject, layer string) string {
+	return strings.TrimSuffix(imageOf(layer), "}") + `,"subject":` + desc(imageType, subject) + "}"
+}
+
+// TestServeUpstreamLists: tags and referrers of the upstream and those that are here are listed once
+// each, in pages of every size. While the upstream is down, those that are here are.
+func TestServeUpstreamLists(t *testing.T) {
+	t.Parallel()
+	m := newMirror(t, nil, nil)
+	subject := imageOf("one")
+	m.want(404, "GET", "/v2/org/app/tags/list", "")
+	var tags, referrers, here []string
+	for i := range 6 {
+		tag := fmt.Sprintf("v%d", i)
+		layer := fmt.Sprintf("signature %d", i)
+		raw := referrerOf(subject, layer)
+		d := string(digestOfText(raw))
+		for side, s := range []*served{m.origin, m.served} {
+			if side == 0 && i%3 == 1 || side == 1 && i%3 == 0 { // some only here, some only there
+				continue
+			}
+			s.pushImage("org/app", tag, "one")
+			s.pushBlob("org/app", layer)
+			s.want(201, "PUT", appManifests+d, raw, "Content-Type", imageType)
+		}
+		tags, referrers = append(tags, tag), append(referrers, d)
+		if i%3 > 0 {
+			here = append(here, d)
+		}
+	}
+	slices.Sort(referrers)
+	slices.Sort(here)
+	list := "/v2/org/app/referrers/" + string(digestOfText(subject))
+	for _, n := range []int{1, 2, 3, 6, 100} {
+		if got := m.allPages(fmt.Sprintf("/v2/org/app/tags/list?n=%d", n), tagsOf); !slices.Equal(got, tags) {
+			t.Errorf("tags by %d: %v", n, got)
+		}
+		if got := m.allPages(fmt.Sprintf("%s?n=%d", list, n), digestsOf); !slices.Equal(got, referrers) {
+			t.Errorf("referrers by %d: %v, want %v", n, got, referrers)
+		}
+	}
+	if got := m.allPages(list+"?artifactType=application/vnd.other", digestsOf); len(got) > 0 {
+		t.Errorf("of another type: %v", got)
+	}
+	// A list in no order and without pages.
+	m.intercept(func(w http.ResponseWriter, r *http.Request) bool {
+		found := strings.HasSuffix(r.URL.Path, "/tags/list")
+		if found {
+			fmt.Fprint(w, `{"name":"org/app","tags":["v5","v0","v3","v2","not a tag"]}`)
+		}
+		return found
+	})
+	if got := m.allPages("/v2/org/app/tags/list?n=2", tagsOf); !slices.Equal(got, tags) {
+		t.Errorf("tags of an origin without pages: %v", got)
+	}
+
+	m.down()
+	if got := m.allPages("/v2/org/app/tags/list?n=2", tagsOf); !slices.Equal(got, []string{"v1", "v2", "v4", "v5"}) {
+		t.Errorf("tags here: %v", got)
+	}
+	if got := m.allPages(list+"?n=1", digestsOf); !slices.Equal(got, here) {
+		t.Errorf("referrers here: %v", got)
+	}
+}
+
+// TestServeUpstreamReferrers: a referrer that a client fetches is kept with its subject, without a
+// ref.
+func TestServeUpstreamReferrers(t *testing.T) {
+	t.Parallel()
+	m := newMirror(t, nil, nil)
+	m.origin.pushImage("org/app", "v1", "one")
+	raw := referrerOf(imageOf("one"), "signature")
+	m.origin.pushBlob("org/app", "signature")
+	m.origin.want(201, "PUT", manifestAt(raw), raw, "Content-Type", imageType)
+	m.want(200, "GET", appManifests+"v1", "")
+	m.want(200, "GET", manifestAt(raw), "")
+	m.want(200, "GET", blobAt("signature"), "")
+	collect(t, m.r, atOnce)
+	checkSound(t, m.r)
+	m.down()
+	list := "/v2/org/app/referrers/" + string(digestOfText(imageOf("one")))
+	if got := digestsOf(m.want(200, "GET", list, "").body); !slices.Equal(got, []string{string(digestOfText(raw))}) {
+		t.Errorf("referrers: %v", got)
+	}
+	m.want(200, "GET", manifestAt(raw), "")
+	m.want(200, "GET", blobAt("signature"), "")
+	refs := 0
+	for range m.r.Refs(t.Context(), nil) {
+		refs++
+	}
+	if refs != 1 {
+		t.Errorf("%d refs", refs)
+	}
+}
