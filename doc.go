@@ -181,14 +181,17 @@
 // pull, push, discovery and deletion, without a daemon. Repository org/app of the server is
 // localhost/org/app in the registry: see [HandlerOptions]. It passes the official conformance suite.
 //
-// Several processes can serve one root, together with any other use of it. An upload is a file below
-// tmp/. It outlives the process that began it, and each of its requests may reach another one. Blobs
-// are held for their repository as in [Repository.PutBlob]. A blob that was acknowledged may be lost
-// in a power cut; the client then sees that when it puts the manifest, and sends it again. A manifest
-// that was acknowledged is durable with all that it needs. It is the only thing that is synced.
+// Several processes can serve one root, while others build, import and collect in it. An upload is a
+// file below tmp/, so a client can continue it in another process. Blobs are held for their
+// repository as in [Repository.PutBlob].
 //
-// Before a blob is sent, it is verified, or it is verified on the way and breaks off before its last
-// byte. A handle verifies a file once, as long as that is not changed.
+// A manifest that was acknowledged is durable with all that it needs. Blobs are synced only then. A
+// power cut may lose an acknowledged blob that no manifest names; a manifest that needs it is then
+// refused, and the client sends the blob again.
+//
+// Nobody receives all bytes of a damaged blob. A large one is verified while it is sent: if it is
+// damaged, the answer breaks off before its last byte. A small one, and one of which a range is asked
+// for, is verified before. A handle does not verify a file again that has not changed.
 //
 // With an [Upstream] the handler is a mirror. It fetches each manifest and blob when a client first
 // asks for it, once for all clients, and sends a large blob while it arrives. It serves what it has

@@ -1,7 +1,8 @@
 // Quickstart builds an artifact, lists it, reads it back, saves it to an archive
 // and imports that into a second registry. Given the path of an OCI archive,
 // such as an .ommx file, it imports that instead and reads every layer of all that the registry has.
-// With -root it uses, and keeps, the registry in that directory. With -serve it serves that instead.
+// With -root it uses, and keeps, the registry in that directory. With -serve it serves that instead:
+// the names below the host that -host says.
 package main
 
 import (
@@ -22,6 +23,7 @@ func main() {
 	log.SetFlags(0)
 	root := flag.String("root", "", "registry to use and keep (default: a temporary one)")
 	address := flag.String("serve", "", "serve the registry at an address such as 127.0.0.1:5000, and do nothing else")
+	host := flag.String("host", "localhost", "with -serve: serve the names below this host")
 	flag.Parse()
 	dir, err := os.MkdirTemp("", "ocilocal-quickstart-")
 	if err != nil {
@@ -30,7 +32,7 @@ func main() {
 	if *root == "" {
 		*root = filepath.Join(dir, "registry")
 	}
-	err = run(context.Background(), dir, *root, *address, flag.Args())
+	err = run(context.Background(), dir, *root, *address, *host, flag.Args())
 	if rm := os.RemoveAll(dir); err == nil {
 		err = rm
 	}
@@ -40,7 +42,7 @@ func main() {
 }
 
 // run keeps the archive and the second registry in dir, which is temporary.
-func run(ctx context.Context, dir, root, address string, args []string) error {
+func run(ctx context.Context, dir, root, address, host string, args []string) error {
 	registry, err := ocilocal.Open(ctx, root, nil)
 	if err != nil {
 		return err
@@ -48,7 +50,8 @@ func run(ctx context.Context, dir, root, address string, args []string) error {
 	defer registry.Close()
 	fmt.Printf("registry %s\n", registry.Root())
 	if address != "" { // to oras, crane, docker and any other client
-		return http.ListenAndServe(address, registry.Handler(nil))
+		fmt.Printf("serving  %s/… at %s\n", host, address)
+		return http.ListenAndServe(address, registry.Handler(&ocilocal.HandlerOptions{Host: host}))
 	}
 	if len(args) > 0 {
 		result, err := registry.ImportArchiveFile(ctx, args[0], nil)
