@@ -123,10 +123,12 @@ func (p *fetcher) partial(ctx context.Context, desc ocispec.Descriptor) (*partia
 	}
 }
 
-// keepPartial is the size from which on the bytes of a blob outlive an interrupted pull.
+// keepPartial is the size from which on the bytes of a blob outlive an interrupted pull. Smaller
+// blobs cost less to fetch again than a directory and a lock for each.
 const keepPartial = 1 << 20
 
-// fetchWhole fetches a blob, with each attempt from its beginning.
+// fetchWhole fetches a blob, in each attempt from its beginning: first from the mirrors, once each,
+// then from the registry, as often as the retry policy says.
 func (p *fetcher) fetchWhole(ctx context.Context, desc ocispec.Descriptor, item *meteredItem) error {
 	answered, err := p.repo.viaMirrors(ctx, false, func(mirror *remoteRepo) error { return p.fetchOnce(ctx, mirror, desc, item) })
 	if answered || err != nil {
@@ -193,7 +195,7 @@ func (p *fetcher) resumeOnce(ctx context.Context, from *remoteRepo, desc ocispec
 	}
 	old := part.kept > 0
 	err := part.finish(ctx)
-	if old && errors.Is(err, ErrDigestMismatch) { // what an earlier pull or a mirror left was no good
+	if old && errors.Is(err, ErrDigestMismatch) { // the bytes of an earlier pull or a mirror may be the wrong ones
 		return p.resumeOnce(ctx, from, desc, part, item)
 	}
 	if errors.Is(err, ErrDigestMismatch) {

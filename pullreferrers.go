@@ -11,6 +11,9 @@ import (
 // pullReferrers fetches the referrers of a pulled artifact, of the manifests that it needs, and of
 // these referrers. A list of referrers is a claim: a manifest counts only if its own subject is the
 // right one.
+//
+// It runs after the artifact was published, and publishes each referrer by itself. So a failure
+// leaves the artifact and the referrers before it. It returns them with the error.
 func (p *puller) pullReferrers(ctx context.Context, result *PullResult) (pulled []ocispec.Descriptor, err error) {
 	if p.registry.blobs.readOnly {
 		return nil, ErrReadOnly
@@ -21,7 +24,7 @@ func (p *puller) pullReferrers(ctx context.Context, result *PullResult) (pulled 
 	}
 	subjects := needs.manifests
 	seen := map[digest.Digest]bool{}
-	for i := 0; i < len(subjects); i++ { // it grows
+	for i := 0; i < len(subjects); i++ { // each referrer is added, as a possible subject
 		var listed []ocispec.Descriptor
 		err := p.repo.referrers(ctx, subjects[i].Digest, "", func(d ocispec.Descriptor) error {
 			if !seen[d.Digest] && ofType(d, p.opts.ReferrerTypes) {

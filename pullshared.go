@@ -42,8 +42,8 @@ type sharedPull struct {
 
 	mu      sync.Mutex // guards what follows
 	waiting []*puller
-	ended   bool // nobody may join any more
-	turn    *turn
+	ended   bool  // no call may join any more
+	turn    *turn // the publication under way; nil for none
 }
 
 // A turn is the publication of a transfer for one call.
@@ -223,7 +223,7 @@ func (f *sharedPull) run(ctx context.Context, first *puller, m *Manifest) error 
 	f.meter.phase(PhasePublish)
 	for tried := []*puller(nil); ; {
 		own, t := f.next(ctx, tried)
-		if t == nil { // everybody has left, or has a conflict
+		if t == nil { // all calls have left, or have a conflict
 			return cmp.Or(ctx.Err(), errNobodyWaits)
 		}
 		p := t.of
@@ -253,8 +253,8 @@ func (f *sharedPull) publish(ctx context.Context, t *turn, s *stage, pubs []publ
 	return updates, ctx.Err() != nil, err
 }
 
-// errNobodyWaits ends a transfer that is of use to no call any more.
-var errNobodyWaits = errors.New("nobody waits for the transfer")
+// errNobodyWaits ends a transfer for which no call waits any more. No call gets it.
+var errNobodyWaits = errors.New("no call waits for the transfer")
 
 // stageClosure stages a manifest that the remote registry has sent, with everything that it needs,
 // and returns the publication of it.

@@ -44,10 +44,10 @@ type PushOptions struct {
 
 // A PushResult says what a push did.
 type PushResult struct {
-	Reference    Reference            // there
+	Reference    Reference            // the name in the remote registry
 	Descriptor   ocispec.Descriptor   // of the manifest or image index
 	Referrers    []ocispec.Descriptor // the referrers that were pushed too
-	Skipped      []ocispec.Descriptor // referrers that were not, because they are not here whole
+	Skipped      []ocispec.Descriptor // referrers that were not pushed, because they are not here whole
 	BlobsSent    int                  // blobs that were uploaded
 	BlobsMounted int                  // blobs that the registry took from another of its repositories
 	BlobsPresent int                  // blobs that the repository had
@@ -123,7 +123,15 @@ func (r *LocalRegistry) push(ctx context.Context, ref Reference, opts *PushOptio
 	return result, err
 }
 
-// A pusher is one push.
+// A pusher is one push. The order of its steps is what makes it safe to break off at any point:
+//
+//	collect        reads and verifies all manifests, and checks that all blobs are here
+//	sendBlobs      asks for each blob (HEAD), then mounts or uploads it, several at a time
+//	putManifest    members before the image index that needs them, the root last, under its tag
+//	pushReferrers  the same for each referrer, by digest
+//
+// A registry never has a manifest without its content, and the tag moves last. Blobs that were sent
+// before a failure stay there, and the next push finds them.
 type pusher struct {
 	closure
 	repo  *remoteRepo
@@ -189,7 +197,7 @@ func (p *pusher) send(ctx context.Context, root ocispec.Descriptor, manifests, b
 				if m.doc.Subject == nil || i > 0 || p.repo.lists(ctx, m.doc.Subject.Digest, m.Digest()) {
 					continue
 				}
-				reference = string(m.Digest()) // only the answer tells whether it is to be listed
+				reference = string(m.Digest()) // push it again: the answer says whether to add it to the list
 			}
 			if err := p.putManifest(ctx, reference, m); err != nil {
 				return err
@@ -223,7 +231,7 @@ func (p *pusher) checkExpected(ctx context.Context, root ocispec.Descriptor) err
 // pushReferrers sends the referrers of everything that was sent, and of the referrers.
 func (p *pusher) pushReferrers(ctx context.Context, result *PushResult) error {
 	p.opts.Expected = ""                    // it was about the artifact
-	for i := 0; i < len(p.manifests); i++ { // it grows
+	for i := 0; i < len(p.manifests); i++ { // addReferrer adds to it, so referrers of referrers follow
 		var found []ocispec.Descriptor
 		for d, err := range p.registry.Referrers(ctx, p.manifests[i].Digest, nil) {
 			if err != nil {
@@ -263,9 +271,9 @@ func ofType(d ocispec.Descriptor, types []string) bool {
 	return len(types) == 0 || slices.Contains(types, d.ArtifactType)
 }
 
-// putManifest pushes a manifest. The registry, or a cache in front of it, may have claimed to have
-// a blob that it lacks. The answer to the manifest then says so, and the blobs that were not sent
-// are sent.
+// putManifest pushes a manifest. A registry, or a cache in front of it, may claim to have a blob
+// that it lacks. The answer to the manifest then says that a blob is unknown. In that case the
+// blobs that were not sent are sent, and the manifest is put once more.
 func (p *pusher) putManifest(ctx context.Context, reference string, m *Manifest) error {
 	err := p.repo.putManifest(ctx, reference, m)
 	if e, ok := errors.AsType[*RemoteError](err); !ok || !e.unknownBlob() {
@@ -294,8 +302,8 @@ func (p *pusher) putManifest(ctx context.Context, reference string, m *Manifest)
 	return p.repo.putManifest(ctx, reference, m)
 }
 
-// there reports whether a tag or digest is at the manifest already. An error only means that the
-// manifest has to be written.
+// there reports whether a tag or digest of the remote repository has the manifest already. An error
+// means no: then the manifest is written.
 func (p *pusher) there(ctx context.Context, reference string, desc ocispec.Descriptor) bool {
 	got, err := p.repo.head(ctx, reference)
 	return err == nil && got.Digest == desc.Digest && got.Size == desc.Size && got.MediaType == desc.MediaType
@@ -314,6 +322,7 @@ func (p *pusher) collect(ctx context.Context, root ocispec.Descriptor) error {
 	return nil
 }
 
+// sendBlobs sends blobs, several at a time. The first error ends it.
 func (p *pusher) sendBlobs(ctx context.Context, blobs []ocispec.Descriptor) error {
 	t := newTasks(ctx, cmp.Or(max(p.opts.Workers, 0), 4))
 	var err error
@@ -325,7 +334,8 @@ func (p *pusher) sendBlobs(ctx context.Context, blobs []ocispec.Descriptor) erro
 	return t.wait(err)
 }
 
-// sendBlob makes sure that the repository has a blob.
+// sendBlob makes sure that the repository has a blob. If the registry says that it has it with
+// another length, the blob is uploaded and its length checked afterwards.
 func (p *pusher) sendBlob(ctx context.Context, desc ocispec.Descriptor) error {
 	has, err := p.repo.hasBlob(ctx, desc)
 	if err != nil {
@@ -368,7 +378,7 @@ func (p *pusher) sendBlob(ctx context.Context, desc ocispec.Descriptor) error {
 	return nil
 }
 
-// upload sends a blob.
+// upload sends a blob, in an open session if there is one, and counts it.
 func (p *pusher) upload(ctx context.Context, desc ocispec.Descriptor, session *uploadSession) error {
 	u := &upload{repo: p.repo, desc: desc, store: p.registry.blobs, chunk: p.opts.ChunkSize, item: p.meter.item(desc)}
 	u.sent = func(n int) { p.bytes.Add(int64(n)) }

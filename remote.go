@@ -19,7 +19,7 @@ import (
 // registry would pass the limit, it is [ErrProtocol].
 const (
 	maxErrorBody  = 8 << 10   // of an error's body; the rest is not read
-	maxTokenBody  = 128 << 10 // a token of 64 KiB, and what stands round it
+	maxTokenBody  = 128 << 10 // a token of maxTokenLen in a document
 	maxTokenLen   = 64 << 10
 	maxRedirects  = 5
 	maxRetries    = 5
@@ -99,7 +99,7 @@ type Remote struct {
 
 	telling sync.Mutex // held while Warn is called
 
-	mu     sync.Mutex // guards what follows
+	mu     sync.Mutex // guards the fields below
 	client *http.Client
 	// retired are clients that were replaced after a stall. Their connections may still be in use.
 	retired []*http.Client
@@ -108,15 +108,16 @@ type Remote struct {
 	warned  map[string]bool
 }
 
-// A remoteHost is what a Remote knows of one registry or mirror.
+// A remoteHost is what a Remote knows of one registry or mirror. A Remote forgets all of them when
+// there are maxRemembered: calls under way keep theirs, and later ones learn again.
 type remoteHost struct {
-	name  string   // as in references: "docker.io"
-	base  *url.URL // "https://registry-1.docker.io", where requests go
-	slots chan struct{}
-	// referrers has one place. Whoever changes a referrers tag takes it.
+	name  string        // as in references: "docker.io"
+	base  *url.URL      // "https://registry-1.docker.io", where requests go
+	slots chan struct{} // one element for each request under way, until its body is closed
+	// referrers has one place. A call that changes a referrers tag takes it.
 	referrers chan struct{}
 
-	mu         sync.Mutex           // guards what follows
+	mu         sync.Mutex           // guards the fields below
 	challenges map[string]challenge // by repository: what it last asked for
 	addr       netip.Addr           // where it was last reached
 	resting    time.Time            // until when it is not asked as a mirror
@@ -176,14 +177,15 @@ func (r *Remote) httpClient() *http.Client {
 			c.Transport = ownTransport()
 		}
 		c.Transport = strictTransport{cmp.Or(c.Transport, http.DefaultTransport)}
-		// Redirects are followed by follow, which knows what may cross.
+		// follow follows redirects: it decides which headers may leave the origin.
 		c.CheckRedirect = func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }
 		r.client = &c
 	}
 	return r.client
 }
 
-// ownTransport returns net/http's default transport with bounds and without decompression.
+// ownTransport returns a transport like net/http's default one, with bounds on headers, and without
+// decompression: the digest is of the bytes that are sent.
 func ownTransport() *http.Transport {
 	return &http.Transport{
 		Proxy:               http.ProxyFromEnvironment,
@@ -207,8 +209,9 @@ func ownTransport() *http.Transport {
 }
 
 // renew makes later requests use new connections, after a request of client has stalled. Nothing
-// ends an HTTP/2 connection whose peer has gone silently, so each attempt would stall on it again.
-// Idle connections of HTTP/1 to the same place are as likely to be dead.
+// ends an HTTP/2 connection whose peer has disappeared, so each attempt would stall on it again.
+// Idle connections of HTTP/1 to the same place are probably dead as well. Requests that run on the
+// old client go on: it is retired, and its idle connections are closed with those of later ones.
 func (p *remoteRepo) renew(client *http.Client) {
 	r := p.remote
 	r.mu.Lock()
@@ -271,15 +274,15 @@ type remoteRepo struct {
 	name   string // the repository
 
 	mirrors  []*remoteRepo // asked before it, in calls that read
-	mirrorOf string        // if it is one of a mirror: the host of the registry
-	tags     bool          // if it is one of a mirror: whether it may answer for tags
+	mirrorOf string        // of a mirror: the host of the registry
+	tags     bool          // of a mirror: whether it may answer for tags
 
-	mu      sync.Mutex // guards what follows
-	failure string     // of a mirror: why it was passed over
-	asked   bool
+	mu      sync.Mutex  // guards the fields below
+	failure string      // of a mirror: why it was passed over
+	asked   bool        // the source of credentials was asked
 	cred    *Credential // a pointer, so that printing a remoteRepo doesn't print it
-	credErr error
-	shown   []string // tokens and the like that the registry was sent
+	credErr error       // of the source: see blame
+	shown   []string    // tokens and the like that the registry was sent
 }
 
 // repo returns the repository of ref for a call. It makes no request.

@@ -10,6 +10,20 @@ import (
 	"strings"
 )
 
+// How a request is authorized. The paths to look for are where a secret is sent:
+//
+//	try ─▶ authorized ─▶ follow ──▶ exchange            Authorization only to the registry's origin
+//	          │  ▲          │
+//	          │  └ 401 ─────┘ parseChallenges, chooseChallenge
+//	          ▼
+//	       answer ─┬─ basic                              user and password, to the registry
+//	               └─ bearer ─▶ token ─▶ fetchToken      user and password, to the realm, if
+//	                            (cache)     │            checkRealm accepts it
+//	                                        └▶ askTokenServer, with redirects inside its origin
+//
+// A challenge is remembered for its repository. So later requests carry the answer at once, and a
+// call of many blobs is refused only once.
+
 // credential returns the credential of the call. It asks [Remote.Credentials] once. If that fails,
 // the call goes on without a credential, which may be enough, and [remoteRepo.blame] adds the
 // failure to a later refusal. The only error is the one of ctx.
@@ -149,9 +163,9 @@ func (p *remoteRepo) introduce(ctx context.Context) error {
 	return nil
 }
 
-// widened returns a challenge for a token that allows reading and writing. It replaces the one that
-// some registries leave out when a token allows too little. It reports false for requests that only
-// read.
+// widened returns a challenge for a token that allows reading and writing. Some registries answer
+// a token that allows too little with 401 and no challenge, and this takes its place. It reports
+// false for requests that only read, and if the token had that scope already.
 func (p *remoteRepo) widened(c *remoteCall, auth authorization) (challenge, bool) {
 	ch, ok := p.host.challenge(p.name)
 	if !ok || ch.scheme != "bearer" || c.method == http.MethodGet || c.method == http.MethodHead {
@@ -162,7 +176,8 @@ func (p *remoteRepo) widened(c *remoteCall, auth authorization) (challenge, bool
 	return ch, !auth.fits(ch)
 }
 
-// denied explains a 401 that no other credential or token can change.
+// denied explains a 401 that no other credential or token can change. It tells a user what is
+// missing: a credential at all, one that this registry accepts, or rights of it.
 func (p *remoteRepo) denied(ctx context.Context, refused *RemoteError, auth authorization) error {
 	cred, err := p.credential(ctx)
 	if err != nil {
@@ -213,9 +228,9 @@ func (h *remoteHost) forget(repository string) {
 
 // An authorization is an answer to a challenge.
 type authorization struct {
-	header        string
+	header        string // "" for none
 	bearer, basic bool
-	fresh         bool   // the token was got for this very request
+	fresh         bool   // the token was fetched for this very request
 	realm, scope  string // of the token
 }
 

@@ -5,15 +5,24 @@ import (
 	"strings"
 )
 
+// A WWW-Authenticate field has challenges and their parameters, both separated by commas:
+//
+//	Bearer realm="https://auth.example/token",service="registry", Basic realm="registry"
+//	└─────────────────── challenge ────────────────────────────┘ └───── challenge ─────┘
+//
+// Only the '=' after a name tells a parameter from the next scheme. The reader is written by hand,
+// because a wrong reading decides where a password goes.
+
 // A challenge is one way to authenticate that a registry offers.
 type challenge struct {
 	scheme string            // lower-case: "basic", "bearer"
 	params map[string]string // by lower-case name
 }
 
+// Limits on challenges. More or longer ones are not read: no honest registry sends them.
 const (
 	maxChallenges   = 8
-	maxChallengeLen = 4 << 10
+	maxChallengeLen = 4 << 10 // bytes of one field
 )
 
 // parseChallenges reads WWW-Authenticate fields (RFC 9110, section 11.6.1). A part with two
@@ -37,7 +46,8 @@ func parseChallenges(fields []string) []challenge {
 	return all
 }
 
-// chooseChallenge returns the challenge to answer: bearer if there is one, or else basic.
+// chooseChallenge returns the challenge to answer: bearer if there is one, or else basic. With
+// bearer the registry itself never sees the password.
 func chooseChallenge(all []challenge) (challenge, bool) {
 	for _, scheme := range []string{"bearer", "basic"} {
 		if i := slices.IndexFunc(all, func(c challenge) bool { return c.scheme == scheme }); i >= 0 {
@@ -53,8 +63,9 @@ type challengeScanner struct {
 	next string // the scheme of the next challenge, when it was read already
 }
 
-// challenge reads a scheme and its parameters. A name without a '=' after it is the scheme of the
-// next challenge, which only its successor can tell: it is kept in next.
+// challenge reads a scheme and its parameters. It reports false at the end and where the text can't
+// be read. A name that is not followed by '=' is the scheme of the next challenge. It is kept in
+// next.
 func (s *challengeScanner) challenge() (c challenge, ok bool) {
 	scheme := s.next
 	s.next = ""
@@ -87,6 +98,7 @@ func (s *challengeScanner) challenge() (c challenge, ok bool) {
 	}
 }
 
+// skip drops leading characters of a set.
 func (s *challengeScanner) skip(chars string) { s.text = strings.TrimLeft(s.text, chars) }
 
 // token reads a token (RFC 9110, section 5.6.2). It returns "" if the text begins with something
@@ -101,6 +113,7 @@ func (s *challengeScanner) token() string {
 	return t
 }
 
+// isTokenChar reports whether c is a tchar of RFC 9110, section 5.6.2.
 func isTokenChar(c byte) bool {
 	return isLowerAlnum(c) || 'A' <= c && c <= 'Z' || strings.IndexByte("!#$%&'*+-.^_`|~", c) >= 0
 }

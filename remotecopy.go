@@ -58,10 +58,15 @@ func (r *Remote) Copy(ctx context.Context, from, to Reference, dst *Remote) (des
 	return m.Descriptor(), nil
 }
 
-// A remoteCopy is one call of Copy.
+// A remoteCopy is one call of Copy. Bytes go through memory only, a buffer at a time:
+//
+//	GET blob ──▶ countedBody ──▶ verifier ──▶ PUT upload
+//
+// The verifier keeps the last byte back until the digest is right. So a damaged blob makes the
+// upload a byte too short, and the destination refuses it.
 type remoteCopy struct {
 	from, to *remoteRepo
-	seen     map[digest.Digest]bool
+	seen     map[digest.Digest]bool // digests that were copied or are being copied
 }
 
 // manifest copies everything that a manifest needs, and then the manifest. It waits for the
@@ -104,7 +109,8 @@ func (c *remoteCopy) manifest(ctx context.Context, m *Manifest, reference string
 	return c.to.putManifest(ctx, reference, m)
 }
 
-// blob makes sure that the destination has a blob.
+// blob makes sure that the destination has a blob. Each attempt of the upload asks the source
+// again, because a stream can't be read twice.
 func (c *remoteCopy) blob(ctx context.Context, desc ocispec.Descriptor) error {
 	has, err := c.to.hasBlob(ctx, desc)
 	if err != nil || has == present {
@@ -117,7 +123,7 @@ func (c *remoteCopy) blob(ctx context.Context, desc ocispec.Descriptor) error {
 			return err
 		}
 	}
-	var buffers sync.Pool // for a method of verifier that isn't used
+	var buffers sync.Pool // only WriteTo of the verifier would use it
 	u := &upload{repo: c.to, desc: desc}
 	u.open = func(ctx context.Context) (io.ReadCloser, error) {
 		res, _, err := c.from.blob(ctx, desc, 0)

@@ -32,6 +32,7 @@ type credentialFile struct {
 	store   json.RawMessage            // string
 }
 
+// A credentialEntry is an entry of auths.
 type credentialEntry struct {
 	Auth          string `json:"auth"`
 	Username      string `json:"username"`
@@ -49,8 +50,8 @@ type credentialEntry struct {
 // one for its registry. The names may have all spellings that docker and podman have written:
 // "https://host/v2/", "HOST", "host/org/". An entry with a credential comes before an empty one.
 //
-// A helper is the program docker-credential-<name>, which must be in $PATH; it has 10 seconds. Its
-// output is not shown.
+// A helper is the program docker-credential-<name>, which must be in $PATH. It has 10 seconds. Its
+// output never appears in an error, because it may be a secret.
 func FileCredentials(name string) CredentialFunc {
 	return func(ctx context.Context, host, repository string) (Credential, error) {
 		text, err := readCredentialFile(name)
@@ -83,7 +84,7 @@ func findCredential(ctx context.Context, name string, text []byte, host, reposit
 // readCredentialFile returns the bytes of a file, and nil if the file does not exist.
 func readCredentialFile(name string) ([]byte, error) {
 	f, err := os.OpenFile(name, os.O_RDONLY|openNonblock, 0)
-	// People name /dev/null, or a directory below it, to mean that they have no such file.
+	// Users name /dev/null, or a path below it, to say that they have no such file.
 	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ENOTDIR) || name == os.DevNull {
 		if err == nil {
 			err = f.Close()
@@ -104,7 +105,7 @@ func readCredentialFile(name string) ([]byte, error) {
 	return b, nil
 }
 
-// ignoreNoFile drops the errors of a file that is not there.
+// ignoreNoFile drops the errors that say that a file does not exist.
 func ignoreNoFile(err error) error {
 	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ENOTDIR) {
 		return nil
@@ -144,8 +145,9 @@ func parseCredentialFile(b []byte) (*credentialFile, error) {
 // for the first.
 var dockerHubKeys = []string{"https://index.docker.io/v1/", "docker.io", "index.docker.io", "registry-1.docker.io"}
 
-// find returns the credential for a repository. If the file has none, find returns the failures of
-// all parts of the file that could have one.
+// find returns the credential for a repository. It looks in this order, and takes the first that is
+// not anonymous: the helper for the host, the store, the entries of auths. If there is none, find
+// returns the failures of all parts of the file that could have one.
 func (f *credentialFile) find(ctx context.Context, host, repository string) (Credential, error) {
 	var failed []error
 	found := func(c Credential, err error) bool {
@@ -282,9 +284,10 @@ func plainBase64(s string) string {
 }
 
 // askHelper runs a credential helper for at most limit. The helper reads the host and prints JSON.
-// Its output is in no message, because it may be a secret.
+// Its output is in no message, because it may be a secret. Its name comes from a file, so it may
+// only have characters that can't lead to another directory or to a shell.
 func askHelper(ctx context.Context, name, host string, limit time.Duration) (Credential, error) {
-	const longest = 100 // it is in messages
+	const longest = 100 // bytes, since messages have the name
 	for _, c := range []byte(name) {
 		if len(name) > longest || !isLowerAlnum(c) && !('A' <= c && c <= 'Z') && strings.IndexByte("._-", c) < 0 {
 			return Credential{}, fmt.Errorf("%w: name of a credential helper: %s", ErrInvalidArgument, printable(name))
@@ -294,7 +297,7 @@ func askHelper(ctx context.Context, name, host string, limit time.Duration) (Cre
 	timed, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	cmd := exec.CommandContext(timed, program, "get")
-	cmd.WaitDelay = time.Second // for a child of the helper that holds the pipe
+	cmd.WaitDelay = time.Second // else a child of the helper that keeps the pipe open would block Run
 	cmd.Stdin = strings.NewReader(host)
 	out := &limitedBuffer{}
 	cmd.Stdout = out
@@ -322,7 +325,8 @@ func askHelper(ctx context.Context, name, host string, limit time.Duration) (Cre
 	return c, nil
 }
 
-// A limitedBuffer fails on more than maxHelperOutput bytes.
+// A limitedBuffer keeps at most maxHelperOutput bytes, and fails on more. So a helper can't fill
+// the memory.
 type limitedBuffer struct {
 	b    []byte
 	full bool

@@ -10,17 +10,17 @@ import (
 	"strings"
 )
 
-// A Credential is what a user has to show to one registry. Its methods print no secret.
-// The zero Credential means anonymous.
+// A Credential is the login of a user at one registry. The zero Credential means anonymous. Its
+// methods print no secret.
 type Credential struct {
 	Username string
 	Password string
 	// IdentityToken, an OAuth2 refresh token, is exchanged for tokens instead of a password.
 	IdentityToken string
-	// RegistryToken is shown to the registry as it is, as a bearer token.
+	// RegistryToken is sent to the registry as it is, as a bearer token.
 	RegistryToken string
-	// Source says where it is from, or, in an anonymous one, where nothing was
-	// found, for messages: "Docker's config.json (/home/u/.docker/config.json)".
+	// Source says where the credential was found, for messages: "Docker's config.json
+	// (/home/u/.docker/config.json)". In an anonymous one it says where nothing was found.
 	Source string
 }
 
@@ -28,7 +28,7 @@ func (c Credential) anonymous() bool {
 	return c.Username == "" && c.Password == "" && c.IdentityToken == "" && c.RegistryToken == ""
 }
 
-// String says whose credential it is and where it is from.
+// String returns the user name and the source of the credential, and no secret.
 func (c Credential) String() string {
 	who := "anonymous"
 	if !c.anonymous() {
@@ -57,9 +57,10 @@ func (c Credential) MarshalJSON() ([]byte, error) { return json.Marshal(c.String
 type CredentialFunc func(ctx context.Context, host, repository string) (Credential, error)
 
 // StaticCredential returns a function that has one credential for one registry, such as "ghcr.io"
-// or "localhost:5000", and none for others. The host may have every spelling that [ParseReference]
-// takes, and that of an address: "index.docker.io" and "https://index.docker.io/v1/" are docker.io.
-// If the text is not a host, the function returns [ErrInvalidArgument] whenever it is asked.
+// or "localhost:5000", and none for others. The host may have every spelling that
+// [ParseReference] accepts, and may be an address: "index.docker.io" and
+// "https://index.docker.io/v1/" are docker.io. If the text is not a host, each call of the
+// function returns [ErrInvalidArgument].
 func StaticCredential(host string, c Credential) CredentialFunc {
 	if c.Source == "" {
 		c.Source = "StaticCredential"
@@ -76,7 +77,8 @@ func StaticCredential(host string, c Credential) CredentialFunc {
 	}
 }
 
-// credentialHost returns the registry that a user calls host, as references name it.
+// credentialHost returns the host of a registry as references name it. host is the spelling of a
+// user, who may have copied the address of an API.
 func credentialHost(host string) (string, error) {
 	name := strings.TrimPrefix(strings.TrimPrefix(host, "https://"), "http://")
 	name = strings.TrimSuffix(strings.TrimSuffix(strings.TrimSuffix(name, "/"), "/v1"), "/v2")
@@ -111,7 +113,7 @@ func FirstCredential(sources ...CredentialFunc) CredentialFunc {
 	}
 }
 
-// joined returns errors as one on one line, nil for none.
+// joined wraps errors in one, whose text is a single line. It returns nil for none.
 func joined(list []error) error {
 	var err error
 	for _, next := range list {
@@ -124,7 +126,7 @@ func joined(list []error) error {
 	return err
 }
 
-// DefaultCredentials returns a function that looks where users' credentials usually are, each time
+// DefaultCredentials returns a function that looks in the usual places for credentials, each time
 // it is called. The first source that has one is taken:
 //
 //   - the environment variables OMMX_BASIC_AUTH_DOMAIN, _USERNAME and _PASSWORD, for the one

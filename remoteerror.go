@@ -57,6 +57,7 @@ func (c RemoteCode) String() string {
 	return c.Code + ": " + c.Message
 }
 
+// Error names the request, who answered and with which status, the cause, and the registry's codes.
 func (e *RemoteError) Error() string {
 	var b strings.Builder
 	fmt.Fprintf(&b, "%s %s: ", e.Method, e.URL)
@@ -96,7 +97,10 @@ func (e *RemoteError) has(codes ...string) bool {
 	return slices.ContainsFunc(e.Codes, func(c RemoteCode) bool { return slices.Contains(codes, c.Code) })
 }
 
-// kind returns the sentinel for an answer. own says that the registry itself has answered.
+// kind returns the sentinel for an answer. own says that the registry itself has answered. The
+// status decides where it is clear. The codes decide for the statuses that registries use in
+// different ways, such as 400. ErrNotFound needs own: another server can't know what the registry
+// has.
 func (e *RemoteError) kind(own bool) error {
 	switch s := e.Status; {
 	case s == http.StatusUnauthorized:
@@ -139,7 +143,8 @@ var (
 	errProxyRefuses = fmt.Errorf("%w: the proxy refuses to connect to the registry", ErrTransport)
 )
 
-// proxyError returns the error for a proxy's answer to CONNECT.
+// proxyError returns the error for a proxy's answer to CONNECT, and nil for success. A 4xx is
+// final: the proxy does not allow the connection. Another status may be repeated.
 func proxyError(status int) error {
 	switch {
 	case status == http.StatusOK:
@@ -165,7 +170,7 @@ func (p *remoteRepo) answerError(c *remoteCall, res *http.Response) *RemoteError
 	}
 	own := sameOrigin(res.Request.URL, p.host.base) && !c.token
 	if own || c.token {
-		body, _ := io.ReadAll(io.LimitReader(res.Body, maxErrorBody)) // the part that arrives is worth showing
+		body, _ := io.ReadAll(io.LimitReader(res.Body, maxErrorBody)) // a part of it is better than nothing
 		e.Codes = parseErrorBody(body, p.secrets())
 	}
 	e.Err = e.kind(own)
@@ -175,7 +180,7 @@ func (p *remoteRepo) answerError(c *remoteCall, res *http.Response) *RemoteError
 	return e
 }
 
-// hintTLS is for answers that servers give to plain requests when they expect TLS.
+// hintTLS is added to the answers of servers that expect TLS and get a plain request.
 const hintTLS = "it was asked without TLS: see Remote.PlainHTTP"
 
 // hasCode reports whether an answer has the form of distribution-spec's errors.
@@ -183,7 +188,8 @@ func (e *RemoteError) hasCode() bool {
 	return slices.ContainsFunc(e.Codes, func(c RemoteCode) bool { return c.Code != "" })
 }
 
-// answerProblem adds the facts of an answer to err, which says what is wrong with its content.
+// answerProblem adds the facts of an answer to err, which says what is wrong with its content. The
+// result is final: the same request would get the same content.
 func answerProblem(c *remoteCall, res *http.Response, err error) error {
 	err = coded(codingOf(res), err)
 	if !sameOrigin(res.Request.URL, c.repo.host.base) {
@@ -201,7 +207,7 @@ const maxCodes = 10
 func parseErrorBody(body []byte, secrets []string) []RemoteCode {
 	var doc any
 	if json.Unmarshal(body, &doc) != nil {
-		// A long list that is cut off says nothing to a reader.
+		// JSON that was cut off at the limit helps no reader.
 		if text := bodyText(string(body)); text != "" && (len(body) < maxErrorBody || text[0] != '{') {
 			return []RemoteCode{{Message: serverText(text, secrets)}}
 		}

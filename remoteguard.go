@@ -120,7 +120,8 @@ func (h *remoteHost) address() netip.Addr {
 	return h.addr
 }
 
-// reached notes where the registry is. [mayReach] judges other addresses by it.
+// reached records the address at which the registry was reached last. [mayReach] compares other
+// addresses with it.
 func (h *remoteHost) reached(address string) {
 	if ap, err := netip.ParseAddrPort(address); err == nil {
 		h.mu.Lock()
@@ -129,7 +130,7 @@ func (h *remoteHost) reached(address string) {
 	}
 }
 
-// A refusedAddress is the reason for which a request is not sent. Its text quotes nobody.
+// A refusedAddress is the reason for which a request is not sent. Its text quotes no server.
 type refusedAddress struct{ addr netip.Addr }
 
 func (e *refusedAddress) Error() string {
@@ -140,7 +141,7 @@ func (e *refusedAddress) Error() string {
 // before connecting. The error has no sentinel.
 func (p *remoteRepo) checkHost(ctx context.Context, u *url.URL) error {
 	host := strings.TrimSuffix(u.Hostname(), ".")
-	if strings.ContainsFunc(host, func(c rune) bool { return c > 0x7e }) { // net/http makes ASCII of it, even digits and dots
+	if strings.ContainsFunc(host, func(c rune) bool { return c > 0x7e }) { // net/http turns some of these into digits and dots
 		return fmt.Errorf("host %s is not in ASCII", printable(host))
 	}
 	if addr, err := netip.ParseAddr(host); err == nil {
@@ -153,7 +154,7 @@ func (p *remoteRepo) checkHost(ctx context.Context, u *url.URL) error {
 	if isNumber(strings.ToLower(host[strings.LastIndexByte(host, '.')+1:])) {
 		return fmt.Errorf("%s is neither a host name nor an IP address", printable(host))
 	}
-	if transportOf(p.remote.httpClient()) == nil { // its connections can't be checked: look where they probably lead
+	if transportOf(p.remote.httpClient()) == nil { // its connections can't be checked, so look the name up
 		addrs, err := net.DefaultResolver.LookupNetIP(ctx, "ip", host)
 		if i := slices.IndexFunc(addrs, func(a netip.Addr) bool { return !p.mayDial(a) }); err == nil && i >= 0 {
 			return fmt.Errorf("%s is at %w", printable(host), &refusedAddress{addrs[i]})

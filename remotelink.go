@@ -13,10 +13,10 @@ const maxLinkLen = 8 << 10
 
 // nextPage returns the address in a Link of relation "next" (RFC 8288), and nil if there is none.
 //
-// Only the registry's own origin is asked for pages. A registry behind a proxy may state an address
-// with the scheme, host, port or prefix that it has on the inside. If such an address ends with the
-// path of the request, the list goes on at that path of the registry's own origin. Any other
-// address elsewhere is an error.
+// Only the registry's own origin is asked for pages, since the request carries a credential. A
+// registry behind a proxy may state an address with the scheme, host, port or prefix by which the
+// proxy reaches it. If such an address ends with the path of the request, the list goes on at that
+// path of the registry's own origin. Any other address elsewhere is an error.
 func nextPage(at *url.URL, h http.Header) (*url.URL, error) {
 	text, err := parseLink(h.Values("Link"))
 	if err != nil || text == "" {

@@ -18,7 +18,9 @@ import (
 // Resolve asks a remote registry for the descriptor of the manifest that ref names: its media type,
 // digest and size. Nothing is stored. The bytes of the manifest are not verified.
 //
-// ctx governs the call. Errors:
+// ctx governs the call.
+//
+// Errors:
 //   - [*RemoteError] for failures of the registry or the network, with one of the sentinels that it
 //     lists
 //   - [ErrInvalidReference] for a zero ref, [ErrInvalidArgument] for a malformed [Mirror]
@@ -48,8 +50,8 @@ func (r *Remote) Manifest(ctx context.Context, ref Reference) (_ *Manifest, err 
 // at it. If the registry has no referrers API, a manifest with a subject is also removed from the
 // list under the subject's referrers tag.
 //
-// Registries may refuse either: [errors.ErrUnsupported]. The other errors are those of
-// [Remote.Resolve].
+// Errors are those of [Remote.Resolve], and [errors.ErrUnsupported] if the registry does not allow
+// such deletions.
 func (r *Remote) Delete(ctx context.Context, ref Reference) (err error) {
 	defer addOp(&err, "delete remotely", ref.String(), "")
 	p, err := r.repo(ref)
@@ -59,13 +61,14 @@ func (r *Remote) Delete(ctx context.Context, ref Reference) (err error) {
 	return p.delete(ctx, p.reference())
 }
 
-// delete deletes a tag or a manifest by digest.
+// delete deletes a tag, or a manifest by digest. Before it deletes a manifest it reads it, because
+// only the manifest names the subject whose list of referrers must be corrected.
 func (p *remoteRepo) delete(ctx context.Context, reference string) error {
 	var subject *ocispec.Descriptor
 	if checkDigest(digest.Digest(reference)) == nil {
 		m, err := p.manifest(ctx, reference, "")
 		if e, ok := errors.AsType[*RemoteError](err); err != nil && (!ok || e.Temporary()) {
-			return err // without it, the manifest might stay listed as a referrer
+			return err // the manifest could stay listed as a referrer
 		}
 		if err == nil { // otherwise the answer to DELETE is decisive
 			subject = m.doc.Subject
@@ -100,8 +103,10 @@ const maxListBody = MaxManifestSize
 // maxListed bounds how many tags or referrers are listed in all.
 const maxListed = 1_000_000
 
-// pages asks for a list page by page, and calls visit with the body and the answer of each page. It
-// ends when visit returns false or there is no next page. [errStop] of visit is returned as it is.
+// pages asks for a list page by page, and calls visit with the body and the answer of each page.
+// It ends when visit returns false or there is no next page. [errStop] of visit is returned as it
+// is. A registry that leads in a circle, or on and on, is an [ErrProtocol]: no address is asked
+// twice.
 func (p *remoteRepo) pages(ctx context.Context, first *url.URL, header http.Header, visit func(body []byte, res *http.Response) (more bool, err error)) error {
 	seen := map[string]bool{}
 	for u := first; u != nil; {
@@ -132,7 +137,7 @@ func (p *remoteRepo) pages(ctx context.Context, first *url.URL, header http.Head
 }
 
 // Tags lists the tags of a remote repository in the registry's order. The tag and the digest of ref
-// do not matter. Tags that no [Reference] can have are left out.
+// are not used. Tags that no [Reference] can have are left out.
 //
 // An error is yielded once, at the end. Errors are those of [Remote.Resolve].
 func (r *Remote) Tags(ctx context.Context, ref Reference) iter.Seq2[string, error] {

@@ -26,8 +26,8 @@ type Mirror struct {
 // How mirrors are used.
 //
 // The problem: a mirror may be down, behind, incomplete or bad, and a pull must be as good as
-// without it. A cache that answers 404 only says that it has not got the content. One that gives no
-// answer can take half a minute to fail, for each of many blobs.
+// without it. A 404 of a cache says nothing about the registry. A mirror that gives no answer can
+// take half a minute to fail, for each of many blobs.
 //
 // The rule: only requests that read manifests and blobs go to mirrors, and only if the digest
 // proves the answer, or the mirror may answer for tags. Everything else asks the registry: whether
@@ -62,7 +62,8 @@ func (r *Remote) source(ref Reference) (*remoteRepo, error) {
 	return p, nil
 }
 
-// of returns the name that ref's repository has in the mirror.
+// of returns the name that ref's repository has in the mirror, with the default tag, which is not
+// used.
 func (m Mirror) of(ref Reference) (Reference, error) {
 	host, _, _ := strings.Cut(m.Location, "/")
 	at, err := ParseReference(m.Location + "/" + ref.Repository() + ":" + defaultTag)
@@ -104,8 +105,8 @@ func (p *remoteRepo) viaMirrors(ctx context.Context, tag bool, ask func(m *remot
 	return false, nil
 }
 
-// despiteMirrors adds to an error of the registry what became of its mirrors. Only their texts
-// count: a mirror's 404, for example, does not make the error [ErrNotFound].
+// despiteMirrors adds the failures of the mirrors to an error of the registry. It adds only their
+// texts: a mirror's 404, for example, does not make the error [ErrNotFound].
 func (p *remoteRepo) despiteMirrors(err error) error {
 	if _, ok := errors.AsType[*RemoteError](err); !ok {
 		return err

@@ -16,12 +16,14 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// acceptManifests are the forms of manifests that are taken.
+// acceptManifests is the Accept header for manifests. Without it some registries convert a manifest
+// to an older form, whose digest is another one.
 var acceptManifests = strings.Join([]string{
 	ocispec.MediaTypeImageManifest, ocispec.MediaTypeImageIndex, MediaTypeArtifactManifest,
 	MediaTypeDockerManifest, MediaTypeDockerManifestList,
 }, ", ")
 
+// manifestCall returns a request for a manifest by tag or digest.
 func (p *remoteRepo) manifestCall(method, reference string) *remoteCall {
 	return &remoteCall{
 		method: method, url: p.url("manifests", reference), header: http.Header{"Accept": {acceptManifests}},
@@ -29,8 +31,8 @@ func (p *remoteRepo) manifestCall(method, reference string) *remoteCall {
 	}
 }
 
-// manifest fetches a manifest by tag or digest. mediaType is the type that it must have, and "" if
-// any type is right.
+// manifest fetches and verifies a manifest by tag or digest. mediaType is the type that it must
+// have, or "" for any type. A manifest by digest has the bytes of that digest, whoever sent them.
 func (p *remoteRepo) manifest(ctx context.Context, reference, mediaType string) (m *Manifest, err error) {
 	answered, err := p.viaMirrors(ctx, isTag(reference), func(mirror *remoteRepo) error {
 		m, err = mirror.ownManifest(ctx, reference, mediaType)
@@ -75,7 +77,8 @@ func (p *remoteRepo) ownAnswer(e *RemoteError) bool {
 
 // saysAbsent reports whether err is the registry's answer that something does not exist. The answer
 // is certain if it has the form of the specification. Otherwise it may come from a proxy, and
-// callers ask a second time.
+// callers ask a second time. A wrong absence does damage: an artifact would be published without a
+// member, or a list of referrers would be overwritten.
 func (p *remoteRepo) saysAbsent(err error) (absent, certain bool) {
 	e, ok := errors.AsType[*RemoteError](err)
 	if !ok || !errors.Is(e, ErrNotFound) || !p.ownAnswer(e) {
@@ -84,8 +87,9 @@ func (p *remoteRepo) saysAbsent(err error) (absent, certain bool) {
 	return true, e.has("MANIFEST_UNKNOWN", "NAME_UNKNOWN", "BLOB_UNKNOWN", "MANIFEST_BLOB_UNKNOWN", "NOT_FOUND")
 }
 
-// manifestDigest hashes a manifest. The digest must be the one that was asked for, or else the one
-// in the answer's header if there is one.
+// manifestDigest hashes a manifest. The digest must be the one that was asked for. For a tag it
+// must be the one in the answer's header, if there is one. The header only finds damage then: a
+// registry that lies can lie in both.
 func manifestDigest(reference string, h http.Header, raw []byte) (digest.Digest, error) {
 	want := digest.Digest(reference)
 	if checkDigest(want) != nil {
@@ -202,14 +206,15 @@ func (p *remoteRepo) ownHead(ctx context.Context, reference string) (ocispec.Des
 }
 
 // blob asks once for a blob from byte from on. It returns the answer and the byte at which the
-// answer begins, because a registry may send the whole blob instead (RFC 9110, section 14.2).
+// answer begins, because a registry may send the whole blob instead (RFC 9110, section 14.2). A
+// length that can't be right is refused before a byte is read.
 func (p *remoteRepo) blob(ctx context.Context, desc ocispec.Descriptor, from int64) (*http.Response, int64, error) {
 	c := &remoteCall{
 		method: http.MethodGet, url: p.url("blobs", string(desc.Digest)),
 		actions: []string{"pull"}, ok: []int{http.StatusOK},
 	}
 	if from > 0 {
-		// With its end, which could be left out: some registries take no open range.
+		// The range has an end, because some registries do not accept one without.
 		c.header = http.Header{"Range": {fmt.Sprintf("bytes=%d-%d", from, desc.Size-1)}}
 		c.ok = append(c.ok, http.StatusPartialContent)
 	}

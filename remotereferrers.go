@@ -16,10 +16,14 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// A registry tells the referrers of a manifest in one of two ways: by the referrers API, or by a
-// list that its clients keep under a tag which they make from the subject's digest
-// (distribution-spec, "Referrers Tag Schema"). [remoteRepo.referrersAPI] decides which, for
-// listing, pushing and deleting.
+// A registry lists the referrers of a manifest in one of two ways: by the referrers API, or by a
+// list that its clients keep under a tag, which they make from the subject's digest
+// (distribution-spec, "Referrers Tag Schema"). [remoteRepo.referrersAPI] decides which one counts,
+// for listing, pushing and deleting. A change of the list is this loop:
+//
+//	referrersTag ──▶ list, ETag ──▶ change ─┬─ nil: the list is right ──▶ done
+//	     ▲                                  └─ sendManifest, If-Match: ETag
+//	     └────────── read it again ◀────────────────────┘
 //
 // All clients share the list, and a registry does not merge their writes. Three rules protect the
 // entries of others:
@@ -92,7 +96,8 @@ func (p *remoteRepo) referrers(ctx context.Context, subject digest.Digest, artif
 		if list != nil {
 			return each(list.doc.Manifests)
 		}
-		// Neither is there. A proxy may have said so of the API, which is then asked again.
+		// There is neither the API nor the tag. A proxy may have answered for the API, so it is
+		// asked once more.
 		if api.certain || look > 1 {
 			return api.denied
 		}
@@ -102,8 +107,8 @@ func (p *remoteRepo) referrers(ctx context.Context, subject digest.Digest, artif
 // A referrersAnswer says what a registry answered to a request of the referrers API.
 type referrersAnswer struct {
 	has     bool  // it has the API, and listed everything
-	certain bool  // what it said can only be the registry's own answer
-	denied  error // why it may have the API and not have told; nil for other reasons
+	certain bool  // the answer is the registry's own, and not a proxy's
+	denied  error // it may have the API, but refuses this user; nil otherwise
 }
 
 // referrersAPI lists the referrers of a subject by the referrers API, and passes them to each. It
@@ -205,7 +210,8 @@ func (p *remoteRepo) referrersTag(ctx context.Context, subject digest.Digest) (*
 	}
 }
 
-// lists reports whether the registry lists d as a referrer of a subject. An error means no.
+// lists reports whether the registry lists d as a referrer of a subject. An error means no: the
+// caller then pushes again, which is harmless.
 func (p *remoteRepo) lists(ctx context.Context, subject, d digest.Digest) bool {
 	found := false
 	p.referrers(ctx, subject, "", func(listed ocispec.Descriptor) error {
@@ -269,7 +275,7 @@ func (p *remoteRepo) changeReferrers(ctx context.Context, subject digest.Digest,
 		}
 		if attempt > 2*maxRetries {
 			return &RemoteError{Method: http.MethodPut, URL: publicURL(p.url("manifests", referrersTagName(subject))), givenUp: true,
-				Err: fmt.Errorf("%w: others overwrite the list of referrers again and again", ErrTransport)}
+				Err: fmt.Errorf("%w: other clients overwrite the list of referrers again and again", ErrTransport)}
 		}
 		header := http.Header{}
 		switch {

@@ -44,8 +44,8 @@ type RetryFunc func(attempt int, err error) (wait time.Duration, again bool)
 const (
 	// maxRetryWait is the longest wait to which DefaultRetry agrees.
 	maxRetryWait = time.Minute
-	// maxRefused is how often DefaultRetry tries again when nobody listens. It takes 1.35 seconds
-	// at most.
+	// maxRefused is how often DefaultRetry tries again when a connection is refused. That takes
+	// 1.35 seconds at most.
 	maxRefused = 2
 )
 
@@ -69,7 +69,7 @@ func DefaultRetry(attempt int, err error) (wait time.Duration, again bool) {
 	return longest/8 + rand.N(longest), true
 }
 
-// refused reports whether nobody listened where a connection was wanted.
+// refused reports whether a connection was refused, because no server listens there.
 func refused(err error) bool {
 	const windowsRefused = syscall.Errno(10061) // WSAECONNREFUSED, which package syscall does not export
 	return errors.Is(err, syscall.ECONNREFUSED) || errors.Is(err, windowsRefused)

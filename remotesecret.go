@@ -17,7 +17,7 @@ import (
 
 // How secrets are kept out of messages.
 //
-// The problem: what a registry was shown (passwords, tokens), it can say again, in a body, a header
+// The problem: a registry can repeat the passwords and tokens that it was sent, in a body, a header
 // or a malformed line that net/http quotes. Some of these texts are cut to a length, and a cut can
 // leave a part of a secret that no search for the whole would find. And an error is more than its
 // text: errors.Unwrap, %+v and errors.As lead to the errors that it wraps.
@@ -26,9 +26,8 @@ import (
 //
 //   - Text of a server is cleaned where it is read (serverText), before it is cut. That finds whole
 //     secrets, in every spelling that an answer is likely to use (spellings).
-//   - An error is cleaned where it leaves a request (conceal, clean). By then all that this call
-//     has shown is known, and texts that others have cut are searched for beginnings of secrets
-//     (hideCut).
+//   - An error is cleaned where it leaves a request (conceal, clean). By then all secrets that this
+//     call has sent are known. Texts that were cut are searched for beginnings of secrets (hideCut).
 //   - A cleaned error keeps no error that it was made from. It keeps a text and those causes whose
 //     own texts are the same whoever has caused them (fixedCauses).
 //
@@ -45,7 +44,7 @@ func serverText(s string, secrets []string) string {
 		}
 		return c
 	}, hide(s, secrets))
-	return boundText(hide(plain, secrets)) // again: a secret may have a '?'
+	return boundText(hide(plain, secrets)) // once more, since a secret may have a '?'
 }
 
 // spellings returns secrets in all spellings in which an answer may hold them, the longest first.
@@ -62,6 +61,8 @@ func spellings(secrets []string) []string {
 	return slices.Compact(all)
 }
 
+// hide replaces secrets in a text. The longest come first, so a secret that contains another one is
+// replaced whole.
 func hide(s string, secrets []string) string {
 	for _, secret := range secrets {
 		s = strings.ReplaceAll(s, secret, "[secret]")
@@ -69,7 +70,7 @@ func hide(s string, secrets []string) string {
 	return s
 }
 
-// hideCut hides what is left of secrets in texts that [clip] and the like have cut off.
+// hideCut hides beginnings of secrets that stand before an ellipsis, where a text was cut off.
 func hideCut(s string, secrets []string) string {
 	const most = 300 // that they leave
 	var b strings.Builder
@@ -92,9 +93,8 @@ func hideCut(s string, secrets []string) string {
 	}
 }
 
-// A cleanError replaces an error whose text quotes a peer, such as lines of headers or names in
-// certificates. It keeps a text that is fit for messages, and the causes that say nothing of a
-// peer.
+// A cleanError replaces an error whose text quotes a server, such as lines of headers or names in
+// certificates. It keeps a clean text, and the causes whose texts do not depend on a server.
 type cleanError struct {
 	text    string
 	causes  []error
@@ -182,7 +182,7 @@ func (e *RemoteError) clean(secrets []string) {
 	e.Err = cleaned(e.Err, secrets)
 }
 
-// secrets are the texts that must not be seen in any message.
+// secrets returns the texts of a credential that no message may contain.
 func (c *Credential) secrets() []string {
 	if c == nil {
 		return nil
@@ -205,7 +205,8 @@ func (p *remoteRepo) show(auth authorization) {
 	}
 }
 
-// secrets are what the registry was shown. It may say it again, and no message may.
+// secrets returns everything secret that the registry was sent in this call, in all spellings. The
+// registry may repeat it, and no message may contain it.
 func (p *remoteRepo) secrets() []string {
 	p.mu.Lock()
 	defer p.mu.Unlock()

@@ -33,12 +33,12 @@ type watch struct {
 	cancel context.CancelCauseFunc
 	limit  time.Duration
 
-	mu     sync.Mutex // guards what follows
+	mu     sync.Mutex // guards the fields below
 	timer  *time.Timer
-	left   time.Duration // of limit, until trickle bytes have moved
-	moved  int
-	factor time.Duration
-	since  time.Time // zero while paused
+	left   time.Duration // the part of limit in which trickle bytes must move
+	moved  int           // bytes since left was renewed
+	factor time.Duration // how much slower the time passes
+	since  time.Time     // when left was counted last; zero while paused
 }
 
 // trickle is how many bytes must move within the stall timeout.
@@ -139,18 +139,18 @@ func (b *watchedBody) Read(p []byte) (int, error) {
 }
 
 func (b *watchedBody) Close() error {
-	b.watch.end(nil) // first: what is left is not worth waiting for
+	b.watch.end(nil) // first, so that Close does not wait for the rest of the body
 	return b.src.Close()
 }
 
-// A sentBody is the body of a request. The time runs on between reads, since the transport then
-// sends. The transport may close the body while it reads, and read after that: such failures are
-// not those of src.
+// A sentBody is the body of a request. The time runs on between reads, because the transport
+// sends then. The transport may close the body while it reads, and read after that. Such a
+// failure does not count as one of src.
 type sentBody struct {
 	src   io.ReadCloser
 	watch *watch
 
-	mu     sync.Mutex // held while src is used; guards what follows
+	mu     sync.Mutex // held while src is used; guards the fields below
 	closed bool
 	err    error // why src failed
 }

@@ -17,8 +17,8 @@ import (
 	"time"
 )
 
-// A scope says what a token is for (distribution-spec's token protocol): the actions for each
-// resource, such as "repository:org/model".
+// A scope says what a token allows (Docker's token protocol, which the distribution-spec leaves to
+// registries): the actions for each resource, such as "repository:org/model".
 type scope map[string][]string
 
 // add adds scopes in their text form: "type:name:action,action", separated by spaces. The numbers
@@ -47,8 +47,8 @@ func (s scope) list() []string {
 	return all
 }
 
-// A tokenKey says what a token is good for. A token is never used for another key: not for another
-// registry, another token server, a wider scope or another user.
+// A tokenKey says for which requests a token may be used. A token is never used for another key:
+// not for another registry, another token server, a wider scope or another user.
 type tokenKey struct{ origin, realm, service, scope, user string }
 
 // identity returns a hash that differs for different credentials, so that keys of the cache hold no
@@ -64,7 +64,7 @@ func (c *Credential) identity() string {
 // A tokenEntry is a cached token. It is kept by pointer, so that printing a Remote does not print
 // the token.
 type tokenEntry struct {
-	lock    chan struct{} // one place: who has it, may look and fetch
+	lock    chan struct{} // one place; its holder may use the fields below
 	token   string
 	expires time.Time
 }
@@ -130,8 +130,8 @@ func parseToken(body []byte) (a tokenAnswer, err error) {
 			return a, errors.New("has a token that can't be sent in a header")
 		}
 	}
-	// A minute is what the protocol says when the server doesn't. Some go early, since clocks and
-	// wires differ.
+	// The protocol says a minute if the server does not say. A tenth of the time is left for slow
+	// clocks and slow networks.
 	seconds := 60.0
 	says, ok := doc.ExpiresIn.(float64)
 	if text, isText := doc.ExpiresIn.(string); isText {
@@ -147,7 +147,7 @@ func parseToken(body []byte) (a tokenAnswer, err error) {
 
 // fetchToken asks the token server that a challenge names for a token of some scopes. With an
 // identity token it posts a form, as OAuth2 demands. Otherwise it sends the user name and the
-// password to the realm, which checkRealm has accepted.
+// password to the realm. In both cases checkRealm has accepted the realm before.
 func (p *remoteRepo) fetchToken(ctx context.Context, ch challenge, scopes []string, cred *Credential) (a tokenAnswer, err error) {
 	realm, err := p.checkRealm(ctx, ch.params["realm"])
 	if err != nil {
@@ -241,8 +241,9 @@ func (p *remoteRepo) askTokenServer(ctx context.Context, c *remoteCall) (a token
 }
 
 // checkRealm returns the address of the token server that a registry names, if the registry may
-// name it: https, or http where the registry itself is plain, and an address that the guard allows.
-// It is the only check between a challenge and a password.
+// name it. The scheme must be https, or http if the registry itself is plain. The host must be one
+// that the guard allows. It is the only check between a challenge and a password, so it returns the
+// address that is used, and not a verdict about a text.
 func (p *remoteRepo) checkRealm(ctx context.Context, realm string) (*url.URL, error) {
 	refuse := func(format string, args ...any) error {
 		return &RemoteError{Method: http.MethodGet, URL: publicURL(p.host.base), TokenServer: true, final: true,
@@ -264,7 +265,7 @@ func (p *remoteRepo) checkRealm(ctx context.Context, realm string) (*url.URL, er
 		return nil, refuse("%s is neither https, nor http where that is allowed", publicURL(u))
 	}
 	if sameOrigin(u, p.host.base) {
-		return u, nil // it has what goes there anyway
+		return u, nil // the registry sees the credential in any case
 	}
 	if err := p.checkHost(ctx, u); err != nil {
 		return nil, refuse("%w", err)

@@ -13,6 +13,15 @@ import (
 	"sync"
 )
 
+// A request goes down through these functions. Each has one task:
+//
+//	do, doSmall   repeat it, as the retry policy says
+//	try           one of the host's slots; secrets are hidden in its errors
+//	authorized    answers challenges
+//	follow        follows redirects; decides whether the authorization goes along
+//	exchange      one HTTP request, under a stall watch
+//	strictTransport, then net/http
+
 // A remoteCall is one request to a repository, with everything that is needed to repeat it.
 type remoteCall struct {
 	method string
@@ -45,10 +54,10 @@ func (s strictTransport) RoundTrip(req *http.Request) (*http.Response, error) {
 		return nil, err
 	}
 	switch {
-	case res.StatusCode == http.StatusSwitchingProtocols: // no context ends what is read after that
+	case res.StatusCode == http.StatusSwitchingProtocols:
 		err = fmt.Errorf("%w: registry switches to another protocol", ErrProtocol)
 	case res.StatusCode >= 300 && res.StatusCode <= 399:
-		if _, bad := req.URL.Parse(res.Header.Get("Location")); bad != nil { // whose text quotes all of it
+		if _, bad := req.URL.Parse(res.Header.Get("Location")); bad != nil { // its text quotes the Location, so drop it
 			err = fmt.Errorf("%w: Location is not an address", ErrProtocol)
 		}
 	}
@@ -64,7 +73,8 @@ func (s strictTransport) CloseIdleConnections() {
 }
 
 // do sends c as often as the retry policy says, and returns an answer with one of the statuses
-// c.ok. The caller must close its body, which holds one of the host's slots until then.
+// c.ok. The caller must close its body, which holds one of the host's slots until then: a caller
+// that keeps bodies open and makes more requests can wait for itself.
 func (p *remoteRepo) do(ctx context.Context, c *remoteCall) (*http.Response, error) {
 	for attempt := 1; ; attempt++ {
 		res, err := p.try(ctx, c)
@@ -96,7 +106,8 @@ func (p *remoteRepo) doSmall(ctx context.Context, c *remoteCall, limit int64) ([
 	}
 }
 
-// readSmallBody reads and closes a body of at most limit bytes.
+// readSmallBody reads and closes a body of at most limit bytes. A longer one is an [ErrTooLarge],
+// found out before more than limit bytes are in memory.
 func readSmallBody(ctx context.Context, method string, u *url.URL, res *http.Response, limit int64) ([]byte, error) {
 	defer res.Body.Close()
 	tooLarge := func() error {
@@ -204,10 +215,13 @@ func (b *slotBody) Close() error {
 }
 
 // follow sends c with an authorization, and follows redirects. crossed says that the answer, or a
-// step before it, is not of the registry's own origin. The authorization goes only to that origin.
-// Once a redirect has left it, the authorization is not sent again, even if a later redirect leads
-// back. Requests that write are only redirected within the origin, by the statuses that keep the
-// method.
+// step before it, is not of the registry's own origin.
+//
+// This is where a redirect decides about a credential. The authorization goes only to the
+// registry's origin: scheme, host and port. Once a redirect has left it, the authorization is not
+// sent again, even if a later redirect leads back: the host in between has chosen that address,
+// and could have chosen one that discloses the credential. Requests that write are only
+// redirected within the origin, by the statuses that keep the method (307 and 308).
 func (p *remoteRepo) follow(ctx context.Context, c *remoteCall, authorization string) (res *http.Response, crossed bool, err error) {
 	u := c.url
 	for hops := 0; ; hops++ {
@@ -258,8 +272,10 @@ func (p *remoteRepo) checkTarget(ctx context.Context, c *remoteCall, u *url.URL)
 }
 
 // exchange sends c once to u, and returns the answer. A watch ends the request if it stalls, before
-// or while the body is read. The error is a [*RemoteError], the error of ctx, or the failure of c's
-// own body.
+// or while the body is read. A request that leaves the registry's origin uses another client, whose
+// connections are guarded (see remoteguard.go), and its errors do not quote the server.
+//
+// The error is a [*RemoteError], the error of ctx, or the failure of c's own body.
 func (p *remoteRepo) exchange(ctx context.Context, c *remoteCall, u *url.URL, header http.Header) (*http.Response, error) {
 	w := newWatch(ctx, p.remote.StallTimeout)
 	client, traced := p.remote.httpClient(), w.ctx
@@ -297,7 +313,7 @@ func (p *remoteRepo) exchange(ctx context.Context, c *remoteCall, u *url.URL, he
 		if ctx.Err() != nil {
 			return nil, ctx.Err()
 		}
-		if sent != nil && sent.failed() != nil { // not the registry's fault
+		if sent != nil && sent.failed() != nil { // the blob could not be read: the registry is not to blame
 			return nil, sent.failed()
 		}
 		if stalled := w.stalled(); stalled != nil {
@@ -310,18 +326,19 @@ func (p *remoteRepo) exchange(ctx context.Context, c *remoteCall, u *url.URL, he
 		}
 		return nil, e
 	}
-	res.Request = req // with the address that was asked, not what the client made of it
+	res.Request = req // its URL is the address that was asked: answers are judged by its origin
 	res.Body = &watchedBody{src: res.Body, watch: w, caller: ctx, quiet: away, renew: func() { p.renew(client) }}
 	return res, nil
 }
 
-// A countedBody is the body of a request or an answer. It counts the bytes that are read.
+// A countedBody is the body of a request or an answer. It counts the bytes that are read, and keeps
+// the error of src. By that a caller tells a network that failed from a disk that did.
 type countedBody struct {
 	src    io.ReadCloser
 	count  func(int)
 	n      int64
-	err    error  // of src
-	coding string // that an answer claims for src
+	err    error  // of src, except io.EOF
+	coding string // the Content-Encoding of an answer
 }
 
 func (b *countedBody) Read(p []byte) (int, error) {

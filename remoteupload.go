@@ -43,11 +43,11 @@ import (
 // It ends, because chunks must advance by half their size on average, and pieces do not get smaller
 // than leastChunk.
 
-// defaultChunk is the size of chunks when the registry wants some and doesn't say how large.
+// defaultChunk is the size of chunks if the registry wants chunks and does not say how large.
 const defaultChunk = 16 << 20
 
-// leastChunk is the size from which on a body that a registry finds too large is tried in smaller
-// pieces.
+// leastChunk is the smallest size of pieces. A body of that size that a registry finds too large is
+// not tried in smaller ones.
 const leastChunk = 64 << 10
 
 // An uploadSession is the address of the next request of an upload. The server has named it, and it
@@ -85,7 +85,7 @@ func nextSession(c *remoteCall, res *http.Response) (*uploadSession, error) {
 	return s, nil
 }
 
-// goOn moves s to the address in the answer to a request. Without a Location, s stays where it is.
+// goOn moves s to the address in the answer to a request. Without a Location, s keeps its address.
 func (s *uploadSession) goOn(c *remoteCall, res *http.Response) error {
 	if res.Header.Get("Location") == "" {
 		return nil
@@ -98,13 +98,13 @@ func (s *uploadSession) goOn(c *remoteCall, res *http.Response) error {
 	return err
 }
 
-// presence says how much of a blob a registry is known to have.
+// presence is what is known about a blob in a registry.
 type presence int
 
 const (
-	unknown  presence = iota // or absent
-	doubtful                 // the registry says that it has it, with another length
-	present
+	unknown  presence = iota // it may be absent
+	doubtful                 // the registry says that it has the blob, with another length
+	present                  // the registry says that it has the blob, with the right length
 )
 
 // hasBlob asks whether the repository has a blob. Only an answer with the right length says so.
@@ -114,7 +114,7 @@ const (
 func (p *remoteRepo) hasBlob(ctx context.Context, desc ocispec.Descriptor) (presence, error) {
 	c := &remoteCall{method: http.MethodHead, url: p.url("blobs", string(desc.Digest)), actions: []string{"pull", "push"}, ok: any2xx}
 	res, err := p.do(ctx, c)
-	if errors.Is(err, ErrDenied) || errors.Is(err, ErrUnauthorized) { // the login may be good for reading
+	if errors.Is(err, ErrDenied) || errors.Is(err, ErrUnauthorized) { // the credential may allow reading only
 		c.actions = []string{"pull"}
 		res, err = p.do(ctx, c)
 	}
@@ -266,7 +266,7 @@ func (u *upload) try(ctx context.Context, s *uploadSession) (err error) {
 	if chunk > 0 && chunk < u.desc.Size {
 		err = u.chunks(ctx, s, chunk)
 	} else {
-		u.chunk = 0
+		u.chunk = 0 // run may then find the body too large, and choose chunks
 		err = u.close(ctx, s, func() (io.ReadCloser, error) { return u.whole(ctx) }, u.desc.Size)
 	}
 	if err != nil {
@@ -350,7 +350,7 @@ func (u *upload) close(ctx context.Context, s *uploadSession, body func() (io.Re
 	return nil
 }
 
-// errSmaller is returned for a chunk that has to go in smaller ones.
+// errSmaller is returned for a chunk that must be sent in smaller ones.
 var errSmaller = errors.New("chunk is too large")
 
 // chunks sends the blob in pieces. The blob is verified first, because a piece alone cannot be.
@@ -358,7 +358,6 @@ func (u *upload) chunks(ctx context.Context, s *uploadSession, size int64) error
 	if u.store == nil {
 		return fmt.Errorf("%w: registry takes blob %s only in chunks, and a copy can't send chunks (pull and push instead)", ErrTooLarge, u.desc.Digest)
 	}
-	// A piece can't be verified by itself.
 	if err := u.store.verify(ctx, u.desc.Digest, u.desc.Size); err != nil {
 		return incomplete(err)
 	}
@@ -368,8 +367,8 @@ func (u *upload) chunks(ctx context.Context, s *uploadSession, size int64) error
 	}
 	defer f.Close()
 	at := int64(0)
-	// A registry that takes a byte of each chunk, or lets an upload go to and fro, must not be
-	// followed for ever.
+	// A registry that accepts one byte of each chunk, or moves an upload back and forth, must not
+	// keep this loop going for ever.
 	enough := func() int64 { return 2*((u.desc.Size-at)/size+1) + 2*maxRetries }
 	for left := enough(); at < u.desc.Size; left-- {
 		if left == 0 {
@@ -419,7 +418,7 @@ func (u *upload) sendChunk(ctx context.Context, s *uploadSession, f io.ReaderAt,
 				return 0, err
 			}
 		}
-		// It isn't known how much arrived.
+		// It is not known how much arrived, so the session is asked.
 		is, known, lost := u.where(ctx, s)
 		c.url = s.url // it may have moved
 		switch {
@@ -432,7 +431,7 @@ func (u *upload) sendChunk(ctx context.Context, s *uploadSession, f io.ReaderAt,
 		case outOfRange, smaller && tooLarge(err, attempt):
 			return at, errSmaller
 		case lost != nil && temporary(lost):
-			return 0, lost // after as many attempts as there may be
+			return 0, lost // the policy has refused further attempts to ask
 		}
 	}
 }
@@ -509,8 +508,9 @@ func parseRange(text string) (first, last int64, ok bool) {
 	return first, last, ok && err1 == nil && err2 == nil && first <= last && last < math.MaxInt64
 }
 
-// abandon tells the registry that an upload will not go on. A failure does not matter, because the
-// registry removes old uploads by itself. A caller who has ended the call waits at most a second.
+// abandon cancels an upload at the registry, which can then free its space. A failure does not
+// matter, because registries remove old uploads by themselves. A caller that has ended the call
+// waits at most a second.
 func (u *upload) abandon(ctx context.Context, s *uploadSession) {
 	own, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
 	defer cancel()
@@ -524,6 +524,8 @@ func (u *upload) abandon(ctx context.Context, s *uploadSession) {
 	}
 }
 
+// bytesBody returns the body of a request whose bytes are in memory. It can be opened for each
+// attempt.
 func bytesBody(b []byte) func() (io.ReadCloser, error) {
 	return func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(b)), nil }
 }

@@ -90,8 +90,8 @@ func (p *remoteRepo) writeManifest(ctx context.Context, reference string, m *Man
 	return res, nil
 }
 
-// sendManifest puts a manifest. header has further fields, such as conditions. Whether the registry
-// has the manifest then is for [created] to say.
+// sendManifest puts a manifest. header has further fields, such as conditions. Its success only
+// means that the answer was a 2xx: [created] says whether the registry then has the manifest.
 func (p *remoteRepo) sendManifest(ctx context.Context, reference string, m *Manifest, header http.Header) (*remoteCall, *http.Response, error) {
 	c := &remoteCall{
 		method: http.MethodPut, url: p.url("manifests", reference), header: header.Clone(),
@@ -116,7 +116,9 @@ func (p *remoteRepo) sendManifest(ctx context.Context, reference string, m *Mani
 	return c, res, nil
 }
 
-// explainManifest adds to the refusal of an artifact manifest what the user can do.
+// explainManifest explains the refusal of an artifact manifest, and says what the user can do.
+// Registries refuse that form with several statuses, so it is recognised by excluding other
+// reasons.
 func explainManifest(m *Manifest, err error) error {
 	e, ok := errors.AsType[*RemoteError](err)
 	if !ok || m.form != formArtifact || e.unknownBlob() || e.has("NAME_UNKNOWN", "NAME_INVALID", "TAG_INVALID", "DIGEST_INVALID") {
