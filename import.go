@@ -175,8 +175,8 @@ type importer struct {
 	// last manifest: see the top of this file.
 	later []pendingBlob
 	meter *meter
-	// again stages blobs from the source that it has given, or could have given, before. If it is
-	// not nil, the stage is loose: see [importer.bringAgain].
+	// again stages blobs from the source a second time. If it is not nil, the stage is loose: see
+	// [importer.bringAgain].
 	again func(ctx context.Context, blobs map[digest.Digest]int64) error
 	// look opens a manifest of the source without staging it. If it is nil, all that the source has
 	// is in the stage.
@@ -362,8 +362,18 @@ func (im *importer) collect(ctx context.Context, entries []ocispec.Descriptor, c
 	return pubs, result, err
 }
 
-// bringAgain makes up for a collection that has deleted blobs which a loose stage has. From now on
-// the stage is not loose, so no other collection can do that: bringAgain is called once at most.
+// bringAgain stages blobs again that a collection has deleted.
+//
+// The problem: a second import of the same content finds all blobs in the registry. A link below tmp/
+// for each of them, which protects it from collections, is then most of the work.
+//
+// The rule: an importer whose source can be read again makes no such links (a loose stage). If a
+// collection deletes one of the blobs, reading it or publishing fails with errGone. Then bringAgain
+// makes the stage an ordinary one, takes the blobs with links or from the source, and the failed step
+// is repeated.
+//
+// It is safe because publish checks each blob with the index locked, whether or not it has a link. No
+// collection can delete blobs of an ordinary stage, so bringAgain is called once at most.
 func (im *importer) bringAgain(ctx context.Context) error {
 	blobs := im.stage.tighten()
 	for d, size := range blobs {
@@ -380,7 +390,7 @@ func (im *importer) bringAgain(ctx context.Context) error {
 	return im.again(ctx, blobs)
 }
 
-// fetchAgain is an importer's again for a source that gives blobs one by one.
+// fetchAgain is importer.again for a source that has each blob in a file of its own.
 func (im *importer) fetchAgain(ctx context.Context, blobs map[digest.Digest]int64) error {
 	for d, size := range blobs {
 		if err := im.fetch(ctx, ocispec.Descriptor{MediaType: mediaTypeBlob, Digest: d, Size: size}, roleLayer, nil); err != nil {
@@ -390,7 +400,8 @@ func (im *importer) fetchAgain(ctx context.Context, blobs map[digest.Digest]int6
 	return nil
 }
 
-// mayRepeat says that again gives the blobs of the source once more.
+// mayRepeat is called by a door whose source can be read again. It makes the stage loose: see
+// bringAgain.
 func (im *importer) mayRepeat(again func(context.Context, map[digest.Digest]int64) error) {
 	im.again, im.stage.loose = again, true
 }
@@ -662,7 +673,7 @@ func (im *importer) blob(ctx context.Context, desc ocispec.Descriptor, as role) 
 
 // bring stages a blob from the first of these that has it:
 //
-//	registry   linked and verified; costs no copy and no MaxBytes
+//	registry   verified; costs no copy and no MaxBytes
 //	source     fetch
 //	data       the descriptor's own copy (image-spec descriptor.md, "data")
 //

@@ -10,56 +10,56 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// Progress tells how far a call is. Calls that can take long have an option of type func(Progress).
+// Progress is the state of a call. Calls that can take long have an option of type func(Progress).
 //
-// The function is called on the goroutine that made the call, so never twice at a time, and never
-// after the call has returned. It must not block: some calls wait for it. A panic in it reaches the
-// caller. Nil means no reports, which cost nothing then.
+// The function is called on the goroutine that made the call. So it is never called twice at a time,
+// and never after the call has returned. It must not block: some calls wait for it. A panic in it
+// reaches the caller. Without a function, there are no reports, and no costs.
 //
-// There is a report when a phase begins and when an item is done. While an item is under way, there
-// is one for each MiB or, if that takes longer, every 200 ms in which bytes arrived. So a blob of
-// 10 GiB makes about 10,000 reports, and one of 1 KiB makes one. Reports that the function is too
-// slow for are left out, except those of items that are done.
+// There is a report when a phase begins and when an item is done. During an item there is one for
+// each MiB or, if that takes longer, every 200 ms in which bytes arrived. So a blob of 10 GiB makes
+// about 10,000 reports, and one of 1 KiB makes one. If the function is too slow, some reports are left
+// out, but never the report that an item is done.
 //
-// All counts are of the whole call. A progress bar shows Bytes of TotalBytes, or Items of
-// TotalItems if TotalBytes is 0. Bytes − SkippedBytes is what the call itself transferred, read or
-// wrote. A call that returns no error ends with a report in [PhaseDone], in which all items and
-// bytes are done. A call that fails has no such report.
+// All counts are for the whole call. A progress bar shows Bytes of TotalBytes, or Items of
+// TotalItems if TotalBytes is 0. Bytes − SkippedBytes is the number of bytes that the call itself
+// transferred, read or wrote. A call that returns no error ends with a report in [PhaseDone], in which
+// all items and bytes are done. A call that fails has no such report.
 //
-// A call may join a transfer that another call has begun. It gets no reports on the items that were
-// done by then, but they count.
+// A call may join a transfer that another call has begun. Items that were done by then are counted,
+// but have no reports.
 type Progress struct {
-	// Phase is the part of the call that is under way.
+	// Phase is the current part of the call.
 	Phase Phase
-	// Reference is the one that the call was given. It is zero for calls on any number of
+	// Reference is the reference that the caller gave. It is zero for calls on any number of
 	// artifacts.
 	Reference Reference
 
-	// Item is the blob or manifest whose bytes caused the report. Only the digest and the size are
-	// certain to be set. It is zero in a report that a phase begins.
+	// Item is the blob or manifest whose bytes caused the report. Only its digest and size are
+	// always set. It is zero in the report at the beginning of a phase.
 	Item ocispec.Descriptor
-	// ItemBytes is how many bytes of Item are done. Item is done if ItemDone is set: then its bytes
-	// are verified and stored, or the registry has them.
+	// ItemBytes is the number of bytes of Item that are done. ItemDone is set if Item is done: its
+	// bytes are verified and stored, or the target had them already.
 	ItemBytes int64
 	ItemDone  bool
-	// ItemSkipped is set with ItemDone if Item was there already.
+	// ItemSkipped is set with ItemDone if the target had Item already.
 	ItemSkipped bool
 
-	// Items is how many items are done, those that were there already included. TotalItems is how
-	// many there are, and −1 in [PhaseRead] and [PhasePlan], when that is not known.
+	// Items is the number of items that are done, skipped ones included. TotalItems is the number of
+	// all items. It is −1 in [PhaseRead] and [PhasePlan], when it is not known.
 	Items, TotalItems int
-	// Bytes is how many bytes of items are done. It falls back when an item has to start again.
+	// Bytes is the number of bytes that are done. It decreases if an item has to start again.
 	// TotalBytes is the size of all items, and −1 like TotalItems.
 	Bytes, TotalBytes int64
-	// SkippedItems and SkippedBytes are the parts of Items and Bytes that were there already. The
-	// bytes that an interrupted call left of an item count as skipped, too.
+	// SkippedItems and SkippedBytes are the parts of Items and Bytes that the target had already.
+	// Bytes of an item that an interrupted call has left count as skipped, too.
 	SkippedItems int
 	SkippedBytes int64
 }
 
-// A Phase is a part of a call. A call goes through its phases in the order of this list, and leaves
-// out those in which it has nothing to do. If content was collected while the call needed it, the
-// call starts again, and its phases and counts with it.
+// A Phase is a part of a call. A call goes through its phases in the order of this list, and skips
+// phases in which it has nothing to do. If needed content was collected meanwhile, the call starts
+// again, and so do its phases and counts.
 type Phase string
 
 const (
@@ -88,28 +88,41 @@ const (
 // phases are all phases, in order.
 var phases = []Phase{PhaseRead, PhasePlan, PhaseBlobs, PhaseRepair, PhaseCheck, PhaseDelete, PhasePublish, PhaseReferrers, PhaseDone}
 
-// Between two reports on an item under way, one of these must pass.
+// Between two reports on one item, at least one of these must pass. They bound the cost of reports: a
+// report per MiB is nothing beside hashing the MiB.
 const (
 	progressBytes = 1 << 20
 	progressTime  = 200 * time.Millisecond
 )
 
-// A meter counts what one call does, and passes it on as reports. Its methods are safe for
-// concurrent use. On a nil meter they do nothing, so a call without a Progress function has none.
+// A meter counts the work of one call, and passes it on as reports. Its methods are safe for
+// concurrent use. On a nil meter they do nothing, so a call without a Progress function uses nil.
+//
+// The life of a count:
+//
+//	phase(PhasePlan)          totals unknown (−1)
+//	plan(1, size) …           each item that is found
+//	planned(PhaseBlobs)       totals known from here on
+//	item(desc)                begins one of them
+//	  from(at) → count(n) …   bytes of one attempt; a new attempt starts again at its own byte
+//	  skip, drop              it was there already; it does not count after all
+//	  end                     it is done: verified and stored
+//	finish                    PhaseDone, with all counts equal to the totals
 type meter struct {
 	mu    sync.Mutex // guards what follows; held while sinks are called
 	now   Progress
-	items int   // planned so far
-	bytes int64 // likewise
-	told  time.Time
+	items int       // items planned so far
+	bytes int64     // bytes planned so far
+	told  time.Time // of the last report
 	sinks []*progressSink
 }
 
-// A progressSink takes the reports of a meter. It must not use that meter.
+// A progressSink takes the reports of a meter. take is called with the meter's mutex held, so it must
+// not use that meter.
 type progressSink struct{ take func(Progress) }
 
-// newMeter returns a meter for a function of the caller, and nil if there is none. The function may
-// then be called by whichever goroutine uses the meter: see [attend] for calls that have several.
+// newMeter returns a meter for a function of the caller, and nil if there is none. The function is
+// called by the goroutine that uses the meter. For calls that use several goroutines, see [attend].
 func newMeter(fn func(Progress), ref Reference) *meter {
 	if fn == nil {
 		return nil
@@ -120,13 +133,13 @@ func newMeter(fn func(Progress), ref Reference) *meter {
 	return m
 }
 
-// newCount returns a meter that reports to nobody yet.
+// newCount returns a meter without a sink. A transfer that several calls may join has such a meter, and
+// each call subscribes to it.
 func newCount() *meter {
 	return &meter{now: Progress{TotalItems: -1, TotalBytes: -1}, told: time.Now()}
 }
 
-// subscribe has take called with the state of the meter, and then with each report until end is
-// called.
+// subscribe calls take with the state of the meter, and then with each report until end is called.
 func (m *meter) subscribe(take func(Progress)) (end func()) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -142,7 +155,9 @@ func (m *meter) subscribe(take func(Progress)) (end func()) {
 	}
 }
 
-// follow makes m report the counts and phases of another meter until end is called.
+// follow makes m report the counts and phases of another meter until end is called. m keeps its own
+// Reference. It locks m.mu while other.mu is held. No code locks them in the other order, because the
+// sinks of m do not use other.
 func (m *meter) follow(other *meter) (end func()) {
 	if m == nil {
 		return func() {}
@@ -160,7 +175,7 @@ func (m *meter) follow(other *meter) (end func()) {
 	})
 }
 
-// tell passes the state on. m.mu is held.
+// tell passes the state to all sinks. m.mu is held.
 func (m *meter) tell() {
 	if len(m.sinks) == 0 {
 		return
@@ -171,8 +186,8 @@ func (m *meter) tell() {
 	}
 }
 
-// phase begins a phase, unless the call is in a later one. Referrers are transferred like
-// artifacts, but all in one phase.
+// phase begins a phase, unless the call is in a later one already. So the phases of a referrer, which is
+// transferred like an artifact, do not show: all of it is in [PhaseReferrers].
 func (m *meter) phase(p Phase) {
 	if m == nil {
 		return
@@ -192,7 +207,7 @@ func (m *meter) about(desc ocispec.Descriptor, at int64, done, skipped bool) {
 	m.now.ItemBytes, m.now.ItemDone, m.now.ItemSkipped = at, done, skipped
 }
 
-// plan adds items to those that the call has to do.
+// plan adds items to the totals. Negative numbers take items out.
 func (m *meter) plan(items int, bytes int64) {
 	if m == nil {
 		return
@@ -206,7 +221,8 @@ func (m *meter) plan(items int, bytes int64) {
 	}
 }
 
-// left replaces the plan: so much is to be done from now on.
+// left replaces the plan: items and bytes are the work that is left from now on. Work that is done
+// already stays counted.
 func (m *meter) left(items int, bytes int64) {
 	if m == nil {
 		return
@@ -217,14 +233,14 @@ func (m *meter) left(items int, bytes int64) {
 	m.plan(items, bytes)
 }
 
-// planAll is plan for each of the descriptors.
+// planAll calls plan for each descriptor.
 func (m *meter) planAll(descs []ocispec.Descriptor) {
 	for _, d := range descs {
 		m.plan(1, d.Size)
 	}
 }
 
-// planned begins a phase in which the totals are known: everything was planned.
+// planned begins a phase in which the totals are known, because everything was planned before.
 func (m *meter) planned(p Phase) {
 	if m == nil {
 		return
@@ -235,7 +251,7 @@ func (m *meter) planned(p Phase) {
 	m.phase(p)
 }
 
-// restart makes the counts zero and the totals unknown: the call does everything again.
+// restart sets the counts to zero and the totals to unknown. The call then does everything again.
 func (m *meter) restart() {
 	if m == nil {
 		return
@@ -257,7 +273,7 @@ func (m *meter) finish() {
 	m.phase(PhaseDone)
 }
 
-// skip reports an item that is there already.
+// skip reports an item that the target has already.
 func (m *meter) skip(desc ocispec.Descriptor) {
 	i := m.item(desc)
 	i.skip()
@@ -277,12 +293,12 @@ func (m *meter) unskip(desc ocispec.Descriptor) {
 	m.now.SkippedBytes -= desc.Size
 }
 
-// done reports an item whose bytes nobody has counted.
+// done reports an item whose bytes were not counted while they were transferred.
 func (m *meter) done(desc ocispec.Descriptor) {
 	m.item(desc).end()
 }
 
-// item begins an item that was planned. A nil item does nothing.
+// item begins an item that was planned. A nil meter returns a nil item, whose methods do nothing.
 func (m *meter) item(desc ocispec.Descriptor) *meteredItem {
 	if m == nil {
 		return nil
@@ -290,18 +306,19 @@ func (m *meter) item(desc ocispec.Descriptor) *meteredItem {
 	return &meteredItem{meter: m, desc: desc}
 }
 
-// A meteredItem is an item under way.
+// A meteredItem is an item that was begun and is not done. Its fields are guarded by the meter's mutex,
+// except skipped, which the goroutine of the item uses.
 type meteredItem struct {
 	meter   *meter
 	desc    ocispec.Descriptor
-	attempt int
+	attempt int   // the number of the attempt that counts
 	at      int64 // bytes that are done, and counted
-	kept    int64 // of these, those that were there before
+	kept    int64 // the part of at that an interrupted call has left
 	told    int64 // at of the last report
 	skipped bool
 }
 
-// resume says that the first n bytes were there before.
+// resume records that an interrupted call has left the first n bytes.
 func (i *meteredItem) resume(n int64) {
 	if i == nil || n == 0 {
 		return
@@ -315,8 +332,8 @@ func (i *meteredItem) resume(n int64) {
 	i.meter.tell()
 }
 
-// from begins an attempt at byte at. The attempts before are not listened to any more. What it
-// returns is called with each number of bytes.
+// from begins an attempt at byte at, and returns the function that counts its bytes. Counts of earlier
+// attempts are ignored from now on: a reader of one may still run when the next one begins.
 func (i *meteredItem) from(at int64) func(n int) {
 	if i == nil {
 		return func(int) {}
@@ -328,7 +345,7 @@ func (i *meteredItem) from(at int64) func(n int) {
 	attempt := i.attempt
 	i.move(at)
 	i.told = at
-	if at < i.kept { // they were no good
+	if at < i.kept { // the bytes that were left are not used
 		m.now.SkippedBytes -= i.kept - at
 		i.kept = at
 	}
@@ -339,7 +356,8 @@ func (i *meteredItem) from(at int64) func(n int) {
 			return
 		}
 		i.move(min(i.at+int64(n), i.desc.Size))
-		// The last byte may be the wrong one. That an item is done is for end to say.
+		// There is no report for the last byte: the item is done only after it was verified, and
+		// then end reports it.
 		if len(m.sinks) == 0 || i.at == i.desc.Size || i.at-i.told < progressBytes && time.Since(m.told) < progressTime {
 			return
 		}
@@ -349,7 +367,7 @@ func (i *meteredItem) from(at int64) func(n int) {
 	}
 }
 
-// reader returns a reader of src, from byte 0 of the item on, that counts.
+// reader returns a reader of src that counts its bytes as those of the item, from byte 0 on.
 func (i *meteredItem) reader(src io.Reader) io.Reader {
 	if i == nil {
 		return src
@@ -357,7 +375,8 @@ func (i *meteredItem) reader(src io.Reader) io.Reader {
 	return &countedReader{src, i.from(0)}
 }
 
-// writer returns a writer that counts what is written, from byte 0 of the item on, and discards it.
+// writer returns a writer that counts its bytes as those of the item, from byte 0 on, and discards
+// them.
 func (i *meteredItem) writer() io.Writer {
 	if i == nil {
 		return io.Discard
@@ -368,17 +387,19 @@ func (i *meteredItem) writer() io.Writer {
 // A discardCounted is [io.Discard] that counts.
 type discardCounted func(n int)
 
+// Write implements [io.Writer].
 func (count discardCounted) Write(p []byte) (int, error) {
 	count(len(p))
 	return len(p), nil
 }
 
-// A countedReader calls count with each number of bytes that are read of src.
+// A countedReader calls count with the number of bytes of each read of src.
 type countedReader struct {
 	src   io.Reader
 	count func(n int)
 }
 
+// Read implements [io.Reader].
 func (r *countedReader) Read(p []byte) (int, error) {
 	n, err := r.src.Read(p)
 	r.count(n)
@@ -391,14 +412,14 @@ func (i *meteredItem) move(at int64) {
 	i.at = at
 }
 
-// skip says that the item was there already.
+// skip marks the item: the target had it already. end reports it so.
 func (i *meteredItem) skip() {
 	if i != nil {
 		i.skipped = true
 	}
 }
 
-// drop takes the item out of the plan: it is not there, or it is damaged.
+// drop subtracts the item from the totals and takes back its bytes, because it is missing or damaged.
 func (i *meteredItem) drop() {
 	if i != nil {
 		i.from(0)
@@ -422,7 +443,7 @@ func (i *meteredItem) end() {
 	}
 	i.move(i.desc.Size)
 	m.now.Items++
-	if m.now.TotalItems >= 0 { // something may have come that was not planned
+	if m.now.TotalItems >= 0 { // an item that was not planned must not exceed the totals
 		m.items, m.bytes = max(m.items, m.now.Items), max(m.bytes, m.now.Bytes)
 		m.now.TotalItems, m.now.TotalBytes = m.items, m.bytes
 	}
@@ -430,16 +451,18 @@ func (i *meteredItem) end() {
 	m.tell()
 }
 
-// attend runs do, which uses several goroutines, with a meter whose reports reach fn on the
-// goroutine of the caller. Without fn, do gets no meter and runs on the caller's goroutine itself.
+// attend runs do with a meter. The reports of the meter reach fn on the caller's goroutine, although do
+// uses several goroutines. If fn is nil, do gets no meter and runs on the caller's goroutine.
 //
-// The problem: if workers called fn, a panic in it, or a runtime.Goexit, would end a worker for
-// which other calls may wait, and a slow fn would stop it.
+// The problem: a worker must not call fn. Other calls may wait for the worker, and fn can panic, call
+// runtime.Goexit, or be slow.
 //
-// The rule: do runs on a goroutine, and the caller's goroutine takes the reports from a queue.
+// The rule: do runs on a new goroutine and puts its reports into a queue. The caller's goroutine takes
+// them out and calls fn.
 //
-// It is safe because fn can end only the goroutine of its own caller. Then attend cancels do, and
-// returns after do has. A panic of do is raised on the caller's goroutine, see settle.
+// It is safe because fn can end only the goroutine of its own caller. If that happens, the deferred
+// function cancels do and waits until it has returned, so no goroutine of the call is left. A panic of
+// do is passed on and raised on the caller's goroutine: see settle.
 func attend[T any](ctx context.Context, fn func(Progress), ref Reference, do func(context.Context, *meter) (T, error)) (result T, err error) {
 	if fn == nil {
 		return do(ctx, nil)
@@ -475,8 +498,7 @@ func attend[T any](ctx context.Context, fn func(Progress), ref Reference, do fun
 	}
 }
 
-// A progressQueue takes reports from any goroutine, and passes them on when the one that made the
-// call comes to fetch them.
+// A progressQueue takes reports from any goroutine. The goroutine that made the call delivers them.
 type progressQueue struct {
 	fn    func(Progress)
 	ready chan struct{} // has an element if there may be reports
@@ -489,8 +511,9 @@ func newProgressQueue(fn func(Progress)) *progressQueue {
 	return &progressQueue{fn: fn, ready: make(chan struct{}, 1)}
 }
 
-// put adds a report. On an item under way, it replaces one at the end of the queue, so the queue
-// has at most a few reports for each item that is done.
+// put adds a report. If an item is not done, its report replaces an older one of the same item at the
+// end of the queue. So a slow fn costs little memory: between the reports of two done items, the queue
+// has at most one report for each item that is being transferred. put never blocks.
 func (q *progressQueue) put(p Progress) {
 	q.mu.Lock()
 	last := len(q.reports)
@@ -516,7 +539,8 @@ func (q *progressQueue) news() <-chan struct{} {
 	return q.ready
 }
 
-// deliver passes on what is in the queue. The caller's goroutine calls it. A nil queue has nothing.
+// deliver calls fn with the reports in the queue. Only the caller's goroutine calls it. The mutex is not
+// held meanwhile, so workers can put further reports. A nil queue has no reports.
 func (q *progressQueue) deliver() {
 	if q == nil {
 		return
