@@ -2,13 +2,10 @@ package ocilocal
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"maps"
 	"path/filepath"
-	"strings"
-	"sync"
 
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -36,11 +33,7 @@ type Builder struct {
 	ref      Reference
 	opts     BuilderOptions
 	stage    *stage
-
-	mu     sync.Mutex // guards what follows
-	spec   manifestSpec
-	done   bool      // built or cancelled
-	update RefUpdate // the outcome of Build
+	draft    draft
 }
 
 // NewBuilder starts an artifact that will be published as ref. The caller ends it with Build or
@@ -60,7 +53,7 @@ func (r *LocalRegistry) NewBuilder(ref Reference, opts *BuilderOptions) (_ *Buil
 
 // newBuilder is NewBuilder that also accepts the zero Reference, for an artifact that gets no ref.
 func (r *LocalRegistry) newBuilder(ref Reference, opts *BuilderOptions) (*Builder, error) {
-	end, err := r.begin(context.Background())
+	end, err := r.beginWrite(context.Background())
 	if err != nil {
 		return nil, err
 	}
@@ -72,18 +65,9 @@ func (r *LocalRegistry) newBuilder(ref Reference, opts *BuilderOptions) (*Builde
 	if b.opts.Format == FormatDefault {
 		b.opts.Format = r.opts.Format
 	}
-	switch {
-	case r.blobs.readOnly:
-		return nil, ErrReadOnly
-	case ref.Digest() != "":
-		return nil, fmt.Errorf("%w: %s has a digest, which is known only after the build", ErrInvalidReference, ref)
+	if err := b.draft.start(ref, b.opts.ArtifactType); err != nil {
+		return nil, err
 	}
-	if t := b.opts.ArtifactType; t != "" {
-		if err := checkTypeName("artifact type", t); err != nil {
-			return nil, err
-		}
-	}
-	b.spec.artifactType = b.opts.ArtifactType
 	b.stage = r.blobs.newStage()
 	return b, nil
 }
@@ -174,7 +158,7 @@ func (b *Builder) AddExistingLayer(ctx context.Context, desc ocispec.Descriptor)
 	desc.Data = nil // builders never write data
 	_, err = b.putBlob(ctx, "", func() (digest.Digest, int64, error) {
 		return desc.Digest, desc.Size, b.stage.take(ctx, desc.Digest, desc.Size)
-	}, func(ocispec.Descriptor) { b.spec.layers = append(b.spec.layers, desc) })
+	}, func(spec *manifestSpec, _ ocispec.Descriptor) { spec.layers = append(spec.layers, desc) })
 	return err
 }
 
@@ -190,9 +174,9 @@ func (b *Builder) addLayer(ctx context.Context, mediaType string, annotations ma
 	if err != nil {
 		return ocispec.Descriptor{}, err
 	}
-	desc, err = b.putBlob(ctx, mediaType, put, func(d ocispec.Descriptor) {
+	desc, err = b.putBlob(ctx, mediaType, put, func(spec *manifestSpec, d ocispec.Descriptor) {
 		d.Annotations = maps.Clone(annotations)
-		b.spec.layers = append(b.spec.layers, d)
+		spec.layers = append(spec.layers, d)
 	})
 	if err == nil {
 		desc.Annotations = maps.Clone(annotations)
@@ -200,16 +184,17 @@ func (b *Builder) addLayer(ctx context.Context, mediaType string, annotations ma
 	return desc, err
 }
 
-// putBlob runs put, and then record with mu held. mu is not held during put, so several layers can be
-// copied at once. Build or Cancel may end the builder meanwhile: done is checked before put, to save
-// the copy, and again after it. A blob that came too late is in no manifest; discard removes it.
-func (b *Builder) putBlob(ctx context.Context, mediaType string, put func() (digest.Digest, int64, error), record func(ocispec.Descriptor)) (ocispec.Descriptor, error) {
+// putBlob runs put, and then changes the draft by record. The draft is not locked during put, so
+// several layers can be copied at once. Build or Cancel may end the builder meanwhile: the draft is
+// checked before put, to save the copy, and again after it. A blob that came too late is in no
+// manifest; discard removes it.
+func (b *Builder) putBlob(ctx context.Context, mediaType string, put func() (digest.Digest, int64, error), record func(*manifestSpec, ocispec.Descriptor)) (ocispec.Descriptor, error) {
 	end, err := b.registry.begin(ctx)
 	if err != nil {
 		return ocispec.Descriptor{}, err
 	}
 	defer end()
-	if b.isDone() {
+	if b.draft.isDone() {
 		return ocispec.Descriptor{}, ErrClosed
 	}
 	d, size, err := put()
@@ -217,20 +202,10 @@ func (b *Builder) putBlob(ctx context.Context, mediaType string, put func() (dig
 		return ocispec.Descriptor{}, err
 	}
 	desc := ocispec.Descriptor{MediaType: mediaType, Digest: d, Size: size}
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	if b.done {
-		return ocispec.Descriptor{}, ErrClosed
+	if err := b.draft.change(func(spec *manifestSpec) { record(spec, desc) }); err != nil {
+		return ocispec.Descriptor{}, err
 	}
-	record(desc)
 	return desc, nil
-}
-
-// isDone reports whether the builder was built or cancelled.
-func (b *Builder) isDone() bool {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.done
 }
 
 // SetConfig sets the config blob. A second call replaces the first.
@@ -249,7 +224,7 @@ func (b *Builder) SetConfig(ctx context.Context, mediaType string, data []byte) 
 	return b.putBlob(ctx, mediaType, func() (digest.Digest, int64, error) {
 		d, err := b.stage.putBytes(ctx, data, digest.SHA256)
 		return d, int64(len(data)), err
-	}, func(d ocispec.Descriptor) { b.spec.config = &d })
+	}, func(spec *manifestSpec, d ocispec.Descriptor) { spec.config = &d })
 }
 
 // SetAnnotation sets an annotation of the manifest. A second call with the same key replaces the value.
@@ -259,19 +234,7 @@ func (b *Builder) SetConfig(ctx context.Context, mediaType string, data []byte) 
 //   - [ErrClosed] after Build or Cancel
 func (b *Builder) SetAnnotation(key, value string) (err error) {
 	defer addOp(&err, "annotate", b.ref.String(), "")
-	if err := checkAnnotation(key, value); err != nil {
-		return err
-	}
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	if b.done {
-		return ErrClosed
-	}
-	if b.spec.annotations == nil {
-		b.spec.annotations = map[string]string{}
-	}
-	b.spec.annotations[key] = value
-	return nil
+	return b.draft.setAnnotation(key, value)
 }
 
 // SetSubject makes the artifact refer to another manifest (image-spec manifest.md, "subject"). That
@@ -280,57 +243,7 @@ func (b *Builder) SetAnnotation(key, value string) (err error) {
 // Errors: [ErrInvalidManifest] for a descriptor that a manifest cannot have, [ErrClosed].
 func (b *Builder) SetSubject(desc ocispec.Descriptor) (err error) {
 	defer addOp(&err, "set subject of", b.ref.String(), desc.Digest)
-	if err := checkPlaceable(&desc); err != nil {
-		return fmt.Errorf("%w: %w", ErrInvalidManifest, err)
-	}
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	if b.done {
-		return ErrClosed
-	}
-	desc = cloneDescriptor(desc)
-	b.spec.subject = &desc
-	return nil
-}
-
-// checkAnnotation refuses an annotation that a manifest cannot have. The builders check each part when it
-// is given, so that Build does not fail for a mistake that cannot be taken back.
-func checkAnnotation(key, value string) error {
-	_, err := canonicalAnnotations(map[string]string{key: value})
-	if key == "" {
-		err = errors.New("key is empty")
-	}
-	if err != nil {
-		return fmt.Errorf("%w: annotation: %w", ErrInvalidArgument, err)
-	}
-	return nil
-}
-
-// checkPlaceable refuses a descriptor that a manifest cannot have. Building and parsing a manifest with
-// it applies the same rules as Build, so the two never disagree.
-func checkPlaceable(desc *ocispec.Descriptor) error {
-	if err := checkDescriptor(desc); err != nil {
-		return err
-	}
-	_, err := buildManifest(FormatArtifactManifest, manifestSpec{artifactType: ArtifactTypeOMMX, subject: desc})
-	return err
-}
-
-// checkTypeName refuses a text that is not a media type (RFC 6838, section 4.2). Only builders check
-// this: manifests by other tools may have other texts, and are accepted.
-func checkTypeName(field, s string) error {
-	const longest = 127 // on either side of the '/'
-	top, sub, _ := strings.Cut(s, "/")
-	for _, name := range []string{top, sub} {
-		bad := name == "" || len(name) > longest
-		for i, c := range []byte(strings.ToLower(name)) {
-			bad = bad || !isLowerAlnum(c) && (i == 0 || strings.IndexByte("!#$&-^_.+", c) < 0)
-		}
-		if bad {
-			return fmt.Errorf("%w: %s: %s is not of the form type/subtype (RFC 6838, section 4.2)", ErrInvalidArgument, field, printable(s))
-		}
-	}
-	return nil
+	return b.draft.setSubject(desc)
 }
 
 // Build makes the manifest and publishes the artifact in one step. When it returns nil, everything is
@@ -357,12 +270,12 @@ func (b *Builder) Build(ctx context.Context) (_ *LocalArtifact, err error) {
 		return nil, err
 	}
 	defer end()
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	if b.done {
+	b.draft.mu.Lock()
+	defer b.draft.mu.Unlock()
+	if b.draft.done {
 		return nil, ErrClosed
 	}
-	m, err := buildManifest(b.opts.Format, b.spec)
+	m, err := buildManifest(b.opts.Format, b.draft.spec)
 	if err != nil {
 		return nil, err
 	}
@@ -377,15 +290,9 @@ func (b *Builder) Build(ctx context.Context) (_ *LocalArtifact, err error) {
 	if _, err := b.stage.putBytes(ctx, m.raw, digest.SHA256); err != nil {
 		return nil, err
 	}
-	updates, err := b.registry.publish(ctx, b.stage, []publication{onlyManifest(b.ref, m, b.opts.PublishOptions)})
-	if err != nil {
+	if err := b.draft.publish(ctx, b.registry, b.stage, onlyManifest(b.ref, m, b.opts.PublishOptions)); err != nil {
 		return nil, err
 	}
-	b.update = updates[0]
-	if err := b.update.conflict(b.opts.Expected); err != nil {
-		return nil, err
-	}
-	b.done = true
 	b.registry.logDiscard(b.stage.discard())
 	return b.registry.newArtifact(b.ref, m.Descriptor(), m), nil
 }
@@ -400,9 +307,7 @@ func (r *LocalRegistry) logDiscard(err error) {
 
 // Update returns the outcome of Build for the ref, also after a conflict. It is zero before Build.
 func (b *Builder) Update() RefUpdate {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.update
+	return b.draft.outcome()
 }
 
 // Cancel discards all layers and closes the builder. After Build has succeeded, or a second time, it
@@ -410,11 +315,11 @@ func (b *Builder) Update() RefUpdate {
 // registry is closed.
 func (b *Builder) Cancel() (err error) {
 	defer addOp(&err, "cancel build of", b.ref.String(), "")
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	if b.done {
+	b.draft.mu.Lock()
+	defer b.draft.mu.Unlock()
+	if b.draft.done {
 		return nil
 	}
-	b.done = true
+	b.draft.done = true
 	return b.stage.discard()
 }

@@ -3,7 +3,6 @@ package ocilocal
 import (
 	"context"
 	"fmt"
-	"sync"
 
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -27,11 +26,7 @@ type IndexBuilder struct {
 	registry *LocalRegistry
 	ref      Reference
 	opts     IndexBuilderOptions
-
-	mu     sync.Mutex // guards what follows
-	spec   manifestSpec
-	done   bool      // built or cancelled
-	update RefUpdate // the outcome of Build
+	draft    draft
 }
 
 // NewIndexBuilder starts an image index that will be published as ref. The caller ends it with
@@ -51,19 +46,13 @@ func (r *LocalRegistry) NewIndexBuilder(ref Reference, opts *IndexBuilderOptions
 	if err := ref.checkGiven(); err != nil {
 		return nil, err
 	}
-	if ref.Digest() != "" {
-		return nil, fmt.Errorf("%w: %s has a digest, which is known only after the build", ErrInvalidReference, ref)
-	}
 	b := &IndexBuilder{registry: r, ref: ref}
 	if opts != nil {
 		b.opts = *opts
 	}
-	if t := b.opts.ArtifactType; t != "" {
-		if err := checkTypeName("artifact type", t); err != nil {
-			return nil, err
-		}
+	if err := b.draft.start(ref, b.opts.ArtifactType); err != nil {
+		return nil, err
 	}
-	b.spec.artifactType = b.opts.ArtifactType
 	return b, nil
 }
 
@@ -95,48 +84,24 @@ func (b *IndexBuilder) AddManifest(ctx context.Context, desc ocispec.Descriptor)
 	if _, err := buildIndex(manifestSpec{layers: []ocispec.Descriptor{desc}}); err != nil {
 		return ocispec.Descriptor{}, fmt.Errorf("%w: %w", ErrInvalidArgument, err)
 	}
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	if b.done {
-		return ocispec.Descriptor{}, ErrClosed
+	err = b.draft.change(func(spec *manifestSpec) { spec.layers = append(spec.layers, desc) })
+	if err != nil {
+		return ocispec.Descriptor{}, err
 	}
-	b.spec.layers = append(b.spec.layers, desc)
 	return cloneDescriptor(desc), nil
 }
 
 // SetAnnotation sets an annotation of the index. Errors are those of [Builder.SetAnnotation].
 func (b *IndexBuilder) SetAnnotation(key, value string) (err error) {
 	defer addOp(&err, "annotate index", b.ref.String(), "")
-	if err := checkAnnotation(key, value); err != nil {
-		return err
-	}
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	if b.done {
-		return ErrClosed
-	}
-	if b.spec.annotations == nil {
-		b.spec.annotations = map[string]string{}
-	}
-	b.spec.annotations[key] = value
-	return nil
+	return b.draft.setAnnotation(key, value)
 }
 
 // SetSubject makes the index refer to another manifest, which need not be in the registry. Errors
 // are those of [Builder.SetSubject].
 func (b *IndexBuilder) SetSubject(desc ocispec.Descriptor) (err error) {
 	defer addOp(&err, "set subject of index", b.ref.String(), desc.Digest)
-	if err := checkPlaceable(&desc); err != nil {
-		return fmt.Errorf("%w: %w", ErrInvalidManifest, err)
-	}
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	if b.done {
-		return ErrClosed
-	}
-	desc = cloneDescriptor(desc)
-	b.spec.subject = &desc
-	return nil
+	return b.draft.setSubject(desc)
 }
 
 // Build makes the index and publishes it in one step. When it returns nil, the index is durable and
@@ -157,12 +122,12 @@ func (b *IndexBuilder) Build(ctx context.Context) (_ *LocalArtifact, err error) 
 		return nil, err
 	}
 	defer end()
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	if b.done {
+	b.draft.mu.Lock()
+	defer b.draft.mu.Unlock()
+	if b.draft.done {
 		return nil, ErrClosed
 	}
-	m, err := buildIndex(b.spec)
+	m, err := buildIndex(b.draft.spec)
 	if err != nil {
 		return nil, err
 	}
@@ -176,30 +141,22 @@ func (b *IndexBuilder) Build(ctx context.Context) (_ *LocalArtifact, err error) 
 	}
 	p := onlyManifest(b.ref, m, b.opts.PublishOptions)
 	p.also = func(tx *indexTx) error { return r.checkMemberRows(ctx, tx, m) }
-	updates, err := r.publish(ctx, st, []publication{p})
-	if err != nil {
+	if err := b.draft.publish(ctx, r, st, p); err != nil {
 		return nil, err
 	}
-	b.update = updates[0]
-	if err := b.update.conflict(b.opts.Expected); err != nil {
-		return nil, err
-	}
-	b.done = true
 	return r.newArtifact(b.ref, m.Descriptor(), m), nil
 }
 
 // Update returns the outcome of Build for the ref, also after a conflict. It is zero before Build.
 func (b *IndexBuilder) Update() RefUpdate {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.update
+	return b.draft.outcome()
 }
 
 // Cancel closes the builder. After Build has succeeded, or a second time, it does nothing.
 func (b *IndexBuilder) Cancel() {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	b.done = true
+	b.draft.mu.Lock()
+	defer b.draft.mu.Unlock()
+	b.draft.done = true
 }
 
 // checkMembers checks the manifests below an image index whose members are published. Each is read and

@@ -41,75 +41,61 @@ func buildManifest(f ManifestFormat, spec manifestSpec) (*Manifest, error) {
 	if f == FormatDefault {
 		f = FormatImageManifest
 	}
-	mediaType, list, layers, config := MediaTypeArtifactManifest, "blobs", spec.layers, spec.config
+	mediaType, list := MediaTypeArtifactManifest, "blobs"
 	switch f {
 	case FormatArtifactManifest:
-		if config != nil {
+		if spec.config != nil {
 			return nil, fmt.Errorf("%w: an artifact manifest has no config: build as image manifest, or without it", ErrInvalidArgument)
 		}
 	case FormatImageManifest:
 		mediaType, list = ocispec.MediaTypeImageManifest, "layers"
-		if config == nil {
-			config = &emptyJSON
+		if spec.config == nil {
+			spec.config = &emptyJSON
 		}
-		if len(layers) == 0 {
-			layers = []ocispec.Descriptor{emptyJSON}
+		if len(spec.layers) == 0 {
+			spec.layers = []ocispec.Descriptor{emptyJSON}
 		}
 	default:
 		return nil, fmt.Errorf("%w: unknown format %v", ErrInvalidArgument, f)
 	}
 	// manifest.md: with an empty config only artifactType says what the artifact is.
-	if spec.artifactType == "" && (config == nil || config.MediaType == ocispec.MediaTypeEmptyJSON) {
+	if spec.artifactType == "" && (spec.config == nil || spec.config.MediaType == ocispec.MediaTypeEmptyJSON) {
 		return nil, fmt.Errorf("%w: artifact type is empty", ErrInvalidArgument)
 	}
+	return spec.document(mediaType, list)
+}
 
+// buildIndex writes the canonical image index of spec, whose layers are its manifests. Errors are
+// those of [ParseManifest], and [ErrInvalidArgument] for invalid UTF-8.
+func buildIndex(spec manifestSpec) (*Manifest, error) {
+	return spec.document(ocispec.MediaTypeImageIndex, "manifests")
+}
+
+// document writes the document of a media type. The field with the name in list has the layers.
+func (s *manifestSpec) document(mediaType, list string) (*Manifest, error) {
 	var w canonicalWriter
 	w.raw("{")
-	w.annotations(spec.annotations)
-	w.field("artifactType", spec.artifactType)
-	if f != FormatImageManifest {
-		w.descriptors(list, layers)
-	} else {
+	w.annotations(s.annotations)
+	w.field("artifactType", s.artifactType)
+	if s.config != nil {
 		w.key("config")
-		w.descriptor(config)
-		w.descriptors(list, layers)
+		w.descriptor(s.config)
 	}
+	w.descriptors(list, s.layers)
 	w.field("mediaType", mediaType)
-	if f == FormatImageManifest {
+	if mediaType != MediaTypeArtifactManifest {
 		w.key("schemaVersion")
 		w.int(2)
 	}
-	if spec.subject != nil {
+	if s.subject != nil {
 		w.key("subject")
-		w.descriptor(spec.subject)
+		w.descriptor(s.subject)
 	}
 	w.raw("}")
 	if w.err != nil {
 		return nil, w.err
 	}
 	return parseManifest(mediaType, w.buf)
-}
-
-// buildIndex writes the canonical image index of spec, whose layers are its manifests. Errors are
-// those of [ParseManifest], and [ErrInvalidArgument] for invalid UTF-8.
-func buildIndex(spec manifestSpec) (*Manifest, error) {
-	var w canonicalWriter
-	w.raw("{")
-	w.annotations(spec.annotations)
-	w.field("artifactType", spec.artifactType)
-	w.descriptors("manifests", spec.layers)
-	w.field("mediaType", ocispec.MediaTypeImageIndex)
-	w.key("schemaVersion")
-	w.int(2)
-	if spec.subject != nil {
-		w.key("subject")
-		w.descriptor(spec.subject)
-	}
-	w.raw("}")
-	if w.err != nil {
-		return nil, w.err
-	}
-	return parseManifest(ocispec.MediaTypeImageIndex, w.buf)
 }
 
 // A canonicalWriter writes JSON with one spelling for each document:

@@ -113,12 +113,10 @@ func (r *LocalRegistry) pull(ctx context.Context, ref Reference, opts *PullOptio
 		return nil, err
 	}
 	defer end()
-	p, err := r.newPuller(ref, opts)
+	p, err := r.newPuller(ref, opts, m)
 	if err != nil {
 		return nil, err
 	}
-	p.meter = m
-	m.phase(PhasePlan)
 	result, err := p.run(ctx)
 	if err == nil && !p.transferred {
 		err = p.skipAll(ctx, result)
@@ -143,8 +141,9 @@ type puller struct {
 	transferred bool
 }
 
-func (r *LocalRegistry) newPuller(ref Reference, opts *PullOptions) (*puller, error) {
-	p := &puller{registry: r, ref: ref}
+func (r *LocalRegistry) newPuller(ref Reference, opts *PullOptions, m *meter) (*puller, error) {
+	p := &puller{registry: r, ref: ref, meter: m}
+	m.phase(PhasePlan)
 	if opts != nil {
 		p.opts = *opts
 	}
@@ -171,12 +170,10 @@ func (r *LocalRegistry) pullHere(ctx context.Context, ref Reference, opts *PullO
 		return nil, err
 	}
 	defer end()
-	p, err := r.newPuller(ref, opts)
+	p, err := r.newPuller(ref, opts, m)
 	if err != nil {
 		return nil, err
 	}
-	p.meter = m
-	m.phase(PhasePlan)
 	verify := p.opts.Verify
 	p.opts.Verify = false
 	result, err := p.present(ctx)
