@@ -8,26 +8,29 @@ import (
 	"github.com/ocilocal/ocilocal"
 )
 
+// attached attaches a text to an artifact, as a referrer without a name.
+func attached(t *testing.T, r *ocilocal.LocalRegistry, subject *ocilocal.LocalArtifact, text string) *ocilocal.LocalArtifact {
+	t.Helper()
+	b, err := r.NewReferrerBuilder(*descOf(subject), &ocilocal.BuilderOptions{ArtifactType: testType, Format: ocilocal.FormatImageManifest})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := b.AddLayerBytes(t.Context(), "text/plain", []byte(text), nil); err != nil {
+		t.Fatal(err)
+	}
+	a, err := b.Build(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return a
+}
+
 // A referrer without a name is attached to an artifact, listed here, and pushed by digest or with its subject.
 func TestReferrerBuilder(t *testing.T) {
 	s := newServer(t)
 	r := openRemote(t, nil)
 	subject := pushed(t, r, s.ref("org/model:v1"), nil, nil, noise(1, 10))
-	attach := func(text string) *ocilocal.LocalArtifact {
-		b, err := r.NewReferrerBuilder(*descOf(subject), &ocilocal.BuilderOptions{ArtifactType: testType, Format: ocilocal.FormatImageManifest})
-		if err != nil {
-			t.Fatal(err)
-		}
-		if _, err := b.AddLayerBytes(t.Context(), "text/plain", []byte(text), nil); err != nil {
-			t.Fatal(err)
-		}
-		a, err := b.Build(t.Context())
-		if err != nil {
-			t.Fatal(err)
-		}
-		return a
-	}
-	first, second := attach("one"), attach("two")
+	first, second := attached(t, r, subject, "one"), attached(t, r, subject, "two")
 	if !first.Reference().IsZero() {
 		t.Errorf("it is called %s", first.Reference())
 	}
@@ -67,23 +70,9 @@ func TestReferrerBuilder(t *testing.T) {
 // subject. An option drops it.
 func TestGCKeepsReferrers(t *testing.T) {
 	r := openTemp(t, nil)
-	attach := func(subject *ocilocal.LocalArtifact, text string) *ocilocal.LocalArtifact {
-		b, err := r.NewReferrerBuilder(*descOf(subject), &ocilocal.BuilderOptions{ArtifactType: testType})
-		if err != nil {
-			t.Fatal(err)
-		}
-		if _, err := b.AddLayerBytes(t.Context(), "text/plain", []byte(text), nil); err != nil {
-			t.Fatal(err)
-		}
-		a, err := b.Build(t.Context())
-		if err != nil {
-			t.Fatal(err)
-		}
-		return a
-	}
 	image := published(t, r, "example.com/image:v1", "image", nil)
-	signature := attach(image, "signature")
-	stamp := attach(signature, "stamp")
+	signature := attached(t, r, image, "signature")
+	stamp := attached(t, r, signature, "stamp")
 	kept := func(opts *ocilocal.GCOptions, want bool) {
 		t.Helper()
 		collect(t, r, opts)
@@ -95,8 +84,8 @@ func TestGCKeepsReferrers(t *testing.T) {
 	}
 	kept(atOnce, true)
 	kept(&ocilocal.GCOptions{Grace: ocilocal.NoGrace, DropReferrers: true}, false)
-	signature = attach(image, "signature")
-	stamp = attach(signature, "stamp")
+	signature = attached(t, r, image, "signature")
+	stamp = attached(t, r, signature, "stamp")
 	if _, err := r.Remove(t.Context(), image.Reference()); err != nil {
 		t.Fatal(err)
 	}

@@ -19,11 +19,7 @@ import (
 
 // gcWorker collects garbage at grace 0 until it is killed, and says "ran" each time.
 func gcWorker(in *bufio.Scanner, args []string) error {
-	go func() {
-		for in.Scan() {
-		}
-		os.Exit(3)
-	}()
+	endWithParent(in)
 	ctx := context.Background()
 	r, err := ocilocal.Open(ctx, args[0], nil)
 	if err != nil {
@@ -41,11 +37,7 @@ func gcWorker(in *bufio.Scanner, args []string) error {
 // A blob on its way in or out may be unrecorded, and a collector that was killed leaves rows
 // without files. Any other problem is a broken promise.
 func verifyWorker(in *bufio.Scanner, args []string) error {
-	go func() {
-		for in.Scan() {
-		}
-		os.Exit(3)
-	}()
+	endWithParent(in)
 	ctx := context.Background()
 	r, err := ocilocal.Open(ctx, args[0], nil)
 	if err != nil {

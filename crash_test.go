@@ -9,7 +9,6 @@ import (
 	"io"
 	"maps"
 	"math/rand/v2"
-	"os"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -56,11 +55,7 @@ func crashWorker(in *bufio.Scanner, args []string) error {
 	if len(args) > 5 { // there is a remote registry
 		ops++
 	}
-	go func() { // the pipe ends when the parent has ended
-		for in.Scan() {
-		}
-		os.Exit(3)
-	}()
+	endWithParent(in)
 	ctx := context.Background()
 	rng := rand.New(rand.NewPCG(seed, uint64(number)))
 	r, err := ocilocal.Open(ctx, root, nil)

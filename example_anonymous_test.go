@@ -15,20 +15,11 @@ import (
 
 // draft publishes a text without a name.
 func draft(registry *ocilocal.LocalRegistry, text string) *ocilocal.LocalArtifact {
-	ctx := context.Background()
 	builder, err := registry.NewAnonymousBuilder(&ocilocal.BuilderOptions{ArtifactType: "application/vnd.example.note"})
 	if err != nil {
 		log.Fatal(err)
 	}
-	defer builder.Cancel()
-	if _, err := builder.AddLayerBytes(ctx, "text/plain", []byte(text), nil); err != nil {
-		log.Fatal(err)
-	}
-	artifact, err := builder.Build(ctx)
-	if err != nil {
-		log.Fatal(err)
-	}
-	return artifact
+	return finish(builder, text)
 }
 
 func ExampleLocalRegistry_NewAnonymousBuilder() {

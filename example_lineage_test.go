@@ -14,7 +14,6 @@ import (
 
 // revise publishes a text that has another artifact as its subject.
 func revise(registry *ocilocal.LocalRegistry, ref, text string, subject ocispec.Descriptor) *ocilocal.LocalArtifact {
-	ctx := context.Background()
 	builder, err := registry.NewBuilder(ocilocal.MustParseReference(ref),
 		&ocilocal.BuilderOptions{ArtifactType: "application/vnd.example.note"})
 	if err != nil {
@@ -27,14 +26,7 @@ func revise(registry *ocilocal.LocalRegistry, ref, text string, subject ocispec.
 	if err := builder.SetAnnotation("com.example.text", text); err != nil {
 		log.Fatal(err)
 	}
-	if _, err := builder.AddLayerBytes(ctx, "text/plain", []byte(text), nil); err != nil {
-		log.Fatal(err)
-	}
-	artifact, err := builder.Build(ctx)
-	if err != nil {
-		log.Fatal(err)
-	}
-	return artifact
+	return finish(builder, text)
 }
 
 func ExampleLocalArtifact_History() {

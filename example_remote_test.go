@@ -17,6 +17,16 @@ import (
 	"github.com/ocilocal/ocilocal"
 )
 
+// remoteRegistry serves a new registry in this process.
+func remoteRegistry() (host string, done func()) {
+	registry, remove := scratch()
+	server := httptest.NewServer(registry.Handler(nil))
+	return strings.TrimPrefix(server.URL, "http://"), func() {
+		server.Close()
+		remove()
+	}
+}
+
 func ExampleLocalRegistry_Push() {
 	ctx := context.Background()
 	served, doneServed := scratch()
@@ -82,11 +92,8 @@ func ExampleLocalRegistry_Pull() {
 // Load answers from the local registry. With a Remote, it pulls an artifact that is not there.
 func ExampleOptions_remote() {
 	ctx := context.Background()
-	served, doneServed := scratch()
-	defer doneServed()
-	server := httptest.NewServer(served.Handler(nil)) // a registry in this process
-	defer server.Close()
-	host := strings.TrimPrefix(server.URL, "http://")
+	host, doneServer := remoteRegistry()
+	defer doneServer()
 	from, done := scratch()
 	defer done()
 	ref := ocilocal.MustParseReference(host + "/team/note:v1")
@@ -175,11 +182,8 @@ func ExampleFirstCredential() {
 
 func ExampleRemote_Referrers() {
 	ctx := context.Background()
-	served, doneServed := scratch()
-	defer doneServed()
-	server := httptest.NewServer(served.Handler(nil)) // a registry in this process
-	defer server.Close()
-	host := strings.TrimPrefix(server.URL, "http://")
+	host, doneServer := remoteRegistry()
+	defer doneServer()
 	r, done := scratch()
 	defer done()
 	subject := note(r, host+"/team/note:v1", "one")
@@ -214,11 +218,8 @@ func ExampleRemote_Referrers() {
 // A manifest can be read and deleted on the remote registry. Nothing is stored here.
 func ExampleRemote_Manifest() {
 	ctx := context.Background()
-	served, doneServed := scratch()
-	defer doneServed()
-	server := httptest.NewServer(served.Handler(nil)) // a registry in this process
-	defer server.Close()
-	host := strings.TrimPrefix(server.URL, "http://")
+	host, doneServer := remoteRegistry()
+	defer doneServer()
 	r, done := scratch()
 	defer done()
 	a := note(r, host+"/team/note:v1", "one")
@@ -271,11 +272,8 @@ func ExampleFileCredentials() {
 // Of an image index for several platforms, only one image is pulled.
 func ExamplePullOptions_platform() {
 	ctx := context.Background()
-	served, doneServed := scratch()
-	defer doneServed()
-	server := httptest.NewServer(served.Handler(nil)) // a registry in this process
-	defer server.Close()
-	host := strings.TrimPrefix(server.URL, "http://")
+	host, doneServer := remoteRegistry()
+	defer doneServer()
 	from, done := scratch()
 	defer done()
 	index, err := from.NewIndexBuilder(ocilocal.MustParseReference(host+"/team/note:v1"), nil)
@@ -321,11 +319,8 @@ func ExamplePullOptions_platform() {
 // A program that draws a bar redraws it with each report. One that logs writes a line for each item.
 func ExampleProgress() {
 	ctx := context.Background()
-	served, doneServed := scratch()
-	defer doneServed()
-	server := httptest.NewServer(served.Handler(nil)) // a registry in this process
-	defer server.Close()
-	host := strings.TrimPrefix(server.URL, "http://")
+	host, doneServer := remoteRegistry()
+	defer doneServer()
 	r, done := scratch()
 	defer done()
 	ref := ocilocal.MustParseReference(host + "/team/note:v1")

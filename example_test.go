@@ -33,12 +33,17 @@ func scratch() (registry *ocilocal.LocalRegistry, done func()) {
 
 // note publishes a text as an artifact.
 func note(registry *ocilocal.LocalRegistry, ref, text string) *ocilocal.LocalArtifact {
-	ctx := context.Background()
 	builder, err := registry.NewBuilder(ocilocal.MustParseReference(ref),
 		&ocilocal.BuilderOptions{ArtifactType: "application/vnd.example.note"})
 	if err != nil {
 		log.Fatal(err)
 	}
+	return finish(builder, text)
+}
+
+// finish adds a text as a layer, and publishes.
+func finish(builder *ocilocal.Builder, text string) *ocilocal.LocalArtifact {
+	ctx := context.Background()
 	defer builder.Cancel()
 	if _, err := builder.AddLayerBytes(ctx, "text/plain", []byte(text), nil); err != nil {
 		log.Fatal(err)

@@ -148,11 +148,7 @@ func harnessProcess(in *bufio.Scanner, args []string) error {
 	if w.Server != "" {
 		w.remote = &ocilocal.Remote{Retry: func(attempt int, err error) (time.Duration, bool) { return time.Millisecond, attempt < 4 }}
 	}
-	go func() { // the parent is gone when its end of the pipe is
-		for in.Scan() {
-		}
-		os.Exit(3)
-	}()
+	endWithParent(in)
 	for which, limit := range map[int]uint64{syscall.RLIMIT_NOFILE: w.NoFile, syscall.RLIMIT_FSIZE: w.FileSize} {
 		if limit == 0 {
 			continue

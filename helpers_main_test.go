@@ -110,6 +110,30 @@ func startCommand(t *testing.T, name string, cmd *exec.Cmd) *worker {
 	return w
 }
 
+// endWithParent ends a worker when its parent has ended, because the pipe between them ends then.
+func endWithParent(in *bufio.Scanner) {
+	go func() {
+		for in.Scan() {
+		}
+		os.Exit(3)
+	}()
+}
+
+// runTogether lets workers that say "ready" go on at the same time. Each says end, and ends.
+func runTogether(ws []*worker, end string) {
+	for _, w := range ws {
+		w.t.Helper()
+		w.expect("ready")
+	}
+	for _, w := range ws {
+		w.send("go")
+	}
+	for _, w := range ws {
+		w.expect(end)
+		w.finish()
+	}
+}
+
 // send writes one line to the worker.
 func (w *worker) send(words ...string) {
 	w.t.Helper()

@@ -218,16 +218,7 @@ func TestMigrateTogether(t *testing.T) {
 		for range 4 {
 			all = append(all, startWorker(t, "migrate", root, "wait"))
 		}
-		for _, w := range all {
-			w.expect("ready")
-		}
-		for _, w := range all {
-			w.send("go")
-		}
-		for _, w := range all {
-			w.expect("opened")
-			w.finish()
-		}
+		runTogether(all, "opened")
 		checkMigrated(t, root, says)
 	}
 }

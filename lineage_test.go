@@ -16,34 +16,19 @@ import (
 // child publishes an artifact with a subject, annotations and layers.
 func child(t testing.TB, r *ocilocal.LocalRegistry, ref string, o ocilocal.BuilderOptions, subject *ocispec.Descriptor, annotations map[string]string, layers ...string) *ocilocal.LocalArtifact {
 	t.Helper()
-	if o.ArtifactType == "" {
-		o.ArtifactType = testType
-	}
-	b, err := r.NewBuilder(ocilocal.MustParseReference(ref), &o)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer b.Cancel()
-	if subject != nil {
-		if err := b.SetSubject(*subject); err != nil {
-			t.Fatal(err)
+	return built(t, r, ocilocal.MustParseReference(ref), o, subject, func(b *ocilocal.Builder) error {
+		for k, v := range annotations {
+			if err := b.SetAnnotation(k, v); err != nil {
+				return err
+			}
 		}
-	}
-	for k, v := range annotations {
-		if err := b.SetAnnotation(k, v); err != nil {
-			t.Fatal(err)
+		for _, l := range layers {
+			if _, err := b.AddLayerBytes(t.Context(), "text/plain", []byte(l), map[string]string{"com.example.text": l}); err != nil {
+				return err
+			}
 		}
-	}
-	for _, l := range layers {
-		if _, err := b.AddLayerBytes(t.Context(), "text/plain", []byte(l), map[string]string{"com.example.text": l}); err != nil {
-			t.Fatal(err)
-		}
-	}
-	a, err := b.Build(t.Context())
-	if err != nil {
-		t.Fatal(err)
-	}
-	return a
+		return nil
+	})
 }
 
 func TestHistory(t *testing.T) {

@@ -73,16 +73,7 @@ func TestOpenCloseChurn(t *testing.T) {
 			}
 		}
 	}
-	for _, w := range ws {
-		w.expect("ready")
-	}
-	for _, w := range ws {
-		w.send("go")
-	}
-	for _, w := range ws {
-		w.expect("done")
-		w.finish()
-	}
+	runTogether(ws, "done")
 	checkStore(t, root, want)
 }
 

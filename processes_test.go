@@ -59,16 +59,7 @@ func TestManyWriters(t *testing.T) {
 			want[manyRef(name, i)] = []string{fmt.Sprintf("%s.%d", name, i)}
 		}
 	}
-	for _, w := range ws {
-		w.expect("ready")
-	}
-	for _, w := range ws {
-		w.send("go")
-	}
-	for _, w := range ws {
-		w.expect("done")
-		w.finish()
-	}
+	runTogether(ws, "done")
 
 	r, err := ocilocal.OpenReadOnly(t.Context(), root, nil)
 	if err != nil {

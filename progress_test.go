@@ -282,10 +282,7 @@ func TestProgressShared(t *testing.T) {
 			t.Error(err)
 		}
 	})
-	for range good + 3 {
-		<-g.asked
-	}
-	close(g.open)
+	g.openAfter(good + 3)
 	wg.Wait()
 	bad.Wait()
 	close(free)

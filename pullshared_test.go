@@ -30,6 +30,14 @@ type gate struct {
 	asked chan struct{}
 }
 
+// openAfter opens the gate when so many manifests were asked for.
+func (g *gate) openAfter(n int) {
+	for range n {
+		<-g.asked
+	}
+	close(g.open)
+}
+
 // holdBack makes a gate before the blob whose bytes these are.
 func (s *server) holdBack(blob []byte) *gate {
 	g := &gate{open: make(chan struct{}), asked: make(chan struct{}, 1000)}
@@ -79,10 +87,7 @@ func TestPullShared(t *testing.T) {
 					}
 				})
 			}
-			for range calls {
-				<-g.asked
-			}
-			close(g.open)
+			g.openAfter(calls)
 			wg.Wait()
 			received, shared := int64(0), 0
 			for _, got := range results {
@@ -126,10 +131,7 @@ func TestPullSharedStores(t *testing.T) {
 			}
 		})
 	}
-	for range calls {
-		<-g.asked
-	}
-	close(g.open)
+	g.openAfter(calls)
 	wg.Wait()
 	if n := s.served(); n > int64(size)*11/10 {
 		t.Errorf("%d bytes were received for %d", n, size)

@@ -1,6 +1,7 @@
 package ocilocal_test
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"net/http"
@@ -15,15 +16,27 @@ import (
 	"github.com/ocilocal/ocilocal"
 )
 
+// pushed builds what a test pushes.
 func pushed(t testing.TB, r *ocilocal.LocalRegistry, ref ocilocal.Reference, o *ocilocal.BuilderOptions, subject *ocispec.Descriptor, layers ...[]byte) *ocilocal.LocalArtifact {
 	t.Helper()
 	if o == nil {
 		o = &ocilocal.BuilderOptions{Format: ocilocal.FormatImageManifest}
 	}
-	if o.ArtifactType == "" {
-		o.ArtifactType = testType
-	}
-	b, err := r.NewBuilder(ref, o)
+	return built(t, r, ref, *o, subject, func(b *ocilocal.Builder) error {
+		for _, l := range layers {
+			if _, err := b.AddLayerBytes(t.Context(), "application/x-layer", l, nil); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
+// built builds an artifact of the tests' type, if the options name none. fill adds to it.
+func built(t testing.TB, r *ocilocal.LocalRegistry, ref ocilocal.Reference, o ocilocal.BuilderOptions, subject *ocispec.Descriptor, fill func(b *ocilocal.Builder) error) *ocilocal.LocalArtifact {
+	t.Helper()
+	o.ArtifactType = cmp.Or(o.ArtifactType, testType)
+	b, err := r.NewBuilder(ref, &o)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -33,10 +46,8 @@ func pushed(t testing.TB, r *ocilocal.LocalRegistry, ref ocilocal.Reference, o *
 			t.Fatal(err)
 		}
 	}
-	for _, l := range layers {
-		if _, err := b.AddLayerBytes(t.Context(), "application/x-layer", l, nil); err != nil {
-			t.Fatal(err)
-		}
+	if err := fill(b); err != nil {
+		t.Fatal(err)
 	}
 	a, err := b.Build(t.Context())
 	if err != nil {

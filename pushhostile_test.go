@@ -85,33 +85,26 @@ func TestPushHostile(t *testing.T) {
 
 // Chunks: whatever the registry says of how far they are, the blob arrives or an error comes.
 func TestPushHostileChunks(t *testing.T) {
-	location := func(r *http.Request) string { return r.URL.String() }
+	type answer func(v *victim, w http.ResponseWriter, r *http.Request, n int64) (done bool)
+	// says answers the nth chunk with a Range.
+	says := func(text func(n int64) string) answer {
+		return func(_ *victim, w http.ResponseWriter, r *http.Request, n int64) bool {
+			status(202, "Location", r.URL.String(), "Range", text(n))(w, r)
+			return true
+		}
+	}
+	always := func(text string) answer { return says(func(int64) string { return text }) }
 	for name, row := range map[string]struct {
-		answer func(v *victim, w http.ResponseWriter, r *http.Request, n int64) (done bool)
+		answer answer
 		want   error
 	}{
-		"Range goes backward for ever": {func(_ *victim, w http.ResponseWriter, r *http.Request, _ int64) bool {
-			status(202, "Location", location(r), "Range", "0-0")(w, r)
-			return true
-		}, ocilocal.ErrRejected},
-		"Range beyond what was sent": {func(_ *victim, w http.ResponseWriter, r *http.Request, _ int64) bool {
-			status(202, "Location", location(r), "Range", "0-99999999999")(w, r)
-			return true
-		}, ocilocal.ErrRejected},
-		"one byte of each chunk": {func(_ *victim, w http.ResponseWriter, r *http.Request, n int64) bool {
-			status(202, "Location", location(r), "Range", fmt.Sprintf("0-%d", n-1))(w, r)
-			return true
-		}, ocilocal.ErrRejected},
-		"Range is nonsense": {func(_ *victim, w http.ResponseWriter, r *http.Request, _ int64) bool {
-			status(202, "Location", location(r), "Range", "5-")(w, r)
-			return true
-		}, ocilocal.ErrRejected},
+		"Range goes backward for ever": {always("0-0"), ocilocal.ErrRejected},
+		"Range beyond what was sent":   {always("0-99999999999"), ocilocal.ErrRejected},
+		"one byte of each chunk":       {says(func(n int64) string { return fmt.Sprintf("0-%d", n-1) }), ocilocal.ErrRejected},
+		"Range is nonsense":            {always("5-"), ocilocal.ErrRejected},
+		"to and fro":                   {says(func(n int64) string { return fmt.Sprintf("0-%d", 100_000*(1+n%2)-1) }), ocilocal.ErrRejected},
 		"no Location": {func(_ *victim, w http.ResponseWriter, r *http.Request, _ int64) bool {
 			status(202, "Range", "0-99999")(w, r)
-			return true
-		}, ocilocal.ErrRejected},
-		"to and fro": {func(_ *victim, w http.ResponseWriter, r *http.Request, n int64) bool {
-			status(202, "Location", location(r), "Range", fmt.Sprintf("0-%d", 100_000*(1+n%2)-1))(w, r)
 			return true
 		}, ocilocal.ErrRejected},
 		"half a chunk is lost once": {func(v *victim, w http.ResponseWriter, r *http.Request, n int64) bool {

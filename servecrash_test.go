@@ -84,7 +84,8 @@ func (l errorLog) Handle(_ context.Context, record slog.Record) error {
 }
 
 // serveWorker serves a root until it is killed.
-func serveWorker(_ *bufio.Scanner, args []string) error {
+func serveWorker(in *bufio.Scanner, args []string) error {
+	endWithParent(in)
 	r, err := ocilocal.Open(context.Background(), args[0], nil)
 	if err != nil {
 		return err
