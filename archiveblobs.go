@@ -26,6 +26,8 @@ type archiveBlobs struct {
 	tasks *tasks
 	seen  map[digest.Digest]bool // blobs that came before; used by the reading goroutine only
 	mu    sync.Mutex             // guards im.damaged while tasks run
+	// buffers are *[]byte of maxSmallBlob: as many as there are tasks, and one more.
+	buffers sync.Pool
 }
 
 // maxSmallBlob is the size up to which a blob is read into memory. At most one for each task, and
@@ -33,7 +35,10 @@ type archiveBlobs struct {
 const maxSmallBlob = 256 << 10
 
 func newArchiveBlobs(ctx context.Context, im *importer) *archiveBlobs {
-	return &archiveBlobs{im: im, tasks: newTasks(ctx, diskWorkers), seen: map[digest.Digest]bool{}}
+	return &archiveBlobs{im: im, tasks: newTasks(ctx, diskWorkers), seen: map[digest.Digest]bool{}, buffers: sync.Pool{New: func() any {
+		b := make([]byte, maxSmallBlob)
+		return &b
+	}}}
 }
 
 // wait returns when no task is running, with the first error: that of a task, or err. It must be
@@ -58,11 +63,13 @@ func (a *archiveBlobs) put(_ context.Context, d digest.Digest, src io.Reader, si
 		had, err := a.putLarge(ctx, d, src, size, item)
 		return a.end(d, item, had, err)
 	}
-	b := make([]byte, size)
+	buf := a.buffers.Get().(*[]byte)
+	b := (*buf)[:size]
 	if _, err := io.ReadFull(src, b); err != nil {
 		return err
 	}
 	return a.tasks.start(func() error {
+		defer a.buffers.Put(buf)
 		had, err := a.im.stage.putBytesAs(ctx, b, d)
 		if err = a.end(d, item, had, err); err != nil {
 			err = fmt.Errorf("archive entry %s: %w", blobPath(d), err)

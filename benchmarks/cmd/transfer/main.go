@@ -30,7 +30,7 @@ func main() {
 	quick := flag.Bool("quick", false, "small sizes: a look, not a result")
 	parent := flag.String("dir", "", "directory to work in, on the disk to measure (default: the system's temporary directory)")
 	serve := flag.Bool("serve", false, "be the registry")
-	only := flag.String("only", "", "run the tasks whose name contains this")
+	only := flag.String("only", "", "run the tasks whose name contains this, or one of these that a | separates")
 	flag.Parse()
 	run := func() error { return measure(*parent, *only, *quick) }
 	if *serve {
@@ -149,7 +149,7 @@ func measure(parent, only string, quick bool) error {
 	for _, t := range benchmarks.Transfers {
 		heads = append(heads, t.Name)
 	}
-	heads = append(heads, "fastest peer / ocilocal", "ocilocal's memory growth", "MB of bodies on the wire, of each that was measured")
+	heads = append(heads, "fastest peer / ocilocal", "ocilocal's memory growth", "its processor time", "MB of bodies on the wire, of each that was measured")
 	fmt.Printf("| %s |\n|%s\n", strings.Join(heads, " | "), strings.Repeat("---|", len(heads)))
 	const name = "127.0.0.1:1/bench/artifact"
 	if err := m.local(fmt.Sprintf("%d artifacts × 3 × 64 KiB", many), many, func(dir string) (*benchmarks.Work, error) {
@@ -221,7 +221,7 @@ func (m *measurer) many(name string, callers int, size int64) error {
 			fmt.Print("| – ")
 		}
 	}
-	fmt.Println("| | | |")
+	fmt.Println("| | | | |")
 	return nil
 }
 
@@ -304,7 +304,9 @@ func keys[V any](m map[string]V) func(func(string) bool) {
 	}
 }
 
-func (m *measurer) wanted(name string) bool { return strings.Contains(name, m.only) }
+func (m *measurer) wanted(name string) bool {
+	return slices.ContainsFunc(strings.Split(m.only, "|"), func(part string) bool { return strings.Contains(name, part) })
+}
 
 // remote measures pull and push.
 func (m *measurer) remote(what string, n, layers int, size int64) error {
@@ -364,6 +366,7 @@ func (m *measurer) task(name string, n int, prepare func(benchmarks.Transfer) (*
 	}
 	took := map[string][]time.Duration{}
 	wire := map[string]int64{}
+	var busy []time.Duration
 	peak := int64(-1)
 	few := n == 1 && !strings.Contains(name, "images")
 	for round := range m.rounds {
@@ -376,10 +379,10 @@ func (m *measurer) task(name string, n int, prepare func(benchmarks.Transfer) (*
 			if err == nil && j.do == nil {
 				continue
 			}
-			var d time.Duration
+			var d, cpu time.Duration
 			var grown, sent int64
 			if err == nil {
-				d, grown, sent, err = j.run()
+				d, cpu, grown, sent, err = j.run()
 			}
 			if err != nil {
 				return fmt.Errorf("%s, %s: %w", name, t.Name, err)
@@ -390,6 +393,7 @@ func (m *measurer) task(name string, n int, prepare func(benchmarks.Transfer) (*
 			}
 			if t.Name == "ocilocal" {
 				peak = max(peak, grown)
+				busy = append(busy, cpu)
 			}
 		}
 		// A file system is slow for a while when many files were deleted, and when much was written:
@@ -400,12 +404,13 @@ func (m *measurer) task(name string, n int, prepare func(benchmarks.Transfer) (*
 			}
 		}
 	}
-	m.print(name, took, wire, peak)
+	m.print(name, took, median(busy), wire, peak)
 	return m.clean()
 }
 
-// run returns how long the job took, by how much memory grew, and how many bytes went over the wire.
-func (j *job) run() (d time.Duration, grown, wire int64, err error) {
+// run returns how long the job took, the processor time of this process, by how much memory grew, and how many bytes went over
+// the wire.
+func (j *job) run() (d, cpu time.Duration, grown, wire int64, err error) {
 	benchmarks.SyncAll()
 	if j.server != nil {
 		j.server.bytes()
@@ -414,9 +419,9 @@ func (j *job) run() (d time.Duration, grown, wire int64, err error) {
 		j.begin()
 	}
 	grown, err = benchmarks.PeakMemory(func() error {
-		began := time.Now()
+		began, busy := time.Now(), benchmarks.ProcessorTime()
 		err := j.do()
-		d = time.Since(began)
+		d, cpu = time.Since(began), benchmarks.ProcessorTime()-busy
 		return err
 	})
 	if j.server != nil {
@@ -426,7 +431,7 @@ func (j *job) run() (d time.Duration, grown, wire int64, err error) {
 	if j.end != nil {
 		err = errors.Join(err, j.end())
 	}
-	return d, grown, wire, err
+	return d, cpu, grown, wire, err
 }
 
 // clean removes what a task made.
@@ -445,7 +450,7 @@ func (m *measurer) clean() error {
 	return nil
 }
 
-func (m *measurer) print(name string, took map[string][]time.Duration, wire map[string]int64, peak int64) {
+func (m *measurer) print(name string, took map[string][]time.Duration, busy time.Duration, wire map[string]int64, peak int64) {
 	fmt.Printf("| %s ", name)
 	own := median(took["ocilocal"])
 	var fastest, verified time.Duration
@@ -477,7 +482,7 @@ func (m *measurer) print(name string, took map[string][]time.Duration, wire map[
 	if fastest < verified {
 		ratio += fmt.Sprintf(" (%.2f× of one that doesn't verify)", float64(fastest)/float64(own))
 	}
-	fmt.Printf("| %s | %.1f MiB | %s |\n", ratio, float64(peak)/(1<<20), strings.Join(wires, ", "))
+	fmt.Printf("| %s | %.1f MiB | %s | %s |\n", ratio, float64(peak)/(1<<20), milliseconds(busy), strings.Join(wires, ", "))
 }
 
 func median(ds []time.Duration) time.Duration {
