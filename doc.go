@@ -109,13 +109,24 @@
 //
 // # Names in content
 //
-// An archive or layout says itself what its entries are called. Such a name is a claim: its writer
-// chose it, and nothing proves that the name is theirs. By default an import sets each ref that the
-// content claims in full and that does not exist yet, and a later Load serves it. For content from
-// somebody who is not trusted with every name, ImportOptions.Name restricts names,
-// ImportOptions.Reference chooses one, and ImportOptions.IgnoreNames sets none. A name that is only
-// a tag is [ErrBareName] unless ImportOptions.Repository completes it. Content without any name is
-// stored by digest, and [ImportResult.Unnamed] lists it.
+// An archive or layout says itself what its entries are called. The import of an entry depends on
+// the name that it has in index.json:
+//
+//   - A full name, such as ghcr.io/org/app:v1, becomes a ref. containerd writes it to the annotation
+//     io.containerd.image.name, other tools to org.opencontainers.image.ref.name.
+//   - A tag alone, as oras, skopeo and umoci write it, is [ErrBareName]. ImportOptions.Repository
+//     completes all tags, and ImportOptions.Reference names one entry.
+//   - A name with the digest of other content is kept as an annotation. It names nothing.
+//   - Content without a name is stored by digest, and [ImportResult.Unnamed] lists it. A collection
+//     deletes it after its grace period, unless [LocalRegistry.Tag] names it before. LoadPath and
+//     ImportOptions.Anonymous make up a name.
+//
+// A name in content is a claim: its writer chose it, and nothing proves that the name is theirs. An
+// import keeps the refs that exist, but by default it sets each new one, on any host, and a later
+// Load serves it. For content from somebody who is not trusted with every name, ImportOptions.Name
+// restricts names, and ImportOptions.IgnoreNames sets none.
+//
+// Exports write full names. [ExportOptions.Names] is for tools that look for a tag.
 //
 // What else an entry of index.json says, its platform and its annotations, is kept in the index of
 // the registry: with the ref, or with the manifest if it got no ref. Exports of that ref or digest
@@ -137,15 +148,15 @@
 //
 // # Absent members
 //
-// An image index may name manifests of platforms that its archive leaves out, and an image may name
-// foreign layers, which are not distributed with it (image-spec layer.md, "Non-Distributable
-// Layers"). An import takes both and lists what is missing in [ImportResult.Absent]. The rows record
-// it as absent, so that it counts neither as lost nor as needed. Exports, backups, copies and
-// pushes leave it out; whether a registry takes such an artifact is its decision. Reading it
-// fails with [ErrAbsent]. A later import, or a pull of the same manifest, fills it in. A pull
-// leaves out foreign layers that the registry does not have, and wants every member of an index. The
-// urls of foreign layers are never fetched. A mirror records whatever its clients have not asked for
-// yet as absent: see [Upstream].
+// An image index may name manifests of platforms that its archive leaves out, and an image may
+// name foreign layers, which are not distributed with it (image-spec layer.md, "Non-Distributable
+// Layers"). An import takes both and lists what is missing in [ImportResult.Absent]. The rows
+// record it as absent, so that it counts neither as lost nor as needed. Absence is recorded of
+// content, once for the whole registry. Exports, backups, copies and pushes leave it out; whether
+// a registry takes such an artifact is its decision. Reading it fails with [ErrAbsent]. A later
+// import, or a pull of the same manifest, fills it in. A pull leaves out foreign layers that the
+// registry does not have, and wants every member of an index. The urls of foreign layers are never
+// fetched. A mirror records whatever its clients have not asked for yet as absent: see [Upstream].
 //
 // # Errors
 //
