@@ -452,7 +452,7 @@ func (c *storeCheck) keepReferrers(types, sizes map[string]string, rows map[stri
 	}
 }
 
-// tmpEntries lists what lies directly below root/tmp.
+// tmpEntries lists the entries of root/tmp.
 func tmpEntries(t *testing.T, root string) []string {
 	t.Helper()
 	entries, err := os.ReadDir(filepath.Join(root, "tmp"))
@@ -466,7 +466,7 @@ func tmpEntries(t *testing.T, root string) []string {
 	return names
 }
 
-// TestCheckStoreFinds breaks a good root in each way that checkStore must find.
+// TestCheckStoreFinds damages a good root in each way that checkStore must find.
 func TestCheckStoreFinds(t *testing.T) {
 	t.Parallel()
 	const ref = "example.com/check/one:v1"

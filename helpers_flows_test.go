@@ -68,7 +68,7 @@ func writeEntries(below string, entries []entry) func(t *testing.T, dir string) 
 	}
 }
 
-// othersEntries are the files of another tool's layout. One of its blobs is exported too.
+// othersEntries are the files of another tool's layout. The flow also exports one of its blobs.
 func othersEntries() []entry {
 	manifest := fmt.Sprintf(`{"schemaVersion":2,"artifactType":%q,"config":%s,"layers":[%s],"annotations":{%q:"theirs"}}`,
 		testType, desc("application/vnd.oci.empty.v1+json", "{}"), desc("a/b", string(keptLayers[0])), labelKey)

@@ -173,7 +173,7 @@ func (h *rootHistory) model(end uint64) model {
 	return want
 }
 
-// TestHarnessHistory holds the judge of TestHarness to hand-made histories.
+// TestHarnessHistory gives hand-made histories to the judge of TestHarness.
 func TestHarnessHistory(t *testing.T) {
 	h := newHistory()
 	h.events["r"] = []refEvent{
@@ -223,7 +223,7 @@ func mountExt4(t *testing.T, size int64) string {
 	return mnt
 }
 
-// mountBind shows dir under a second path for the length of the test.
+// mountBind makes dir visible under a second path until the test ends.
 func mountBind(t *testing.T, dir string) string {
 	t.Helper()
 	other := filepath.Join(t.TempDir(), "bound")

@@ -26,7 +26,7 @@ func (w *harnessWorker) newLabel(kind string) string {
 	return fmt.Sprintf("%s%d.%d.%d", kind, w.Worker, w.Life, w.ids)
 }
 
-// fillBuilder adds what the artifact with a label has.
+// fillBuilder adds the layers and annotations of the artifact with a label.
 func (w *harnessWorker) fillBuilder(ctx context.Context, b *ocilocal.Builder, label string, subject *ocispec.Descriptor) error {
 	if err := b.SetAnnotation(labelKey, label); err != nil {
 		return err

@@ -63,7 +63,7 @@ var harnessAllowed = map[string][]error{
 	"index":    {ocilocal.ErrIndexIO},
 }
 
-// damage are errors that no condition explains, whatever else an error matches.
+// damage are errors that no condition explains, even if they match other sentinels too.
 var damage = []error{
 	ocilocal.ErrCorruptIndex, ocilocal.ErrForeignIndex, ocilocal.ErrNewerSchema, ocilocal.ErrDigestMismatch,
 	ocilocal.ErrSizeMismatch, ocilocal.ErrInvalidManifest, ocilocal.ErrInvalidLayout, ocilocal.ErrUnsafe,

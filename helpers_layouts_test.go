@@ -181,7 +181,7 @@ func gzipped(b []byte) []byte {
 	return out.Bytes()
 }
 
-// endlessZeros is a stream that nobody ever closes.
+// endlessZeros is a stream without an end.
 type endlessZeros struct{}
 
 // indexOf is an index.json of descriptors.
@@ -189,12 +189,12 @@ func indexOf(descriptors ...string) entry {
 	return entry{name: "index.json", body: `{"schemaVersion":2,"manifests":[` + strings.Join(descriptors, ",") + `]}`}
 }
 
-// with adds fields, as JSON, to a descriptor.
+// with adds fields to a descriptor, as JSON.
 func with(descriptor, fields string) string {
 	return strings.TrimSuffix(descriptor, "}") + "," + fields + "}"
 }
 
-// called adds annotations, in pairs of key and value.
+// called adds annotations, as pairs of key and value.
 func called(descriptor string, pairs ...string) string {
 	m := map[string]string{}
 	for i := 0; i < len(pairs); i += 2 {

@@ -19,7 +19,7 @@ import (
 	"github.com/ocilocal/ocilocal"
 )
 
-// A census counts what a test must not leave behind in this process.
+// A census counts the resources of this process that a test must not leave behind.
 type census struct{ goroutines, descriptors int }
 
 func takeCensus() census {
@@ -52,7 +52,7 @@ func (before census) leftBehind() string {
 		before.goroutines, before.descriptors, stacks[:runtime.Stack(stacks, true)])
 }
 
-// runChecked runs all tests and fails if they leave goroutines or descriptors.
+// runChecked runs all tests, and fails if they leave goroutines or descriptors.
 func runChecked(m *testing.M) int {
 	before := takeCensus()
 	code := m.Run()
@@ -72,7 +72,7 @@ var openRoots struct {
 	handles map[string]int
 }
 
-// watchRoot has the last Close of a root check that no file is left which only an open handle may
+// watchRoot makes the last Close of a root check that no file is left which only an open handle may
 // have.
 func watchRoot(t testing.TB, root string) (closed func()) {
 	openRoots.Lock()

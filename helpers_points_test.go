@@ -47,8 +47,8 @@ func pointFromArgs(args []string) (p point, err error) {
 // randomText is a random part of a temporary file's name, or the time of a directory of held blobs.
 var randomText = regexp.MustCompile(`[A-Z2-7]{26}|\bheld/[0-9]+`)
 
-// pointCounter names the points that a seam passes. Names are relative to base where they are
-// below it, and their random parts are "*", so that each run has the same names.
+// pointCounter names the points that a seam passes. Names below base are relative to it, and random
+// parts are "*", so that each run has the same names.
 type pointCounter struct {
 	base   string
 	mu     sync.Mutex
@@ -101,8 +101,8 @@ func everyNth(points []point, step int) []point {
 	return picked
 }
 
-// TestPointsDoNotVary runs each flow again, while those beside it load the machine: each run has
-// the same points, in whatever order.
+// TestPointsDoNotVary runs each flow several times, under load. Each run has the same points, in
+// any order.
 func TestPointsDoNotVary(t *testing.T) {
 	for i := range flows {
 		f := &flows[i]

@@ -19,7 +19,7 @@ import (
 	"github.com/ocilocal/ocilocal"
 )
 
-// quick is a retry policy that doesn't wait.
+// quick is a retry policy without waits.
 func quick(attempt int, err error) (time.Duration, bool) {
 	_, again := ocilocal.DefaultRetry(attempt, err)
 	return 0, again
@@ -36,6 +36,7 @@ func openRemote(t testing.TB, r *ocilocal.Remote) *ocilocal.LocalRegistry {
 	return openTemp(t, &ocilocal.Options{Remote: r})
 }
 
+// TestPull pulls an artifact, finds it unchanged, and pulls it again after its tag has moved.
 func TestPull(t *testing.T) {
 	s := newServer(t)
 	small, large := noise(1, 100), noise(2, 3<<20)
@@ -108,7 +109,8 @@ func (c *cutWriter) Write(p []byte) (int, error) {
 	return n, err
 }
 
-// An interrupted blob goes on where it stopped, within a pull and in the next one.
+// TestPullResumes: an interrupted blob is resumed where it stopped, in the same pull and in the
+// next one.
 func TestPullResumes(t *testing.T) {
 	const size = 8 << 20
 	never := func(int, error) (time.Duration, bool) { return 0, false }
@@ -140,7 +142,7 @@ func TestPullResumes(t *testing.T) {
 	}
 }
 
-// What an earlier pull left is hashed before it counts.
+// TestPullDistrustsPartial: the bytes that an earlier pull left are hashed before they count.
 func TestPullDistrustsPartial(t *testing.T) {
 	s := newServer(t)
 	s.put(t, "org/model", "v1", noise(1, 4<<20))
@@ -160,7 +162,7 @@ func TestPullDistrustsPartial(t *testing.T) {
 	mustClose(t, r)
 }
 
-// A ref that is here, and isn't whole, is made whole: of its blobs, only those that are missing are
+// TestPullMakesWhole: an artifact that is here in part is completed. Only its missing blobs are
 // fetched.
 func TestPullMakesWhole(t *testing.T) {
 	s := newServer(t)
@@ -189,7 +191,8 @@ func TestPullMakesWhole(t *testing.T) {
 	}
 }
 
-// What is called As here is not taken for what the remote registry has under another name.
+// TestPullAs: a ref that is named As here is not taken for the artifact of that name in the remote
+// registry.
 func TestPullAs(t *testing.T) {
 	s := newServer(t)
 	want := s.put(t, "org/model", "v1", noise(1, 10))
@@ -226,7 +229,7 @@ func TestPullAs(t *testing.T) {
 	}
 }
 
-// Expected is compared although nothing has to be fetched.
+// TestPullExpected: Expected is compared even if nothing has to be fetched.
 func TestPullExpected(t *testing.T) {
 	s := newServer(t)
 	want := s.put(t, "org/model", "v1", noise(1, 10))
@@ -251,8 +254,8 @@ func TestPullExpected(t *testing.T) {
 	}
 }
 
-// Close ends the connections of the client that Open made. Those of one that was given are its
-// owner's.
+// TestCloseEndsConnections: Close ends the connections of the client that Open made. It leaves
+// those of a client that the caller gave.
 func TestCloseEndsConnections(t *testing.T) {
 	s := newServer(t)
 	s.put(t, "org/model", "v1", noise(1, 10))
@@ -270,8 +273,8 @@ func TestCloseEndsConnections(t *testing.T) {
 	}
 }
 
-// Older and odd forms of content come in as they are, also from a registry at an IPv6 address.
-// Docker's first form, which says nothing of sizes, is refused.
+// TestPullForms: older and odd forms of content are pulled unchanged, from a registry at an IPv6
+// address too. Docker's schema 1, which has no sizes, is refused.
 func TestPullForms(t *testing.T) {
 	s := newServer(t)
 	config, layer := []byte(`{"architecture":"amd64","os":"linux"}`), noise(1, 500)

@@ -33,8 +33,8 @@ func pullWorker(in *bufio.Scanner, args []string) error {
 	return r.Close()
 }
 
-// Processes pull the same at once. All have it, without an error, and receive and store each large
-// blob once.
+// TestPullProcesses: several processes pull the same artifact at once. All get it without an error,
+// and each large blob is received and stored once.
 func TestPullProcesses(t *testing.T) {
 	t.Parallel()
 	for i := range scaled(3, 6, 50) {
@@ -92,7 +92,7 @@ func TestPullProcesses(t *testing.T) {
 	}
 }
 
-// A pull is killed in the middle of its blobs. The next one goes on where it was.
+// TestPullKilled kills a pull in the middle of its blobs. The next pull resumes there.
 func TestPullKilled(t *testing.T) {
 	t.Parallel()
 	const layer, layers = 6 << 20, 3
@@ -182,7 +182,7 @@ func (m *meteredWriter) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// A pull whose context ends returns that, and leaves nothing visible.
+// TestPullCancelled: a pull whose context ends returns that error and leaves nothing visible.
 func TestPullCancelled(t *testing.T) {
 	for _, where := range []string{"/manifests/", "/blobs/"} {
 		s := newServer(t)

@@ -41,8 +41,8 @@ func rewriteReadOnly(t *testing.T, name string, change func(b []byte) []byte) {
 	}
 }
 
-// What a failed pull had of large blobs isn't fetched again by the next one, whole ones included;
-// but it is hashed before it counts.
+// TestPullKeepsWhole: the large blobs that a failed pull received, whole ones too, are not fetched
+// again. The next pull hashes them before they count.
 func TestPullKeepsWhole(t *testing.T) {
 	const size = 2 << 20
 	for name, c := range map[string]struct {
@@ -94,8 +94,8 @@ func TestPullKeepsWhole(t *testing.T) {
 	}
 }
 
-// What is kept of a blob may be the very file that is in the store. A pull that finds it damaged
-// doesn't write to it.
+// TestPullSparesTheStore: the file that is kept of a blob may be the same file as in the store. A
+// pull that finds it damaged does not write to it.
 func TestPullSparesTheStore(t *testing.T) {
 	s := newServer(t)
 	large, last := noise(1, 2<<20), noise(2, 100)
@@ -131,7 +131,7 @@ func TestPullSparesTheStore(t *testing.T) {
 	}
 }
 
-// The age of what an interrupted pull has left counts from when it was last written to.
+// TestPullLeftoversAge: the age of an interrupted pull's files counts from their last write.
 func TestPullLeftoversAge(t *testing.T) {
 	s := newServer(t)
 	s.put(t, "org/model", "v1", noise(1, 4<<20))
@@ -164,7 +164,7 @@ func TestPullLeftoversAge(t *testing.T) {
 	}
 }
 
-// A pull that is certain to be refused fetches no blob.
+// TestPullRefusedEarly: a pull that is certain to be refused fetches no blob.
 func TestPullRefusedEarly(t *testing.T) {
 	s := newServer(t)
 	first := s.put(t, "org/model", "v1", noise(1, 10))
@@ -191,7 +191,8 @@ func TestPullRefusedEarly(t *testing.T) {
 	}
 }
 
-// A pull for one platform does not return an artifact for another one, nor the whole index.
+// TestPullPlatformHere: a pull for one platform returns neither an artifact for another one nor the
+// whole index.
 func TestPullPlatformHere(t *testing.T) {
 	const amd64, arm64 = `{"os":"linux","architecture":"amd64"}`, `{"os":"linux","architecture":"arm64"}`
 	want := &ocispec.Platform{OS: "linux", Architecture: "arm64"}
@@ -236,9 +237,9 @@ func TestPullPlatformHere(t *testing.T) {
 	}
 }
 
-// Once the fsync of a large blob has failed, nobody knows what is on the disk, and a second one
-// could say that all is well: so nothing is kept of it, even if the pull has failed for another
-// reason before it was looked at.
+// TestPullKeepsNothingUnsynced: after a failed fsync of a large blob its bytes can't be trusted,
+// and a second fsync could report success. So no file of the blob is kept, even if the pull failed
+// for another reason first.
 func TestPullKeepsNothingUnsynced(t *testing.T) {
 	t.Parallel()
 	for name, c := range map[string]struct {
@@ -284,7 +285,7 @@ func TestPullKeepsNothingUnsynced(t *testing.T) {
 	}
 }
 
-// A full disk is ErrNoSpace, whichever file operation of a pull finds it full.
+// TestPullNoSpace: a full disk is ErrNoSpace, at every file operation of a pull.
 func TestPullNoSpace(t *testing.T) {
 	s := newServer(t)
 	s.put(t, "org/model", "v1", noise(1, 100), noise(2, 2<<20))

@@ -20,7 +20,7 @@ import (
 	"github.com/ocilocal/ocilocal"
 )
 
-// A victim is a good artifact on a server that is about to turn hostile.
+// A victim is a good artifact on a server that is about to become hostile.
 type victim struct {
 	*server
 	small, large       []byte
@@ -89,7 +89,7 @@ func body(b []byte, header ...string) http.HandlerFunc {
 	}
 }
 
-// endless writes until nobody reads any more.
+// endless writes until the client stops reading.
 func endless(header ...string) http.HandlerFunc {
 	return func(w http.ResponseWriter, _ *http.Request) {
 		for i := 0; i < len(header); i += 2 {
@@ -103,7 +103,7 @@ func endless(header ...string) http.HandlerFunc {
 	}
 }
 
-// longError answers with 404 and a text that nobody wants to read to its end.
+// longError answers with 404 and a text that is too long to be read to its end.
 func longError(w http.ResponseWriter, _ *http.Request) {
 	w.WriteHeader(404)
 	io.WriteString(w, `{"errors":[{"code":"LONG","message":"`)
@@ -115,6 +115,8 @@ func longError(w http.ResponseWriter, _ *http.Request) {
 	}
 }
 
+// TestPullHostile: a server lies, breaks off or floods in every way. The pull fails with the right
+// error and leaves nothing visible. When the server behaves again, the pull succeeds.
 func TestPullHostile(t *testing.T) {
 	if ranAlone(t) {
 		return
@@ -260,7 +262,7 @@ func TestPullHostile(t *testing.T) {
 	}
 }
 
-// checkUnpublished looks that a pull has left nothing but perhaps a part of a blob.
+// checkUnpublished fails if a pull has left more than a part of a blob.
 func checkUnpublished(t *testing.T, r *ocilocal.LocalRegistry) {
 	t.Helper()
 	for ref, err := range r.Refs(t.Context(), nil) {
@@ -271,7 +273,7 @@ func checkUnpublished(t *testing.T, r *ocilocal.LocalRegistry) {
 	}
 }
 
-// checkRemoteMessage looks that nothing of an error can harm a terminal or discloses a secret.
+// checkRemoteMessage fails if an error can harm a terminal or discloses a secret.
 func checkRemoteMessage(t *testing.T, err error) {
 	t.Helper()
 	if err == nil {
@@ -317,7 +319,8 @@ func rest(b []byte) http.HandlerFunc {
 	}
 }
 
-// Whatever is cut is gone on with, and begun again where the server knows no ranges.
+// TestPullCutAnywhere: a blob that is cut off at any byte is resumed, or fetched from its beginning
+// if the server has no ranges.
 func TestPullCutAnywhere(t *testing.T) {
 	t.Parallel()
 	for _, percent := range []int{0, 1, 50, 99} {
@@ -345,7 +348,7 @@ func TestPullCutAnywhere(t *testing.T) {
 	}
 }
 
-// A connection on which nothing moves, or next to nothing, is given up.
+// TestPullStalls: a request on whose connection no bytes move, or hardly any, ends.
 func TestPullStalls(t *testing.T) {
 	t.Parallel()
 	for name, wait := range map[string]func(w http.ResponseWriter, r *http.Request){
@@ -384,7 +387,8 @@ func TestPullStalls(t *testing.T) {
 	}
 }
 
-// An image's foreign layers name addresses of their own. Nobody is asked there.
+// TestPullForeignURLs: foreign layers of an image have urls of their own hosts. No request goes
+// there.
 func TestPullForeignURLs(t *testing.T) {
 	elsewhere := httptest.NewServer(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
 		t.Errorf("asked elsewhere for %s", r.URL)
@@ -402,7 +406,8 @@ func TestPullForeignURLs(t *testing.T) {
 	}
 }
 
-// A digest of an unknown algorithm cannot be checked. Pulls do not rely on it.
+// TestPullUnknownAlgorithm: a digest of an unknown algorithm can't be checked. Pulls do not rely on
+// it.
 func TestPullUnknownAlgorithm(t *testing.T) {
 	v := newVictim(t)
 	v.on("/manifests/v1", body(v.manifest.body, "Content-Type", ocispec.MediaTypeImageManifest, "Docker-Content-Digest", "blake9:"+strings.Repeat("a", 64)))

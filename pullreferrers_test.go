@@ -8,7 +8,8 @@ import (
 	"github.com/ocilocal/ocilocal"
 )
 
-// A list of referrers names one that was deleted. The others come along.
+// TestPullReferrersDeadEntry: a list of referrers names one that was deleted. The others are
+// pulled.
 func TestPullReferrersDeadEntry(t *testing.T) {
 	s := newServer(t)
 	s.noReferrers = true
@@ -26,7 +27,7 @@ func TestPullReferrersDeadEntry(t *testing.T) {
 	}
 }
 
-// The limit of bytes counts for all of a pull, whoever made the transfer.
+// TestPullSharedLimit: MaxBytes counts for a whole pull, even if another call made the transfer.
 func TestPullSharedLimit(t *testing.T) {
 	s := newServer(t)
 	large := noise(1, 2<<20)

@@ -12,8 +12,8 @@ import (
 	"github.com/ocilocal/ocilocal"
 )
 
-// A registry names the digest of something that is here, in a header, and has no such manifest.
-// The pull must not give it a name of that registry.
+// TestPullHeaderNamesSecret: a registry names the digest of content that is here in a header, and
+// has no such manifest. The pull must not give that content a name of the registry.
 func TestPullHeaderNamesSecret(t *testing.T) {
 	s := newServer(t)
 	r := openRemote(t, nil)
@@ -48,8 +48,9 @@ func TestPullHeaderNamesSecret(t *testing.T) {
 	}
 }
 
-// With SeparateRegistries, a manifest that names the digest of a secret gets nothing: the registry
-// must send the bytes. Bytes that the same registry has sent before are used.
+// TestPullSeparateRegistries: with SeparateRegistries, a manifest that names the digest of a secret
+// does not get the secret: the registry must send the bytes. Bytes that the same registry has sent
+// before are used.
 func TestPullSeparateRegistries(t *testing.T) {
 	remote := &ocilocal.Remote{Retry: quick}
 	defer remote.CloseIdleConnections()
@@ -113,7 +114,8 @@ func TestPullSeparateRegistries(t *testing.T) {
 	}
 }
 
-// MaxBytes bounds what a pull adds. What is here already does not count.
+// TestPullMaxBytes: MaxBytes bounds the bytes that a pull adds. Content that is here already does
+// not count.
 func TestPullMaxBytes(t *testing.T) {
 	s := newServer(t)
 	d := s.put(t, "org/model", "v1", noise(1, 1000), noise(2, 2<<20))

@@ -23,8 +23,8 @@ import (
 	"github.com/ocilocal/ocilocal"
 )
 
-// A gate holds back the answers for one blob until it is opened. asked gets one for each manifest
-// that was asked for.
+// A gate holds back the answers for one blob until it is opened. asked gets one element for each
+// manifest that was asked for.
 type gate struct {
 	open  chan struct{}
 	asked chan struct{}
@@ -38,7 +38,7 @@ func (g *gate) openAfter(n int) {
 	close(g.open)
 }
 
-// holdBack makes a gate before the blob whose bytes these are.
+// holdBack makes a gate for the blob with these bytes.
 func (s *server) holdBack(blob []byte) *gate {
 	g := &gate{open: make(chan struct{}), asked: make(chan struct{}, 1000)}
 	s.override = func(_ http.ResponseWriter, r *http.Request) bool {
@@ -53,7 +53,7 @@ func (s *server) holdBack(blob []byte) *gate {
 	return g
 }
 
-// Many calls for the same artifact, under one name or under many, receive its blobs once.
+// TestPullShared: many calls for the same artifact, under one name or many, receive its blobs once.
 func TestPullShared(t *testing.T) {
 	const calls = 16
 	for _, handles := range []int{1, 2} {
@@ -111,8 +111,8 @@ func TestPullShared(t *testing.T) {
 	}
 }
 
-// Sixteen calls for an artifact of 32 MiB receive, and have on the disk at any time, little more
-// than that.
+// TestPullSharedStores: sixteen calls pull an artifact of 32 MiB. They receive little more than
+// that, and at no time have more on the disk.
 func TestPullSharedStores(t *testing.T) {
 	const calls = 16
 	s := newServer(t)
@@ -178,8 +178,8 @@ func peakSize(t testing.TB, root string) (peak func() int64) {
 	}
 }
 
-// A call whose context ends leaves, and the others get what they wait for. The last one to leave
-// ends the transfer.
+// TestPullSharedCancelled: a call whose context ends leaves, and the others get the artifact. The
+// last one to leave ends the transfer.
 func TestPullSharedCancelled(t *testing.T) {
 	s := newServer(t)
 	large := noise(1, 2<<20)
@@ -223,7 +223,8 @@ func TestPullSharedCancelled(t *testing.T) {
 	mustClose(t, r)
 }
 
-// Of calls that share a transfer, each one's policy decides about its own ref.
+// TestPullSharedConflict: among calls that share a transfer, each call's policy decides about its
+// own ref.
 func TestPullSharedConflict(t *testing.T) {
 	s := newServer(t)
 	large := noise(1, 2<<20)
@@ -253,7 +254,7 @@ func TestPullSharedConflict(t *testing.T) {
 	mustClose(t, r)
 }
 
-// Verify finds bytes that are damaged here, and fetches them again.
+// TestPullVerify: Verify finds damaged bytes here, and fetches them again.
 func TestPullVerify(t *testing.T) {
 	s := newServer(t)
 	large := noise(1, 2<<20)
@@ -301,8 +302,8 @@ func mustResolve(t testing.TB, r *ocilocal.LocalRegistry, ref ocilocal.Reference
 	return d
 }
 
-// A call that has returned the end of its context gets no ref later, although the transfer goes on
-// for others.
+// TestPullSharedLeft: after a call has returned the error of its context, it gets no ref, even
+// though the transfer goes on for others.
 func TestPullSharedLeft(t *testing.T) {
 	s := newServer(t)
 	large := noise(1, 2<<20)
@@ -355,8 +356,8 @@ func TestPullSharedLeft(t *testing.T) {
 	mustClose(t, r)
 }
 
-// A function of the caller that panics or ends its goroutine does so for each call that shares the
-// transfer, and for no other. The registry and the Remote go on.
+// TestPullSharedPanic: if a function of the caller panics or ends its goroutine, each call that
+// shares the transfer does the same, and no other call. The registry and the Remote can be used on.
 func TestPullSharedPanic(t *testing.T) {
 	for name, leave := range map[string]func(){"panic": func() { panic("the caller's own") }, "goexit": runtime.Goexit} {
 		t.Run(name, func(t *testing.T) {

@@ -56,6 +56,7 @@ func built(t testing.TB, r *ocilocal.LocalRegistry, ref ocilocal.Reference, o oc
 	return a
 }
 
+// TestPush pushes an artifact, pushes it again and under another name, and pulls it back.
 func TestPush(t *testing.T) {
 	t.Parallel()
 	for name, s := range map[string]*server{
@@ -112,6 +113,8 @@ func TestPush(t *testing.T) {
 	}
 }
 
+// TestPushReferrers pushes an artifact with a subject to registries with and without the referrers
+// API.
 func TestPushReferrers(t *testing.T) {
 	for _, api := range []int{200, 404, 405} { // what its referrers API answers
 		s := newServer(t)
@@ -158,7 +161,8 @@ func TestPushReferrers(t *testing.T) {
 	}
 }
 
-// A deleted manifest is not listed as a referrer any more. The others still are.
+// TestDeleteReferrer: a deleted manifest is removed from the list of referrers. The others stay in
+// it.
 func TestDeleteReferrer(t *testing.T) {
 	for _, api := range []bool{true, false} {
 		s := newServer(t)
@@ -205,6 +209,7 @@ func TestDeleteReferrer(t *testing.T) {
 	}
 }
 
+// TestRemoteLists lists tags and referrers in pages.
 func TestRemoteLists(t *testing.T) {
 	s := newServer(t)
 	s.pageSize = 2
@@ -238,7 +243,8 @@ func TestRemoteLists(t *testing.T) {
 	}
 }
 
-// Answers to DELETE have different errors: some registries delete nothing, or no tags.
+// TestRemoteDelete: registries refuse deletions in different ways. Some delete nothing, and some no
+// tags.
 func TestRemoteDelete(t *testing.T) {
 	for code, want := range map[int]error{
 		200: nil, 202: nil, 204: nil, 400: errors.ErrUnsupported, 403: ocilocal.ErrDenied, 404: ocilocal.ErrNotFound, 405: errors.ErrUnsupported,
@@ -258,7 +264,7 @@ func descOf(a *ocilocal.LocalArtifact) *ocispec.Descriptor {
 	return &ocispec.Descriptor{MediaType: d.MediaType, Digest: d.Digest, Size: d.Size}
 }
 
-// Push overwrites a remote tag, unless the tag is not at the expected digest.
+// TestPushExpected: Push overwrites a remote tag, unless the tag is not at the expected digest.
 func TestPushExpected(t *testing.T) {
 	s := newServer(t)
 	r := openRemote(t, nil)
@@ -283,7 +289,8 @@ func TestPushExpected(t *testing.T) {
 	}
 }
 
-// Referrers travel with their artifact, recursively and by type, to the registry and back.
+// TestReferrersTravel: referrers are pushed and pulled with their artifact, recursively and by
+// type.
 func TestReferrersTravel(t *testing.T) {
 	for _, noReferrers := range []bool{false, true} {
 		s := newServer(t)
@@ -320,8 +327,7 @@ func TestReferrersTravel(t *testing.T) {
 	}
 }
 
-// withoutFile removes the file of a blob or manifest. Its rows stay, as after a collector that was
-// killed.
+// withoutFile removes the file of a blob or manifest. Its rows stay, as after a killed collector.
 func withoutFile(t testing.TB, r *ocilocal.LocalRegistry, d digest.Digest) {
 	t.Helper()
 	if err := os.Remove(blobFile(r, d)); err != nil {
@@ -329,7 +335,7 @@ func withoutFile(t testing.TB, r *ocilocal.LocalRegistry, d digest.Digest) {
 	}
 }
 
-// A referrer that lacks content is left out, and the others are pushed.
+// TestPushReferrersSkipped: a referrer that lacks content is skipped, and the others are pushed.
 func TestPushReferrersSkipped(t *testing.T) {
 	s := newServer(t)
 	r := openRemote(t, nil)
@@ -349,8 +355,8 @@ func TestPushReferrersSkipped(t *testing.T) {
 	mustFail(t, err, ocilocal.ErrIncomplete)
 }
 
-// A login that may only read pushes an artifact with a subject, if it is there and listed as a
-// referrer.
+// TestPushReadOnlyLogin: a user that may only read can push an artifact with a subject if the
+// registry has it and lists it as a referrer.
 func TestPushReadOnlyLogin(t *testing.T) {
 	for _, noReferrers := range []bool{false, true} {
 		t.Run(fmt.Sprint(noReferrers), func(t *testing.T) {

@@ -15,7 +15,7 @@ import (
 	"github.com/ocilocal/ocilocal"
 )
 
-// onMethod is on for one method.
+// onMethod is like on, for one method.
 func (v *victim) onMethod(method, part string, answer http.HandlerFunc) {
 	v.override = func(w http.ResponseWriter, r *http.Request) bool {
 		v.allRequests.Add(1)
@@ -28,6 +28,8 @@ func (v *victim) onMethod(method, part string, answer http.HandlerFunc) {
 	}
 }
 
+// TestPushHostile: a registry lies or fails in every step of a push. Push returns nil only if it
+// has everything.
 func TestPushHostile(t *testing.T) {
 	t.Parallel()
 	const uploads = "/blobs/uploads/"
@@ -83,7 +85,8 @@ func TestPushHostile(t *testing.T) {
 	}
 }
 
-// Chunks: whatever the registry says of how far they are, the blob arrives or an error comes.
+// TestPushHostileChunks: a registry states wrong offsets of an upload in chunks. The blob arrives,
+// or the push fails.
 func TestPushHostileChunks(t *testing.T) {
 	type answer func(v *victim, w http.ResponseWriter, r *http.Request, n int64) (done bool)
 	// says answers the nth chunk with a Range.
@@ -146,7 +149,7 @@ func TestPushHostileChunks(t *testing.T) {
 	}
 }
 
-// A damaged blob never arrives whole, and the error says which side failed.
+// TestPushDamaged: a damaged blob never arrives whole, and the error says which side failed.
 func TestPushDamaged(t *testing.T) {
 	for _, chunk := range []int64{0, 10_000} {
 		s := newServer(t)
@@ -168,7 +171,7 @@ func TestPushDamaged(t *testing.T) {
 	}
 }
 
-// A referrers tag that is something else is left alone.
+// TestPushReferrersTagTaken: a referrers tag that is not a list of referrers is not changed.
 func TestPushReferrersTagTaken(t *testing.T) {
 	s := newServer(t)
 	s.noReferrers = true
@@ -189,7 +192,7 @@ func TestPushReferrersTagTaken(t *testing.T) {
 	}
 }
 
-// Somebody else adds a referrer at the same moment: neither is lost.
+// TestPushReferrersRace: another client adds a referrer at the same moment. Neither is lost.
 func TestPushReferrersRace(t *testing.T) {
 	s := newServer(t)
 	s.noReferrers = true
@@ -240,7 +243,7 @@ func TestPushReferrersRace(t *testing.T) {
 	}
 }
 
-// Lists: pages that go in circles, for ever, or elsewhere.
+// TestRemoteListsHostile: lists whose pages go in circles, never end, or lead elsewhere.
 func TestRemoteListsHostile(t *testing.T) {
 	page := func(h http.Header, w http.ResponseWriter, body string) {
 		for k, v := range h {

@@ -23,7 +23,8 @@ import (
 	"github.com/ocilocal/ocilocal"
 )
 
-// TestHelperHangs: a credential helper has no more time than its limit and the call.
+// TestHelperHangs: a credential helper that does not answer ends with its time limit, or earlier
+// with the context of the call.
 func TestHelperHangs(t *testing.T) {
 	if ranAlone(t) {
 		return
@@ -104,7 +105,7 @@ func TestHelperHangs(t *testing.T) {
 	})
 }
 
-// A stream of HTTP/2 that is reset is gone on with, on the same connection.
+// TestHTTP2Reset: a blob whose HTTP/2 stream is reset is resumed, on the same connection.
 func TestHTTP2Reset(t *testing.T) {
 	in := newInternet(t)
 	s := in.registry("https://registry.test", "203.0.113.1")
@@ -187,8 +188,8 @@ func (b *flightBody) Close() error {
 	return b.ReadCloser.Close()
 }
 
-// TestMaxPerHost: no more requests at a time than that, and, of whatever a pull or a push
-// does, nothing that needs a second one to end.
+// TestMaxPerHost: no more requests to a host run at a time than MaxPerHost says. With a limit of
+// one, every pull and push still ends: no request needs a second one to end.
 func TestMaxPerHost(t *testing.T) {
 	t.Parallel()
 	for _, most := range []int{1, 3} {
@@ -258,7 +259,8 @@ func TestMaxPerHost(t *testing.T) {
 	}
 }
 
-// TestEndIsPrompt: the end of a call ends it soon, whatever it waits for.
+// TestEndIsPrompt: when the context of a call ends, the call ends soon, in every state in which it
+// may wait.
 func TestEndIsPrompt(t *testing.T) {
 	const soon = 3 * time.Second
 	hang := func(w http.ResponseWriter, r *http.Request) {
@@ -335,7 +337,7 @@ func TestEndIsPrompt(t *testing.T) {
 	}
 }
 
-// TestPlainHTTP: without being told otherwise, only loopback is spoken to without TLS.
+// TestPlainHTTP: without Remote.PlainHTTP, only loopback hosts are asked without TLS.
 func TestPlainHTTP(t *testing.T) {
 	for host, want := range map[string]string{
 		"localhost": "http://localhost", "localhost:5000": "http://localhost:5000", "127.0.0.1:5000": "http://127.0.0.1:5000", "127.8.9.1:5000": "http://127.8.9.1:5000",
@@ -397,7 +399,7 @@ func TestWarnOnce(t *testing.T) {
 	}
 }
 
-// Of several requests at once, one tells its warnings at a time.
+// TestWarnOneAtATime: requests that run at the same time call Warn one after the other.
 func TestWarnOneAtATime(t *testing.T) {
 	s := newServer(t)
 	const requests = 8
@@ -435,7 +437,7 @@ func TestWarnOneAtATime(t *testing.T) {
 	}
 }
 
-// TestLargeBlobsAreStreamed: however large a blob is, a pull and a push of it take little memory.
+// TestLargeBlobsAreStreamed: the memory that a pull and a push take does not grow with the blob.
 func TestLargeBlobsAreStreamed(t *testing.T) {
 	s := newServer(t)
 	s.noMount = true
@@ -471,8 +473,8 @@ func TestLargeBlobsAreStreamed(t *testing.T) {
 	}
 }
 
-// Requests that stall together retire their client once, so that other retired clients keep their
-// places.
+// TestRenewTogether: requests that stall together retire their client once. Otherwise they would
+// push other retired clients out of the list.
 func TestRenewTogether(t *testing.T) {
 	remote := &ocilocal.Remote{}
 	if n := ocilocal.RenewRemote(remote, 16); n != 1 {

@@ -18,7 +18,7 @@ func (in *internet) tokenSite(origin, ip string, h http.HandlerFunc) *site {
 	return in.site(origin, ip, h)
 }
 
-// wantToken makes a registry want a token of realm.
+// wantToken makes a registry ask for a token of a realm.
 func (s *server) wantToken(realm string) {
 	s.override = func(w http.ResponseWriter, r *http.Request) bool {
 		if strings.HasPrefix(r.Header.Get("Authorization"), "Bearer "+secretToken) || !strings.HasPrefix(r.URL.Path, "/v2/") {
@@ -34,8 +34,8 @@ type roundTripFunc func(*http.Request) (*http.Response, error)
 
 func (f roundTripFunc) RoundTrip(r *http.Request) (*http.Response, error) { return f(r) }
 
-// A 401 that no token helps against costs two tokens at most, and no retries; of basic, two
-// requests.
+// TestUnauthorizedForEver: if a registry answers every token with 401, a call fetches at most two
+// tokens and is not repeated. With basic authentication it makes two requests.
 func TestUnauthorizedForEver(t *testing.T) {
 	in := newInternet(t)
 	server := in.tokenSite("https://auth.test", "203.0.113.2", nil)
@@ -71,7 +71,8 @@ func TestUnauthorizedForEver(t *testing.T) {
 	}
 }
 
-// Who can't prove to be the registry gets nothing, nor does anybody without TLS instead.
+// TestHostileTLS: a host that can't prove to be the registry gets no credential. Neither does a
+// host without TLS in its place.
 func TestHostileTLS(t *testing.T) {
 	in := newInternet(t)
 	s := in.registry("https://registry.test", "203.0.113.1")
@@ -95,8 +96,8 @@ func TestHostileTLS(t *testing.T) {
 	}
 }
 
-// TestSendCredentials: a registry that hides from anonymous users, and asks only at its entry
-// point, gets the credential with the first request, if the user says so, and nobody else does.
+// TestSendCredentials: some registries hide from anonymous users and ask for a credential only at
+// /v2/. If the user says so, such a registry gets it with the first request. No other host gets it.
 func TestSendCredentials(t *testing.T) {
 	for name, c := range map[string]struct {
 		status    int    // for anonymous requests

@@ -9,7 +9,7 @@ import (
 	"github.com/ocilocal/ocilocal"
 )
 
-// TestHostileRealms: where registries may send credentials to get tokens.
+// TestHostileRealms has realms that registries name, and says which of them may get a credential.
 func TestHostileRealms(t *testing.T) {
 	const public, private = "203.0.113.1", "10.0.0.5"
 	origin := newServer(t)

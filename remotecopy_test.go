@@ -14,7 +14,8 @@ import (
 	"github.com/ocilocal/ocilocal"
 )
 
-// An artifact is copied from one registry to another, and within one, without being stored.
+// TestRemoteCopy copies an artifact from one registry to another, and within one, without storing
+// it.
 func TestRemoteCopy(t *testing.T) {
 	a, b := newServer(t), newServer(t)
 	large := noise(1, 3<<20)
@@ -62,7 +63,8 @@ func TestRemoteCopy(t *testing.T) {
 	}
 }
 
-// A copy within one registry sends credentials unasked where the Remote says so.
+// TestRemoteCopySendsCredentials: a copy within one registry sends credentials with the first
+// request if SendCredentials says so.
 func TestRemoteCopySendsCredentials(t *testing.T) {
 	s := newServer(t)
 	want := s.put(t, "org/model", "v1", noise(1, 100))
@@ -81,7 +83,8 @@ func TestRemoteCopySendsCredentials(t *testing.T) {
 	}
 }
 
-// Failures that pass don't make Copy give a blob up as too large.
+// TestRemoteCopyRepeats: Copy repeats temporary failures. It does not take them for a sign that the
+// blob is too large.
 func TestRemoteCopyRepeats(t *testing.T) {
 	a, b := newServer(t), newServer(t)
 	want := a.put(t, "org/model", "v1", noise(1, 1<<20))
@@ -105,7 +108,8 @@ func TestRemoteCopyRepeats(t *testing.T) {
 	mustFail(t, err, ocilocal.ErrTooLarge)
 }
 
-// A blob that an index has directly is there before the member that needs it too is put.
+// TestRemoteCopyOrder: an image index and its member need the same blob. The blob is at the
+// destination before the member is put.
 func TestRemoteCopyOrder(t *testing.T) {
 	a, b := newServer(t), newServer(t)
 	large := noise(1, 8<<20)

@@ -12,6 +12,7 @@ import (
 	"github.com/ocilocal/ocilocal"
 )
 
+// TestFileCredentials looks for credentials in files as docker and podman write them.
 func TestFileCredentials(t *testing.T) {
 	dir := t.TempDir()
 	t.Setenv("PATH", dir+string(os.PathListSeparator)+os.Getenv("PATH"))
@@ -81,7 +82,8 @@ func TestFileCredentials(t *testing.T) {
 	}
 }
 
-// TestCredentialKeys: the names under which docker, podman and others have written credentials.
+// TestCredentialKeys has the spellings of a registry under which docker, podman and other tools
+// have stored credentials.
 func TestCredentialKeys(t *testing.T) {
 	const entry = `{"username":"u","password":"p"}`
 	for ref, keys := range map[string][]string{
@@ -136,8 +138,9 @@ func TestCredentialKeys(t *testing.T) {
 	}
 }
 
-// TestFaultySources: a source of credentials that holds nothing, or can't be read, breaks no call
-// that needs none, and hides no later source. A call that then fails names it.
+// TestFaultySources: a source of credentials that is empty or can't be read does not fail a call
+// that needs no credential, and does not hide later sources. If the call is refused, its error
+// names the source.
 func TestFaultySources(t *testing.T) {
 	dir := t.TempDir()
 	file := func(name, text string) string {
@@ -189,7 +192,8 @@ func TestFaultySources(t *testing.T) {
 	}
 }
 
-// The text of a config.json may be in the environment, and OMMX's variables are for one registry.
+// TestEnvironmentCredentials: an environment variable may have the text of a config.json. OMMX's
+// variables are for one registry.
 func TestEnvironmentCredentials(t *testing.T) {
 	t.Setenv("HOME", t.TempDir())
 	for _, name := range []string{"DOCKER_CONFIG", "REGISTRY_AUTH_FILE", "XDG_RUNTIME_DIR", "XDG_CONFIG_HOME"} {

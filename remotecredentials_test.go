@@ -12,6 +12,7 @@ import (
 	"github.com/ocilocal/ocilocal"
 )
 
+// TestStaticCredential: a credential is for one registry, in every spelling of its host.
 func TestStaticCredential(t *testing.T) {
 	for host, c := range map[string]struct{ asked, never string }{
 		"ghcr.io":                     {"ghcr.io", "ghcr.io.evil.test"},
@@ -38,6 +39,8 @@ func TestStaticCredential(t *testing.T) {
 	}
 }
 
+// TestFirstCredential asks several sources in turn. The first credential counts, and failures are
+// joined.
 func TestFirstCredential(t *testing.T) {
 	failed := errors.New("locked")
 	static := func(host, user string) ocilocal.CredentialFunc {
@@ -73,6 +76,7 @@ func TestFirstCredential(t *testing.T) {
 	}
 }
 
+// TestDefaultCredentials looks in all usual places, in their order.
 func TestDefaultCredentials(t *testing.T) {
 	dir := t.TempDir()
 	t.Setenv("DOCKER_CONFIG", dir)

@@ -15,7 +15,7 @@ import (
 	"github.com/ocilocal/ocilocal"
 )
 
-// An error says why the registry refused, in whatever form the registry has said it.
+// TestErrorForms: an error has the registry's reason, in each form in which registries state it.
 func TestErrorForms(t *testing.T) {
 	long := strings.Repeat("x", 500)
 	for body, want := range map[string]string{
@@ -58,7 +58,7 @@ func TestErrorForms(t *testing.T) {
 	}
 }
 
-// Only the registry itself can say that something is not there.
+// TestNotFoundIsTheRegistrysWord: only a 404 of the registry itself is ErrNotFound.
 func TestNotFoundIsTheRegistrysWord(t *testing.T) {
 	in := newInternet(t)
 	s := in.registry("https://registry.test", "203.0.113.1")
@@ -81,7 +81,8 @@ func TestNotFoundIsTheRegistrysWord(t *testing.T) {
 	mustFail(t, err, ocilocal.ErrNotFound)
 }
 
-// The error for a registry that is asked with TLS, or without, by mistake says so.
+// TestWrongScheme: if a registry is asked with TLS and has none, or the other way round, the error
+// says so.
 func TestWrongScheme(t *testing.T) {
 	plain := newServer(t)
 	tls := httptest.NewTLSServer(http.NotFoundHandler())
@@ -104,7 +105,7 @@ func TestWrongScheme(t *testing.T) {
 	}
 }
 
-// alertServer answers all requests as some TLS servers do that get no TLS.
+// alertServer answers all requests like TLS servers that get a plain request.
 func alertServer(t *testing.T) (host string) {
 	s := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
 		conn, _, err := w.(http.Hijacker).Hijack()
@@ -119,7 +120,7 @@ func alertServer(t *testing.T) (host string) {
 	return strings.TrimPrefix(s.URL, "http://")
 }
 
-// Each repetition is in the log, with its cause and without secrets.
+// TestRetriesAreLogged: each repetition is logged with its cause and without secrets.
 func TestRetriesAreLogged(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var log bytes.Buffer

@@ -23,7 +23,7 @@ import (
 	"unicode"
 )
 
-// checkRemoteText fails unless a message is short and can't steer a terminal.
+// checkRemoteText fails unless a message is short and has no control characters for a terminal.
 func checkRemoteText(t *testing.T, text string, most int) {
 	t.Helper()
 	if len(text) > most {
@@ -34,8 +34,8 @@ func checkRemoteText(t *testing.T, text string, most int) {
 	}
 }
 
-// FuzzChallenge: what is read of WWW-Authenticate is bounded and means one
-// thing only; an accepted token server does not have a private address.
+// FuzzChallenge: the challenges that are read from WWW-Authenticate are bounded and have one
+// meaning. A token server that is accepted does not have a private address.
 func FuzzChallenge(f *testing.F) {
 	for _, s := range []string{
 		``, `Basic`, `basic realm="x"`, `Bearer realm="https://auth.docker.io/token",service="registry.docker.io",scope="repository:org/model:pull"`,
@@ -109,8 +109,8 @@ func printChallenge(c challenge) string {
 	return c.scheme + " " + strings.Join(params, ", ")
 }
 
-// checkScope: what a registry wants is added to what is needed, never instead of it, and equal
-// scopes are spelt alike.
+// checkScope: the scope in a challenge is added to the needed one and never replaces it. Equal
+// scopes have equal texts.
 func checkScope(t *testing.T, text string) {
 	t.Helper()
 	s := scope{}
@@ -132,7 +132,7 @@ func checkScope(t *testing.T, text string) {
 	}
 }
 
-// checkFuzzedRealm looks at which token servers an https registry on the Internet may name.
+// checkFuzzedRealm judges which token servers an https registry on the Internet may name.
 func checkFuzzedRealm(t *testing.T, p *remoteRepo, realm string) {
 	t.Helper()
 	u, err := p.checkRealm(context.Background(), realm)
@@ -157,8 +157,8 @@ func checkFuzzedRealm(t *testing.T, p *remoteRepo, realm string) {
 	}
 }
 
-// FuzzRedirect: a registry that sends a request elsewhere, and the hosts to which it does, decide
-// neither who gets a credential nor which address is connected to.
+// FuzzRedirect: neither a registry nor the hosts to which it redirects can choose who gets a
+// credential, or make the client connect to a forbidden address.
 func FuzzRedirect(f *testing.F) {
 	public, private, metadata := []byte{203, 0, 113, 1}, []byte{10, 0, 0, 7}, []byte{169, 254, 169, 254}
 	mapped, unique := netip.MustParseAddr("::ffff:10.0.0.1").As16(), netip.MustParseAddr("fd00::7").As16()
@@ -189,7 +189,8 @@ func FuzzRedirect(f *testing.F) {
 	})
 }
 
-// A fuzzedNet has a registry at one address, all other hosts at another, and notes who is asked.
+// A fuzzedNet has a registry at one address and all other hosts at another. It records the
+// requests.
 type fuzzedNet struct {
 	tls              bool // the registry is spoken to by TLS
 	registry, others netip.Addr
@@ -252,8 +253,8 @@ type fuzzedConn struct {
 
 func (c *fuzzedConn) RemoteAddr() net.Addr { return c.to }
 
-// serve answers one request and judges whether it should have come. ours says that it came to the
-// registry's origin, at that it came to this address.
+// serve answers one request and judges whether it was allowed. ours says that it came to the
+// registry's origin, and at that it came to this address.
 func (n *fuzzedNet) serve(conn net.Conn, tls, ours bool, at netip.Addr) {
 	defer conn.Close()
 	req, err := http.ReadRequest(bufio.NewReader(conn))
@@ -279,7 +280,7 @@ func (n *fuzzedNet) serve(conn net.Conn, tls, ours bool, at netip.Addr) {
 	fmt.Fprintf(conn, "HTTP/1.1 %d x\r\n%sContent-Length: 0\r\nConnection: close\r\n\r\n", status, header)
 }
 
-// onlyHere reports whether an address is not one for everybody, in another way than kindOf.
+// onlyHere reports whether an address is not public. It decides in another way than kindOf.
 func onlyHere(a netip.Addr) bool {
 	a = a.Unmap().WithZone("")
 	b := a.As16()
@@ -295,14 +296,14 @@ func onlyHere(a netip.Addr) bool {
 	return !a.IsGlobalUnicast() || a.IsPrivate() || q[0] == 0 || q[0] >= 240 || q[0] == 100 && q[1]&0xc0 == 64 || q[0] == 192 && q[1] == 0 && q[2] == 0 || q[0] == 198 && q[1]&0xfe == 18
 }
 
-// linkLocal reports whether only the registry itself may be at an address.
+// linkLocal reports whether an address is one at which only the registry itself may be.
 func linkLocal(a netip.Addr) bool {
 	a = a.Unmap()
 	return a.IsLinkLocalUnicast() || a.IsUnspecified() || a.IsMulticast()
 }
 
-// FuzzLink: a page after the first is on the origin that was asked, and is found whatever stands
-// round it.
+// FuzzLink: the next page is on the origin that was asked. It is found with any other text in the
+// field.
 func FuzzLink(f *testing.F) {
 	for _, s := range []string{
 		``, `</v2/org/model/tags/list?last=a>; rel="next"`, `<?n=2>; rel=next`, `<https://registry.test/x>; rel="next"`, `<https://REGISTRY.test:443/x>; rel="next"`,
@@ -352,13 +353,12 @@ func checkNextPage(t *testing.T, at, u *url.URL) {
 	}
 }
 
-// headerValue reports whether net/http lets a text through as the value of a header field.
+// headerValue reports whether net/http accepts a text as the value of a header field.
 func headerValue(s string) bool {
 	return !strings.ContainsFunc(s, func(c rune) bool { return c < 0x20 && c != '\t' || c == 0x7f })
 }
 
-// FuzzContentRange: what a registry says of where bytes begin and end is never
-// outside of what there is.
+// FuzzContentRange: a Content-Range that is accepted lies within the content.
 func FuzzContentRange(f *testing.F) {
 	for _, s := range []string{
 		"", "bytes 5-9/10", "bytes 5-9/*", "bytes 5-9/11", "bytes 5-10/10", "bytes 4-9/10", "bytes 9-5/10", "bytes 5-4/10", "bytes */10", "bytes 5-/10", "bytes -5/10",
@@ -397,7 +397,7 @@ func FuzzContentRange(f *testing.F) {
 	})
 }
 
-// rangeSays reads a Content-Range in another way.
+// rangeSays reads a Content-Range in another way than the package.
 func rangeSays(text string, from, end, size int64) bool {
 	var a, b, total int64
 	n, _ := fmt.Sscanf(text, "bytes %d-%d/%d", &a, &b, &total)
@@ -421,8 +421,7 @@ func checkFuzzedChunk(t *testing.T, text string, size int64) {
 	}
 }
 
-// FuzzErrorBody: of what an answer says, only little gets into an error, and nothing that was sent
-// as a secret.
+// FuzzErrorBody: an error has only a short part of an answer, and no secret that was sent.
 func FuzzErrorBody(f *testing.F) {
 	for _, b := range []string{
 		``, `{}`, `{"errors":[]}`, `{"errors":[{"code":"DENIED","message":"no"}]}`, `{"errors":[{"code":"DENIED","message":"you sent hush-hush"}]}`,
@@ -479,8 +478,8 @@ func FuzzErrorBody(f *testing.F) {
 	})
 }
 
-// FuzzDockerConfig: a credential is only returned to the host, and for the
-// repository, that its entry names; no message quotes the file.
+// FuzzDockerConfig: a credential is returned only for the host and the repository that its entry
+// names. No message quotes the file.
 func FuzzDockerConfig(f *testing.F) {
 	auth := base64.StdEncoding.EncodeToString([]byte("me:hush-hush"))
 	for _, doc := range []string{
@@ -532,8 +531,8 @@ func FuzzDockerConfig(f *testing.F) {
 	})
 }
 
-// credentialKeyFits says which of the file's names are those of a reference's registry or of a path
-// above it.
+// credentialKeyFits reports whether a name in the file is that of a reference's registry, or of a
+// path above it.
 func credentialKeyFits(key string, ref Reference) bool {
 	if scheme, rest, ok := strings.Cut(key, "://"); ok {
 		key = strings.ToLower(scheme) + "://" + rest
@@ -558,7 +557,7 @@ func credentialKeyFits(key string, ref Reference) bool {
 	return strings.HasPrefix(ref.Repository()+"/", path+"/")
 }
 
-// checkFuzzedCredentialError: what is quoted of the file, if anything, is what it calls a helper.
+// checkFuzzedCredentialError: an error quotes nothing of the file except the name of a helper.
 func checkFuzzedCredentialError(t *testing.T, raw []byte, err error) {
 	t.Helper()
 	checkRemoteText(t, err.Error(), 600)
@@ -567,8 +566,7 @@ func checkFuzzedCredentialError(t *testing.T, raw []byte, err error) {
 	}
 }
 
-// checkFuzzedCredential: no way to print a credential prints more than its user and where it is
-// from.
+// checkFuzzedCredential: however a credential is printed, only its user and its source appear.
 func checkFuzzedCredential(t *testing.T, c Credential) {
 	t.Helper()
 	j, err := json.Marshal(c)

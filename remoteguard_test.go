@@ -14,7 +14,7 @@ import (
 )
 
 // TestPrivateTargets: a registry can't make a client send requests to an address that only the
-// client can reach, whatever the request is and in whatever form the address is named.
+// client can reach, with any kind of request and any form of the address.
 func TestPrivateTargets(t *testing.T) {
 	t.Parallel()
 	const public, metadata = "203.0.113.1", "169.254.169.254"
@@ -117,7 +117,8 @@ func TestPrivateTargets(t *testing.T) {
 	}
 }
 
-// AllowAddress opens addresses for the registry that it names, by their address.
+// TestAllowAddress: AllowAddress allows addresses for the registry that it is asked about. It gets
+// the address, and not a name.
 func TestAllowAddress(t *testing.T) {
 	in := newInternet(t)
 	blob := noise(1, 100)
@@ -154,7 +155,8 @@ func TestAllowAddress(t *testing.T) {
 	in.noSecretSeen(registrySite, "second.test:443", "auth.test:443")
 }
 
-// A Client of another make can't be watched while it connects: the name is looked up before.
+// TestHostileRealmForOtherTransport: connections of a transport of another type can't be checked.
+// So the name is looked up before a request.
 func TestHostileRealmForOtherTransport(t *testing.T) {
 	in := newInternet(t)
 	s := in.registry("https://registry.test", "203.0.113.1")
@@ -176,7 +178,8 @@ func TestHostileRealmForOtherTransport(t *testing.T) {
 	}
 }
 
-// The older forms of a transport's dial functions are watched like the newer ones.
+// TestHostileRealmForOlderDial: the older forms of a transport's dial functions are guarded like
+// the newer ones.
 func TestHostileRealmForOlderDial(t *testing.T) {
 	for name, change := range map[string]func(*internet, *http.Transport){
 		"Dial": func(in *internet, tr *http.Transport) {

@@ -9,8 +9,8 @@ import (
 	"github.com/ocilocal/ocilocal"
 )
 
-// The next page is found whatever its Link has beside it. A Link that can't be
-// read is an error, since a list without its end would look like a whole one.
+// TestRemoteListsLinks: the next page is found in a Link with other parameters and links. A Link
+// that can't be read is an error: the list would seem to be complete.
 func TestRemoteListsLinks(t *testing.T) {
 	for link, want := range map[string]error{
 		`<?n=2&x= y>; rel="next"`:                                                  nil,

@@ -15,7 +15,7 @@ import (
 	"github.com/ocilocal/ocilocal"
 )
 
-// A registry may list a million tags, not more.
+// TestRemoteListsTooMany: a registry may list a million tags, and no more.
 func TestRemoteListsTooMany(t *testing.T) {
 	v := &victim{server: newServer(t)}
 	page := []byte(`{"tags":["a"` + strings.Repeat(`,"a"`, 299_999) + `]}`)
@@ -36,7 +36,8 @@ func TestRemoteListsTooMany(t *testing.T) {
 	}
 }
 
-// Coded answers, cut off or not, are refused, whether or not the client could decode them.
+// TestHostileCodings: answers with a Content-Encoding that changes the bytes are refused, whole or
+// cut off, even if the client could decode them.
 func TestHostileCodings(t *testing.T) {
 	if ranAlone(t) {
 		return
@@ -92,7 +93,7 @@ func TestHostileCodings(t *testing.T) {
 	}
 }
 
-// rawAnswer answers with bytes as they are, not as net/http would write them.
+// rawAnswer answers with bytes as they are, which net/http would not write.
 func rawAnswer(text string) http.HandlerFunc {
 	return func(w http.ResponseWriter, _ *http.Request) {
 		conn, _, err := w.(http.Hijacker).Hijack()
@@ -104,7 +105,7 @@ func rawAnswer(text string) http.HandlerFunc {
 	}
 }
 
-// TestHostileWire: answers that net/http itself refuses, or lets through although they are odd.
+// TestHostileWire: odd answers that net/http refuses, and some that it accepts.
 func TestHostileWire(t *testing.T) {
 	t.Parallel()
 	const ansi = "\x1b[31mred\x1b[0m\u202e\x9b"
@@ -182,7 +183,7 @@ func TestHostileWire(t *testing.T) {
 	}
 }
 
-// TestPushHostileMount: a mount that isn't what was asked for.
+// TestPushHostileMount has answers to a mount that are wrong, hostile or a refusal.
 func TestPushHostileMount(t *testing.T) {
 	for name, c := range map[string]struct {
 		answer http.HandlerFunc
@@ -218,7 +219,7 @@ func TestPushHostileMount(t *testing.T) {
 	}
 }
 
-// A caller may stop in the middle of a list.
+// TestRemoteListsStop: a caller may stop in the middle of a list.
 func TestRemoteListsStop(t *testing.T) {
 	for _, noReferrers := range []bool{false, true} {
 		s := newServer(t)

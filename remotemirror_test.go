@@ -16,7 +16,7 @@ import (
 	"github.com/ocilocal/ocilocal"
 )
 
-// mirrored makes a client of a registry with mirrors.
+// mirrored returns a client of a registry with mirrors.
 func mirrored(t testing.TB, s *server, mirrors ...ocilocal.Mirror) *ocilocal.Remote {
 	t.Helper()
 	remote := &ocilocal.Remote{Retry: quick, Mirrors: map[string][]ocilocal.Mirror{s.host: mirrors}}
@@ -24,15 +24,15 @@ func mirrored(t testing.TB, s *server, mirrors ...ocilocal.Mirror) *ocilocal.Rem
 	return remote
 }
 
-// sentTo reports whether any request to s had a header with some text in its value.
+// sentTo reports whether a request to s had a header whose value contains a text.
 func (s *server) sentTo(text string) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return slices.ContainsFunc(s.headers, func(h http.Header) bool { return strings.Contains(fmt.Sprint(h), text) })
 }
 
-// A pull asks the registry where the tag is, and the mirror for the content. Each gets its own
-// credential.
+// TestMirror: a pull asks the registry where the tag points, and the mirror for the content. Each
+// gets its own credential.
 func TestMirror(t *testing.T) {
 	s, m := newServer(t), newServer(t)
 	s.user, s.password = "me", "for-the-registry"
@@ -76,7 +76,8 @@ func TestMirror(t *testing.T) {
 	}
 }
 
-// A mirror that fails in any way costs nothing but a request: the registry has the content.
+// TestMirrorFails: a mirror that fails in any way costs one request, because the registry has the
+// content.
 func TestMirrorFails(t *testing.T) {
 	other := newServer(t)
 	other.override = func(w http.ResponseWriter, _ *http.Request) bool {
@@ -148,7 +149,7 @@ func TestMirrorFails(t *testing.T) {
 	}
 }
 
-// An unreachable mirror is asked once, and not for each blob.
+// TestMirrorRests: an unreachable mirror is asked once, and not for each blob.
 func TestMirrorRests(t *testing.T) {
 	s, m := newServer(t), newServer(t)
 	s.put(t, "org/model", "v1", noise(1, 2<<20), noise(2, 100), noise(3, 100))
@@ -164,8 +165,8 @@ func TestMirrorRests(t *testing.T) {
 	}
 }
 
-// Only a mirror that may answer for tags is asked where they are. If it doesn't know, the registry
-// does.
+// TestMirrorTags: only a mirror with Tags is asked where a tag points. If it does not know, the
+// registry is asked.
 func TestMirrorTags(t *testing.T) {
 	s, m := newServer(t), newServer(t)
 	fresh := s.put(t, "org/model", "v1", noise(1, 100))
@@ -198,7 +199,8 @@ func TestMirrorTags(t *testing.T) {
 	}
 }
 
-// The registry alone says that something is absent. An error names the mirrors that failed too.
+// TestMirrorAbsence: only the registry can say that something is absent. The error also names the
+// mirrors that failed.
 func TestMirrorAbsence(t *testing.T) {
 	s, m := newServer(t), newServer(t)
 	remote := mirrored(t, s, ocilocal.Mirror{Location: m.host, Tags: true})
@@ -233,7 +235,7 @@ func TestMirrorAbsence(t *testing.T) {
 	}
 }
 
-// A mirror is never written to, and is not asked by calls that write or list.
+// TestMirrorOnlyRead: a mirror is never written to. Calls that write or list do not ask it.
 func TestMirrorOnlyRead(t *testing.T) {
 	s, m := newServer(t), newServer(t)
 	remote := mirrored(t, s, ocilocal.Mirror{Location: m.host, Tags: true})
@@ -269,7 +271,7 @@ func TestMirrorOnlyRead(t *testing.T) {
 	}
 }
 
-// The end of the call's context does not count as a failure of a mirror.
+// TestMirrorCancelled: the end of the call's context does not count as a failure of a mirror.
 func TestMirrorCancelled(t *testing.T) {
 	s, m := newServer(t), newServer(t)
 	s.put(t, "org/model", "v1", noise(1, 100))
@@ -291,6 +293,7 @@ func TestMirrorCancelled(t *testing.T) {
 	}
 }
 
+// TestMirrorLocations has good and bad values of Mirror.Location.
 func TestMirrorLocations(t *testing.T) {
 	s := newServer(t)
 	for _, location := range []string{"", "https://mirror.example.com", "mirror", "mirror/hub", "mirror.example.com/", "mirror.example.com/Hub", "mirror.example.com/a:b", "user@mirror.example.com"} {

@@ -39,8 +39,8 @@ func (s *server) sendOn(to string) {
 	}
 }
 
-// TestHostileRedirects: where a registry sends a request for a blob, and with what it arrives
-// there.
+// TestHostileRedirects: a registry redirects a request for a blob. The test checks which hosts are
+// asked, and what they see.
 func TestHostileRedirects(t *testing.T) {
 	t.Parallel()
 	blob := noise(1, 100)
@@ -157,7 +157,7 @@ func TestHostileRedirects(t *testing.T) {
 	}
 }
 
-// hops is a chain of redirects of which the first comes from the registry.
+// hops returns a chain of redirects. The first comes from the registry.
 func hops(n int) redirects {
 	m := redirects{}
 	for i := 1; i < n; i++ {

@@ -14,7 +14,8 @@ import (
 	"github.com/ocilocal/ocilocal"
 )
 
-// HEAD need not tell what GET would. Resolve tells what is there, and never a size of 0.
+// TestResolveHeads: HEAD may say less than GET. Resolve returns the right descriptor all the same,
+// and never a size of 0.
 func TestResolveHeads(t *testing.T) {
 	const image = ocispec.MediaTypeImageManifest
 	header := func(header ...string) http.HandlerFunc {
@@ -59,7 +60,8 @@ func TestResolveHeads(t *testing.T) {
 	}
 }
 
-// Servers give manifests the media types of files. The document says itself what it is.
+// TestPullContentTypes: servers send manifests with the media types of plain files. The document
+// itself says what it is.
 func TestPullContentTypes(t *testing.T) {
 	t.Parallel()
 	const image = ocispec.MediaTypeImageManifest
@@ -97,7 +99,7 @@ func TestPullContentTypes(t *testing.T) {
 	mustFail(t, err, ocilocal.ErrInvalidManifest)
 }
 
-// TestHeadLies: what HEAD says is a hint; what comes is what counts.
+// TestHeadLies: the answer to HEAD is a hint. The content that arrives counts.
 func TestHeadLies(t *testing.T) {
 	t.Parallel()
 	v := newVictim(t)
@@ -148,7 +150,8 @@ func TestHeadLies(t *testing.T) {
 	}
 }
 
-// A registry that fails is not asked twice as often because HEAD comes before GET.
+// TestResolveFails: a registry that fails is not asked twice as often because HEAD comes before
+// GET.
 func TestResolveFails(t *testing.T) {
 	s := newServer(t)
 	s.override = func(w http.ResponseWriter, _ *http.Request) bool {

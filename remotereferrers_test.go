@@ -17,7 +17,7 @@ import (
 	"github.com/ocilocal/ocilocal"
 )
 
-// referrersOf lists the referrers that a registry tells.
+// referrersOf returns the referrers that a registry lists.
 func referrersOf(t testing.TB, ref ocilocal.Reference) (list []digest.Digest, last error) {
 	t.Helper()
 	remote := &ocilocal.Remote{Retry: quick}
@@ -31,7 +31,7 @@ func referrersOf(t testing.TB, ref ocilocal.Reference) (list []digest.Digest, la
 	return list, nil
 }
 
-// withSignatures makes a registry in r and on s of an artifact and n referrers of it.
+// withSignatures publishes an artifact with n referrers, in r and on s.
 func withSignatures(t testing.TB, r *ocilocal.LocalRegistry, s *server, n int) (subject *ocilocal.LocalArtifact, signatures []*ocilocal.LocalArtifact) {
 	t.Helper()
 	subject = pushed(t, r, s.ref("org/model:v1"), nil, nil, noise(1, 10))
@@ -41,8 +41,8 @@ func withSignatures(t testing.TB, r *ocilocal.LocalRegistry, s *server, n int) (
 	return subject, signatures
 }
 
-// A registry without a referrers API answers in many ways. Push, list and delete agree on all of
-// them.
+// TestReferrersAPIDecision: a registry without a referrers API answers in many ways. Push,
+// Referrers and Delete decide alike for all of them.
 func TestReferrersAPIDecision(t *testing.T) {
 	t.Parallel()
 	login := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
@@ -104,8 +104,8 @@ func TestReferrersAPIDecision(t *testing.T) {
 	}
 }
 
-// No answer of a server that can't know makes Push write a new list over one that is there, or
-// makes Referrers say that there are none.
+// TestReferrersStrayAbsence: no 404 of a server that can't know makes Push replace an existing
+// list, or makes Referrers return nothing.
 func TestReferrersStrayAbsence(t *testing.T) {
 	for name, stray := range map[string]func(s *server) http.HandlerFunc{
 		"a proxy's 404": func(*server) http.HandlerFunc { return http.NotFound },
@@ -158,8 +158,8 @@ func TestReferrersStrayAbsence(t *testing.T) {
 	}
 }
 
-// Two clients add the first referrers at the same moment. With conditional requests neither is
-// lost, and without them whoever has been overwritten adds its own again.
+// TestReferrersFirst: two clients add the first referrers at the same moment. With conditional
+// requests neither is lost. Without them, the client that was overwritten adds its own again.
 func TestReferrersFirst(t *testing.T) {
 	for name, honours := range map[string]bool{"conditions are honoured": true, "conditions are ignored": false} {
 		t.Run(name, func(t *testing.T) {
@@ -215,8 +215,8 @@ func TestReferrersFirst(t *testing.T) {
 	}
 }
 
-// A page of a proxy instead of the answer of the referrers API doesn't mean that there are no
-// referrers.
+// TestReferrersStrayPageOfAPI: the page of a proxy in place of the referrers API's answer does not
+// mean that there are no referrers.
 func TestReferrersStrayPageOfAPI(t *testing.T) {
 	for name, page := range map[string]http.HandlerFunc{
 		"text": http.NotFound,
@@ -288,8 +288,8 @@ func TestReferrersWeakETag(t *testing.T) {
 	}
 }
 
-// A registry says only that it took a list, and another client overwrites it at once: the lists are
-// merged.
+// TestReferrersOverwritten: a registry says that it took a list, and another client overwrites it
+// at once. The lists are merged.
 func TestReferrersOverwritten(t *testing.T) {
 	s := newServer(t)
 	s.noReferrers = true

@@ -7,7 +7,7 @@ import (
 	"github.com/ocilocal/ocilocal"
 )
 
-// A repository is listed, and manifests in it are deleted, without a tag.
+// TestRemoteRepository lists a repository and deletes manifests in it, without a tag.
 func TestRemoteRepository(t *testing.T) {
 	s := newServer(t)
 	r := openRemote(t, nil)
@@ -55,7 +55,7 @@ func TestRemoteRepository(t *testing.T) {
 	}
 }
 
-// Tags are added to a manifest in a remote registry, by one push or later.
+// TestRemoteTag gives tags to a manifest in a remote registry, by a push or later.
 func TestRemoteTag(t *testing.T) {
 	s := newServer(t)
 	r := openRemote(t, nil)

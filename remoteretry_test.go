@@ -20,8 +20,8 @@ import (
 
 // The tests of this file run in a bubble, where time passes only while everybody waits.
 
-// A script is a registry that needs no network: the answer to each request in turn, the last for
-// all further ones.
+// A script is a registry that needs no network. It has one answer for each request in turn, and the
+// last one for all further requests.
 type script struct {
 	answers []func(*http.Request) (*http.Response, error)
 	at      []time.Duration // when each request came
@@ -66,7 +66,7 @@ func nobody(*http.Request) (*http.Response, error) {
 	return nil, &net.OpError{Op: "dial", Net: "tcp", Err: os.NewSyscallError("connect", syscall.ECONNREFUSED)}
 }
 
-// TestRetryWaits: how long who is turned away stays away.
+// TestRetryWaits: the waits between attempts, for each way in which a registry turns a client away.
 func TestRetryWaits(t *testing.T) {
 	good := answer(200, scriptManifest)
 	type span struct{ least, most time.Duration } // before a request, after the one before
@@ -108,7 +108,7 @@ func TestRetryWaits(t *testing.T) {
 	}
 }
 
-// A call that ends while it waits to try again ends at once.
+// TestRetryWaitEnds: a call whose context ends while it waits for the next attempt ends at once.
 func TestRetryWaitEnds(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := newScript(answer(429, "", "Retry-After", "50"))

@@ -9,8 +9,8 @@ import (
 	"github.com/ocilocal/ocilocal"
 )
 
-// The text of a host that the registry only leads to is not shown: it may be one that only this
-// machine can reach. That of the registry is.
+// TestOtherHostsAreNotQuoted: errors do not quote a host to which the registry only leads, because
+// that may be one that only this machine can reach. They do quote the registry.
 func TestOtherHostsAreNotQuoted(t *testing.T) {
 	const told = "inner-service-4711"
 	for name, h := range map[string]http.HandlerFunc{
@@ -67,8 +67,8 @@ func TestOtherHostsAreNotQuoted(t *testing.T) {
 	}
 }
 
-// A token is longer than what messages quote of a header: what is left of it where they are cut is
-// hidden too.
+// TestHostileEcho: a registry repeats the token in its answers. Messages cut long headers, and the
+// beginning of a token before the cut is hidden too.
 func TestHostileEcho(t *testing.T) {
 	token := "hush" + strings.Repeat("-hush", 200)
 	for name, header := range map[string][]string{

@@ -16,7 +16,7 @@ import (
 	"github.com/ocilocal/ocilocal"
 )
 
-// A drip is a body of which some bytes come at a time.
+// A drip is a body of which a few bytes come at a time.
 type drip struct {
 	ctx   context.Context
 	text  string
@@ -44,7 +44,8 @@ func (d *drip) Read(p []byte) (int, error) {
 
 func (d *drip) Close() error { return nil }
 
-// TestSlowDrip: a trickle is given up after the stall timeout, what is only slow isn't.
+// TestSlowDrip: a request whose bytes only trickle ends after the stall timeout. One that is only
+// slow does not.
 func TestSlowDrip(t *testing.T) {
 	manifest := scriptManifest + strings.Repeat(" ", 60<<10)
 	for name, c := range map[string]struct {
@@ -77,7 +78,8 @@ func TestSlowDrip(t *testing.T) {
 	}
 }
 
-// The end of a call ends a drip at once, and so it ends who doesn't answer.
+// TestSlowDripEnds: the end of a call ends a trickling body at once, and a request without an
+// answer as well.
 func TestSlowDripEnds(t *testing.T) {
 	for _, hangs := range []bool{true, false} {
 		synctest.Test(t, func(t *testing.T) {
@@ -97,7 +99,7 @@ func TestSlowDripEnds(t *testing.T) {
 	}
 }
 
-// A silentConn stops to bring anything once it is dead, and is not closed.
+// A silentConn brings no more bytes once it is dead, and is not closed.
 type silentConn struct {
 	net.Conn
 	dead   *atomic.Bool
@@ -119,7 +121,8 @@ func (c *silentConn) Close() error {
 	return c.Conn.Close()
 }
 
-// A connection whose peer is silently gone costs one stall: the next attempt has a new connection.
+// TestSilentConnections: a connection whose peer has disappeared costs one stall. The next attempt
+// uses a new connection.
 func TestSilentConnections(t *testing.T) {
 	for _, http2 := range []bool{true, false} {
 		in := newInternet(t)

@@ -31,8 +31,8 @@ func tokens(expiresIn string, given *int) func(*http.Request) (*http.Response, e
 	}
 }
 
-// A token is used until a tenth of its life is left: as long as its server says, but
-// no longer than an hour, and a minute if it says nothing.
+// TestTokenExpires: a token is used for nine tenths of its lifetime. That is the server's, but at
+// most an hour, and a minute if the server does not say.
 func TestTokenExpires(t *testing.T) {
 	for says, life := range map[string]time.Duration{
 		`,"expires_in":300`: 300 * time.Second, `,"expires_in":"300"`: 300 * time.Second, `,"expires_in":"soon"`: time.Minute, ``: time.Minute, `,"expires_in":0`: time.Minute, `,"expires_in":-1`: time.Minute,
@@ -57,8 +57,7 @@ func TestTokenExpires(t *testing.T) {
 
 var handedOut atomic.Int64 // so that no two tokens are equal
 
-// handOut returns a handler that gives a token to those who know the password, and is otherwise
-// hostile.
+// handOut returns a handler that gives a token only for the password, and is hostile in other ways.
 func handOut(answer string) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		r.ParseForm()
@@ -74,7 +73,8 @@ func handOut(answer string) http.HandlerFunc {
 	}
 }
 
-// A credential that can't answer the registry's challenge was not refused: nothing was shown.
+// TestIdentityTokenForBasic: an identity token can't answer a basic challenge. The error says that,
+// and not that the registry refused it.
 func TestIdentityTokenForBasic(t *testing.T) {
 	in := newInternet(t)
 	s := in.registry("https://registry.test", "203.0.113.1")
@@ -89,8 +89,8 @@ func TestIdentityTokenForBasic(t *testing.T) {
 	in.noSecretSeen()
 }
 
-// If the token server fails, the registry is asked again, since it may have another token server by
-// now, or none.
+// TestTokenServerMoves: if the token server fails, the registry is asked again. It may name another
+// token server by then, or none.
 func TestTokenServerMoves(t *testing.T) {
 	in := newInternet(t)
 	s := in.registry("https://registry.test", "203.0.113.1")
@@ -116,8 +116,8 @@ func TestTokenServerMoves(t *testing.T) {
 	}
 }
 
-// TestTokenScopes: a token is asked for all that the request needs, of the service that
-// the registry names, by either form of the token protocol.
+// TestTokenScopes: a token is requested for everything that the request needs and for the service
+// that the registry names, in both forms of the token protocol.
 func TestTokenScopes(t *testing.T) {
 	for name, cred := range map[string]ocilocal.Credential{
 		"GET":  {Username: "me", Password: secretPassword},
@@ -155,7 +155,7 @@ func TestTokenScopes(t *testing.T) {
 	}
 }
 
-// TestHostileTokenServers: what token servers answer.
+// TestHostileTokenServers has bad answers of token servers.
 func TestHostileTokenServers(t *testing.T) {
 	endless := func(w http.ResponseWriter, _ *http.Request) {
 		io.WriteString(w, `{"token":"`)
@@ -248,8 +248,8 @@ func TestHostileTokenServers(t *testing.T) {
 	}
 }
 
-// One Remote fetches one token for all who wait for it, and one for each
-// user, scope and service.
+// TestTokensAreShared: a Remote fetches one token for all calls that wait for it, and separate ones
+// for each user, scope and service.
 func TestTokensAreShared(t *testing.T) {
 	in := newInternet(t)
 	s := in.registry("https://registry.test", "203.0.113.1")
@@ -292,7 +292,7 @@ func TestTokensAreShared(t *testing.T) {
 }
 
 // TestTokenLeniency: token servers that refuse a part of a scope, registries that want more than
-// they have said, and answers that are spelt in other ways.
+// their challenge says, and answers with unusual spelling.
 func TestTokenLeniency(t *testing.T) {
 	type request = *http.Request
 	scopes := func(r request) string { return strings.Join(r.URL.Query()["scope"], " ") }
@@ -383,7 +383,8 @@ func TestTokenLeniency(t *testing.T) {
 	}
 }
 
-// Two registries that name the same token server, service and scope don't get each other's token.
+// TestTokensAreNotShared: two registries that name the same token server, service and scope do not
+// get each other's token.
 func TestTokensAreNotShared(t *testing.T) {
 	in := newInternet(t)
 	server := in.tokenSite("https://auth.other.test", "203.0.113.9", nil)
@@ -428,8 +429,8 @@ func TestTokensAreNotShared(t *testing.T) {
 	}
 }
 
-// Who fetches a token for others may give up: the next of them fetches it then. Who
-// waits may give up too, and disturbs nobody.
+// TestTokenFetchGivenUp: a call that fetches a token for others may end early. The next of them
+// then fetches it. A call that waits may end as well, which does not affect the others.
 func TestTokenFetchGivenUp(t *testing.T) {
 	in := newInternet(t)
 	s := in.registry("https://registry.test", "203.0.113.1")

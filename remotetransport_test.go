@@ -19,8 +19,8 @@ import (
 
 const registrySite = "registry.test:443"
 
-// TestHostileRedirectedBodies: what has a body, or deletes, is never sent on to another
-// host, with a credential or without, whatever the redirect is called.
+// TestHostileRedirectedBodies: a request with a body, or a deletion, is never sent on to another
+// host, with any status of the redirect and with or without a credential.
 func TestHostileRedirectedBodies(t *testing.T) {
 	t.Parallel()
 	for _, method := range []string{"POST", "PATCH", "PUT", "DELETE"} {
@@ -61,7 +61,8 @@ func TestHostileRedirectedBodies(t *testing.T) {
 	}
 }
 
-// The blobs of a pull that are at another host share connections there.
+// TestRedirectTargetKeepsConnections: the blobs of a pull that are stored at another host share
+// connections there.
 func TestRedirectTargetKeepsConnections(t *testing.T) {
 	in := newInternet(t)
 	blobs := map[string][]byte{}
@@ -88,7 +89,7 @@ func TestRedirectTargetKeepsConnections(t *testing.T) {
 	}
 }
 
-// A bad answer to a request for a part of a blob gives its slot back.
+// TestBadRangesKeepNoSlots: a bad answer to a request for a part of a blob frees its slot.
 func TestBadRangesKeepNoSlots(t *testing.T) {
 	t.Parallel()
 	const slots = 2
@@ -144,7 +145,7 @@ func TestBadRangesKeepNoSlots(t *testing.T) {
 	}
 }
 
-// Bytes are accepted if their coding does not change them.
+// TestCodingsOfPlainBytes: a Content-Encoding that does not change the bytes is accepted.
 func TestCodingsOfPlainBytes(t *testing.T) {
 	for _, coding := range []string{"aws-chunked", "identity", "Identity", "gzip", "aws-chunked,gzip", "binary", "utf-8", "br"} {
 		s := newServer(t)
@@ -192,8 +193,8 @@ func (l locationOf) WriteHeader(status int) {
 	l.ResponseWriter.WriteHeader(status)
 }
 
-// Requests go through a proxy, and CONNECT leads to a TLS registry. The refusal of a proxy is not
-// one of the registry, and is not repeated.
+// TestProxies: requests go through a proxy, and CONNECT leads to a TLS registry. A refusal of the
+// proxy is not an answer of the registry, and is not repeated.
 func TestProxies(t *testing.T) {
 	plain := newServer(t)
 	secure := unservedServer(t)

@@ -19,8 +19,8 @@ import (
 	"github.com/ocilocal/ocilocal"
 )
 
-// multi puts an image index with a manifest for each architecture on the server. They are called v1
-// and nothing.
+// multi puts an image index on the server, with a manifest for each architecture. The index has the
+// tag v1, and the manifests have none.
 func (s *server) multi(t testing.TB, repo string, architectures ...string) (index digest.Digest, manifests []digest.Digest) {
 	t.Helper()
 	var entries []string
@@ -34,8 +34,8 @@ func (s *server) multi(t testing.TB, repo string, architectures ...string) (inde
 	return s.putRaw(repo, "v1", ocispec.MediaTypeImageIndex, []byte(doc)), manifests
 }
 
-// An image index goes after all that it lists, nested ones too; pushed again, no manifest goes at
-// all.
+// TestPushIndex: an image index is pushed after all its members, nested ones too. Pushing it again
+// sends no manifest.
 func TestPushIndex(t *testing.T) {
 	s := newServer(t)
 	inner, _ := s.multi(t, "org/multi", "amd64", "arm64")
@@ -58,7 +58,8 @@ func TestPushIndex(t *testing.T) {
 	}
 }
 
-// A manifest that is there already, and isn't listed as a referrer, is listed by the next push.
+// TestPushListsReferrerLater: a manifest is at the registry, but not listed as a referrer. The next
+// push adds it to the list.
 func TestPushListsReferrerLater(t *testing.T) {
 	s := newServer(t)
 	s.noReferrers = true
@@ -96,7 +97,8 @@ func TestPushListsReferrerLater(t *testing.T) {
 	}
 }
 
-// The referrers tag of a long digest is cut, and lists what the specification says.
+// TestPushReferrersTag: the referrers tag of a long digest is cut as the specification says, and
+// its list has the right form.
 func TestPushReferrersTag(t *testing.T) {
 	s := newServer(t)
 	s.noReferrers = true
@@ -122,8 +124,8 @@ func TestPushReferrersTag(t *testing.T) {
 	}
 }
 
-// What fails for ever is tried as often as the policy says, not as often as that for each of its
-// steps.
+// TestPushGivesUp: a permanent failure is tried as often as the policy says. The number is not
+// multiplied by the steps of an upload.
 func TestPushGivesUp(t *testing.T) {
 	for name, c := range map[string]struct {
 		method string
@@ -163,7 +165,8 @@ func TestPushGivesUp(t *testing.T) {
 	}
 }
 
-// A registry behind a proxy with a limit gets chunks that are small enough, whatever was asked for.
+// TestPushShrinks: a proxy in front of the registry limits the size of bodies. Chunks become small
+// enough for it, whatever ChunkSize says.
 func TestPushShrinks(t *testing.T) {
 	t.Parallel()
 	const size = 5 << 20
@@ -194,7 +197,8 @@ func TestPushShrinks(t *testing.T) {
 	}
 }
 
-// A blob that has arrived isn't sent again when only the answer was lost.
+// TestPushAnswerLost: if a blob has arrived and only the answer was lost, the blob is not sent
+// again.
 func TestPushAnswerLost(t *testing.T) {
 	s := newServer(t)
 	lost := false
@@ -213,7 +217,8 @@ func TestPushAnswerLost(t *testing.T) {
 	}
 }
 
-// An upload goes on at the address that the registry gave last, when asked how far it is too.
+// TestPushUploadMoves: an upload goes on at the address that the registry named last, even in its
+// answer to GET.
 func TestPushUploadMoves(t *testing.T) {
 	s := newServer(t)
 	failed, moved := false, false
@@ -247,7 +252,7 @@ func TestPushUploadMoves(t *testing.T) {
 	}
 }
 
-// halfChunk makes a chunk one of half its size.
+// halfChunk makes the server take half of a chunk.
 func halfChunk(r *http.Request) {
 	r.ContentLength /= 2
 	r.Body = io.NopCloser(io.LimitReader(r.Body, r.ContentLength))
@@ -256,7 +261,7 @@ func halfChunk(r *http.Request) {
 	r.Header.Set("Content-Range", fmt.Sprintf("%d-%d", first, first+r.ContentLength-1))
 }
 
-// rangeless hides from the answers to PATCH how far an upload is.
+// rangeless removes Range from the answers to PATCH.
 type rangeless struct{ http.ResponseWriter }
 
 func (w rangeless) WriteHeader(code int) {
@@ -266,8 +271,8 @@ func (w rangeless) WriteHeader(code int) {
 	w.ResponseWriter.WriteHeader(code)
 }
 
-// Half a chunk is lost, and only the 416 to the next one says so: then the registry is asked how
-// far it is.
+// TestPushOutOfRange: half a chunk is lost, and only the 416 to the next one shows it. The registry
+// is then asked how far the upload is.
 func TestPushOutOfRange(t *testing.T) {
 	s := newServer(t)
 	var chunks, asked atomic.Int64
@@ -295,8 +300,8 @@ func TestPushOutOfRange(t *testing.T) {
 	}
 }
 
-// A transport closes a body while it reads it, as net/http's does when a stream of HTTP/2 is reset.
-// That is the registry's failure, not one of the store.
+// TestPushBodyClosedByTransport: a transport closes a body while it reads it, as net/http does when
+// a stream of HTTP/2 is reset. The error blames the registry, and not the store.
 func TestPushBodyClosedByTransport(t *testing.T) {
 	s := newServer(t)
 	next := &http.Transport{DisableCompression: true}
@@ -357,7 +362,7 @@ func pushAndCheck(t *testing.T, s *server, layer []byte, chunk int64) {
 	}
 }
 
-// Any status of success is one, if the registry has the bytes.
+// TestPushStatuses: any 2xx is success, if the registry has the bytes.
 func TestPushStatuses(t *testing.T) {
 	t.Parallel()
 	for _, c := range []struct {
@@ -399,7 +404,7 @@ func TestPushStatuses(t *testing.T) {
 	}
 }
 
-// The Range in the answer to a chunk is a hint, whatever its form, and whether or not it is right.
+// TestPushOddRanges: the Range in the answer to a chunk is a hint, in any form, right or wrong.
 func TestPushOddRanges(t *testing.T) {
 	t.Parallel()
 	const size, chunk = 3500, 1000
@@ -430,7 +435,8 @@ func TestPushOddRanges(t *testing.T) {
 	}
 }
 
-// A limit for bodies may be told in many ways. The blob goes in smaller pieces.
+// TestPushLimits: registries and proxies refuse large bodies in many ways. The blob is then sent in
+// smaller pieces.
 func TestPushLimits(t *testing.T) {
 	t.Parallel()
 	const limit = 200 << 10
@@ -462,8 +468,8 @@ func TestPushLimits(t *testing.T) {
 	}
 }
 
-// An answer to HEAD says that a blob is there only if its length is right. After any other one the
-// blob is sent.
+// TestPushDoubtfulHeads: an answer to HEAD counts only if its length is right. After any other
+// answer the blob is sent.
 func TestPushDoubtfulHeads(t *testing.T) {
 	t.Parallel()
 	layer := noise(1, 3000)
@@ -523,7 +529,8 @@ func TestPushDoubtfulHeads(t *testing.T) {
 	pushAndCheck(t, s, layer, 0)
 }
 
-// A registry that says an upload is at the last byte there can be.
+// TestPushRangeOverflows: a registry says that an upload is at the largest offset that a number can
+// have.
 func TestPushRangeOverflows(t *testing.T) {
 	for _, says := range []string{"0-9223372036854775807", "0-9223372036854775806", "0-18446744073709551615"} {
 		v := &victim{server: newServer(t)}
@@ -544,8 +551,8 @@ func TestPushRangeOverflows(t *testing.T) {
 	}
 }
 
-// TestUploadsElsewhere: where an upload goes on is the registry's choice, the credential stays with
-// it.
+// TestUploadsElsewhere: the registry chooses the address of an upload. The credential does not go
+// to another host.
 func TestUploadsElsewhere(t *testing.T) {
 	t.Parallel()
 	for name, c := range map[string]struct {
@@ -634,7 +641,8 @@ func TestUploadsElsewhere(t *testing.T) {
 	}
 }
 
-// A success that nobody states plainly, after which the registry has a part of the blob, is none.
+// TestPushPartOfBlob: the registry answers a vague success and has only a part of the blob. The
+// push fails.
 func TestPushPartOfBlob(t *testing.T) {
 	s := newServer(t)
 	layer := noise(1, 1000)

@@ -9,6 +9,8 @@ import (
 	"github.com/ocilocal/ocilocal"
 )
 
+// TestPushArtifactManifestRefused: if a registry refuses artifact manifests, the error says what to
+// do. Other refusals keep their meaning.
 func TestPushArtifactManifestRefused(t *testing.T) {
 	s := newServer(t)
 	s.noArtifacts = true
