@@ -44,11 +44,11 @@ const (
 	maxArchiveTail = 16 << 20
 )
 
-// ImportArchive imports an OCI archive from a stream: a layout directory as a tar, plain or gzipped,
-// such as OMMX's .ommx. Its files may come in any order, and oci-layout may be missing. Blobs go
-// straight into the store; those that no chosen manifest needs are dropped. A blob that the
-// registry has is read and compared, and not written. Every entry of index.json keeps its bytes and
-// digest.
+// ImportArchive imports an OCI archive from a stream: a layout directory as a tar, plain or
+// gzipped, such as OMMX's .ommx. Its files may come in any order, and oci-layout may be missing.
+// Blobs go straight into the store; those that no chosen manifest needs are dropped. A blob that
+// the registry has is read and compared, and not written. Every entry of index.json keeps its bytes
+// and digest.
 //
 // After the end of the archive, src is read to its own end, or for 16 MiB, so that its writer can
 // finish. A blob may be compressed to almost nothing by gzip. The other bytes of the archive may be
@@ -93,8 +93,8 @@ func (r *LocalRegistry) importArchiveFile(ctx context.Context, name string, opts
 	return r.importArchive(ctx, f, f, opts)
 }
 
-// importArchive is ImportArchive for callers that name the operation themselves. If file is not nil,
-// it is src, and can be read again.
+// importArchive is ImportArchive for callers that name the operation themselves. If file is not
+// nil, it is src, and can be read again.
 func (r *LocalRegistry) importArchive(ctx context.Context, src io.Reader, file io.ReadSeeker, opts *ImportOptions) (*ImportResult, error) {
 	if opts == nil {
 		opts = &ImportOptions{}
@@ -275,8 +275,8 @@ func (c *archiveContents) add(name string, src io.Reader, size int64) error {
 	return err
 }
 
-// archiveError gives errors of the tar and gzip readers their sentinel. io.EOF is one of them, since
-// readArchive handles the regular end of an archive itself. An error that already matches a
+// archiveError gives errors of the tar and gzip readers their sentinel. io.EOF is one of them,
+// since readArchive handles the regular end of an archive itself. An error that already matches a
 // sentinel, or that comes from src or the file system, stays as it is.
 func archiveError(err error) error {
 	if _, bad := errors.AsType[flate.CorruptInputError](err); bad || err == io.EOF || errors.Is(err, tar.ErrHeader) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, gzip.ErrHeader) || errors.Is(err, gzip.ErrChecksum) ||
@@ -286,8 +286,8 @@ func archiveError(err error) error {
 	return err
 }
 
-// layoutName returns the name that an entry has in a layout, and "" for an entry that has no meaning
-// there.
+// layoutName returns the name that an entry has in a layout, and "" for an entry that has no
+// meaning there.
 //
 // The problem: programs that unpack archives clean names in different ways. One reads a\b as a/b,
 // one drops "..", one stops at a NUL. So an archive could have one index.json for a scanner and
@@ -323,8 +323,8 @@ func (e *tarEntry) layoutName() (string, error) {
 	return "", fmt.Errorf("%w: archive entry %s %s", ErrInvalidLayout, printable(e.name), problem)
 }
 
-// inLayout reports whether a layout uses a clean name: index.json, oci-layout, blobs, a directory of
-// an algorithm that this package knows, or a blob in it.
+// inLayout reports whether a layout uses a clean name: index.json, oci-layout, blobs, a directory
+// of an algorithm that this package knows, or a blob in it.
 func inLayout(name string) bool {
 	switch dir, base := path.Split(name); dir {
 	case "":
@@ -335,8 +335,8 @@ func inLayout(name string) bool {
 	return blobOf(name) != ""
 }
 
-// unpackedName is the result of all cleaning that is known of programs that unpack: the name ends at
-// a NUL, backslashes are slashes, and nothing leads out of the target directory.
+// unpackedName is the result of all cleaning that is known of programs that unpack: the name ends
+// at a NUL, backslashes are slashes, and nothing leads out of the target directory.
 func unpackedName(name string) string {
 	name, _, _ = strings.Cut(name, "\x00")
 	return strings.TrimPrefix(path.Clean("/"+strings.ReplaceAll(name, "\\", "/")), "/")

@@ -15,8 +15,8 @@ import (
 	"github.com/ocilocal/ocilocal"
 )
 
-// TestImportArchive imports the same artifact from archives with their files in various orders. Each
-// import keeps the three needed blobs, and a second one writes nothing.
+// TestImportArchive imports the same artifact from archives with their files in various orders.
+// Each import keeps the three needed blobs, and a second one writes nothing.
 func TestImportArchive(t *testing.T) {
 	ctx := context.Background()
 	manifest, config := image("layer")
@@ -71,8 +71,8 @@ func TestImportArchive(t *testing.T) {
 	}
 }
 
-// TestImportArchiveHostile imports archives that are damaged, unsafe or of another format. Each fails
-// with its error, and leaves no ref, blob or temporary file.
+// TestImportArchiveHostile imports archives that are damaged, unsafe or of another format. Each
+// fails with its error, and leaves no ref, blob or temporary file.
 func TestImportArchiveHostile(t *testing.T) {
 	t.Parallel()
 	manifest, config := image("layer")
@@ -159,8 +159,8 @@ func TestImportArchiveHostile(t *testing.T) {
 
 func (endlessZeros) Read(p []byte) (int, error) { clear(p); return len(p), nil }
 
-// TestImportArchiveOptions tries each option that names or selects an entry, and the errors of those
-// that fit none.
+// TestImportArchiveOptions tries each option that names or selects an entry, and the errors of
+// those that fit none.
 func TestImportArchiveOptions(t *testing.T) {
 	ctx := context.Background()
 	manifest, config := image("layer")

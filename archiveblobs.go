@@ -78,8 +78,8 @@ func (a *archiveBlobs) put(_ context.Context, d digest.Digest, src io.Reader, si
 	})
 }
 
-// putLarge stages a blob that is too large for memory, and reports whether the registry has it. If it
-// does, the archive's copy is read to the end and verified, but not written.
+// putLarge stages a blob that is too large for memory, and reports whether the registry has it. If
+// it does, the archive's copy is read to the end and verified, but not written.
 func (a *archiveBlobs) putLarge(ctx context.Context, d digest.Digest, src io.Reader, size int64, item *meteredItem) (had bool, err error) {
 	had, err = a.im.stage.reuse(ctx, d, size)
 	switch {

@@ -261,8 +261,8 @@ func TestImportArchiveCut(t *testing.T) {
 			}
 			nothingCame(t, r)
 		}
-		// Any part of the two empty blocks at the end of a tar may be missing. A gzip stream must be
-		// complete.
+		// Any part of the two empty blocks at the end of a tar may be missing. A gzip stream must
+		// be complete.
 		if len(src) == len(compressed) && came != 1 || came < 1 || came > 8 {
 			t.Errorf("%d of %d cuts came in", came, len(cuts))
 		}
@@ -301,8 +301,8 @@ func heapGrowth(fn func()) int64 {
 	return int64(after.HeapAlloc) - int64(before.HeapAlloc)
 }
 
-// TestImportArchiveManyEntries: an import skips almost a million entries that a layout does not use.
-// One more than MaxArchiveEntries fails.
+// TestImportArchiveManyEntries: an import skips almost a million entries that a layout does not
+// use. One more than MaxArchiveEntries fails.
 func TestImportArchiveManyEntries(t *testing.T) {
 	needsDeep(t, "a million entries take seconds")
 	manifest, config := image("layer")
@@ -392,7 +392,8 @@ func TestImportCancelled(t *testing.T) {
 	b.Cancel()
 	check("builder", src, err)
 
-	// The layer of a layout is a sparse file. The fault hook cancels while the layer is being copied.
+	// The layer of a layout is a sparse file. The fault hook cancels while the layer is being
+	// copied.
 	dir := t.TempDir()
 	layer := "sha256:" + strings.Repeat("0", 64)
 	config := "{}"

@@ -9,10 +9,10 @@ import (
 	"io"
 )
 
-// openTarStream looks at the first bytes of src and returns the tar in it. Compression is detected by
-// content, because neither an io.Reader nor a file name says it reliably. Formats that this package
-// cannot read get an error that names them. An empty src is an empty tar here: it fails later,
-// because it has no index.json.
+// openTarStream looks at the first bytes of src and returns the tar in it. Compression is detected
+// by content, because neither an io.Reader nor a file name says it reliably. Formats that this
+// package cannot read get an error that names them. An empty src is an empty tar here: it fails
+// later, because it has no index.json.
 func openTarStream(ctx context.Context, src io.Reader) (*tarStream, error) {
 	br := bufio.NewReaderSize(&ctxReader{ctx, src}, 64<<10)
 	head, err := br.Peek(6)
@@ -35,10 +35,10 @@ func openTarStream(ctx context.Context, src io.Reader) (*tarStream, error) {
 	return &tarStream{src: z, in: in}, err
 }
 
-// A gunzip reads a gzip stream of several members (RFC 1952, section 2.2). Zeros may follow the last
-// member: some writers pad the last block so, and the program gzip ignores them. [gzip.Reader] in
-// its multistream mode fails on them. So this reader goes from member to member itself, and looks at
-// the byte after each one through the bufio.Reader.
+// A gunzip reads a gzip stream of several members (RFC 1952, section 2.2). Zeros may follow the
+// last member: some writers pad the last block so, and the program gzip ignores them. [gzip.Reader]
+// in its multistream mode fails on them. So this reader goes from member to member itself, and
+// looks at the byte after each one through the bufio.Reader.
 type gunzip struct {
 	in *bufio.Reader
 	z  *gzip.Reader
@@ -95,9 +95,9 @@ func (c *countingReader) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// A tarStream is the bytes of a tar. A gzipped one ends with [ErrTooLarge] if its bytes outside blobs
-// are more than maxGzipRatio times the input. The check needs no buffer: it compares two counters
-// after each read.
+// A tarStream is the bytes of a tar. A gzipped one ends with [ErrTooLarge] if its bytes outside
+// blobs are more than maxGzipRatio times the input. The check needs no buffer: it compares two
+// counters after each read.
 type tarStream struct {
 	src   io.Reader
 	in    *countingReader // the input of gzip; nil for a plain tar
@@ -121,8 +121,8 @@ func (s *tarStream) Read(p []byte) (int, error) {
 // skip passes over n bytes, and fails with [io.ErrUnexpectedEOF] if the stream has fewer.
 //
 // A seek beyond the end of a file succeeds. So skip seeks to the byte before the target and reads
-// that one. plain has read ahead, and its buffer is discarded first: the seek starts at the position
-// of the file, which is the end of that buffer.
+// that one. plain has read ahead, and its buffer is discarded first: the seek starts at the
+// position of the file, which is the end of that buffer.
 func (s *tarStream) skip(n int64) error {
 	if s.seek != nil && n > int64(s.plain.Size()) {
 		buffered, err := s.plain.Discard(s.plain.Buffered())

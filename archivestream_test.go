@@ -24,8 +24,8 @@ func gzipBomb(t testing.TB) []byte {
 	return append(gzipped(tarHead.Bytes()), bytes.Repeat(gzipped(make([]byte, 1<<20)), 64+1)...)
 }
 
-// TestGzipOfZeros exports and imports a layer that deflate compresses as far as it can. The limit on
-// gzip bombs must not refuse it.
+// TestGzipOfZeros exports and imports a layer that deflate compresses as far as it can. The limit
+// on gzip bombs must not refuse it.
 func TestGzipOfZeros(t *testing.T) {
 	t.Parallel()
 	ctx := t.Context()
@@ -104,8 +104,8 @@ func (v *virtualTar) ReadAt(p []byte, off int64) (int, error) {
 	return len(p), nil
 }
 
-// TestInspectSeeks: an inspection of a plain tar that can seek reads the headers and index.json, but
-// not the blobs.
+// TestInspectSeeks: an inspection of a plain tar that can seek reads the headers and index.json,
+// but not the blobs.
 func TestInspectSeeks(t *testing.T) {
 	const size = 2 << 30
 	var head, tail bytes.Buffer

@@ -128,9 +128,10 @@ func (t *tarReader) skip() error {
 	return t.src.skip(n)
 }
 
-// header reads the next header block into t.block. more is false at the end of the archive. Two zero
-// blocks mark that end. A missing mark, or half of it, is accepted, because many programs leave it
-// out. An entry after a single zero block is refused: some programs stop there, and others go on.
+// header reads the next header block into t.block. more is false at the end of the archive. Two
+// zero blocks mark that end. A missing mark, or half of it, is accepted, because many programs
+// leave it out. An entry after a single zero block is refused: some programs stop there, and others
+// go on.
 func (t *tarReader) header() (more bool, err error) {
 	for zeros := 0; zeros < 2; zeros++ {
 		if _, err := io.ReadFull(t.src, t.block[:]); err == io.EOF {
@@ -180,8 +181,8 @@ func (t *tarReader) checkFields() error {
 	return nil
 }
 
-// extend reads an extension header into x. Its data is read to the end of its last block. Errors are
-// those of a header that two programs could apply differently: see tarReader.
+// extend reads an extension header into x. Its data is read to the end of its last block. Errors
+// are those of a header that two programs could apply differently: see tarReader.
 func (t *tarReader) extend(x *tarExtension, kind byte, size int64) error {
 	if size > maxTarExt {
 		return fmt.Errorf("%w: an extension header of %d bytes", tar.ErrFieldTooLong, size)
@@ -226,8 +227,8 @@ func (t *tarReader) extend(x *tarExtension, kind byte, size int64) error {
 //
 //	the name field, with ustar's prefix → GNU's long name → the PAX record "path"
 //
-// extend has refused a long name together with a "path". The size is that of the field or of the PAX
-// record "size".
+// extend has refused a long name together with a "path". The size is that of the field or of the
+// PAX record "size".
 func (t *tarReader) entry(x *tarExtension, kind byte, size int64) (*tarEntry, error) {
 	e := &tarEntry{name: tarText(t.block[:100]), size: size, kind: kind}
 	gnu := string(t.block[257:265]) == "ustar  \x00"
@@ -337,9 +338,10 @@ func tarText(b []byte) string {
 	return string(before)
 }
 
-// tarNumber reads a number field: octal digits between spaces, or GNU's base 256, whose first byte is
-// 0x80. All known programs read these two forms alike, and differ about any other. An empty field
-// means 0. Negative numbers in base 256 begin with 0xff and are refused, since no size is negative.
+// tarNumber reads a number field: octal digits between spaces, or GNU's base 256, whose first byte
+// is 0x80. All known programs read these two forms alike, and differ about any other. An empty
+// field means 0. Negative numbers in base 256 begin with 0xff and are refused, since no size is
+// negative.
 func tarNumber(b []byte) (int64, error) {
 	if b[0] == 0x80 {
 		for _, c := range b[1 : len(b)-8] {
@@ -366,8 +368,8 @@ func tarNumber(b []byte) (int64, error) {
 // tarError says that the archive has something that programs read in different ways.
 func tarError(what string) error { return fmt.Errorf("%w: %s", tar.ErrHeader, what) }
 
-// cutOff turns [io.EOF] into [io.ErrUnexpectedEOF]. It is for reads that must not meet the end of the
-// stream. Otherwise readArchive would take the EOF for the end of the archive.
+// cutOff turns [io.EOF] into [io.ErrUnexpectedEOF]. It is for reads that must not meet the end of
+// the stream. Otherwise readArchive would take the EOF for the end of the archive.
 func cutOff(err error) error {
 	if err == io.EOF {
 		return io.ErrUnexpectedEOF

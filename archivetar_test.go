@@ -115,8 +115,8 @@ func TestTarFlavours(t *testing.T) {
 	}
 }
 
-// TestTarTwoViews imports archives in which programs that are less strict, such as Python's tarfile,
-// see another index.json than archive/tar. The library refuses each of them.
+// TestTarTwoViews imports archives in which programs that are less strict, such as Python's
+// tarfile, see another index.json than archive/tar. The library refuses each of them.
 func TestTarTwoViews(t *testing.T) {
 	manifest, config := image("layer")
 	second, _ := image("LAYER")
@@ -140,7 +140,8 @@ func TestTarTwoViews(t *testing.T) {
 	}
 }
 
-// TestTarOfTools imports archives that tar and Python write on this machine, in each of their formats.
+// TestTarOfTools imports archives that tar and Python write on this machine, in each of their
+// formats.
 func TestTarOfTools(t *testing.T) {
 	t.Parallel()
 	manifest, config := image("layer")

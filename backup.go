@@ -52,21 +52,21 @@ type BackupFailure struct {
 // Backup makes dir a registry with the refs that this one has at one moment, and with everything
 // that they lead to. Other processes may write to this registry meanwhile. dir is created if
 // necessary. Its refs change in one step, when all content is there. It can be opened at any time;
-// during a backup, it should only be read. The next backup to the same dir copies only the blobs that
-// dir does not have. It compares the sizes of the others; [LocalRegistry.Verify] checks their bytes.
-// Every blob is verified while it is copied.
+// during a backup, it should only be read. The next backup to the same dir copies only the blobs
+// that dir does not have. It compares the sizes of the others; [LocalRegistry.Verify] checks their
+// bytes. Every blob is verified while it is copied.
 //
 // The backup has this registry's id, so it can replace it. A backup deletes only refs from dir. The
-// content of collected artifacts stays there until [LocalRegistry.GC] of the backup. No other program
-// should change the refs of dir.
+// content of collected artifacts stays there until [LocalRegistry.GC] of the backup. No other
+// program should change the refs of dir.
 //
 // A damaged or missing blob does not stop the backup. The refs that need it are left out, or stay
 // as they were in the backup.
 //
 // Errors:
 //   - [ErrIncomplete] with the report: blobs could not be read, and everything else was backed up
-//   - [ErrConflict]: the backup's refs were changed and [BackupOptions.Overwrite] is not set, or dir
-//     is a registry with another id
+//   - [ErrConflict]: the backup's refs were changed and [BackupOptions.Overwrite] is not set, or
+//     dir is a registry with another id
 //   - [ErrInvalidArgument]: dir is this registry's directory or lies in it
 //   - [ErrBusy]: collections in either registry kept deleting content that was being copied
 //   - [ErrCorruptIndex]: the index is damaged, so a backup could lack content and look whole
@@ -81,8 +81,8 @@ func (r *LocalRegistry) Backup(ctx context.Context, dir string, opts *BackupOpti
 	})
 }
 
-// backup makes attempts until one is not disturbed by a collection. Each attempt begins with an empty
-// report, except for the blobs that were copied: the next attempt finds these in the target.
+// backup makes attempts until one is not disturbed by a collection. Each attempt begins with an
+// empty report, except for the blobs that were copied: the next attempt finds these in the target.
 func (r *LocalRegistry) backup(ctx context.Context, dir string, opts *BackupOptions, m *meter) (report *BackupReport, err error) {
 	end, err := r.begin(ctx)
 	if err != nil {
@@ -177,8 +177,8 @@ func (r *LocalRegistry) backupOnce(ctx context.Context, dir string, opts *Backup
 	return err
 }
 
-// backupBatch is the number of blobs that are staged and synced together. A stage keeps a file below
-// tmp/ for each of them, and a killed backup has to copy one batch again at most.
+// backupBatch is the number of blobs that are staged and synced together. A stage keeps a file
+// below tmp/ for each of them, and a killed backup has to copy one batch again at most.
 const backupBatch = 500
 
 // copyBlobs brings the blobs of the snapshot to the target, and removes rows from the snapshot that
@@ -205,8 +205,8 @@ func (b *backup) copyBlobs(ctx context.Context) error {
 		return err
 	}
 	b.report.BlobsPresent = max(0, b.report.BlobsPresent-b.report.BlobsCopied) // without those of earlier attempts
-	// The name of a present blob may not be durable: its writer may have been killed before the fsync
-	// of the directory.
+	// The name of a present blob may not be durable: its writer may have been killed before the
+	// fsync of the directory.
 	for alg := range algs {
 		if err := b.target.root.syncDir(path.Dir(blobPath(alg.FromString("")))); err != nil {
 			return err
@@ -222,8 +222,8 @@ func (b *backup) copyBlobs(ctx context.Context) error {
 	return b.snapshot.write(ctx, func(tx *indexTx) error { return b.leaveOut(ctx, tx, missing) })
 }
 
-// copyBatch copies blobs, durably, and appends the blobs that the source does not have to missing. mu
-// guards missing while several tasks copy.
+// copyBatch copies blobs, durably, and appends the blobs that the source does not have to missing.
+// mu guards missing while several tasks copy.
 func (b *backup) copyBatch(ctx context.Context, batch []ocispec.Descriptor, missing []BackupFailure) ([]BackupFailure, error) {
 	st := b.target.blobs.newStage()
 	defer func() { b.target.logDiscard(st.discard()) }()
@@ -262,8 +262,8 @@ func (b *backup) copyBatch(ctx context.Context, batch []ocispec.Descriptor, miss
 	return missing, nil
 }
 
-// copyBlob stages one blob. bad is a fault of the blob in the source, which the backup reports and goes
-// on. err is an error of the target or the process, which ends the backup.
+// copyBlob stages one blob. bad is a fault of the blob in the source, which the backup reports and
+// goes on. err is an error of the target or the process, which ends the backup.
 func (b *backup) copyBlob(ctx context.Context, st *stage, desc ocispec.Descriptor, count func(n int)) (bad, err error) {
 	f, _, err := b.source.blobs.openFile(desc.Digest, desc.Size)
 	if processCondition(err) {
@@ -289,16 +289,16 @@ func (b *backup) copyBlob(ctx context.Context, st *stage, desc ocispec.Descripto
 	return nil, err
 }
 
-// leaveOut removes missing blobs, and the manifests that need them, from the snapshot. A missing blob
-// is one of these:
+// leaveOut removes missing blobs, and the manifests that need them, from the snapshot. A missing
+// blob is one of these:
 //
 //	a ref leads to it   in the snapshot   in the source now
 //	                    no                                   collected: left out, not a failure
 //	                    yes               no                 the snapshot is out of date: errCollected
 //	                    yes               yes                lost: a failure, and its refs are left out
 //
-// A lost blob that has a file again by now was put back meanwhile: that is errCollected too, so that
-// the next attempt copies it.
+// A lost blob that has a file again by now was put back meanwhile: that is errCollected too, so
+// that the next attempt copies it.
 func (b *backup) leaveOut(ctx context.Context, tx *indexTx, missing []BackupFailure) error {
 	if err := tx.makeLeftOut(); err != nil {
 		return err
@@ -343,8 +343,8 @@ func (b *backup) leaveOut(ctx context.Context, tx *indexTx, missing []BackupFail
 	return nil
 }
 
-// checkMark refuses a target whose refs another program has changed. Each backup stores a mark of the
-// refs that it has set. If the mark of the refs differs now, they were changed since.
+// checkMark refuses a target whose refs another program has changed. Each backup stores a mark of
+// the refs that it has set. If the mark of the refs differs now, they were changed since.
 func (b *backup) checkMark(q queryer) error {
 	mark, last, refs, err := refsMark(q)
 	if err == nil && refs > 0 && last != mark && !b.overwrite {

@@ -23,8 +23,8 @@ type BuilderOptions struct {
 }
 
 // A Builder makes one new artifact. Layers stream to disk as they are added, and nothing is visible
-// until Build publishes all of it at once. It is safe for concurrent use. Layers are in the order in
-// which their calls returned.
+// until Build publishes all of it at once. It is safe for concurrent use. Layers are in the order
+// in which their calls returned.
 //
 // The bytes of layers lie in a stage below tmp/, each under its own file, until Build or Cancel. A
 // killed process leaves them there, and the next writing process removes them.
@@ -87,8 +87,8 @@ func (r *LocalRegistry) NewOMMXBuilder(ref Reference, opts *BuilderOptions) (*Bu
 }
 
 // NewGitHubBuilder is NewBuilder for the reference that [GitHubReference] makes:
-// ghcr.io/org/repo/name:tag. It sets the annotation org.opencontainers.image.source to the address of
-// the GitHub repository, by which GitHub links the package to it.
+// ghcr.io/org/repo/name:tag. It sets the annotation org.opencontainers.image.source to the address
+// of the GitHub repository, by which GitHub links the package to it.
 func (r *LocalRegistry) NewGitHubBuilder(org, repo, name, tag string, opts *BuilderOptions) (_ *Builder, err error) {
 	defer addOp(&err, "start build of", org+"/"+repo+"/"+name, "")
 	ref, err := GitHubReference(org, repo, name, tag)
@@ -141,8 +141,8 @@ func (b *Builder) AddLayerFile(ctx context.Context, mediaType, path string, anno
 }
 
 // AddExistingLayer adds a layer that the registry already has, such as one of another artifact. The
-// layer gets the media type and annotations of desc. Its bytes are verified and not copied. They stay
-// until Build or Cancel, even if the blob is collected meanwhile.
+// layer gets the media type and annotations of desc. Its bytes are verified and not copied. They
+// stay until Build or Cancel, even if the blob is collected meanwhile.
 //
 // Errors:
 //   - [ErrNotFound]: the registry does not have the blob
@@ -162,9 +162,10 @@ func (b *Builder) AddExistingLayer(ctx context.Context, desc ocispec.Descriptor)
 	return err
 }
 
-// addLayer is the body of the methods that add a layer. put brings its bytes into the stage. Media type
-// and annotations are checked before that, so that a mistake does not cost a copy. The annotations
-// are cloned for the builder and for the result, because the caller may change its own map.
+// addLayer is the body of the methods that add a layer. put brings its bytes into the stage. Media
+// type and annotations are checked before that, so that a mistake does not cost a copy. The
+// annotations are cloned for the builder and for the result, because the caller may change its own
+// map.
 func (b *Builder) addLayer(ctx context.Context, mediaType string, annotations map[string]string, put func() (digest.Digest, int64, error)) (desc ocispec.Descriptor, err error) {
 	defer addOp(&err, "add layer to", b.ref.String(), "")
 	err = checkTypeName("media type", mediaType)
@@ -227,7 +228,8 @@ func (b *Builder) SetConfig(ctx context.Context, mediaType string, data []byte) 
 	}, func(spec *manifestSpec, d ocispec.Descriptor) { spec.config = &d })
 }
 
-// SetAnnotation sets an annotation of the manifest. A second call with the same key replaces the value.
+// SetAnnotation sets an annotation of the manifest. A second call with the same key replaces the
+// value.
 //
 // Errors:
 //   - [ErrInvalidArgument]: key or value is not valid UTF-8, or key is empty
@@ -246,19 +248,20 @@ func (b *Builder) SetSubject(desc ocispec.Descriptor) (err error) {
 	return b.draft.setSubject(desc)
 }
 
-// Build makes the manifest and publishes the artifact in one step. When it returns nil, everything is
-// durable and visible, and the builder is closed. Otherwise nothing is published, and the builder is
-// unchanged: call Build again, or Cancel. In two cases every further Build fails:
+// Build makes the manifest and publishes the artifact in one step. When it returns nil, everything
+// is durable and visible, and the builder is closed. Otherwise nothing is published, and the
+// builder is unchanged: call Build again, or Cancel. In two cases every further Build fails:
 //   - after a failed fsync: the kernel may have dropped bytes, and cannot sync them again
 //   - with [ErrIncomplete], on a file system without hard links: a blob was collected before the
 //     commit
 //
-// Equal input gives equal bytes and so an equal digest. The order in which annotations were set does
-// not matter.
+// Equal input gives equal bytes and so an equal digest. The order in which annotations were set
+// does not matter.
 //
 // Errors:
 //   - [*ConflictError]
-//   - [ErrInvalidManifest], [ErrInvalidArgument], [ErrTooLarge]: no manifest can be made of the parts
+//   - [ErrInvalidManifest], [ErrInvalidArgument], [ErrTooLarge]: no manifest can be made of the
+//     parts
 //   - [ErrArtifactType]: see [Options.ArtifactTypes]
 //   - [ErrIncomplete]: see above
 //   - [ErrClosed] after Build or Cancel
@@ -297,8 +300,9 @@ func (b *Builder) Build(ctx context.Context) (_ *LocalArtifact, err error) {
 	return b.registry.newArtifact(b.ref, m.Descriptor(), m), nil
 }
 
-// logDiscard logs an error of discarding a stage. The call has succeeded or failed for another reason
-// by then, so the error is not returned. The files stay below tmp/ until the registry is closed.
+// logDiscard logs an error of discarding a stage. The call has succeeded or failed for another
+// reason by then, so the error is not returned. The files stay below tmp/ until the registry is
+// closed.
 func (r *LocalRegistry) logDiscard(err error) {
 	if err != nil {
 		r.opts.Logger.Warn("ocilocal: temporary files are left until this registry is closed", "error", err)
@@ -310,8 +314,8 @@ func (b *Builder) Update() RefUpdate {
 	return b.draft.outcome()
 }
 
-// Cancel discards all layers and closes the builder. After Build has succeeded, or a second time, it
-// does nothing. An error, from the file system, means that temporary files are left until the
+// Cancel discards all layers and closes the builder. After Build has succeeded, or a second time,
+// it does nothing. An error, from the file system, means that temporary files are left until the
 // registry is closed.
 func (b *Builder) Cancel() (err error) {
 	defer addOp(&err, "cancel build of", b.ref.String(), "")

@@ -200,7 +200,8 @@ func TestBuilderRefuses(t *testing.T) {
 	}
 }
 
-// A layer that the registry has becomes one of another artifact, and stays although all else that had it goes.
+// A layer that the registry has becomes one of another artifact, and stays although all else that
+// had it goes.
 func TestAddExistingLayer(t *testing.T) {
 	ctx := t.Context()
 	r := openTemp(t, nil)

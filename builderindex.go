@@ -20,8 +20,8 @@ type IndexBuilderOptions struct {
 // image for each platform. Nothing is visible until Build publishes it. It is safe for concurrent
 // use. Manifests are in the order in which the calls that added them returned.
 //
-// Unlike a [Builder] it has no stage before Build: the manifests are published already, and stay where
-// they are.
+// Unlike a [Builder] it has no stage before Build: the manifests are published already, and stay
+// where they are.
 type IndexBuilder struct {
 	registry *LocalRegistry
 	ref      Reference
@@ -57,9 +57,9 @@ func (r *LocalRegistry) NewIndexBuilder(ref Reference, opts *IndexBuilderOptions
 }
 
 // AddManifest adds a manifest, or an image index, that the registry has, and returns its
-// descriptor. desc needs only a Digest. Its Platform, Annotations, ArtifactType and URLs are written
-// unchanged. MediaType and Size come from the registry. A manifest without a ref may be collected
-// before Build.
+// descriptor. desc needs only a Digest. Its Platform, Annotations, ArtifactType and URLs are
+// written unchanged. MediaType and Size come from the registry. A manifest without a ref may be
+// collected before Build.
 //
 // Errors:
 //   - [ErrNotFound]: the registry does not have the manifest
@@ -106,8 +106,8 @@ func (b *IndexBuilder) SetSubject(desc ocispec.Descriptor) (err error) {
 
 // Build makes the index and publishes it in one step. When it returns nil, the index is durable and
 // visible, and the builder is closed. Otherwise nothing is published, and the builder is unchanged.
-// Equal input gives equal bytes and so an equal digest. The order in which annotations were set does
-// not matter.
+// Equal input gives equal bytes and so an equal digest. The order in which annotations were set
+// does not matter.
 //
 // Errors:
 //   - [*ConflictError]
@@ -159,9 +159,9 @@ func (b *IndexBuilder) Cancel() {
 	b.draft.done = true
 }
 
-// checkMembers checks the manifests below an image index whose members are published. Each is read and
-// verified, and they must not be nested too deep. It is called before the transaction, because it
-// reads files.
+// checkMembers checks the manifests below an image index whose members are published. Each is read
+// and verified, and they must not be nested too deep. It is called before the transaction, because
+// it reads files.
 func (r *LocalRegistry) checkMembers(ctx context.Context, m *Manifest) error {
 	c := r.newClosure()
 	for i, d := range m.children() {
@@ -175,9 +175,10 @@ func (r *LocalRegistry) checkMembers(ctx context.Context, m *Manifest) error {
 	return nil
 }
 
-// checkMemberRows checks, in the transaction that publishes an image index, that the manifests below it
-// are still recorded and whole. A collection may have begun to delete them since checkMembers. publish
-// checks only the manifests that it writes itself, and not those that are published already.
+// checkMemberRows checks, in the transaction that publishes an image index, that the manifests
+// below it are still recorded and whole. A collection may have begun to delete them since
+// checkMembers. publish checks only the manifests that it writes itself, and not those that are
+// published already.
 func (r *LocalRegistry) checkMemberRows(ctx context.Context, tx *indexTx, m *Manifest) error {
 	for i, d := range m.children() {
 		if m.childRole(i) != roleManifest {

@@ -11,9 +11,9 @@ import (
 // digest, and [LocalRegistry.Referrers] lists it.
 //
 // A referrer has no ref. A collection keeps it as long as its subject, unless
-// [GCOptions.DropReferrers] is set, and deletes it if nothing keeps the subject. To push a referrer,
-// push its subject with [PushOptions.Referrers]. Or push it by its own digest, with the reference
-// that [Reference.WithDigest] makes of the subject's name.
+// [GCOptions.DropReferrers] is set, and deletes it if nothing keeps the subject. To push a
+// referrer, push its subject with [PushOptions.Referrers]. Or push it by its own digest, with the
+// reference that [Reference.WithDigest] makes of the subject's name.
 //
 // Errors:
 //   - [ErrInvalidArgument]: PublishOptions are set, although there is no ref

@@ -25,7 +25,8 @@ func attached(t *testing.T, r *ocilocal.LocalRegistry, subject *ocilocal.LocalAr
 	return a
 }
 
-// A referrer without a name is attached to an artifact, listed here, and pushed by digest or with its subject.
+// A referrer without a name is attached to an artifact, listed here, and pushed by digest or with
+// its subject.
 func TestReferrerBuilder(t *testing.T) {
 	s := newServer(t)
 	r := openRemote(t, nil)

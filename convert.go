@@ -51,16 +51,18 @@ type ConvertResult struct {
 // The new artifact has these parts:
 //   - the source's artifact type; for an image manifest without one, the media type of its config
 //   - the source's annotations
-//   - the source's layers, in their order. Their descriptors do not change, except that data is left
-//     out. So the blobs are the same, and they are verified. The empty layer of an image manifest
-//     without layers is not copied to an artifact manifest. It is added in the other direction.
-//   - a config, in an image manifest: the empty object {}. An artifact manifest has no config. If the
-//     source has another one, it is dropped: see [ConvertResult.DroppedConfig].
+//   - the source's layers, in their order. Their descriptors do not change, except that data is
+//     left out. So the blobs are the same, and they are verified. The empty layer of an image
+//     manifest without layers is not copied to an artifact manifest. It is added in the other
+//     direction.
+//   - a config, in an image manifest: the empty object {}. An artifact manifest has no config. If
+//     the source has another one, it is dropped: see [ConvertResult.DroppedConfig].
 //
 // Unknown fields are left out.
 //
-// The bytes are canonical, so converting the same source again gives the same digest. If a [Builder]
-// made an artifact without a config, converting it to the other form and back gives its first digest.
+// The bytes are canonical, so converting the same source again gives the same digest. If a
+// [Builder] made an artifact without a config, converting it to the other form and back gives its
+// first digest.
 //
 // Errors:
 //   - [ErrNotFound]: src is not in the registry
@@ -132,8 +134,8 @@ func (r *LocalRegistry) Convert(ctx context.Context, src, dst Reference, opts *C
 	return result, nil
 }
 
-// platformOf returns the facts of a manifest that are those of its converted form too: the platform.
-// Annotations of an entry may speak of the manifest itself, as a signature does.
+// platformOf returns the facts of a manifest that are those of its converted form too: the
+// platform. Annotations of an entry may speak of the manifest itself, as a signature does.
 func (r *LocalRegistry) platformOf(ref Reference, d digest.Digest) (entry string, err error) {
 	f, err := r.knownFacts(ref, d)
 	if err != nil {
@@ -142,8 +144,8 @@ func (r *LocalRegistry) platformOf(ref Reference, d digest.Digest) (entry string
 	return entryFacts{Platform: f.Platform}.text()
 }
 
-// converted returns the form to convert to, and the fields of m for it. buildManifest adds the parts
-// that only this form has: the empty config and the empty layer.
+// converted returns the form to convert to, and the fields of m for it. buildManifest adds the
+// parts that only this form has: the empty config and the empty layer.
 func converted(m *Manifest, subject ConvertSubject) (ManifestFormat, manifestSpec, error) {
 	spec := manifestSpec{artifactType: m.ArtifactType(), layers: m.realLayers(), annotations: m.doc.Annotations}
 	switch subject {
@@ -164,9 +166,10 @@ func converted(m *Manifest, subject ConvertSubject) (ManifestFormat, manifestSpe
 	return 0, spec, fmt.Errorf("%w: %s is an image index (convert its manifests one by one)", ErrUnsupportedMediaType, m.Digest())
 }
 
-// stageConverted stages a new manifest and everything that it needs. The registry has the layers of a
-// sound source. It may not have the empty blob, which an artifact manifest does not need. A missing
-// or damaged layer is [ErrIncomplete], because the new artifact cannot be published without it.
+// stageConverted stages a new manifest and everything that it needs. The registry has the layers of
+// a sound source. It may not have the empty blob, which an artifact manifest does not need. A
+// missing or damaged layer is [ErrIncomplete], because the new artifact cannot be published without
+// it.
 func (r *LocalRegistry) stageConverted(ctx context.Context, st *stage, m *Manifest) error {
 	for _, c := range m.children() {
 		if c.Digest == emptyJSON.Digest {

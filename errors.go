@@ -22,11 +22,12 @@ import (
 //	  └ sentinel          what errors.Is finds: ErrNotFound, ErrDigestMismatch, …
 //	  └ cause             an error of the file system, of SQLite, or of what the caller gave
 //
-// An exported method that calls another one gets an *Error from it, and passes that on unchanged. No
-// code compares the text of an error. SQLite's errors get their sentinels by code, in index files.
+// An exported method that calls another one gets an *Error from it, and passes that on unchanged.
+// No code compares the text of an error. SQLite's errors get their sentinels by code, in index
+// files.
 
-// A sentinel is an error with a text of this package that also matches the standard library's error of
-// the same meaning, so errors.Is works with either.
+// A sentinel is an error with a text of this package that also matches the standard library's error
+// of the same meaning, so errors.Is works with either.
 type sentinel struct {
 	text string
 	is   error
@@ -36,8 +37,8 @@ func (s *sentinel) Error() string        { return s.text }
 func (s *sentinel) Is(target error) bool { return s.is != nil && target == s.is }
 
 // The sentinels. An error of this package matches one of them with [errors.Is], or is an error of
-// the file system, of the context, or of a reader, writer or function that the caller gave. The text
-// of an error may change; do not match it.
+// the file system, of the context, or of a reader, writer or function that the caller gave. The
+// text of an error may change; do not match it.
 var (
 	// ErrNotFound: the reference, manifest or blob is not in the registry.
 	// It also matches [fs.ErrNotExist].
@@ -47,14 +48,14 @@ var (
 	ErrClosed error = &sentinel{"already closed", fs.ErrClosed}
 	// ErrExists: the target of an export exists already. It also matches [fs.ErrExist].
 	ErrExists error = &sentinel{"already exists", fs.ErrExist}
-	// ErrReadOnly: the registry was opened read-only or lies on a read-only file system, and the call
-	// would write to it. It also matches [syscall.EROFS].
+	// ErrReadOnly: the registry was opened read-only or lies on a read-only file system, and the
+	// call would write to it. It also matches [syscall.EROFS].
 	ErrReadOnly error = &sentinel{"registry is read-only", syscall.EROFS}
 	// ErrNoSpace: the disk (or quota) is full. It also matches [syscall.ENOSPC].
 	ErrNoSpace error = &sentinel{"no space left on the disk", syscall.ENOSPC}
 
-	// ErrConflict: the ref points at another digest and the policy keeps it, or it does not point at
-	// the digest that the caller expected. [*ConflictError] has the facts.
+	// ErrConflict: the ref points at another digest and the policy keeps it, or it does not point
+	// at the digest that the caller expected. [*ConflictError] has the facts.
 	ErrConflict = errors.New("ref conflict")
 	// ErrDigestMismatch: the bytes hash to another digest than the one named.
 	ErrDigestMismatch = errors.New("digest mismatch")
@@ -63,8 +64,8 @@ var (
 	// ErrAbsent: the registry records this layer or manifest as absent: see [ImportResult.Absent].
 	// The error matches [ErrNotFound] too.
 	ErrAbsent = errors.New("absent")
-	// ErrIncomplete: a manifest, config or layer that the artifact needs is missing, so the artifact
-	// cannot be published.
+	// ErrIncomplete: a manifest, config or layer that the artifact needs is missing, so the
+	// artifact cannot be published.
 	ErrIncomplete = errors.New("artifact is incomplete")
 
 	// ErrInUse: a manifest in the repository needs the content, so it cannot be deleted.
@@ -75,8 +76,8 @@ var (
 	// ErrBareName: content to import has a name that is not a full reference, such as a tag, and no
 	// option gives it another. See [ImportOptions].
 	ErrBareName = errors.New("the content's name is not a full reference")
-	// ErrInvalidDigest: the text is not a digest that this package accepts: lower-case sha256, sha384
-	// or sha512 of the right length.
+	// ErrInvalidDigest: the text is not a digest that this package accepts: lower-case sha256,
+	// sha384 or sha512 of the right length.
 	ErrInvalidDigest = errors.New("invalid digest")
 	// ErrInvalidManifest: the document is malformed, ambiguous, or contradicts its descriptor.
 	ErrInvalidManifest = errors.New("invalid manifest")
@@ -94,22 +95,22 @@ var (
 	// ErrUnauthorized: the registry or its token server requires credentials, or other ones than it
 	// got. It also matches [fs.ErrPermission].
 	ErrUnauthorized error = &sentinel{"unauthorized", fs.ErrPermission}
-	// ErrDenied: the registry accepted the credentials, or requires none, and refuses the request. It
-	// also matches [fs.ErrPermission].
+	// ErrDenied: the registry accepted the credentials, or requires none, and refuses the request.
+	// It also matches [fs.ErrPermission].
 	ErrDenied error = &sentinel{"denied", fs.ErrPermission}
-	// ErrRateLimited: the registry limits the rate of requests. [RemoteError.RetryAfter] may say how
-	// long to wait.
+	// ErrRateLimited: the registry limits the rate of requests. [RemoteError.RetryAfter] may say
+	// how long to wait.
 	ErrRateLimited = errors.New("rate limited")
 	// ErrUnsupportedManifest: the registry does not accept manifests of this form.
 	ErrUnsupportedManifest = errors.New("registry does not accept this form of manifest")
-	// ErrRejected: the registry refuses the request with a 4xx status that no other sentinel covers.
-	// [RemoteError.Codes] may say why.
+	// ErrRejected: the registry refuses the request with a 4xx status that no other sentinel
+	// covers. [RemoteError.Codes] may say why.
 	ErrRejected = errors.New("registry rejects the request")
-	// ErrProtocol: an answer of a remote registry violates HTTP or distribution-spec, or it asks for a
-	// request that would be unsafe.
+	// ErrProtocol: an answer of a remote registry violates HTTP or distribution-spec, or it asks
+	// for a request that would be unsafe.
 	ErrProtocol = errors.New("registry broke the protocol")
-	// ErrTransport: there was no answer or no complete one, or the registry reported a failure of its
-	// own. Trying again later may help.
+	// ErrTransport: there was no answer or no complete one, or the registry reported a failure of
+	// its own. Trying again later may help.
 	ErrTransport = errors.New("registry cannot be reached or fails")
 
 	// ErrForeignIndex: the root's index.sqlite3 was not made by this package for this root, or its
@@ -128,8 +129,8 @@ var (
 	ErrBusy = errors.New("index is locked by another process")
 	// ErrIndexIO: reading or writing the index failed in the file system.
 	ErrIndexIO = errors.New("index input/output error")
-	// ErrUnsafe: garbage collection deleted nothing, because it could have deleted needed content. The
-	// report that is returned with it says why.
+	// ErrUnsafe: garbage collection deleted nothing, because it could have deleted needed content.
+	// The report that is returned with it says why.
 	ErrUnsafe = errors.New("collection would not be safe")
 	// ErrNetworkFS: the root lies on a network file system, where SQLite's WAL is unsafe.
 	ErrNetworkFS = errors.New("root is on a network file system")
@@ -187,8 +188,8 @@ func opError(op, reference string, d digest.Digest, err error) error {
 	return &Error{Op: op, Reference: reference, Digest: d, Err: err}
 }
 
-// processCondition reports whether err concerns this process, this call or the disk as a whole, and not
-// the file that was being read:
+// processCondition reports whether err concerns this process, this call or the disk as a whole, and
+// not the file that was being read:
 //
 //   - the call was cancelled, or the registry closed
 //   - the process has no descriptors or no memory left
@@ -220,8 +221,8 @@ var errStop = errors.New("stop")
 //	defer addOp(&err, "tag", ref.String(), d)
 func addOp(err *error, op, reference string, d digest.Digest) { *err = opError(op, reference, d, *err) }
 
-// ignoreNotExist returns nil for an error that matches [fs.ErrNotExist]. It is for files that another
-// process may have removed already.
+// ignoreNotExist returns nil for an error that matches [fs.ErrNotExist]. It is for files that
+// another process may have removed already.
 func ignoreNotExist(err error) error {
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
@@ -282,8 +283,8 @@ func (e *ConflictError) Error() string {
 // Is reports whether target is [ErrConflict].
 func (e *ConflictError) Is(target error) bool { return target == ErrConflict }
 
-// A SchemaError has the schema version of an index, and the newest one that this program supports. It
-// matches [ErrNewerSchema].
+// A SchemaError has the schema version of an index, and the newest one that this program supports.
+// It matches [ErrNewerSchema].
 type SchemaError struct {
 	Found, Supported int
 }

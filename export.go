@@ -22,8 +22,8 @@ import (
 //	index.json            one entry for each ref, digest, subject and referrer; canonical JSON
 //	blobs/<alg>/<hex>     manifests, then configs and layers; each list sorted by digest
 //
-// A tar has the files in this order: a reader knows all names before the first blob. In a directory,
-// index.json is written last: until then, readers see the directory as it was.
+// A tar has the files in this order: a reader knows all names before the first blob. In a
+// directory, index.json is written last: until then, readers see the directory as it was.
 //
 // Equal content gives equal bytes. All lists are sorted by name and digest, JSON is canonical, and
 // headers have no times or owners. Each blob is verified while it is written.
@@ -56,8 +56,8 @@ func (n ExportNames) annotations(ref Reference) map[string]string {
 	return map[string]string{ocispec.AnnotationRefName: ref.String()}
 }
 
-// ExportOptions choose further content of an export besides the artifacts of its refs, and how it is
-// written. Nil is the zero value.
+// ExportOptions choose further content of an export besides the artifacts of its refs, and how it
+// is written. Nil is the zero value.
 //
 // The OMMX SDKs read only archives that are not compressed and that list one manifest. For them,
 // export one ref, without Lineage, Referrers, Digests and Gzip. The artifact must be an image
@@ -72,8 +72,8 @@ type ExportOptions struct {
 	// of an artifact, and their referrers in turn, each with everything that it needs. index.json
 	// lists them without names, even if refs point at them.
 	Referrers bool
-	// Names is the form of names. Zero is [NamesFull]. With [NamesTags], two refs that have the same
-	// tag are [ErrInvalidArgument].
+	// Names is the form of names. Zero is [NamesFull]. With [NamesTags], two refs that have the
+	// same tag are [ErrInvalidArgument].
 	Names ExportNames
 	// Gzip compresses an archive. A layout directory is never compressed.
 	Gzip bool
@@ -84,13 +84,13 @@ type ExportOptions struct {
 	Overwrite bool
 }
 
-// writeNew makes a file in dir. The order makes sure that the name never has an incomplete file, also
-// after a power cut:
+// writeNew makes a file in dir. The order makes sure that the name never has an incomplete file,
+// also after a power cut:
 //
 //	temp, O_EXCL → write → fsync → close → link (or rename, with overwrite) → remove temp → fsync dir
 //
-// Without overwrite, the link fails if another process has made the name meanwhile. A killed process
-// leaves temp.
+// Without overwrite, the link fails if another process has made the name meanwhile. A killed
+// process leaves temp.
 func writeNew(dir *rootDir, temp, name string, overwrite bool, write func(io.Writer) error) (err error) {
 	if _, err := dir.Lstat(name); err == nil && !overwrite {
 		return ErrExists
@@ -122,8 +122,8 @@ func writeNew(dir *rootDir, temp, name string, overwrite bool, write func(io.Wri
 	return dir.syncDir(".")
 }
 
-// An export is the list of the content of one export, each manifest and blob once. It has descriptors
-// only: blobs are read when they are written.
+// An export is the list of the content of one export, each manifest and blob once. It has
+// descriptors only: blobs are read when they are written.
 type export struct {
 	closure // sort orders its lists by digest
 	opts    ExportOptions
@@ -139,9 +139,9 @@ type exportEntry struct {
 	named bool // it has the name of a ref
 }
 
-// newExport collects the content of an export, by reading and verifying its manifests. Each step is a
-// short call of its own, so Close does not wait for the whole export. A collection may delete content
-// in between, if its ref is removed: the export then fails with [ErrNotFound].
+// newExport collects the content of an export, by reading and verifying its manifests. Each step is
+// a short call of its own, so Close does not wait for the whole export. A collection may delete
+// content in between, if its ref is removed: the export then fails with [ErrNotFound].
 func (r *LocalRegistry) newExport(ctx context.Context, refs []Reference, opts *ExportOptions, m *meter) (*export, error) {
 	x := &export{closure: r.newClosure(), entered: map[digest.Digest]bool{}, named: map[digest.Digest]bool{}, meter: m}
 	m.phase(PhasePlan)
@@ -202,9 +202,9 @@ func (r *LocalRegistry) newExport(ctx context.Context, refs []Reference, opts *E
 	return x, nil
 }
 
-// with returns the annotations of an entry that has a name: the facts, and the annotations of the name,
-// which win. With NamesTags, a name of containerd that was imported is left out: its repository would
-// contradict the choice.
+// with returns the annotations of an entry that has a name: the facts, and the annotations of the
+// name, which win. With NamesTags, a name of containerd that was imported is left out: its
+// repository would contradict the choice.
 func (f entryFacts) with(names ExportNames, name map[string]string) map[string]string {
 	all := maps.Clone(f.Annotations)
 	if all == nil {
@@ -217,10 +217,10 @@ func (f entryFacts) with(names ExportNames, name map[string]string) map[string]s
 	return all
 }
 
-// root adds an entry with its closure and, if ExportOptions.Lineage is set, the entries of its subjects.
-// A manifest can have several entries with names, and one without. named says whether the entry has
-// the name of a ref. The loop goes up the chain of subjects and stops at a manifest that has an entry
-// already: its subjects have entries too.
+// root adds an entry with its closure and, if ExportOptions.Lineage is set, the entries of its
+// subjects. A manifest can have several entries with names, and one without. named says whether the
+// entry has the name of a ref. The loop goes up the chain of subjects and stops at a manifest that
+// has an entry already: its subjects have entries too.
 func (x *export) root(ctx context.Context, desc ocispec.Descriptor, named bool) error {
 	for {
 		var m *Manifest
@@ -268,9 +268,9 @@ func (x *export) referrers(ctx context.Context) error {
 	return nil
 }
 
-// sort orders the lists by content alone, so that the order of the caller's refs does not matter. An
-// entry without a name is removed if the same manifest has one with a name: the manifest may have been
-// added as a subject first.
+// sort orders the lists by content alone, so that the order of the caller's refs does not matter.
+// An entry without a name is removed if the same manifest has one with a name: the manifest may
+// have been added as a subject first.
 func (x *export) sort() {
 	x.entries = slices.DeleteFunc(x.entries, func(e exportEntry) bool { return !e.named && x.named[e.Digest] })
 	byDigest := func(a, b ocispec.Descriptor) int { return strings.Compare(string(a.Digest), string(b.Digest)) }
@@ -284,8 +284,8 @@ func (x *export) sort() {
 	})
 }
 
-// entryName returns the longest name of an entry of an index.json, to compare entries. A name of other
-// content is not a name of the entry, and gives "".
+// entryName returns the longest name of an entry of an index.json, to compare entries. A name of
+// other content is not a name of the entry, and gives "".
 func entryName(e ocispec.Descriptor) string {
 	if entryClaim(e).from != "" {
 		return ""
@@ -296,8 +296,8 @@ func entryName(e ocispec.Descriptor) string {
 // layoutFile is the content of oci-layout (image-spec image-layout.md, "oci-layout file").
 const layoutFile = `{"imageLayoutVersion":"` + ocispec.ImageLayoutVersion + `"}`
 
-// index returns the bytes of index.json. An import accepts at most MaxLayoutIndexSize, so an export does
-// not write more.
+// index returns the bytes of index.json. An import accepts at most MaxLayoutIndexSize, so an export
+// does not write more.
 func (x *export) index() ([]byte, error) {
 	var w canonicalWriter
 	w.raw("{")

@@ -15,10 +15,11 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// ExportArchive writes the artifacts that refs name, with everything that they need, to dst as an OCI
-// archive. The archive has oci-layout and index.json first, then manifests, then the other blobs. By
-// default every entry of index.json has its full name. Equal content gives equal bytes: entries are
-// sorted, and times are zero. Gzipped bytes are equal only if the version of Go is the same.
+// ExportArchive writes the artifacts that refs name, with everything that they need, to dst as an
+// OCI archive. The archive has oci-layout and index.json first, then manifests, then the other
+// blobs. By default every entry of index.json has its full name. Equal content gives equal bytes:
+// entries are sorted, and times are zero. Gzipped bytes are equal only if the version of Go is the
+// same.
 //
 // After an error, the bytes that were written are not an archive.
 //
@@ -45,12 +46,12 @@ func (r *LocalRegistry) ExportArchive(ctx context.Context, dst io.Writer, refs [
 }
 
 // ExportArchiveFile is [LocalRegistry.ExportArchive] to a file. The file gets its name when it is
-// complete and its bytes are on disk. If the name is taken and ExportOptions.Overwrite is not set, the
-// export fails with [ErrExists]. A symbolic link with that name is replaced, never followed.
+// complete and its bytes are on disk. If the name is taken and ExportOptions.Overwrite is not set,
+// the export fails with [ErrExists]. A symbolic link with that name is replaced, never followed.
 //
 // On a file system without hard links, checking the name and taking it are two steps: a file that
-// another process makes in between is replaced. A killed process leaves a file in the same directory
-// whose name begins with ".ocilocal-".
+// another process makes in between is replaced. A killed process leaves a file in the same
+// directory whose name begins with ".ocilocal-".
 func (r *LocalRegistry) ExportArchiveFile(ctx context.Context, name string, refs []Reference, opts *ExportOptions) (err error) {
 	defer addOp(&err, "export archive", name, "")
 	m := exportMeter(opts)
@@ -79,8 +80,8 @@ func (r *LocalRegistry) ExportArchiveFile(ctx context.Context, name string, refs
 	return err
 }
 
-// exportMeter returns the meter of an export to an archive. All of it runs on the caller's goroutine, so
-// the caller's function can be called directly.
+// exportMeter returns the meter of an export to an archive. All of it runs on the caller's
+// goroutine, so the caller's function can be called directly.
 func exportMeter(opts *ExportOptions) *meter {
 	if opts == nil {
 		return nil
@@ -88,8 +89,8 @@ func exportMeter(opts *ExportOptions) *meter {
 	return newMeter(opts.Progress, Reference{})
 }
 
-// archive writes the export as a tar, gzipped or not. The caller closes dst. gzip's Close writes the
-// checksum, so its error counts.
+// archive writes the export as a tar, gzipped or not. The caller closes dst. gzip's Close writes
+// the checksum, so its error counts.
 func (x *export) archive(ctx context.Context, dst io.Writer) error {
 	index, err := x.index()
 	if err != nil {
@@ -105,9 +106,10 @@ func (x *export) archive(ctx context.Context, dst io.Writer) error {
 	return x.tar(ctx, dst, index)
 }
 
-// tar writes the files of the export in a fixed order. OpenBlob verifies each blob, and fails before the
-// last byte of a damaged one. So a damaged blob never becomes a complete entry. Each blob is a call of
-// its own: a collection of an artifact that was removed meanwhile ends the export.
+// tar writes the files of the export in a fixed order. OpenBlob verifies each blob, and fails
+// before the last byte of a damaged one. So a damaged blob never becomes a complete entry. Each
+// blob is a call of its own: a collection of an artifact that was removed meanwhile ends the
+// export.
 func (x *export) tar(ctx context.Context, dst io.Writer, index []byte) error {
 	tw := tar.NewWriter(dst)
 	if err := writeEntry(tw, ocispec.ImageLayoutFile, strings.NewReader(layoutFile), int64(len(layoutFile))); err != nil {
@@ -131,8 +133,8 @@ func (x *export) tar(ctx context.Context, dst io.Writer, index []byte) error {
 	return tw.Close()
 }
 
-// writeEntry writes one file. The header has no time and no owner, so that equal content gives equal
-// bytes. tar.Writer fails if src has more bytes than size or, at the next header, fewer.
+// writeEntry writes one file. The header has no time and no owner, so that equal content gives
+// equal bytes. tar.Writer fails if src has more bytes than size or, at the next header, fewer.
 func writeEntry(tw *tar.Writer, name string, src io.Reader, size int64) error {
 	err := tw.WriteHeader(&tar.Header{Typeflag: tar.TypeReg, Name: name, Size: size, Mode: 0o444})
 	if err == nil {

@@ -15,24 +15,27 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// Temporary names in a layout directory. They exist only while an export runs, or after it was killed.
+// Temporary names in a layout directory. They exist only while an export runs, or after it was
+// killed.
 const (
 	layoutTmp  = ".ocilocal-tmp" // the lock, and the directory of blobs that are being copied
 	layoutTemp = ".ocilocal-new" // oci-layout or index.json while it is being written
 )
 
-// ExportLayout writes the artifacts that refs name, with everything that they need, into an OCI image
-// layout directory. The directory is created, or content is added to it. Files and entries of other
-// tools are kept. A good blob in the directory is not written again, and a damaged one is replaced.
-// index.json is replaced last, in one step, when everything else is on disk. Exports of this package
-// into one directory wait for each other. Other tools do not wait, so none may write to it meanwhile.
+// ExportLayout writes the artifacts that refs name, with everything that they need, into an OCI
+// image layout directory. The directory is created, or content is added to it. Files and entries of
+// other tools are kept. A good blob in the directory is not written again, and a damaged one is
+// replaced. index.json is replaced last, in one step, when everything else is on disk. Exports of
+// this package into one directory wait for each other. Other tools do not wait, so none may write
+// to it meanwhile.
 //
-// After an error, index.json is usually as it was. It is new if the error came after the replacement,
-// for example because the directory could not be synced. The next export into the directory removes
-// the files that a killed one has left.
+// After an error, index.json is usually as it was. It is new if the error came after the
+// replacement, for example because the directory could not be synced. The next export into the
+// directory removes the files that a killed one has left.
 //
 // Errors:
-//   - [ErrExists]: a name in the directory has another digest, and ExportOptions.Overwrite is not set
+//   - [ErrExists]: a name in the directory has another digest, and ExportOptions.Overwrite is not
+//     set
 //   - [ErrInvalidLayout]: the directory is not empty and not a layout, or the layout is malformed
 //   - those of [LocalRegistry.ExportArchive]
 func (r *LocalRegistry) ExportLayout(ctx context.Context, dir string, refs []Reference, opts *ExportOptions) (err error) {
@@ -54,8 +57,8 @@ func (r *LocalRegistry) ExportLayout(ctx context.Context, dir string, refs []Ref
 //	version  oci-layout, if it is missing
 //	index    index.json, by rename
 //
-// A kill at any point leaves a valid layout with the old index.json, some more blobs, and perhaps the
-// temporary names. An oci-layout without an index.json is recognised by prepareLayout.
+// A kill at any point leaves a valid layout with the old index.json, some more blobs, and perhaps
+// the temporary names. An oci-layout without an index.json is recognised by prepareLayout.
 func (r *LocalRegistry) exportLayout(ctx context.Context, dir string, refs []Reference, opts *ExportOptions, m *meter) (err error) {
 	x, err := r.newExport(ctx, refs, opts, m)
 	if err != nil {
@@ -102,9 +105,9 @@ func (r *LocalRegistry) exportLayout(ctx context.Context, dir string, refs []Ref
 	return writeLayoutFile(root, ocispec.ImageIndexFile, index)
 }
 
-// writeLayoutFile replaces a file of the layout. layoutTemp is fixed, because the directory is locked. A
-// file that a killed export has left there is removed first. Anything else under that name is not
-// this package's, and is an error.
+// writeLayoutFile replaces a file of the layout. layoutTemp is fixed, because the directory is
+// locked. A file that a killed export has left there is removed first. Anything else under that
+// name is not this package's, and is an error.
 func writeLayoutFile(root *rootDir, name string, b []byte) error {
 	if fi, err := root.Lstat(layoutTemp); err == nil && !fi.Mode().IsRegular() {
 		return fmt.Errorf("%w: %s exists and is not a regular file, as an export leaves it", ErrInvalidLayout, layoutTemp)
@@ -123,9 +126,9 @@ func writeLayoutFile(root *rootDir, name string, b []byte) error {
 // The problem: everybody who can open a directory can lock it. A user who may only read the layout
 // could stop its writer.
 //
-// The rule: the lock is on layoutTmp, which only its owner can open. release removes layoutTmp while
-// it still holds the lock. An export that was waiting for the lock then finds that the name is gone,
-// and makes another directory.
+// The rule: the lock is on layoutTmp, which only its owner can open. release removes layoutTmp
+// while it still holds the lock. An export that was waiting for the lock then finds that the name
+// is gone, and makes another directory.
 //
 // It is safe after a kill, because the lock ends with the process: the next export takes over the
 // directory and removes the files in it.
@@ -172,9 +175,9 @@ func prepareLayout(ctx context.Context, l *layout) (fresh bool, err error) {
 	})
 }
 
-// addTo returns the index.json of l with the entries of x added. Other tools may have written fields and
-// entries that this package does not know. They are kept, because the document is decoded only to raw
-// values. The entries are parsed as well, to compare their names and digests.
+// addTo returns the index.json of l with the entries of x added. Other tools may have written
+// fields and entries that this package does not know. They are kept, because the document is
+// decoded only to raw values. The entries are parsed as well, to compare their names and digests.
 func (x *export) addTo(l *layout, fresh bool) ([]byte, error) {
 	added, err := x.index()
 	if err != nil || fresh {
@@ -211,9 +214,9 @@ func (x *export) addTo(l *layout, fresh bool) ([]byte, error) {
 	return out, err
 }
 
-// merge returns the old entries and the new ones. was are the old entries parsed, entries the same in
-// raw form. An entry that exists with the same name and digest is not added again. A name with another
-// digest is [ErrExists] or, with Overwrite, all its old entries are removed.
+// merge returns the old entries and the new ones. was are the old entries parsed, entries the same
+// in raw form. An entry that exists with the same name and digest is not added again. A name with
+// another digest is [ErrExists] or, with Overwrite, all its old entries are removed.
 func (x *export) merge(was []ocispec.Descriptor, entries, ours []json.RawMessage) ([]json.RawMessage, error) {
 	type key struct{ name, digest string }
 	name := entryName
@@ -246,8 +249,8 @@ func (x *export) merge(was []ocispec.Descriptor, entries, ours []json.RawMessage
 	return append(keep, add...), nil
 }
 
-// verbatim is json.Marshal that does not escape <, > and & in strings. json.Marshal escapes them in raw
-// values too, and so would change entries of other tools.
+// verbatim is json.Marshal that does not escape <, > and & in strings. json.Marshal escapes them in
+// raw values too, and so would change entries of other tools.
 func verbatim(v any) ([]byte, error) {
 	var b bytes.Buffer
 	e := json.NewEncoder(&b)
@@ -256,9 +259,9 @@ func verbatim(v any) ([]byte, error) {
 	return bytes.TrimSuffix(b.Bytes(), []byte("\n")), err
 }
 
-// writeBlobs writes the blobs by a stage, as a registry does: see stage for the order of its steps. The
-// layout has its own blobStore, whose tmp/ is layoutTmp. The directory is synced before settle, which
-// makes the entry blobs/ durable.
+// writeBlobs writes the blobs by a stage, as a registry does: see stage for the order of its steps.
+// The layout has its own blobStore, whose tmp/ is layoutTmp. The directory is synced before settle,
+// which makes the entry blobs/ durable.
 func (x *export) writeBlobs(ctx context.Context, root *rootDir) (err error) {
 	err = root.Mkdir(blobsDir, 0o755)
 	if errors.Is(err, fs.ErrExist) {
@@ -290,8 +293,8 @@ func (x *export) writeBlobs(ctx context.Context, root *rootDir) (err error) {
 	return st.settle(ctx, nil)
 }
 
-// writeBlob stages a blob unless the layout has a good one. The call on the registry lasts only for this
-// blob. putFile verifies the bytes while it copies them.
+// writeBlob stages a blob unless the layout has a good one. The call on the registry lasts only for
+// this blob. putFile verifies the bytes while it copies them.
 func (x *export) writeBlob(ctx context.Context, st *stage, d ocispec.Descriptor) error {
 	ok, err := st.reuse(ctx, d.Digest, d.Size)
 	if err != nil {

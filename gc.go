@@ -19,14 +19,15 @@ import (
 //	sweep     delete the rest in short steps with the index locked, each checked again   gcstep.go
 //	sweepTmp  remove leftovers of dead processes, old holds and old quarantined files below tmp/
 //
-// GCReport is the mark alone. Only sweep locks the index, and only for its steps, so other processes
-// go on meanwhile. A collection that is killed has deleted orphans only. The next one goes on.
+// GCReport is the mark alone. Only sweep locks the index, and only for its steps, so other
+// processes go on meanwhile. A collection that is killed has deleted orphans only. The next one
+// goes on.
 
 // GCOptions govern garbage collection. Nil is the zero value.
 type GCOptions struct {
 	// Grace is the age from which unneeded content is deleted. It counts from the time at which the
-	// content was written. Zero means 24 hours. [NoGrace] deletes at once. Safety does not depend on
-	// the grace: a collection never deletes content that another call is publishing.
+	// content was written. Zero means 24 hours. [NoGrace] deletes at once. Safety does not depend
+	// on the grace: a collection never deletes content that another call is publishing.
 	Grace time.Duration
 	// Protect lists manifests and blobs to keep, with everything that they need and with their
 	// subjects. A digest without a file is not kept.
@@ -80,13 +81,13 @@ func (o *GCOptions) late(start time.Time) bool {
 	return time.Since(start) >= cmp.Or(o.step, gcStep)
 }
 
-// defaultHeld is how long a repository holds content. A push of a large image may take hours, and its
-// blobs come before the manifest that needs them.
+// defaultHeld is how long a repository holds content. A push of a large image may take hours, and
+// its blobs come before the manifest that needs them.
 const defaultHeld = 24 * time.Hour
 
 // young reports whether a collection that began at began keeps content because of its age. With
-// [NoGrace] it keeps content that was written since it began. Content with a date in the future, from
-// a wrong clock, is then not young: otherwise nothing could ever delete it.
+// [NoGrace] it keeps content that was written since it began. Content with a date in the future,
+// from a wrong clock, is then not young: otherwise nothing could ever delete it.
 func (o *GCOptions) young(written, began time.Time) bool {
 	return written.After(began.Add(-o.grace())) && (o.Grace >= 0 || !written.After(time.Now()))
 }
@@ -114,7 +115,8 @@ type GCReport struct {
 	Unreconciled bool
 }
 
-// maxGCList bounds each list of a report, since a damaged registry can have a problem for each blob.
+// maxGCList bounds each list of a report, since a damaged registry can have a problem for each
+// blob.
 const maxGCList = 1000
 
 // An InvalidManifest is a manifest with the error that makes it invalid.
@@ -124,7 +126,8 @@ type InvalidManifest struct {
 }
 
 // GCReport returns the report that [LocalRegistry.GC] with the same options would begin with, and
-// deletes nothing. It reads the bytes of every manifest that is kept. It does not return [ErrUnsafe].
+// deletes nothing. It reads the bytes of every manifest that is kept. It does not return
+// [ErrUnsafe].
 //
 // Errors:
 //   - [ErrInvalidDigest] for one of GCOptions.Protect
@@ -153,8 +156,8 @@ func (r *LocalRegistry) GC(ctx context.Context, opts *GCOptions) (_ *GCReport, e
 	return r.collect(ctx, opts, true)
 }
 
-// collect is GC if del is set, and otherwise GCReport. An error before the mark is done comes without
-// a report. Any later one comes with it: the caller must learn what was deleted.
+// collect is GC if del is set, and otherwise GCReport. An error before the mark is done comes
+// without a report. Any later one comes with it: the caller must learn what was deleted.
 //
 // tmp/ is swept last. A step on a full disk sweeps it earlier, to gain space.
 func (r *LocalRegistry) collect(ctx context.Context, opts *GCOptions, del bool) (*GCReport, error) {
@@ -197,8 +200,8 @@ func (r *LocalRegistry) collect(ctx context.Context, opts *GCOptions, del bool) 
 	return &g.report, nil
 }
 
-// unsafe returns an [ErrUnsafe] if the mark may have missed something that is needed. A manifest that
-// is needed and cannot be read may need anything, so nothing at all may be deleted.
+// unsafe returns an [ErrUnsafe] if the mark may have missed something that is needed. A manifest
+// that is needed and cannot be read may need anything, so nothing at all may be deleted.
 func (g *gcGraph) unsafe() error {
 	if g.report.Unreconciled {
 		return fmt.Errorf("%w: the index is new or empty beside blobs that it may not know (Repair records them)", ErrUnsafe)
@@ -210,13 +213,13 @@ func (g *gcGraph) unsafe() error {
 	return nil
 }
 
-// unreconciled reports whether the index may lack content that blobs/ has. GC, Verify and Repair ask
-// it. There are two cases:
+// unreconciled reports whether the index may lack content that blobs/ has. GC, Verify and Repair
+// ask it. There are two cases:
 //
 //   - The index was made new beside blobs. It has a mark then, which Repair removes.
 //   - The index has no blob at all, for example because an old copy of it was put back, and blobs/
-//     has a whole artifact. The artifact must be an hour old: a first publish that was killed leaves
-//     one too, and a collection may delete that.
+//     has a whole artifact. The artifact must be an hour old: a first publish that was killed
+//     leaves one too, and a collection may delete that.
 //
 // An index that knows any blob costs two queries. Only with an empty one is blobs/ searched, until
 // the first artifact is found.
@@ -307,8 +310,8 @@ func (r *LocalRegistry) sweepTmp(ctx context.Context, opts *GCOptions) error {
 	return nil
 }
 
-// sweepUploads removes the uploads that have had no byte since a moment. An upload that a request is
-// writing to is locked, and stays.
+// sweepUploads removes the uploads that have had no byte since a moment. An upload that a request
+// is writing to is locked, and stays.
 func (r *LocalRegistry) sweepUploads(ctx context.Context, before time.Time) error {
 	dir := path.Join(tmpDir, uploadDir)
 	if fi, err := r.root.Lstat(dir); err != nil || !fi.IsDir() {

@@ -16,8 +16,8 @@ import (
 )
 
 // The mark decides what a collection keeps. It reads the whole index and the names in blobs/, in
-// pages, without a lock and while others write. Then it spreads holds from the roots. Last, it reads
-// every kept manifest and compares it with its rows, because deletion relies on rows:
+// pages, without a lock and while others write. Then it spreads holds from the roots. Last, it
+// reads every kept manifest and compares it with its rows, because deletion relies on rows:
 //
 //	graph  rows of the index        → nodes
 //	walk   names in blobs/          → nodes
@@ -26,8 +26,8 @@ import (
 //
 // The mark may be out of date when it is done. Content that it keeps may be unneeded by then; the
 // next collection deletes it. Content that it calls dead may be in use again. So nothing is deleted
-// because of the mark alone: each step checks again with the lock held (see gcstep.go). Refs are read
-// first: a manifest that a ref pointed at then had all its rows by then.
+// because of the mark alone: each step checks again with the lock held (see gcstep.go). Refs are
+// read first: a manifest that a ref pointed at then had all its rows by then.
 
 // A gcNode is one digest that the index or blobs/ has. A registry of a million blobs has a million
 // nodes, so edges are numbers of nodes and not pointers or digests.
@@ -50,8 +50,8 @@ type gcNode struct {
 	subject   int32   // of a manifest; −1 for none
 }
 
-// A hold is the reason for which a node is kept. Only holdNeeded promises that the node has a file: a
-// publish has checked that. The other holds keep a file if there is one: see climb.
+// A hold is the reason for which a node is kept. Only holdNeeded promises that the node has a file:
+// a publish has checked that. The other holds keep a file if there is one: see climb.
 type hold uint8
 
 const (
@@ -127,9 +127,9 @@ func (r *LocalRegistry) mark(ctx context.Context, opts GCOptions) (*gcGraph, err
 //
 //	refs, holds → manifests → members → blobs
 //
-// Refs come first. A manifest that a ref was seen to point at is then in the rows that are read next,
-// unless it was collected since. Blobs come last. A blob whose members were not seen belongs to a
-// publish after the mark began; the step finds its ref.
+// Refs come first. A manifest that a ref was seen to point at is then in the rows that are read
+// next, unless it was collected since. Blobs come last. A blob whose members were not seen belongs
+// to a publish after the mark began; the step finds its ref.
 func (r *LocalRegistry) graph(ctx context.Context, opts GCOptions) (*gcGraph, error) {
 	g := &gcGraph{registry: r, opts: opts, began: time.Now(), ids: map[digest.Digest]int32{}}
 	g.heldSince = opts.heldBefore(g.began)
@@ -187,8 +187,8 @@ func (r *LocalRegistry) graph(ctx context.Context, opts GCOptions) (*gcGraph, er
 
 // walk adds the files in blobs/. It comes after the rows: a file whose row came later is young, and
 // its step finds the row. A manifest whose file is not seen may have been collected, or it may be a
-// subject that was never in the registry. It is marked as absent, so that follow does not keep other
-// content because of it.
+// subject that was never in the registry. It is marked as absent, so that follow does not keep
+// other content because of it.
 func (g *gcGraph) walk(ctx context.Context) error {
 	err := g.registry.blobs.walk(ctx, func(e blobEntry) error {
 		if e.digest == "" {
@@ -220,9 +220,10 @@ func (g *gcGraph) walk(ctx context.Context) error {
 //	holdReferrer  nodes with a stronger hold                      needs, subjects, referrers
 //	holdYoung     nodes younger than the grace                    needs, subjects, referrers
 //
-// A node keeps the first hold that it gets, so each walk visits a node once, and the whole is linear.
-// A subject, referrer or protected manifest without a file gets no hold in these ways: nothing
-// promises that it is in the registry. With GCOptions.DropReferrers, no walk goes to referrers.
+// A node keeps the first hold that it gets, so each walk visits a node once, and the whole is
+// linear. A subject, referrer or protected manifest without a file gets no hold in these ways:
+// nothing promises that it is in the registry. With GCOptions.DropReferrers, no walk goes to
+// referrers.
 func (g *gcGraph) follow() {
 	referrers := map[int32][]int32{}
 	if !g.opts.DropReferrers {
@@ -319,8 +320,8 @@ func (g *gcGraph) note(n *gcNode, missing bool, invalid error) {
 }
 
 // checkNode reports whether a live node is missing, and why a manifest is invalid. err concerns the
-// index or the process, and ends the collection. Other processes write meanwhile, so each finding is
-// looked at again before it counts: see stillLive and lost.
+// index or the process, and ends the collection. Other processes write meanwhile, so each finding
+// is looked at again before it counts: see stillLive and lost.
 func (g *gcGraph) checkNode(ctx context.Context, n *gcNode) (missing bool, invalid, err error) {
 	if !n.manifest && n.named {
 		// No row says what it needs, so a collection would delete that.
@@ -358,8 +359,8 @@ func (g *gcGraph) checkNode(ctx context.Context, n *gcNode) (missing bool, inval
 	return false, err, nil
 }
 
-// stillLive reports whether a node without a file is still needed. Since its rows were read, another
-// process may have removed the ref and collected the file. A referrer is never needed.
+// stillLive reports whether a node without a file is still needed. Since its rows were read,
+// another process may have removed the ref and collected the file. A referrer is never needed.
 func (g *gcGraph) stillLive(ctx context.Context, n *gcNode) (missing bool, invalid, err error) {
 	if n.hold == holdReferrer {
 		return false, nil, nil
@@ -381,8 +382,8 @@ func (g *gcGraph) lost(n *gcNode) (bool, error) {
 	return slices.Contains(dangling, n.digest), err
 }
 
-// sameRows checks that the rows name everything that a manifest needs, and its subject. Rows that name
-// more than the manifest are harmless here: they only keep more.
+// sameRows checks that the rows name everything that a manifest needs, and its subject. Rows that
+// name more than the manifest are harmless here: they only keep more.
 func (g *gcGraph) sameRows(n *gcNode, m *Manifest) error {
 	rows := map[digest.Digest]bool{}
 	for _, c := range n.needs {
@@ -399,8 +400,8 @@ func (g *gcGraph) sameRows(n *gcNode, m *Manifest) error {
 	return nil
 }
 
-// count fills the figures of the report. A node that the index only names, without a row or a file, is
-// not content and is not counted.
+// count fills the figures of the report. A node that the index only names, without a row or a file,
+// is not content and is not counted.
 func (g *gcGraph) count() {
 	for i := range g.nodes {
 		n := &g.nodes[i]
@@ -421,8 +422,8 @@ func (g *gcGraph) count() {
 
 // orphans returns the dead nodes that have a row or a file, each manifest before its needs and its
 // subject (a topological order). So no dead manifest points at a node by the time of its turn, and
-// stillDead may take any manifest that does for a living one. It also means that a killed collection
-// never leaves a manifest's file without the files that the manifest needs.
+// stillDead may take any manifest that does for a living one. It also means that a killed
+// collection never leaves a manifest's file without the files that the manifest needs.
 func (g *gcGraph) orphans() []int32 {
 	dead := func(i int32) bool { return g.nodes[i].hold == holdNone }
 	pointers := make([]int32, len(g.nodes))

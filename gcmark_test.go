@@ -312,8 +312,8 @@ func TestHalfCollected(t *testing.T) {
 	}
 }
 
-// A subject that was never here is not kept. So a collection keeps nothing for referring to it, even
-// if something that is kept refers to it too.
+// A subject that was never here is not kept. So a collection keeps nothing for referring to it,
+// even if something that is kept refers to it too.
 func TestGCAbsentSubject(t *testing.T) {
 	r := openTemp(t, nil)
 	elsewhere := ocispec.Descriptor{MediaType: ocispec.MediaTypeImageManifest, Digest: digest.FromString("elsewhere"), Size: 9}

@@ -23,9 +23,9 @@ import (
 // tmp/ (see stage) or fails.
 //
 // Files go before rows. A collector that is killed in between leaves rows without files. No publish
-// and no Tag relies on such rows, and the next collection deletes them. The reverse order would need
-// space for the log before it frees any. No directory is synced: a file that comes back after a
-// power cut is an orphan again.
+// and no Tag relies on such rows, and the next collection deletes them. The reverse order would
+// need space for the log before it frees any. No directory is synced: a file that comes back after
+// a power cut is an orphan again.
 //
 // One commit can be hidden from the step: its process died after the bytes reached SQLite's log and
 // before other processes could see them. The commit would come back when the log is read again, and
@@ -40,13 +40,13 @@ import (
 //     gcRoom is free, and leaves their rows to the steps after it.
 //
 // A step without rows cannot displace. It need not, if the log's file ends before the frame that
-// would be written next: then no commit is hidden there. If the file is longer, a step with rows can
-// displace: it overwrites that frame, which needs no space on file systems that overwrite in place.
-// On other file systems the collection ends with [ErrNoSpace].
+// would be written next: then no commit is hidden there. If the file is longer, a step with rows
+// can displace: it overwrites that frame, which needs no space on file systems that overwrite in
+// place. On other file systems the collection ends with [ErrNoSpace].
 
-// gcStep is how long a step keeps the index locked, without its commit. gcPause is how long the index
-// is free after that. It is longer than the time for which other processes sleep before they try
-// again, so each of them gets a turn.
+// gcStep is how long a step keeps the index locked, without its commit. gcPause is how long the
+// index is free after that. It is longer than the time for which other processes sleep before they
+// try again, so each of them gets a turn.
 const (
 	gcStep  = 20 * time.Millisecond
 	gcPause = 2 * busyPoll
@@ -123,8 +123,8 @@ func (s *gcSweep) plan() {
 	s.meter.planned(PhaseDelete)
 }
 
-// tell reports the nodes of a step to the meter. It is called outside of the transaction, because it
-// runs the caller's Progress function, which may take long or use the registry.
+// tell reports the nodes of a step to the meter. It is called outside of the transaction, because
+// it runs the caller's Progress function, which may take long or use the registry.
 func (s *gcSweep) tell(nodes []int32) {
 	for _, i := range nodes {
 		desc := s.nodes[i].descriptor()
@@ -137,10 +137,10 @@ func (s *gcSweep) tell(nodes []int32) {
 }
 
 // dropHolds removes the rows of expired holds, for manifests that nothing else keeps. If something
-// else keeps the manifest, such as the subject of a signature, the row stays, because the repository
-// shows the manifest by it. dropHolds runs before the first step, which would otherwise see the hold
-// and keep the manifest. On a full disk no hold is removed, and such manifests stay until the next
-// collection.
+// else keeps the manifest, such as the subject of a signature, the row stays, because the
+// repository shows the manifest by it. dropHolds runs before the first step, which would otherwise
+// see the hold and keep the manifest. On a full disk no hold is removed, and such manifests stay
+// until the next collection.
 func (s *gcSweep) dropHolds(ctx context.Context) error {
 	var expired []digest.Digest
 	for _, i := range s.todo {
@@ -177,10 +177,10 @@ func (s *gcSweep) dropHolds(ctx context.Context) error {
 // step deletes nodes of todo, in order, for as long as one short transaction may take, and returns
 // their number. Without rows it deletes files only.
 //
-// After an error the transaction is rolled back, and n is 0: the rows are back, but deleted files are
-// not. They stay in s.gone, and a later step deletes their rows. Large files are only moved while
-// the index is locked, because freeing one can take a file system long. They are removed after the
-// commit.
+// After an error the transaction is rolled back, and n is 0: the rows are back, but deleted files
+// are not. They stay in s.gone, and a later step deletes their rows. Large files are only moved
+// while the index is locked, because freeing one can take a file system long. They are removed
+// after the commit.
 func (s *gcSweep) step(ctx context.Context, todo []int32, rows bool) (n int, err error) {
 	var done Count
 	var large []string // moved files whose space is freed once the index is unlocked
@@ -248,8 +248,8 @@ func (s *gcSweep) step(ctx context.Context, todo []int32, rows bool) (n int, err
 	return n, err
 }
 
-// collectOne deletes a manifest if nothing needs it and nothing refers to it, even if its subject is
-// kept. It does not delete the blobs that the manifest needs: the next collection does.
+// collectOne deletes a manifest if nothing needs it and nothing refers to it, even if its subject
+// is kept. It does not delete the blobs that the manifest needs: the next collection does.
 // [Repository.DeleteManifest] calls it for referrers. The graph has this one node, so one step is
 // enough, and no mark is needed: the step itself checks that the manifest is dead.
 func (r *LocalRegistry) collectOne(ctx context.Context, desc ocispec.Descriptor) error {
@@ -261,8 +261,8 @@ func (r *LocalRegistry) collectOne(ctx context.Context, desc ocispec.Descriptor)
 	return err
 }
 
-// prepare makes sure, before the first file goes, that no hidden commit can come back that needs it.
-// A step with rows displaces such a commit. A step without rows only checks that there is none.
+// prepare makes sure, before the first file goes, that no hidden commit can come back that needs
+// it. A step with rows displaces such a commit. A step without rows only checks that there is none.
 func (s *gcSweep) prepare(tx *indexTx, rows bool) error {
 	if rows {
 		return tx.displace()
@@ -278,9 +278,9 @@ func (s *gcSweep) prepare(tx *indexTx, rows bool) error {
 	return ignoreNotExist(err)
 }
 
-// unlink removes a node's file and counts it. A large file is only moved, to the returned name. A file
-// that is missing now was removed by another collector, which has counted it. A node that had no file
-// before is counted by its row.
+// unlink removes a node's file and counts it. A large file is only moved, to the returned name. A
+// file that is missing now was removed by another collector, which has counted it. A node that had
+// no file before is counted by its row.
 func (s *gcSweep) unlink(n *gcNode, done *Count) (moved string, err error) {
 	moved, err = s.registry.blobs.unname(n.digest, n.size)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
@@ -294,8 +294,8 @@ func (s *gcSweep) unlink(n *gcNode, done *Count) (moved string, err error) {
 
 // stillDead checks again, in the transaction, whether a dead node is still dead. It is not if:
 //
-//   - its file was written since the mark, or is young. A publisher that reuses an old blob gives its
-//     file a new time: see stage.refresh
+//   - its file was written since the mark, or is young. A publisher that reuses an old blob gives
+//     its file a new time: see stage.refresh
 //   - a ref or a hold points at it
 //   - a manifest points at it. All dead manifests that did are gone by its turn: see orphans. After
 //     a step without rows, the rows of such manifests are still there, and do not count

@@ -15,9 +15,9 @@ import (
 )
 
 // How content comes in. Every import and pull goes through the importer of this file. Its doors are
-// ImportArchive, ImportLayout, ImportRegistry, ImportLegacy, ImportOMMX and Pull. They differ only in
-// the functions of importer that read the source. A pull has one manifest already, so it starts at
-// collect. The phases of importer.run:
+// ImportArchive, ImportLayout, ImportRegistry, ImportLegacy, ImportOMMX and Pull. They differ only
+// in the functions of importer that read the source. A pull has one manifest already, so it starts
+// at collect. The phases of importer.run:
 //
 //	choose    entries of index.json, by ImportOptions.Select and Platform
 //	name      a reference for each entry: see importname.go
@@ -114,13 +114,13 @@ type ImportedArtifact struct {
 type ImportResult struct {
 	Artifacts []ImportedArtifact
 	Referrers []ocispec.Descriptor // imported by ImportOptions.Referrers
-	// Absent are the members of image indexes and the foreign layers that neither the source nor the
-	// registry has. The registry records them as absent: reading one is [ErrAbsent]. A later import
-	// or pull that has them fills them in.
+	// Absent are the members of image indexes and the foreign layers that neither the source nor
+	// the registry has. The registry records them as absent: reading one is [ErrAbsent]. A later
+	// import or pull that has them fills them in.
 	Absent []ocispec.Descriptor
 	// Skipped are entries that were not imported: those of other media types or digest algorithms,
-	// and those that ImportOptions.Name left out. After [LocalRegistry.ImportRegistry], they are the
-	// referrers that are incomplete in the source.
+	// and those that ImportOptions.Name left out. After [LocalRegistry.ImportRegistry], they are
+	// the referrers that are incomplete in the source.
 	Skipped      []ocispec.Descriptor
 	BlobsWritten int   // blobs that the registry did not have
 	BlobsReused  int   // blobs that it had
@@ -155,8 +155,8 @@ func (r *ImportResult) Unnamed() []ImportedArtifact {
 	return unnamed
 }
 
-// An importer is the pipeline of one import or pull. It takes the closure of each chosen entry from a
-// source into a stage, and publishes all of them together. The functions of the source are set by
+// An importer is the pipeline of one import or pull. It takes the closure of each chosen entry from
+// a source into a stage, and publishes all of them together. The functions of the source are set by
 // the door, before run. Fields without a lock are used by the goroutine of run only; tasks, which
 // fetch configs and layers, use stage, meter, added and absent, which are safe for that.
 type importer struct {
@@ -195,8 +195,8 @@ type importer struct {
 	added     atomic.Int64            // bytes that the registry did not have
 	maxBytes  int64                   // bounds added: see ImportOptions.MaxBytes
 	damaged   map[digest.Digest]bool  // blobs that the source has with other bytes
-	// mayLack reports whether a member of an image index may be absent if neither the source nor the
-	// registry has it. If mayLack is nil, none may. Foreign layers always may.
+	// mayLack reports whether a member of an image index may be absent if neither the source nor
+	// the registry has it. If mayLack is nil, none may. Foreign layers always may.
 	mayLack func(digest.Digest) (bool, error)
 	absent  absentees
 
@@ -208,9 +208,9 @@ type importer struct {
 // absentees are the blobs that an import has not found and that may be absent.
 //
 // One blob can be needed in two places: as a foreign layer, which may be absent, and as an ordinary
-// layer, which may not. The first place decides how the blob is brought, and a second one only finds
-// that it was asked for. So the second place notes in needed that it does not allow absence, and
-// checkAbsent compares the two when all blobs were brought.
+// layer, which may not. The first place decides how the blob is brought, and a second one only
+// finds that it was asked for. So the second place notes in needed that it does not allow absence,
+// and checkAbsent compares the two when all blobs were brought.
 type absentees struct {
 	mu        sync.Mutex // guards manifests and list: several tasks add to them
 	manifests map[digest.Digest]bool
@@ -228,8 +228,8 @@ func (a *absentees) add(desc ocispec.Descriptor, as role) {
 	a.list = append(a.list, desc)
 }
 
-// checkAbsent fails if a blob is absent that may not be absent in another place. It is called when no
-// task is running.
+// checkAbsent fails if a blob is absent that may not be absent in another place. It is called when
+// no task is running.
 func (im *importer) checkAbsent() error {
 	for _, desc := range im.absent.list {
 		if im.absent.needed[desc.Digest] {
@@ -239,8 +239,8 @@ func (im *importer) checkAbsent() error {
 	return nil
 }
 
-// sorted returns the blobs in the order of their digests, because tasks add them in any order. It is
-// called when no task is running.
+// sorted returns the blobs in the order of their digests, because tasks add them in any order. It
+// is called when no task is running.
 func (a *absentees) sorted() []ocispec.Descriptor {
 	slices.SortFunc(a.list, func(a, b ocispec.Descriptor) int { return strings.Compare(string(a.Digest), string(b.Digest)) })
 	return a.list
@@ -251,8 +251,8 @@ func (a *absentees) sorted() []ocispec.Descriptor {
 // Larger imports read manifests twice. Reading one again takes less time than writing its rows.
 const keepParsed = 1 << 20
 
-// newImporter returns an importer without a source. The caller sets the functions of the source, and
-// discards the stage in the end, whether or not run succeeds.
+// newImporter returns an importer without a source. The caller sets the functions of the source,
+// and discards the stage in the end, whether or not run succeeds.
 func (r *LocalRegistry) newImporter(opts *ImportOptions) *importer {
 	im := &importer{registry: r, stage: r.blobs.newStage(), sizes: map[digest.Digest]int64{}, damaged: map[digest.Digest]bool{}, most: MaxClosure,
 		absent: absentees{manifests: map[digest.Digest]bool{}, needed: map[digest.Digest]bool{}}}
@@ -265,8 +265,8 @@ func (r *LocalRegistry) newImporter(opts *ImportOptions) *importer {
 // run imports the entries of a layout's index: see the top of this file for its phases.
 //
 // An import of one entry returns a conflict as an error together with the result, as Build and Tag
-// do. With several entries, a conflict is an outcome: the caller asked for many refs, and the others
-// were set in the same transaction.
+// do. With several entries, a conflict is an outcome: the caller asked for many refs, and the
+// others were set in the same transaction.
 func (im *importer) run(ctx context.Context, index *layoutIndex) (*ImportResult, error) {
 	if err := im.opts.checkNames(); err != nil {
 		return nil, err
@@ -364,16 +364,16 @@ func (im *importer) collect(ctx context.Context, entries []ocispec.Descriptor, c
 
 // bringAgain stages blobs again that a collection has deleted.
 //
-// The problem: a second import of the same content finds all blobs in the registry. A link below tmp/
-// for each of them, which protects it from collections, is then most of the work.
+// The problem: a second import of the same content finds all blobs in the registry. A link below
+// tmp/ for each of them, which protects it from collections, is then most of the work.
 //
 // The rule: an importer whose source can be read again makes no such links (a loose stage). If a
 // collection deletes one of the blobs, reading it or publishing fails with errGone. Then bringAgain
-// makes the stage an ordinary one, takes the blobs with links or from the source, and the failed step
-// is repeated.
+// makes the stage an ordinary one, takes the blobs with links or from the source, and the failed
+// step is repeated.
 //
-// It is safe because publish checks each blob with the index locked, whether or not it has a link. No
-// collection can delete blobs of an ordinary stage, so bringAgain is called once at most.
+// It is safe because publish checks each blob with the index locked, whether or not it has a link.
+// No collection can delete blobs of an ordinary stage, so bringAgain is called once at most.
 func (im *importer) bringAgain(ctx context.Context) error {
 	blobs := im.stage.tighten()
 	for d, size := range blobs {
@@ -416,9 +416,9 @@ type pendingBlob struct {
 	data      []byte // of its descriptor: see keepParsed
 }
 
-// bringLater brings the configs and layers of all manifests, side by side if the source has workers.
-// A blob can be in the stage already, because another manifest of the import has the same digest as
-// a layer of this one.
+// bringLater brings the configs and layers of all manifests, side by side if the source has
+// workers. A blob can be in the stage already, because another manifest of the import has the same
+// digest as a layer of this one.
 func (im *importer) bringLater(ctx context.Context) error {
 	im.meter.planned(PhaseBlobs)
 	later := im.later
@@ -474,8 +474,8 @@ func (im *importer) subjects(ctx context.Context, p *publication) (missing []oci
 // referrers adds to p the entries that refer to any of its manifests, the added ones included. They
 // are published in the same transaction as p, and not at all if p conflicts.
 //
-// The subject of an entry is only in its manifest, so every manifest of index.json is read once. Then
-// the loop over p.manifests finds referrers of referrers without reading any of them again.
+// The subject of an entry is only in its manifest, so every manifest of index.json is read once.
+// Then the loop over p.manifests finds referrers of referrers without reading any of them again.
 func (im *importer) referrers(ctx context.Context, entries []ocispec.Descriptor, p *publication) (added []ocispec.Descriptor, err error) {
 	have := map[digest.Digest]bool{}
 	for _, m := range p.manifests {
@@ -510,8 +510,8 @@ func (im *importer) referrers(ctx context.Context, entries []ocispec.Descriptor,
 	return added, nil
 }
 
-// peek reads a manifest that may turn out not to be needed, and so does not stage it. A manifest that
-// the source lacks is read from the stage or the registry.
+// peek reads a manifest that may turn out not to be needed, and so does not stage it. A manifest
+// that the source lacks is read from the stage or the registry.
 func (im *importer) peek(ctx context.Context, desc ocispec.Descriptor) (*Manifest, error) {
 	if desc.Size > MaxManifestSize {
 		return nil, fmt.Errorf("manifest %s: %w", desc.Digest, tooLargeManifest(int(desc.Size)))
@@ -539,8 +539,8 @@ func (im *importer) peek(ctx context.Context, desc ocispec.Descriptor) (*Manifes
 // member of several indexes is read once. A cycle cannot exist, since each index holds the digests
 // of its members.
 //
-// The limits hold before anything is read: depth bounds the recursion, the size bounds one document,
-// and MaxImportManifests bounds all of them.
+// The limits hold before anything is read: depth bounds the recursion, the size bounds one
+// document, and MaxImportManifests bounds all of them.
 func (im *importer) manifest(ctx context.Context, desc ocispec.Descriptor, depth int, seen map[digest.Digest]bool, list *[]pendingManifest) (root ocispec.Descriptor, err error) {
 	if depth > MaxIndexNesting {
 		return root, fmt.Errorf("%w: image indexes nested more than %d deep", ErrTooLarge, MaxIndexNesting)
@@ -576,9 +576,9 @@ func (im *importer) manifest(ctx context.Context, desc ocispec.Descriptor, depth
 	return pending.Descriptor, nil
 }
 
-// lacks reports whether a member of an image index is absent: neither the source nor the registry has
-// it, and mayLack allows that. If one of them has it, lacks stages it. A member that is too large is
-// not absent: manifest refuses it.
+// lacks reports whether a member of an image index is absent: neither the source nor the registry
+// has it, and mayLack allows that. If one of them has it, lacks stages it. A member that is too
+// large is not absent: manifest refuses it.
 func (im *importer) lacks(ctx context.Context, desc ocispec.Descriptor) (bool, error) {
 	if im.mayLack == nil || desc.Size > MaxManifestSize {
 		return false, nil
@@ -647,8 +647,9 @@ func (im *importer) read(ctx context.Context, desc ocispec.Descriptor, depth int
 // brought at once, because its children are needed next. A config or layer with data in its
 // descriptor is brought at once if the data no longer fits into keepParsed.
 //
-// A blob that was asked for before is not brought a second time. One case needs care: a blob that was
-// first noted as a layer and is now needed as a manifest is brought at once, and bringLater skips it.
+// A blob that was asked for before is not brought a second time. One case needs care: a blob that
+// was first noted as a layer and is now needed as a manifest is brought at once, and bringLater
+// skips it.
 func (im *importer) blob(ctx context.Context, desc ocispec.Descriptor, as role) error {
 	asked, err := im.claim(desc)
 	if err != nil {
@@ -707,8 +708,8 @@ func (im *importer) bring(ctx context.Context, desc ocispec.Descriptor, as role)
 	return err
 }
 
-// reuse takes a blob of the registry into the stage, if it is whole and reusable allows it. What the
-// stage has already was allowed, or came from the source in this call.
+// reuse takes a blob of the registry into the stage, if it is whole and reusable allows it. What
+// the stage has already was allowed, or came from the source in this call.
 func (im *importer) reuse(ctx context.Context, desc ocispec.Descriptor) (bool, error) {
 	if im.reusable != nil && !im.stage.has(desc.Digest) {
 		if ok, err := im.reusable(ctx, desc); !ok || err != nil {
@@ -718,8 +719,8 @@ func (im *importer) reuse(ctx context.Context, desc ocispec.Descriptor) (bool, e
 	return im.stage.reuse(ctx, desc.Digest, desc.Size)
 }
 
-// charge counts n bytes that the registry does not have against maxBytes, before they are written. n
-// is compared by itself too, because a hostile size could overflow the sum.
+// charge counts n bytes that the registry does not have against maxBytes, before they are written.
+// n is compared by itself too, because a hostile size could overflow the sum.
 func (im *importer) charge(n int64) error {
 	if sum := im.added.Add(n); im.maxBytes > 0 && (n > im.maxBytes || sum > im.maxBytes) {
 		return fmt.Errorf("%w: more than %d bytes to add (MaxBytes)", ErrTooLarge, im.maxBytes)

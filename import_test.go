@@ -20,8 +20,8 @@ import (
 	"github.com/ocilocal/ocilocal"
 )
 
-// fatIndex is an image index without members. Its annotations take many times their bytes in memory,
-// because each has a key of a few characters and an empty value.
+// fatIndex is an image index without members. Its annotations take many times their bytes in
+// memory, because each has a key of a few characters and an empty value.
 func fatIndex(i, size int) string {
 	var b strings.Builder
 	fmt.Fprintf(&b, `{"schemaVersion":2,"mediaType":%q,"manifests":[],"annotations":{"i":"%d"`, ocispec.MediaTypeImageIndex, i)
@@ -90,8 +90,8 @@ func TestImportMemory(t *testing.T) {
 	}
 }
 
-// TestImportMaxBytes imports from a layout and an archive with a limit that is one byte too low, and
-// then with one that fits.
+// TestImportMaxBytes imports from a layout and an archive with a limit that is one byte too low,
+// and then with one that fits.
 func TestImportMaxBytes(t *testing.T) {
 	manifest, config := image("layer")
 	entries := []entry{layoutVersion, layoutIndex(manifest, "example.com/a:v1"), blobEntry(config), blobEntry("layer"), blobEntry(manifest)}
@@ -122,8 +122,8 @@ func TestImportMaxBytes(t *testing.T) {
 	}
 }
 
-// TestImportAgain: an import of content that the registry has writes and syncs no blob. If a blob is
-// damaged or missing, only this one is written again.
+// TestImportAgain: an import of content that the registry has writes and syncs no blob. If a blob
+// is damaged or missing, only this one is written again.
 func TestImportAgain(t *testing.T) {
 	t.Parallel()
 	from := openTemp(t, nil)

@@ -29,12 +29,12 @@ func (r *LocalRegistry) ImportRegistry(ctx context.Context, src *LocalRegistry, 
 	return result, opError("import", ref.String(), "", err)
 }
 
-// importRegistry runs an importer over an index.json that it makes itself: the manifest of ref, under
-// the name of ref, and its referrers. So all options of imports work as for a layout.
+// importRegistry runs an importer over an index.json that it makes itself: the manifest of ref,
+// under the name of ref, and its referrers. So all options of imports work as for a layout.
 //
 // Both registries have a call in progress, so neither can be closed meanwhile. A collection of src
-// can still delete content that its refs no longer need. The import then fails with [ErrIncomplete].
-// Only members that src records as absent may be absent here.
+// can still delete content that its refs no longer need. The import then fails with
+// [ErrIncomplete]. Only members that src records as absent may be absent here.
 func (r *LocalRegistry) importRegistry(ctx context.Context, src *LocalRegistry, ref Reference, opts *ImportOptions, m *meter) (*ImportResult, error) {
 	end, err := r.beginWrite(ctx)
 	if err != nil {
@@ -97,10 +97,10 @@ func (s *blobStore) openDescriptor(ctx context.Context, desc ocispec.Descriptor)
 	return s.open(ctx, desc.Digest, desc.Size)
 }
 
-// withReferrers returns a manifest, the referrers of all manifests that it needs, and their referrers
-// in turn. Referrers that are incomplete here are returned as skipped: a collector that was killed
-// may have left them so, and no ref needs them. The list is bounded by MaxReferrers, because anybody
-// who can push may have added referrers.
+// withReferrers returns a manifest, the referrers of all manifests that it needs, and their
+// referrers in turn. Referrers that are incomplete here are returned as skipped: a collector that
+// was killed may have left them so, and no ref needs them. The list is bounded by MaxReferrers,
+// because anybody who can push may have added referrers.
 func (r *LocalRegistry) withReferrers(ctx context.Context, root ocispec.Descriptor) (list, skipped []ocispec.Descriptor, err error) {
 	needs := r.newClosure()
 	if _, err := needs.add(ctx, root); err != nil {

@@ -10,8 +10,8 @@ import (
 	"github.com/ocilocal/ocilocal"
 )
 
-// TestImportRegistry copies an artifact with its referrers from one root into another, under its own
-// name and under another one. An artifact with damaged or missing content is not copied.
+// TestImportRegistry copies an artifact with its referrers from one root into another, under its
+// own name and under another one. An artifact with damaged or missing content is not copied.
 func TestImportRegistry(t *testing.T) {
 	src, dst := openTemp(t, nil), openTemp(t, nil)
 	ref := ocilocal.MustParseReference("example.com/model:v1")
@@ -45,8 +45,8 @@ func TestImportRegistry(t *testing.T) {
 	nothingIn(t, empty)
 }
 
-// TestImportReferrersKeepRef: if referrers are imported too, the ref points at the artifact and not at
-// a referrer.
+// TestImportReferrersKeepRef: if referrers are imported too, the ref points at the artifact and not
+// at a referrer.
 func TestImportReferrersKeepRef(t *testing.T) {
 	src, dst := openTemp(t, nil), openTemp(t, nil)
 	ref := ocilocal.MustParseReference("example.com/model:v1")

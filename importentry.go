@@ -6,8 +6,8 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// factsOf returns the facts of an entry that gets the name ref here. If ignored is set, neither of its
-// names is kept (ImportOptions.IgnoreNames).
+// factsOf returns the facts of an entry that gets the name ref here. If ignored is set, neither of
+// its names is kept (ImportOptions.IgnoreNames).
 func factsOf(e ocispec.Descriptor, ref Reference, ignored bool) entryFacts {
 	f := entryFacts{Annotations: maps.Clone(e.Annotations), Platform: e.Platform}
 	if ref.IsZero() && !ignored && entryClaim(e).from != "" {

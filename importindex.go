@@ -17,11 +17,12 @@ type layoutIndex struct {
 }
 
 // parseLayoutIndex parses a layout's index.json (image-spec image-layout.md, "index.json file"). It
-// has the form of an image index. Its mediaType may be missing, as many tools leave it out. A document
-// that also has the fields of an image manifest is refused, because programs could take it for
-// either.
+// has the form of an image index. Its mediaType may be missing, as many tools leave it out. A
+// document that also has the fields of an image manifest is refused, because programs could take it
+// for either.
 //
-// Entries are not checked here. A bad entry fails an import only if the import needs it: see choose.
+// Entries are not checked here. A bad entry fails an import only if the import needs it: see
+// choose.
 func parseLayoutIndex(raw []byte) (*layoutIndex, error) {
 	var doc struct {
 		SchemaVersion int64                `json:"schemaVersion"`
@@ -63,10 +64,10 @@ func (im *importer) stageIndex(ctx context.Context, index *layoutIndex) (*layout
 	return &layoutIndex{entries: []ocispec.Descriptor{m.Descriptor()}}, nil
 }
 
-// choose returns the entries that Select and Platform choose. Entries that are no error, but cannot be
-// imported, are returned as skipped: other content than manifests (image-spec image-layout.md has an
-// example of one), and digests of unknown algorithms. An entry that is malformed fails the import
-// only if it is chosen: unrelated content must not stop an import.
+// choose returns the entries that Select and Platform choose. Entries that are no error, but cannot
+// be imported, are returned as skipped: other content than manifests (image-spec image-layout.md
+// has an example of one), and digests of unknown algorithms. An entry that is malformed fails the
+// import only if it is chosen: unrelated content must not stop an import.
 //
 // Reference, Select, Expected and calls such as LoadPath need exactly one entry. Then no entry and
 // several entries are errors. A Select by digest finds a manifest once that stands under several
@@ -113,8 +114,8 @@ func (im *importer) choose(ctx context.Context, entries []ocispec.Descriptor) (c
 	return chosen, skipped, err
 }
 
-// knownAlgorithm reports whether this package knows the algorithm of a digest. Text without a colon has
-// no algorithm: it counts as known, so that checkDescriptor reports it as malformed.
+// knownAlgorithm reports whether this package knows the algorithm of a digest. Text without a colon
+// has no algorithm: it counts as known, so that checkDescriptor reports it as malformed.
 func knownAlgorithm(d digest.Digest) bool {
 	alg, _, ok := strings.Cut(string(d), ":")
 	return !ok || digestHexLen(digest.Algorithm(alg)) != 0
@@ -154,8 +155,8 @@ func (im *importer) onPlatform(ctx context.Context, chosen []ocispec.Descriptor,
 	return append(chosen, member), nil
 }
 
-// chooseMember looks for the digest of Select among the members of the image indexes that are entries.
-// An index that cannot be read is skipped, because it was not asked for.
+// chooseMember looks for the digest of Select among the members of the image indexes that are
+// entries. An index that cannot be read is skipped, because it was not asked for.
 func (im *importer) chooseMember(ctx context.Context, entries []ocispec.Descriptor) ([]ocispec.Descriptor, error) {
 	for _, e := range entries {
 		if formOf(e.MediaType) != formIndex || checkDescriptor(&e) != nil {

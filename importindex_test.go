@@ -65,8 +65,8 @@ func TestImportPlatforms(t *testing.T) {
 	}
 }
 
-// TestImportUnrelated puts files and entries into a layout that no artifact needs. They must not stop
-// the import of the others.
+// TestImportUnrelated puts files and entries into a layout that no artifact needs. They must not
+// stop the import of the others.
 func TestImportUnrelated(t *testing.T) {
 	t.Parallel()
 	manifest, config := image("layer")

@@ -60,8 +60,8 @@ func (l *layout) index() (*layoutIndex, error) {
 	return parseLayoutIndex(raw)
 }
 
-// check reads oci-layout and refuses another version. A missing file is accepted: some tools leave it
-// out, although image-spec requires it, and nothing else in a layout depends on it.
+// check reads oci-layout and refuses another version. A missing file is accepted: some tools leave
+// it out, although image-spec requires it, and nothing else in a layout depends on it.
 func (l *layout) check() error {
 	if found, err := l.has(ocispec.ImageLayoutFile); err != nil || !found {
 		return err
@@ -109,9 +109,9 @@ func (l *layout) has(name string) (bool, error) {
 	return err == nil, err
 }
 
-// open opens the file of a blob. The caller verifies the bytes. If the file is missing, the error is
-// [ErrIncomplete], which lets the importer look elsewhere. If blobs/ or the directory of an algorithm
-// is a link or a file, the error says so: a bare "not found" would hide the cause.
+// open opens the file of a blob. The caller verifies the bytes. If the file is missing, the error
+// is [ErrIncomplete], which lets the importer look elsewhere. If blobs/ or the directory of an
+// algorithm is a link or a file, the error says so: a bare "not found" would hide the cause.
 func (l *layout) open(desc ocispec.Descriptor) (*os.File, error) {
 	if err := checkDigest(desc.Digest); err != nil {
 		return nil, err

@@ -65,8 +65,8 @@ func TestLayoutIndexBounded(t *testing.T) {
 	}
 }
 
-// TestHostileLayouts imports layouts that are malformed or unsafe: links, files for directories, wrong
-// sizes and digests. Each fails with its error, and nothing becomes visible.
+// TestHostileLayouts imports layouts that are malformed or unsafe: links, files for directories,
+// wrong sizes and digests. Each fails with its error, and nothing becomes visible.
 func TestHostileLayouts(t *testing.T) {
 	t.Parallel()
 	manifest, config := image("layer")

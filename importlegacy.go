@@ -28,12 +28,12 @@ import (
 // back, because a tag may have "__" too: see legacyName. Going from a reference to its paths is
 // unambiguous, which is how Load finds an entry: see legacyPaths.
 
-// maxLegacyDepth is the deepest level of directories that is searched for entries. The repository of
-// a reference cannot have as many path elements.
+// maxLegacyDepth is the deepest level of directories that is searched for entries. The repository
+// of a reference cannot have as many path elements.
 const maxLegacyDepth = 130
 
-// DefaultLegacyRoot returns the directory in which the OMMX v2 SDK keeps its local registry. That is
-// $OMMX_LOCAL_REGISTRY_ROOT if it is set, and otherwise:
+// DefaultLegacyRoot returns the directory in which the OMMX v2 SDK keeps its local registry. That
+// is $OMMX_LOCAL_REGISTRY_ROOT if it is set, and otherwise:
 //   - Unix: ommx in $XDG_DATA_HOME or ~/.local/share
 //   - macOS: ~/Library/Application Support/org.ommx.ommx
 //   - Windows: %AppData%\ommx\ommx\data
@@ -78,8 +78,8 @@ type LegacyOptions struct {
 type legacyNamer func(claimed string, ref Reference) (Reference, error)
 
 // name applies the function, if there is one, to an entry. err says why claimed is not a reference.
-// It is returned if the function gives no reference either. A reference that the function returns is
-// validated, since the caller may have made it in any way.
+// It is returned if the function gives no reference either. A reference that the function returns
+// is validated, since the caller may have made it in any way.
 func (fn legacyNamer) name(claimed string, ref Reference, err error) (Reference, error) {
 	if fn == nil {
 		return ref, err
@@ -133,10 +133,10 @@ func (l *LegacyReport) add(entry string, u RefUpdate, err error) {
 }
 
 // ImportLegacy imports every entry of an OMMX v2 local registry: a tree of layout directories with
-// paths of the form host/repository/__tag. If the index.json of an entry has a name, it must fit the
-// path. Otherwise the path is the name. Only artifacts of type [ArtifactTypeOMMX] are imported. A bad
-// entry does not stop the others: the report lists it. ImportLegacy can be repeated, and run several
-// times at once. The tree is never written to, and no symbolic link in it is followed.
+// paths of the form host/repository/__tag. If the index.json of an entry has a name, it must fit
+// the path. Otherwise the path is the name. Only artifacts of type [ArtifactTypeOMMX] are imported.
+// A bad entry does not stop the others: the report lists it. ImportLegacy can be repeated, and run
+// several times at once. The tree is never written to, and no symbolic link in it is followed.
 //
 // Errors, together with the report so far: [ErrReadOnly], [ErrBusy], [ErrNoSpace], and any error
 // from ctx, the index, or the file system for root itself.
@@ -213,8 +213,8 @@ func (r *LocalRegistry) importLegacy(ctx context.Context, dir string, opts *Lega
 	return nil
 }
 
-// meterEntry reports the progress of one entry: done, skipped because it was here, or out of the plan
-// because it failed.
+// meterEntry reports the progress of one entry: done, skipped because it was here, or out of the
+// plan because it failed.
 func meterEntry(m *meter, u RefUpdate, err error) {
 	// The size stays 0, because bytes are not counted.
 	desc := ocispec.Descriptor{MediaType: u.Descriptor.MediaType, Digest: u.Descriptor.Digest}
@@ -235,9 +235,9 @@ func fatal(err error) bool {
 }
 
 // legacyEntries finds the directories whose name begins with "__", in order. It does not look into
-// them. Links are not followed: Lstat says that they are not directories. A directory that cannot be
-// read is reported and skipped. So is a layout at a path that names nothing, since its owner would
-// otherwise believe that it was imported.
+// them. Links are not followed: Lstat says that they are not directories. A directory that cannot
+// be read is reported and skipped. So is a layout at a path that names nothing, since its owner
+// would otherwise believe that it was imported.
 func legacyEntries(ctx context.Context, root *rootDir, report *LegacyReport) ([]string, error) {
 	var entries []string
 	var visit func(dir string, depth int) error
@@ -275,12 +275,12 @@ func legacyEntries(ctx context.Context, root *rootDir, report *LegacyReport) ([]
 	return entries, nil
 }
 
-// importLegacyEntry imports one layout directory of the tree. If ref is not zero, the entry must have
-// that name: an entry with another name or another digest is [ErrNotFound], which lets legacyEntry
-// try the next path. If ref is zero, rename decides about the name, unless it is nil.
+// importLegacyEntry imports one layout directory of the tree. If ref is not zero, the entry must
+// have that name: an entry with another name or another digest is [ErrNotFound], which lets
+// legacyEntry try the next path. If ref is zero, rename decides about the name, unless it is nil.
 //
-// The importer gets Rename, because the name was decided here: index.json may have the short spelling
-// of v2, which entryClaim would not accept.
+// The importer gets Rename, because the name was decided here: index.json may have the short
+// spelling of v2, which entryClaim would not accept.
 func (r *LocalRegistry) importLegacyEntry(ctx context.Context, root *rootDir, entry string, ref Reference, rename legacyNamer, opts PublishOptions) (RefUpdate, error) {
 	sub, err := root.below(entry)
 	if err != nil {
@@ -363,10 +363,10 @@ func legacyName(entry string, descs []ocispec.Descriptor) (Reference, error) {
 	return parseLegacyName(strings.Replace(host, "__", ":", 1) + "/" + rest[:i] + ":" + tag)
 }
 
-// legacyPaths returns the paths at which OMMX v2 may keep ref:
-// host[__port]/repository/__tag, under each spelling that means the same name today. v2 always took
-// the text before the first '/' for the host, and did not add "library/". So docker.io/org/model may
-// lie under org/model, and docker.io/library/alpine under docker.io/alpine.
+// legacyPaths returns the paths at which OMMX v2 may keep ref: host[__port]/repository/__tag, under
+// each spelling that means the same name today. v2 always took the text before the first '/' for
+// the host, and did not add "library/". So docker.io/org/model may lie under org/model, and
+// docker.io/library/alpine under docker.io/alpine.
 func legacyPaths(ref Reference) (paths []string) {
 	host, repository := ref.Registry(), ref.Repository()
 	names := []string{path.Join(strings.Replace(host, ":", "__", 1), repository)}
@@ -393,10 +393,10 @@ func legacyPaths(ref Reference) (paths []string) {
 	return paths
 }
 
-// fetchLegacy imports the entry of the legacy root that has ref's name, and returns the artifact. It
-// returns nil if there is no such entry, or no legacy root. The artifact is made from the result of
-// the import, and not from the index: a read of the index could fail after the import is durable.
-// The call would then return an error although it has changed the registry.
+// fetchLegacy imports the entry of the legacy root that has ref's name, and returns the artifact.
+// It returns nil if there is no such entry, or no legacy root. The artifact is made from the result
+// of the import, and not from the index: a read of the index could fail after the import is
+// durable. The call would then return an error although it has changed the registry.
 func (r *LocalRegistry) fetchLegacy(ctx context.Context, ref Reference) (*LocalArtifact, error) {
 	if r.opts.LegacyRoot == "" || r.blobs.readOnly {
 		return nil, nil
@@ -416,9 +416,9 @@ func (r *LocalRegistry) fetchLegacy(ctx context.Context, ref Reference) (*LocalA
 	return r.newArtifact(ref, u.Descriptor, nil), nil
 }
 
-// legacyEntry imports the entry of a legacy root that has the name ref, if there is one. found is set
-// with an error too, if an entry was found and could not be imported. Then the other paths are not
-// tried: the entry is the right one, and the caller must learn that it is bad.
+// legacyEntry imports the entry of a legacy root that has the name ref, if there is one. found is
+// set with an error too, if an entry was found and could not be imported. Then the other paths are
+// not tried: the entry is the right one, and the caller must learn that it is bad.
 func (r *LocalRegistry) legacyEntry(ctx context.Context, dir string, ref Reference, opts PublishOptions) (u RefUpdate, found bool, err error) {
 	root, err := openRoot(dir, r.root.fault)
 	if err != nil {

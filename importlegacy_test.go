@@ -23,8 +23,8 @@ import (
 
 const ommxType = "application/org.ommx.v1.artifact"
 
-// ommxV2 returns a layout as the OMMX v2 SDK writes it: a manifest in the order of its struct, without
-// mediaType, and the name in index.json if there is one.
+// ommxV2 returns a layout as the OMMX v2 SDK writes it: a manifest in the order of its struct,
+// without mediaType, and the name in index.json if there is one.
 func ommxV2(instance, artifactType, name string) (manifest string, entries []entry) {
 	config := "{}"
 	manifest = fmt.Sprintf(`{"schemaVersion":2,"artifactType":%q,"config":%s,"layers":[%s],"annotations":{"org.ommx.v1.artifact.title":%q}}`,
@@ -59,8 +59,8 @@ func legacyDigest(at, name string) digest.Digest {
 
 const someHex = "67555a1e3fd8d4e1b4cdcf6b4ee8a62b4a2bd9fba8b95fca0b24e2c33d3f3b4e"
 
-// legacyNames has each spelling of names that OMMX v2 uses: the path, the name in index.json, and the
-// reference today.
+// legacyNames has each spelling of names that OMMX v2 uses: the path, the name in index.json, and
+// the reference today.
 var legacyNames = []struct{ path, name, today string }{
 	{"ghcr.io/jij-inc/ommx/demo/__v1", "ghcr.io/jij-inc/ommx/demo:v1", "ghcr.io/jij-inc/ommx/demo:v1"},
 	{"ghcr.io/jij-inc/ommx/demo/__v2", "", "ghcr.io/jij-inc/ommx/demo:v2"},
@@ -77,8 +77,9 @@ var legacyNames = []struct{ path, name, today string }{
 	{"example.com/bare/__v1", "v1", "example.com/bare:v1"},
 }
 
-// TestImportLegacy imports a tree by four processes at once: each entry is imported by one of them and
-// verified by the others. A later import heals a blob that was damaged, and the tree never changes.
+// TestImportLegacy imports a tree by four processes at once: each entry is imported by one of them
+// and verified by the others. A later import heals a blob that was damaged, and the tree never
+// changes.
 func TestImportLegacy(t *testing.T) {
 	t.Parallel()
 	ctx := t.Context()
@@ -151,8 +152,8 @@ func legacyWorker(in *bufio.Scanner, args []string) error {
 	return errors.Join(err, r.Close())
 }
 
-// TestImportLegacyFailures has a tree with good and bad entries. The report lists each bad one with its
-// error, and the good ones are imported.
+// TestImportLegacyFailures has a tree with good and bad entries. The report lists each bad one with
+// its error, and the good ones are imported.
 func TestImportLegacyFailures(t *testing.T) {
 	t.Parallel()
 	ctx := t.Context()
@@ -227,7 +228,8 @@ func TestImportLegacyFailures(t *testing.T) {
 	}
 }
 
-// TestLoadLegacy loads each name by its reference of today, first from the tree, then from the index.
+// TestLoadLegacy loads each name by its reference of today, first from the tree, then from the
+// index.
 func TestLoadLegacy(t *testing.T) {
 	ctx := t.Context()
 	at := map[string]string{}
@@ -297,8 +299,8 @@ func TestLoadLegacyByDigest(t *testing.T) {
 	}
 }
 
-// TestLoadLegacyPinned loads by tag and digest. If the entry of the tag has another digest, the entry
-// of the digest is loaded.
+// TestLoadLegacyPinned loads by tag and digest. If the entry of the tag has another digest, the
+// entry of the digest is loaded.
 func TestLoadLegacyPinned(t *testing.T) {
 	manifest, pinned := ommxV2("pinned", ommxType, "")
 	d := digest.FromString(manifest)
@@ -343,8 +345,8 @@ func TestLoadLegacyLinks(t *testing.T) {
 	}
 }
 
-// TestImportLegacyCondition: if the process has no descriptors left, the import ends with that error.
-// It does not report any directory as bad.
+// TestImportLegacyCondition: if the process has no descriptors left, the import ends with that
+// error. It does not report any directory as bad.
 func TestImportLegacyCondition(t *testing.T) {
 	r := openTemp(t, nil)
 	dir := legacyTree(t, map[string]string{"example.com/a/__v1": "", "example.com/b/__v1": ""})

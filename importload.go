@@ -9,8 +9,8 @@ import (
 )
 
 // Load returns the artifact that ref names. If the registry has the ref, Load reads only the index;
-// the artifact reads its manifest on demand. Load does not ask a remote registry whether the ref has
-// moved there: [LocalRegistry.Pull] does that. If the registry does not have the ref:
+// the artifact reads its manifest on demand. Load does not ask a remote registry whether the ref
+// has moved there: [LocalRegistry.Pull] does that. If the registry does not have the ref:
 //
 //   - if [Options.LegacyRoot] is set, the entry of that name there is imported;
 //   - if there is none, and [Options.Remote] is set, the artifact is pulled.
@@ -39,14 +39,14 @@ type LoadResult struct {
 }
 
 // LoadWith is [LocalRegistry.Load] with options for the pull, which it makes even if
-// [Options.Remote] is not set. It checks by sizes that the registry has all that the artifact needs,
-// and fetches missing content. With [PullOptions.Platform], an image index in the registry chooses
-// the manifest. With [PullOptions.Verify], the local bytes are hashed, and nothing is fetched if they
-// are good.
+// [Options.Remote] is not set. It checks by sizes that the registry has all that the artifact
+// needs, and fetches missing content. With [PullOptions.Platform], an image index in the registry
+// chooses the manifest. With [PullOptions.Verify], the local bytes are hashed, and nothing is
+// fetched if they are good.
 //
 // LoadResult.Hit says whether the registry had the artifact. After a hit, no server is asked for
-// referrers, even if [PullOptions.Referrers] is set. [LocalRegistry.Referrers] lists the local ones,
-// and [LocalRegistry.Pull] fetches others.
+// referrers, even if [PullOptions.Referrers] is set. [LocalRegistry.Referrers] lists the local
+// ones, and [LocalRegistry.Pull] fetches others.
 //
 // Errors are those of Load.
 func (r *LocalRegistry) LoadWith(ctx context.Context, ref Reference, opts *PullOptions) (*LoadResult, error) {
@@ -62,10 +62,10 @@ func (r *LocalRegistry) LoadWith(ctx context.Context, ref Reference, opts *PullO
 // load is Load if opts is nil, and otherwise LoadWith. It looks in this order: the registry, the
 // legacy root, the remote registry.
 //
-// Two calls can look for a missing ref at the same time. Both fetch it, and the second one to publish
-// gets a conflict if the ref points elsewhere by then. That is not an error of a load: the ref is
-// here now, so load looks in the registry again. LoadWith returns the conflict of a pull, because
-// its caller chose the policy.
+// Two calls can look for a missing ref at the same time. Both fetch it, and the second one to
+// publish gets a conflict if the ref points elsewhere by then. That is not an error of a load: the
+// ref is here now, so load looks in the registry again. LoadWith returns the conflict of a pull,
+// because its caller chose the policy.
 func (r *LocalRegistry) load(ctx context.Context, ref Reference, opts *PullOptions, m *meter) (*LoadResult, error) {
 	a, err := r.loadHere(ctx, ref, opts, m)
 	if err != nil {
@@ -103,9 +103,9 @@ func (r *LocalRegistry) load(ctx context.Context, ref Reference, opts *PullOptio
 	return &LoadResult{Artifact: pulled.Artifact, Pull: pulled}, nil
 }
 
-// loadHere returns the artifact if the registry has it, and nil otherwise. Without options, the ref's
-// row is enough, since a ref that resolves has its content. With options, pullHere checks the content
-// as well.
+// loadHere returns the artifact if the registry has it, and nil otherwise. Without options, the
+// ref's row is enough, since a ref that resolves has its content. With options, pullHere checks the
+// content as well.
 func (r *LocalRegistry) loadHere(ctx context.Context, ref Reference, opts *PullOptions, m *meter) (*LocalArtifact, error) {
 	if opts != nil {
 		return r.pullHere(ctx, ref, opts, m)
@@ -152,8 +152,8 @@ func (r *LocalRegistry) ImportPath(ctx context.Context, path string, opts *Impor
 	return result, opError("import", path, "", err)
 }
 
-// importPath is ImportPath for callers that name the operation themselves. A symbolic link at path is
-// followed, since the caller named it.
+// importPath is ImportPath for callers that name the operation themselves. A symbolic link at path
+// is followed, since the caller named it.
 func (r *LocalRegistry) importPath(ctx context.Context, path string, opts *ImportOptions) (*ImportResult, error) {
 	fi, err := os.Stat(path)
 	if err != nil {
@@ -181,8 +181,8 @@ func InspectPath(ctx context.Context, path string) (_ *Inspection, err error) {
 	if err != nil {
 		return nil, err
 	}
-	// Closing a descriptor of an open index would drop SQLite's locks in this process. No registry is
-	// at hand to compare files by identity, so the name decides.
+	// Closing a descriptor of an open index would drop SQLite's locks in this process. No registry
+	// is at hand to compare files by identity, so the name decides.
 	for _, suffix := range databaseFiles {
 		if filepath.Base(target) == indexFile+suffix {
 			return nil, fmt.Errorf("%w: this is a registry's %s%s", ErrInvalidArgument, indexFile, suffix)

@@ -12,7 +12,8 @@ import (
 	"github.com/ocilocal/ocilocal"
 )
 
-// TestLoadPulls: Load pulls an artifact once. A missing tag is an error with the facts of the registry.
+// TestLoadPulls: Load pulls an artifact once. A missing tag is an error with the facts of the
+// registry.
 func TestLoadPulls(t *testing.T) {
 	s := newServer(t)
 	want := s.put(t, "org/model", "v1", noise(1, 10))
@@ -133,8 +134,8 @@ func TestLoadPath(t *testing.T) {
 	}
 }
 
-// TestImportPath imports several entries from a directory and an archive. A conflict of one entry is
-// in the result, and the others are imported.
+// TestImportPath imports several entries from a directory and an archive. A conflict of one entry
+// is in the result, and the others are imported.
 func TestImportPath(t *testing.T) {
 	ctx := t.Context()
 	from := openTemp(t, nil)

@@ -36,8 +36,8 @@ type claim struct {
 //	  Anonymous      a new name, if there is still none
 //	name         refuses two entries of one name, and takes the facts of each entry
 
-// entryClaim returns the claim of an entry. Imports, exports and inspections all use it, so they agree
-// about names.
+// entryClaim returns the claim of an entry. Imports, exports and inspections all use it, so they
+// agree about names.
 //
 // Tools write names in two annotations. org.opencontainers.image.ref.name has no grammar
 // (image-spec annotations.md): it may be a full name, a tag, or anything. containerd writes the
@@ -48,9 +48,9 @@ type claim struct {
 //   - else one in image.name counts, unless ref.name is another tag;
 //   - else ref.name is a text that names nothing here.
 //
-// A name can end in a digest other than the entry's: podman and skopeo write the digest of the image
-// index to the entry of one platform. Such a name says where the content came from. It is not a name
-// of the entry, unless it has a tag too: then the tag counts.
+// A name can end in a digest other than the entry's: podman and skopeo write the digest of the
+// image index to the entry of one platform. Such a name says where the content came from. It is not
+// a name of the entry, unless it has a tag too: then the tag counts.
 func entryClaim(e ocispec.Descriptor) claim {
 	name, image := e.Annotations[ocispec.AnnotationRefName], e.Annotations[annotationImageName]
 	if c, full := fullName(name, e.Digest); full {
@@ -69,8 +69,9 @@ func entryClaim(e ocispec.Descriptor) claim {
 }
 
 // fullName returns the claim of a full name. A full name has all parts: a host, a repository, and a
-// tag or digest. [ParseReference] also accepts short names and completes them by Docker Hub's rules.
-// Here that would be wrong: the text release/v1 of some index.json is not an artifact of Docker Hub.
+// tag or digest. [ParseReference] also accepts short names and completes them by Docker Hub's
+// rules. Here that would be wrong: the text release/v1 of some index.json is not an artifact of
+// Docker Hub.
 func fullName(name string, d digest.Digest) (c claim, full bool) {
 	host, rest, ok := strings.Cut(name, "/")
 	if !ok || !isHost(host) || !strings.ContainsAny(rest, ":@") {
@@ -98,8 +99,8 @@ func parseLegacyName(name string) (Reference, error) {
 	return ParseReference(name)
 }
 
-// tag returns the claim's text if that is a tag, and "" otherwise. A digest after it is ignored, as in
-// a full name.
+// tag returns the claim's text if that is a tag, and "" otherwise. A digest after it is ignored, as
+// in a full name.
 func (c claim) tag() string {
 	tag, _, _ := strings.Cut(c.text, "@")
 	if isBareTag(tag) {

@@ -63,8 +63,8 @@ func TestImportNameFunc(t *testing.T) {
 	}
 }
 
-// TestImportContainerdName imports entries with the pairs of names that containerd writes. Reference
-// is accepted if it agrees with the name that counts.
+// TestImportContainerdName imports entries with the pairs of names that containerd writes.
+// Reference is accepted if it agrees with the name that counts.
 func TestImportContainerdName(t *testing.T) {
 	t.Parallel()
 	manifest, config := image("layer")
@@ -150,8 +150,8 @@ func TestOddNames(t *testing.T) {
 	}
 }
 
-// TestDockerSave imports an entry as `docker save` writes it: a tag in one annotation and the full name
-// in another. The full name counts if it has that tag.
+// TestDockerSave imports an entry as `docker save` writes it: a tag in one annotation and the full
+// name in another. The full name counts if it has that tag.
 func TestDockerSave(t *testing.T) {
 	t.Parallel()
 	manifest, config := image("layer")

@@ -14,8 +14,8 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// ImportOMMX imports every ref of an OMMX v3 local registry with the chain of its subjects, which the
-// SDK takes for part of the artifact. Artifacts of any type are imported, with their bytes and
+// ImportOMMX imports every ref of an OMMX v3 local registry with the chain of its subjects, which
+// the SDK takes for part of the artifact. Artifacts of any type are imported, with their bytes and
 // digests. A ref that is set keeps the time at which it was moved in the source ([Ref.Updated]).
 //
 // An OMMX v3 registry is a root with blobs/sha256/ and an index.sqlite3 of schema 1 or 2. It lies
@@ -26,8 +26,8 @@ import (
 // make the -wal and -shm files that readers of its index need. No symbolic link in it is followed.
 //
 // Errors, together with the report so far:
-//   - [ErrForeignIndex], [*SchemaError]: the index does not belong to an OMMX v3 registry of schema 1
-//     or 2
+//   - [ErrForeignIndex], [*SchemaError]: the index does not belong to an OMMX v3 registry of schema
+//     1 or 2
 //   - [ErrReadOnly], [ErrBusy], [ErrNoSpace], and any error from ctx, either index, or the file
 //     system for root itself
 func (r *LocalRegistry) ImportOMMX(ctx context.Context, root string, opts *LegacyOptions) (report *LegacyReport, err error) {
@@ -38,8 +38,8 @@ func (r *LocalRegistry) ImportOMMX(ctx context.Context, root string, opts *Legac
 
 // importOMMX reads the refs of the other index page by page, and imports each like the entry of a
 // layout: the root of an OMMX v3 registry has the blobs/ of one. The refs are read twice with a
-// Progress function, since the totals must be known before the first import. The SDK may add refs in
-// between; the meter accepts more items than were planned.
+// Progress function, since the totals must be known before the first import. The SDK may add refs
+// in between; the meter accepts more items than were planned.
 func (r *LocalRegistry) importOMMX(ctx context.Context, dir string, opts *LegacyOptions, report *LegacyReport) (err error) {
 	end, err := r.beginWrite(ctx)
 	if err != nil {
@@ -89,9 +89,9 @@ func (r *LocalRegistry) importOMMX(ctx context.Context, dir string, opts *Legacy
 	return nil
 }
 
-// openOMMXRoot opens the index of an OMMX v3 root. A missing index is reported here, as SQLite would
-// say only that it cannot open a file. walEmpty tells openOMMX whether the log holds anything: an
-// index with an empty log can be read where no file may be made.
+// openOMMXRoot opens the index of an OMMX v3 root. A missing index is reported here, as SQLite
+// would say only that it cannot open a file. walEmpty tells openOMMX whether the log holds
+// anything: an index with an empty log can be read where no file may be made.
 func openOMMXRoot(ctx context.Context, dir string, root *rootDir) (*index, error) {
 	if _, err := root.Lstat(indexFile); err != nil {
 		return nil, err
@@ -113,8 +113,8 @@ func (o ommxRef) String() string {
 	return printable(o.name + ":" + o.reference)
 }
 
-// moved returns the time at which the ref was moved, and zero if the column has no such time. SQLite
-// does not enforce types of columns, so the value may be anything.
+// moved returns the time at which the ref was moved, and zero if the column has no such time.
+// SQLite does not enforce types of columns, so the value may be anything.
 func (o ommxRef) moved() time.Time {
 	text, _ := o.updated.(string)
 	at, err := time.Parse(time.RFC3339, text)
@@ -124,10 +124,10 @@ func (o ommxRef) moved() time.Time {
 	return at
 }
 
-// importOMMXRef imports one ref and, by [importer.subjects], its chain of subjects. Only the name and
-// the digest are taken from the other index. It also describes the manifest, but the manifest's own
-// bytes say the same and are verified. They are read here, because the importer needs media type and
-// size.
+// importOMMXRef imports one ref and, by [importer.subjects], its chain of subjects. Only the name
+// and the digest are taken from the other index. It also describes the manifest, but the manifest's
+// own bytes say the same and are verified. They are read here, because the importer needs media
+// type and size.
 func (r *LocalRegistry) importOMMXRef(ctx context.Context, l *layout, o ommxRef, opts *LegacyOptions) (RefUpdate, []ocispec.Descriptor, error) {
 	ref, err := parseLegacyName(o.name + ":" + o.reference)
 	if strings.ContainsAny(o.name, "@") {
@@ -167,9 +167,9 @@ func (l *layout) manifest(desc ocispec.Descriptor, mediaType string) (*Manifest,
 }
 
 // hasWhole reports whether a layout and the registry together have files of the right sizes for a
-// manifest and all that it needs. The import verifies the bytes later. Damage and missing files mean
-// false: a subject is optional. An error of the process, such as too many open files, is returned,
-// because it says nothing about the subject.
+// manifest and all that it needs. The import verifies the bytes later. Damage and missing files
+// mean false: a subject is optional. An error of the process, such as too many open files, is
+// returned, because it says nothing about the subject.
 func (r *LocalRegistry) hasWhole(ctx context.Context, l *layout, desc ocispec.Descriptor, depth int) (bool, error) {
 	if depth > MaxIndexNesting || ctx.Err() != nil {
 		return false, ctx.Err()

@@ -35,7 +35,8 @@ var ommxSchemas = map[int]string{
 		CREATE TABLE experiment_configs (config_digest TEXT PRIMARY KEY, config_json BLOB NOT NULL);`,
 }
 
-// An ommxRoot is a root in the SDK's form. Its index is open, as a live process of the SDK keeps it.
+// An ommxRoot is a root in the SDK's form. Its index is open, as a live process of the SDK keeps
+// it.
 type ommxRoot struct {
 	t   testing.TB
 	dir string
@@ -161,8 +162,8 @@ func (o *ommxRoot) noShm() *ommxRoot {
 	return c
 }
 
-// TestImportOMMX imports roots of each schema while the SDK has them open, twice. A second import sees
-// refs that were added or replaced meanwhile. The root does not change.
+// TestImportOMMX imports roots of each schema while the SDK has them open, twice. A second import
+// sees refs that were added or replaced meanwhile. The root does not change.
 func TestImportOMMX(t *testing.T) {
 	ctx := t.Context()
 	for schema := range ommxSchemas {
@@ -198,8 +199,8 @@ func TestImportOMMX(t *testing.T) {
 			checkSound(t, r)
 			checkNoTmp(t, r)
 
-			// Refs that another process has written meanwhile are seen. A replaced ref is a conflict,
-			// or it is moved.
+			// Refs that another process has written meanwhile are seen. A replaced ref is a
+			// conflict, or it is moved.
 			o.exec("UPDATE refs SET manifest_digest = ? WHERE reference = 'v2'", string(d))
 			report, err := r.ImportOMMX(ctx, o.dir, nil)
 			if err != nil || report.Verified != 5 || len(report.Conflicted) != 1 || report.Conflicted[0].Descriptor.Digest != d {
@@ -385,7 +386,8 @@ func TestOpenLeavesOMMXAlone(t *testing.T) {
 	}
 }
 
-// checkSound verifies a registry. Unrecorded blobs are accepted: a call that started again leaves them.
+// checkSound verifies a registry. Unrecorded blobs are accepted: a call that started again leaves
+// them.
 func checkSound(t *testing.T, r *ocilocal.LocalRegistry) {
 	t.Helper()
 	for p, err := range r.Verify(t.Context(), nil) {
@@ -401,8 +403,8 @@ func withSubject(text, subject string) string {
 	return strings.TrimSuffix(manifest, "}") + `,"subject":` + desc(imageType, subject) + "}"
 }
 
-// TestImportOMMXSubjects imports an artifact with a chain of subjects that have no names. The subjects
-// that the source has are imported and survive a collection. The missing one is reported.
+// TestImportOMMXSubjects imports an artifact with a chain of subjects that have no names. The
+// subjects that the source has are imported and survive a collection. The missing one is reported.
 func TestImportOMMXSubjects(t *testing.T) {
 	ctx := t.Context()
 	o := newOMMXRoot(t, 2)

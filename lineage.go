@@ -8,9 +8,9 @@ import (
 	"github.com/opencontainers/go-digest"
 )
 
-// Parent returns the artifact that is the subject of a. If a has no subject, Parent returns nil and no
-// error: a is the first of its line. Both forms of manifest can have subjects, and be subjects. The
-// parent's Reference is zero.
+// Parent returns the artifact that is the subject of a. If a has no subject, Parent returns nil and
+// no error: a is the first of its line. Both forms of manifest can have subjects, and be subjects.
+// The parent's Reference is zero.
 //
 // Errors:
 //   - [*MissingSubjectError], which matches [ErrNotFound]: the subject is not in the registry
@@ -22,9 +22,9 @@ func (a *LocalArtifact) Parent(ctx context.Context) (*LocalArtifact, error) {
 	return p, opError("find parent of", a.ref.String(), a.desc.Digest, err)
 }
 
-// parent is Parent for History, which names the operation itself. The manifest of a is read before the
-// call begins, because that read begins a call of its own. The subject is looked up in the index only;
-// its bytes are verified when they are read.
+// parent is Parent for History, which names the operation itself. The manifest of a is read before
+// the call begins, because that read begins a call of its own. The subject is looked up in the
+// index only; its bytes are verified when they are read.
 func (a *LocalArtifact) parent(ctx context.Context) (*LocalArtifact, error) {
 	m, err := a.manifest(ctx)
 	if err != nil || m.doc.Subject == nil {
@@ -55,8 +55,8 @@ func (a *LocalArtifact) parent(ctx context.Context) (*LocalArtifact, error) {
 //
 // Errors:
 //   - [*MissingSubjectError]: a parent is not in the registry
-//   - [ErrInvalidManifest]: the chain returns to one of its artifacts, which is possible only if the
-//     hash function is broken
+//   - [ErrInvalidManifest]: the chain returns to one of its artifacts, which is possible only if
+//     the hash function is broken
 //   - [ErrTooLarge]: there are more than [MaxClosure] generations
 //   - those of [LocalArtifact.Parent]
 func (a *LocalArtifact) History(ctx context.Context) iter.Seq2[*LocalArtifact, error] {

@@ -45,8 +45,8 @@ type AnnotationChange struct {
 // Diff compares a with other by their layers and their manifests' annotations. Two layers are the
 // same if they have the same digest and media type. If a layer occurs several times, the first one
 // of a is paired with the first one of other, and so on. The two artifacts may have different forms
-// of manifest. The empty layer of an image manifest without layers is not counted as a layer. Configs
-// are not compared, because only one form has them.
+// of manifest. The empty layer of an image manifest without layers is not counted as a layer.
+// Configs are not compared, because only one form has them.
 //
 // Errors: [ErrInvalidArgument] if other is nil, and those of [LocalArtifact.Manifest].
 func (a *LocalArtifact) Diff(ctx context.Context, other *LocalArtifact) (*Diff, error) {
@@ -76,9 +76,9 @@ func (m *Manifest) realLayers() []ocispec.Descriptor {
 	return m.layers
 }
 
-// layers pairs the layers of the two artifacts. Each layer of the second takes the first free layer of
-// the same identity from the first. The rest of the first were removed. It takes linear time, except
-// for the sort of the rest.
+// layers pairs the layers of the two artifacts. Each layer of the second takes the first free layer
+// of the same identity from the first. The rest of the first were removed. It takes linear time,
+// except for the sort of the rest.
 func (d *Diff) layers(from, to []ocispec.Descriptor) {
 	type identity struct {
 		digest    digest.Digest

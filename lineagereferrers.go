@@ -28,8 +28,8 @@ const MaxReferrers = 1000
 // ref is listed until it is collected.
 //
 // The descriptors are those of the referrers API (distribution-spec, "Listing Referrers"): media
-// type, digest, size, artifact type and the manifest's annotations. For an image manifest without an
-// artifact type, the media type of its config is used.
+// type, digest, size, artifact type and the manifest's annotations. For an image manifest without
+// an artifact type, the media type of its config is used.
 //
 // Referrers reads in pages, as [LocalRegistry.Refs] does. An error is yielded once, at the end.
 //

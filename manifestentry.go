@@ -17,13 +17,13 @@ const annotationImageName = "io.containerd.image.name"
 // manifest if that gets no ref, and an export writes them again. The rest of an entry is not kept:
 // urls, data, and fields that image-spec does not have.
 //
-// Names are not facts, because the ref has the name of the entry. Two annotations can be names. They
-// are kept in these cases only:
+// Names are not facts, because the ref has the name of the entry. Two annotations can be names.
+// They are kept in these cases only:
 //
 //   - io.containerd.image.name, if the ref has the same name;
-//   - both, in an entry without a ref, if they name other content. An example is the name of an image
-//     index at the entry of one platform. A later import of the export then reads them as names of
-//     other content again.
+//   - both, in an entry without a ref, if they name other content. An example is the name of an
+//     image index at the entry of one platform. A later import of the export then reads them as
+//     names of other content again.
 type entryFacts struct {
 	Annotations map[string]string `json:"annotations"`
 	Platform    *ocispec.Platform `json:"platform"`

@@ -7,8 +7,8 @@ const (
 	ArtifactTypeOMMXExperiment = "application/org.ommx.v1.experiment" // of SDK v3: the runs of an experiment
 )
 
-// Media types in OMMX artifacts of the SDKs v1 and v2. Version 3 reads them too. OMMX artifacts also
-// have layers of common types, such as application/json, application/vnd.numpy and
+// Media types in OMMX artifacts of the SDKs v1 and v2. Version 3 reads them too. OMMX artifacts
+// also have layers of common types, such as application/json, application/vnd.numpy and
 // application/vnd.apache.parquet.
 const (
 	MediaTypeOMMXConfig             = "application/org.ommx.v1.config+json" // SDK v3 writes the empty config {}

@@ -7,8 +7,8 @@ import (
 	"github.com/ocilocal/ocilocal"
 )
 
-// TestOMMXBuilderType compares the constants of artifact types with their texts. NewOMMXBuilder keeps a
-// type that its options give.
+// TestOMMXBuilderType compares the constants of artifact types with their texts. NewOMMXBuilder
+// keeps a type that its options give.
 func TestOMMXBuilderType(t *testing.T) {
 	r := openTemp(t, nil)
 	for given, want := range map[string]string{

@@ -6,9 +6,9 @@ import (
 )
 
 // ThrowawayReference returns a new name under which other people can fetch an artifact for an hour:
-// ttl.sh/<random>:1h. The OMMX SDK's temp function makes such names too. ttl.sh is a public registry
-// that needs no credential. It deletes an artifact after the time in its tag. Until then, everybody
-// who knows the name can fetch the artifact.
+// ttl.sh/<random>:1h. The OMMX SDK's temp function makes such names too. ttl.sh is a public
+// registry that needs no credential. It deletes an artifact after the time in its tag. Until then,
+// everybody who knows the name can fetch the artifact.
 func ThrowawayReference() Reference {
 	return MustParseReference("ttl.sh/" + strings.ToLower(rand.Text()) + ":1h")
 }

@@ -12,19 +12,19 @@ import (
 
 // Progress is the state of a call. Calls that can take long have an option of type func(Progress).
 //
-// The function is called on the goroutine that made the call. So it is never called twice at a time,
-// and never after the call has returned. It must not block: some calls wait for it. A panic in it
-// reaches the caller. Without a function, there are no reports, and no costs.
+// The function is called on the goroutine that made the call. So it is never called twice at a
+// time, and never after the call has returned. It must not block: some calls wait for it. A panic
+// in it reaches the caller. Without a function, there are no reports, and no costs.
 //
 // There is a report when a phase begins and when an item is done. During an item there is one for
 // each MiB or, if that takes longer, every 200 ms in which bytes arrived. So a blob of 10 GiB makes
-// about 10,000 reports, and one of 1 KiB makes one. If the function is too slow, some reports are left
-// out, but never the report that an item is done.
+// about 10,000 reports, and one of 1 KiB makes one. If the function is too slow, some reports are
+// left out, but never the report that an item is done.
 //
 // All counts are for the whole call. A progress bar shows Bytes of TotalBytes, or Items of
 // TotalItems if TotalBytes is 0. Bytes − SkippedBytes is the number of bytes that the call itself
-// transferred, read or wrote. A call that returns no error ends with a report in [PhaseDone], in which
-// all items and bytes are done. A call that fails has no such report.
+// transferred, read or wrote. A call that returns no error ends with a report in [PhaseDone], in
+// which all items and bytes are done. A call that fails has no such report.
 //
 // A call may join a transfer that another call has begun. Items that were done by then are counted,
 // but have no reports.
@@ -45,8 +45,8 @@ type Progress struct {
 	// ItemSkipped is set with ItemDone if the target had Item already.
 	ItemSkipped bool
 
-	// Items is the number of items that are done, skipped ones included. TotalItems is the number of
-	// all items. It is −1 in [PhaseRead] and [PhasePlan], when it is not known.
+	// Items is the number of items that are done, skipped ones included. TotalItems is the number
+	// of all items. It is −1 in [PhaseRead] and [PhasePlan], when it is not known.
 	Items, TotalItems int
 	// Bytes is the number of bytes that are done. It decreases if an item has to start again.
 	// TotalBytes is the size of all items, and −1 like TotalItems.
@@ -88,8 +88,8 @@ const (
 // phases are all phases, in order.
 var phases = []Phase{PhaseRead, PhasePlan, PhaseBlobs, PhaseRepair, PhaseCheck, PhaseDelete, PhasePublish, PhaseReferrers, PhaseDone}
 
-// Between two reports on one item, at least one of these must pass. They bound the cost of reports: a
-// report per MiB is nothing beside hashing the MiB.
+// Between two reports on one item, at least one of these must pass. They bound the cost of reports:
+// a report per MiB is nothing beside hashing the MiB.
 const (
 	progressBytes = 1 << 20
 	progressTime  = 200 * time.Millisecond
@@ -117,8 +117,8 @@ type meter struct {
 	sinks []*progressSink
 }
 
-// A progressSink takes the reports of a meter. take is called with the meter's mutex held, so it must
-// not use that meter.
+// A progressSink takes the reports of a meter. take is called with the meter's mutex held, so it
+// must not use that meter.
 type progressSink struct{ take func(Progress) }
 
 // newMeter returns a meter for a function of the caller, and nil if there is none. The function is
@@ -133,8 +133,8 @@ func newMeter(fn func(Progress), ref Reference) *meter {
 	return m
 }
 
-// newCount returns a meter without a sink. A transfer that several calls may join has such a meter, and
-// each call subscribes to it.
+// newCount returns a meter without a sink. A transfer that several calls may join has such a meter,
+// and each call subscribes to it.
 func newCount() *meter {
 	return &meter{now: Progress{TotalItems: -1, TotalBytes: -1}, told: time.Now()}
 }
@@ -156,8 +156,8 @@ func (m *meter) subscribe(take func(Progress)) (end func()) {
 }
 
 // follow makes m report the counts and phases of another meter until end is called. m keeps its own
-// Reference. It locks m.mu while other.mu is held. No code locks them in the other order, because the
-// sinks of m do not use other.
+// Reference. It locks m.mu while other.mu is held. No code locks them in the other order, because
+// the sinks of m do not use other.
 func (m *meter) follow(other *meter) (end func()) {
 	if m == nil {
 		return func() {}
@@ -186,8 +186,8 @@ func (m *meter) tell() {
 	}
 }
 
-// phase begins a phase, unless the call is in a later one already. So the phases of a referrer, which is
-// transferred like an artifact, do not show: all of it is in [PhaseReferrers].
+// phase begins a phase, unless the call is in a later one already. So the phases of a referrer,
+// which is transferred like an artifact, do not show: all of it is in [PhaseReferrers].
 func (m *meter) phase(p Phase) {
 	if m == nil {
 		return
@@ -306,8 +306,8 @@ func (m *meter) item(desc ocispec.Descriptor) *meteredItem {
 	return &meteredItem{meter: m, desc: desc}
 }
 
-// A meteredItem is an item that was begun and is not done. Its fields are guarded by the meter's mutex,
-// except skipped, which the goroutine of the item uses.
+// A meteredItem is an item that was begun and is not done. Its fields are guarded by the meter's
+// mutex, except skipped, which the goroutine of the item uses.
 type meteredItem struct {
 	meter   *meter
 	desc    ocispec.Descriptor
@@ -332,8 +332,8 @@ func (i *meteredItem) resume(n int64) {
 	i.meter.tell()
 }
 
-// from begins an attempt at byte at, and returns the function that counts its bytes. Counts of earlier
-// attempts are ignored from now on: a reader of one may still run when the next one begins.
+// from begins an attempt at byte at, and returns the function that counts its bytes. Counts of
+// earlier attempts are ignored from now on: a reader of one may still run when the next one begins.
 func (i *meteredItem) from(at int64) func(n int) {
 	if i == nil {
 		return func(int) {}
@@ -419,7 +419,8 @@ func (i *meteredItem) skip() {
 	}
 }
 
-// drop subtracts the item from the totals and takes back its bytes, because it is missing or damaged.
+// drop subtracts the item from the totals and takes back its bytes, because it is missing or
+// damaged.
 func (i *meteredItem) drop() {
 	if i != nil {
 		i.from(0)
@@ -451,18 +452,19 @@ func (i *meteredItem) end() {
 	m.tell()
 }
 
-// attend runs do with a meter. The reports of the meter reach fn on the caller's goroutine, although do
-// uses several goroutines. If fn is nil, do gets no meter and runs on the caller's goroutine.
+// attend runs do with a meter. The reports of the meter reach fn on the caller's goroutine,
+// although do uses several goroutines. If fn is nil, do gets no meter and runs on the caller's
+// goroutine.
 //
-// The problem: a worker must not call fn. Other calls may wait for the worker, and fn can panic, call
-// runtime.Goexit, or be slow.
+// The problem: a worker must not call fn. Other calls may wait for the worker, and fn can panic,
+// call runtime.Goexit, or be slow.
 //
-// The rule: do runs on a new goroutine and puts its reports into a queue. The caller's goroutine takes
-// them out and calls fn.
+// The rule: do runs on a new goroutine and puts its reports into a queue. The caller's goroutine
+// takes them out and calls fn.
 //
 // It is safe because fn can end only the goroutine of its own caller. If that happens, the deferred
-// function cancels do and waits until it has returned, so no goroutine of the call is left. A panic of
-// do is passed on and raised on the caller's goroutine: see settle.
+// function cancels do and waits until it has returned, so no goroutine of the call is left. A panic
+// of do is passed on and raised on the caller's goroutine: see settle.
 func attend[T any](ctx context.Context, fn func(Progress), ref Reference, do func(context.Context, *meter) (T, error)) (result T, err error) {
 	if fn == nil {
 		return do(ctx, nil)
@@ -511,9 +513,9 @@ func newProgressQueue(fn func(Progress)) *progressQueue {
 	return &progressQueue{fn: fn, ready: make(chan struct{}, 1)}
 }
 
-// put adds a report. If an item is not done, its report replaces an older one of the same item at the
-// end of the queue. So a slow fn costs little memory: between the reports of two done items, the queue
-// has at most one report for each item that is being transferred. put never blocks.
+// put adds a report. If an item is not done, its report replaces an older one of the same item at
+// the end of the queue. So a slow fn costs little memory: between the reports of two done items,
+// the queue has at most one report for each item that is being transferred. put never blocks.
 func (q *progressQueue) put(p Progress) {
 	q.mu.Lock()
 	last := len(q.reports)
@@ -539,8 +541,8 @@ func (q *progressQueue) news() <-chan struct{} {
 	return q.ready
 }
 
-// deliver calls fn with the reports in the queue. Only the caller's goroutine calls it. The mutex is not
-// held meanwhile, so workers can put further reports. A nil queue has no reports.
+// deliver calls fn with the reports in the queue. Only the caller's goroutine calls it. The mutex
+// is not held meanwhile, so workers can put further reports. A nil queue has no reports.
 func (q *progressQueue) deliver() {
 	if q == nil {
 		return

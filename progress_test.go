@@ -23,8 +23,9 @@ import (
 	"github.com/ocilocal/ocilocal"
 )
 
-// A progressLog keeps the reports of one call, and checks the promises that hold for all calls. It has no
-// lock: the reports come on the goroutine that made the call, so the race detector finds others.
+// A progressLog keeps the reports of one call, and checks the promises that hold for all calls. It
+// has no lock: the reports come on the goroutine that made the call, so the race detector finds
+// others.
 type progressLog struct {
 	t       testing.TB
 	reports []ocilocal.Progress

@@ -101,9 +101,9 @@ func (r *LocalRegistry) LoadDigest(ctx context.Context, d digest.Digest) (*Local
 	return r.newArtifact(Reference{}, desc, nil), nil
 }
 
-// inPages returns an iterator over the items of pages. read returns the n items after the last one of
-// the page before, which is nil at first. A positive limit bounds the items. An error is yielded once,
-// at the end.
+// inPages returns an iterator over the items of pages. read returns the n items after the last one
+// of the page before, which is nil at first. A positive limit bounds the items. An error is yielded
+// once, at the end.
 //
 // All listings are built on it. A page is read to its end before its items are yielded, so no rows
 // and no connection are open while the caller's code runs. That code may query, write or close the
@@ -150,8 +150,8 @@ type ListOptions struct {
 }
 
 // Refs lists refs in the order of [Reference.Compare], from the index only. It reads in pages, so
-// that memory does not grow and no lock is held while the caller's code runs. A ref that is added or
-// removed meanwhile may or may not be listed. An error is yielded once, at the end.
+// that memory does not grow and no lock is held while the caller's code runs. A ref that is added
+// or removed meanwhile may or may not be listed. An error is yielded once, at the end.
 //
 // Errors: [ErrInvalidArgument] for a Name that no reference has, [ErrCorruptIndex], [ErrIndexIO],
 // and any error from ctx.
@@ -179,8 +179,8 @@ func (r *LocalRegistry) Refs(ctx context.Context, opts *ListOptions) iter.Seq2[R
 // listPage is the number of refs, or names, in one page.
 const listPage = 512
 
-// check refuses a name that a reference cannot have. A name in another spelling would list nothing, and
-// the caller would take it for an empty repository.
+// check refuses a name that a reference cannot have. A name in another spelling would list nothing,
+// and the caller would take it for an empty repository.
 func (o *ListOptions) check() error {
 	if o.Name == "" {
 		return nil
@@ -195,9 +195,9 @@ func (o *ListOptions) check() error {
 	return nil
 }
 
-// bounds returns the range of keys of the listing: greater than (name, reference), with a name less than
-// below. Ranges use the primary key, so a listing of one name does not read the others. An empty range
-// has below = "".
+// bounds returns the range of keys of the listing: greater than (name, reference), with a name less
+// than below. Ranges use the primary key, so a listing of one name does not read the others. An
+// empty range has below = "".
 func (o *ListOptions) bounds() (name, reference, below string) {
 	// Names have printable ASCII characters only, so this is greater than all of them.
 	const aboveAll = "\x7f"

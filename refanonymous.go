@@ -11,20 +11,19 @@ import (
 	"time"
 )
 
-// anonymousTime is the layout of the time in the tag of an anonymous artifact. It is in UTC and of fixed
-// length, so that names sort by age. It has no ':', which a tag cannot have.
+// anonymousTime is the layout of the time in the tag of an anonymous artifact. It is in UTC and of
+// fixed length, so that names sort by age. It has no ':', which a tag cannot have.
 const anonymousTime = "20060102T150405.000000Z"
 
-// anonymousNonce is the number of random characters after the time, of 5 bits each. Two artifacts of the
-// same microsecond get the same name with a probability of 2^-65.
+// anonymousNonce is the number of random characters after the time, of 5 bits each. Two artifacts
+// of the same microsecond get the same name with a probability of 2^-65.
 const anonymousNonce = 13
 
-// NewAnonymousBuilder is [LocalRegistry.NewBuilder] for an artifact that does not need a name,
-// such as an intermediate result. It is published as
-// <id>.ocilocal.local/anonymous:<time>-<nonce>. The parts are the registry's [LocalRegistry.ID], the
-// time in UTC, and random letters and digits. The reference is like any other: it keeps the artifact
-// until [LocalRegistry.Remove] or [LocalRegistry.PruneAnonymous]. The artifact that Build returns has
-// it.
+// NewAnonymousBuilder is [LocalRegistry.NewBuilder] for an artifact that does not need a name, such
+// as an intermediate result. It is published as <id>.ocilocal.local/anonymous:<time>-<nonce>. The
+// parts are the registry's [LocalRegistry.ID], the time in UTC, and random letters and digits. The
+// reference is like any other: it keeps the artifact until [LocalRegistry.Remove] or
+// [LocalRegistry.PruneAnonymous]. The artifact that Build returns has it.
 //
 // Errors:
 //   - [ErrInvalidArgument]: the options have Expected, although the ref is a new one
@@ -42,12 +41,12 @@ func (r *LocalRegistry) NewAnonymousBuilder(opts *BuilderOptions) (_ *Builder, e
 	return r.NewBuilder(ref, opts)
 }
 
-// anonymousName is the name that all anonymous artifacts of this registry share. It has the registry's
-// id, so that names of two registries never collide after an import.
+// anonymousName is the name that all anonymous artifacts of this registry share. It has the
+// registry's id, so that names of two registries never collide after an import.
 func (r *LocalRegistry) anonymousName() string { return r.localHost() + "/anonymous" }
 
-// anonymousReference makes the reference of one anonymous artifact. It refuses Expected: a new reference
-// points at nothing yet, so such a publish would always conflict.
+// anonymousReference makes the reference of one anonymous artifact. It refuses Expected: a new
+// reference points at nothing yet, so such a publish would always conflict.
 func (r *LocalRegistry) anonymousReference(o PublishOptions) (Reference, error) {
 	if o.Expected != "" {
 		return Reference{}, fmt.Errorf("%w: PublishOptions.Expected is %s, but an anonymous reference is always new", ErrInvalidArgument, printable(string(o.Expected)))
@@ -56,8 +55,8 @@ func (r *LocalRegistry) anonymousReference(o PublishOptions) (Reference, error) 
 	return ParseReference(r.anonymousName() + ":" + tag)
 }
 
-// isAnonymousTag reports whether a tag has the form that anonymousReference makes. A user can set other
-// tags under the same name, and these must not be pruned.
+// isAnonymousTag reports whether a tag has the form that anonymousReference makes. A user can set
+// other tags under the same name, and these must not be pruned.
 func isAnonymousTag(tag string) bool {
 	made, nonce, _ := strings.Cut(tag, "-")
 	_, err := time.Parse(anonymousTime, made)
@@ -65,8 +64,8 @@ func isAnonymousTag(tag string) bool {
 }
 
 // AnonymousRefs lists this registry's anonymous artifacts, the oldest names first, as
-// [LocalRegistry.Refs] does. [LocalRegistry.OtherAnonymousRefs] lists the names that another registry
-// made up.
+// [LocalRegistry.Refs] does. [LocalRegistry.OtherAnonymousRefs] lists the names that another
+// registry made up.
 //
 // Errors are those of [LocalRegistry.Refs].
 func (r *LocalRegistry) AnonymousRefs(ctx context.Context) iter.Seq2[Ref, error] {
@@ -79,9 +78,9 @@ func (r *LocalRegistry) AnonymousRefs(ctx context.Context) iter.Seq2[Ref, error]
 	}
 }
 
-// OtherAnonymousRefs lists the refs whose names other registries made up, as [LocalRegistry.Refs] does.
-// Imports and pulls bring such refs. They are anonymous artifacts of registries of this package, and
-// anonymous artifacts, experiments and checkpoints of OMMX v3 registries, such as
+// OtherAnonymousRefs lists the refs whose names other registries made up, as [LocalRegistry.Refs]
+// does. Imports and pulls bring such refs. They are anonymous artifacts of registries of this
+// package, and anonymous artifacts, experiments and checkpoints of OMMX v3 registries, such as
 // 0123abcd.ommx.local/checkpoint:7.
 //
 // Errors are those of [LocalRegistry.Refs].
@@ -116,22 +115,22 @@ const defaultGrace = 24 * time.Hour
 
 // PruneOptions choose anonymous refs to remove. Nil is the zero value.
 type PruneOptions struct {
-	// OlderThan is the age from which refs are removed, counted from their last write. Zero means 24
-	// hours. A negative age, such as [NoGrace], removes all.
+	// OlderThan is the age from which refs are removed, counted from their last write. Zero means
+	// 24 hours. A negative age, such as [NoGrace], removes all.
 	OlderThan time.Duration
 	// Others removes the refs of [LocalRegistry.OtherAnonymousRefs] too.
 	Others bool
 }
 
-// prunePage is the largest number of refs that one transaction removes. Other writers get their turn
-// between two pages.
+// prunePage is the largest number of refs that one transaction removes. Other writers get their
+// turn between two pages.
 const prunePage = 100
 
-// PruneAnonymous removes this registry's anonymous refs that are old enough, and returns them in the
-// order of their names. With [PruneOptions.Others] it also removes those that other registries made
-// up. A ref that is moved meanwhile stays. The artifacts stay until they are collected. Until then
-// [LocalRegistry.Tag] can restore a ref. If several calls prune at the same time, each ref is in the
-// result of one of them.
+// PruneAnonymous removes this registry's anonymous refs that are old enough, and returns them in
+// the order of their names. With [PruneOptions.Others] it also removes those that other registries
+// made up. A ref that is moved meanwhile stays. The artifacts stay until they are collected. Until
+// then [LocalRegistry.Tag] can restore a ref. If several calls prune at the same time, each ref is
+// in the result of one of them.
 //
 // Errors, together with the refs that were removed by then: [ErrReadOnly], [ErrBusy],
 // [ErrCorruptIndex], [ErrIndexIO], and any error from ctx.
@@ -167,8 +166,9 @@ func (r *LocalRegistry) PruneAnonymous(ctx context.Context, opts *PruneOptions) 
 	return removed, nil
 }
 
-// pruneName removes the anonymous refs of one name that are older than age, or all if age is negative.
-// Under a name that another registry made up, every tag counts: this package knows only its own form.
+// pruneName removes the anonymous refs of one name that are older than age, or all if age is
+// negative. Under a name that another registry made up, every tag counts: this package knows only
+// its own form.
 func (r *LocalRegistry) pruneName(ctx context.Context, prunedName string, age time.Duration) (removed []Ref, err error) {
 	young := time.Now().Add(-age)
 	ours := prunedName == r.anonymousName()
@@ -194,8 +194,8 @@ func (r *LocalRegistry) pruneName(ctx context.Context, prunedName string, age ti
 	return removed, ctx.Err()
 }
 
-// removeUnchanged removes the refs that are still as they were read, all in one transaction. A ref that
-// was moved since is in use again, even if it points at the same digest: its time has changed.
+// removeUnchanged removes the refs that are still as they were read, all in one transaction. A ref
+// that was moved since is in use again, even if it points at the same digest: its time has changed.
 func (r *LocalRegistry) removeUnchanged(ctx context.Context, refs []Ref) (removed []Ref, err error) {
 	if len(refs) == 0 {
 		return nil, nil

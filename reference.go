@@ -12,9 +12,10 @@ import (
 
 // Limits and names of the reference grammar.
 const (
-	// maxReferenceLen bounds the text before anything is parsed. The longest canonical reference is a
-	// name of 255 bytes, a tag of 128 and a sha512 digest of 135, with two separators: 520. Twice that
-	// leaves room for spellings that become shorter, and keeps hostile input out of the scanner.
+	// maxReferenceLen bounds the text before anything is parsed. The longest canonical reference is
+	// a name of 255 bytes, a tag of 128 and a sha512 digest of 135, with two separators: 520. Twice
+	// that leaves room for spellings that become shorter, and keeps hostile input out of the
+	// scanner.
 	maxReferenceLen = 1024
 	// maxNameLen bounds registry, '/' and repository together. Many clients have this limit
 	// (distribution-spec, "Pulling manifests"), so they could not push or pull a longer name.
@@ -30,8 +31,8 @@ const (
 
 // A Reference names an artifact: registry, repository, and a tag, a digest or both.
 //
-// It is always in canonical form. So two spellings of one name are equal by ==, and are the same map
-// key. The zero Reference names nothing. Every other one has a name, and a tag or a digest.
+// It is always in canonical form. So two spellings of one name are equal by ==, and are the same
+// map key. The zero Reference names nothing. Every other one has a name, and a tag or a digest.
 type Reference struct {
 	name   string // registry + "/" + repository; the registry holds no '/'
 	tag    string
@@ -58,9 +59,9 @@ type Reference struct {
 //
 // Hosts become lower case, and IPv6 addresses (without zone) get their canonical form. A host that
 // ends in a number must be an IPv4 address of four decimal parts, because resolvers read 127.1 and
-// 0x7f000001 as other spellings of one. [::ffff:127.0.0.1] is refused for the same reason. A port is
-// not changed: host and host:443 are two registries. Text that is only a digest is refused, and so is
-// any text that begins with "sha256:". docker.io/library/sha256:x is a name.
+// 0x7f000001 as other spellings of one. [::ffff:127.0.0.1] is refused for the same reason. A port
+// is not changed: host and host:443 are two registries. Text that is only a digest is refused, and
+// so is any text that begins with "sha256:". docker.io/library/sha256:x is a name.
 //
 // Nothing else is corrected: no trimming, no unescaping, no lower case for repositories.
 //
@@ -121,9 +122,9 @@ func MustParseReference(s string) Reference {
 	return r
 }
 
-// GitHubReference returns ghcr.io/org/repo/name:tag. Names on GitHub may have upper-case letters, but
-// repositories may not, so org, repo and name become lower case. tag is not changed. name may have
-// several components; org and repo have one.
+// GitHubReference returns ghcr.io/org/repo/name:tag. Names on GitHub may have upper-case letters,
+// but repositories may not, so org, repo and name become lower case. tag is not changed. name may
+// have several components; org and repo have one.
 //
 // Errors: [ErrInvalidReference].
 func GitHubReference(org, repo, name, tag string) (Reference, error) {
@@ -182,8 +183,8 @@ func (r Reference) checkGiven() error {
 	return nil
 }
 
-// String returns the canonical spelling with all parts that defaults have set. [ParseReference] of it
-// returns r. The zero Reference gives "".
+// String returns the canonical spelling with all parts that defaults have set. [ParseReference] of
+// it returns r. The zero Reference gives "".
 func (r Reference) String() string {
 	switch {
 	case r.digest == "" && r.tag == "":
@@ -212,8 +213,8 @@ func (r Reference) WithTag(tag string) (Reference, error) {
 
 // WithDigest returns the same name by digest alone. It drops the tag.
 //
-// Errors: [ErrInvalidReference], also for the zero Reference. It matches [ErrInvalidDigest] too if d is
-// invalid.
+// Errors: [ErrInvalidReference], also for the zero Reference. It matches [ErrInvalidDigest] too if
+// d is invalid.
 func (r Reference) WithDigest(d digest.Digest) (Reference, error) {
 	if r.IsZero() {
 		return Reference{}, fmt.Errorf("%w: reference is empty, cannot add digest %s", ErrInvalidReference, printable(string(d)))
@@ -224,8 +225,8 @@ func (r Reference) WithDigest(d digest.Digest) (Reference, error) {
 	return Reference{name: r.name, digest: d}, nil
 }
 
-// Compare orders references by name, then by tag (or by digest if there is no tag), as bytes. That is
-// the order of the index. It returns -1, 0 or 1, and 0 only if r == o.
+// Compare orders references by name, then by tag (or by digest if there is no tag), as bytes. That
+// is the order of the index. It returns -1, 0 or 1, and 0 only if r == o.
 func (r Reference) Compare(o Reference) int {
 	rName, rRef := r.key()
 	oName, oRef := o.key()
@@ -236,12 +237,12 @@ func (r Reference) Compare(o Reference) int {
 	)
 }
 
-// MarshalText returns the canonical spelling. The zero Reference gives no bytes. The error is always
-// nil.
+// MarshalText returns the canonical spelling. The zero Reference gives no bytes. The error is
+// always nil.
 func (r Reference) MarshalText() ([]byte, error) { return []byte(r.String()), nil }
 
-// UnmarshalText is [ParseReference], except that empty text gives the zero Reference. After an error r
-// is unchanged.
+// UnmarshalText is [ParseReference], except that empty text gives the zero Reference. After an
+// error r is unchanged.
 //
 // Errors are those of [ParseReference].
 func (r *Reference) UnmarshalText(text []byte) error {
@@ -257,9 +258,9 @@ func (r *Reference) UnmarshalText(text []byte) error {
 	return nil
 }
 
-// key returns the primary key of the ref in the index: the name, and the tag if there is one, or else
-// the digest. The digest of a reference with a tag is not part of the key: it says at which manifest
-// the ref should point.
+// key returns the primary key of the ref in the index: the name, and the tag if there is one, or
+// else the digest. The digest of a reference with a tag is not part of the key: it says at which
+// manifest the ref should point.
 func (r Reference) key() (name, reference string) {
 	if r.tag != "" {
 		return r.name, r.tag
@@ -267,9 +268,9 @@ func (r Reference) key() (name, reference string) {
 	return r.name, string(r.digest)
 }
 
-// referenceFromKey is the inverse of key. Both parts are validated, because another program can alter
-// the index. A name that is not canonical is refused, because no query could find it. A valid key
-// costs no allocation, unless its host is an IPv6 address: listings make millions of them.
+// referenceFromKey is the inverse of key. Both parts are validated, because another program can
+// alter the index. A name that is not canonical is refused, because no query could find it. A valid
+// key costs no allocation, unless its host is an IPv6 address: listings make millions of them.
 func referenceFromKey(name, reference string) (Reference, error) {
 	canonical, err := canonicalName(name)
 	if err != nil {
@@ -311,12 +312,12 @@ func checkTag(tag string) error {
 		ErrInvalidReference, printable(tag), quoteAt(tag, i), i)
 }
 
-// isBareTag reports whether s is a tag. A tag has no '/', ':' or '@', so it is never a full name. The
-// ref.name annotation of a layout may be either.
+// isBareTag reports whether s is a tag. A tag has no '/', ':' or '@', so it is never a full name.
+// The ref.name annotation of a layout may be either.
 func isBareTag(s string) bool { return tagFault(s) < 0 }
 
-// tagFault returns the offset of the first byte that a tag cannot have there, and -1 if s is a tag. For
-// text that is too long, that is the first byte beyond the limit.
+// tagFault returns the offset of the first byte that a tag cannot have there, and -1 if s is a tag.
+// For text that is too long, that is the first byte beyond the limit.
 func tagFault(s string) int {
 	if s == "" {
 		return 0
@@ -334,8 +335,8 @@ func tagFault(s string) int {
 }
 
 // isOnlyDigest reports whether text without a '/' means a digest and not a name: sha256:…, or 64
-// hexadecimal digits, which Docker takes for an image ID. By the grammar both are names with a tag or
-// without one. Users who write them mean a digest, and would get a name on Docker Hub.
+// hexadecimal digits, which Docker takes for an image ID. By the grammar both are names with a tag
+// or without one. Users who write them mean a digest, and would get a name on Docker Hub.
 func isOnlyDigest(name string, tagged bool) bool {
 	if tagged {
 		return digestHexLen(digest.Algorithm(name)) != 0
@@ -373,8 +374,8 @@ func canonicalName(s string) (string, error) {
 	return s, nil
 }
 
-// isHost reports whether the text before the first '/' is a host. A repository cannot have an upper-case
-// letter, so Localhost must be a host.
+// isHost reports whether the text before the first '/' is a host. A repository cannot have an
+// upper-case letter, so Localhost must be a host.
 func isHost(s string) bool {
 	return strings.IndexByte(s, '.') >= 0 || strings.IndexByte(s, ':') >= 0 ||
 		strings.HasPrefix(s, "[") || strings.EqualFold(s, "localhost")
@@ -434,8 +435,8 @@ func canonicalHost(s string) (string, error) {
 	return s, nil
 }
 
-// canonicalIPv6 is canonicalHost for [address][:port]. Zones are refused because they have a meaning on
-// one machine only.
+// canonicalIPv6 is canonicalHost for [address][:port]. Zones are refused because they have a
+// meaning on one machine only.
 func canonicalIPv6(s string) (string, error) {
 	text, rest, closed := strings.Cut(s[1:], "]")
 	addr, err := netip.ParseAddr(text)
@@ -455,8 +456,8 @@ func canonicalIPv6(s string) (string, error) {
 	return "[" + addr.String() + "]" + rest, nil
 }
 
-// checkPort accepts 1 to 65535 without leading zeros, so that each port has one spelling. host is the
-// text with the port, for the error.
+// checkPort accepts 1 to 65535 without leading zeros, so that each port has one spelling. host is
+// the text with the port, for the error.
 func checkPort(host, port string) error {
 	if host == "http:" || host == "https:" {
 		return fmt.Errorf("%w: %q is the start of a URL, want a host without scheme", ErrInvalidReference, host)
@@ -474,8 +475,8 @@ func checkPort(host, port string) error {
 	return nil
 }
 
-// isNumber reports whether a resolver could read a host that ends in this lower-case label as an IPv4
-// address (WHATWG URL, "ends-in-a-number checker").
+// isNumber reports whether a resolver could read a host that ends in this lower-case label as an
+// IPv4 address (WHATWG URL, "ends-in-a-number checker").
 func isNumber(label string) bool {
 	digits, hex := strings.CutPrefix(label, "0x")
 	for _, c := range []byte(digits) {
@@ -486,9 +487,9 @@ func isNumber(label string) bool {
 	return true
 }
 
-// repositoryFault returns the offset of the first byte that a repository cannot have there, len(s) if s
-// ends with a separator or is empty, and -1 if s is a repository. In the grammar, '/' is a separator
-// like the others: each must have letters or digits on both sides.
+// repositoryFault returns the offset of the first byte that a repository cannot have there, len(s)
+// if s ends with a separator or is empty, and -1 if s is a repository. In the grammar, '/' is a
+// separator like the others: each must have letters or digits on both sides.
 func repositoryFault(s string) int {
 	for i := 0; ; {
 		start := i
@@ -531,8 +532,8 @@ func repositoryError(s string, i int) error {
 	return fmt.Errorf("%w: repository %s has %s at byte %d, %s", ErrInvalidReference, printable(s), quoteAt(s, i), i, want)
 }
 
-// checkPrintable refuses spaces, control characters and everything beyond ASCII, such as letters that
-// look like ASCII ones.
+// checkPrintable refuses spaces, control characters and everything beyond ASCII, such as letters
+// that look like ASCII ones.
 func checkPrintable(s string) error {
 	for i := range len(s) {
 		if c := s[i]; c <= ' ' || c > '~' {
@@ -543,8 +544,8 @@ func checkPrintable(s string) error {
 	return nil
 }
 
-// quoteAt quotes the character at s[i:]. Characters beyond ASCII are escaped, so that the message shows
-// letters that only look like ASCII ones.
+// quoteAt quotes the character at s[i:]. Characters beyond ASCII are escaped, so that the message
+// shows letters that only look like ASCII ones.
 func quoteAt(s string, i int) string {
 	_, n := utf8.DecodeRuneInString(s[i:])
 	return fmt.Sprintf("%+q", s[i:i+n])

@@ -28,8 +28,8 @@ func (r *LocalRegistry) Tag(ctx context.Context, d digest.Digest, ref Reference,
 	return r.tag(ctx, d, ref, opts)
 }
 
-// tag is Tag within a call that has begun. Repair uses it too. After an error it returns a zero update,
-// except for a conflict.
+// tag is Tag within a call that has begun. Repair uses it too. After an error it returns a zero
+// update, except for a conflict.
 func (r *LocalRegistry) tag(ctx context.Context, d digest.Digest, ref Reference, opts *PublishOptions) (u RefUpdate, err error) {
 	if err := checkDigest(d); err != nil {
 		return u, err
@@ -54,9 +54,9 @@ func (r *LocalRegistry) tag(ctx context.Context, d digest.Digest, ref Reference,
 	return u, err
 }
 
-// tagIn is the part of tag that is done in a transaction. [Repository.Tag] calls it in one of its own.
-// Everything that the decision rests on is read here: the manifest's row, the ref and the files. A
-// collection could otherwise delete the artifact between the check and the write.
+// tagIn is the part of tag that is done in a transaction. [Repository.Tag] calls it in one of its
+// own. Everything that the decision rests on is read here: the manifest's row, the ref and the
+// files. A collection could otherwise delete the artifact between the check and the write.
 func (r *LocalRegistry) tagIn(ctx context.Context, tx *indexTx, d digest.Digest, ref Reference, o PublishOptions) (u RefUpdate, err error) {
 	desc, ok, err := tx.manifest(d)
 	if err != nil {
@@ -89,9 +89,9 @@ func (r *LocalRegistry) tagIn(ctx context.Context, tx *indexTx, d digest.Digest,
 }
 
 // Remove deletes a ref and returns it with the descriptor of its manifest. A ref with a tag and a
-// digest is deleted only if the tag points at that digest. The artifact stays until it is collected.
-// Until then [LocalRegistry.Tag] can restore the ref. An artifact whose subject is kept is not
-// collected, because it is a referrer: [Repository.DeleteManifest] deletes it.
+// digest is deleted only if the tag points at that digest. The artifact stays until it is
+// collected. Until then [LocalRegistry.Tag] can restore the ref. An artifact whose subject is kept
+// is not collected, because it is a referrer: [Repository.DeleteManifest] deletes it.
 //
 // Errors:
 //   - [ErrNotFound]: there is no such ref, or it points at another digest

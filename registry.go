@@ -31,8 +31,8 @@ type Options struct {
 	// ArtifactTypes, if not empty, are the only artifact types that may be published. Others fail
 	// with [ErrArtifactType].
 	ArtifactTypes []string
-	// LegacyRoot, if not empty, is the root of an OMMX v2 local registry. [LocalRegistry.Load] looks
-	// there for artifacts that this registry does not have. [DefaultLegacyRoot] returns the
+	// LegacyRoot, if not empty, is the root of an OMMX v2 local registry. [LocalRegistry.Load]
+	// looks there for artifacts that this registry does not have. [DefaultLegacyRoot] returns the
 	// directory that OMMX uses. It is never written to.
 	LegacyRoot string
 	// Remote is the client with which [LocalRegistry.Load] pulls artifacts that this registry does
@@ -46,9 +46,9 @@ type Options struct {
 	// the hostile registry, and the next push under that name sends it there.
 	//
 	// It costs a query of the index for each blob. Content that another registry has sent before is
-	// downloaded again; on the disk, its bytes are kept once. The option protects only if every pull
-	// into the root has it. Refs that were built, tagged or imported count as content of the host in
-	// their names.
+	// downloaded again; on the disk, its bytes are kept once. The option protects only if every
+	// pull into the root has it. Refs that were built, tagged or imported count as content of the
+	// host in their names.
 	SeparateRegistries bool
 	// AllowNetworkFS opens a root on a network file system. Otherwise that fails with
 	// [ErrNetworkFS]. Only one machine at a time may use such a root.
@@ -66,8 +66,8 @@ type Options struct {
 	more  []string  // the statements of one more schema version, for tests
 }
 
-// A LocalRegistry is an open root directory. Any number of goroutines may use one, and any number of
-// processes on one machine may open the same root.
+// A LocalRegistry is an open root directory. Any number of goroutines may use one, and any number
+// of processes on one machine may open the same root.
 //
 // open sets the fields above pulls, and they do not change. Each exported method holds the registry
 // open by begin, so it may use root, blobs and index until it returns.
@@ -128,10 +128,10 @@ func DefaultRoot() (string, error) {
 // processes may do so at once.
 //
 // A registry is created only if the names tmp, blobs and id are free in dir. If they are not, or if
-// index.sqlite3 belongs to another program, nothing in the directory is changed. An index by an older
-// version of this package is migrated. Symbolic links in dir are resolved once: the registry stays
-// with the directory to which dir led. If that is moved or replaced while the registry is open, calls
-// fail with [ErrForeignIndex]. ctx governs the call only.
+// index.sqlite3 belongs to another program, nothing in the directory is changed. An index by an
+// older version of this package is migrated. Symbolic links in dir are resolved once: the registry
+// stays with the directory to which dir led. If that is moved or replaced while the registry is
+// open, calls fail with [ErrForeignIndex]. ctx governs the call only.
 //
 // Errors:
 //   - [ErrForeignRoot]: tmp, blobs or id exist and do not belong to a registry, or a file of the
@@ -149,8 +149,8 @@ func Open(ctx context.Context, dir string, opts *Options) (*LocalRegistry, error
 }
 
 // OpenReadOnly opens an existing registry and never changes it: writing methods fail with
-// [ErrReadOnly]. It works on a directory that this process may not write, if no other process writes
-// to it meanwhile.
+// [ErrReadOnly]. It works on a directory that this process may not write, if no other process
+// writes to it meanwhile.
 //
 // Errors are those of [Open], and
 //   - [ErrNotFound]: dir has no registry
@@ -160,7 +160,8 @@ func OpenReadOnly(ctx context.Context, dir string, opts *Options) (*LocalRegistr
 	return r, opError("open read-only", dir, "", err)
 }
 
-// open is Open, or OpenReadOnly if readOnly is set. Backup uses it for its target. The order matters:
+// open is Open, or OpenReadOnly if readOnly is set. Backup uses it for its target. The order
+// matters:
 //
 //	the directory         opened once; all later access is relative to it
 //	checkRoot             owner and file system, before anything in it is opened or made
@@ -267,8 +268,8 @@ func (r *LocalRegistry) schema() []schemaVersion {
 //	read-only    in a directory that cannot be written: a -shm of another process is used
 //	immutable    if there is none, and the log is empty: nobody writes, so no locks are needed
 //
-// If there is no -shm and the log is not empty, its commits cannot be read. Ignoring them would show
-// an old state, so that is an error.
+// If there is no -shm and the log is not empty, its commits cannot be read. Ignoring them would
+// show an old state, so that is an error.
 func (r *LocalRegistry) openIndex(ctx context.Context, readOnly bool) (*index, error) {
 	db := database{path: filepath.Join(r.dir, indexFile), anyOwner: r.opts.AllowOtherOwner, same: r.checkBound, sameFile: r.checkIndexFile}
 	if !readOnly {

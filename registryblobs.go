@@ -86,9 +86,9 @@ func (r *LocalRegistry) OpenBlob(ctx context.Context, desc ocispec.Descriptor) (
 	return v, nil
 }
 
-// absence adds [ErrAbsent] to an [ErrNotFound] of content that is recorded as absent. Other errors stay
-// as they are. The index is asked only after a file was not found, so reads of present blobs cost no
-// query.
+// absence adds [ErrAbsent] to an [ErrNotFound] of content that is recorded as absent. Other errors
+// stay as they are. The index is asked only after a file was not found, so reads of present blobs
+// cost no query.
 func (r *LocalRegistry) absence(err error, d digest.Digest) error {
 	if !errors.Is(err, ErrNotFound) {
 		return err

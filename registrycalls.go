@@ -5,10 +5,11 @@ import (
 	"errors"
 )
 
-// Close waits for the calls in progress and closes the registry. Calls that begin meanwhile fail with
-// [ErrClosed]. Do not call Close from within a call, for example in a reader that is being added as a
-// layer: it would wait for ever. The bodies of loops over listings may call it. Open readers stay
-// usable. The connections of [Options.Remote] stay open. A second Close returns [ErrClosed].
+// Close waits for the calls in progress and closes the registry. Calls that begin meanwhile fail
+// with [ErrClosed]. Do not call Close from within a call, for example in a reader that is being
+// added as a layer: it would wait for ever. The bodies of loops over listings may call it. Open
+// readers stay usable. The connections of [Options.Remote] stay open. A second Close returns
+// [ErrClosed].
 func (r *LocalRegistry) Close() (err error) {
 	defer addOp(&err, "close", r.dir, "")
 	r.mu.Lock()
@@ -45,8 +46,8 @@ func (r *LocalRegistry) begin(ctx context.Context) (end func(), err error) {
 	return r.calls.Done, nil
 }
 
-// beginWrite is begin for a call that changes the registry. It fails with [ErrReadOnly] if the registry
-// is open read-only.
+// beginWrite is begin for a call that changes the registry. It fails with [ErrReadOnly] if the
+// registry is open read-only.
 func (r *LocalRegistry) beginWrite(ctx context.Context) (end func(), err error) {
 	if end, err = r.begin(ctx); err == nil && r.blobs.readOnly {
 		end()

@@ -28,9 +28,9 @@ const idTemp = ".ocilocal-id"
 //
 // The id and the index get their names by [rootDir.linkNew], which does not replace a file that
 // another program puts there meanwhile. A process that is killed before the id has its name leaves
-// an empty directory, or [idTemp]. One that is killed later leaves an id, so the next Open knows that
-// it may go on. It may also leave a second name of the id or of the index. The next Open removes the
-// former, and the sweep of tmp/ the latter.
+// an empty directory, or [idTemp]. One that is killed later leaves an id, so the next Open knows
+// that it may go on. It may also leave a second name of the id or of the index. The next Open
+// removes the former, and the sweep of tmp/ the latter.
 func (r *LocalRegistry) create(ctx context.Context) error {
 	// The process that made the directory may have been killed before its entry was synced. If this
 	// process may not sync the parent, it has not made the directory.
@@ -44,8 +44,8 @@ func (r *LocalRegistry) create(ctx context.Context) error {
 	return errors.Join(r.createLocked(ctx), unlock())
 }
 
-// lockRoot locks the directory. It waits as long as a write waits for the index, and then fails with
-// [ErrBusy].
+// lockRoot locks the directory. It waits as long as a write waits for the index, and then fails
+// with [ErrBusy].
 func (r *LocalRegistry) lockRoot(ctx context.Context) (unlock func() error, err error) {
 	wait, cancel := context.WithTimeout(ctx, r.opts.BusyTimeout)
 	defer cancel()
@@ -56,9 +56,9 @@ func (r *LocalRegistry) lockRoot(ctx context.Context) (unlock func() error, err 
 	return unlock, err
 }
 
-// createLocked is create with the directory locked. The index is made under a private name, with its
-// schema and in WAL mode, so no other process ever opens a half-made index: it either has no name or
-// is complete. The index of a root with blobs gets the mark that it is not reconciled.
+// createLocked is create with the directory locked. The index is made under a private name, with
+// its schema and in WAL mode, so no other process ever opens a half-made index: it either has no
+// name or is complete. The index of a root with blobs gets the mark that it is not reconciled.
 func (r *LocalRegistry) createLocked(ctx context.Context) error {
 	if _, err := r.root.Lstat(indexFile); !errors.Is(err, fs.ErrNotExist) {
 		return err // another process was faster
@@ -95,14 +95,14 @@ func (r *LocalRegistry) createLocked(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	// On Windows this fails if another process has opened the index already. Then the name is removed
-	// with the session.
+	// On Windows this fails if another process has opened the index already. Then the name is
+	// removed with the session.
 	_ = r.root.Remove(private)
 	return r.root.syncDir(".")
 }
 
-// checkNoLog refuses to make an index beside the log of a lost one. SQLite would take the log for that
-// of the new index, and apply its commits.
+// checkNoLog refuses to make an index beside the log of a lost one. SQLite would take the log for
+// that of the new index, and apply its commits.
 func (r *LocalRegistry) checkNoLog() error {
 	for _, suffix := range []string{"-wal", "-journal"} {
 		_, err := r.root.Lstat(indexFile + suffix)
@@ -142,8 +142,8 @@ func (r *LocalRegistry) claim() (id string, err error) {
 	return readID(r.root)
 }
 
-// checkFree checks that a root can be made: the names blobs and tmp are free. For Rebuild, blobs/ may
-// exist, and a tmp/ in which each entry has the marks of this package.
+// checkFree checks that a root can be made: the names blobs and tmp are free. For Rebuild, blobs/
+// may exist, and a tmp/ in which each entry has the marks of this package.
 func (r *LocalRegistry) checkFree() error {
 	for _, name := range []string{blobsDir, tmpDir} {
 		_, err := r.root.Lstat(name)
@@ -162,8 +162,8 @@ func (r *LocalRegistry) checkFree() error {
 	return nil
 }
 
-// makeDirs makes the directories of a root that are missing, and checks those that exist. A copy of a
-// root can lack them, since some tools do not copy empty directories.
+// makeDirs makes the directories of a root that are missing, and checks those that exist. A copy of
+// a root can lack them, since some tools do not copy empty directories.
 func (r *LocalRegistry) makeDirs() error {
 	missing, err := r.checkDirs()
 	if err != nil || len(missing) == 0 {
@@ -177,12 +177,12 @@ func (r *LocalRegistry) makeDirs() error {
 	return r.root.syncDir(".")
 }
 
-// isMadeID reports whether an id has the form that writeID gives it: the text of [rand.Text] in lower
-// case.
+// isMadeID reports whether an id has the form that writeID gives it: the text of [rand.Text] in
+// lower case.
 func isMadeID(id string) bool { return isTempName(strings.ToUpper(id)) && strings.ToLower(id) == id }
 
-// writeID gives the directory its id. It is called with the directory locked. The file is complete and
-// synced before it gets its name, so an id that can be read is whole.
+// writeID gives the directory its id. It is called with the directory locked. The file is complete
+// and synced before it gets its name, so an id that can be read is whole.
 func (r *LocalRegistry) writeID() error {
 	if err := r.removeIDTemp(); err != nil {
 		return err
@@ -206,8 +206,8 @@ func (r *LocalRegistry) writeID() error {
 	return r.root.syncDir(".")
 }
 
-// removeIDLink removes the second name of the id. A process leaves it if it is killed between the link
-// of the id and the removal of [idTemp]. Any other file under that name stays.
+// removeIDLink removes the second name of the id. A process leaves it if it is killed between the
+// link of the id and the removal of [idTemp]. Any other file under that name stays.
 func (r *LocalRegistry) removeIDLink() error {
 	temp, err := r.root.Lstat(idTemp)
 	if err != nil {
@@ -220,8 +220,8 @@ func (r *LocalRegistry) removeIDLink() error {
 	return ignoreNotExist(r.root.Remove(idTemp))
 }
 
-// removeIDTemp removes the file that a process leaves if it is killed while it writes the id. A file
-// that this package cannot have left is not removed.
+// removeIDTemp removes the file that a process leaves if it is killed while it writes the id. A
+// file that this package cannot have left is not removed.
 func (r *LocalRegistry) removeIDTemp() error {
 	fi, err := r.root.Lstat(idTemp)
 	if err != nil {
@@ -236,9 +236,9 @@ func (r *LocalRegistry) removeIDTemp() error {
 // maxIDFile is the largest size of a file id: 64 characters and a newline.
 const maxIDFile = 65
 
-// readID returns the id of a root. If the file id is not one that a registry can have made, the error
-// is errBadID. Names of anonymous artifacts have the id in their host, so it may have only lower-case
-// letters and digits.
+// readID returns the id of a root. If the file id is not one that a registry can have made, the
+// error is errBadID. Names of anonymous artifacts have the id in their host, so it may have only
+// lower-case letters and digits.
 func readID(root *rootDir) (string, error) {
 	f, err := root.OpenFile(idFile, os.O_RDONLY|openNoFollow, 0)
 	if err != nil {

@@ -12,8 +12,9 @@ import (
 	"github.com/opencontainers/go-digest"
 )
 
-// checkRoot checks the owner of the root and of its index, and the file system. It warns if others may
-// write to the directory. It is the first check of open: nothing in the root is opened or made before.
+// checkRoot checks the owner of the root and of its index, and the file system. It warns if others
+// may write to the directory. It is the first check of open: nothing in the root is opened or made
+// before.
 func (r *LocalRegistry) checkRoot() (err error) {
 	if r.self, err = r.root.Stat("."); err != nil {
 		return err
@@ -44,8 +45,8 @@ func (r *LocalRegistry) checkRoot() (err error) {
 	return r.checkFS(name)
 }
 
-// checkDirs refuses a tmp/ or blobs/ that belongs to another user, or that is not a directory but, for
-// example, a link. It returns those that are missing, as in a copy without empty directories.
+// checkDirs refuses a tmp/ or blobs/ that belongs to another user, or that is not a directory but,
+// for example, a link. It returns those that are missing, as in a copy without empty directories.
 func (r *LocalRegistry) checkDirs() (missing []string, err error) {
 	for _, name := range []string{blobsDir, tmpDir} {
 		fi, err := r.root.Lstat(name)
@@ -65,8 +66,8 @@ func (r *LocalRegistry) checkDirs() (missing []string, err error) {
 	return missing, nil
 }
 
-// checkOwner refuses a file or directory of the root that belongs to another user, unless that user is
-// root. The owner could change the answers of the registry at any time.
+// checkOwner refuses a file or directory of the root that belongs to another user, unless that user
+// is root. The owner could change the answers of the registry at any time.
 func (r *LocalRegistry) checkOwner(name string, fi fs.FileInfo) error {
 	owner, _ := ownerAndLinks(fi)
 	if r.opts.AllowOtherOwner || owner == 0 || owner == os.Geteuid() {
@@ -82,13 +83,13 @@ func (r *LocalRegistry) checkOwner(name string, fi fs.FileInfo) error {
 // checkBound returns [ErrForeignIndex] unless the path by which this handle was opened still leads
 // to the directory and to the index that it has open.
 //
-// The problem: files are opened relative to the open directory, but SQLite uses the path, for its log
-// and for each new connection. If the path leads elsewhere, because a directory or a mount was
+// The problem: files are opened relative to the open directory, but SQLite uses the path, for its
+// log and for each new connection. If the path leads elsewhere, because a directory or a mount was
 // exchanged, the two halves of this handle would work on two registries. It would publish blobs in
 // one and rows in the other, and collections would delete blobs that only the other index needs.
 //
-// The rule: checkBound is called before and after each connection is made, and in each write. A read
-// on an open connection takes a few microseconds, and calls only checkIndexFile.
+// The rule: checkBound is called before and after each connection is made, and in each write. A
+// read on an open connection takes a few microseconds, and calls only checkIndexFile.
 func (r *LocalRegistry) checkBound() error {
 	dir, err := r.root.lstatPath(r.dir)
 	if err == nil && !os.SameFile(r.self, dir) {
@@ -101,9 +102,9 @@ func (r *LocalRegistry) checkBound() error {
 }
 
 // checkIndexFile returns [ErrForeignIndex] unless the path leads to the index that this handle has
-// open. If it does, it also leads to the directory, unless somebody has moved the index into another
-// one. Even then a read is right: other processes see the same index, and blobs are read from the
-// open directory.
+// open. If it does, it also leads to the directory, unless somebody has moved the index into
+// another one. Even then a read is right: other processes see the same index, and blobs are read
+// from the open directory.
 func (r *LocalRegistry) checkIndexFile() error {
 	index, err := r.root.lstatPath(filepath.Join(r.dir, indexFile))
 	if err == nil && !os.SameFile(r.opened, index) {
@@ -123,9 +124,9 @@ func (r *LocalRegistry) checkFS(name string) error {
 	return fmt.Errorf("%w (%s): two machines would damage the index (Options.AllowNetworkFS opens it anyway)", ErrNetworkFS, name)
 }
 
-// openOther opens a regular file that the caller names. It refuses the files of the index: POSIX locks
-// belong to the process, and closing any descriptor of such a file would drop the locks that SQLite
-// holds. It reads the root, so it must be called within a call that has begun.
+// openOther opens a regular file that the caller names. It refuses the files of the index: POSIX
+// locks belong to the process, and closing any descriptor of such a file would drop the locks that
+// SQLite holds. It reads the root, so it must be called within a call that has begun.
 func (r *LocalRegistry) openOther(name string) (*os.File, error) {
 	fi, err := os.Stat(name)
 	if err != nil {
@@ -162,10 +163,10 @@ func (r *LocalRegistry) isAt(name string, fi fs.FileInfo) (bool, error) {
 	return os.SameFile(mine, fi), nil
 }
 
-// checkTarget refuses a path that the caller names if it is in this registry or leads to it. Every call
-// that writes to such a path calls checkTarget before it makes anything. Files and directories are
-// compared by identity and not by name, since a path may lead here through links, mounts and hard
-// links. below are the names that the call will use in the directory path.
+// checkTarget refuses a path that the caller names if it is in this registry or leads to it. Every
+// call that writes to such a path calls checkTarget before it makes anything. Files and directories
+// are compared by identity and not by name, since a path may lead here through links, mounts and
+// hard links. below are the names that the call will use in the directory path.
 //
 // Three kinds of entries are compared with those of the registry: the parents of the path, the path
 // itself, and the names below it. For the last two, the entry and the target of a link both count.

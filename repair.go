@@ -26,8 +26,8 @@ type RepairOptions struct {
 	// Progress, if not nil, is called with the state of the repair. Items are those of two
 	// verifications, before and after, and the blobs that are healed.
 	Progress func(Progress)
-	// AllowOtherOwner is [Options.AllowOtherOwner] for the root that [Rebuild] opens. Repair ignores
-	// it.
+	// AllowOtherOwner is [Options.AllowOtherOwner] for the root that [Rebuild] opens. Repair
+	// ignores it.
 	AllowOtherOwner bool
 
 	fault faultFunc // for the root that Rebuild opens
@@ -51,11 +51,11 @@ type SourceFailure struct {
 	Err    error
 }
 
-// Repair corrects the problems that [LocalRegistry.Verify] finds, as far as blobs/, opts.Sources and
-// opts.Remote allow. It heals damaged and missing blobs. It moves damaged blobs that it cannot heal
-// to tmp/quarantine/, where a collection deletes them after its grace. It makes the index agree with
-// the manifests. An unreadable file stays in its place. On a sound registry Repair changes nothing.
-// Other processes may use the registry meanwhile.
+// Repair corrects the problems that [LocalRegistry.Verify] finds, as far as blobs/, opts.Sources
+// and opts.Remote allow. It heals damaged and missing blobs. It moves damaged blobs that it cannot
+// heal to tmp/quarantine/, where a collection deletes them after its grace. It makes the index
+// agree with the manifests. An unreadable file stays in its place. On a sound registry Repair
+// changes nothing. Other processes may use the registry meanwhile.
 //
 // If the index was lost, Repair records every manifest in blobs/. A manifest that no other manifest
 // refers to gets the ref <id>.ocilocal.local/recovered:<algorithm>-<digits>, since its names are
@@ -108,8 +108,8 @@ func newRepair(r *LocalRegistry, opts *RepairOptions) *repair {
 // A repair that is interrupted anywhere has lost nothing, and can be started again: a blob is only
 // replaced by a good one or moved, and rows are only written for manifests that were read.
 //
-// Files are healed before rows, because rows are written only for artifacts that are whole. The mark
-// is removed last, because a collection would delete the blobs of manifests without rows.
+// Files are healed before rows, because rows are written only for artifacts that are whole. The
+// mark is removed last, because a collection would delete the blobs of manifests without rows.
 type repair struct {
 	registry *LocalRegistry
 	opts     RepairOptions
@@ -127,8 +127,8 @@ type repair struct {
 }
 
 // run does all steps. Problems that can remain after a good repair are not in the report's Left:
-// unrecorded blobs, rows of collected blobs and foreign entries, which a collection deletes or which
-// are not this package's.
+// unrecorded blobs, rows of collected blobs and foreign entries, which a collection deletes or
+// which are not this package's.
 func (p *repair) run(ctx context.Context) error {
 	end, err := p.registry.beginWrite(ctx)
 	if err != nil {
@@ -226,8 +226,8 @@ func (p *repair) verify(ctx context.Context, times int) (problems []Problem, err
 	return problems, err
 }
 
-// sort decides how each problem is repaired. It adds to wanted, damaged and rows, and corrects modes
-// and sizes at once, because that needs no blob.
+// sort decides how each problem is repaired. It adds to wanted, damaged and rows, and corrects
+// modes and sizes at once, because that needs no blob.
 func (p *repair) sort(ctx context.Context, problems []Problem) error {
 	for _, b := range problems {
 		switch b.Kind {
@@ -291,8 +291,8 @@ func (p *repair) sort(ctx context.Context, problems []Problem) error {
 	return nil
 }
 
-// impossible reports whether a problem is of rows that this package cannot have written. Repair cannot
-// correct them. Rebuild makes a new index then.
+// impossible reports whether a problem is of rows that this package cannot have written. Repair
+// cannot correct them. Rebuild makes a new index then.
 func impossible(b Problem) bool {
 	return b.Kind == ProblemIndex || b.Kind == ProblemRef && b.Reference.IsZero()
 }

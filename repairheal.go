@@ -11,8 +11,8 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// heal takes wanted blobs from the sources, in order. If a source fails, it goes into the report, the
-// first such error goes into p.sourceErr, and the next source is searched.
+// heal takes wanted blobs from the sources, in order. If a source fails, it goes into the report,
+// the first such error goes into p.sourceErr, and the next source is searched.
 func (p *repair) heal(ctx context.Context) error {
 	for _, source := range p.opts.Sources {
 		if len(p.wanted) == 0 {
@@ -53,8 +53,8 @@ type healing struct {
 }
 
 // healFrom takes wanted blobs from one source. bad is an error of the source. The blobs that were
-// found before it are used. err is an error of the registry or the process. Blobs leave p.wanted only
-// after settle, when they are durable.
+// found before it are used. err is an error of the registry or the process. Blobs leave p.wanted
+// only after settle, when they are durable.
 func (p *repair) healFrom(ctx context.Context, source string) (bad, err error) {
 	h := &healing{repair: p, stage: p.registry.blobs.newStage()}
 	defer func() { p.registry.logDiscard(h.stage.discard()) }()
@@ -81,9 +81,9 @@ func (p *repair) healFrom(ctx context.Context, source string) (bad, err error) {
 	return bad, nil
 }
 
-// put stages a source's copy of d if d is wanted. A damaged copy is skipped: another source may have a
-// good one. Any other error is that of the source if the reader failed, and otherwise that of the
-// registry, such as a full disk.
+// put stages a source's copy of d if d is wanted. A damaged copy is skipped: another source may
+// have a good one. Any other error is that of the source if the reader failed, and otherwise that
+// of the registry, such as a full disk.
 func (h *healing) put(ctx context.Context, d digest.Digest, src io.Reader, size int64) error {
 	if !h.wanted[d] {
 		return nil
@@ -125,9 +125,9 @@ func (r *sourceReader) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// rightSize reports whether a source's copy of d may be good, by its size. put asks before it reads the
-// copy, because a sparse file can be larger than the disk. If neither the index nor a manifest says
-// the size of d, the copy may be as large as a manifest or as the damaged file.
+// rightSize reports whether a source's copy of d may be good, by its size. put asks before it reads
+// the copy, because a sparse file can be larger than the disk. If neither the index nor a manifest
+// says the size of d, the copy may be as large as a manifest or as the damaged file.
 func (p *repair) rightSize(d digest.Digest, size int64) (bool, error) {
 	desc, _, err := p.describe(d)
 	if err != nil {
@@ -143,9 +143,9 @@ func (p *repair) rightSize(d digest.Digest, size int64) (bool, error) {
 	return size <= max(here, MaxManifestSize), nil
 }
 
-// fromLayout takes blobs from a directory. It reads only blobs/, so the directory need not be a valid
-// layout. A blob that cannot be read does not stop the others: the error is that of the last one. An
-// error of the process stops all.
+// fromLayout takes blobs from a directory. It reads only blobs/, so the directory need not be a
+// valid layout. A blob that cannot be read does not stop the others: the error is that of the last
+// one. An error of the process stops all.
 func (h *healing) fromLayout(ctx context.Context, dir string) (bad error) {
 	root, err := openRoot(dir, h.registry.root.fault)
 	if err != nil {

@@ -75,11 +75,11 @@ func (p *repair) inspect(ctx context.Context, d digest.Digest, files bool) (fs.F
 
 // moveAway moves a damaged entry to quarantine, unless another process has replaced it.
 //
-// The problem: a publisher can replace the file by a good one between the check and the rename, as it
-// needs no lock for that. The rename would then move the good file away.
+// The problem: a publisher can replace the file by a good one between the check and the rename, as
+// it needs no lock for that. The rename would then move the good file away.
 //
-// The rule: check the identity of the file before and after the rename. If the moved file is not the
-// damaged one, it is moved back.
+// The rule: check the identity of the file before and after the rename. If the moved file is not
+// the damaged one, it is moved back.
 //
 // It is safe because the index is locked meanwhile. Publishers check their blobs with that lock, so
 // none of them finds the name missing while the file is moved there and back.

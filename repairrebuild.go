@@ -44,9 +44,9 @@ func Rebuild(ctx context.Context, dir string, opts *RepairOptions) (_ *RepairRep
 //	missing                       Open makes a new one, because adopt is set; repair
 //	unreadable, newer schema      that error: nothing is known to be damaged
 //
-// A rebuild that is killed leaves the damaged index under its old name or under the new one, and the
-// next rebuild goes on from there. The new index is marked as unreconciled until the repair is done,
-// so no collection deletes anything in between.
+// A rebuild that is killed leaves the damaged index under its old name or under the new one, and
+// the next rebuild goes on from there. The new index is marked as unreconciled until the repair is
+// done, so no collection deletes anything in between.
 func rebuild(ctx context.Context, dir string, opts *RepairOptions, m *meter) (*RepairReport, error) {
 	dir, err := resolveDir(dir)
 	var root *rootDir
@@ -90,7 +90,8 @@ func rebuild(ctx context.Context, dir string, opts *RepairOptions, m *meter) (*R
 		}
 		err = errors.Join(ErrCorruptIndex, err, r.Close())
 	}
-	// An index that cannot be read, for example without free descriptors, is not known to be damaged.
+	// An index that cannot be read, for example without free descriptors, is not known to be
+	// damaged.
 	if !errors.Is(err, ErrCorruptIndex) && !errors.Is(err, ErrForeignIndex) || errors.Is(err, ErrNewerSchema) || errors.Is(err, ErrForeignRoot) || processCondition(err) {
 		return nil, err
 	}
@@ -153,10 +154,10 @@ func asideName(n int) string {
 	return name
 }
 
-// setAside renames the files of the index, and returns the new name of the first. The index itself is
-// renamed before its log. If the rename is interrupted, Open finds a log without an index and refuses
-// it. In the other order it would find an index without its log, which looks sound and has lost
-// commits.
+// setAside renames the files of the index, and returns the new name of the first. The index itself
+// is renamed before its log. If the rename is interrupted, Open finds a log without an index and
+// refuses it. In the other order it would find an index without its log, which looks sound and has
+// lost commits.
 func setAside(root *rootDir) (string, error) {
 	for n := 1; ; n++ {
 		aside := asideName(n)

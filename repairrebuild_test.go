@@ -109,8 +109,8 @@ func TestRebuildWithoutID(t *testing.T) {
 	}
 }
 
-// TestRebuildForeignIndex: the index of another program is left where it is, also where that program
-// has directories and a file with the names of a registry, and also if it is damaged.
+// TestRebuildForeignIndex: the index of another program is left where it is, also where that
+// program has directories and a file with the names of a registry, and also if it is damaged.
 func TestRebuildForeignIndex(t *testing.T) {
 	for name, id := range map[string]string{"no id": "", "prose": "thesis notes\n", "number": "42\n"} {
 		for _, length := range []int64{-1, 0, 10, 100, 1000, 5000} {

@@ -16,8 +16,8 @@ import (
 // the transaction. So a manifest gets rows only if its closure is whole. A collection that runs
 // meanwhile cannot break it: a staged file that it deletes is linked again.
 
-// rewrite makes the rows of a recorded manifest agree with its bytes. If the bytes are not a manifest,
-// the rows must not say that they are one.
+// rewrite makes the rows of a recorded manifest agree with its bytes. If the bytes are not a
+// manifest, the rows must not say that they are one.
 //
 // The old rows of members are deleted first, since they may be wrong in any way. Then all manifests
 // below are recorded too, because their rows may be missing. All of it is one transaction, so no
@@ -52,8 +52,8 @@ func (p *repair) rewrite(ctx context.Context, d digest.Digest) error {
 	return p.tolerate(ctx, err)
 }
 
-// load stages a manifest that is in blobs/, with everything that it needs, and settles the stage. The
-// caller discards the stage. It is nil if the manifest itself cannot be read.
+// load stages a manifest that is in blobs/, with everything that it needs, and settles the stage.
+// The caller discards the stage. It is nil if the manifest itself cannot be read.
 func (p *repair) load(ctx context.Context, d digest.Digest) (m *Manifest, pub publication, st *stage, err error) {
 	m, err = p.registry.readVerified(ctx, ocispec.Descriptor{Digest: d, Size: -1})
 	if err != nil {
@@ -82,9 +82,9 @@ func (p *repair) mayLack(d digest.Digest) (bool, error) {
 	return isAbsent(p.registry.index, d)
 }
 
-// tolerate returns nil for an error that concerns one artifact only, so that the repair goes on with
-// the others. The verification at the end finds the artifact again and reports it. An error of the
-// process or of ctx is returned, even if it is wrapped in one of these.
+// tolerate returns nil for an error that concerns one artifact only, so that the repair goes on
+// with the others. The verification at the end finds the artifact again and reports it. An error of
+// the process or of ctx is returned, even if it is wrapped in one of these.
 func (p *repair) tolerate(ctx context.Context, err error) error {
 	for _, e := range []error{
 		ErrIncomplete, ErrNotFound, ErrInvalidDigest, ErrInvalidManifest, ErrUnsupportedMediaType,
@@ -111,8 +111,8 @@ func (p *repair) record(ctx context.Context) error {
 	return nil
 }
 
-// unrecorded returns the files in blobs/ that may be manifests and have no row. Only the first byte of
-// a file is read here. Whether it is a manifest is decided when it is parsed.
+// unrecorded returns the files in blobs/ that may be manifests and have no row. Only the first byte
+// of a file is read here. Whether it is a manifest is decided when it is parsed.
 func (p *repair) unrecorded(ctx context.Context) (unknown []digest.Digest, err error) {
 	err = p.registry.blobs.walk(ctx, func(e blobEntry) error {
 		if e.digest == "" || e.info.Size() > MaxManifestSize {
@@ -285,8 +285,9 @@ func (p *repair) keep(ctx context.Context) error {
 	})
 }
 
-// name gives a manifest a ref, with the facts of its index.json entry. It does nothing if the manifest
-// is not whole or if the ref points elsewhere: this registry's own refs are newer than salvaged ones.
+// name gives a manifest a ref, with the facts of its index.json entry. It does nothing if the
+// manifest is not whole or if the ref points elsewhere: this registry's own refs are newer than
+// salvaged ones.
 func (p *repair) name(ctx context.Context, d digest.Digest, ref Reference, entry string) error {
 	u, err := p.registry.tag(ctx, d, ref, nil)
 	if errors.Is(err, ErrConflict) || errors.Is(err, ErrDigestMismatch) {
@@ -303,8 +304,8 @@ func (p *repair) name(ctx context.Context, d digest.Digest, ref Reference, entry
 }
 
 // recoveredName returns the reference for a manifest whose names were lost. It depends only on the
-// digest, so a repeated repair gives the same name. Its host is under .local, so it is never taken for
-// a name in a remote registry.
+// digest, so a repeated repair gives the same name. Its host is under .local, so it is never taken
+// for a name in a remote registry.
 func (r *LocalRegistry) recoveredName(d digest.Digest) (Reference, error) {
 	encoded := d.Encoded()
 	if len(encoded) > 64 {

@@ -17,8 +17,8 @@ import (
 // not kept, since a registry need not have the blob. Any other error is one of this registry or the
 // process, and ends the repair.
 //
-// The bytes must hash to the digest, so it does not matter that nobody knows whether a repository is
-// the one from which the blob came.
+// The bytes must hash to the digest, so it does not matter that nobody knows whether a repository
+// is the one from which the blob came.
 func (p *repair) healRemote(ctx context.Context) error {
 	if p.opts.Remote == nil {
 		return nil
@@ -52,9 +52,9 @@ func (p *repair) healRemote(ctx context.Context) error {
 	return nil
 }
 
-// describe returns the descriptor of a blob, from the index or from an unrecorded manifest that needs
-// it. It is empty if neither knows the blob. The role decides by which API a registry is asked:
-// manifests have another endpoint than blobs.
+// describe returns the descriptor of a blob, from the index or from an unrecorded manifest that
+// needs it. It is empty if neither knows the blob. The role decides by which API a registry is
+// asked: manifests have another endpoint than blobs.
 func (p *repair) describe(d digest.Digest) (ocispec.Descriptor, role, error) {
 	x := p.registry.index
 	desc, ok, err := x.resolveDigest(d)
@@ -72,10 +72,10 @@ func (p *repair) describe(d digest.Digest) (ocispec.Descriptor, role, error) {
 	return ocispec.Descriptor{Digest: d, Size: size}, roleLayer, err
 }
 
-// repositories returns one reference for each repository to ask for d: those of RepairOptions.From, or
-// those of refs that lead to d. Names that a registry of this package made up are left out, because
-// no server has their host. The limits keep a blob that very many artifacts share, such as the empty
-// config, from causing a request to each of their repositories.
+// repositories returns one reference for each repository to ask for d: those of RepairOptions.From,
+// or those of refs that lead to d. Names that a registry of this package made up are left out,
+// because no server has their host. The limits keep a blob that very many artifacts share, such as
+// the empty config, from causing a request to each of their repositories.
 func (p *repair) repositories(ctx context.Context, d digest.Digest) ([]Reference, error) {
 	const most = 10
 	if p.opts.From != nil {
@@ -104,8 +104,8 @@ func (p *repair) repositories(ctx context.Context, d digest.Digest) ([]Reference
 	return names, nil
 }
 
-// healFromRepository takes one blob or manifest from a repository, verifies it, and makes it durable
-// under its name.
+// healFromRepository takes one blob or manifest from a repository, verifies it, and makes it
+// durable under its name.
 func (p *repair) healFromRepository(ctx context.Context, ref Reference, desc ocispec.Descriptor, as role) error {
 	repo, err := p.opts.Remote.source(ref)
 	if err != nil {

@@ -11,14 +11,14 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// A Repository is a view of one name (registry/repository) in a registry. By it, raw content is put,
-// read and deleted as over the distribution API. It is safe for concurrent use. Its registry must be
-// open.
+// A Repository is a view of one name (registry/repository) in a registry. By it, raw content is
+// put, read and deleted as over the distribution API. It is safe for concurrent use. Its registry
+// must be open.
 //
-// It shows three kinds of content: content to which refs of the name lead, content that was put into
-// it by digest, and referrers of these that are in the registry without a name. Other content of the
-// registry is not found, even if its digest is known: a name must not give access to the content of
-// another one.
+// It shows three kinds of content: content to which refs of the name lead, content that was put
+// into it by digest, and referrers of these that are in the registry without a name. Other content
+// of the registry is not found, even if its digest is known: a name must not give access to the
+// content of another one.
 //
 // Its methods Fetch, Exists, Push, Resolve, Tag, Untag, Predecessors, Delete and Tags have the
 // signatures of a target of oras-go, so it can be given to oras.Copy and oras.ExtendedCopy.
@@ -61,15 +61,15 @@ func (p *Repository) begin(ctx context.Context) (end func(), err error) {
 	return p.registry.begin(ctx)
 }
 
-// shows reports whether the repository shows a published manifest or blob. Held blobs are not in the
-// index: see locate.
+// shows reports whether the repository shows a published manifest or blob. Held blobs are not in
+// the index: see locate.
 func (p *Repository) shows(q queryer, d digest.Digest) (bool, error) {
 	return shown(q, p.name, d, true)
 }
 
-// locate returns the file and size of content that the repository shows: below blobs/ or, if it was not
-// published, below tmp/held/. The published file comes first, because it is synced: a held file may be
-// damaged by a power cut.
+// locate returns the file and size of content that the repository shows: below blobs/ or, if it was
+// not published, below tmp/held/. The published file comes first, because it is synced: a held file
+// may be damaged by a power cut.
 //
 // Errors: [ErrNotFound], [ErrInvalidDigest], and any error of the index or the file system.
 func (p *Repository) locate(d digest.Digest) (name string, size int64, err error) {
@@ -92,8 +92,8 @@ func (p *Repository) locate(d digest.Digest) (name string, size int64, err error
 	return name, size, err
 }
 
-// manifest returns the descriptor of a manifest that the repository shows. With the transaction of a
-// write as q, the answer holds until the commit.
+// manifest returns the descriptor of a manifest that the repository shows. With the transaction of
+// a write as q, the answer holds until the commit.
 func (p *Repository) manifest(q queryer, d digest.Digest) (ocispec.Descriptor, error) {
 	if err := checkDigest(d); err != nil {
 		return ocispec.Descriptor{}, err
@@ -132,8 +132,8 @@ func (p *Repository) StatManifest(ctx context.Context, d digest.Digest) (_ ocisp
 	return p.manifest(p.registry.index, d)
 }
 
-// StatBlob is Stat that returns the descriptor of a blob for a manifest too: in a registry, manifests are
-// stored as blobs.
+// StatBlob is Stat that returns the descriptor of a blob for a manifest too: in a registry,
+// manifests are stored as blobs.
 func (p *Repository) StatBlob(ctx context.Context, d digest.Digest) (_ ocispec.Descriptor, err error) {
 	defer addOp(&err, "look for blob in", p.name, d)
 	end, err := p.begin(ctx)
@@ -266,9 +266,9 @@ func (p *Repository) Tag(ctx context.Context, desc ocispec.Descriptor, reference
 	})
 }
 
-// Tags calls fn with the tags of the repository after last, in order, a page at a time. An empty last
-// lists all. last need not exist. fn may use the registry. An error of fn ends the listing and is
-// returned.
+// Tags calls fn with the tags of the repository after last, in order, a page at a time. An empty
+// last lists all. last need not exist. fn may use the registry. An error of fn ends the listing and
+// is returned.
 //
 // Errors: those of fn, [ErrCorruptIndex], [ErrIndexIO], and any error from ctx.
 func (p *Repository) Tags(ctx context.Context, last string, fn func(tags []string) error) error {
@@ -350,8 +350,8 @@ func (p *Repository) Predecessors(ctx context.Context, desc ocispec.Descriptor) 
 	return found, nil
 }
 
-// Referrers is [LocalRegistry.Referrers], limited to manifests that the repository shows. Errors are the
-// same.
+// Referrers is [LocalRegistry.Referrers], limited to manifests that the repository shows. Errors
+// are the same.
 func (p *Repository) Referrers(ctx context.Context, subject digest.Digest, opts *ReferrersOptions) iter.Seq2[ocispec.Descriptor, error] {
 	var o ReferrersOptions
 	if opts != nil {

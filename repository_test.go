@@ -77,8 +77,8 @@ func fetched(p *ocilocal.Repository, desc ocispec.Descriptor) (string, error) {
 	return string(b), errors.Join(err, rc.Close())
 }
 
-// checkShown checks whether a repository shows a manifest and the blobs that it needs, by each method
-// that reads.
+// checkShown checks whether a repository shows a manifest and the blobs that it needs, by each
+// method that reads.
 func checkShown(t *testing.T, p *ocilocal.Repository, want bool, manifest string, blobs ...string) {
 	t.Helper()
 	desc := manifestOf(manifest)
@@ -106,8 +106,8 @@ func checkShown(t *testing.T, p *ocilocal.Repository, want bool, manifest string
 	}
 }
 
-// TestRepository: a repository shows what was pushed to it, by tag and by digest. Another repository
-// does not. The content survives a collection without grace.
+// TestRepository: a repository shows what was pushed to it, by tag and by digest. Another
+// repository does not. The content survives a collection without grace.
 func TestRepository(t *testing.T) {
 	r := openTemp(t, nil)
 	p, other := repository(t, r, "localhost/org/app"), repository(t, r, "localhost/org/other")

@@ -9,9 +9,9 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// Untag deletes a tag. The repository still shows the manifest by its digest, for [GCOptions.Held]: a
-// client may untag first and delete or tag the digest next. If reference is a digest, Untag undoes
-// [Repository.Tag] with that digest.
+// Untag deletes a tag. The repository still shows the manifest by its digest, for [GCOptions.Held]:
+// a client may untag first and delete or tag the digest next. If reference is a digest, Untag
+// undoes [Repository.Tag] with that digest.
 //
 // Errors: [ErrNotFound], [ErrInvalidReference], [ErrReadOnly], [ErrBusy], and any error from ctx.
 func (p *Repository) Untag(ctx context.Context, reference string) (err error) {
@@ -49,13 +49,13 @@ func (p *Repository) Delete(ctx context.Context, desc ocispec.Descriptor) error 
 	return p.DeleteBlob(ctx, desc.Digest)
 }
 
-// DeleteManifest deletes all tags of the repository that point at a manifest, and its hold there. The
-// repository no longer shows the manifest. The next collection deletes its bytes, and those that only
-// it needs.
+// DeleteManifest deletes all tags of the repository that point at a manifest, and its hold there.
+// The repository no longer shows the manifest. The next collection deletes its bytes, and those
+// that only it needs.
 //
-// A referrer would still be shown and kept because of its subject. So a referrer is collected at once:
-// after the transaction that deletes its refs, in a second one. If the process is killed in between,
-// the referrer stays, and can be deleted again.
+// A referrer would still be shown and kept because of its subject. So a referrer is collected at
+// once: after the transaction that deletes its refs, in a second one. If the process is killed in
+// between, the referrer stays, and can be deleted again.
 //
 // Errors:
 //   - [ErrNotFound]: the repository does not show the manifest
@@ -110,8 +110,8 @@ func (p *Repository) DeleteManifest(ctx context.Context, d digest.Digest) (err e
 	return p.registry.collectOne(ctx, desc)
 }
 
-// DeleteBlob deletes a blob that was put into the repository and that no manifest there needs. Other
-// repositories that hold the same bytes keep them.
+// DeleteBlob deletes a blob that was put into the repository and that no manifest there needs.
+// Other repositories that hold the same bytes keep them.
 //
 // Errors:
 //   - [ErrNotFound]: the repository does not show the blob

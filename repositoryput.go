@@ -16,10 +16,10 @@ import (
 // application/octet-stream. The bytes must hash to want, unless that is empty: then the digest is
 // SHA-256. There must be size bytes, unless that is −1. Memory does not grow with the blob.
 //
-// When PutBlob returns nil, every process can read the blob. It is held for [GCOptions.Held]; a manifest
-// of the repository that needs it keeps it for longer. It becomes durable with that manifest: see
-// [Repository.PutManifest]. So a power cut may lose a held blob, and the client must put it again.
-// Putting a blob that is there already is harmless.
+// When PutBlob returns nil, every process can read the blob. It is held for [GCOptions.Held]; a
+// manifest of the repository that needs it keeps it for longer. It becomes durable with that
+// manifest: see [Repository.PutManifest]. So a power cut may lose a held blob, and the client must
+// put it again. Putting a blob that is there already is harmless.
 //
 // Errors:
 //   - [ErrDigestMismatch], [ErrSizeMismatch]: src has other bytes
@@ -38,9 +38,9 @@ func (p *Repository) PutBlob(ctx context.Context, src io.Reader, want digest.Dig
 	return p.registry.blobs.holdNew(ctx, p.name, src, digest.SHA256, want, size)
 }
 
-// Mount puts a blob into the repository that another one shows. If the file system has hard links, the
-// blob is not copied. If from is nil, any blob of the registry can be mounted. Everybody who may call
-// Mount so, and knows a digest, then gets the content.
+// Mount puts a blob into the repository that another one shows. If the file system has hard links,
+// the blob is not copied. If from is nil, any blob of the registry can be mounted. Everybody who
+// may call Mount so, and knows a digest, then gets the content.
 //
 // Errors: [ErrNotFound], [ErrInvalidDigest], [ErrReadOnly], and any error from ctx or the file
 // system.
@@ -81,14 +81,15 @@ type PutManifestOptions struct {
 	PublishOptions
 }
 
-// PutManifest publishes the bytes of a manifest or image index. Everything that it needs must be in the
-// repository: see [Repository.PutBlob]. When PutManifest returns nil, the manifest and all its content
-// are durable. mediaType is that of [ParseManifest], which says which documents are accepted.
+// PutManifest publishes the bytes of a manifest or image index. Everything that it needs must be in
+// the repository: see [Repository.PutBlob]. When PutManifest returns nil, the manifest and all its
+// content are durable. mediaType is that of [ParseManifest], which says which documents are
+// accepted.
 //
-// The repository holds a manifest that has no tag, because it was put by digest, or because its tag was
-// moved or deleted. It is kept for [GCOptions.Held], as long as its subject is kept, and as long as an
-// image index in the repository needs it. [Repository.Tag] with its digest keeps it for good. Putting
-// a manifest that is there already is harmless.
+// The repository holds a manifest that has no tag, because it was put by digest, or because its tag
+// was moved or deleted. It is kept for [GCOptions.Held], as long as its subject is kept, and as
+// long as an image index in the repository needs it. [Repository.Tag] with its digest keeps it for
+// good. Putting a manifest that is there already is harmless.
 //
 // Errors:
 //   - [ErrIncomplete]: a config, layer or manifest that it needs is not in the repository
@@ -160,8 +161,8 @@ func (p *Repository) PutManifest(ctx context.Context, mediaType string, raw []by
 	return updates[0], updates[0].conflict(o.Expected)
 }
 
-// holdReplaced holds the manifest from which a tag is about to be moved, in the transaction that moves
-// it. A client that has resolved the old tag can still pull its manifest by digest.
+// holdReplaced holds the manifest from which a tag is about to be moved, in the transaction that
+// moves it. A client that has resolved the old tag can still pull its manifest by digest.
 func (p *Repository) holdReplaced(tx *indexTx, ref Reference, to digest.Digest) error {
 	if ref.IsZero() {
 		return nil
@@ -173,9 +174,9 @@ func (p *Repository) holdReplaced(tx *indexTx, ref Reference, to digest.Digest) 
 	return tx.setHold(p.name, from, time.Now())
 }
 
-// takeChildren checks that the repository shows everything that a manifest needs, and takes held blobs
-// into the stage, so that the publish makes them durable. Other content must be published in the
-// repository: then it is durable already, and the publish checks again that it is there.
+// takeChildren checks that the repository shows everything that a manifest needs, and takes held
+// blobs into the stage, so that the publish makes them durable. Other content must be published in
+// the repository: then it is durable already, and the publish checks again that it is there.
 //
 // A manifest may only name content of this repository. Otherwise a client that knows a digest could
 // put a manifest with it, and read the content of another repository.
@@ -204,8 +205,8 @@ func (p *Repository) takeChildren(ctx context.Context, st *stage, m *Manifest) e
 		}
 		ok, err := p.shows(p.registry.index, c.Digest)
 		if err == nil && !ok && foreignLayer(c.MediaType) {
-			// It may be absent. But if another repository has it, it must not be shown here because a
-			// manifest names it.
+			// It may be absent. But if another repository has it, it must not be shown here because
+			// a manifest names it.
 			if ok, err = p.registry.blobs.present(c.Digest); err == nil && !ok {
 				continue
 			}
@@ -229,8 +230,9 @@ func sizeAs(st *stage, desc ocispec.Descriptor) error {
 	return nil
 }
 
-// Push puts a manifest by its digest, if desc has the media type of one, and otherwise a blob. Pushing
-// content that is there already is harmless. A manifest must be pushed after everything that it needs.
+// Push puts a manifest by its digest, if desc has the media type of one, and otherwise a blob.
+// Pushing content that is there already is harmless. A manifest must be pushed after everything
+// that it needs.
 //
 // Errors are those of [Repository.PutManifest] and [Repository.PutBlob].
 func (p *Repository) Push(ctx context.Context, desc ocispec.Descriptor, src io.Reader) error {

@@ -35,13 +35,13 @@ type Stats struct {
 	Orphans      Count // the part of Total that [LocalRegistry.GC] with [NoGrace] deletes
 }
 
-// Stats counts by the index alone: it walks no directory and reads no blob. So it does not see files
-// of interrupted calls that are not in the index; [LocalRegistry.GCReport] does. The figures are
-// read one after the other. While other processes write, they may be of different moments.
+// Stats counts by the index alone: it walks no directory and reads no blob. So it does not see
+// files of interrupted calls that are not in the index; [LocalRegistry.GCReport] does. The figures
+// are read one after the other. While other processes write, they may be of different moments.
 //
 // The time grows with the number of artifacts and the size of their annotations: about 0.1 s for
-// 100,000 artifacts without annotations. With thousands of orphans it is ten times as much, and it is
-// time for [LocalRegistry.GC].
+// 100,000 artifacts without annotations. With thousands of orphans it is ten times as much, and it
+// is time for [LocalRegistry.GC].
 //
 // Errors: [ErrCorruptIndex], [ErrIndexIO], and any error from ctx.
 func (r *LocalRegistry) Stats(ctx context.Context) (s Stats, err error) {
@@ -91,13 +91,13 @@ func (r *LocalRegistry) Stats(ctx context.Context) (s Stats, err error) {
 	return s, nil
 }
 
-// manyOrphans decides between two ways of counting orphans, which give the same figures: orphans goes
-// up from each candidate, and deadRows goes down from all refs. One digest takes about 50 times as
-// long by itself as in a scan of all.
+// manyOrphans decides between two ways of counting orphans, which give the same figures: orphans
+// goes up from each candidate, and deadRows goes down from all refs. One digest takes about 50
+// times as long by itself as in a scan of all.
 const manyOrphans = 50
 
-// deadRows counts the rows that no ref leads to, by going down from all refs as a collection does. It
-// uses the graph of a collection without its files, so nodes count by their rows.
+// deadRows counts the rows that no ref leads to, by going down from all refs as a collection does.
+// It uses the graph of a collection without its files, so nodes count by their rows.
 func (r *LocalRegistry) deadRows(ctx context.Context) (c Count, err error) {
 	g, err := r.graph(ctx, GCOptions{Grace: NoGrace})
 	if err != nil {
@@ -113,8 +113,8 @@ func (r *LocalRegistry) deadRows(ctx context.Context) (c Count, err error) {
 }
 
 // orphans counts the rows that no ref leads to, by going up from the candidates: manifests without
-// a ref, blobs that no manifest needs, and blobs that only such manifests need. Every orphan is among
-// these. climb remembers its answers, so shared ancestors are visited once.
+// a ref, blobs that no manifest needs, and blobs that only such manifests need. Every orphan is
+// among these. climb remembers its answers, so shared ancestors are visited once.
 func (x *index) orphans(ctx context.Context, noRef, noPointer []digest.Digest) (c Count, err error) {
 	up := climb{ctx: ctx, q: x, ways: keptByDefault()}
 	counted := map[digest.Digest]bool{}
@@ -223,15 +223,15 @@ func newUsage(ctx context.Context, x *index) *usage {
 	return &usage{descent: descent{q: x, subjects: true}, index: x, others: climb{ctx: ctx, q: x, ways: keptByDefault()}}
 }
 
-// keptByDefault are the relations by which a collection without options keeps content. Figures about
-// orphans use them too, so that they agree with GC.
+// keptByDefault are the relations by which a collection without options keeps content. Figures
+// about orphans use them too, so that they agree with GC.
 func keptByDefault() ways {
 	return ways{subjects: true, referrers: true, heldSince: (&GCOptions{}).heldBefore(time.Now())}
 }
 
-// add counts a manifest, everything that it needs, its subjects, and the referrers of manifests among
-// Own: they would be collected with these. Referrers of shared manifests are kept by the other refs,
-// so they are not counted.
+// add counts a manifest, everything that it needs, its subjects, and the referrers of manifests
+// among Own: they would be collected with these. Referrers of shared manifests are kept by the
+// other refs, so they are not counted.
 func (u *usage) add(d digest.Digest) error {
 	ctx := u.others.ctx
 	count := func(d digest.Digest) error {

@@ -20,9 +20,9 @@ type VerifyOptions struct {
 	// After, if not empty, continues a verification after that digest: the last one that Progress
 	// reported as done.
 	After digest.Digest
-	// Progress, if not nil, is called with the state of the verification. Items are digests of files
-	// and of rows. They are done in the order of their digests. All problems of an item are yielded
-	// before it is reported as done. With Quick, bytes are not counted.
+	// Progress, if not nil, is called with the state of the verification. Items are digests of
+	// files and of rows. They are done in the order of their digests. All problems of an item are
+	// yielded before it is reported as done. With Quick, bytes are not counted.
 	Progress func(Progress)
 }
 
@@ -41,11 +41,11 @@ const (
 	// ProblemMissing: the index has a blob that blobs/ does not have and that a ref leads to.
 	ProblemMissing ProblemKind = "blob is missing"
 	// ProblemCollected: the index has a blob that blobs/ does not have and that no ref needs. The
-	// subject of an artifact is not needed by it. An interrupted collection leaves such rows, and the
-	// next one deletes them.
+	// subject of an artifact is not needed by it. An interrupted collection leaves such rows, and
+	// the next one deletes them.
 	ProblemCollected ProblemKind = "row of a collected blob"
-	// ProblemSize: a file has another size than the index says. If there is no ProblemDigest for the
-	// same digest, the index is wrong.
+	// ProblemSize: a file has another size than the index says. If there is no ProblemDigest for
+	// the same digest, the index is wrong.
 	ProblemSize ProblemKind = "blob has another size"
 	// ProblemDigest: a file's bytes do not hash to its name.
 	ProblemDigest ProblemKind = "blob is damaged"
@@ -57,8 +57,8 @@ const (
 	ProblemManifest ProblemKind = "manifest is invalid"
 	// ProblemRows: the index contradicts a manifest's bytes.
 	ProblemRows ProblemKind = "index contradicts manifest"
-	// ProblemUnrecorded: a blob that the index does not know. A call that is running may be about to
-	// publish it, or a killed process has left it. GC deletes it.
+	// ProblemUnrecorded: a blob that the index does not know. A call that is running may be about
+	// to publish it, or a killed process has left it. GC deletes it.
 	ProblemUnrecorded ProblemKind = "blob is unrecorded"
 	// ProblemForeign: an entry of blobs/ that is not a blob.
 	ProblemForeign ProblemKind = "entry is not a blob"
@@ -145,9 +145,9 @@ type verification struct {
 	times    int            // verifications that are still to come, this one included, for the totals
 }
 
-// A verifyEntry is a digest of the index or of blobs/, on its way to a worker and back. problems has
-// room for one result, so a worker never waits for the caller. item and err are written before the
-// result is sent and read after it, which makes them safe without a lock.
+// A verifyEntry is a digest of the index or of blobs/, on its way to a worker and back. problems
+// has room for one result, so a worker never waits for the caller. item and err are written before
+// the result is sent and read after it, which makes them safe without a lock.
 type verifyEntry struct {
 	checkedBlob
 	problems chan []Problem
@@ -155,9 +155,9 @@ type verifyEntry struct {
 	err      error        // of the index or the process; ends the verification. Read after problems
 }
 
-// run verifies everything and calls found with each problem, on its own goroutine. An error of found
-// ends it. The deferred calls end the workers before run returns: cancel first, then wait, so none
-// reads files after the registry is closed.
+// run verifies everything and calls found with each problem, on its own goroutine. An error of
+// found ends it. The deferred calls end the workers before run returns: cancel first, then wait, so
+// none reads files after the registry is closed.
 func (v *verification) run(ctx context.Context, found func(Problem) error) error {
 	v.meter.phase(PhasePlan)
 	v.reports.deliver()
@@ -232,8 +232,8 @@ func (v *verification) result(ctx context.Context, e *verifyEntry) ([]Problem, e
 	}
 }
 
-// index finds the problems that do not concern a single blob. A verification that is continued skips
-// it, since the first one has yielded them.
+// index finds the problems that do not concern a single blob. A verification that is continued
+// skips it, since the first one has yielded them.
 func (v *verification) index(ctx context.Context, found func(Problem) error) error {
 	x := v.registry.index
 	var bad []string

@@ -12,9 +12,9 @@ import (
 )
 
 // again checks a finding a second time, with the write lock held if the registry is not read-only.
-// Without the lock, a collection in progress looks like damage: it deletes files before rows, and rows
-// one by one. With the lock, no collection is between two of these. A read-only registry cannot lock,
-// so its findings may be those of a collection.
+// Without the lock, a collection in progress looks like damage: it deletes files before rows, and
+// rows one by one. With the lock, no collection is between two of these. A read-only registry
+// cannot lock, so its findings may be those of a collection.
 func (v *verification) again(ctx context.Context, look func(queryer) error) error {
 	if v.registry.blobs.readOnly {
 		return look(v.registry.index)
@@ -22,9 +22,9 @@ func (v *verification) again(ctx context.Context, look func(queryer) error) erro
 	return v.registry.writeAlone(ctx, func(tx *indexTx) error { return look(tx) })
 }
 
-// missing reports whether the index has a blob that has no file, and whether a ref needs it. Both are
-// decided under again, so that a blob that was collected or put back meanwhile is not reported. A
-// manifest without a file is not kept by its referrers or its subject: see climb.
+// missing reports whether the index has a blob that has no file, and whether a ref needs it. Both
+// are decided under again, so that a blob that was collected or put back meanwhile is not reported.
+// A manifest without a file is not kept by its referrers or its subject: see climb.
 func (v *verification) missing(ctx context.Context, d digest.Digest) (recorded, needed bool, err error) {
 	if known, err := hasBlob(v.registry.index, d); !known || err != nil {
 		return false, false, err
@@ -52,9 +52,9 @@ func (v *verification) missing(ctx context.Context, d digest.Digest) (recorded, 
 //
 //   - About bytes: the file was read, and its bytes are wrong whatever the index says by now. The
 //     finding is reported at once.
-//   - About a row and a file: it may only show a publish or a collection in progress. A finding that
-//     would mean a loss is checked again, by again, before it is reported. A file that is missing
-//     when it is opened was collected, and is not reported.
+//   - About a row and a file: it may only show a publish or a collection in progress. A finding
+//     that would mean a loss is checked again, by again, before it is reported. A file that is
+//     missing when it is opened was collected, and is not reported.
 //   - A condition of the process or an error of the index: it goes into e.err, ends the
 //     verification, and discards the findings for this digest.
 func (v *verification) blob(ctx context.Context, e *verifyEntry) (problems []Problem) {
@@ -123,10 +123,10 @@ func (v *verification) blob(ctx context.Context, e *verifyEntry) (problems []Pro
 	return problems
 }
 
-// manifest checks a manifest's bytes, and compares them with its rows. blob has compared the size with
-// the row, so the bytes are read by the size of the file. That finds a manifest good whose row has a
-// wrong size. A manifest without a row of its own is reported only if another row says that it is
-// one. Otherwise it was collected, or it is not a manifest.
+// manifest checks a manifest's bytes, and compares them with its rows. blob has compared the size
+// with the row, so the bytes are read by the size of the file. That finds a manifest good whose row
+// has a wrong size. A manifest without a row of its own is reported only if another row says that
+// it is one. Otherwise it was collected, or it is not a manifest.
 func (v *verification) manifest(ctx context.Context, e *verifyEntry, size int64) []Problem {
 	problem := func(kind ProblemKind, err error) []Problem {
 		return []Problem{{Kind: kind, Digest: e.digest, Err: err}}
