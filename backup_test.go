@@ -103,7 +103,7 @@ func TestBackup(t *testing.T) {
 	}
 	mustClose(t, restored)
 	checkBackup(t, dir, listed(t, r))
-	backUp(t, r, dir, ocilocal.BackupReport{Refs: 3, BlobsPresent: 6}) // a collection there changes no refs
+	backUp(t, r, dir, ocilocal.BackupReport{Refs: 3, BlobsPresent: 6}) // a collection of the backup changes no refs
 }
 
 // A read-only registry can be backed up too, and the backup of a backup is one.

@@ -17,7 +17,7 @@ import (
 	"github.com/ocilocal/ocilocal"
 )
 
-// gcWorker collects garbage at grace 0 until it is killed, and says "ran" each time.
+// gcWorker collects garbage with grace 0 until it is killed, and says "ran" each time.
 func gcWorker(in *bufio.Scanner, args []string) error {
 	endWithParent(in)
 	ctx := context.Background()
@@ -94,10 +94,10 @@ func remoteArtifacts(t *testing.T) *server {
 // suspend stops a process until it is resumed or killed. It is nil on systems that cannot.
 var suspend func(p *os.Process) (resume func() error, err error)
 
-// TestCollectorAgainstAll lets processes build, tag, replace, remove, export, import and pull, while
-// two others collect garbage at grace 0 and one verifies. In each round one process is stopped for a
-// while, and all are killed at random moments. No acknowledged change is lost, no ref lacks a blob,
-// and a last collection leaves no other file.
+// TestCollectorAgainstAll lets processes build, tag, replace, remove, export, import and pull,
+// while two others collect garbage with grace 0 and one verifies. In each round one process is
+// stopped for a while, and all are killed at random moments. No acknowledged change is lost, and no
+// ref lacks a blob. A last collection leaves no file that no ref needs.
 func TestCollectorAgainstAll(t *testing.T) {
 	t.Parallel()
 	const writers, collectors, verifiers = 3, 2, 1

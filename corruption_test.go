@@ -111,7 +111,8 @@ func (d *damagedRoot) use(t *testing.T) (failed bool) {
 	return failed
 }
 
-// TestIndexBitFlips flips one bit in every region of the index in turn.
+// TestIndexBitFlips flips one bit in each region of the index in turn. Every call fails with a
+// typed error or returns right values.
 func TestIndexBitFlips(t *testing.T) {
 	t.Parallel()
 	d := newDamagedRoot(t)
@@ -142,8 +143,8 @@ func TestIndexBitFlips(t *testing.T) {
 	}
 }
 
-// TestCollectWithDamagedIndex flips bits in the whole index, and one in every digest in
-// it. Whatever a collection then does, all that could be read before it can be read after it.
+// TestCollectWithDamagedIndex flips bits in the whole index, and one in every digest in it. Then it
+// collects. All artifacts that could be read before can be read after it.
 func TestCollectWithDamagedIndex(t *testing.T) {
 	t.Parallel()
 	d := newDamagedRoot(t)
@@ -261,8 +262,8 @@ func (d *damagedRoot) rebuild(t *testing.T, ids map[string]digest.Digest) {
 	}
 }
 
-// TestRebuildDamagedIndex flips bits in the index. Whatever they are, Rebuild ends with
-// a sound registry that has every artifact.
+// TestRebuildDamagedIndex flips bits in the index. For all of them, Rebuild ends with a sound
+// registry that has every artifact.
 func TestRebuildDamagedIndex(t *testing.T) {
 	t.Parallel()
 	d := newDamagedRoot(t)
@@ -340,8 +341,8 @@ func TestRebuildDamagedRows(t *testing.T) {
 	}
 }
 
-// TestIndexOutOfOrder alters the names in the rows of refs, which are then out of
-// order, so that SQLite finds other rows than it is asked for.
+// TestIndexOutOfOrder changes the names in the rows of refs. The rows are out of order then, and
+// SQLite finds other rows than those that it is asked for.
 func TestIndexOutOfOrder(t *testing.T) {
 	t.Parallel()
 	d := newDamagedRoot(t)
@@ -363,8 +364,8 @@ func TestIndexOutOfOrder(t *testing.T) {
 	}
 }
 
-// TestIndexOutOfOrderPages has the row at the end of a page, where the next page would begin,
-// come before all others: nothing that reads in pages may go round in circles.
+// TestIndexOutOfOrderPages changes the last row of a page so that it sorts before all others. The
+// next page would begin there, so a listing could go in circles. It must end with an error.
 func TestIndexOutOfOrderPages(t *testing.T) {
 	root := filepath.Join(t.TempDir(), "root")
 	r := mustOpen(t, root)
@@ -454,7 +455,7 @@ func last[T any](listing iter.Seq2[T, error]) (err error) {
 	return err
 }
 
-// TestIndexCutOff cuts the index off at the boundaries of its pages and beside them.
+// TestIndexCutOff cuts the index off at the boundaries of its pages and near them.
 func TestIndexCutOff(t *testing.T) {
 	d := newDamagedRoot(t)
 	const page = 4096
@@ -471,7 +472,7 @@ func TestIndexCutOff(t *testing.T) {
 	}
 }
 
-// TestIndexJournals puts things beside the index that SQLite keeps there.
+// TestIndexJournals puts files beside the index under the names that SQLite uses there.
 func TestIndexJournals(t *testing.T) {
 	d := newDamagedRoot(t)
 	for name, c := range map[string]struct {
@@ -514,7 +515,7 @@ var openers = map[string]func(context.Context, string, *ocilocal.Options) (*ocil
 	"Open": ocilocal.Open, "OpenReadOnly": ocilocal.OpenReadOnly,
 }
 
-// TestBlobBitFlips flips bits all over each blob: every one is found, by every way to read.
+// TestBlobBitFlips flips bits in all parts of each blob. Every way to read finds each of them.
 func TestBlobBitFlips(t *testing.T) {
 	d := newDamagedRoot(t)
 	r, err := ocilocal.OpenReadOnly(t.Context(), d.root, nil)

@@ -30,7 +30,7 @@ const (
 func ownRef(worker, n int) string { return fmt.Sprintf("example.com/crash/own%d:r%d", worker, n) }
 func sharedRef(n int) string      { return fmt.Sprintf("example.com/crash/shared:r%d", n) }
 
-// poolLayer returns a layer that many artifacts have, so that workers share blobs.
+// poolLayer returns one of a few layers that many artifacts have, so that workers share blobs.
 func poolLayer(n int) []byte {
 	return bytes.Repeat([]byte(fmt.Sprintf("shared layer %d\n", n)), 100+300*(n%6))
 }
@@ -198,7 +198,9 @@ func crashWorker(in *bufio.Scanner, args []string) error {
 const remoteRefs = 4
 
 func remoteLabel(n int) string { return fmt.Sprintf("remote%d", n) }
-func remoteName(n int) string  { return fmt.Sprintf("crash/remote:r%d", n) }
+
+// remoteName returns the name of an artifact on a remote registry, from which workers pull.
+func remoteName(n int) string { return fmt.Sprintf("crash/remote:r%d", n) }
 
 // A crashModel is the parent's knowledge of a root, from the replies of the workers.
 type crashModel struct {
@@ -273,9 +275,9 @@ func (m *crashModel) settled(got map[string]string) {
 	}
 }
 
-// TestKill kills four processes that write to one root, at random moments, and then checks that the
-// registry kept its promises. Every fifth round starts with a new root, so that kills also hit the
-// first open.
+// TestKill kills four processes that write to one root, at random moments, and then checks the
+// registry's promises. Every fifth round starts with a new root, so that kills also hit the first
+// open.
 func TestKill(t *testing.T) {
 	t.Parallel()
 	const workers = 4

@@ -96,13 +96,14 @@ func (r *record) checkDurable(t *testing.T, root, tmp, commitOp string, others .
 	}
 }
 
-// dedupedLater reports whether a file in tmp/ is removed without an fsync, because the store has the
-// same bytes.
+// dedupedLater reports whether a file in tmp/ is removed without an fsync, because the store has
+// the same bytes.
 func dedupedLater(ops []string, name string) bool {
 	return !slices.Contains(ops, "fsync "+name) && slices.Contains(ops, "remove "+name)
 }
 
-// TestDurableOrder records what publishes do, on a new root and on one that has some of the blobs.
+// TestDurableOrder records the operations of publishes, on a new root and on one that has some of
+// the blobs.
 func TestDurableOrder(t *testing.T) {
 	if runtime.GOOS == "windows" {
 		t.Skip("a directory isn't synced there")
@@ -156,7 +157,8 @@ func TestDurableOrder(t *testing.T) {
 }
 
 // TestExportOrder records exports. Their blobs follow the order of a publish. A file gets its name
-// after its bytes are on disk, index.json as the last, and new directories are durable before that.
+// after its bytes are on the disk, and index.json is the last one. New directories are durable
+// before that.
 func TestExportOrder(t *testing.T) {
 	if runtime.GOOS == "windows" {
 		t.Skip("a directory isn't synced there")
@@ -230,8 +232,9 @@ func TestExportOrder(t *testing.T) {
 	}
 }
 
-// TestDurableNameOfAnother: after a publisher has looked for a blob, and before its link, another one
-// links the same bytes. Only its own sync tells the publisher that bytes and name are on the disk.
+// TestDurableNameOfAnother: a publisher finds that a blob is missing, and before it links its own
+// file, another publisher links the same bytes. The first one must sync them itself: the other may
+// not have come to that.
 func TestDurableNameOfAnother(t *testing.T) {
 	if runtime.GOOS == "windows" {
 		t.Skip("a directory isn't synced there")

@@ -217,7 +217,7 @@ func collectFull(t *testing.T, options string, layer int) {
 	checkCollected(t, root, want)
 }
 
-// TestDevFull exports to the device that is always full.
+// TestDevFull exports to /dev/full, which is always full.
 func TestDevFull(t *testing.T) {
 	full, err := os.OpenFile("/dev/full", os.O_WRONLY, 0)
 	if err != nil {

@@ -145,8 +145,8 @@ var flows = []flow{
 	{name: "export archive over another", seeded: true, exports: true, lacks: "mkdir chmod readdir link", beside: othersArchive, run: exportArchiveFlow},
 }
 
-// faultEntries are the files of a layout. The root has one of its blobs, lacks another, and nothing
-// needs the third.
+// faultEntries returns the files of a layout. The root has one of its blobs and lacks another, and
+// no manifest needs the third.
 func faultEntries(artifactType string) []entry {
 	config, layer, shared := "{}", string(noise(34, 5000)), string(keptLayers[0])
 	manifest := fmt.Sprintf(`{"schemaVersion":2,"artifactType":%q,"config":%s,"layers":[%s,%s],"annotations":{%q:"imported"}}`,
@@ -397,9 +397,10 @@ var faultErrors = []error{
 }
 
 // TestFaultAtEveryOperation fails each file operation of each flow in turn, from opening to
-// closing. A flow that reports success has done all. Any error is typed, and the flow has changed
-// nothing. Once the cause is over, the same handle does the flow. The quick run fails every 15th
-// operation. The full run fails each with every errno, the others with one.
+// closing. A flow that reports success has done everything. A flow that fails has changed nothing,
+// and its error has a type. When the operation works again, the same handle completes the flow. The
+// quick run fails every 15th operation. The full run fails each with every errno, the others with
+// one.
 func TestFaultAtEveryOperation(t *testing.T) {
 	for i := range flows {
 		f := &flows[i]

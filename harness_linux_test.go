@@ -54,7 +54,7 @@ func serially(fn func()) func(int) {
 	}
 }
 
-// fullDisk lets a file system of 20 MB be full and free by turns.
+// fullDisk makes a file system of 20 MB full and free by turns.
 func (h *harnessRound) fullDisk(t *testing.T, mnt string) {
 	h.root = filepath.Join(mnt, "root")
 	disk := diskFiller{filepath.Join(mnt, "filler")}

@@ -85,7 +85,7 @@ func (c *storeCheck) run(want model) map[string]string {
 	return c.index(want)
 }
 
-// maxLog is what the index's log may grow to.
+// maxLog is the largest size of the index's log.
 const maxLog = 64 << 20
 
 // files checks I5 (every blob file hashes to its name, is read-only and has no other name), I7
@@ -219,7 +219,7 @@ func links(fi fs.FileInfo) uint64 {
 }
 
 // verify checks I9: the library finds nothing wrong where the checker found nothing. What a
-// killed collector or publisher has left, and nothing needs, is garbage and no damage.
+// killed collector or publisher has left, and no ref needs, is garbage and not damage.
 func (c *storeCheck) verify(t *testing.T) {
 	t.Helper()
 	r, err := ocilocal.Open(t.Context(), c.root, nil)
@@ -295,7 +295,7 @@ func (c *storeCheck) index(want model) map[string]string {
 		c.bad("I1: foreign_key_check: %q", cols)
 	})
 
-	// What the index says of blobs and manifests agrees with the files.
+	// The rows of blobs and manifests agree with the files.
 	sizes := map[string]string{}
 	const text = "CASE hex(substr(c.digest, 1, 1)) WHEN '01' THEN 'sha256:' WHEN '02' THEN 'sha384:' WHEN '03' THEN 'sha512:' END || lower(hex(substr(c.digest, 2)))"
 	c.query(db, "SELECT "+text+", c.size FROM content c WHERE c.present", func(cols []string) { sizes[cols[0]] = cols[1] })
@@ -311,7 +311,8 @@ func (c *storeCheck) index(want model) map[string]string {
 		}
 	})
 
-	// I2: every ref's closure is there and hashes. I4: nothing that nobody attempted.
+	// I2: the content of every ref is there, with the right hashes. I4: no ref has a value that no
+	// call tried to give it.
 	got := map[string]string{}
 	seen := map[string]bool{}
 	c.query(db, "SELECT c.name, c.reference, "+text+" FROM refs c ORDER BY c.name, c.reference", func(cols []string) {
@@ -347,7 +348,7 @@ func (c *storeCheck) index(want model) map[string]string {
 		}
 	}
 
-	// I3: what was acknowledged is there.
+	// I3: every acknowledged ref is there.
 	for ref, allowed := range want {
 		if _, there := got[ref]; !there && !slices.Contains(allowed, "") {
 			c.bad("I3: %s is lost; it should point at one of %.20q", ref, allowed)

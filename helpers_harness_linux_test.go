@@ -57,7 +57,7 @@ type refRead struct {
 	ref, label string
 }
 
-// A rootHistory is what the processes of a round said they did, by ref.
+// A rootHistory has the events that the processes of a round have reported, by ref.
 type rootHistory struct {
 	events    map[string][]refEvent
 	undone    map[string][]refEvent // calls that said they changed nothing, for messages

@@ -145,7 +145,8 @@ func (w *harnessWorker) remove(rng *rand.Rand) {
 	}, ocilocal.ErrNotFound)
 }
 
-// read reads all that a ref leads to. Between two steps it may be moved, and collected.
+// read reads all content of a ref. Between two steps the ref may be moved, and its content
+// collected.
 func (w *harnessWorker) read(rng *rand.Rand) {
 	ref := harnessRef(rng.IntN(harnessRefs))
 	if w.Server != "" && rng.IntN(2) == 0 {
@@ -366,7 +367,7 @@ func (w *harnessWorker) collect(rng *rand.Rand) {
 	})
 }
 
-// look asks for all that is only counted.
+// look makes the calls that only count and report.
 func (w *harnessWorker) look(rng *rand.Rand) {
 	w.call(rng, "stats", func(ctx context.Context, r *ocilocal.LocalRegistry) error {
 		_, err := r.Stats(ctx)

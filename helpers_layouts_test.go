@@ -53,7 +53,7 @@ func symlink(name, to string) entry {
 	return entry{name: name, head: tar.Header{Typeflag: tar.TypeSymlink, Linkname: to}}
 }
 
-// tree returns every file below dir with its bytes, and the modes of all.
+// tree returns the bytes of every file below dir, and the modes of all entries.
 func tree(t testing.TB, dir string) map[string]string {
 	t.Helper()
 	got := map[string]string{}

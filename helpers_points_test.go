@@ -1,11 +1,10 @@
 // Faults and kills at every file operation of something that a test does.
 //
-// A first run, in which nothing fails, records the operations. Then each of them is failed in a
-// run of its own. Several goroutines may copy and sync files at once, so the order of operations
-// differs from run to run, and the n-th of one run need not be the n-th of the next. How often
-// each operation is done to each file does not differ. A point is therefore known by operation,
-// file and occurrence; and a recorded point that a later run does not reach fails the test.
-// TestPointsDoNotVary checks what this rests on.
+// A first run, in which nothing fails, records the operations. Then each of them fails in a
+// separate run. Several goroutines may copy and sync files at once, so the order of operations
+// differs from run to run. But each operation is done to each file equally often in every run. So
+// a point is identified by operation, file and occurrence. If a run does not reach its point, the
+// test fails. TestPointsDoNotVary checks that all runs have the same points.
 
 package ocilocal_test
 
@@ -32,7 +31,7 @@ type point struct {
 
 func (p point) String() string { return fmt.Sprintf("%s %s (%d)", p.op, p.name, p.nth) }
 
-// args are the words by which a worker process is told about a point; see pointFromArgs.
+// args returns the words by which a worker process gets a point: see pointFromArgs.
 func (p point) args() []string { return []string{p.op, p.name, strconv.Itoa(p.nth)} }
 
 func pointFromArgs(args []string) (p point, err error) {

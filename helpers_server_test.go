@@ -35,7 +35,7 @@ type server struct {
 	t    testing.TB
 	host string // 127.0.0.1:port
 
-	// origin is the server whose registry this one serves. Nil means a registry of its own. Tests
+	// origin is the server whose registry this one serves. Nil means a separate registry. Tests
 	// that spoil the same content in many ways share a registry, because each costs some time.
 	origin *server
 

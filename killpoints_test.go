@@ -55,8 +55,8 @@ func stepWorker(_ *bufio.Scanner, args []string) error {
 }
 
 // TestKillAtEveryOperation ends a process at each file operation of each flow in turn. The quick
-// run takes every 20th, the deep run every third. What the process has acknowledged is there
-// whole; anything else is there whole or not at all; and the next process goes on at once.
+// run takes every 20th, the deep run every third. All that the process has acknowledged is whole
+// afterwards. Anything else is whole or absent. The next process can work at once.
 func TestKillAtEveryOperation(t *testing.T) {
 	step := scaled(20, 3, 1)
 	for i := range flows {

@@ -25,8 +25,8 @@ type family struct {
 	part string
 }
 
-// families gives each family its rank: a file may use only names of files with the same
-// rank or a lower one. The longest matching prefix decides.
+// families gives each family its rank: a file may use only names from files of the same rank or a
+// lower one. The longest matching prefix decides.
 var families = map[string]family{
 	"doc": {0, ""}, "errors": {0, ""}, "digest": {0, ""}, "reference": {0, ""}, "json": {0, ""}, "manifest": {0, ""}, "ommx": {0, ""}, "progress": {0, ""}, "tasks": {0, ""}, "root": {0, ""},
 	"blob": {1, ""}, "index": {1, ""},
@@ -41,7 +41,7 @@ var families = map[string]family{
 // lowestPart is the highest rank on which the ways in and out are built.
 const lowestPart = 3
 
-// familyOf returns the family of a file, by the longest prefix of its name.
+// familyOf returns the family of a file, by the longest matching prefix of its name.
 func familyOf(file string) (f family, ok bool) {
 	longest := ""
 	for prefix := range families {
@@ -53,7 +53,7 @@ func familyOf(file string) (f family, ok bool) {
 	return f, ok
 }
 
-// strangers are families that may not use each other's names though their ranks would let them.
+// strangers are families that may not use each other's names, although their ranks would allow it.
 var strangers = map[string]string{"blob": "index", "index": "blob"}
 
 func areStrangers(a, b string) bool {

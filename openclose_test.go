@@ -16,7 +16,7 @@ func init() { workers["churn"] = churnWorker }
 
 func churnRef(name string, i int) string { return fmt.Sprintf("example.com/churn/%s:r%d", name, i) }
 
-// churnWorker opens, uses and closes a root again and again.
+// churnWorker opens, uses and closes a root many times.
 func churnWorker(in *bufio.Scanner, args []string) error {
 	ctx := context.Background()
 	root, name := args[0], args[1]
@@ -55,8 +55,8 @@ func churnWorker(in *bufio.Scanner, args []string) error {
 	return nil
 }
 
-// TestOpenCloseChurn: eight processes open, write, read and close one root again and again. Each
-// Close may be the last one, and its checkpoint meets the opens of others.
+// TestOpenCloseChurn: eight processes open, write, read and close one root many times. Each Close
+// may be the last one, and its checkpoint runs while others open the root.
 func TestOpenCloseChurn(t *testing.T) {
 	t.Parallel()
 	const processes = 8

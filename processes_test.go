@@ -124,7 +124,7 @@ func race(ws []*worker, ref string, policy ocilocal.Policy) [][]string {
 	return replies
 }
 
-// TestRaceForOneRef: eight processes offer eight digests for one ref.
+// TestRaceForOneRef: eight processes publish eight different artifacts under one ref at once.
 func TestRaceForOneRef(t *testing.T) {
 	t.Parallel()
 	const processes = 8
@@ -260,7 +260,7 @@ func TestFirstOpenRace(t *testing.T) {
 	}
 }
 
-// TestFirstOpenRaceInProcess does the same with goroutines, and keeps the handles open.
+// TestFirstOpenRaceInProcess is the same race between goroutines, which keep their handles open.
 func TestFirstOpenRaceInProcess(t *testing.T) {
 	t.Parallel()
 	const openers = 8

@@ -56,12 +56,12 @@ func TestPull(t *testing.T) {
 	if b, err := got.Artifact.ReadLayer(t.Context(), layers[1]); err != nil || !bytes.Equal(b, large) {
 		t.Error(err)
 	}
-	// Asking whether it moved takes one request.
+	// One request finds out that the tag has not moved.
 	s.forget()
 	if got, err = r.Pull(t.Context(), s.ref("org/model:v1"), nil); err != nil || got.Update.Outcome != ocilocal.Unchanged || len(s.requests("")) != 1 {
 		t.Errorf("%+v, %v, %q", got, err, s.requests(""))
 	}
-	// It has moved. Content that is here is not fetched.
+	// The tag has moved. Content that is here is not fetched.
 	s.forget()
 	moved := s.put(t, "org/model", "v1", noise(3, 10), large)
 	if _, err := r.Pull(t.Context(), s.ref("org/model:v1"), nil); !errors.Is(err, ocilocal.ErrConflict) || len(s.requests("")) != 1 {
@@ -133,7 +133,7 @@ func TestPullResumes(t *testing.T) {
 			if n := len(s.requests("/blobs/" + string(layer))); n != 2 {
 				t.Errorf("%d requests for the layer", n)
 			}
-			// Beside it, there is the empty config with each pull.
+			// Each pull also fetches the empty config.
 			if got := s.served(); got != int64(size+2*c.pulls) {
 				t.Errorf("%d bytes were served", got)
 			}
@@ -211,12 +211,12 @@ func TestPullAs(t *testing.T) {
 	if got, err = r.Pull(t.Context(), s.ref("org/model:v1"), o); err != nil || got.Update.Outcome != ocilocal.Replaced || got.Artifact.Digest() != want || got.Artifact.Reference() != as {
 		t.Fatalf("%+v, %v", got, err)
 	}
-	// Only As is here: one request tells whether it is still the same.
+	// Only As is here. One request finds out whether it is still the same.
 	s.forget()
 	if got, err = r.Pull(t.Context(), s.ref("org/model:v1"), o); err != nil || got.Update.Outcome != ocilocal.Unchanged || len(s.requests("")) != 1 {
 		t.Errorf("again: %+v, %v, %q", got, err, s.requests(""))
 	}
-	// Content that is here under its own name gets another without being fetched again.
+	// Content that is here under its own name gets another name without being fetched again.
 	if _, err := r.Pull(t.Context(), s.ref("org/model:v1"), nil); err != nil {
 		t.Fatal(err)
 	}
@@ -305,7 +305,7 @@ func TestPullForms(t *testing.T) {
 			t.Errorf("%s: %+v, %v", tag, got, err)
 		}
 	}
-	// A layer without bytes goes out again.
+	// A layer without bytes can be exported.
 	to := s.ref("org/copy:v1")
 	if _, err := r.Push(t.Context(), s.ref("org/model:empty"), &ocilocal.PushOptions{As: to, ChunkSize: 10}); err != nil {
 		t.Error(err)

@@ -42,7 +42,7 @@ func TestPullProcesses(t *testing.T) {
 		size := []int{3 << 20, 3 << 20, scaled(5, 32, 32) << 20}[i%3]
 		s := newServer(t)
 		want := s.put(t, "org/model", "v1", noise(1, 100), noise(2, size), noise(3, 2<<20))
-		// None gets the manifest before all have asked for it.
+		// No process gets the manifest before all have asked for it.
 		var all sync.WaitGroup
 		all.Add(processes)
 		s.override = func(_ http.ResponseWriter, r *http.Request) bool {
@@ -76,7 +76,7 @@ func TestPullProcesses(t *testing.T) {
 		if outcomes["inserted"] != 1 || outcomes["unchanged"] != processes-1 {
 			t.Errorf("%v", outcomes)
 		}
-		// Large blobs are sent once: the others go on with what the first process has.
+		// Large blobs are sent once: the others use the bytes of the first process.
 		whole := int64(size + 2<<20)
 		if n := s.served(); n < whole || n > whole+int64(processes)*102 {
 			t.Errorf("%d bytes were served", n)
@@ -103,7 +103,7 @@ func TestPullKilled(t *testing.T) {
 			blobs = append(blobs, noise(byte(i), layer))
 		}
 		want := s.put(t, "org/model", "v1", blobs...)
-		// The server sends so many bytes in all, and then waits for the end of its client.
+		// The server sends a number of bytes in all, and then waits until its client is gone.
 		most := int64(1<<20 + rand.IntN(layer*layers-(2<<20)))
 		var sent, served atomic.Int64 // to the first pull, and to the one after it
 		stopped := make(chan struct{})
@@ -148,7 +148,7 @@ func TestPullKilled(t *testing.T) {
 		if err != nil || got.Artifact.Digest() != want {
 			t.Fatalf("%+v, %v", got, err)
 		}
-		// Blobs that were complete, but not published yet, are among what was kept.
+		// Complete blobs that were not published yet are kept as well.
 		if n := served.Load(); n != layer*layers+2-kept || got.BytesReceived != n {
 			t.Errorf("%d bytes served, %d received, %d were there", n, got.BytesReceived, kept)
 		}

@@ -249,7 +249,7 @@ func TestPullHostile(t *testing.T) {
 				t.Errorf("%d bytes were allocated", grown)
 			}
 			checkUnpublished(t, r)
-			// It recovers as soon as the server does.
+			// When the server behaves again, the pull succeeds.
 			v.behave()
 			if _, err := r.Pull(t.Context(), v.ref("org/model:v1"), nil); err != nil {
 				t.Errorf("afterwards: %v", err)

@@ -64,7 +64,7 @@ func TestPullSeparateRegistries(t *testing.T) {
 	a.plantBlob("org/model", digest.FromBytes(secret), nil) // it is lost
 	_, err := r.Pull(t.Context(), a.ref("org/model:v1"), nil)
 	mustFail(t, err, ocilocal.ErrNotFound)
-	// By the digest of what is here, too.
+	// The same by a digest that is here.
 	own, err := r.Load(t.Context(), ocilocal.MustParseReference("internal.example/secret:v1"))
 	if err != nil {
 		t.Fatal(err)
@@ -85,7 +85,7 @@ func TestPullSeparateRegistries(t *testing.T) {
 			t.Fatalf("%+v, %v: %d bytes were served, want %d", got, err, s.served(), want)
 		}
 	}
-	// From the same registry, it is received once, as a child of an image index too.
+	// From the same registry it is received once, even as a member of an image index.
 	child := a.put(t, "org/model", "", large)
 	size := len(a.at("org/model", string(child)).body)
 	a.putRaw("org/model", "multi", ocispec.MediaTypeImageIndex, []byte(`{"schemaVersion":2,"mediaType":"`+ocispec.MediaTypeImageIndex+

@@ -88,17 +88,17 @@ func TestPush(t *testing.T) {
 			if wantChunks := s.minChunk > 0 || s.maxPut > 0; wantChunks != (chunks == 2) || !wantChunks && chunks > 0 {
 				t.Errorf("%d chunks", chunks)
 			}
-			// Again: nothing is sent.
+			// Pushed again, nothing is sent.
 			server.forget()
 			if got, err = r.Push(t.Context(), ref, nil); err != nil || got.BlobsSent != 0 || got.BlobsPresent != 3 || len(server.requests("PUT")) != 0 {
 				t.Errorf("%+v, %v, %q", got, err, server.requests("PUT"))
 			}
-			// Under another name in the same registry: nothing is sent either.
+			// Under another name in the same registry, nothing is sent either.
 			other := server.ref("org/other:v1")
 			if got, err = r.Push(t.Context(), ref, &ocilocal.PushOptions{As: other}); err != nil || got.BlobsSent != 0 || got.BlobsMounted != 3 || got.Reference != other {
 				t.Errorf("%+v, %v", got, err)
 			}
-			// And back.
+			// Pull it back.
 			r2 := openRemote(t, &ocilocal.Remote{Credentials: remote.Credentials})
 			back, err := r2.Pull(t.Context(), other, nil)
 			if err != nil || back.Artifact.Digest() != a.Digest() {
@@ -181,7 +181,7 @@ func TestDeleteReferrer(t *testing.T) {
 		of := s.ref("org/model@" + string(subject.Digest()))
 		for left := len(all); left > 0; left-- {
 			a := all[left-1]
-			// A tag is not the manifest.
+			// Deleting a tag does not delete the manifest.
 			if err := remote.Delete(t.Context(), a.Reference()); err != nil {
 				t.Fatal(err)
 			}
@@ -202,7 +202,7 @@ func TestDeleteReferrer(t *testing.T) {
 				}
 			}
 		}
-		// Where there is the API, no list is kept.
+		// With the referrers API, no list is kept.
 		if n := len(s.requests("PUT /v2/org/model/manifests/sha256-")); api != (n == 0) {
 			t.Errorf("api %v: %d lists written", api, n)
 		}
@@ -381,7 +381,7 @@ func TestPushReadOnlyLogin(t *testing.T) {
 					t.Error(err)
 				}
 			}
-			// One that is there and not listed can't be listed.
+			// If the registry does not list it, this user can't add it to the list.
 			s.mu.Lock()
 			s.noReferrers = true
 			s.mu.Unlock()

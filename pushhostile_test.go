@@ -205,7 +205,7 @@ func TestPushReferrersRace(t *testing.T) {
 	if _, err := r.Push(t.Context(), s.ref("org/model:a"), nil); err != nil {
 		t.Fatal(err)
 	}
-	// Between the reading and the writing of b's list, c comes.
+	// Client c writes between the read and the write of client b.
 	for i, name := range []string{"b", "c"} {
 		pushed(t, r, s.ref("org/model:"+name), nil, descOf(subject), noise(byte(3+i), 10))
 	}
@@ -288,7 +288,7 @@ func TestRemoteListsHostile(t *testing.T) {
 		}
 		checkRemoteMessage(t, last)
 	}
-	// Referrers of another kind than an index.
+	// Lists of referrers that are not an image index.
 	v := newVictim(t)
 	v.on("/referrers/"+string(v.manifest.digest), body(v.manifest.body, "Content-Type", ocispec.MediaTypeImageManifest))
 	remote := &ocilocal.Remote{}

@@ -87,7 +87,7 @@ func TestHelperHangs(t *testing.T) {
 		if err == nil || time.Since(began) > 5*time.Second || !strings.Contains(err.Error(), "no answer after 200ms") || c != (ocilocal.Credential{}) {
 			t.Errorf("%v, %v", c, err)
 		}
-		// The helper may have ended before it came to reading.
+		// The helper may have ended before it read its input.
 		r, err := os.OpenFile(fifo, os.O_RDONLY|syscall.O_NONBLOCK, 0)
 		if err != nil {
 			t.Fatal(err)
@@ -235,7 +235,7 @@ func TestMaxPerHost(t *testing.T) {
 					t.Fatal(err)
 				}
 				for d, err := range remote.Referrers(t.Context(), ref, "") {
-					// A caller may ask for more while it is listed.
+					// The body of a loop over a list may make requests.
 					if err == nil {
 						_, err = remote.Manifest(t.Context(), s.ref("org/model@"+string(d.Digest)))
 					}
@@ -316,7 +316,7 @@ func TestEndIsPrompt(t *testing.T) {
 				ended <- err
 			}()
 			<-arrived
-			// Another one waits for the only place, and ends as soon.
+			// Another call waits for the only slot, and ends as soon.
 			other, leave := context.WithCancel(t.Context())
 			waits := make(chan error, 1)
 			go func() {

@@ -21,7 +21,7 @@ func TestHostileRealms(t *testing.T) {
 		at           string // its address
 		want         error
 	}{
-		// It may be anywhere on the Internet, or beside the registry.
+		// A token server may be anywhere on the Internet, or next to the registry.
 		{realm: "https://auth.other.test/token", token: "https://auth.other.test", at: "198.51.100.9"},
 		{realm: "https://auth.other.test/token?a=b", token: "https://auth.other.test", at: "2001:db8::1"},
 		{realm: "https://registry.test/token"},
@@ -33,7 +33,7 @@ func TestHostileRealms(t *testing.T) {
 		{registry: "http://plain.test", realm: "http://auth.test/token", token: "http://auth.test", at: public},
 		{registry: "http://plain.test", realm: "https://auth.test/token", token: "https://auth.test", at: public},
 
-		// Not what isn't https.
+		// It must be https.
 		{realm: "http://auth.test/token", token: "http://auth.test", at: public, want: ocilocal.ErrProtocol},
 		{realm: "http://registry.test/token", token: "http://registry.test", at: public, want: ocilocal.ErrProtocol},
 		{realm: "file:///etc/passwd", want: ocilocal.ErrProtocol},
@@ -46,7 +46,7 @@ func TestHostileRealms(t *testing.T) {
 		{realm: "https://me:hush@auth.test/token", token: "https://auth.test", at: public, want: ocilocal.ErrProtocol},
 		{realm: "https://auth\u202e.test/token", want: ocilocal.ErrProtocol},
 
-		// Not at an address that isn't for all.
+		// Its address must be public.
 		{realm: "https://169.254.169.254/token", token: "https://169.254.169.254", at: "169.254.169.254", want: ocilocal.ErrProtocol},
 		{realm: "https://127.0.0.1:8080/token", token: "https://127.0.0.1:8080", at: "127.0.0.1", want: ocilocal.ErrProtocol},
 		{realm: "https://[::1]/token", want: ocilocal.ErrProtocol},
@@ -71,7 +71,7 @@ func TestHostileRealms(t *testing.T) {
 		{realm: "https://１６９.254.169.254/token", token: "https://169.254.169.254", at: "169.254.169.254", want: ocilocal.ErrProtocol},
 		{realm: "https://169。254。169。254/token", token: "https://169.254.169.254", at: "169.254.169.254", want: ocilocal.ErrProtocol},
 
-		// Nor under a name that leads there.
+		// Its name must not lead to such an address.
 		{realm: "https://meta.test/token", token: "https://meta.test", at: "169.254.169.254", want: ocilocal.ErrProtocol},
 		{realm: "https://inside.test/token", token: "https://inside.test", at: "192.168.0.9", want: ocilocal.ErrProtocol},
 		{realm: "https://inside.test/token", token: "https://inside.test", at: "::ffff:10.0.0.1", want: ocilocal.ErrProtocol},

@@ -48,7 +48,7 @@ func TestRemoteCopy(t *testing.T) {
 			t.Errorf("%d bytes were served although blobs can be mounted", a.served())
 		}
 	}
-	// Other bytes than the digest's don't arrive.
+	// Bytes that do not have the digest do not arrive.
 	a.override = func(w http.ResponseWriter, r *http.Request) bool {
 		if r.Method != "GET" || !strings.HasSuffix(r.URL.Path, string(digest.FromBytes(large))) {
 			return false

@@ -113,7 +113,7 @@ func TestCredentialKeys(t *testing.T) {
 			}
 		}
 	}
-	// The longest path counts, and an entry that holds something before an empty one.
+	// The longest path counts, and an entry with a credential comes before an empty one.
 	for doc, want := range map[string]string{
 		`{"r.test":{"username":"host"},"r.test/org":{"username":"org"},"r.test/org/x":{"username":"x"}}`: "x",
 		`{"r.test":{"username":"host"},"r.test/org":{"username":"org"},"r.test/other":{"username":"o"}}`: "org",

@@ -80,7 +80,7 @@ func FuzzChallenge(f *testing.F) {
 			if again := parseChallenges([]string{printed}); len(again) != 1 || again[0].scheme != c.scheme || !maps.Equal(again[0].params, c.params) {
 				t.Fatalf("%q is read as %q", printed, again)
 			}
-			for k := range c.params { // what is there twice has two meanings
+			for k := range c.params { // a duplicate parameter has two meanings
 				if twice := printed + ", " + strings.ToUpper(k) + "=x"; len(parseChallenges([]string{twice})) > 0 {
 					t.Fatalf("%q is read", twice)
 				}
@@ -330,7 +330,7 @@ func FuzzLink(f *testing.F) {
 		case u == nil:
 		default:
 			checkNextPage(t, at, u)
-			// What was found is found again, whatever stands round it.
+			// The same target is found with any other text in the field.
 			if !headerValue(title) || strings.Contains(u.String(), ">") || len(title)+len(u.String()) > 2000 {
 				return
 			}

@@ -192,7 +192,7 @@ func TestMirrorTags(t *testing.T) {
 	if _, err := openRemote(t, remote).Pull(t.Context(), s.ref("org/model:v2"), nil); err != nil {
 		t.Error(err)
 	}
-	// Without the registry, such a mirror is enough.
+	// If the registry is down, such a mirror is enough.
 	s.override = func(http.ResponseWriter, *http.Request) bool { panic(http.ErrAbortHandler) }
 	if got, err := openRemote(t, remote).Pull(t.Context(), s.ref("org/model:v1"), nil); err != nil || got.Artifact.Digest() != old {
 		t.Errorf("%+v, %v", got, err)
@@ -223,7 +223,7 @@ func TestMirrorAbsence(t *testing.T) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
-	// By digest, the mirror has what the registry has lost.
+	// By digest, the mirror has content that the registry has lost.
 	s.behave()
 	d := m.put(t, "org/model", "", noise(1, 100))
 	ref, err := s.ref("org/model").WithDigest(d)

@@ -89,7 +89,7 @@ func TestPullContentTypes(t *testing.T) {
 			t.Errorf("%q: %v", given, err)
 		}
 	}
-	// Other JSON of such a type is not a manifest.
+	// Other JSON with such a type is not a manifest.
 	v := newVictim(t)
 	v.on("/manifests/v1", func(w http.ResponseWriter, _ *http.Request) {
 		w.Header().Set("Content-Type", "text/json")
@@ -135,7 +135,7 @@ func TestHeadLies(t *testing.T) {
 			}
 		})
 	}
-	// By digest, with other bytes, whether the header says what was asked for or what they are.
+	// By digest, with other bytes. The header has the digest that was asked for, or that of the bytes.
 	others := append(bytes.Clone(v.manifest.body), ' ')
 	for _, header := range []digest.Digest{v.manifest.digest, digest.FromBytes(others)} {
 		v := newVictim(t)

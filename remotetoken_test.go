@@ -100,7 +100,7 @@ func TestTokenServerMoves(t *testing.T) {
 	for i, name := range []string{"first", "second"} {
 		server := in.tokenSite("https://"+name+".test", "203.0.113.2", nil)
 		s.wantToken("https://" + name + ".test/token")
-		// Another token is needed to delete, and the first token server doesn't answer any more.
+		// A deletion needs another token, and the first token server does not answer any more.
 		err := remote.Delete(t.Context(), s.ref("org/model:gone"))
 		if want := i > 0; errors.Is(err, ocilocal.ErrTransport) != want {
 			t.Errorf("%s: %v", name, err)

@@ -80,7 +80,7 @@ func TestPushListsReferrerLater(t *testing.T) {
 	}
 	remote := &ocilocal.Remote{}
 	defer remote.CloseIdleConnections()
-	// However often, and under however many names, it is listed once.
+	// Pushed any number of times, under any number of names, it is listed once.
 	for _, tag := range []string{"sig", "sig", "other"} {
 		if _, err := r.Push(t.Context(), sig.Reference(), &ocilocal.PushOptions{As: s.ref("org/model:" + tag)}); err != nil {
 			t.Fatal(err)
@@ -377,7 +377,7 @@ func TestPushStatuses(t *testing.T) {
 			})
 		}
 	}
-	// A manifest too. But a page of a proxy is not a registry's success.
+	// The same for a manifest. But the page of a proxy is not a success of the registry.
 	for _, status := range []int{200, 202, 204} {
 		s := newServer(t)
 		s.answersAs("PUT", "/manifests/", func(_ *http.Request, rec *httptest.ResponseRecorder) {
@@ -500,7 +500,7 @@ func TestPushDoubtfulHeads(t *testing.T) {
 			pushAndCheck(t, s, layer, 0)
 		})
 	}
-	// A damaged blob stays as it is: then the push must fail.
+	// The registry keeps its damaged blob, so the push must fail.
 	s := newServer(t)
 	r := openRemote(t, nil)
 	pushed(t, r, s.ref("org/model:v1"), nil, nil, layer)
@@ -575,7 +575,7 @@ func TestUploadsElsewhere(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			in := newInternet(t)
-			// An upload without memory: what is put is good.
+			// This upload keeps no state: any PUT succeeds.
 			uploads := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 				n, _ := io.Copy(io.Discard, r.Body)
 				if r.Method == "DELETE" && r.Host != "registry.test" {

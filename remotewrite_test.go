@@ -22,7 +22,7 @@ func TestPushArtifactManifestRefused(t *testing.T) {
 		!strings.Contains(err.Error(), "FormatImageManifest") || !strings.Contains(err.Error(), "Convert") {
 		t.Error(err)
 	}
-	// One that takes them may miss a blob: that is something else.
+	// A registry that accepts them may lack a blob, which is another error.
 	for _, code := range []int{400, 404} {
 		s.override = func(w http.ResponseWriter, q *http.Request) bool {
 			if q.Method == "PUT" && strings.Contains(q.URL.Path, "/manifests/") {

@@ -102,7 +102,7 @@ type trace struct {
 	text     string
 }
 
-// straced runs a flow under strace, with a fault if inject is not "".
+// straced runs a flow under strace, and injects a fault unless inject is "".
 func straced(t *testing.T, strace, root string, flow int, inject string) trace {
 	t.Helper()
 	exe, err := os.Executable()
@@ -161,8 +161,8 @@ func (tr trace) last() string {
 
 // TestSyscallFaults makes one system call of a flow fail, or kills the process in it, from outside:
 // a call of this package or of SQLite. The flow has done everything or nothing. Its error has a
-// type and does not report damage. The next process goes on at once. strace's log proves that each
-// fault has hit. The gate takes some points of each system call; the full form takes all.
+// type and does not report damage. The next process can work at once. The log of strace proves that
+// each fault was hit. The gate takes some points of each system call, and the full form takes all.
 func TestSyscallFaults(t *testing.T) {
 	needsDeep(t, "strace slows each run down")
 	strace, err := exec.LookPath("strace")
