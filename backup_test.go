@@ -17,7 +17,7 @@ import (
 	"github.com/ocilocal/ocilocal"
 )
 
-// listed returns what each ref points at, with when it was changed.
+// listed returns each ref with its digest and the time of its last change.
 func listed(t testing.TB, r *ocilocal.LocalRegistry) map[string]string {
 	t.Helper()
 	all := map[string]string{}
@@ -30,7 +30,7 @@ func listed(t testing.TB, r *ocilocal.LocalRegistry) map[string]string {
 	return all
 }
 
-// checkBackup opens a backup, and checks that it has the same refs, and all that they need.
+// checkBackup opens a backup, and checks that it has the same refs with everything that they need.
 func checkBackup(t *testing.T, dir string, want map[string]string) {
 	t.Helper()
 	r, err := ocilocal.OpenReadOnly(t.Context(), dir, nil)
@@ -70,7 +70,7 @@ func TestBackup(t *testing.T) {
 	backUp(t, r, dir, ocilocal.BackupReport{Refs: 3, RefsSet: 3, BlobsCopied: 8})
 	checkBackup(t, dir, listed(t, r))
 
-	// Only what is new is copied; what was there is not touched.
+	// Only new content is copied. Files that the backup had are not touched.
 	before := tree(t, filepath.Join(dir, "blobs"))
 	child(t, r, "example.com/a:v3", ocilocal.BuilderOptions{}, nil, nil, "shared", "three")
 	if _, err := r.Remove(ctx, ocilocal.MustParseReference("example.com/a:v2")); err != nil {
@@ -89,7 +89,7 @@ func TestBackup(t *testing.T) {
 	}
 	backUp(t, r, dir, ocilocal.BackupReport{Refs: 3, BlobsPresent: 10})
 
-	// What was collected here stays there until it is collected there.
+	// Content that was collected in the source stays in the backup until it is collected there.
 	if _, err := r.GC(ctx, &ocilocal.GCOptions{Grace: ocilocal.NoGrace, DropReferrers: true}); err != nil {
 		t.Fatal(err)
 	}
@@ -106,7 +106,7 @@ func TestBackup(t *testing.T) {
 	backUp(t, r, dir, ocilocal.BackupReport{Refs: 3, BlobsPresent: 6}) // a collection of the backup changes no refs
 }
 
-// A read-only registry can be backed up too, and the backup of a backup is one.
+// TestBackupReadOnly backs up a read-only registry, and makes a backup of a backup.
 func TestBackupReadOnly(t *testing.T) {
 	r := openTemp(t, artifactForm)
 	child(t, r, "example.com/a:v1", ocilocal.BuilderOptions{}, nil, nil, "one")
@@ -166,7 +166,7 @@ func TestBackupRefused(t *testing.T) {
 		t.Error("a file is a directory")
 	}
 
-	// Whoever changed a ref of the backup keeps that, unless he says otherwise.
+	// A change of the backup's refs is kept, unless Overwrite is set.
 	dir := t.TempDir()
 	backUp(t, r, dir, ocilocal.BackupReport{Refs: 1, RefsSet: 1, BlobsCopied: 2})
 	for name, change := range map[string]func(*ocilocal.LocalRegistry) error{
@@ -213,7 +213,7 @@ func TestBackupRefused(t *testing.T) {
 	}
 }
 
-// What is damaged here doesn't damage the backup, and doesn't stop it.
+// TestBackupOfDamage: damage in the registry does not get into the backup, and does not stop it.
 func TestBackupOfDamage(t *testing.T) {
 	ctx := t.Context()
 	r := openTemp(t, artifactForm)
@@ -257,7 +257,7 @@ func TestBackupOfDamage(t *testing.T) {
 	delete(want, "example.com/new:v1")
 	checkBackup(t, dir, want)
 
-	// Once it is mended, the next one has all.
+	// After the repair, the next backup is complete.
 	if err := os.WriteFile(lost, []byte("missing"), 0o444); err != nil {
 		t.Fatal(err)
 	}
@@ -268,7 +268,7 @@ func TestBackupOfDamage(t *testing.T) {
 
 func init() { workers["backup"] = backupWorker }
 
-// backupThrough backs the root up to dir through a seam, with open and close.
+// backupThrough opens the root with a fault hook, backs it up to dir, and closes it.
 func backupThrough(seam *pointSeam, root, dir string) error {
 	seam.base = filepath.Dir(dir) // its entries are opened too
 	r, err := ocilocal.OpenFaulty(context.Background(), root, seam.fault)
@@ -334,8 +334,8 @@ func (c *backupCase) points(t *testing.T, dir string) []point {
 	return seam.points
 }
 
-// A backup that is killed at any file operation leaves nothing, the last one, or the new one; and
-// the next one works.
+// TestBackupKilled kills a backup at each file operation. It leaves nothing, the last backup or the
+// new one, and the next backup succeeds.
 func TestBackupKilled(t *testing.T) {
 	t.Parallel()
 	c := newBackupCase(t)
@@ -376,8 +376,8 @@ func TestBackupKilled(t *testing.T) {
 	}
 }
 
-// A backup that fails at any file operation leaves the last one, or is done; and the next one
-// works.
+// TestBackupFaults fails each file operation of a backup. It leaves the last backup or is complete,
+// and the next backup succeeds.
 func TestBackupFaults(t *testing.T) {
 	t.Parallel()
 	c := newBackupCase(t)
@@ -417,8 +417,8 @@ func TestBackupFaults(t *testing.T) {
 	}
 }
 
-// A backup of a registry in which others publish, move, remove and collect is
-// one moment's: a writer moves "first" before "second", so that never is second ahead.
+// TestBackupLive backs up a registry while others publish, move, remove and collect. The backup
+// shows one moment: a writer moves "first" before "second", so "second" is never ahead.
 func TestBackupLive(t *testing.T) {
 	t.Parallel()
 	r := openTemp(t, nil)
@@ -486,7 +486,8 @@ func TestBackupLive(t *testing.T) {
 	checkBackup(t, dir, listed(t, r))
 }
 
-// A collection in the backup deletes blobs that nothing there needs yet: the backup starts again.
+// TestBackupBesideCollection: a collection in the backup deletes blobs that were copied and that no
+// ref there needs yet. The backup starts again.
 func TestBackupBesideCollection(t *testing.T) {
 	r := openTemp(t, nil)
 	child(t, r, "example.com/a:v1", ocilocal.BuilderOptions{}, nil, nil, "one")
@@ -525,8 +526,8 @@ func TestBackupBesideCollection(t *testing.T) {
 	checkBackup(t, dir, listed(t, r))
 }
 
-// TestBackupTargetChanges: somebody changes the backup's refs while blobs are being copied, after
-// the backup has found them as it left them. The next backup refuses, and so does this one.
+// TestBackupTargetChanges: another program changes the backup's refs while blobs are being copied,
+// after the first check of the refs. This backup fails, and so does the next one.
 func TestBackupTargetChanges(t *testing.T) {
 	root, dir := filepath.Join(t.TempDir(), "root"), t.TempDir()
 	var hook func(op, name string)

@@ -146,7 +146,8 @@ func firstError[T any](list iter.Seq2[T, error]) error {
 	return nil
 }
 
-// What can't stand in a manifest is refused when it is given, not by each Build from then on.
+// TestBuilderRefuses: a part that a manifest cannot have is refused when it is given, and not by
+// each Build after that.
 func TestBuilderRefuses(t *testing.T) {
 	ctx := t.Context()
 	r := openTemp(t, nil)
@@ -200,8 +201,8 @@ func TestBuilderRefuses(t *testing.T) {
 	}
 }
 
-// A layer that the registry has becomes one of another artifact, and stays although all else that
-// had it goes.
+// TestAddExistingLayer adds a layer of one artifact to another. The layer stays when the first
+// artifact is collected.
 func TestAddExistingLayer(t *testing.T) {
 	ctx := t.Context()
 	r := openTemp(t, nil)
@@ -255,7 +256,7 @@ func TestAddExistingLayer(t *testing.T) {
 	}
 }
 
-// A directory is no layer and no archive.
+// TestDirectoryForFile: a directory is refused as a layer and as an archive.
 func TestDirectoryForFile(t *testing.T) {
 	r := openTemp(t, nil)
 	b, err := r.NewBuilder(ref("example.com/a:v1"), &ocilocal.BuilderOptions{ArtifactType: "application/vnd.example.test"})

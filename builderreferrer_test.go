@@ -25,8 +25,8 @@ func attached(t *testing.T, r *ocilocal.LocalRegistry, subject *ocilocal.LocalAr
 	return a
 }
 
-// A referrer without a name is attached to an artifact, listed here, and pushed by digest or with
-// its subject.
+// TestReferrerBuilder attaches a referrer without a name to an artifact, lists it, and pushes it by
+// digest and with its subject.
 func TestReferrerBuilder(t *testing.T) {
 	s := newServer(t)
 	r := openRemote(t, nil)

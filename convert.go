@@ -17,7 +17,7 @@ const (
 	SubjectInherited ConvertSubject = iota
 	// SubjectSource is the source itself. Its bytes then stay as long as the new artifact does.
 	SubjectSource
-	// SubjectNone is no subject.
+	// SubjectNone gives the new artifact no subject.
 	SubjectNone
 )
 

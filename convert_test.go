@@ -29,7 +29,7 @@ func parsed(t *testing.T, a *ocilocal.LocalArtifact) *ocilocal.Manifest {
 	return m
 }
 
-// There and back, with what each form says otherwise.
+// TestConvert converts artifacts to the other form and back.
 func TestConvert(t *testing.T) {
 	ctx := t.Context()
 	const other = "application/vnd.example.other"
@@ -74,7 +74,7 @@ func TestConvert(t *testing.T) {
 			if config, ok := to.Config(); ok != (c.format == ocilocal.FormatArtifactManifest) || ok && config.MediaType != ocispec.MediaTypeEmptyJSON {
 				t.Errorf("config %v", config)
 			}
-			// The source stands as it stood.
+			// The source has not changed.
 			if got, err := r.Resolve(ctx, src.Reference()); err != nil || got.Digest != src.Digest() {
 				t.Error(got, err)
 			}
@@ -159,7 +159,8 @@ func TestConvertSubject(t *testing.T) {
 	}
 }
 
-// Artifacts of other tools have configs, data fields, platforms and unknown fields.
+// TestConvertForeign converts artifacts of other tools, with configs, data fields, platforms and
+// unknown fields.
 func TestConvertForeign(t *testing.T) {
 	ctx := t.Context()
 	const full = `{"architecture":"amd64"}`
@@ -355,7 +356,7 @@ func TestConvertDamaged(t *testing.T) {
 	}
 }
 
-// Several handles convert to the same refs while one collects.
+// TestConvertRace converts to the same refs by several handles, while another one collects.
 func TestConvertRace(t *testing.T) {
 	ctx := t.Context()
 	r := openTemp(t, nil)

@@ -140,7 +140,7 @@ type exportEntry struct {
 }
 
 // newExport collects the content of an export, by reading and verifying its manifests. Each step is
-// a short call of its own, so Close does not wait for the whole export. A collection may delete
+// a separate short call, so Close does not wait for the whole export. A collection may delete
 // content in between, if its ref is removed: the export then fails with [ErrNotFound].
 func (r *LocalRegistry) newExport(ctx context.Context, refs []Reference, opts *ExportOptions, m *meter) (*export, error) {
 	x := &export{closure: r.newClosure(), entered: map[digest.Digest]bool{}, named: map[digest.Digest]bool{}, meter: m}

@@ -108,7 +108,7 @@ func (x *export) archive(ctx context.Context, dst io.Writer) error {
 
 // tar writes the files of the export in a fixed order. OpenBlob verifies each blob, and fails
 // before the last byte of a damaged one. So a damaged blob never becomes a complete entry. Each
-// blob is a call of its own: a collection of an artifact that was removed meanwhile ends the
+// blob is a separate call: a collection of an artifact that was removed meanwhile ends the
 // export.
 func (x *export) tar(ctx context.Context, dst io.Writer, index []byte) error {
 	tw := tar.NewWriter(dst)

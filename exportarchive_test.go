@@ -69,8 +69,8 @@ func TestExportArchiveFile(t *testing.T) {
 	}
 }
 
-// TestExportsCancelled cancels while a large layer goes out: soon nothing more is written, and
-// nothing is there.
+// TestExportsCancelled cancels an export while it writes a large layer. It stops soon, and leaves
+// no file.
 func TestExportsCancelled(t *testing.T) {
 	t.Parallel()
 	const size = 64 << 20
@@ -119,9 +119,8 @@ func TestExportsCancelled(t *testing.T) {
 	}
 }
 
-// TestArchiveBytes looks at what a streaming reader sees: what there is comes first, and
-// nothing of when, where and by whom the archive was made is in it. Other
-// releases write the same bytes.
+// TestArchiveBytes: the index comes before the blobs in an archive, and headers have no times,
+// owners or paths of the machine. Other releases write the same bytes.
 func TestArchiveBytes(t *testing.T) {
 	r := openTemp(t, nil)
 	a := pushed(t, r, ref("example.com/a:v1"), nil, nil, []byte("one"), []byte("two"))
@@ -215,7 +214,7 @@ func TestExportLineage(t *testing.T) {
 	if err != nil || len(in.Entries) != 1 || in.Entries[0].Name != "" || in.Blobs != 3 {
 		t.Errorf("%+v %v", in, err)
 	}
-	// A gap in the chain is an error of its own.
+	// A gap in the chain is an error.
 	to := openTemp(t, nil)
 	out.Reset()
 	if err := r.ExportArchive(ctx, &out, []ocilocal.Reference{c.Reference()}, nil); err != nil {

@@ -14,8 +14,8 @@ import (
 	"github.com/ocilocal/ocilocal"
 )
 
-// TestExportLayoutForeignLock locks the target as any user can who may read it. The export goes on.
-// Two exports still keep each other out.
+// TestExportLayoutForeignLock locks the target directory, as any user who may read it can. The
+// export does not wait for that lock. Two exports still wait for each other.
 func TestExportLayoutForeignLock(t *testing.T) {
 	r := openTemp(t, nil)
 	published(t, r, "example.com/a:v1", "layer", nil)

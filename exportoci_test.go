@@ -72,8 +72,8 @@ func TestExportLayout(t *testing.T) {
 	}
 }
 
-// TestExportLayoutCutOff exports into what exports have left that were killed just before
-// the rename of index.json, or of oci-layout.
+// TestExportLayoutCutOff exports into directories of exports that were killed just before the
+// rename of index.json or of oci-layout.
 func TestExportLayoutCutOff(t *testing.T) {
 	r := openTemp(t, nil)
 	refs := []ocilocal.Reference{published(t, r, "example.com/a:v1", "one", nil).Reference()}

@@ -220,7 +220,8 @@ func TestImportReferrers(t *testing.T) {
 	}
 }
 
-// What a conflict keeps out brings nothing along either.
+// TestImportReferrersConflict: if an artifact is not imported because of a conflict, its referrers
+// are not imported either.
 func TestImportReferrersConflict(t *testing.T) {
 	ctx := t.Context()
 	r := openTemp(t, nil)
@@ -246,7 +247,7 @@ func TestImportReferrersConflict(t *testing.T) {
 	if _, err := to.ImportArchive(cancelled, bytes.NewReader(archive.Bytes()), &o); !errors.Is(err, context.Canceled) {
 		t.Error(err)
 	}
-	// A type that the registry doesn't take fails all of it.
+	// A type that the registry does not accept fails the whole import.
 	typed := openTemp(t, &ocilocal.Options{ArtifactTypes: []string{"application/vnd.example.none"}})
 	if _, err := typed.ImportArchive(ctx, bytes.NewReader(archive.Bytes()), &o); !errors.Is(err, ocilocal.ErrArtifactType) {
 		t.Error(err)
@@ -327,8 +328,8 @@ func TestImportReferrersHostile(t *testing.T) {
 	}
 }
 
-// TestImportReferrersNewRef imports an artifact with its referrers into an empty registry: its ref
-// points at the artifact, and not at what came along.
+// TestImportReferrersNewRef imports an artifact with its referrers into an empty registry. The ref
+// points at the artifact, and not at a referrer.
 func TestImportReferrersNewRef(t *testing.T) {
 	r := openTemp(t, nil)
 	app, _, _ := signed(t, r)

@@ -29,7 +29,7 @@ func collect(t testing.TB, r *ocilocal.LocalRegistry, opts *ocilocal.GCOptions) 
 	return report
 }
 
-// blobNames returns what is in blobs/sha256, sorted.
+// blobNames returns the names in blobs/sha256, sorted.
 func blobNames(t testing.TB, r *ocilocal.LocalRegistry) (names []digest.Digest) {
 	t.Helper()
 	for d, err := range r.Blobs(t.Context()) {
@@ -165,8 +165,8 @@ func checkArtifact(t testing.TB, a *ocilocal.LocalArtifact, layer string) {
 	}
 }
 
-// The referrers of an artifact that nothing needs go with it, however many there
-// are, and all stay if one of them comes into use while they are being deleted.
+// TestGCManyReferrers: a collection deletes an artifact that nothing needs with all its referrers.
+// If one of them comes into use during the deletion, all stay.
 func TestGCManyReferrers(t *testing.T) {
 	t.Parallel()
 	r := openTemp(t, nil)
@@ -217,8 +217,8 @@ func TestGCCancel(t *testing.T) {
 	}
 }
 
-// TestGCSharedBlob has many dead manifests that need one blob, as all image
-// manifests need the empty config, and one that lives.
+// TestGCSharedBlob collects many dead manifests that share one blob, such as the empty config, with
+// a living one. The blob stays.
 func TestGCSharedBlob(t *testing.T) {
 	t.Parallel()
 	ctx := t.Context()

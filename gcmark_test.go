@@ -16,8 +16,8 @@ import (
 	"github.com/ocilocal/ocilocal"
 )
 
-// TestGCLineage has a chain of subjects, of which only the last has a ref, and a referrer of the
-// first.
+// TestGCLineage collects a chain of subjects. Only the last artifact has a ref, and the first one
+// has a referrer.
 func TestGCLineage(t *testing.T) {
 	ctx := t.Context()
 	for _, keep := range []bool{false, true} {
@@ -72,7 +72,8 @@ func mustReport(t testing.TB, r *ocilocal.LocalRegistry, opts *ocilocal.GCOption
 	return report
 }
 
-// TestGCGrace has an old layer that a young manifest needs, which nothing needs.
+// TestGCGrace collects an old layer and a young manifest that needs it. Nothing needs the manifest,
+// and the grace keeps both.
 func TestGCGrace(t *testing.T) {
 	ctx := t.Context()
 	r := openTemp(t, artifactForm)
@@ -102,7 +103,7 @@ func TestGCGrace(t *testing.T) {
 	if report := collect(t, r, &ocilocal.GCOptions{Grace: 47 * time.Hour}); report.Deleted.Manifests != 1 || report.Deleted.Blobs != 1 {
 		t.Errorf("%+v", report)
 	}
-	// What comes again is young again.
+	// Content that is published again is young again.
 	stale := digest.FromString("stale")
 	if err := os.WriteFile(blobFile(r, stale), []byte("stale"), 0o444); err != nil {
 		t.Fatal(err)
@@ -119,13 +120,14 @@ func TestGCGrace(t *testing.T) {
 	}
 }
 
-// age changes when a blob was recorded, behind the library's back.
+// age changes the time at which a blob was recorded, directly in the index.
 func age(t testing.TB, r *ocilocal.LocalRegistry, d digest.Digest, at time.Time) {
 	t.Helper()
 	execIndex(t, r.Root(), "UPDATE content SET created = ? WHERE digest = "+sqlDigest(d), at.UnixMicro())
 }
 
-// TestGCUnsafe damages what a root needs, each time in another way. Nothing may be deleted.
+// TestGCUnsafe damages content that a root needs, each time in another way. The collection must not
+// delete anything.
 func TestGCUnsafe(t *testing.T) {
 	t.Parallel()
 	for name, damage := range map[string]func(t *testing.T, r *ocilocal.LocalRegistry, a *ocilocal.LocalArtifact){
@@ -202,7 +204,7 @@ func TestGCUnsafe(t *testing.T) {
 			}
 		})
 	}
-	// Of these rows the collector cannot tell which manifests they belong to.
+	// The collector cannot know to which manifests these rows belong.
 	for name, damage := range map[string]func(a, first *ocilocal.LocalArtifact) string{
 		"layer":    func(_, _ *ocilocal.LocalArtifact) string { return sqlID(digest.FromString("one")) },
 		"manifest": func(a, _ *ocilocal.LocalArtifact) string { return sqlID(a.Digest()) },
@@ -220,7 +222,7 @@ func TestGCUnsafe(t *testing.T) {
 			t.Errorf("row of the %s's content is lost: something was deleted", name)
 		}
 	}
-	// What the first publish has left, if it was killed, can be collected.
+	// Content that a killed first publish has left can be collected.
 	r := openTemp(t, nil)
 	published(t, r, "example.com/a:1", "one", nil)
 	for _, table := range []string{"refs", "members", "manifests", "content"} {

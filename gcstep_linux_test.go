@@ -139,8 +139,8 @@ func (u *unseenOnFullDisk) run(t *testing.T) {
 	mustClose(t, r)
 }
 
-// On a full disk another program takes what a manifest's own file frees. The layers go all the
-// same, although the manifest's rows are still there, and then the rows do.
+// TestFullDiskTakenByOthers: on a full disk, another program takes the space that the deletion of a
+// manifest's file frees. The collection still deletes the layers, and then all rows.
 func TestFullDiskTakenByOthers(t *testing.T) {
 	mnt := mountTmpfs(t, "size=2m")
 	root := filepath.Join(mnt, "root")

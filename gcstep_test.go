@@ -36,8 +36,8 @@ func (c *lookCtx) Err() error {
 // moment, and after the call too.
 func (c *lookCtx) Done() <-chan struct{} { return nil }
 
-// Where garbage had its file there is something else now, which this package has not made. Its rows
-// go, and it stays.
+// TestGCForeignEntry: an orphan's file was replaced by an entry that this package has not made. A
+// collection deletes the orphan's rows, and the entry stays.
 func TestGCForeignEntry(t *testing.T) {
 	for name, plant := range map[string]func(path string) error{
 		"link":      func(path string) error { return os.Symlink("thesis.tex", path) },
@@ -77,8 +77,8 @@ func TestGCForeignEntry(t *testing.T) {
 	}
 }
 
-// The index is marked as not reconciled at any moment of a collection: nothing is deleted from then
-// on.
+// TestGCUnreconciledMeanwhile marks the index as not reconciled at any moment of a collection.
+// Nothing is deleted after that.
 func TestGCUnreconciledMeanwhile(t *testing.T) {
 	t.Parallel()
 	unsafe := 0
@@ -131,8 +131,8 @@ func TestGCUnreconciledMeanwhile(t *testing.T) {
 	}
 }
 
-// TestGCRaces runs a step of another call at the moment when the collector is
-// about to delete a file, without the lock and then with it.
+// TestGCRaces runs a step of another call when the collector is about to delete a file: once before
+// it has the lock, and once with it.
 func TestGCRaces(t *testing.T) {
 	// Marked dead, then tagged again before anything is deleted.
 	ctx := t.Context()
@@ -187,7 +187,8 @@ func TestGCRaces(t *testing.T) {
 	checkStore(t, r.Root(), model{"example.com/a:2": {""}})
 }
 
-// A ref to what refers to an orphan comes between the collector's look and its deletion.
+// TestGCSubjectRevived sets a ref to a referrer of an orphan, after the mark and before the
+// deletion. The orphan stays.
 func TestGCSubjectRevived(t *testing.T) {
 	r := openTemp(t, nil)
 	subject := published(t, r, "example.com/subject:v1", "subject", nil)
@@ -273,8 +274,8 @@ func TestCollectorLetsWritersIn(t *testing.T) {
 	}
 }
 
-// TestCollectLarge: of a large file only the name goes while the index is locked, and the rest
-// after that.
+// TestCollectLarge: while the index is locked, a collection only renames a large file. It frees the
+// space after that.
 func TestCollectLarge(t *testing.T) {
 	r := openTemp(t, nil)
 	published(t, r, "example.com/a:v1", "layer", nil)

@@ -390,7 +390,7 @@ func (im *importer) bringAgain(ctx context.Context) error {
 	return im.again(ctx, blobs)
 }
 
-// fetchAgain is importer.again for a source that has each blob in a file of its own.
+// fetchAgain is importer.again for a source that has one file for each blob.
 func (im *importer) fetchAgain(ctx context.Context, blobs map[digest.Digest]int64) error {
 	for d, size := range blobs {
 		if err := im.fetch(ctx, ocispec.Descriptor{MediaType: mediaTypeBlob, Digest: d, Size: size}, roleLayer, nil); err != nil {

@@ -16,7 +16,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// The tree of an OMMX v2 registry. Each entry is a layout directory of its own, with one manifest:
+// The tree of an OMMX v2 registry. Each entry is a layout directory with one manifest:
 //
 //	root/ghcr.io/org/model/__v1/                 ghcr.io/org/model:v1
 //	root/localhost__5000/model/__v1/             localhost:5000/model:v1

@@ -23,7 +23,7 @@ func (a *LocalArtifact) Parent(ctx context.Context) (*LocalArtifact, error) {
 }
 
 // parent is Parent for History, which names the operation itself. The manifest of a is read before
-// the call begins, because that read begins a call of its own. The subject is looked up in the
+// the call begins, because that read begins another call. The subject is looked up in the
 // index only; its bytes are verified when they are read.
 func (a *LocalArtifact) parent(ctx context.Context) (*LocalArtifact, error) {
 	m, err := a.manifest(ctx)

@@ -91,7 +91,7 @@ func TestHistoryMissingParent(t *testing.T) {
 	}
 }
 
-// A subject that is described wrongly leads nowhere.
+// TestParentContradicted: Parent fails if a manifest describes its subject wrongly.
 func TestParentContradicted(t *testing.T) {
 	r := openTemp(t, nil)
 	first := child(t, r, "example.com/line:v1", ocilocal.BuilderOptions{}, nil, nil, "one")

@@ -46,8 +46,8 @@ func TestDiff(t *testing.T) {
 	}
 }
 
-// The layer that stands for none is none, and the same bytes under another media type are another
-// layer.
+// TestDiffAcrossForms: the empty layer of an image manifest is not counted. The same bytes with
+// another media type are another layer.
 func TestDiffAcrossForms(t *testing.T) {
 	r := openTemp(t, nil)
 	image := ocilocal.BuilderOptions{Format: ocilocal.FormatImageManifest}

@@ -62,7 +62,7 @@ func referencesOf(refs []ocilocal.Ref) (list []ocilocal.Reference) {
 	return list
 }
 
-// aged makes the refs that match look as old as that.
+// aged gives the matching refs a time that is so long ago.
 func aged(t *testing.T, r *ocilocal.LocalRegistry, by time.Duration, like string) {
 	t.Helper()
 	err := ocilocal.IndexWrite(t.Context(), r, func(exec func(string) error) error {
@@ -223,7 +223,7 @@ func TestPruneAnonymousRefused(t *testing.T) {
 	}
 }
 
-// A ref that is moved between the look at it and its removal stays.
+// TestPruneAnonymousMoved: a ref that is moved after it was read and before it is removed stays.
 func TestPruneAnonymousMoved(t *testing.T) {
 	ctx := t.Context()
 	r := openTemp(t, nil)
@@ -403,8 +403,8 @@ func anonymousWorker(in *bufio.Scanner, args []string) error {
 	return r.Close()
 }
 
-// Processes build and prune at the same time: every artifact is removed by
-// exactly one, or still there.
+// TestAnonymousProcesses builds and prunes in several processes at once. Each artifact is removed
+// by exactly one of them, or it still exists.
 func TestAnonymousProcesses(t *testing.T) {
 	t.Parallel()
 	r := openTemp(t, nil)

@@ -20,7 +20,7 @@ var (
 	refSHA512 = "sha512:" + strings.Repeat("5b", 64)
 )
 
-// goodReferences holds spellings and the canonical parts that they stand for.
+// goodReferences has spellings and their canonical parts.
 var goodReferences = []struct {
 	in                        string
 	registry, repository, tag string
@@ -543,7 +543,8 @@ func TestIsBareTag(t *testing.T) {
 	}
 }
 
-// A listing makes a Reference of each of 100,000 rows.
+// TestReferenceAllocations: parsing a key does not allocate, since a listing parses one for each
+// row.
 func TestReferenceAllocations(t *testing.T) {
 	for _, tt := range []struct {
 		what string
@@ -655,8 +656,8 @@ func ExampleGitHubReference() {
 	// Output: ghcr.io/jij-inc/ommx/demo:v1
 }
 
-// FuzzReferencePair holds all text forms of two references to each other: two references are equal
-// exactly where their texts, their JSON and their keys are, and the order is that of the keys.
+// FuzzReferencePair compares two references in all text forms. They are equal if and only if their
+// texts, JSON and keys are equal. Their order is that of the keys.
 func FuzzReferencePair(f *testing.F) {
 	hex := strings.Repeat("0123456789abcdef", 4)
 	f.Add("h.io/a:v1", "h.io/a:v2", "v1")

@@ -43,8 +43,8 @@ func TestRemoveTagAndDigest(t *testing.T) {
 	}
 }
 
-// TestExpectedAbsent: a ref that is expected somewhere and does not exist is a conflict, whatever
-// the policy and the way to write it, and nothing is published.
+// TestExpectedAbsent: if Expected is set and the ref does not exist, that is a conflict under every
+// policy and for every call that writes a ref. Nothing is published.
 func TestExpectedAbsent(t *testing.T) {
 	r := openTemp(t, nil)
 	a, err := build(t, r, "example.com/a:v1", nil, "one")

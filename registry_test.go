@@ -79,7 +79,8 @@ func alterIndex(t *testing.T, name string, statements ...string) {
 	mustClose(t, db)
 }
 
-// TestRefusedRootUntouched opens roots whose index isn't ours: each stays as it was.
+// TestRefusedRootUntouched opens roots with an index of another program. Each is refused and does
+// not change.
 func TestRefusedRootUntouched(t *testing.T) {
 	t.Parallel()
 	sqlOn := func(statements ...string) func(*testing.T, string, string) {
@@ -135,7 +136,7 @@ func TestRefusedRootUntouched(t *testing.T) {
 		"empty":                         {fresh(""), ocilocal.ErrForeignIndex},
 		"id missing":                    {id(""), ocilocal.ErrForeignIndex},
 		"id of another":                 {id("abcdefgh234567\n"), ocilocal.ErrForeignIndex},
-		"id is no id":                   {id("../../etc\n"), ocilocal.ErrForeignIndex},
+		"id is not an id":               {id("../../etc\n"), ocilocal.ErrForeignIndex},
 		"id is several":                 {id("abc\ndef\n"), ocilocal.ErrForeignIndex},
 		"id is far too big":             {id(strings.Repeat("a", 1<<16)), ocilocal.ErrForeignIndex},
 		"id is a directory": {func(t *testing.T, root, _ string) {
@@ -212,8 +213,8 @@ func killed(t *testing.T, root string) string {
 	return to
 }
 
-// TestLogWithoutIndex: the log of a lost index is not taken for a new one's, in which a
-// collection would find that nothing is needed.
+// TestLogWithoutIndex: the log of a lost index is not used for a new index. A collection could then
+// find that nothing is needed.
 func TestLogWithoutIndex(t *testing.T) {
 	for _, lost := range []string{"-wal", "-journal"} {
 		root := t.TempDir()
@@ -263,7 +264,7 @@ func TestLogWithoutIndex(t *testing.T) {
 	}
 }
 
-// TestIndexDeleted: a new index beside blobs knows that it doesn't know them.
+// TestIndexDeleted: an index that is made new beside blobs is marked as not reconciled.
 func TestIndexDeleted(t *testing.T) {
 	root := t.TempDir()
 	for i, want := range []string{"", "1"} {
@@ -431,8 +432,8 @@ func TestIndexReplaced(t *testing.T) {
 	}
 }
 
-// A copy of a root that lost its empty directories is a root, and another's
-// directory with an index.sqlite3 stays as it is.
+// TestOpenWithoutDirectories: a copy of a root without its empty directories can be opened. A
+// directory of another program with an index.sqlite3 does not change.
 func TestOpenWithoutDirectories(t *testing.T) {
 	dir := t.TempDir()
 	r, err := ocilocal.Open(t.Context(), dir, nil)
@@ -462,8 +463,8 @@ func TestOpenWithoutDirectories(t *testing.T) {
 	}
 }
 
-// A root that is open under two names, one of them a link, is one registry: what one publishes the
-// other sees, and a collection through one leaves alone what the other is about to publish.
+// TestTwoNamesOfOneRoot opens a root under two names, one of them a link. Each handle sees what the
+// other one publishes, and a collection of one keeps content that the other is about to publish.
 func TestTwoNamesOfOneRoot(t *testing.T) {
 	ctx := t.Context()
 	r := openTemp(t, nil)

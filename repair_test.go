@@ -12,7 +12,8 @@ import (
 	"github.com/ocilocal/ocilocal"
 )
 
-// Permissions that can't be changed, on another user's file, don't end a repair.
+// TestRepairForeignMode: a repair goes on if it cannot change the permissions of another user's
+// file.
 func TestRepairForeignMode(t *testing.T) {
 	if runtime.GOOS == "windows" {
 		t.Skip("modes are not looked at")

@@ -13,8 +13,9 @@ import (
 	"github.com/ocilocal/ocilocal"
 )
 
-// A source's file of another size is not copied: a sparse one of 1 TiB would fill the disk. Where
-// nothing says the size, a copy may be as large as a manifest.
+// TestRepairSourceSize: a file of a source that has another size is not copied, because a sparse
+// file of 1 TiB would fill the disk. If the size is not known, a copy may be as large as a
+// manifest.
 func TestRepairSourceSize(t *testing.T) {
 	r := openTemp(t, nil)
 	dontWatch(r.Root())

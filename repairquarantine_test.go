@@ -16,8 +16,8 @@ import (
 	"github.com/ocilocal/ocilocal"
 )
 
-// A damaged blob that others heal while Repair is about to move it away stays, and so do all refs
-// to it.
+// TestRepairBesideHealers: if another process heals a damaged blob while Repair is about to move it
+// away, the blob stays, and so do all refs to it.
 func TestRepairBesideHealers(t *testing.T) {
 	layer := digest.FromString("layer")
 	for what, heal := range map[string]struct {
@@ -64,7 +64,7 @@ func TestRepairBesideHealers(t *testing.T) {
 	}
 }
 
-// What can't be read isn't moved away: it may be good, and the failure may pass.
+// TestRepairUnreadable: a file that cannot be read is not moved away, because it may be good.
 func TestRepairUnreadable(t *testing.T) {
 	r := openTemp(t, nil)
 	dontWatch(r.Root())
@@ -84,7 +84,7 @@ func TestRepairUnreadable(t *testing.T) {
 		})
 	}
 	defer ocilocal.SetFault(r, nil)
-	// What the process lacks ends the repair.
+	// A lack of descriptors ends the repair.
 	fail(1, syscall.EMFILE)
 	if report, err := r.Repair(t.Context(), nil); !errors.Is(err, syscall.EMFILE) || len(report.Quarantined)+len(report.Left) != 0 {
 		t.Errorf("%v, %+v", err, report)

@@ -16,8 +16,9 @@ import (
 	"github.com/ocilocal/ocilocal"
 )
 
-// The index is lost, and some blobs too. Rebuild reports the artifacts that lack them. Collections
-// leave these alone, and they come back when a source has the blobs.
+// TestRebuildIncomplete loses the index and some blobs. Rebuild reports the artifacts that need
+// these blobs, and collections delete nothing. Repair with a source of the blobs restores the
+// artifacts.
 func TestRebuildIncomplete(t *testing.T) {
 	ctx := t.Context()
 	r := openTemp(t, nil)
@@ -62,8 +63,8 @@ func TestRebuildIncomplete(t *testing.T) {
 	}
 }
 
-// A root that has lost its file id keeps its refs, because the index is this package's. An index
-// that is not recognisable is then left alone until somebody renames it.
+// TestRebuildWithoutID: a root that has lost its file id keeps its refs if its index can be
+// recognised. Otherwise the index is not touched until somebody renames it.
 func TestRebuildWithoutID(t *testing.T) {
 	for name, damage := range map[string]func(b []byte) []byte{"sound": nil, "damaged": func(b []byte) []byte {
 		copy(b, "no SQLite format") // where its name is
@@ -217,7 +218,7 @@ func TestRebuild(t *testing.T) {
 			if !c.named && (len(report.Recovered) != 2 || !strings.Contains(report.Recovered[0].Reference.String(), r.ID()+".ocilocal.local/recovered:sha256-")) {
 				t.Errorf("recovered: %v", report.Recovered)
 			}
-			// Nothing is lost to a collection, by a ref or in the lineage of one.
+			// A collection deletes no artifact with a ref, and none in the lineage of one.
 			collect(t, r, atOnce)
 			if !slices.Equal(before, blobNames(t, r)) {
 				t.Error("a collection after the rebuild deleted something")

@@ -13,8 +13,8 @@ import (
 	"github.com/ocilocal/ocilocal"
 )
 
-// A manifest whose row was lost, below an index or as a subject, is found by Verify,
-// keeps a collection from deleting what it needs, and is recorded again by Repair.
+// TestLostManifestRow loses the row of a manifest in an image index, and of a subject. Verify finds
+// it, collections do not delete its blobs, and Repair records it again.
 func TestLostManifestRow(t *testing.T) {
 	ctx := t.Context()
 	r := openTemp(t, nil)
@@ -61,8 +61,9 @@ func TestLostManifestRow(t *testing.T) {
 	}
 }
 
-// Rows that no program of ours has written are found, don't keep Repair from its
-// work, and are gone after Rebuild, with the artifact there under its name or a new one.
+// TestImpossibleRows has rows that this package cannot have written. Verify finds them, and Repair
+// corrects everything else. After Rebuild they are gone, and the artifact has its name or a new
+// one.
 func TestImpossibleRows(t *testing.T) {
 	t.Parallel()
 	for what, text := range map[string]string{

@@ -18,10 +18,10 @@ import (
 	"github.com/ocilocal/ocilocal"
 )
 
-// noRetry gives up at once.
+// noRetry is a retry policy of one attempt.
 func noRetry(int, error) (wait time.Duration, again bool) { return 0, false }
 
-// What the sources don't have comes from the registries that the refs name.
+// TestRepairFromRemote: blobs that no source has are fetched from the registries in the refs.
 func TestRepairFromRemote(t *testing.T) {
 	t.Parallel()
 	s := newServer(t)
@@ -55,7 +55,7 @@ func TestRepairFromRemote(t *testing.T) {
 	}
 
 	damagedToo, _ := setUp()
-	// Nobody is asked who isn't named.
+	// Only the registries of the refs are asked.
 	s.forget()
 	report, err := damagedToo.Repair(t.Context(), nil)
 	if err != nil || len(report.Left) == 0 || len(s.requests("/v2/")) > 0 {
@@ -66,7 +66,7 @@ func TestRepairFromRemote(t *testing.T) {
 	report, err = r.Repair(t.Context(), &ocilocal.RepairOptions{Remote: remote})
 	sound(r, a, report, err)
 
-	// Refs that were made up name no host; a subject's referrer names where it may be.
+	// Recovered refs have no real host. The ref of a referrer leads to its subject's repository.
 	r, a = setUp()
 	child(t, r, s.ref("team/app:referrer").String(), ocilocal.BuilderOptions{}, descOf(a), nil, "of it")
 	if _, err := r.Remove(t.Context(), a.Reference()); err != nil {
@@ -90,8 +90,8 @@ func TestRepairFromRemote(t *testing.T) {
 	}
 }
 
-// What registries send that is something else, or can't be asked for, heals nothing,
-// and the error says so when the rest is done.
+// TestRepairFromBadRemote asks registries that fail or send other bytes. They heal nothing. Repair
+// finishes all other work and then returns their error.
 func TestRepairFromBadRemote(t *testing.T) {
 	s := newServer(t)
 	remote := &ocilocal.Remote{Retry: noRetry}
@@ -135,7 +135,7 @@ func TestRepairFromBadRemote(t *testing.T) {
 	checkQuarantine(t, r)
 }
 
-// checkQuarantine empties the quarantine, in which something must be.
+// checkQuarantine empties the quarantine, and fails if it is empty already.
 func checkQuarantine(t *testing.T, r *ocilocal.LocalRegistry) {
 	t.Helper()
 	dir := filepath.Join(r.Root(), "tmp", "quarantine")

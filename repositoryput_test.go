@@ -16,7 +16,7 @@ import (
 	"github.com/ocilocal/ocilocal"
 )
 
-// TestPutBlob: whatever is wrong with the bytes, nothing is kept. The digest and the size may be
+// TestPutBlob: bytes with a wrong digest or size are not kept. The digest and the size may be
 // unknown.
 func TestPutBlob(t *testing.T) {
 	r := openTemp(t, nil)
@@ -67,7 +67,8 @@ func TestPutBlob(t *testing.T) {
 	}
 }
 
-// TestPutManifest: a manifest comes after all that it needs, and is published by the policy.
+// TestPutManifest: a manifest is refused before everything that it needs is there, and published by
+// the policy.
 func TestPutManifest(t *testing.T) {
 	r := openTemp(t, nil)
 	p, other := repository(t, r, "localhost/app"), repository(t, r, "localhost/other")
@@ -167,7 +168,7 @@ func TestMount(t *testing.T) {
 	push(t, b, manifest)
 }
 
-// expire makes all that repositories hold too old.
+// expire makes all content too old that repositories hold.
 func expire(t *testing.T, r *ocilocal.LocalRegistry) {
 	t.Helper()
 	execIndex(t, r.Root(), "UPDATE holds SET since = 1")
@@ -183,8 +184,8 @@ func showsManifests(t *testing.T, p *ocilocal.Repository, want bool, manifests .
 	}
 }
 
-// TestHeldManifests: a manifest without a tag stays until it is too old, through every collection
-// before: one that was put by digest, one whose tag was moved, and one whose tag was deleted.
+// TestHeldManifests: collections keep a manifest without a tag until it is too old: one that was
+// put by digest, one whose tag was moved, and one whose tag was deleted.
 func TestHeldManifests(t *testing.T) {
 	_, a, b := twoHandles(t)
 	p, other := repository(t, a, "localhost/app"), repository(t, b, "localhost/app")
@@ -230,8 +231,8 @@ func TestHeldManifests(t *testing.T) {
 	checkCollected(t, b.Root(), model{"localhost/app:put": {""}})
 }
 
-// TestHeldReferrers: a referrer that a repository holds stays there as long as its subject, which
-// it does not keep itself.
+// TestHeldReferrers: a referrer that a repository holds stays as long as its subject. It does not
+// keep the subject.
 func TestHeldReferrers(t *testing.T) {
 	r := openTemp(t, nil)
 	p := repository(t, r, "localhost/app")
@@ -258,7 +259,7 @@ func TestHeldReferrers(t *testing.T) {
 	checkCollected(t, r.Root(), model{})
 }
 
-// TestHeldElsewhere: what one repository deletes, another still holds.
+// TestHeldElsewhere: content that one repository deletes is still held by another one.
 func TestHeldElsewhere(t *testing.T) {
 	r := openTemp(t, nil)
 	a, b := repository(t, r, "localhost/a"), repository(t, r, "localhost/b")
@@ -277,8 +278,8 @@ func TestHeldElsewhere(t *testing.T) {
 	showsManifests(t, b, true, desc, signature)
 }
 
-// TestPutBesideCollector: while another handle collects with no grace, all that puts acknowledge
-// stays: blobs before their manifest, manifests without a tag, and those that have lost it.
+// TestPutBesideCollector puts content while another handle collects without grace. All acknowledged
+// content stays: blobs before their manifest, and manifests without a tag.
 func TestPutBesideCollector(t *testing.T) {
 	_, a, b := twoHandles(t)
 	stop := make(chan struct{})
@@ -342,8 +343,8 @@ func TestPutBesideCollector(t *testing.T) {
 	}
 }
 
-// TestPutForeignLayer: a layer that need not be distributed may be absent. Naming it does not show
-// what another repository has.
+// TestPutForeignLayer: a foreign layer may be absent. A manifest that names it does not show the
+// content of another repository.
 func TestPutForeignLayer(t *testing.T) {
 	r := openTemp(t, nil)
 	p, other := repository(t, r, "localhost/app"), repository(t, r, "localhost/other")

@@ -14,7 +14,8 @@ import (
 	"github.com/ocilocal/ocilocal"
 )
 
-// problems runs Verify and returns "kind digest" of each thing found, by name where it has one.
+// problems runs Verify and returns "kind digest" for each problem, with the name of a digest if it
+// has one.
 func problems(t testing.TB, r *ocilocal.LocalRegistry, opts *ocilocal.VerifyOptions, names map[digest.Digest]string) (found []string) {
 	t.Helper()
 	for p, err := range r.Verify(t.Context(), opts) {
@@ -41,8 +42,8 @@ func write(t testing.TB, name, content string) {
 	}
 }
 
-// The bodies of loops over problems may use the registry, as many of them at once as there are
-// connections.
+// TestVerifyHoldsNoConnection: the bodies of loops over problems may use the registry, even if
+// there are as many loops at once as connections.
 func TestVerifyHoldsNoConnection(t *testing.T) {
 	r := openTemp(t, nil)
 	dontWatch(r.Root())
@@ -68,7 +69,7 @@ func TestVerifyHoldsNoConnection(t *testing.T) {
 	done.Wait()
 }
 
-// If the index is busy, so that something cannot be decided, no blob is reported.
+// TestVerifyBusy: if the index is busy, Verify returns that error and reports no blob as damaged.
 func TestVerifyBusy(t *testing.T) {
 	ctx := t.Context()
 	r := openTemp(t, &ocilocal.Options{BusyTimeout: time.Millisecond})

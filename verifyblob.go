@@ -125,7 +125,7 @@ func (v *verification) blob(ctx context.Context, e *verifyEntry) (problems []Pro
 
 // manifest checks a manifest's bytes, and compares them with its rows. blob has compared the size
 // with the row, so the bytes are read by the size of the file. That finds a manifest good whose row
-// has a wrong size. A manifest without a row of its own is reported only if another row says that
+// has a wrong size. A manifest that has no row is reported only if another row says that
 // it is one. Otherwise it was collected, or it is not a manifest.
 func (v *verification) manifest(ctx context.Context, e *verifyEntry, size int64) []Problem {
 	problem := func(kind ProblemKind, err error) []Problem {

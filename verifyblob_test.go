@@ -115,7 +115,7 @@ func TestCorruption(t *testing.T) {
 				}
 				return
 			}
-			// What is damaged is never served, and an import of the same heals it.
+			// Damaged content is never returned, and an import of the same content heals it.
 			from := openTemp(t, artifactForm)
 			published(t, from, name, layer, nil)
 			archive := filepath.Join(t.TempDir(), "a.tar")
