@@ -32,7 +32,8 @@ func (d *draft) start(ref Reference, artifactType string) error {
 	return nil
 }
 
-// change calls fn, which changes the spec, with mu held. It returns [ErrClosed] if the draft is done.
+// change calls fn, which changes the spec, with mu held. It returns [ErrClosed] if the draft is
+// done.
 func (d *draft) change(fn func(*manifestSpec)) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -94,8 +95,8 @@ func (d *draft) outcome() RefUpdate {
 	return d.update
 }
 
-// checkAnnotation refuses an annotation that a manifest cannot have. The builders check each part when it
-// is given, so that Build does not fail for a mistake that cannot be taken back.
+// checkAnnotation refuses an annotation that a manifest cannot have. The builders check each part
+// when it is given, so that Build does not fail for a mistake that cannot be taken back.
 func checkAnnotation(key, value string) error {
 	_, err := canonicalAnnotations(map[string]string{key: value})
 	if key == "" {
@@ -107,8 +108,8 @@ func checkAnnotation(key, value string) error {
 	return nil
 }
 
-// checkPlaceable refuses a descriptor that a manifest cannot have. Building and parsing a manifest with
-// it applies the same rules as Build, so the two never disagree.
+// checkPlaceable refuses a descriptor that a manifest cannot have. Building and parsing a manifest
+// with it applies the same rules as Build, so the two never disagree.
 func checkPlaceable(desc *ocispec.Descriptor) error {
 	if err := checkDescriptor(desc); err != nil {
 		return err
@@ -117,8 +118,8 @@ func checkPlaceable(desc *ocispec.Descriptor) error {
 	return err
 }
 
-// checkTypeName refuses a text that is not a media type (RFC 6838, section 4.2). Only builders check
-// this: manifests by other tools may have other texts, and are accepted.
+// checkTypeName refuses a text that is not a media type (RFC 6838, section 4.2). Only builders
+// check this: manifests by other tools may have other texts, and are accepted.
 func checkTypeName(field, s string) error {
 	const longest = 127 // on either side of the '/'
 	top, sub, _ := strings.Cut(s, "/")

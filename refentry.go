@@ -12,7 +12,8 @@ import (
 // The facts of an index.json entry describe a manifest, and are kept with a ref, or in a row of
 // unnamed if the manifest was imported by digest. These are the rules by which they travel:
 //
-//   - A ref that is set by a call without facts takes those of the row of unnamed, which is deleted.
+//   - A ref that is set by a call without facts takes those of the row of unnamed, which is
+//     deleted.
 //   - Tag takes those of another ref of the same manifest.
 //   - Nothing else copies them, since a ref that moves points at other content.
 
@@ -44,8 +45,8 @@ func (r *LocalRegistry) entryFacts(ctx context.Context, ref Reference, d digest.
 	return f, err
 }
 
-// knownFacts returns the facts of a manifest under a ref. If the ref does not point at the manifest, or
-// is zero, they are those of an import by digest, or else those of another ref.
+// knownFacts returns the facts of a manifest under a ref. If the ref does not point at the
+// manifest, or is zero, they are those of an import by digest, or else those of another ref.
 func (r *LocalRegistry) knownFacts(ref Reference, d digest.Digest) (f entryFacts, err error) {
 	if !ref.IsZero() {
 		name, reference := ref.key()

@@ -66,6 +66,7 @@ func (p *repair) healFrom(ctx context.Context, source string) (bad, err error) {
 	default:
 		bad = h.fromArchive(ctx, source)
 	}
+	// A condition of the process says nothing about the source, so it ends the repair as well.
 	if h.own != nil || processCondition(bad) {
 		return nil, errors.Join(h.own, bad)
 	}

@@ -99,6 +99,8 @@ func (p *repair) tolerate(ctx context.Context, err error) error {
 
 // record records the manifests in blobs/ that have no row, if everything that they need is there.
 func (p *repair) record(ctx context.Context) error {
+	// The list is complete before the first publish: no walk of blobs/ is open while files are
+	// linked there.
 	unknown, err := p.unrecorded(ctx)
 	if err != nil {
 		return err

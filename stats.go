@@ -79,7 +79,7 @@ func (r *LocalRegistry) Stats(ctx context.Context) (s Stats, err error) {
 	if err := cmp.Or(errs[0], errs[1]); err != nil {
 		return Stats{}, err
 	}
-	s.Total.Blobs = blobs - s.Total.Manifests
+	s.Total.Blobs = blobs - s.Total.Manifests // every manifest has a row among the blobs too
 	if n := len(noRef) + len(noPointer); n > manyOrphans && n > blobs/manyOrphans {
 		s.Orphans, err = r.deadRows(ctx)
 	} else {
