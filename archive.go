@@ -25,7 +25,7 @@ import (
 //	after the last byte: importer.run chooses entries, drops the other blobs, and publishes
 //
 // Until the publish, nothing is visible, and all bytes lie below tmp/. An archive that breaks off
-// therefore leaves nothing behind, and a hostile one can cost only what ImportOptions.MaxBytes and
+// therefore leaves nothing, and a hostile one can cost only what ImportOptions.MaxBytes and
 // the limits below allow.
 
 // Limits of what an archive may hold.

@@ -17,7 +17,7 @@ import (
 // must not be in memory.
 //
 // If the registry has a blob in a good file, the archive's copy is only read: nothing is written or
-// synced for it. The copy must hash to its name all the same, or an import would accept an archive
+// synced for it. The copy must hash to its name nevertheless, or an import would accept an archive
 // here that it refuses in an empty registry. Whether a blob is needed is known later, since
 // index.json may come last. So a copy with other bytes is only noted in im.damaged, and
 // [importer.claim] fails if a manifest needs it.

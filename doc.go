@@ -206,15 +206,15 @@
 // asked for, is verified before. A handle does not verify a file again that has not changed.
 //
 // With an [Upstream] the handler is a mirror. It fetches each manifest and blob when a client first
-// asks for it, once for all clients, and sends a large blob while it arrives. It serves what it has
-// while the other registry is down. Docker uses it by registry-mirrors, containerd by hosts.toml,
-// and podman, buildah and skopeo by registries.conf. containerd names the registry in the query: a
-// [HandlerOptions.Name] that reads ns lets one handler mirror several registries.
+// asks for it, once for all clients, and sends a large blob while it arrives. It serves its own
+// content while the other registry is down. Docker uses it by registry-mirrors, containerd by
+// hosts.toml, and podman, buildah and skopeo by registries.conf. containerd names the registry in
+// the query: a [HandlerOptions.Name] that reads ns lets one handler mirror several registries.
 //
 // The zero HandlerOptions are for tests and for programs of one user. Before other machines can
 // reach the handler, set:
 //   - [HandlerOptions.Authorize] or [HandlerOptions.ReadOnly]. Without them everybody may push and
-//     delete, and whoever knows the digest of a blob may mount it from any repository.
+//     delete, and everybody who knows the digest of a blob may mount it from any repository.
 //   - [HandlerOptions.MaxBlobSize] and [HandlerOptions.MaxUploads]. A quota of the file system
 //     bounds what pushes can store in all.
 //   - ReadHeaderTimeout, IdleTimeout and MaxHeaderBytes of the [net/http.Server], and TLS. The

@@ -19,8 +19,8 @@ import (
 //
 //	*Error                operation, reference or path, digest
 //	└ fmt.Errorf("%w: …") the facts, with the sentinel first
-//	  └ sentinel          what errors.Is finds: ErrNotFound, ErrDigestMismatch, …
-//	  └ cause             an error of the file system, of SQLite, or of what the caller gave
+//	  ├ sentinel          found by errors.Is: ErrNotFound, ErrDigestMismatch, …
+//	  └ cause             an error of the file system, of SQLite, or of the caller's reader or function
 //
 // An exported method that calls another one gets an *Error from it, and passes that on unchanged.
 // No code compares the text of an error. SQLite's errors get their sentinels by code, in index

@@ -32,7 +32,7 @@ type claim struct {
 //	  Reference      the caller's name, if the claim allows it or Rename is set
 //	  Repository     completes a tag
 //	  Name           the caller's function decides
-//	  text           is ErrBareName, since nobody has said what it names here
+//	  text           is ErrBareName, since no option names the entry
 //	  Anonymous      a new name, if there is still none
 //	name         refuses two entries of one name, and takes the facts of each entry
 

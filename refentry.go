@@ -10,7 +10,7 @@ import (
 )
 
 // The facts of an index.json entry describe a manifest, and are kept with a ref, or in a row of
-// unnamed if the manifest was imported by digest. These are the rules by which they travel:
+// unnamed if the manifest was imported by digest. They are copied by these rules:
 //
 //   - A ref that is set by a call without facts takes those of the row of unnamed, which is
 //     deleted.

@@ -82,7 +82,7 @@ type LocalRegistry struct {
 	opened fs.FileInfo // of the index file
 	remote *Remote     // for Pull and Push
 
-	pulls sync.Map // transfers under way that other calls may join, by key: see sharedPull
+	pulls sync.Map // transfers that other calls may join, by key: see sharedPull
 
 	mu     sync.Mutex
 	closed bool           // guarded by mu
