@@ -7,10 +7,13 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"github.com/opencontainers/go-digest"
 
@@ -214,64 +217,101 @@ func TestGCSubjectRevived(t *testing.T) {
 	checkArtifact(t, again, "subject")
 }
 
-// TestCollectorLetsWritersIn: another process that writes gets its turn between the steps of a
-// collection.
+// TestCollectorLetsWritersIn: another handle that writes gets its turn between the steps of a
+// collection. In the bubble time passes only while everybody waits, so how long a write waits does
+// not depend on the machine.
 func TestCollectorLetsWritersIn(t *testing.T) {
 	t.Parallel()
-	ctx := t.Context()
-	r := openTemp(t, nil)
-	a := published(t, r, "example.com/x:v1", "x", nil)
-	orphans := scaled(3000, 6000, 20_000) // many steps on any machine
-	if err := ocilocal.IndexWrite(ctx, r, func(exec func(string) error) error {
-		var errs []error
-		for i := range orphans {
-			text := fmt.Sprint("orphan ", i)
-			d := digest.FromString(text)
-			errs = append(errs, os.WriteFile(blobFile(r, d), []byte(text), 0o444),
-				exec(fmt.Sprintf("INSERT INTO content (digest, size, kind, created) VALUES (%s, %d, 2, 0)", sqlDigest(d), len(text))))
+	synctest.Test(t, func(t *testing.T) {
+		r := openTemp(t, nil)
+		a := published(t, r, "example.com/x:v1", "x", nil)
+		orphans := scaled(200, 1000, 5000)
+		if err := ocilocal.IndexWrite(t.Context(), r, func(exec func(string) error) error {
+			var errs []error
+			for i := range orphans {
+				text := fmt.Sprint("orphan ", i)
+				d := digest.FromString(text)
+				errs = append(errs, os.WriteFile(blobFile(r, d), []byte(text), 0o444),
+					exec(fmt.Sprintf("INSERT INTO content (digest, size, kind, created) VALUES (%s, %d, 2, 0)", sqlDigest(d), len(text))))
+			}
+			return errors.Join(errs...)
+		}); err != nil {
+			t.Fatal(err)
 		}
-		return errors.Join(errs...)
-	}); err != nil {
-		t.Fatal(err)
+		other := openAgain(t, r)
+		var deleted atomic.Int64
+		ocilocal.SetFault(r, func(op, _ string) error {
+			if op == "remove" {
+				deleted.Add(1)
+			}
+			return nil
+		})
+		var longest, writes, between int64 // longest: most that was deleted while one write waited
+		done := make(chan struct{})
+		var wg sync.WaitGroup
+		wg.Go(func() {
+			for {
+				select {
+				case <-done:
+					return
+				case <-time.After(3 * time.Millisecond):
+				}
+				before := deleted.Load()
+				if _, err := other.Tag(t.Context(), a.Digest(), ocilocal.MustParseReference(fmt.Sprintf("example.com/x:t%d", writes)), nil); err != nil {
+					t.Error(err)
+					return
+				}
+				after := deleted.Load()
+				longest = max(longest, after-before)
+				if writes++; after > 0 && after < int64(orphans) {
+					between++
+				}
+			}
+		})
+		opts := &ocilocal.GCOptions{Grace: ocilocal.NoGrace}
+		ocilocal.StepByOne(opts) // the time of a step does not pass here
+		report := collect(t, r, opts)
+		close(done)
+		wg.Wait()
+		if report.Deleted.Blobs != orphans {
+			t.Errorf("%+v", report)
+		}
+		if longest > 5 || between < int64(orphans)/5 {
+			t.Errorf("one write waited for %d of %d deletions, %d writes came between them", longest, orphans, between)
+		}
+		t.Logf("%d writes, %d between deletions, one waited for %d", writes, between, longest)
+		mustClose(t, other)
+	})
+}
+
+// TestCollectorStepsEnd: when deletion is slow, a step of a collection deletes only as much as fits
+// into its time. Each step begins with a look at the root.
+func TestCollectorStepsEnd(t *testing.T) {
+	t.Parallel()
+	r := openTemp(t, nil)
+	published(t, r, "example.com/a:v1", "layer", nil)
+	const orphans = 15
+	for i := range orphans {
+		write(t, blobFile(r, digest.FromString(fmt.Sprint("orphan ", i))), fmt.Sprint("orphan ", i))
 	}
-	other := openAgain(t, r)
-	defer mustClose(t, other)
-	var deleted, longest atomic.Int64 // longest: most that was deleted while one write waited
-	begun, done := make(chan struct{}), make(chan struct{})
-	var once sync.Once
-	ocilocal.SetFault(r, func(op, _ string) error {
-		if op == "remove" {
-			deleted.Add(1)
-			once.Do(func() { close(begun) })
+	var steps []int // how many files each deletes
+	ocilocal.SetFault(r, func(op, name string) error {
+		switch {
+		case op == "stat" && name == r.Root():
+			steps = append(steps, 0)
+		case op == "remove" && strings.HasPrefix(name, "blobs/"):
+			steps[len(steps)-1]++
+			for start := time.Now(); time.Since(start) < 5*time.Millisecond; { // a fourth of a step's time
+			}
 		}
 		return nil
 	})
-	var wg sync.WaitGroup
-	wg.Go(func() {
-		<-begun
-		for i := 0; ; i++ {
-			select {
-			case <-done:
-				return
-			default:
-			}
-			before := deleted.Load()
-			if _, err := other.Tag(context.Background(), a.Digest(), ocilocal.MustParseReference(fmt.Sprintf("example.com/x:t%d", i)), nil); err != nil {
-				t.Error(err)
-				return
-			}
-			longest.Store(max(longest.Load(), deleted.Load()-before))
-		}
-	})
 	report := collect(t, r, atOnce)
-	close(done)
-	wg.Wait()
-	if report.Deleted.Blobs != orphans {
-		t.Errorf("%+v", report)
+	ocilocal.SetFault(r, nil)
+	if report.Deleted.Blobs != orphans || slices.Max(steps) > 4 {
+		t.Errorf("%+v; steps delete %v", report.Deleted, steps)
 	}
-	if n := longest.Load(); n == 0 || n > int64(orphans)/2 {
-		t.Errorf("one write waited for %d of %d deletions", n, orphans)
-	}
+	t.Logf("steps delete %v", steps)
 }
 
 // TestCollectLarge: while the index is locked, a collection only renames a large file. It frees the
