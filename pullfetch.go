@@ -19,7 +19,7 @@ type fetcher struct {
 	stage    *stage
 	received atomic.Int64 // bytes of blobs
 	// grown, if not nil, is called when bytes of a large blob have been written to the file of its
-	// partial.
+	// partial, by this transfer or by the one that it waits for.
 	grown func()
 }
 
@@ -109,6 +109,9 @@ func (p *fetcher) partial(ctx context.Context, desc ocispec.Descriptor) (*partia
 		waited = true
 		if now := p.stage.partialSize(desc.Digest); now != size {
 			deadline, size = time.Now().Add(limit), now
+			if p.grown != nil && now > 0 {
+				p.grown()
+			}
 		}
 		if time.Now().After(deadline) {
 			return nil, nil

@@ -158,7 +158,8 @@ func TestServeFetchResumed(t *testing.T) {
 	checkSound(t, m.r)
 }
 
-// TestServeFetchProcesses: two handles of a root, as of two processes, fetch a large blob once.
+// TestServeFetchProcesses: of two handles of a root, as of two processes, one fetches a large blob, and
+// the clients of both get its bytes as they arrive.
 func TestServeFetchProcesses(t *testing.T) {
 	t.Parallel()
 	m := newMirror(t, nil, nil)
@@ -171,17 +172,29 @@ func TestServeFetchProcesses(t *testing.T) {
 	}
 	t.Cleanup(func() { other.Close() })
 	m.requests("")
-	var clients sync.WaitGroup
+	half, read := len(layer)/2, make(chan struct{})
+	m.intercept(func(w http.ResponseWriter, r *http.Request) bool {
+		w.Header().Set("Content-Length", fmt.Sprint(len(layer)))
+		io.WriteString(w, layer[:half])
+		http.NewResponseController(w).Flush()
+		<-read
+		io.WriteString(w, layer[half:])
+		return true
+	})
+	var clients []*http.Response
 	for _, s := range []*served{m.served, serveAt(t, other, m.opts)} {
-		for range 3 {
-			clients.Go(func() {
-				if a, err := s.try("GET", blobAt(layer), nil); err != nil || a.status != 200 || a.body != layer {
-					t.Errorf("%d, %d bytes, %v", a.status, len(a.body), err)
-				}
-			})
+		for range 2 {
+			res := s.get(t.Context(), blobAt(layer))
+			readSome(t, res, half, layer)
+			clients = append(clients, res)
 		}
 	}
-	clients.Wait()
+	close(read)
+	for i, res := range clients {
+		if rest, err := io.ReadAll(res.Body); err != nil || string(rest) != layer[half:] {
+			t.Errorf("client %d: %d bytes more, %v", i, len(rest), err)
+		}
+	}
 	m.wantRequests("GET " + blobAt(layer))
 	checkSound(t, m.r)
 }

@@ -34,8 +34,8 @@ import (
 //     being sent, the answer breaks off before its last byte.
 //
 // An artifact that clients have fetched only in part is here with absent members: reading one is
-// [ErrAbsent], and [LocalRegistry.Pull] fetches them. Exports, copies and pushes of it fail with
-// [ErrIncomplete]. Pushes to the handler stay here: see HandlerOptions.ReadOnly. The next
+// [ErrAbsent], and [LocalRegistry.Pull] fetches them. If a config or layer is absent, tagging,
+// exporting, copying or pushing the artifact is an error that matches [ErrNotFound]. Pushes to the handler stay here: see HandlerOptions.ReadOnly. The next
 // revalidation of a tag replaces what was pushed under it, if the upstream has the tag.
 //
 // With [Options.SeparateRegistries] a manifest is pulled with all that it needs before it is served.

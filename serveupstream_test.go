@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"net/http"
 	"net/http/httptest"
 	"strings"
@@ -202,6 +203,13 @@ func TestServeUpstreamPlatforms(t *testing.T) {
 	}
 	if _, err := openTemp(t, nil).ImportRegistry(ctx, m.r, local, nil); !errors.Is(err, ocilocal.ErrIncomplete) {
 		t.Errorf("ImportRegistry: %v", err)
+	}
+	if err := m.r.ExportArchive(ctx, io.Discard, []ocilocal.Reference{local}, nil); !errors.Is(err, ocilocal.ErrAbsent) {
+		t.Errorf("ExportArchive: %v", err)
+	}
+	far := serveAt(t, openTemp(t, nil), nil)
+	if _, err := m.r.Push(ctx, local, &ocilocal.PushOptions{As: ocilocal.MustParseReference(far.host + "/org/app:v1")}); !errors.Is(err, ocilocal.ErrIncomplete) {
+		t.Errorf("Push: %v", err)
 	}
 	target := t.TempDir()
 	if report, err := m.r.Backup(ctx, target, nil); err != nil || len(report.Failed) > 0 {
