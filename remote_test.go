@@ -70,7 +70,7 @@ func TestHelperHangs(t *testing.T) {
 			defer w.Close()
 			began := time.Now()
 			cancel()
-			if err := <-ended; !errors.Is(err, context.Canceled) || time.Since(began) > 5*time.Second {
+			if err := <-ended; !errors.Is(err, context.Canceled) || time.Since(began) > soon {
 				t.Errorf("%v after %v", err, time.Since(began))
 			}
 		})
@@ -84,7 +84,7 @@ func TestHelperHangs(t *testing.T) {
 		}()
 		began := time.Now()
 		c, err := ocilocal.AskHelper(t.Context(), "limit", "r.test", 200*time.Millisecond)
-		if err == nil || time.Since(began) > 5*time.Second || !strings.Contains(err.Error(), "no answer after 200ms") || c != (ocilocal.Credential{}) {
+		if err == nil || time.Since(began) > soon || !strings.Contains(err.Error(), "no answer after 200ms") || c != (ocilocal.Credential{}) {
 			t.Errorf("%v, %v", c, err)
 		}
 		// The helper may have ended before it read its input.
@@ -262,7 +262,6 @@ func TestMaxPerHost(t *testing.T) {
 // TestEndIsPrompt: when the context of a call ends, the call ends soon, in every state in which it
 // may wait.
 func TestEndIsPrompt(t *testing.T) {
-	const soon = 3 * time.Second
 	hang := func(w http.ResponseWriter, r *http.Request) {
 		io.Copy(io.Discard, r.Body) // the end of a connection is only seen after that
 		<-r.Context().Done()
