@@ -3,11 +3,13 @@ package ocilocal_test
 import (
 	"archive/tar"
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"io"
 	"io/fs"
+	"log/slog"
 	"maps"
 	"net/http"
 	"net/http/httptest"
@@ -38,14 +40,16 @@ var keptLayers = [][]byte{[]byte("shared"), noise(30, 3000)}
 // interruption it can run again.
 type flow struct {
 	name   string
-	seeded bool                        // the root has keptRef and movedRef, both at the label "before"
-	damage bool                        // and the first of their layers is damaged
-	orphan bool                        // it has artifacts that nothing needs as well, and the flow collects them
-	keeps  bool                        // what it keeps of a transfer that failed goes with a collection only
-	always func(op, name string) error // fails these operations in every run
-	run    func(r *ocilocal.LocalRegistry) error
-	effect map[string]string // the refs that it moves, with their labels after it; "" removes one
-	lacks  string            // operations that it does not use
+	seeded bool // the root has keptRef and movedRef, both at the label "before"
+	damage bool // and the first of their layers is damaged
+	orphan bool // it has artifacts that nothing needs as well, and the flow collects them
+	// mirrored: the root is a mirror, which has the manifest of newRef and no blob of it yet
+	mirrored bool
+	keeps    bool                        // what it keeps of a transfer that failed goes with a collection only
+	always   func(op, name string) error // fails these operations in every run
+	run      func(r *ocilocal.LocalRegistry) error
+	effect   map[string]string // the refs that it moves, with their labels after it; "" removes one
+	lacks    string            // operations that it does not use
 
 	beside  func(t *testing.T, dir string) // makes what lies beside the root, in besideOf(root): the source or the target
 	exports bool                           // the target then holds keptRef and movedRef as well
@@ -137,6 +141,8 @@ var flows = []flow{
 	{name: "put without links", seeded: true, always: noLinks, run: putFlow, effect: map[string]string{newRef: "imported"}},
 	{name: "serve", seeded: true, run: serveFlow, effect: map[string]string{newRef: "imported"}},
 	{name: "serve without links", seeded: true, always: noLinks, run: serveFlow, effect: map[string]string{newRef: "imported"}},
+	{name: "mirror", seeded: true, mirrored: true, keeps: true, run: mirrorFlow},
+	{name: "mirror without links", seeded: true, mirrored: true, keeps: true, always: noLinks, run: mirrorFlow},
 	{name: "export layout new", seeded: true, exports: true, run: exportLayoutFlow},
 	{name: "export layout add", seeded: true, exports: true, beside: othersLayout, run: exportLayoutFlow},
 	{name: "export layout add without links", seeded: true, exports: true, always: noLinks, beside: othersLayout, run: exportLayoutFlow},
@@ -165,10 +171,22 @@ func faultArchive() []byte {
 	return b.Bytes()
 }
 
+var faultLarge = noise(35, 1<<20)
+
 // pullFlow pulls an artifact of which the root has a layer. The transfer of the large layer breaks
 // off, and a second request continues it.
 func pullFlow(r *ocilocal.LocalRegistry) error {
-	config, large, shared := "{}", string(noise(35, 1<<20)), string(keptLayers[0])
+	_, err := r.Pull(context.Background(), ocilocal.MustParseReference("registry.test/org/model:v1"), &ocilocal.PullOptions{
+		As: ocilocal.MustParseReference(newRef), Workers: 1,
+		Remote: faultRemote(),
+	})
+	return err
+}
+
+// faultRemote is the client of a registry with an artifact. The transfer of its large layer breaks
+// off.
+func faultRemote() *ocilocal.Remote {
+	config, large, shared := "{}", string(faultLarge), string(keptLayers[0])
 	s := &server{host: "registry.test"} // without a registry behind it, which would have files
 	for _, b := range []string{config, large, shared} {
 		s.plantBlob("org/model", digest.FromString(b), []byte(b))
@@ -186,11 +204,48 @@ func pullFlow(r *ocilocal.LocalRegistry) error {
 		}
 		return res, nil
 	})
-	_, err := r.Pull(context.Background(), s.ref("org/model:v1"), &ocilocal.PullOptions{
-		As: ocilocal.MustParseReference(newRef), Workers: 1,
-		Remote: &ocilocal.Remote{Retry: quick, Client: &http.Client{Transport: registry}},
-	})
-	return err
+	return &ocilocal.Remote{Retry: quick, Client: &http.Client{Transport: registry}}
+}
+
+// mirrorFlow has a client pull the same artifact through a mirror, which has its manifest.
+func mirrorFlow(r *ocilocal.LocalRegistry) error {
+	return askMirror(r, "manifests/v1", "blobs/"+string(digest.FromBytes(faultLarge)), "blobs/"+string(digest.FromString("{}")), "blobs/"+string(digest.FromBytes(keptLayers[0])))
+}
+
+// askMirror makes requests to the registry as a mirror of that of faultRemote.
+func askMirror(r *ocilocal.LocalRegistry, paths ...string) error {
+	var failure error
+	ocilocal.SetLogger(r, slog.New(errorLog{slog.DiscardHandler, &failure}))
+	defer ocilocal.SetLogger(r, slog.New(slog.DiscardHandler))
+	h := r.Handler(&ocilocal.HandlerOptions{Host: "example.com", Upstream: &ocilocal.Upstream{
+		Remote: faultRemote(),
+		Name:   func(string) (string, error) { return "registry.test/org/model", nil },
+	}})
+	for _, path := range paths {
+		req := httptest.NewRequest("GET", "/v2/fault/new/"+path, nil)
+		req.Header.Set("Range", "bytes=0-") // a blob is not followed: the steps are the same each time
+		w := httptest.NewRecorder()
+		broke := breaksOff(h, w, req)
+		if w.Code >= 300 || broke {
+			return &ocilocal.Error{Op: fmt.Sprintf("GET %s: %d %s", path, w.Code, w.Body), Err: cmp.Or(failure, errors.New("no whole answer"))}
+		}
+	}
+	return nil
+}
+
+// breaksOff serves a request and reports whether the answer breaks off in the middle.
+func breaksOff(h http.Handler, w http.ResponseWriter, r *http.Request) (broke bool) {
+	defer func() {
+		switch p := recover(); p {
+		case nil:
+		case http.ErrAbortHandler:
+			broke = true
+		default:
+			panic(p)
+		}
+	}()
+	h.ServeHTTP(w, r)
+	return false
 }
 
 // putFlow puts an artifact by its raw content. The root has one of its blobs.
@@ -218,7 +273,11 @@ func (f *flow) before() map[string]string {
 	if !f.seeded {
 		return map[string]string{}
 	}
-	return map[string]string{keptRef: "before", movedRef: "before"}
+	labels := map[string]string{keptRef: "before", movedRef: "before"}
+	if f.mirrored {
+		labels[newRef] = "imported"
+	}
+	return labels
 }
 
 // after returns the labels of the refs after the flow.
@@ -240,8 +299,11 @@ func (f *flow) prepare(t *testing.T) (root string) {
 		return root
 	}
 	seed := &flowSeeds[0]
-	if f.orphan {
+	switch {
+	case f.orphan:
 		seed = &flowSeeds[1]
+	case f.mirrored:
+		seed = &flowSeeds[2]
 	}
 	seed.once.Do(func() {
 		made := filepath.Join(t.TempDir(), "root")
@@ -260,6 +322,9 @@ func (f *flow) seed(t *testing.T, root string) {
 	t.Helper()
 	r := mustOpen(t, root)
 	for ref, label := range f.before() {
+		if ref == newRef { // not published: see below
+			continue
+		}
 		if _, err := publishLabelled(r, ref, label, ocilocal.KeepExisting, keptLayers...); err != nil {
 			t.Fatal(err)
 		}
@@ -281,12 +346,17 @@ func (f *flow) seed(t *testing.T, root string) {
 		manifest, config := image("held, too")
 		push(t, p, referring(manifest, held), config, "held, too")
 	}
+	if f.mirrored {
+		if err := askMirror(r, "manifests/v1"); err != nil {
+			t.Fatal(err)
+		}
+	}
 	mustClose(t, r)
 }
 
-// flowSeeds are the roots that flows find: without orphans, and with them. Each is made once, since
-// flows need thousands of copies.
-var flowSeeds [2]struct {
+// flowSeeds are the roots that flows find: without orphans, with them, and of a mirror. Each is made
+// once, since flows need thousands of copies.
+var flowSeeds [3]struct {
 	once sync.Once
 	savedRoot
 }
@@ -350,6 +420,9 @@ func (f *flow) labels(t *testing.T, r *ocilocal.LocalRegistry) map[string]string
 		label, err := readLabelled(r, ref)
 		if f.damage && errors.Is(err, ocilocal.ErrDigestMismatch) {
 			label, err = "before", nil
+		}
+		if f.mirrored && ref == newRef && errors.Is(err, ocilocal.ErrAbsent) {
+			label, err = "imported", nil
 		}
 		if errors.Is(err, ocilocal.ErrNotFound) && !errors.Is(err, ocilocal.ErrIncomplete) {
 			if ok, err := r.Exists(t.Context(), ocilocal.MustParseReference(ref)); ok || err != nil {

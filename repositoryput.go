@@ -204,6 +204,13 @@ func (p *Repository) takeChildren(ctx context.Context, st *stage, m *Manifest) e
 			continue
 		}
 		ok, err := p.shows(p.registry.index, c.Digest)
+		if err == nil && ok {
+			// Its file may be here although its row says that it is absent, and need not be durable.
+			var absent bool
+			if absent, err = isAbsent(p.registry.index, c.Digest); absent && err == nil {
+				_, err = st.reuse(ctx, c.Digest, c.Size)
+			}
+		}
 		if err == nil && !ok && foreignLayer(c.MediaType) {
 			// It may be absent. But if another repository has it, it must not be shown here because
 			// a manifest names it.

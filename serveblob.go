@@ -169,6 +169,13 @@ func (x *exchange) locate(d digest.Digest) (name string, size int64, err error) 
 		// released in between was seen by neither, and the second look finds it in the index.
 		name, size, err = x.repo.locate(d)
 	}
+	if err == nil && x.upstream != nil && name == blobPath(d) {
+		// A fetch that failed in its last step has left the file. The next one records it.
+		var absent bool
+		if absent, err = isAbsent(x.registry.index, d); absent && err == nil {
+			err = fmt.Errorf("%s in %s: %w", d, x.repo.name, ErrNotFound)
+		}
+	}
 	return name, size, err
 }
 

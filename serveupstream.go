@@ -35,8 +35,9 @@ import (
 //
 // An artifact that clients have fetched only in part is here with absent members: reading one is
 // [ErrAbsent], and [LocalRegistry.Pull] fetches them. If a config or layer is absent, tagging,
-// exporting, copying or pushing the artifact is an error that matches [ErrNotFound]. Pushes to the handler stay here: see HandlerOptions.ReadOnly. The next
-// revalidation of a tag replaces what was pushed under it, if the upstream has the tag.
+// exporting, copying or pushing the artifact is an error that matches [ErrNotFound]. Pushes to the
+// handler stay here: see HandlerOptions.ReadOnly. The next revalidation of a tag replaces what was
+// pushed under it, if the upstream has the tag.
 //
 // With [Options.SeparateRegistries] a manifest is pulled with all that it needs before it is served.
 // A registry that is open read-only fetches nothing.
@@ -259,24 +260,20 @@ func absentThere(src *remoteRepo, err error) error {
 	return err
 }
 
-// upstreamError is the answer to a client after a failed fetch. The text of the error may be about
-// the network of this server, so it goes to the log only.
+// upstreamError is the answer to a client after a failed fetch. If the upstream is to blame, it is
+// 502. The text of the error may be about the network of this server, so it goes to the log only.
 func (x *exchange) upstreamError(err error) error {
 	if x.r.Context().Err() != nil {
 		return err
 	}
-	if _, remote := errors.AsType[*RemoteError](err); !remote {
-		if errors.Is(err, ErrNotFound) {
-			return err
-		}
-		for _, e := range serverErrors {
-			if errors.Is(err, e.is) {
-				return err
-			}
-		}
+	_, upstreams := errors.AsType[*RemoteError](err)
+	for _, e := range clientErrors { // here the upstream is the client
+		upstreams = upstreams || errors.Is(err, e.is)
 	}
-	x.registry.opts.Logger.Warn("ocilocal: the upstream registry failed", "path", x.r.URL.Path, "error", err)
-	return serveErrorf(http.StatusBadGateway, codeUnknown, "the upstream registry failed")
+	if !upstreams {
+		return err
+	}
+	return fmt.Errorf("%w: %w", serveErrorf(http.StatusBadGateway, codeUnknown, "the upstream registry failed"), err)
 }
 
 // askedLately reports whether the upstream need not be asked for a tag again.
