@@ -131,10 +131,18 @@ func (w *serveWriter) Write(p []byte) (written int, err error) {
 	}
 }
 
-// sendFile writes n bytes of a file. [io.CopyN] lets the kernel copy them (sendfile) where it can.
+// sendFile writes n bytes of a file. The kernel copies them (sendfile) where it can. Over HTTP/2 and
+// through a wrapped ResponseWriter it cannot, and one buffer serves the whole answer.
 func (w *serveWriter) sendFile(f io.Reader, n int64) error {
+	var buf []byte
+	if _, ok := w.w.(io.ReaderFrom); !ok {
+		buf = make([]byte, max(1, min(n, 32<<10)))
+	}
 	for n > 0 {
-		m, err := io.CopyN(w.w, f, min(n, sendChunk))
+		m, err := io.CopyBuffer(w.w, io.LimitReader(f, min(n, sendChunk)), buf)
+		if err == nil && m == 0 {
+			err = io.ErrUnexpectedEOF
+		}
 		if err != nil {
 			return err
 		}
