@@ -160,7 +160,7 @@ var mixes = []mix{
 		h.server = remoteArtifacts(t)
 		var n atomic.Int64
 		h.server.mu.Lock()
-		h.server.override = func(w http.ResponseWriter, r *http.Request) bool {
+		h.server.overrideBy(func(w http.ResponseWriter, r *http.Request) bool {
 			switch n.Add(1) % 13 {
 			case 3:
 				w.WriteHeader(http.StatusServiceUnavailable)
@@ -169,7 +169,7 @@ var mixes = []mix{
 				panic(http.ErrAbortHandler)
 			}
 			return false
-		}
+		})
 		h.server.mu.Unlock()
 		h.each = func(c *harnessConfig, _ *rand.Rand) { c.Server, c.Allow = h.server.host, []string{"remote"} }
 	}},

@@ -39,8 +39,6 @@ type server struct {
 	// that spoil the same content in many ways share a registry, because each costs some time.
 	origin *server
 
-	// override may answer a request itself, and then returns true.
-	override func(w http.ResponseWriter, r *http.Request) bool
 	// user and password are required, by basic authentication or, with token, by the token server at /token.
 	user, password string
 	token          bool
@@ -52,12 +50,14 @@ type server struct {
 	maxPut         int64 // larger bodies are 413
 	pageSize       int   // of lists; 0 is the handler's choice
 
-	mu      sync.Mutex
-	log     []string      // method and path with query
-	headers []http.Header // of each of log
-	sent    int64         // bytes of blobs
-	tokens  int           // handed out
-	planted map[string]stored
+	mu sync.Mutex
+	// override may answer a request itself, and then returns true: see overrideBy.
+	override func(w http.ResponseWriter, r *http.Request) bool
+	log      []string      // method and path with query
+	headers  []http.Header // of each of log
+	sent     int64         // bytes of blobs
+	tokens   int           // handed out
+	planted  map[string]stored
 
 	conditional sync.Mutex // is held from the check of If-Match until the manifest is stored
 	open        sync.Once
@@ -150,12 +150,16 @@ func (s *server) forget() {
 	s.log, s.headers, s.sent = nil, nil, 0
 }
 
-// behave ends what override does; the field itself may only be set before the first request.
-func (s *server) behave() {
+// overrideBy sets override. Requests may be under way: one that its client has given up can reach
+// the server late.
+func (s *server) overrideBy(answer func(w http.ResponseWriter, r *http.Request) bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.override = nil
+	s.override = answer
 }
+
+// behave ends what override does.
+func (s *server) behave() { s.overrideBy(nil) }
 
 func (s *server) served() int64 {
 	s.mu.Lock()

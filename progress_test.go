@@ -323,7 +323,7 @@ func TestProgressFallsBack(t *testing.T) {
 	for _, chunk := range []int64{0, 1_000_000} {
 		s := newServer(t)
 		var fails atomic.Int64
-		s.override = func(w http.ResponseWriter, r *http.Request) bool {
+		s.overrideBy(func(w http.ResponseWriter, r *http.Request) bool {
 			if (r.Method == "PUT" || r.Method == "PATCH") && r.ContentLength >= 1_000_000 && fails.Add(1) == 3 {
 				io.CopyN(io.Discard, r.Body, 999_999)
 				panic(http.ErrAbortHandler)
@@ -335,7 +335,7 @@ func TestProgressFallsBack(t *testing.T) {
 				return true
 			}
 			return false
-		}
+		})
 		const size = 5_500_000
 		r := openRemote(t, nil)
 		pushed(t, r, s.ref("org/model:v1"), nil, nil, noise(1, size))
@@ -358,13 +358,13 @@ func TestProgressOfPieces(t *testing.T) {
 	s.cutAfter(700<<10, 5)
 	r := openRemote(t, nil)
 	cut := s.override
-	s.override = func(w http.ResponseWriter, q *http.Request) bool {
+	s.overrideBy(func(w http.ResponseWriter, q *http.Request) bool {
 		if strings.HasSuffix(q.URL.Path, string(digest.FromBytes(last))) {
 			status(404)(w, q)
 			return true
 		}
 		return cut(w, q)
-	}
+	})
 	l := newProgressLog(t)
 	_, err := r.Pull(t.Context(), s.ref("org/model:v1"), &ocilocal.PullOptions{Workers: 1, Progress: l.take})
 	if l.ended(err); !errors.Is(err, ocilocal.ErrNotFound) {

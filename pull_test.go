@@ -79,7 +79,7 @@ func TestPull(t *testing.T) {
 
 // cutAfter makes the server break off blobs after so many bytes, as long as times is positive.
 func (s *server) cutAfter(n int64, times int) {
-	s.override = func(w http.ResponseWriter, r *http.Request) bool {
+	s.overrideBy(func(w http.ResponseWriter, r *http.Request) bool {
 		large := r.Method == http.MethodGet && strings.Contains(r.URL.Path, "/blobs/") && s.blobSize("org/model", digest.Digest(path.Base(r.URL.Path))) > n
 		s.mu.Lock()
 		cut := large && times > 0
@@ -92,7 +92,7 @@ func (s *server) cutAfter(n int64, times int) {
 		}
 		s.plain(&cutWriter{ResponseWriter: w, left: n}, r)
 		panic(http.ErrAbortHandler)
-	}
+	})
 }
 
 type cutWriter struct {

@@ -45,13 +45,13 @@ func TestPullProcesses(t *testing.T) {
 		// No process gets the manifest before all have asked for it.
 		var all sync.WaitGroup
 		all.Add(processes)
-		s.override = func(_ http.ResponseWriter, r *http.Request) bool {
+		s.overrideBy(func(_ http.ResponseWriter, r *http.Request) bool {
 			if strings.Contains(r.URL.Path, "/manifests/") && r.Method == "GET" {
 				all.Done()
 				all.Wait()
 			}
 			return false
-		}
+		})
 		root := filepath.Join(t.TempDir(), "root")
 		var ws []*worker
 		for range processes {
@@ -108,7 +108,7 @@ func TestPullKilled(t *testing.T) {
 		var sent, served atomic.Int64 // to the first pull, and to the one after it
 		stopped := make(chan struct{})
 		var once sync.Once
-		s.override = func(w http.ResponseWriter, r *http.Request) bool {
+		s.overrideBy(func(w http.ResponseWriter, r *http.Request) bool {
 			if !strings.Contains(r.URL.Path, "/blobs/") {
 				return false
 			}
@@ -125,7 +125,7 @@ func TestPullKilled(t *testing.T) {
 				return max(n-over, 0)
 			}, gone: r.Context().Done()}, r)
 			return true
-		}
+		})
 		root := filepath.Join(t.TempDir(), "root")
 		w := startWorker(t, "pull", root)
 		w.expect("ready")
@@ -188,7 +188,7 @@ func TestPullCancelled(t *testing.T) {
 		s := newServer(t)
 		s.put(t, "org/model", "v1", noise(1, 100), noise(2, 3<<20))
 		ctx, cancel := context.WithCancel(t.Context())
-		s.override = func(w http.ResponseWriter, r *http.Request) bool {
+		s.overrideBy(func(w http.ResponseWriter, r *http.Request) bool {
 			if strings.Contains(r.URL.Path, where) {
 				w.Header().Set("Content-Length", "5")
 				w.(http.Flusher).Flush()
@@ -197,7 +197,7 @@ func TestPullCancelled(t *testing.T) {
 				return true
 			}
 			return false
-		}
+		})
 		r := openRemote(t, nil)
 		if _, err := r.Pull(ctx, s.ref("org/model:v1"), nil); !errors.Is(err, context.Canceled) {
 			t.Errorf("%s: %v", where, err)

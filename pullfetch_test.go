@@ -20,13 +20,13 @@ import (
 
 // failing makes the server refuse one blob.
 func (s *server) failing(blob []byte) {
-	s.override = func(w http.ResponseWriter, q *http.Request) bool {
+	s.overrideBy(func(w http.ResponseWriter, q *http.Request) bool {
 		if !strings.HasSuffix(q.URL.Path, string(digest.FromBytes(blob))) {
 			return false
 		}
 		status(404)(w, q)
 		return true
-	}
+	})
 }
 
 // rewriteReadOnly is rewrite for a file that is read-only, and stays so.

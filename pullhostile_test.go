@@ -48,7 +48,7 @@ func (v *victim) again(t *testing.T) *victim {
 // on makes requests whose path ends with end have their own answer. HEAD is refused, so that
 // the client asks by GET.
 func (v *victim) on(end string, answer http.HandlerFunc) {
-	v.override = func(w http.ResponseWriter, r *http.Request) bool {
+	v.overrideBy(func(w http.ResponseWriter, r *http.Request) bool {
 		if r.Method == http.MethodHead {
 			status(405, "Connection", "close")(w, r)
 			return true
@@ -60,7 +60,7 @@ func (v *victim) on(end string, answer http.HandlerFunc) {
 		v.tries.Add(1)
 		answer(w, r)
 		return true
-	}
+	})
 }
 
 // status answers with a status and pairs of header fields and values.

@@ -25,7 +25,7 @@ func TestPullHeaderNamesSecret(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s.override = func(w http.ResponseWriter, q *http.Request) bool {
+	s.overrideBy(func(w http.ResponseWriter, q *http.Request) bool {
 		if q.Method != http.MethodHead {
 			return false
 		}
@@ -33,7 +33,7 @@ func TestPullHeaderNamesSecret(t *testing.T) {
 		w.Header().Set("Docker-Content-Digest", string(m.Digest()))
 		w.Header().Set("Content-Length", strconv.FormatInt(m.Size(), 10))
 		return true
-	}
+	})
 	for _, o := range []ocilocal.PullOptions{
 		{},
 		{As: ocilocal.MustParseReference("other.example/a:v1")},

@@ -41,7 +41,7 @@ func (g *gate) openAfter(n int) {
 // holdBack makes a gate for the blob with these bytes.
 func (s *server) holdBack(blob []byte) *gate {
 	g := &gate{open: make(chan struct{}), asked: make(chan struct{}, 1000)}
-	s.override = func(_ http.ResponseWriter, r *http.Request) bool {
+	s.overrideBy(func(_ http.ResponseWriter, r *http.Request) bool {
 		switch {
 		case strings.HasSuffix(r.URL.Path, string(digest.FromBytes(blob))):
 			<-g.open
@@ -49,7 +49,7 @@ func (s *server) holdBack(blob []byte) *gate {
 			g.asked <- struct{}{}
 		}
 		return false
-	}
+	})
 	return g
 }
 
@@ -366,7 +366,7 @@ func TestPullSharedPanic(t *testing.T) {
 			want := s.put(t, "org/model", "v1", large)
 			g := s.holdBack(large)
 			hold, asked := s.override, make(chan struct{})
-			s.override = func(w http.ResponseWriter, q *http.Request) bool {
+			s.overrideBy(func(w http.ResponseWriter, q *http.Request) bool {
 				hold(w, q)
 				if user, _, _ := q.BasicAuth(); user == "me" || !strings.Contains(q.URL.Path, "/blobs/") {
 					return false
@@ -374,7 +374,7 @@ func TestPullSharedPanic(t *testing.T) {
 				w.Header().Set("WWW-Authenticate", "Basic realm=x") // so only the transfer asks for a credential
 				fail(w, 401, "UNAUTHORIZED")
 				return true
-			}
+			})
 			var bad atomic.Bool
 			bad.Store(true)
 			r := openRemote(t, &ocilocal.Remote{MaxPerHost: 1, Credentials: func(context.Context, string, string) (ocilocal.Credential, error) {

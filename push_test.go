@@ -120,13 +120,13 @@ func TestPushReferrers(t *testing.T) {
 		s := newServer(t)
 		s.noReferrers = api != 200
 		s.pageSize = 1
-		s.override = func(w http.ResponseWriter, r *http.Request) bool {
+		s.overrideBy(func(w http.ResponseWriter, r *http.Request) bool {
 			if api != 405 || !strings.Contains(r.URL.Path, "/referrers/") {
 				return false
 			}
 			fail(w, 405, "UNSUPPORTED")
 			return true
-		}
+		})
 		remote := &ocilocal.Remote{}
 		r := openRemote(t, remote)
 		subject := pushed(t, r, s.ref("org/model:v1"), nil, nil, noise(1, 10))
@@ -369,13 +369,13 @@ func TestPushReadOnlyLogin(t *testing.T) {
 					t.Fatal(err)
 				}
 			}
-			s.override = func(w http.ResponseWriter, q *http.Request) bool {
+			s.overrideBy(func(w http.ResponseWriter, q *http.Request) bool {
 				if q.Method == "GET" || q.Method == "HEAD" {
 					return false
 				}
 				fail(w, 403, "DENIED")
 				return true
-			}
+			})
 			for _, a := range append(signatures, subject) {
 				if _, err := r.Push(t.Context(), a.Reference(), &ocilocal.PushOptions{Referrers: true}); err != nil {
 					t.Error(err)

@@ -17,7 +17,7 @@ import (
 
 // onMethod is like on, for one method.
 func (v *victim) onMethod(method, part string, answer http.HandlerFunc) {
-	v.override = func(w http.ResponseWriter, r *http.Request) bool {
+	v.overrideBy(func(w http.ResponseWriter, r *http.Request) bool {
 		v.allRequests.Add(1)
 		if r.Method != method || !strings.Contains(r.URL.Path, part) {
 			return false
@@ -25,7 +25,7 @@ func (v *victim) onMethod(method, part string, answer http.HandlerFunc) {
 		v.tries.Add(1)
 		answer(w, r)
 		return true
-	}
+	})
 }
 
 // TestPushHostile: a registry lies or fails in every step of a push. Push returns nil only if it
@@ -127,9 +127,9 @@ func TestPushHostileChunks(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			v := &victim{server: newServer(t)}
-			v.override = func(w http.ResponseWriter, r *http.Request) bool {
+			v.overrideBy(func(w http.ResponseWriter, r *http.Request) bool {
 				return r.Method == "PATCH" && row.answer(v, w, r, v.tries.Add(1))
-			}
+			})
 			r := openRemote(t, nil)
 			ref := v.ref("org/model:v1")
 			pushed(t, r, ref, nil, nil, noise(2, 450_000))
@@ -211,7 +211,7 @@ func TestPushReferrersRace(t *testing.T) {
 	}
 	tag := "/manifests/sha256-" + subject.Digest().Encoded()
 	interposed := false
-	s.override = func(w http.ResponseWriter, q *http.Request) bool {
+	s.overrideBy(func(w http.ResponseWriter, q *http.Request) bool {
 		if q.Method == "PUT" && strings.HasSuffix(q.URL.Path, tag) && !interposed {
 			interposed = true
 			if _, err := openRemote(t, nil).Push(t.Context(), s.ref("org/model:c"), nil); !errors.Is(err, ocilocal.ErrNotFound) {
@@ -224,7 +224,7 @@ func TestPushReferrersRace(t *testing.T) {
 			}
 		}
 		return false
-	}
+	})
 	if _, err := r.Push(t.Context(), s.ref("org/model:b"), nil); err != nil {
 		t.Fatal(err)
 	}

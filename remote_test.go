@@ -114,7 +114,7 @@ func TestHTTP2Reset(t *testing.T) {
 	var mu sync.Mutex
 	var ranges []string
 	resetUploads := 1
-	s.override = func(w http.ResponseWriter, r *http.Request) bool {
+	s.overrideBy(func(w http.ResponseWriter, r *http.Request) bool {
 		if r.ProtoMajor != 2 {
 			t.Errorf("%s %s by %s", r.Method, r.URL, r.Proto)
 		}
@@ -132,7 +132,7 @@ func TestHTTP2Reset(t *testing.T) {
 			panic(http.ErrAbortHandler)
 		}
 		return false
-	}
+	})
 	remote := in.remote("", ocilocal.Credential{})
 	r := openRemote(t, remote)
 	got, err := r.Pull(t.Context(), s.ref("org/model:v1"), nil)
@@ -205,14 +205,14 @@ func TestMaxPerHost(t *testing.T) {
 				}
 				layers = append(layers, noise(100, 3<<20), noise(101, 3<<20), noise(102, 17<<20))
 				var cuts atomic.Int64
-				s.override = func(w http.ResponseWriter, r *http.Request) bool {
+				s.overrideBy(func(w http.ResponseWriter, r *http.Request) bool {
 					if r.Method == "GET" && strings.Contains(r.URL.Path, "/blobs/sha256:") && r.Header.Get("Authorization") != "" && cuts.Add(1)%5 == 0 {
 						w.Header().Set("Content-Length", fmt.Sprint(s.blobSize("org/model", digest.Digest(path.Base(r.URL.Path)))))
 						w.(http.Flusher).Flush()
 						panic(http.ErrAbortHandler)
 					}
 					return false
-				}
+				})
 				flight := &inFlight{next: &http.Transport{DisableCompression: true}}
 				remote := &ocilocal.Remote{
 					Client: &http.Client{Transport: flight}, MaxPerHost: most,
@@ -284,7 +284,7 @@ func TestEndIsPrompt(t *testing.T) {
 			s := newServer(t)
 			s.put(t, "org/model", "v1", noise(1, 100), noise(2, 3<<20))
 			arrived := make(chan struct{}, 1000)
-			s.override = func(w http.ResponseWriter, r *http.Request) bool {
+			s.overrideBy(func(w http.ResponseWriter, r *http.Request) bool {
 				if c.fails && r.Method == "PUT" {
 					status(500)(w, r)
 					return true
@@ -295,7 +295,7 @@ func TestEndIsPrompt(t *testing.T) {
 				arrived <- struct{}{}
 				hang(w, r)
 				return true
-			}
+			})
 			r := openRemote(t, &ocilocal.Remote{MaxPerHost: 1})
 			ctx, cancel := context.WithCancel(t.Context())
 			defer cancel()
@@ -369,13 +369,13 @@ func TestWarnOnce(t *testing.T) {
 	}))
 	s.sendOn("https://cdn.test/blob")
 	sendOn := s.override
-	s.override = func(w http.ResponseWriter, r *http.Request) bool {
+	s.overrideBy(func(w http.ResponseWriter, r *http.Request) bool {
 		if sendOn(w, r) {
 			return true
 		}
 		w.Header()["Warning"] = []string{`299 - "be warned"`, `299 - "` + r.Header.Get("Authorization") + ` \u009b` + "\u009b" + `"`, `199 - "not this"`, `299 other "nor this"`, `299 - "` + strings.Repeat("x", 1000), "299 - \"be warned\""}
 		return false
-	}
+	})
 	remote := in.remote(s.host, ocilocal.Credential{Username: "me", Password: secretPassword})
 	for range 3 {
 		if _, err := openRemote(t, remote).Pull(t.Context(), s.ref("org/model:v1"), nil); err != nil {
@@ -404,12 +404,12 @@ func TestWarnOneAtATime(t *testing.T) {
 	const requests = 8
 	var all sync.WaitGroup // nobody is answered before all have asked
 	all.Add(requests)
-	s.override = func(w http.ResponseWriter, r *http.Request) bool {
+	s.overrideBy(func(w http.ResponseWriter, r *http.Request) bool {
 		w.Header().Set("Warning", `299 - "`+r.URL.Path+`"`)
 		all.Done()
 		all.Wait()
 		return false
-	}
+	})
 	var inside, calls atomic.Int64
 	remote := &ocilocal.Remote{Warn: func(string, string) {
 		if inside.Add(1) != 1 {

@@ -20,14 +20,14 @@ func (in *internet) tokenSite(origin, ip string, h http.HandlerFunc) *site {
 
 // wantToken makes a registry ask for a token of a realm.
 func (s *server) wantToken(realm string) {
-	s.override = func(w http.ResponseWriter, r *http.Request) bool {
+	s.overrideBy(func(w http.ResponseWriter, r *http.Request) bool {
 		if strings.HasPrefix(r.Header.Get("Authorization"), "Bearer "+secretToken) || !strings.HasPrefix(r.URL.Path, "/v2/") {
 			return false
 		}
 		w.Header()["Www-Authenticate"] = []string{fmt.Sprintf(`Bearer realm="%s",service="s"`, realm)}
 		w.WriteHeader(401)
 		return true
-	}
+	})
 }
 
 type roundTripFunc func(*http.Request) (*http.Response, error)
@@ -43,11 +43,11 @@ func TestUnauthorizedForEver(t *testing.T) {
 		`Bearer realm="https://auth.test/token",scope="repository:org/model:pull,x%d"`, `Bearer realm="https://auth.test/token?n=%d"`} {
 		s := in.registry("https://registry.test", "203.0.113.1")
 		var n atomic.Int64
-		s.override = func(w http.ResponseWriter, r *http.Request) bool {
+		s.overrideBy(func(w http.ResponseWriter, r *http.Request) bool {
 			w.Header().Set("WWW-Authenticate", strings.ReplaceAll(challenge, "%d", fmt.Sprint(n.Add(1))))
 			w.WriteHeader(401)
 			return true
-		}
+		})
 		remote := in.remote(s.host, ocilocal.Credential{Username: "me", Password: secretPassword})
 		for range 2 {
 			before := len(server.asked())
@@ -117,7 +117,7 @@ func TestSendCredentials(t *testing.T) {
 			s.put(t, "org/model", "v1", noise(1, 100))
 			s.sendOn("https://cdn.test/blob")
 			sends := s.override
-			s.override = func(w http.ResponseWriter, r *http.Request) bool {
+			s.overrideBy(func(w http.ResponseWriter, r *http.Request) bool {
 				user, password, _ := r.BasicAuth()
 				if user == "me" && password == secretPassword || strings.HasPrefix(r.Header.Get("Authorization"), "Bearer "+secretToken) {
 					return sends(w, r)
@@ -131,7 +131,7 @@ func TestSendCredentials(t *testing.T) {
 				}
 				w.WriteHeader(c.status)
 				return true
-			}
+			})
 			remote := in.remote(s.host, ocilocal.Credential{Username: "me", Password: secretPassword})
 			remote.Retry = noRetry
 			if _, err := remote.Manifest(t.Context(), s.ref("org/model:v1")); err == nil {

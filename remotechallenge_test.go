@@ -94,13 +94,13 @@ func TestHostileRealms(t *testing.T) {
 			s.origin = origin
 			s.wantToken(c.realm)
 			over := s.override
-			s.override = func(w http.ResponseWriter, r *http.Request) bool {
+			s.overrideBy(func(w http.ResponseWriter, r *http.Request) bool {
 				if r.URL.Path == "/token" {
 					handOut("")(w, r)
 					return true
 				}
 				return over(w, r)
-			}
+			})
 			may := []string{hostPort(s.base(t))}
 			var server *site
 			if c.token != "" {

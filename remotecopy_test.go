@@ -49,13 +49,13 @@ func TestRemoteCopy(t *testing.T) {
 		}
 	}
 	// Bytes that do not have the digest do not arrive.
-	a.override = func(w http.ResponseWriter, r *http.Request) bool {
+	a.overrideBy(func(w http.ResponseWriter, r *http.Request) bool {
 		if r.Method != "GET" || !strings.HasSuffix(r.URL.Path, string(digest.FromBytes(large))) {
 			return false
 		}
 		w.Write(noise(9, len(large)))
 		return true
-	}
+	})
 	_, err := remote.Copy(t.Context(), a.ref("org/model:v1"), b.ref("team/bad:v1"), other)
 	mustFail(t, err, ocilocal.ErrDigestMismatch)
 	if _, err := other.Resolve(t.Context(), b.ref("team/bad:v1")); err == nil {
@@ -68,13 +68,13 @@ func TestRemoteCopy(t *testing.T) {
 func TestRemoteCopySendsCredentials(t *testing.T) {
 	s := newServer(t)
 	want := s.put(t, "org/model", "v1", noise(1, 100))
-	s.override = func(w http.ResponseWriter, r *http.Request) bool {
+	s.overrideBy(func(w http.ResponseWriter, r *http.Request) bool {
 		if user, _, _ := r.BasicAuth(); user != "me" {
 			fail(w, 404, "NAME_UNKNOWN") // it hides what it has
 			return true
 		}
 		return false
-	}
+	})
 	remote := &ocilocal.Remote{Retry: quick, SendCredentials: func(string) bool { return true },
 		Credentials: ocilocal.StaticCredential(s.host, ocilocal.Credential{Username: "me", Password: "x"})}
 	defer remote.CloseIdleConnections()
@@ -89,14 +89,14 @@ func TestRemoteCopyRepeats(t *testing.T) {
 	a, b := newServer(t), newServer(t)
 	want := a.put(t, "org/model", "v1", noise(1, 1<<20))
 	var failures atomic.Int64
-	b.override = func(w http.ResponseWriter, r *http.Request) bool {
+	b.overrideBy(func(w http.ResponseWriter, r *http.Request) bool {
 		if r.Method == "PUT" && strings.Contains(r.URL.Path, "/blobs/uploads/") && r.ContentLength > 1<<16 && failures.Add(1) <= 3 {
 			io.Copy(io.Discard, r.Body)
 			w.WriteHeader(502)
 			return true
 		}
 		return false
-	}
+	})
 	remote := &ocilocal.Remote{Retry: quick}
 	defer remote.CloseIdleConnections()
 	if d, err := remote.Copy(t.Context(), a.ref("org/model:v1"), b.ref("org/model:v1"), remote); err != nil || d.Digest != want {
@@ -119,12 +119,12 @@ func TestRemoteCopyOrder(t *testing.T) {
 		ocispec.MediaTypeImageIndex, digest.FromBytes(large), len(large),
 		ocispec.MediaTypeImageManifest, member, len(a.at("org/model", string(member)).body)))
 	early := false
-	a.override = func(_ http.ResponseWriter, q *http.Request) bool {
+	a.overrideBy(func(_ http.ResponseWriter, q *http.Request) bool {
 		if strings.HasSuffix(q.URL.Path, string(member)) { // its turn has come
 			early = early || b.blobSize("org/model", digest.FromBytes(large)) < 0
 		}
 		return false
-	}
+	})
 	remote := &ocilocal.Remote{Retry: quick}
 	defer remote.CloseIdleConnections()
 	d, err := remote.Copy(t.Context(), a.ref("org/model:multi"), b.ref("org/model:multi"), remote)

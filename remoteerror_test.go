@@ -45,11 +45,11 @@ func TestErrorForms(t *testing.T) {
 		"<script>" + long + "</script>": "",
 	} {
 		s := newServer(t)
-		s.override = func(w http.ResponseWriter, _ *http.Request) bool {
+		s.overrideBy(func(w http.ResponseWriter, _ *http.Request) bool {
 			w.WriteHeader(422)
 			fmt.Fprint(w, body)
 			return true
-		}
+		})
 		_, err := new(ocilocal.Remote).Manifest(t.Context(), s.ref("org/model:v1"))
 		mustFail(t, err, ocilocal.ErrRejected)
 		if text := err.Error(); !strings.HasSuffix(text, want) || want == "" && !strings.HasSuffix(text, ocilocal.ErrRejected.Error()) || len(text) > 500 {

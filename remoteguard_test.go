@@ -63,7 +63,7 @@ func TestPrivateTargets(t *testing.T) {
 					s.ServeHTTP(w, r)
 				}))
 				direct := s.override
-				s.override = func(w http.ResponseWriter, r *http.Request) bool {
+				s.overrideBy(func(w http.ResponseWriter, r *http.Request) bool {
 					sends := map[string]string{"GET": "/blobs/sha256", "HEAD": "/manifests/v1"}[method]
 					switch {
 					case sends != "" && r.Method == method && r.Host == "registry.test" && strings.Contains(r.URL.Path, sends):
@@ -79,7 +79,7 @@ func TestPrivateTargets(t *testing.T) {
 						return true
 					}
 					return direct != nil && direct(w, r)
-				}
+				})
 				remote := in.remote("", ocilocal.Credential{})
 				r := openRemote(t, remote)
 				switch method {
@@ -137,7 +137,7 @@ func TestAllowAddress(t *testing.T) {
 		sends := s.override
 		s.wantToken(c.token)
 		asks := s.override
-		s.override = func(w http.ResponseWriter, r *http.Request) bool { return asks(w, r) || sends(w, r) }
+		s.overrideBy(func(w http.ResponseWriter, r *http.Request) bool { return asks(w, r) || sends(w, r) })
 		remote := in.remote(s.host, ocilocal.Credential{Username: "me", Password: secretPassword})
 		remote.AllowAddress = func(registry string, addr netip.Addr) bool {
 			return registry == "registry.test" && (addr == netip.MustParseAddr("10.0.0.7") || addr == netip.MustParseAddr("100.64.0.7"))

@@ -199,13 +199,13 @@ func TestPushHostileMount(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			s := newServer(t)
-			s.override = func(w http.ResponseWriter, r *http.Request) bool {
+			s.overrideBy(func(w http.ResponseWriter, r *http.Request) bool {
 				if r.URL.Query().Get("mount") == "" {
 					return false
 				}
 				c.answer(w, r)
 				return true
-			}
+			})
 			r := openRemote(t, nil)
 			pushed(t, r, s.ref("org/model:v1"), nil, nil, noise(1, 100))
 			_, err := r.Push(t.Context(), s.ref("org/model:v1"), &ocilocal.PushOptions{As: s.ref("org/other:v1")})

@@ -80,11 +80,11 @@ func TestMirror(t *testing.T) {
 // content.
 func TestMirrorFails(t *testing.T) {
 	other := newServer(t)
-	other.override = func(w http.ResponseWriter, _ *http.Request) bool {
+	other.overrideBy(func(w http.ResponseWriter, _ *http.Request) bool {
 		w.Header().Set("Content-Type", "text/html")
 		io.WriteString(w, "<html>log in</html>")
 		return true
-	}
+	})
 	large, small := noise(1, 3<<20), noise(2, 100)
 	wrong := func(n int) http.HandlerFunc {
 		return func(w http.ResponseWriter, _ *http.Request) { w.Write(noise(9, n)) }
@@ -122,7 +122,7 @@ func TestMirrorFails(t *testing.T) {
 			t.Parallel()
 			s, m := newServer(t), newServer(t)
 			s.origin, m.origin = origin, origin
-			m.override = func(w http.ResponseWriter, q *http.Request) bool {
+			m.overrideBy(func(w http.ResponseWriter, q *http.Request) bool {
 				for end, answer := range map[digest.Digest]http.HandlerFunc{want: c.manifest, digest.FromBytes(large): c.large, digest.FromBytes(small): c.small} {
 					if strings.HasSuffix(q.URL.Path, string(end)) && answer != nil {
 						answer(w, q)
@@ -130,7 +130,7 @@ func TestMirrorFails(t *testing.T) {
 					}
 				}
 				return false
-			}
+			})
 			r := openRemote(t, mirrored(t, s, ocilocal.Mirror{Location: m.host}))
 			got, err := r.Pull(t.Context(), s.ref("org/model:v1"), nil)
 			if err != nil || got.Artifact.Digest() != want {
@@ -153,7 +153,7 @@ func TestMirrorFails(t *testing.T) {
 func TestMirrorRests(t *testing.T) {
 	s, m := newServer(t), newServer(t)
 	s.put(t, "org/model", "v1", noise(1, 2<<20), noise(2, 100), noise(3, 100))
-	m.override = func(w http.ResponseWriter, _ *http.Request) bool { panic(http.ErrAbortHandler) }
+	m.overrideBy(func(w http.ResponseWriter, _ *http.Request) bool { panic(http.ErrAbortHandler) })
 	remote := mirrored(t, s, ocilocal.Mirror{Location: m.host}, ocilocal.Mirror{Location: s.host})
 	for range 2 {
 		if _, err := openRemote(t, remote).Pull(t.Context(), s.ref("org/model:v1"), nil); err != nil {
@@ -193,7 +193,7 @@ func TestMirrorTags(t *testing.T) {
 		t.Error(err)
 	}
 	// If the registry is down, such a mirror is enough.
-	s.override = func(http.ResponseWriter, *http.Request) bool { panic(http.ErrAbortHandler) }
+	s.overrideBy(func(http.ResponseWriter, *http.Request) bool { panic(http.ErrAbortHandler) })
 	if got, err := openRemote(t, remote).Pull(t.Context(), s.ref("org/model:v1"), nil); err != nil || got.Artifact.Digest() != old {
 		t.Errorf("%+v, %v", got, err)
 	}
@@ -206,10 +206,10 @@ func TestMirrorAbsence(t *testing.T) {
 	remote := mirrored(t, s, ocilocal.Mirror{Location: m.host, Tags: true})
 	_, err := remote.Manifest(t.Context(), s.ref("org/model:v1"))
 	mustFail(t, err, ocilocal.ErrNotFound)
-	s.override = func(w http.ResponseWriter, _ *http.Request) bool {
+	s.overrideBy(func(w http.ResponseWriter, _ *http.Request) bool {
 		w.WriteHeader(500)
 		return true
-	}
+	})
 	for name, ask := range map[string]func() error{
 		"resolve":  func() error { _, err := remote.Resolve(t.Context(), s.ref("org/model:v1")); return err },
 		"manifest": func() error { _, err := remote.Manifest(t.Context(), s.ref("org/model:v1")); return err },
@@ -278,11 +278,11 @@ func TestMirrorCancelled(t *testing.T) {
 	m.put(t, "org/model", "", noise(1, 100))
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
-	m.override = func(_ http.ResponseWriter, q *http.Request) bool {
+	m.overrideBy(func(_ http.ResponseWriter, q *http.Request) bool {
 		cancel()
 		<-q.Context().Done()
 		return true
-	}
+	})
 	remote := mirrored(t, s, ocilocal.Mirror{Location: m.host})
 	if _, err := openRemote(t, remote).Pull(ctx, s.ref("org/model:v1"), nil); !errors.Is(err, context.Canceled) || len(s.requests("")) != 1 {
 		t.Errorf("%v, %q", err, s.requests(""))

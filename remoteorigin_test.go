@@ -27,7 +27,7 @@ func (m redirects) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 
 // sendOn makes a registry answer requests for a blob of 100 bytes with a redirect.
 func (s *server) sendOn(to string) {
-	s.override = func(w http.ResponseWriter, r *http.Request) bool {
+	s.overrideBy(func(w http.ResponseWriter, r *http.Request) bool {
 		if r.Method != http.MethodGet || !strings.Contains(r.URL.Path, "/blobs/") || s.blobSize("org/model", digest.Digest(path.Base(r.URL.Path))) != 100 || !s.authorized(w, r) {
 			return false
 		}
@@ -36,7 +36,7 @@ func (s *server) sendOn(to string) {
 		}
 		w.WriteHeader(302)
 		return true
-	}
+	})
 }
 
 // TestHostileRedirects: a registry redirects a request for a blob. The test checks which hosts are
@@ -111,13 +111,13 @@ func TestHostileRedirects(t *testing.T) {
 			s.origin = origin
 			s.sendOn(c.to)
 			over := s.override
-			s.override = func(w http.ResponseWriter, r *http.Request) bool {
+			s.overrideBy(func(w http.ResponseWriter, r *http.Request) bool {
 				if r.URL.Path == "/blob" {
 					target(w, r)
 					return true
 				}
 				return over(w, r)
-			}
+			})
 			for _, origin := range []string{"https://cdn.test", "https://registry.test:8443", "https://cdn.registry.test", "https://registry.test.evil.test",
 				"https://plain.test", "https://auth.test", "http://plain.test"} {
 				if origin != c.registry {

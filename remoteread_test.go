@@ -154,10 +154,10 @@ func TestHeadLies(t *testing.T) {
 // GET.
 func TestResolveFails(t *testing.T) {
 	s := newServer(t)
-	s.override = func(w http.ResponseWriter, _ *http.Request) bool {
+	s.overrideBy(func(w http.ResponseWriter, _ *http.Request) bool {
 		w.WriteHeader(503)
 		return true
-	}
+	})
 	remote := &ocilocal.Remote{Retry: quick}
 	defer remote.CloseIdleConnections()
 	_, err := remote.Resolve(t.Context(), s.ref("org/model:v1"))

@@ -71,13 +71,13 @@ func TestReferrersAPIDecision(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			s := newServer(t)
 			s.noReferrers = true
-			s.override = func(w http.ResponseWriter, r *http.Request) bool {
+			s.overrideBy(func(w http.ResponseWriter, r *http.Request) bool {
 				if strings.Contains(r.URL.Path, "/referrers/") {
 					answer(w, r)
 					return true
 				}
 				return false
-			}
+			})
 			r := openRemote(t, nil)
 			subject, signatures := withSignatures(t, r, s, 2)
 			for _, a := range append(signatures, subject) {
@@ -132,13 +132,13 @@ func TestReferrersStrayAbsence(t *testing.T) {
 			var strays atomic.Int64
 			answer := stray(s)
 			s.mu.Lock()
-			s.override = func(w http.ResponseWriter, q *http.Request) bool {
+			s.overrideBy(func(w http.ResponseWriter, q *http.Request) bool {
 				if q.Method == "GET" && strings.HasSuffix(q.URL.Path, tag) && strays.Add(1) == 1 {
 					answer(w, q)
 					return true
 				}
 				return false
-			}
+			})
 			s.mu.Unlock()
 			listed, err := referrersOf(t, subject.Reference())
 			if err == nil && len(listed) != 2 || errors.Is(err, ocilocal.ErrNotFound) {
@@ -174,7 +174,7 @@ func TestReferrersFirst(t *testing.T) {
 			var conditions atomic.Int64
 			interposed := false
 			s.mu.Lock()
-			s.override = func(w http.ResponseWriter, q *http.Request) bool {
+			s.overrideBy(func(w http.ResponseWriter, q *http.Request) bool {
 				if q.Method != "PUT" || !strings.HasSuffix(q.URL.Path, tag) {
 					return false
 				}
@@ -203,7 +203,7 @@ func TestReferrersFirst(t *testing.T) {
 					return true
 				}
 				return false
-			}
+			})
 			s.mu.Unlock()
 			if _, err := r.Push(t.Context(), signatures[0].Reference(), nil); err != nil {
 				t.Fatal(err)
@@ -241,13 +241,13 @@ func TestReferrersStrayPageOfAPI(t *testing.T) {
 				}
 			}
 			var strays atomic.Int64
-			s.override = func(w http.ResponseWriter, q *http.Request) bool {
+			s.overrideBy(func(w http.ResponseWriter, q *http.Request) bool {
 				if strings.Contains(q.URL.Path, "/referrers/") && strays.Add(1) == 1 {
 					page(w, q)
 					return true
 				}
 				return false
-			}
+			})
 			if got, err := referrersOf(t, subject.Reference()); err != nil || len(got) != 2 {
 				t.Errorf("%q, %v", got, err)
 			}
@@ -261,7 +261,7 @@ func TestReferrersWeakETag(t *testing.T) {
 	s.noReferrers = true
 	r := openRemote(t, nil)
 	subject, signatures := withSignatures(t, r, s, 2)
-	s.override = func(w http.ResponseWriter, q *http.Request) bool {
+	s.overrideBy(func(w http.ResponseWriter, q *http.Request) bool {
 		if q.Method == "PUT" && strings.HasPrefix(q.Header.Get("If-Match"), "W/") {
 			w.WriteHeader(412)
 			return true
@@ -277,7 +277,7 @@ func TestReferrersWeakETag(t *testing.T) {
 			return true
 		}
 		return false
-	}
+	})
 	for _, a := range append(signatures, subject) {
 		if _, err := r.Push(t.Context(), a.Reference(), nil); err != nil {
 			t.Fatal(err)
@@ -297,7 +297,7 @@ func TestReferrersOverwritten(t *testing.T) {
 	subject, signatures := withSignatures(t, r, s, 2)
 	tag := "sha256-" + subject.Digest().Encoded()
 	var writes atomic.Int64
-	s.override = func(w http.ResponseWriter, q *http.Request) bool {
+	s.overrideBy(func(w http.ResponseWriter, q *http.Request) bool {
 		if q.Method != "PUT" || !strings.HasSuffix(q.URL.Path, tag) {
 			return false
 		}
@@ -311,7 +311,7 @@ func TestReferrersOverwritten(t *testing.T) {
 		}
 		w.WriteHeader(202)
 		return true
-	}
+	})
 	if _, err := r.Push(t.Context(), signatures[0].Reference(), nil); err != nil {
 		t.Fatal(err)
 	}

@@ -52,13 +52,13 @@ func TestOtherHostsAreNotQuoted(t *testing.T) {
 					t.Errorf("quoted: %s", text)
 				}
 			}
-			s.override = func(w http.ResponseWriter, r *http.Request) bool {
+			s.overrideBy(func(w http.ResponseWriter, r *http.Request) bool {
 				if !strings.Contains(r.URL.Path, "/manifests/") {
 					return false
 				}
 				h(w, r)
 				return true
-			}
+			})
 			_, err = in.remote("", ocilocal.Credential{}).Manifest(t.Context(), s.ref("org/model:v1"))
 			if name != "range" && (err == nil || !strings.Contains(err.Error(), told)) {
 				t.Errorf("the registry is not quoted: %v", err)
@@ -79,7 +79,7 @@ func TestHostileEcho(t *testing.T) {
 			in := newInternet(t)
 			s := in.registry("https://registry.test", "203.0.113.1")
 			in.site("https://other.test", "203.0.113.2", http.HandlerFunc(status(500)))
-			s.override = func(w http.ResponseWriter, r *http.Request) bool {
+			s.overrideBy(func(w http.ResponseWriter, r *http.Request) bool {
 				shown := strings.TrimPrefix(r.Header.Get("Authorization"), "Bearer ")
 				if shown == "" {
 					w.Header().Set("WWW-Authenticate", `Bearer realm="https://registry.test/token"`)
@@ -92,7 +92,7 @@ func TestHostileEcho(t *testing.T) {
 				}
 				io.WriteString(w, `{"tags":[]}`)
 				return true
-			}
+			})
 			remote := in.remote(s.host, ocilocal.Credential{RegistryToken: token})
 			_, err := remote.Manifest(t.Context(), s.ref("org/model:v1"))
 			if err == nil {

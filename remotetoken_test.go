@@ -336,7 +336,7 @@ func TestTokenLeniency(t *testing.T) {
 				}, scopes(r)))
 			})
 			requests := 0
-			s.override = func(w http.ResponseWriter, r *http.Request) bool {
+			s.overrideBy(func(w http.ResponseWriter, r *http.Request) bool {
 				requests++
 				token := r.Header.Get("Authorization")
 				if token != "" && strings.Contains(token, c.wants) {
@@ -351,17 +351,17 @@ func TestTokenLeniency(t *testing.T) {
 				}
 				w.WriteHeader(status)
 				return true
-			}
+			})
 			if strings.HasPrefix(name, "insufficient") || c.status == 403 {
 				first := s.override
-				s.override = func(w http.ResponseWriter, r *http.Request) bool {
+				s.overrideBy(func(w http.ResponseWriter, r *http.Request) bool {
 					if r.Header.Get("Authorization") == "" { // the first challenge says nothing of what is wanted
 						w.Header().Set("WWW-Authenticate", `Bearer realm="https://auth.test/token",service="s"`)
 						w.WriteHeader(401)
 						return true
 					}
 					return first(w, r)
-				}
+				})
 			}
 			remote := in.remote("", ocilocal.Credential{})
 			var err error

@@ -33,14 +33,14 @@ func TestHostileRedirectedBodies(t *testing.T) {
 					io.Copy(io.Discard, r.Body)
 					w.WriteHeader(201)
 				}))
-				s.override = func(w http.ResponseWriter, r *http.Request) bool {
+				s.overrideBy(func(w http.ResponseWriter, r *http.Request) bool {
 					if r.Method != method || r.Header.Get("Authorization") == "" {
 						return false
 					}
 					w.Header().Set("Location", "https://evil.test/x")
 					w.WriteHeader(code)
 					return true
-				}
+				})
 				remote := in.remote(s.host, ocilocal.Credential{Username: "me", Password: secretPassword})
 				var err error
 				if method == "DELETE" {
@@ -74,13 +74,13 @@ func TestRedirectTargetKeepsConnections(t *testing.T) {
 		blobs["/"+string(digest.FromBytes(layers[i]))] = layers[i]
 	}
 	s.put(t, "org/model", "v1", layers...)
-	s.override = func(w http.ResponseWriter, r *http.Request) bool {
+	s.overrideBy(func(w http.ResponseWriter, r *http.Request) bool {
 		if _, d, ok := strings.Cut(r.URL.Path, "/blobs/"); ok && blobs["/"+d] != nil {
 			http.Redirect(w, r, "https://cdn.test/"+d, http.StatusTemporaryRedirect)
 			return true
 		}
 		return false
-	}
+	})
 	if _, err := openRemote(t, in.remote("", ocilocal.Credential{})).Pull(t.Context(), s.ref("org/model:v1"), nil); err != nil {
 		t.Fatal(err)
 	}
@@ -111,7 +111,7 @@ func TestBadRangesKeepNoSlots(t *testing.T) {
 			s.put(t, "org/model", "v1", blob)
 			var whole atomic.Bool
 			var bads atomic.Int32
-			s.override = func(w http.ResponseWriter, r *http.Request) bool {
+			s.overrideBy(func(w http.ResponseWriter, r *http.Request) bool {
 				if !strings.HasSuffix(r.URL.Path, string(digest.FromBytes(blob))) || whole.Load() {
 					return false
 				}
@@ -123,7 +123,7 @@ func TestBadRangesKeepNoSlots(t *testing.T) {
 				bads.Add(1)
 				bad(w, r)
 				return true
-			}
+			})
 			remote := in.remote("", ocilocal.Credential{})
 			remote.MaxPerHost = slots
 			r := openRemote(t, remote)
@@ -150,10 +150,10 @@ func TestCodingsOfPlainBytes(t *testing.T) {
 	for _, coding := range []string{"aws-chunked", "identity", "Identity", "gzip", "aws-chunked,gzip", "binary", "utf-8", "br"} {
 		s := newServer(t)
 		s.put(t, "org/model", "v1", gzipped(noise(1, 1000)))
-		s.override = func(w http.ResponseWriter, r *http.Request) bool {
+		s.overrideBy(func(w http.ResponseWriter, r *http.Request) bool {
 			w.Header()["Content-Encoding"] = []string{coding}
 			return false
-		}
+		})
 		remote := new(ocilocal.Remote)
 		r := openRemote(t, remote)
 		got, err := r.Pull(t.Context(), s.ref("org/model:v1"), nil)

@@ -67,14 +67,14 @@ func TestPushListsReferrerLater(t *testing.T) {
 	subject := pushed(t, r, s.ref("org/model:v1"), nil, nil, noise(1, 10))
 	sig := pushed(t, r, s.ref("org/model:sig"), nil, descOf(subject), noise(2, 10))
 	failed := false
-	s.override = func(w http.ResponseWriter, q *http.Request) bool {
+	s.overrideBy(func(w http.ResponseWriter, q *http.Request) bool {
 		if failed || q.Method != "PUT" || !strings.HasSuffix(q.URL.Path, "/manifests/sha256-"+subject.Digest().Encoded()) {
 			return false
 		}
 		failed = true
 		status(403)(w, q)
 		return true
-	}
+	})
 	if _, err := r.Push(t.Context(), sig.Reference(), nil); !errors.Is(err, ocilocal.ErrDenied) {
 		t.Fatal(err)
 	}
@@ -142,14 +142,14 @@ func TestPushGivesUp(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			s := newServer(t)
 			var tries atomic.Int64
-			s.override = func(w http.ResponseWriter, r *http.Request) bool {
+			s.overrideBy(func(w http.ResponseWriter, r *http.Request) bool {
 				if !strings.Contains(c.method, r.Method) || !strings.Contains(r.URL.Path, "/uploads/") {
 					return false
 				}
 				tries.Add(1)
 				status(503)(w, r)
 				return true
-			}
+			})
 			r := openRemote(t, nil)
 			a := pushed(t, r, s.ref("org/model:v1"), nil, nil, noise(2, 300_000))
 			if c.mount {
@@ -202,14 +202,14 @@ func TestPushShrinks(t *testing.T) {
 func TestPushAnswerLost(t *testing.T) {
 	s := newServer(t)
 	lost := false
-	s.override = func(_ http.ResponseWriter, q *http.Request) bool {
+	s.overrideBy(func(_ http.ResponseWriter, q *http.Request) bool {
 		if lost || q.Method != "PUT" || q.ContentLength < 1<<20 {
 			return false
 		}
 		lost = true
 		s.plain(httptest.NewRecorder(), q)
 		panic(http.ErrAbortHandler)
-	}
+	})
 	r := openRemote(t, nil)
 	pushed(t, r, s.ref("org/model:v1"), nil, nil, noise(9, 2<<20))
 	if got, err := r.Push(t.Context(), s.ref("org/model:v1"), nil); err != nil || !lost || got.BytesSent != 2<<20+2 {
@@ -222,7 +222,7 @@ func TestPushAnswerLost(t *testing.T) {
 func TestPushUploadMoves(t *testing.T) {
 	s := newServer(t)
 	failed, moved := false, false
-	s.override = func(w http.ResponseWriter, q *http.Request) bool {
+	s.overrideBy(func(w http.ResponseWriter, q *http.Request) bool {
 		if !strings.Contains(q.URL.Path, "/uploads/") || q.Method == "POST" {
 			return false
 		}
@@ -244,7 +244,7 @@ func TestPushUploadMoves(t *testing.T) {
 			}
 		}
 		return false
-	}
+	})
 	r := openRemote(t, nil)
 	pushed(t, r, s.ref("org/model:v1"), nil, nil, noise(9, 300_000))
 	if _, err := r.Push(t.Context(), s.ref("org/model:v1"), &ocilocal.PushOptions{ChunkSize: 100_000}); err != nil || !failed {
@@ -276,7 +276,7 @@ func (w rangeless) WriteHeader(code int) {
 func TestPushOutOfRange(t *testing.T) {
 	s := newServer(t)
 	var chunks, asked atomic.Int64
-	s.override = func(w http.ResponseWriter, r *http.Request) bool {
+	s.overrideBy(func(w http.ResponseWriter, r *http.Request) bool {
 		if r.Method == "GET" && strings.Contains(r.URL.Path, "/uploads/") {
 			asked.Add(1)
 		}
@@ -288,7 +288,7 @@ func TestPushOutOfRange(t *testing.T) {
 		}
 		s.plain(rangeless{w}, r)
 		return true
-	}
+	})
 	r := openRemote(t, nil)
 	pushed(t, r, s.ref("org/model:v1"), nil, nil, noise(2, 450_000))
 	_, err := r.Push(t.Context(), s.ref("org/model:v1"), &ocilocal.PushOptions{ChunkSize: 100_000})
@@ -328,7 +328,7 @@ func TestPushBodyClosedByTransport(t *testing.T) {
 // answersAs makes the server answer requests of one kind with another status, or with changed
 // headers.
 func (s *server) answersAs(method, part string, change func(r *http.Request, rec *httptest.ResponseRecorder)) {
-	s.override = func(w http.ResponseWriter, r *http.Request) bool {
+	s.overrideBy(func(w http.ResponseWriter, r *http.Request) bool {
 		if r.Method != method || !strings.Contains(r.URL.Path, part) {
 			return false
 		}
@@ -343,7 +343,7 @@ func (s *server) answersAs(method, part string, change func(r *http.Request, rec
 		w.WriteHeader(rec.Code)
 		w.Write(rec.Body.Bytes())
 		return true
-	}
+	})
 }
 
 // pushAndCheck pushes an artifact with one layer, and pulls it into another registry.
@@ -388,14 +388,14 @@ func TestPushStatuses(t *testing.T) {
 	}
 	for _, part := range []string{"/manifests/", "/blobs/uploads/"} {
 		s := newServer(t)
-		s.override = func(w http.ResponseWriter, r *http.Request) bool {
+		s.overrideBy(func(w http.ResponseWriter, r *http.Request) bool {
 			if r.Method != "PUT" || !strings.Contains(r.URL.Path, part) {
 				return false
 			}
 			w.Header().Set("Content-Type", "text/html; charset=utf-8")
 			io.WriteString(w, "<html>blocked</html>")
 			return true
-		}
+		})
 		r := openRemote(t, nil)
 		pushed(t, r, s.ref("org/model:v1"), nil, nil, noise(1, 100))
 		if _, err := r.Push(t.Context(), s.ref("org/model:v1"), nil); err == nil {
@@ -455,13 +455,13 @@ func TestPushLimits(t *testing.T) {
 		for _, chunk := range []int64{0, 400 << 10} {
 			t.Run(fmt.Sprint(name, " ", chunk), func(t *testing.T) {
 				s := newServer(t)
-				s.override = func(w http.ResponseWriter, r *http.Request) bool {
+				s.overrideBy(func(w http.ResponseWriter, r *http.Request) bool {
 					if !strings.Contains(r.URL.Path, "/blobs/uploads/") || r.ContentLength <= limit {
 						return false
 					}
 					refuse(s, w, r)
 					return true
-				}
+				})
 				pushAndCheck(t, s, noise(1, 1<<20), chunk)
 			})
 		}
@@ -490,13 +490,13 @@ func TestPushDoubtfulHeads(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			s := newServer(t)
-			s.override = func(w http.ResponseWriter, r *http.Request) bool {
+			s.overrideBy(func(w http.ResponseWriter, r *http.Request) bool {
 				if r.Method != "HEAD" || !strings.HasSuffix(r.URL.Path, string(digest.FromBytes(layer))) {
 					return false
 				}
 				answer(w, r)
 				return true
-			}
+			})
 			pushAndCheck(t, s, layer, 0)
 		})
 	}
@@ -506,26 +506,26 @@ func TestPushDoubtfulHeads(t *testing.T) {
 	pushed(t, r, s.ref("org/model:v1"), nil, nil, layer)
 	d := digest.FromBytes(layer)
 	s.plantBlob("org/model", d, layer[:1500])
-	s.override = func(w http.ResponseWriter, r *http.Request) bool {
+	s.overrideBy(func(w http.ResponseWriter, r *http.Request) bool {
 		if r.Method == "PUT" && strings.Contains(r.URL.RawQuery, d.Encoded()) {
 			status(201)(w, r)
 			return true
 		}
 		return false
-	}
+	})
 	if _, err := r.Push(t.Context(), s.ref("org/model:v1"), nil); !errors.Is(err, ocilocal.ErrSizeMismatch) {
 		t.Error(err)
 	}
 	// A cache says that the blob is there, and the registry, when it gets the manifest, that it
 	// isn't.
 	s = newServer(t)
-	s.override = func(w http.ResponseWriter, r *http.Request) bool {
+	s.overrideBy(func(w http.ResponseWriter, r *http.Request) bool {
 		if r.Method == "HEAD" && strings.HasSuffix(r.URL.Path, string(d)) {
 			w.Header().Set("Content-Length", fmt.Sprint(len(layer)))
 			return true
 		}
 		return false
-	}
+	})
 	pushAndCheck(t, s, layer, 0)
 }
 
@@ -602,7 +602,7 @@ func TestUploadsElsewhere(t *testing.T) {
 			})
 			s := in.registry("https://registry.test", "203.0.113.1")
 			s.user, s.password = "me", secretPassword
-			s.override = func(w http.ResponseWriter, r *http.Request) bool {
+			s.overrideBy(func(w http.ResponseWriter, r *http.Request) bool {
 				switch {
 				case r.Method == "POST" && s.authorized(w, r):
 					w.Header()["Location"] = []string{c.first}
@@ -616,7 +616,7 @@ func TestUploadsElsewhere(t *testing.T) {
 					return false
 				}
 				return true
-			}
+			})
 			for _, origin := range []string{"https://uploads.test", "https://registry.test:8443", "http://registry.test"} {
 				in.site(origin, "203.0.113.2", uploads)
 			}
@@ -648,7 +648,7 @@ func TestPushPartOfBlob(t *testing.T) {
 	layer := noise(1, 1000)
 	r := openRemote(t, nil)
 	a := pushed(t, r, s.ref("org/model:v1"), nil, nil, layer)
-	s.override = func(w http.ResponseWriter, q *http.Request) bool {
+	s.overrideBy(func(w http.ResponseWriter, q *http.Request) bool {
 		if q.Method != "PUT" || !strings.Contains(q.URL.Path, "/blobs/uploads/") || q.URL.Query().Get("digest") != string(digest.FromBytes(layer)) {
 			return false
 		}
@@ -656,7 +656,7 @@ func TestPushPartOfBlob(t *testing.T) {
 		s.plantBlob("org/model", digest.FromBytes(layer), layer[:500])
 		w.WriteHeader(202)
 		return true
-	}
+	})
 	if got, err := r.Push(t.Context(), a.Reference(), nil); !errors.Is(err, ocilocal.ErrSizeMismatch) {
 		t.Errorf("%+v, %v", got, err)
 	}

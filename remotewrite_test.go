@@ -24,13 +24,13 @@ func TestPushArtifactManifestRefused(t *testing.T) {
 	}
 	// A registry that accepts them may lack a blob, which is another error.
 	for _, code := range []int{400, 404} {
-		s.override = func(w http.ResponseWriter, q *http.Request) bool {
+		s.overrideBy(func(w http.ResponseWriter, q *http.Request) bool {
 			if q.Method == "PUT" && strings.Contains(q.URL.Path, "/manifests/") {
 				fail(w, code, "MANIFEST_BLOB_UNKNOWN")
 				return true
 			}
 			return false
-		}
+		})
 		if _, err := r.Push(t.Context(), ref, nil); errors.Is(err, ocilocal.ErrUnsupportedManifest) || !errors.Is(err, ocilocal.ErrNotFound) {
 			t.Errorf("%d: %v", code, err)
 		}

@@ -105,7 +105,7 @@ func TestRepairFromBadRemote(t *testing.T) {
 	for _, text := range []string{"layer", "other", "third"} {
 		rewrite(t, blobFile(r, d(text)), flipBit)
 	}
-	s.override = func(w http.ResponseWriter, r *http.Request) bool {
+	s.overrideBy(func(w http.ResponseWriter, r *http.Request) bool {
 		switch {
 		case strings.HasSuffix(r.URL.Path, d("layer").String()):
 			fmt.Fprint(w, "LAYER")
@@ -115,7 +115,7 @@ func TestRepairFromBadRemote(t *testing.T) {
 			return false
 		}
 		return true
-	}
+	})
 	report, err := r.Repair(t.Context(), &ocilocal.RepairOptions{Remote: remote})
 	if e, ok := errors.AsType[*ocilocal.RemoteError](err); !ok || e.URL == "" {
 		t.Errorf("error %v", err)
