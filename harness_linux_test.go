@@ -159,7 +159,6 @@ var mixes = []mix{
 	{"remote", func(t *testing.T, h *harnessRound) { // a registry whose answers break off
 		h.server = remoteArtifacts(t)
 		var n atomic.Int64
-		h.server.mu.Lock()
 		h.server.overrideBy(func(w http.ResponseWriter, r *http.Request) bool {
 			switch n.Add(1) % 13 {
 			case 3:
@@ -170,7 +169,6 @@ var mixes = []mix{
 			}
 			return false
 		})
-		h.server.mu.Unlock()
 		h.each = func(c *harnessConfig, _ *rand.Rand) { c.Server, c.Allow = h.server.host, []string{"remote"} }
 	}},
 	{"goroutines", func(_ *testing.T, h *harnessRound) { // that share commits, and everything at once

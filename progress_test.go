@@ -357,7 +357,7 @@ func TestProgressOfPieces(t *testing.T) {
 	s.put(t, "org/model", "v1", large, last, []byte{})
 	s.cutAfter(700<<10, 5)
 	r := openRemote(t, nil)
-	cut := s.override
+	cut := s.overrideNow()
 	s.overrideBy(func(w http.ResponseWriter, q *http.Request) bool {
 		if strings.HasSuffix(q.URL.Path, string(digest.FromBytes(last))) {
 			status(404)(w, q)

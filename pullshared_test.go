@@ -365,7 +365,7 @@ func TestPullSharedPanic(t *testing.T) {
 			large := noise(1, 2<<20)
 			want := s.put(t, "org/model", "v1", large)
 			g := s.holdBack(large)
-			hold, asked := s.override, make(chan struct{})
+			hold, asked := s.overrideNow(), make(chan struct{})
 			s.overrideBy(func(w http.ResponseWriter, q *http.Request) bool {
 				hold(w, q)
 				if user, _, _ := q.BasicAuth(); user == "me" || !strings.Contains(q.URL.Path, "/blobs/") {

@@ -7,6 +7,7 @@ import (
 	"net/http"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 
 	"github.com/opencontainers/go-digest"
@@ -210,10 +211,9 @@ func TestPushReferrersRace(t *testing.T) {
 		pushed(t, r, s.ref("org/model:"+name), nil, descOf(subject), noise(byte(3+i), 10))
 	}
 	tag := "/manifests/sha256-" + subject.Digest().Encoded()
-	interposed := false
+	var interposed atomic.Bool
 	s.overrideBy(func(w http.ResponseWriter, q *http.Request) bool {
-		if q.Method == "PUT" && strings.HasSuffix(q.URL.Path, tag) && !interposed {
-			interposed = true
+		if q.Method == "PUT" && strings.HasSuffix(q.URL.Path, tag) && !interposed.Swap(true) {
 			if _, err := openRemote(t, nil).Push(t.Context(), s.ref("org/model:c"), nil); !errors.Is(err, ocilocal.ErrNotFound) {
 				t.Error(err)
 			}

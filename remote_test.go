@@ -370,7 +370,7 @@ func TestWarnOnce(t *testing.T) {
 		w.Write(noise(1, 100))
 	}))
 	s.sendOn("https://cdn.test/blob")
-	sendOn := s.override
+	sendOn := s.overrideNow()
 	s.overrideBy(func(w http.ResponseWriter, r *http.Request) bool {
 		if sendOn(w, r) {
 			return true

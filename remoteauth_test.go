@@ -116,7 +116,7 @@ func TestSendCredentials(t *testing.T) {
 			cdn := in.site("https://cdn.test", "203.0.113.3", http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { w.Write(noise(1, 100)) }))
 			s.put(t, "org/model", "v1", noise(1, 100))
 			s.sendOn("https://cdn.test/blob")
-			sends := s.override
+			sends := s.overrideNow()
 			s.overrideBy(func(w http.ResponseWriter, r *http.Request) bool {
 				user, password, _ := r.BasicAuth()
 				if user == "me" && password == secretPassword || strings.HasPrefix(r.Header.Get("Authorization"), "Bearer "+secretToken) {

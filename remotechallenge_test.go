@@ -93,7 +93,7 @@ func TestHostileRealms(t *testing.T) {
 			s := in.registry(c.registry, c.ip)
 			s.origin = origin
 			s.wantToken(c.realm)
-			over := s.override
+			over := s.overrideNow()
 			s.overrideBy(func(w http.ResponseWriter, r *http.Request) bool {
 				if r.URL.Path == "/token" {
 					handOut("")(w, r)

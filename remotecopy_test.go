@@ -118,17 +118,19 @@ func TestRemoteCopyOrder(t *testing.T) {
 		`{"schemaVersion":2,"mediaType":%q,"manifests":[{"mediaType":"application/x-layer","digest":%q,"size":%d},{"mediaType":%q,"digest":%q,"size":%d}]}`,
 		ocispec.MediaTypeImageIndex, digest.FromBytes(large), len(large),
 		ocispec.MediaTypeImageManifest, member, len(a.at("org/model", string(member)).body)))
-	early := false
+	var early atomic.Bool
 	a.overrideBy(func(_ http.ResponseWriter, q *http.Request) bool {
 		if strings.HasSuffix(q.URL.Path, string(member)) { // its turn has come
-			early = early || b.blobSize("org/model", digest.FromBytes(large)) < 0
+			if b.blobSize("org/model", digest.FromBytes(large)) < 0 {
+				early.Store(true)
+			}
 		}
 		return false
 	})
 	remote := &ocilocal.Remote{Retry: quick}
 	defer remote.CloseIdleConnections()
 	d, err := remote.Copy(t.Context(), a.ref("org/model:multi"), b.ref("org/model:multi"), remote)
-	if err != nil || d.Digest != index || early {
-		t.Errorf("%v, %v, a manifest before its blob: %t", d, err, early)
+	if err != nil || d.Digest != index || early.Load() {
+		t.Errorf("%v, %v, a manifest before its blob: %t", d, err, early.Load())
 	}
 }

@@ -62,7 +62,7 @@ func TestPrivateTargets(t *testing.T) {
 				target := in.site(c.target, c.at, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 					s.ServeHTTP(w, r)
 				}))
-				direct := s.override
+				direct := s.overrideNow()
 				s.overrideBy(func(w http.ResponseWriter, r *http.Request) bool {
 					sends := map[string]string{"GET": "/blobs/sha256", "HEAD": "/manifests/v1"}[method]
 					switch {
@@ -134,9 +134,9 @@ func TestAllowAddress(t *testing.T) {
 		s := in.registry(c.origin, "203.0.113.1")
 		s.put(t, "org/model", "v1", blob)
 		s.sendOn("https://inside.test/blob")
-		sends := s.override
+		sends := s.overrideNow()
 		s.wantToken(c.token)
-		asks := s.override
+		asks := s.overrideNow()
 		s.overrideBy(func(w http.ResponseWriter, r *http.Request) bool { return asks(w, r) || sends(w, r) })
 		remote := in.remote(s.host, ocilocal.Credential{Username: "me", Password: secretPassword})
 		remote.AllowAddress = func(registry string, addr netip.Addr) bool {

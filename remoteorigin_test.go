@@ -110,7 +110,7 @@ func TestHostileRedirects(t *testing.T) {
 			s.user, s.password = "me", secretPassword
 			s.origin = origin
 			s.sendOn(c.to)
-			over := s.override
+			over := s.overrideNow()
 			s.overrideBy(func(w http.ResponseWriter, r *http.Request) bool {
 				if r.URL.Path == "/blob" {
 					target(w, r)

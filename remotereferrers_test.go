@@ -131,7 +131,6 @@ func TestReferrersStrayAbsence(t *testing.T) {
 			tag := "/manifests/sha256-" + subject.Digest().Encoded()
 			var strays atomic.Int64
 			answer := stray(s)
-			s.mu.Lock()
 			s.overrideBy(func(w http.ResponseWriter, q *http.Request) bool {
 				if q.Method == "GET" && strings.HasSuffix(q.URL.Path, tag) && strays.Add(1) == 1 {
 					answer(w, q)
@@ -139,7 +138,6 @@ func TestReferrersStrayAbsence(t *testing.T) {
 				}
 				return false
 			})
-			s.mu.Unlock()
 			listed, err := referrersOf(t, subject.Reference())
 			if err == nil && len(listed) != 2 || errors.Is(err, ocilocal.ErrNotFound) {
 				t.Errorf("listed %q, %v", listed, err)
@@ -172,8 +170,7 @@ func TestReferrersFirst(t *testing.T) {
 			}
 			tag := "/manifests/sha256-" + subject.Digest().Encoded()
 			var conditions atomic.Int64
-			interposed := false
-			s.mu.Lock()
+			var interposed atomic.Bool
 			s.overrideBy(func(w http.ResponseWriter, q *http.Request) bool {
 				if q.Method != "PUT" || !strings.HasSuffix(q.URL.Path, tag) {
 					return false
@@ -181,8 +178,7 @@ func TestReferrersFirst(t *testing.T) {
 				if q.Header.Get("If-None-Match") == "*" {
 					conditions.Add(1)
 				}
-				if !interposed { // between the reading and the writing, another client comes
-					interposed = true
+				if !interposed.Swap(true) { // between the reading and the writing, another client comes
 					other := &ocilocal.Remote{Retry: quick}
 					defer other.CloseIdleConnections()
 					if _, err := r.Push(t.Context(), signatures[1].Reference(), &ocilocal.PushOptions{Remote: other}); err != nil {
@@ -204,7 +200,6 @@ func TestReferrersFirst(t *testing.T) {
 				}
 				return false
 			})
-			s.mu.Unlock()
 			if _, err := r.Push(t.Context(), signatures[0].Reference(), nil); err != nil {
 				t.Fatal(err)
 			}

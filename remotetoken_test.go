@@ -335,9 +335,9 @@ func TestTokenLeniency(t *testing.T) {
 					return c
 				}, scopes(r)))
 			})
-			requests := 0
+			var requests atomic.Int64
 			s.overrideBy(func(w http.ResponseWriter, r *http.Request) bool {
-				requests++
+				requests.Add(1)
 				token := r.Header.Get("Authorization")
 				if token != "" && strings.Contains(token, c.wants) {
 					return false
@@ -353,7 +353,7 @@ func TestTokenLeniency(t *testing.T) {
 				return true
 			})
 			if strings.HasPrefix(name, "insufficient") || c.status == 403 {
-				first := s.override
+				first := s.overrideNow()
 				s.overrideBy(func(w http.ResponseWriter, r *http.Request) bool {
 					if r.Header.Get("Authorization") == "" { // the first challenge says nothing of what is wanted
 						w.Header().Set("WWW-Authenticate", `Bearer realm="https://auth.test/token",service="s"`)
@@ -376,8 +376,8 @@ func TestTokenLeniency(t *testing.T) {
 			} else if c.want != nil {
 				mustFail(t, err, c.want)
 			}
-			if n := len(server.asked()); n > 3 || requests > 4 {
-				t.Errorf("%d tokens, %d requests", n, requests)
+			if n := len(server.asked()); n > 3 || requests.Load() > 4 {
+				t.Errorf("%d tokens, %d requests", n, requests.Load())
 			}
 		})
 	}

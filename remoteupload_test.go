@@ -66,12 +66,11 @@ func TestPushListsReferrerLater(t *testing.T) {
 	r := openRemote(t, nil)
 	subject := pushed(t, r, s.ref("org/model:v1"), nil, nil, noise(1, 10))
 	sig := pushed(t, r, s.ref("org/model:sig"), nil, descOf(subject), noise(2, 10))
-	failed := false
+	var failed atomic.Bool
 	s.overrideBy(func(w http.ResponseWriter, q *http.Request) bool {
-		if failed || q.Method != "PUT" || !strings.HasSuffix(q.URL.Path, "/manifests/sha256-"+subject.Digest().Encoded()) {
+		if q.Method != "PUT" || !strings.HasSuffix(q.URL.Path, "/manifests/sha256-"+subject.Digest().Encoded()) || failed.Swap(true) {
 			return false
 		}
-		failed = true
 		status(403)(w, q)
 		return true
 	})
@@ -201,18 +200,17 @@ func TestPushShrinks(t *testing.T) {
 // again.
 func TestPushAnswerLost(t *testing.T) {
 	s := newServer(t)
-	lost := false
+	var lost atomic.Bool
 	s.overrideBy(func(_ http.ResponseWriter, q *http.Request) bool {
-		if lost || q.Method != "PUT" || q.ContentLength < 1<<20 {
+		if q.Method != "PUT" || q.ContentLength < 1<<20 || lost.Swap(true) {
 			return false
 		}
-		lost = true
 		s.plain(httptest.NewRecorder(), q)
 		panic(http.ErrAbortHandler)
 	})
 	r := openRemote(t, nil)
 	pushed(t, r, s.ref("org/model:v1"), nil, nil, noise(9, 2<<20))
-	if got, err := r.Push(t.Context(), s.ref("org/model:v1"), nil); err != nil || !lost || got.BytesSent != 2<<20+2 {
+	if got, err := r.Push(t.Context(), s.ref("org/model:v1"), nil); err != nil || !lost.Load() || got.BytesSent != 2<<20+2 {
 		t.Errorf("%+v, %v", got, err)
 	}
 }
@@ -221,24 +219,22 @@ func TestPushAnswerLost(t *testing.T) {
 // answer to GET.
 func TestPushUploadMoves(t *testing.T) {
 	s := newServer(t)
-	failed, moved := false, false
+	var failed, moved atomic.Bool
 	s.overrideBy(func(w http.ResponseWriter, q *http.Request) bool {
 		if !strings.Contains(q.URL.Path, "/uploads/") || q.Method == "POST" {
 			return false
 		}
 		switch {
-		case q.Method == "PATCH" && !failed:
-			failed = true
+		case q.Method == "PATCH" && !failed.Swap(true):
 			status(503)(w, q)
 			return true
 		case q.Method == "GET":
-			moved = true
+			moved.Store(true)
 			w.Header().Set("Location", q.URL.String()+"&moved=1")
 			w.Header().Set("Range", "0-0")
 			w.WriteHeader(204)
 			return true
-		case q.Method == "PATCH" && moved:
-			moved = false
+		case q.Method == "PATCH" && moved.Swap(false):
 			if q.URL.Query().Get("moved") == "" {
 				t.Errorf("PATCH to %s", q.URL)
 			}
@@ -247,7 +243,7 @@ func TestPushUploadMoves(t *testing.T) {
 	})
 	r := openRemote(t, nil)
 	pushed(t, r, s.ref("org/model:v1"), nil, nil, noise(9, 300_000))
-	if _, err := r.Push(t.Context(), s.ref("org/model:v1"), &ocilocal.PushOptions{ChunkSize: 100_000}); err != nil || !failed {
+	if _, err := r.Push(t.Context(), s.ref("org/model:v1"), &ocilocal.PushOptions{ChunkSize: 100_000}); err != nil || !failed.Load() {
 		t.Error(err)
 	}
 }

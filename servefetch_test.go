@@ -9,6 +9,7 @@ import (
 	"os"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 
 	"github.com/ocilocal/ocilocal"
@@ -144,16 +145,16 @@ func TestServeFetchResumed(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer other.Close()
-	from := ""
+	var from atomic.Value
 	m.intercept(func(_ http.ResponseWriter, r *http.Request) bool {
-		from = r.Header.Get("Range")
+		from.Store(r.Header.Get("Range"))
 		return false
 	})
 	if a := serveAt(t, other, m.opts).want(200, "GET", blobAt(layer), ""); a.body != layer {
 		t.Errorf("%d bytes", len(a.body))
 	}
-	if want := fmt.Sprintf("bytes=%d-%d", 2<<20, len(layer)-1); from != want {
-		t.Errorf("the origin was asked for %q, want %q", from, want)
+	if want := fmt.Sprintf("bytes=%d-%d", 2<<20, len(layer)-1); from.Load() != want {
+		t.Errorf("the origin was asked for %q, want %q", from.Load(), want)
 	}
 	checkSound(t, m.r)
 }
