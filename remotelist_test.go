@@ -63,9 +63,7 @@ func TestHostileCodings(t *testing.T) {
 						}
 					}
 					coded := func(end string, code int, want error) {
-						v.mu.Lock()
 						v.on(end, answer(code))
-						v.mu.Unlock()
 						_, err := r.Pull(t.Context(), v.ref("org/model:v1"), nil)
 						mustFail(t, err, want)
 						checkUnpublished(t, r)
