@@ -81,6 +81,15 @@ func TryLockDir(r *LocalRegistry, name string) (release func() error, held bool,
 	return tryLockDir(r.root, name)
 }
 
+// TryLockFile tries to lock a file below r's root.
+func TryLockFile(r *LocalRegistry, name string) (release func() error, held bool, err error) {
+	f, err := r.root.openLocked(name)
+	if f == nil {
+		return nil, false, err
+	}
+	return f.Close, true, nil
+}
+
 // SharedSync returns a function that calls fn as concurrent fsyncs of a directory are shared.
 func SharedSync(fn func() error) func() error {
 	s := newSharedSync()

@@ -69,6 +69,9 @@ func tryLockFile(root *rootDir, name string) (*os.File, error) {
 	return nil, &os.PathError{Op: "open", Path: name, Err: err}
 }
 
+// closeLocked closes a file of [tryLockFile]. A child process inherits no handle, so the lock ends.
+func closeLocked(f *os.File) error { return f.Close() }
+
 const fileShareDelete = 0x4 // FILE_SHARE_DELETE
 
 // checkWritable is nil here: the first write fails instead.

@@ -15,6 +15,8 @@ type rootFile struct {
 	name string // below the directory
 	root *rootDir
 
+	locked bool // by openLocked
+
 	written, started int64 // bytes in the file, and those of them that were handed to the disk
 }
 
@@ -39,14 +41,21 @@ func (r *rootDir) openLocked(name string) (*rootFile, error) {
 	if f == nil || err != nil {
 		return nil, err
 	}
-	return &rootFile{file: f, name: name, root: r}, nil
+	return &rootFile{file: f, name: name, root: r, locked: true}, nil
+}
+
+// Close ends the lock of openLocked as well.
+func (f *rootFile) Close() error {
+	if f.locked {
+		return closeLocked(f.file)
+	}
+	return f.file.Close()
 }
 
 func (f *rootFile) Read(p []byte) (int, error)                { return f.file.Read(p) }
 func (f *rootFile) ReadAt(p []byte, off int64) (int, error)   { return f.file.ReadAt(p, off) }
 func (f *rootFile) Seek(off int64, whence int) (int64, error) { return f.file.Seek(off, whence) }
 func (f *rootFile) Stat() (fs.FileInfo, error)                { return f.file.Stat() }
-func (f *rootFile) Close() error                              { return f.file.Close() }
 
 // Write hands bytes that were written to the disk from time to time: see [writebackEvery].
 func (f *rootFile) Write(p []byte) (int, error) {
