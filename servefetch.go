@@ -65,16 +65,16 @@ func (u *upstream) join(ctx context.Context, key string, work func(context.Conte
 
 // end wakes the requests.
 func (f *sharedFetch) end(err error) {
+	f.u.mu.Lock()
 	f.forget()
+	f.u.mu.Unlock()
 	f.err = err
 	f.cancel()
 	close(f.done)
 }
 
-// forget lets the next request begin again.
+// forget lets the next request begin again. The caller holds upstream.mu.
 func (f *sharedFetch) forget() {
-	f.u.mu.Lock()
-	defer f.u.mu.Unlock()
 	if f.u.fetches[f.key] == f {
 		delete(f.u.fetches, f.key)
 	}
@@ -85,8 +85,8 @@ func (f *sharedFetch) leave() {
 	f.u.mu.Lock()
 	f.waiting--
 	last := f.waiting == 0
-	if last && f.u.fetches[f.key] == f {
-		delete(f.u.fetches, f.key)
+	if last {
+		f.forget()
 	}
 	f.u.mu.Unlock()
 	if last {

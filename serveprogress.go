@@ -136,7 +136,7 @@ func (w *serveWriter) Write(p []byte) (written int, err error) {
 func (w *serveWriter) sendFile(f io.Reader, n int64) error {
 	var buf []byte
 	if _, ok := w.w.(io.ReaderFrom); !ok {
-		buf = make([]byte, max(1, min(n, 32<<10)))
+		buf = make([]byte, min(n, 32<<10))
 	}
 	for n > 0 {
 		m, err := io.CopyBuffer(w.w, io.LimitReader(f, min(n, sendChunk)), buf)
