@@ -73,10 +73,8 @@ func readSome(t *testing.T, res *http.Response, n int, want string) {
 // once.
 func TestServeFollow(t *testing.T) {
 	t.Parallel()
-	m := newMirror(t, nil, nil)
 	layer := aLargeBlob(1)
-	m.origin.pushImage("org/app", "v1", layer)
-	m.want(200, "GET", appManifests+"v1", "")
+	m := newMirrorOf(t, layer)
 	m.requests("")
 	half, read := len(layer)/2, make(chan struct{})
 	m.intercept(func(w http.ResponseWriter, r *http.Request) bool {
@@ -123,10 +121,8 @@ func TestServeFollow(t *testing.T) {
 // continues it, also by another handle of the root, and after the origin has broken off.
 func TestServeFetchResumed(t *testing.T) {
 	t.Parallel()
-	m := newMirror(t, nil, nil)
 	layer := aLargeBlob(2)
-	m.origin.pushImage("org/app", "v1", layer)
-	m.want(200, "GET", appManifests+"v1", "")
+	m := newMirrorOf(t, layer)
 	left := make(chan struct{})
 	m.breakOff(layer, 1<<20, func() { <-left })
 	ctx, leave := context.WithCancel(t.Context())
@@ -140,10 +136,7 @@ func TestServeFetchResumed(t *testing.T) {
 		t.Errorf("from an origin that breaks off: %d, %d bytes, %v", res.StatusCode, len(got), err)
 	}
 
-	other, err := ocilocal.Open(t.Context(), m.r.Root(), nil)
-	if err != nil {
-		t.Fatal(err)
-	}
+	other := openAgain(t, m.r)
 	defer other.Close()
 	var from atomic.Value
 	m.intercept(func(_ http.ResponseWriter, r *http.Request) bool {
@@ -163,14 +156,9 @@ func TestServeFetchResumed(t *testing.T) {
 // the clients of both get its bytes as they arrive.
 func TestServeFetchProcesses(t *testing.T) {
 	t.Parallel()
-	m := newMirror(t, nil, nil)
 	layer := aLargeBlob(3)
-	m.origin.pushImage("org/app", "v1", layer)
-	m.want(200, "GET", appManifests+"v1", "")
-	other, err := ocilocal.Open(t.Context(), m.r.Root(), nil)
-	if err != nil {
-		t.Fatal(err)
-	}
+	m := newMirrorOf(t, layer)
+	other := openAgain(t, m.r)
 	t.Cleanup(func() { other.Close() })
 	m.requests("")
 	half, read := len(layer)/2, make(chan struct{})
@@ -349,9 +337,7 @@ func TestServeFetchAbsent(t *testing.T) {
 // TestServeFetchLost: content that was lost is fetched again.
 func TestServeFetchLost(t *testing.T) {
 	t.Parallel()
-	m := newMirror(t, nil, nil)
-	m.origin.pushImage("org/app", "v1", "one")
-	m.want(200, "GET", appManifests+"v1", "")
+	m := newMirrorOf(t, "one")
 	m.want(200, "GET", blobAt("one"), "")
 	if err := os.Remove(blobFile(m.r, digestOfText("one"))); err != nil {
 		t.Fatal(err)

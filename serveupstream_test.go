@@ -59,6 +59,15 @@ func newMirror(t *testing.T, opts *ocilocal.Options, upstream *ocilocal.Upstream
 	return m
 }
 
+// newMirrorOf serves a mirror of the image org/app:v1. It has the manifest already, and no layer.
+func newMirrorOf(t *testing.T, layers ...string) *servedMirror {
+	t.Helper()
+	m := newMirror(t, nil, nil)
+	m.origin.pushImage("org/app", "v1", layers...)
+	m.want(200, "GET", appManifests+"v1", "")
+	return m
+}
+
 // requests returns the requests to the origin that contain a text, and forgets all.
 func (m *servedMirror) requests(text string) (found []string) {
 	m.mu.Lock()
@@ -276,9 +285,7 @@ func TestServeUpstreamTags(t *testing.T) {
 // TestServeUpstreamFailing: while the upstream is down, not every request for a tag waits for it.
 func TestServeUpstreamFailing(t *testing.T) {
 	t.Parallel()
-	m := newMirror(t, nil, nil)
-	m.origin.pushImage("org/app", "v1", "one")
-	m.want(200, "GET", appManifests+"v1", "")
+	m := newMirrorOf(t, "one")
 	again := serveAt(t, m.r, m.opts) // has not asked for the tag yet
 	m.down()
 	m.requests("")
@@ -335,9 +342,7 @@ func TestServeUpstreamNames(t *testing.T) {
 // TestServeUpstreamReadOnly: a registry that cannot keep anything serves what it has.
 func TestServeUpstreamReadOnly(t *testing.T) {
 	t.Parallel()
-	m := newMirror(t, nil, nil)
-	m.origin.pushImage("org/app", "v1", "one", "two")
-	m.want(200, "GET", appManifests+"v1", "")
+	m := newMirrorOf(t, "one", "two")
 	m.want(200, "GET", blobAt("one"), "")
 	r, err := ocilocal.OpenReadOnly(t.Context(), m.r.Root(), nil)
 	if err != nil {
