@@ -16,7 +16,7 @@ import (
 // reference that [Reference.WithDigest] makes of the subject's name.
 //
 // Errors:
-//   - [ErrInvalidArgument]: PublishOptions are set, although there is no ref
+//   - [ErrInvalidArgument]: PublishOptions are set, but a referrer has no ref to publish
 //   - those of [LocalRegistry.NewBuilder] and [Builder.SetSubject]
 func (r *LocalRegistry) NewReferrerBuilder(subject ocispec.Descriptor, opts *BuilderOptions) (_ *Builder, err error) {
 	defer addOp(&err, "start build of a referrer of", "", subject.Digest)

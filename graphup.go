@@ -44,7 +44,7 @@ func (c *climb) led(d digest.Digest) (bool, error) {
 			return false, err
 		}
 		if led && c.present != nil {
-			// A manifest without a file is no way to its subject or its referrers. So climb again
+			// A manifest without a file does not lead to its subject or its referrers. So climb again
 			// without these ways. Each turn finds at least one such manifest more, or it ends.
 			more, err := c.look(seen)
 			if err != nil {

@@ -394,9 +394,9 @@ func legacyPaths(ref Reference) (paths []string) {
 }
 
 // fetchLegacy imports the entry of the legacy root that has ref's name, and returns the artifact.
-// It returns nil if there is no such entry, or no legacy root. The artifact is made from the result
-// of the import, and not from the index: a read of the index could fail after the import is
-// durable. The call would then return an error although it has changed the registry.
+// It returns nil if the registry has no legacy root, or the root has no such entry. The artifact is
+// made from the result of the import. Reading the index instead could fail after the import is
+// durable: the call would return an error although it has changed the registry.
 func (r *LocalRegistry) fetchLegacy(ctx context.Context, ref Reference) (*LocalArtifact, error) {
 	if r.opts.LegacyRoot == "" || r.blobs.readOnly {
 		return nil, nil

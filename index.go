@@ -16,9 +16,9 @@ import (
 //
 // It has two handles on the database. readers is a pool of connections that can only query, about
 // one for each core; a query sees the last commit. writer is a single connection, which only a
-// write transaction uses (see [index.write]). What a write depends on is read through it, inside
-// the transaction: a reader would not see what the transaction has changed, and another process
-// could commit in between.
+// write transaction uses (see [index.write]). A write reads the rows that it depends on through
+// writer, inside the transaction. Through a reader it would not see its own changes, and another
+// process could commit in between.
 //
 // All SQL of the package is in the files of this family:
 //

@@ -181,8 +181,8 @@ func (x *index) typeText(number any) (text string, err error) {
 }
 
 // putManifest records a manifest and its members, unless it is recorded already, and returns the
-// recorded descriptor. The rows of its own blob and of its members' blobs must exist. A manifest
-// that is recorded keeps its rows: its digest says that the document is the same.
+// recorded descriptor. The content rows of the manifest and of its members must exist. A manifest
+// that is recorded keeps its rows, since an equal digest means an equal document.
 func (t *indexTx) putManifest(m *Manifest, now time.Time) (desc ocispec.Descriptor, err error) {
 	row, err := t.manifestColumns(m, now)
 	if err != nil {
@@ -354,7 +354,7 @@ func (x *index) referrers(subject digest.Digest, artifactType string, after dige
 	})
 }
 
-// blobSize returns the size in a blob's row, and 0 if there is no row or the blob is absent.
+// blobSize returns the recorded size of a blob, or 0 if the blob is absent or has no row.
 func blobSize(q queryer, d digest.Digest) (size int64, err error) {
 	_, err = q.row(sqlBlobSize, []any{digestBytes(d)}, &size)
 	return size, err

@@ -40,8 +40,8 @@ const (
 		JOIN refs r ON r.manifest = m.manifest WHERE r.name >= ?2 AND r.name < ?3 AND r.name <> ?4 LIMIT 1`
 )
 
-// ref returns the digest that a ref points at, and "" if there is no such ref. A publish decides by
-// it what happens to the ref, so it reads inside the transaction.
+// ref returns the digest that a ref points at, and "" if the ref does not exist. A publish compares
+// that digest with its own to decide whether to set the ref, so it reads inside the transaction.
 func (t *indexTx) ref(name, reference string) (d digest.Digest, err error) {
 	var key refKey
 	var b []byte

@@ -16,7 +16,7 @@ import (
 // manifests that were imported by digest, absent members and holds. Everything is hostile here.
 // The index may be another program's or made to mislead, so each table is checked before it is
 // read, and each value before it is used. Each scan ends at the damage, and keeps the rows before
-// it. What a row says is used only with a blob that hashes to its digest.
+// it. A row is used only if blobs/ has a file that hashes to the digest in the row.
 
 const (
 	sqlSalvage1 = `SELECT name, reference, manifest, '' FROM refs WHERE (name, reference) > (?, ?) ORDER BY name, reference LIMIT ?`

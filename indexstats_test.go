@@ -97,7 +97,7 @@ func TestStatsAgreeWithGC(t *testing.T) {
 				t.Fatal(err)
 			}
 			if u.Own != report.Orphans {
-				t.Errorf("seed %d: %s has %+v of its own, %+v would go with it", seed, ref.Reference, u.Own, report.Orphans)
+				t.Errorf("seed %d: only %s needs %+v, but without that ref a collection finds %+v", seed, ref.Reference, u.Own, report.Orphans)
 			}
 			if _, err := r.Tag(ctx, ref.Descriptor.Digest, ref.Reference, nil); err != nil {
 				t.Fatal(err)

@@ -100,7 +100,7 @@ func (s *manifestSpec) document(mediaType, list string) (*Manifest, error) {
 
 // A canonicalWriter writes JSON with one spelling for each document:
 //   - keys are sorted bytewise, by the caller or, in maps, by [canonicalWriter.texts]
-//   - there is no white space, and all numbers are integers
+//   - it writes no white space, and all numbers are integers
 //   - strings are escaped as Rust's serde_json does it, so that the same manifest built with either
 //     OMMX SDK has the same digest. encoding/json would also escape <, >, &, U+2028 and U+2029
 type canonicalWriter struct {

@@ -356,8 +356,8 @@ func (i *meteredItem) from(at int64) func(n int) {
 			return
 		}
 		i.move(min(i.at+int64(n), i.desc.Size))
-		// There is no report for the last byte: the item is done only after it was verified, and
-		// then end reports it.
+		// The last byte is not reported here. The item is done only after it was verified, and then
+		// end reports it.
 		if len(m.sinks) == 0 || i.at == i.desc.Size || i.at-i.told < progressBytes && time.Since(m.told) < progressTime {
 			return
 		}
@@ -462,7 +462,7 @@ func (i *meteredItem) end() {
 // The rule: do runs on a new goroutine and puts its reports into a queue. The caller's goroutine
 // takes them out and calls fn.
 //
-// It is safe because fn can end only the goroutine of its own caller. If that happens, the deferred
+// It is safe because fn runs on the caller's goroutine, and can end no other. Then the deferred
 // function cancels do and waits until it has returned, so no goroutine of the call is left. A panic
 // of do is passed on and raised on the caller's goroutine: see settle.
 func attend[T any](ctx context.Context, fn func(Progress), ref Reference, do func(context.Context, *meter) (T, error)) (result T, err error) {

@@ -51,7 +51,7 @@ type Reference struct {
 // expect of every client:
 //
 //   - The text before the first '/' is a host only if it has a '.' or a ':', or is localhost, or is
-//     an IPv6 address in brackets. Otherwise the host is docker.io. Without a '/' there is no host:
+//     an IPv6 address in brackets. Otherwise the host is docker.io. A name without a '/' has no host:
 //     "app:5000" is docker.io/library/app with tag 5000.
 //   - index.docker.io and registry-1.docker.io are docker.io.
 //   - A docker.io repository of one component is in library/.
