@@ -75,6 +75,7 @@ var schema2 = [...]string{
 	`CREATE INDEX members_by_content ON members (content)`,
 	`CREATE TABLE refs (name TEXT NOT NULL, reference TEXT NOT NULL, manifest INTEGER NOT NULL REFERENCES manifests (id), digest BLOB NOT NULL, size INTEGER NOT NULL, media_type INTEGER NOT NULL REFERENCES types (id), artifact_type INTEGER NOT NULL REFERENCES types (id), created INTEGER NOT NULL, moved INTEGER NOT NULL, used INTEGER NOT NULL DEFAULT 0, entry TEXT NOT NULL DEFAULT '', PRIMARY KEY (name, reference)) STRICT, WITHOUT ROWID`,
 	`CREATE INDEX refs_by_manifest ON refs (manifest)`,
+	`CREATE INDEX refs_by_entry ON refs (manifest) WHERE entry <> ''`,
 	`CREATE TABLE unnamed (manifest INTEGER PRIMARY KEY REFERENCES manifests (id) ON DELETE CASCADE, since INTEGER NOT NULL, entry TEXT NOT NULL DEFAULT '') STRICT`,
 	`CREATE TABLE holds (name TEXT NOT NULL, content INTEGER NOT NULL REFERENCES content (id), since INTEGER NOT NULL, PRIMARY KEY (name, content)) STRICT, WITHOUT ROWID`,
 	`CREATE INDEX holds_by_content ON holds (content)`,
