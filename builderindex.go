@@ -131,7 +131,7 @@ func (b *IndexBuilder) Build(ctx context.Context) (_ *LocalArtifact, err error) 
 	if err != nil {
 		return nil, err
 	}
-	if err := r.checkMembers(ctx, m); err != nil {
+	if err := r.checkMembers(ctx, m, nil); err != nil {
 		return nil, err
 	}
 	st := r.blobs.newStage()
@@ -140,7 +140,7 @@ func (b *IndexBuilder) Build(ctx context.Context) (_ *LocalArtifact, err error) 
 		return nil, err
 	}
 	p := onlyManifest(b.ref, m, b.opts.PublishOptions)
-	p.also = func(tx *indexTx) error { return r.checkMemberRows(ctx, tx, m) }
+	p.also = func(tx *indexTx) error { return r.checkMemberRows(ctx, tx, m, nil) }
 	if err := b.draft.publish(ctx, r, st, p); err != nil {
 		return nil, err
 	}
@@ -159,13 +159,13 @@ func (b *IndexBuilder) Cancel() {
 	b.draft.done = true
 }
 
-// checkMembers checks the manifests below an image index whose members are published. Each is read
-// and verified, and they must not be nested too deep. It is called before the transaction, because
-// it reads files.
-func (r *LocalRegistry) checkMembers(ctx context.Context, m *Manifest) error {
+// checkMembers checks the manifests below an image index whose members are published, except those
+// in absent. Each is read and verified, and they must not be nested too deep. It is called before the
+// transaction, because it reads files.
+func (r *LocalRegistry) checkMembers(ctx context.Context, m *Manifest, absent map[digest.Digest]bool) error {
 	c := r.newClosure()
 	for i, d := range m.children() {
-		if m.childRole(i) != roleManifest {
+		if m.childRole(i) != roleManifest || absent[d.Digest] {
 			continue
 		}
 		if _, err := c.down(ctx, d, 1, MaxClosure); err != nil {
@@ -178,10 +178,10 @@ func (r *LocalRegistry) checkMembers(ctx context.Context, m *Manifest) error {
 // checkMemberRows checks, in the transaction that publishes an image index, that the manifests
 // below it are still recorded and whole. A collection may have begun to delete them since
 // checkMembers. publish checks only the manifests that it writes itself, and not those that are
-// published already.
-func (r *LocalRegistry) checkMemberRows(ctx context.Context, tx *indexTx, m *Manifest) error {
+// published already. Those in absent need not be.
+func (r *LocalRegistry) checkMemberRows(ctx context.Context, tx *indexTx, m *Manifest, absent map[digest.Digest]bool) error {
 	for i, d := range m.children() {
-		if m.childRole(i) != roleManifest {
+		if m.childRole(i) != roleManifest || absent[d.Digest] {
 			continue
 		}
 		desc, ok, err := tx.manifest(d.Digest)

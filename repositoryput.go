@@ -82,7 +82,8 @@ type PutManifestOptions struct {
 }
 
 // PutManifest publishes the bytes of a manifest or image index. Everything that it needs must be in
-// the repository: see [Repository.PutBlob]. When PutManifest returns nil, the manifest and all its
+// the repository: see [Repository.PutBlob]. Two things may be absent: layers that need not be
+// distributed, and absent members of an image index that the repository has already. When PutManifest returns nil, the manifest and all its
 // content are durable. mediaType is that of [ParseManifest], which says which documents are
 // accepted.
 //
@@ -138,18 +139,20 @@ func (p *Repository) PutManifest(ctx context.Context, mediaType string, raw []by
 	}
 	st := p.registry.blobs.newStage()
 	defer func() { p.registry.logDiscard(st.discard()) }()
-	if err := p.takeChildren(ctx, st, m); err != nil {
+	absent, err := p.takeChildren(ctx, st, m)
+	if err != nil {
 		return u, err
 	}
 	if _, err := st.putBytes(ctx, m.raw, m.digest.Algorithm()); err != nil {
 		return u, err
 	}
 	pub := onlyManifest(ref, m, o.PublishOptions)
+	pub.absent = absent
 	pub.also = func(tx *indexTx) error {
 		if err := p.holdReplaced(tx, ref, m.digest); err != nil {
 			return err
 		}
-		return p.registry.checkMemberRows(ctx, tx, m)
+		return p.registry.checkMemberRows(ctx, tx, m, absent)
 	}
 	if o.Tag == "" {
 		pub.hold = p.name
@@ -180,16 +183,27 @@ func (p *Repository) holdReplaced(tx *indexTx, ref Reference, to digest.Digest) 
 //
 // A manifest may only name content of this repository. Otherwise a client that knows a digest could
 // put a manifest with it, and read the content of another repository.
-func (p *Repository) takeChildren(ctx context.Context, st *stage, m *Manifest) error {
+//
+// The result is the members of an image index that may be absent: those that are recorded as absent,
+// if the repository has this index already. Then a put adds no claim, and is what Tag would be. A new
+// index may not name them: a client that has not put a member may have forgotten it.
+func (p *Repository) takeChildren(ctx context.Context, st *stage, m *Manifest) (absent map[digest.Digest]bool, err error) {
 	seen := map[digest.Digest]bool{}
+	absent = map[digest.Digest]bool{}
 	for i, c := range m.children() {
 		if seen[c.Digest] {
 			continue
 		}
 		seen[c.Digest] = true
 		if m.childRole(i) == roleManifest {
-			if _, err := p.manifest(p.registry.index, c.Digest); err != nil {
-				return incomplete(err)
+			_, err := p.manifest(p.registry.index, c.Digest)
+			if errors.Is(err, ErrNotFound) {
+				if absent[c.Digest], err = p.mayLack(m, c.Digest); err == nil && !absent[c.Digest] {
+					err = missing(c.Digest)
+				}
+			}
+			if err != nil {
+				return nil, err
 			}
 			continue
 		}
@@ -199,7 +213,7 @@ func (p *Repository) takeChildren(ctx context.Context, st *stage, m *Manifest) e
 				err = sizeAs(st, c)
 			}
 			if err != nil {
-				return err
+				return nil, err
 			}
 			continue
 		}
@@ -220,13 +234,31 @@ func (p *Repository) takeChildren(ctx context.Context, st *stage, m *Manifest) e
 			ok = false
 		}
 		if err == nil && !ok {
-			err = fmt.Errorf("%w: %s in %s: %w", ErrIncomplete, c.Digest, p.name, ErrNotFound)
+			err = missing(c.Digest)
 		}
 		if err != nil {
-			return err
+			return nil, err
 		}
 	}
-	return p.registry.checkMembers(ctx, m)
+	return absent, p.registry.checkMembers(ctx, m, absent)
+}
+
+// mayLack reports whether the repository has the image index m, with the member d recorded as absent.
+func (p *Repository) mayLack(m *Manifest, d digest.Digest) (bool, error) {
+	_, err := p.manifest(p.registry.index, m.digest)
+	if errors.Is(err, ErrNotFound) {
+		return false, nil
+	}
+	if err != nil {
+		return false, err
+	}
+	return isAbsent(p.registry.index, d)
+}
+
+// missing is the error for content that a manifest needs and that the repository does not have. The
+// text reaches clients of the handler, which do not know the name of the repository.
+func missing(d digest.Digest) error {
+	return fmt.Errorf("%w: %s: %w", ErrIncomplete, d, ErrNotFound)
 }
 
 // sizeAs returns an [ErrSizeMismatch] if a staged blob does not have the size in its descriptor.

@@ -313,36 +313,71 @@ func (x *exchange) sendFollowed(w *serveWriter, b *servedBlob) error {
 	return err
 }
 
-// complete fetches the blobs that a pushed manifest needs and that are absent here: HEAD has told the
-// client that they are here.
+// complete fetches what a pushed manifest needs and what is absent here: HEAD has told the client that
+// it is here. The members of an image index are completed, too. If the repository has that index
+// already, its absent members stay absent. What the upstream does not have is left to the publish,
+// which knows whether it may be absent.
 func (x *exchange) complete(m *Manifest) error {
-	ctx := x.r.Context()
+	ctx, q := x.r.Context(), x.registry.index
+	_, err := x.repo.manifest(q, cmp.Or(x.digest, m.digest))
+	if err != nil && !errors.Is(err, ErrNotFound) {
+		return err
+	}
+	known := err == nil
+	down := descent{q: q, lacked: func(c member) bool { return c.role != roleManifest }}
 	for i, c := range m.children() {
-		if m.childRole(i) == roleManifest {
+		if m.childRole(i) != roleManifest {
+			if err := x.bring(c.Digest); err != nil {
+				return err
+			}
 			continue
 		}
-		_, _, err := x.locate(c.Digest)
+		member, err := x.repo.manifest(q, c.Digest)
+		if errors.Is(err, ErrNotFound) && !known {
+			member, err = x.bringManifest(c.Digest)
+		}
 		if err == nil {
-			continue
+			err = down.each(ctx, member, func(d ocispec.Descriptor) error { return x.bring(d.Digest) })
 		}
-		var wanted *wantedBlob
-		if errors.Is(err, ErrNotFound) {
-			wanted, err = x.repo.wanted(c.Digest)
-		}
-		if errors.Is(err, ErrNotFound) { // the publish says so
-			continue
-		}
-		if err != nil {
+		if err != nil && !errors.Is(err, ErrNotFound) {
 			return err
-		}
-		f, err := x.upstream.fetchBlob(ctx, x.repo, wanted)
-		if err == nil {
-			err = f.wait(ctx)
-			f.leave()
-		}
-		if err != nil {
-			return x.upstreamError(err)
 		}
 	}
 	return nil
+}
+
+// bring fetches a config or layer that is absent. It does nothing if the repository has it, or if
+// neither a manifest of the repository nor the upstream knows it.
+func (x *exchange) bring(d digest.Digest) error {
+	_, _, err := x.locate(d)
+	if !errors.Is(err, ErrNotFound) {
+		return err
+	}
+	wanted, err := x.repo.wanted(d)
+	if err == nil {
+		var f *sharedFetch
+		if f, err = x.upstream.fetchBlob(x.r.Context(), x.repo, wanted); err == nil {
+			err = f.wait(x.r.Context())
+			f.leave()
+		}
+		if err != nil {
+			err = x.upstreamError(err)
+		}
+	}
+	if errors.Is(err, ErrNotFound) {
+		return nil
+	}
+	return err
+}
+
+// bringManifest fetches a manifest, without what it needs.
+func (x *exchange) bringManifest(d digest.Digest) (ocispec.Descriptor, error) {
+	ref, err := x.repo.reference(string(d))
+	if err != nil {
+		return ocispec.Descriptor{}, err
+	}
+	if _, err := x.pullManifest(x.r.Context(), ref, ""); err != nil {
+		return ocispec.Descriptor{}, x.upstreamError(err)
+	}
+	return x.repo.manifest(x.registry.index, d)
 }

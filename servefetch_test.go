@@ -418,3 +418,66 @@ func TestServeFollowLies(t *testing.T) {
 	}
 	checkSound(t, m.r)
 }
+
+// TestServePutPartial pushes image indexes to a mirror that has their members in part. HEAD says that
+// a member is here, so the client does not push it, and the mirror fetches what it needs.
+func TestServePutPartial(t *testing.T) {
+	t.Parallel()
+	m := newMirror(t, nil, nil)
+	for _, layer := range []string{"amd", "arm", "gone"} {
+		m.origin.pushImage("org/app", "", layer)
+	}
+	const foreign = "application/vnd.oci.image.layer.nondistributable.v1.tar+gzip"
+	amd, arm, gone := imageOf("amd"), imageOf("arm"), imageOf("gone")
+	old := strings.Replace(imageOf("old"), "text/plain", foreign, 1)
+	index := imageIndexOf(desc(imageType, amd), desc(imageType, arm), desc(imageType, old))
+	m.origin.want(201, "PUT", manifestAt(old), old, "Content-Type", imageType)
+	m.origin.want(201, "PUT", appManifests+"v1", index, "Content-Type", indexType)
+	m.want(200, "GET", appManifests+"v1", "")
+	m.requests("")
+
+	// The same index under another tag: members that nobody asked for stay absent.
+	m.want(201, "PUT", appManifests+"v2", index, "Content-Type", indexType)
+	m.wantRequests()
+	m.want(200, "HEAD", manifestAt(amd), "")
+	m.want(200, "HEAD", manifestAt(old), "")
+	m.want(201, "PUT", appManifests+"v3", index, "Content-Type", indexType)
+	m.wantRequests("GET "+manifestAt(amd), "GET "+manifestAt(old), "GET "+blobAt("{}"), "GET "+blobAt("amd"), "GET "+blobAt("old"))
+
+	// A new index: the client has asked for one member, and not for another.
+	both := imageIndexOf(with(desc(imageType, amd), `"annotations":{"a":"b"}`), desc(imageType, arm), desc(imageType, old))
+	m.want(201, "PUT", manifestAt(both), both, "Content-Type", indexType)
+	m.wantRequests("GET "+manifestAt(arm), "GET "+blobAt("arm"), "GET "+blobAt("old"))
+	checkSound(t, m.r)
+	collect(t, m.r, atOnce)
+
+	// What the upstream lacks, and what it does not say while it is down.
+	a := m.want(400, "PUT", appManifests+"v4", imageIndexOf(desc(imageType, imageOf("none"))), "Content-Type", indexType)
+	if a.code() != "MANIFEST_BLOB_UNKNOWN" {
+		t.Error(a.body)
+	}
+	m.want(200, "HEAD", manifestAt(gone), "")
+	m.intercept(func(w http.ResponseWriter, r *http.Request) bool {
+		lost := r.URL.Path == blobAt("gone")
+		if lost {
+			w.WriteHeader(404)
+			io.WriteString(w, `{"errors":[{"code":"BLOB_UNKNOWN"}]}`)
+		}
+		return lost
+	})
+	for _, raw := range []string{gone, imageIndexOf(desc(imageType, gone))} {
+		if a := m.want(400, "PUT", appManifests+"v4", raw); a.code() != "MANIFEST_BLOB_UNKNOWN" {
+			t.Error(a.body)
+		}
+	}
+	m.down()
+	m.want(502, "PUT", appManifests+"v4", imageIndexOf(desc(imageType, gone)), "Content-Type", indexType)
+	m.want(502, "PUT", appManifests+"v4", imageIndexOf(desc(imageType, imageOf("unknown"))), "Content-Type", indexType)
+	for _, raw := range []string{both, amd, arm, old} {
+		m.want(200, "GET", manifestAt(raw), "")
+	}
+	for _, text := range []string{"amd", "arm", "{}"} {
+		m.want(200, "GET", blobAt(text), "")
+	}
+	checkSound(t, m.r)
+}

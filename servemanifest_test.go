@@ -6,6 +6,8 @@ import (
 	"testing"
 
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/ocilocal/ocilocal"
 )
 
 // TestServeManifests puts, reads and deletes manifests and tags. A blob can be deleted only when no
@@ -49,4 +51,43 @@ func TestServeManifests(t *testing.T) {
 	s.want(202, "DELETE", "/v2/org/app/manifests/"+d, "")
 	s.want(202, "DELETE", layer, "")
 	s.want(404, "GET", layer, "")
+}
+
+const indexType = ocispec.MediaTypeImageIndex
+
+// TestServePutSparse puts manifests of which a part is recorded as absent. Bytes that the repository
+// has may get another tag, as crane tag does it. A new image index may not name an absent member.
+func TestServePutSparse(t *testing.T) {
+	t.Parallel()
+	for name, l := range lackingLayouts() {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			r, _, err := importBoth(t, nil, l.entries()...)
+			if err != nil {
+				t.Fatal(err)
+			}
+			s := serveAt(t, r, &ocilocal.HandlerOptions{Host: "example.com"})
+			put := func(status int, repository, reference, raw string) received {
+				t.Helper()
+				return s.want(status, "PUT", "/v2/"+repository+"/manifests/"+reference, raw)
+			}
+			put(201, "a", "v2", l.top)
+			put(201, "a", string(digestOfText(l.top)), l.top)
+			if a := s.want(200, "GET", "/v2/a/manifests/v2", ""); a.body != l.top {
+				t.Error(a.body)
+			}
+			checkSound(t, r)
+			put(400, "other", "v1", l.top)
+			if l.mediaType() == indexType {
+				renewed := imageIndexOf(fmt.Sprintf(`{"mediaType":%q,"digest":%q,"size":300}`, imageType, l.absent))
+				a := put(400, "a", "v3", renewed)
+				if a.code() != "MANIFEST_BLOB_UNKNOWN" || !strings.Contains(a.body, string(l.absent)) || strings.Contains(a.body, "example.com") {
+					t.Error(a.body)
+				}
+			}
+			s.want(404, "GET", "/v2/other/manifests/v1", "")
+			s.want(404, "GET", "/v2/a/manifests/v3", "")
+			checkSound(t, r)
+		})
+	}
 }

@@ -35,9 +35,12 @@ import (
 //
 // An artifact that clients have fetched only in part is here with absent members: reading one is
 // [ErrAbsent], and [LocalRegistry.Pull] fetches them. If a config or layer is absent, tagging,
-// exporting, copying or pushing the artifact is an error that matches [ErrNotFound]. Pushes to the
-// handler stay here: see HandlerOptions.ReadOnly. The next revalidation of a tag replaces what was
-// pushed under it, if the upstream has the tag.
+// exporting, copying or pushing the artifact is an error that matches [ErrNotFound].
+//
+// Pushes to the handler stay here: see HandlerOptions.ReadOnly. Before a pushed manifest is
+// acknowledged, what it needs and what is absent here is fetched, so that PUT may take as long as the
+// transfer. The next revalidation of a tag replaces what was pushed under it, if the upstream has the
+// tag.
 //
 // With [Options.SeparateRegistries] a manifest is pulled with all that it needs before it is served.
 // A registry that is open read-only fetches nothing.
