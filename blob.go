@@ -101,9 +101,14 @@ func (s *blobStore) present(d digest.Digest) (bool, error) {
 func (s *blobStore) checkSize(d digest.Digest, size int64) error {
 	got, err := s.size(d)
 	if err == nil && got != size {
-		err = fmt.Errorf("blob %s: %w: file has %d bytes, want %d", d, ErrSizeMismatch, got, size)
+		err = wrongSize(d, got, size)
 	}
 	return err
+}
+
+// wrongSize is the error for a file that has not the size that it must have.
+func wrongSize(d digest.Digest, got, want int64) error {
+	return fmt.Errorf("blob %s: %w: file has %d bytes, want %d", d, ErrSizeMismatch, got, want)
 }
 
 // openFile opens d's file and returns its size, which must be the one given, unless that is −1.
@@ -128,6 +133,13 @@ func (s *blobStore) openFile(d digest.Digest, size int64) (*os.File, int64, erro
 	return f, got, nil
 }
 
+// A foundBlob is a file that holds a blob, below blobs/ or tmp/held/.
+type foundBlob struct {
+	name string
+	size int64
+	file *os.File // nil if nobody has opened it
+}
+
 // openNamed is openFile for a file of any name below the root that holds d.
 func (s *blobStore) openNamed(name string, d digest.Digest, size int64) (*os.File, int64, error) {
 	f, err := s.root.OpenFile(name, os.O_RDONLY|openNoFollow, 0)
@@ -139,7 +151,7 @@ func (s *blobStore) openNamed(name string, d digest.Digest, size int64) (*os.Fil
 	}
 	got, err := checkRegular(f)
 	if err == nil && size >= 0 && got != size {
-		err = fmt.Errorf("blob %s: %w: file has %d bytes, want %d", d, ErrSizeMismatch, got, size)
+		err = wrongSize(d, got, size)
 	}
 	if err != nil {
 		f.Close()
@@ -155,6 +167,26 @@ func (s *blobStore) open(ctx context.Context, d digest.Digest, size int64) (*ver
 		return nil, err
 	}
 	return s.verifier(ctx, f, d, size), nil
+}
+
+// readAll reads and closes a file that holds d and has size bytes, and compares the bytes with d. It
+// is for small files: it costs less than a verifier, and needs the memory for the whole file.
+//
+// Errors: [ErrSizeMismatch], [ErrDigestMismatch], and any error of the file system.
+func (s *blobStore) readAll(f *os.File, d digest.Digest, size int64) ([]byte, error) {
+	b := make([]byte, size)
+	n, err := io.ReadFull(f, b)
+	f.Close()
+	if err == io.EOF || err == io.ErrUnexpectedEOF {
+		return nil, endedEarly(d, int64(n), size)
+	}
+	if err == nil {
+		err = checkContent(d, digestOf(d.Algorithm(), b))
+	}
+	if err != nil {
+		return nil, err
+	}
+	return b, nil
 }
 
 // verifier returns a verifying reader of src, which must hold d and have size bytes. The reader

@@ -365,35 +365,21 @@ func (s *blobStore) isVerified(name string, fi fs.FileInfo) bool {
 	return was != nil && os.SameFile(was, fi) && was.Size() == fi.Size() && was.ModTime().Equal(fi.ModTime())
 }
 
-// wasVerified is isVerified for the file that has the name now.
-func (s *blobStore) wasVerified(name string) bool {
-	fi, err := s.root.Lstat(name)
-	return err == nil && s.isVerified(name, fi)
-}
-
-// openVerified opens a file that holds d for reading at any place. It reads all of it first, unless
-// this handle has verified the same file before. It returns the open file and its size.
+// ensureVerified reads all of an open file that holds d, unless this handle has verified the same
+// file under its name before. It leaves the file at its start. Another file may get the name
+// meanwhile, so the caller must go on with f.
 //
-// Errors: [ErrNotFound], [ErrDigestMismatch], [ErrSizeMismatch], and any error from ctx or the file
-// system.
-func (s *blobStore) openVerified(ctx context.Context, name string, d digest.Digest) (*os.File, int64, error) {
-	f, size, err := s.openNamed(name, d, -1)
-	if err != nil {
-		return nil, 0, err
-	}
+// Errors: [ErrDigestMismatch], [ErrSizeMismatch], and any error from ctx or the file system.
+func (s *blobStore) ensureVerified(ctx context.Context, f *os.File, name string, d digest.Digest) error {
 	fi, err := f.Stat()
-	if err == nil && !s.isVerified(name, fi) {
-		// The open file that is verified is the one that is returned. Another file may get its
-		// name.
-		if _, err = s.verifier(ctx, f, d, size).WriteTo(io.Discard); err == nil {
-			_, err = f.Seek(0, io.SeekStart)
-		}
-		if err == nil {
-			s.noteVerified(name, fi)
-		}
+	if err != nil || s.isVerified(name, fi) {
+		return err
 	}
-	if err != nil {
-		return nil, 0, errors.Join(err, f.Close())
+	if _, err = s.verifier(ctx, f, d, fi.Size()).WriteTo(io.Discard); err == nil {
+		_, err = f.Seek(0, io.SeekStart)
 	}
-	return f, size, nil
+	if err == nil {
+		s.noteVerified(name, fi)
+	}
+	return err
 }

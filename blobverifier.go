@@ -118,9 +118,23 @@ func (v *verifier) copyRest(dst io.Writer) (int64, error) {
 // error as it is.
 func (v *verifier) cutOff(err error) error {
 	if err == io.EOF || err == io.ErrUnexpectedEOF {
-		return fmt.Errorf("blob %s: %w: ended after %d bytes, want %d", v.digest, ErrSizeMismatch, v.off, v.size)
+		return endedEarly(v.digest, v.off, v.size)
 	}
 	return err
+}
+
+// endedEarly is the error for a file that is too short.
+func endedEarly(d digest.Digest, got, want int64) error {
+	return fmt.Errorf("blob %s: %w: ended after %d bytes, want %d", d, ErrSizeMismatch, got, want)
+}
+
+// checkContent returns an [ErrDigestMismatch] unless the bytes of a file, which hash to got, are d.
+func checkContent(d, got digest.Digest) error {
+	if got == d {
+		return nil
+	}
+	return fmt.Errorf("blob %s: %w: its bytes hash to %s (the file is damaged: Repair heals it, and so does Pull with PullOptions.Verify)",
+		d, ErrDigestMismatch, got)
 }
 
 // finish is called when size bytes have been read. It returns io.EOF if they are the blob, and
@@ -134,9 +148,8 @@ func (v *verifier) finish() error {
 	case err != io.EOF:
 		return err
 	}
-	if got := digest.NewDigest(v.digest.Algorithm(), v.hash); got != v.digest {
-		return fmt.Errorf("blob %s: %w: its bytes hash to %s (the file is damaged: Repair heals it, and so does Pull with PullOptions.Verify)",
-			v.digest, ErrDigestMismatch, got)
+	if err := checkContent(v.digest, digest.NewDigest(v.digest.Algorithm(), v.hash)); err != nil {
+		return err
 	}
 	return io.EOF
 }

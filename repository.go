@@ -92,6 +92,39 @@ func (p *Repository) locate(d digest.Digest) (name string, size int64, err error
 	return name, size, err
 }
 
+// open opens the file that locate finds. It takes one look at the directory where locate and an open
+// would take two.
+//
+// Errors: those of locate.
+func (p *Repository) open(d digest.Digest) (b foundBlob, err error) {
+	if err := checkDigest(d); err != nil {
+		return b, err
+	}
+	ok, err := p.shows(p.registry.index, d)
+	if err != nil {
+		return b, err
+	}
+	if ok {
+		b.name = blobPath(d)
+		if b.file, b.size, err = p.registry.blobs.openFile(d, -1); !errors.Is(err, ErrNotFound) {
+			return b, err
+		}
+	}
+	return p.openHeld(d)
+}
+
+// openHeld opens the file of content that was not published: see locate.
+func (p *Repository) openHeld(d digest.Digest) (b foundBlob, err error) {
+	store := p.registry.blobs
+	if b.name, _, err = store.heldFile(p.name, d); err == nil {
+		b.file, b.size, err = store.openNamed(b.name, d, -1)
+	}
+	if errors.Is(err, ErrNotFound) {
+		err = fmt.Errorf("%s in %s: %w", d, p.name, ErrNotFound)
+	}
+	return b, err
+}
+
 // manifest returns the descriptor of a manifest that the repository shows. With the transaction of
 // a write as q, the answer holds until the commit.
 func (p *Repository) manifest(q queryer, d digest.Digest) (ocispec.Descriptor, error) {
@@ -171,16 +204,15 @@ func (p *Repository) Fetch(ctx context.Context, desc ocispec.Descriptor) (_ io.R
 		return nil, err
 	}
 	defer end()
-	name, _, err := p.locate(desc.Digest)
+	b, err := p.open(desc.Digest)
 	if err != nil {
 		return nil, err
 	}
-	store := p.registry.blobs
-	f, size, err := store.openNamed(name, desc.Digest, desc.Size)
-	if err != nil {
-		return nil, err
+	if desc.Size >= 0 && b.size != desc.Size {
+		b.file.Close()
+		return nil, wrongSize(desc.Digest, b.size, desc.Size)
 	}
-	return store.verifier(ctx, f, desc.Digest, size), nil
+	return p.registry.blobs.verifier(ctx, b.file, desc.Digest, b.size), nil
 }
 
 // OpenFile returns a manifest or blob for access at any offset. Its bytes are verified when this
@@ -194,15 +226,14 @@ func (p *Repository) OpenFile(ctx context.Context, d digest.Digest) (_ *BlobFile
 		return nil, err
 	}
 	defer end()
-	name, _, err := p.locate(d)
+	b, err := p.open(d)
 	if err != nil {
 		return nil, err
 	}
-	f, size, err := p.registry.blobs.openVerified(ctx, name, d)
-	if err != nil {
-		return nil, err
+	if err := p.registry.blobs.ensureVerified(ctx, b.file, b.name, d); err != nil {
+		return nil, errors.Join(err, b.file.Close())
 	}
-	return &BlobFile{f: f, size: size}, nil
+	return &BlobFile{f: b.file, size: b.size}, nil
 }
 
 // Resolve returns media type, digest and size of the manifest that a tag or digest of the

@@ -6,11 +6,14 @@ import (
 	"io"
 	"io/fs"
 	"net/http"
-	"os"
 	"strconv"
 
 	"github.com/opencontainers/go-digest"
 )
+
+// tinyBlob is the size up to which a blob is sent from memory. It bounds the memory that a slow
+// client can keep.
+const tinyBlob = 32 << 10
 
 // smallBlob is the size up to which a blob is verified before its answer begins. The client then
 // gets a 500 for a damaged one, and not a broken connection.
@@ -42,16 +45,23 @@ func (x *exchange) describe(d digest.Digest, mediaType string, size int64) {
 //
 //	request            verified before        not verified before
 //	a range            sent as it is          the whole file is read first, then the range is sent
+//	whole, tiny        read into memory, verified, then sent
 //	whole, small       sent as it is          the whole file is read first, then it is sent
 //	whole, large       sent as it is          verified while it is sent
 //
-// In the last case the verifier holds back the last bytes until the digest is right. If it is
+// Most requests are for tiny blobs, and for these this takes the fewest system calls. In the last
+// case the verifier holds back the last bytes until the digest is right. If it is
 // wrong, the connection breaks off, and the client has fewer bytes than Content-Length says.
 // A client can't check a range by the digest, so a range never is verified while it is sent.
 func (x *exchange) getBlob() error {
 	b, err := x.openBlob()
 	if b == nil || err != nil {
 		return damaged(err)
+	}
+	if b.content != nil {
+		x.describe(x.digest, mediaTypeBlob, b.size)
+		x.respond(http.StatusOK, mediaTypeBlob, b.content)
+		return nil
 	}
 	defer b.close()
 	x.describe(x.digest, mediaTypeBlob, b.part.length)
@@ -76,10 +86,9 @@ func (x *exchange) getBlob() error {
 
 // A servedBlob is a blob that is about to be sent.
 type servedBlob struct {
-	name       string
-	file       *os.File
-	info       fs.FileInfo // of file, if unverified is not nil
-	size       int64       // of the whole blob
+	foundBlob
+	content    []byte      // all bytes of a tiny blob, verified, in place of the file; nil for others
+	info       fs.FileInfo // of the file, if unverified is not nil
 	part       byteRange   // what is sent
 	ranged     bool        // the answer is a 206
 	unverified *verifier   // reads the file; nil if that has been verified
@@ -89,9 +98,9 @@ type servedBlob struct {
 func (b *servedBlob) close() {
 	if b.follower != nil {
 		b.follower.Close()
-		return
+	} else if b.file != nil {
+		b.file.Close()
 	}
-	b.file.Close()
 }
 
 // openBlob opens the blob of the path, or answers the request and returns nil. The registry must be
@@ -104,19 +113,17 @@ func (x *exchange) openBlob() (_ *servedBlob, err error) {
 		return nil, err
 	}
 	defer end()
-	b := &servedBlob{}
-	b.name, b.size, err = x.locate(x.digest)
+	// The answer to HEAD, and to a client that has the content, needs no file.
+	sizeOnly := x.r.Method == "HEAD" || matchesETag(x.r.Header.Get("If-None-Match"), x.digest)
+	b, err := x.find(x.digest, sizeOnly)
 	if x.upstream != nil && errors.Is(err, ErrNotFound) {
 		if followed, answered, err := x.openAbsent(); followed != nil || answered || err != nil {
 			return followed, err
 		}
-		b.name, b.size, err = x.locate(x.digest)
+		b, err = x.find(x.digest, sizeOnly)
 	}
-	if err != nil {
+	if err != nil || x.unchanged(x.digest) {
 		return nil, err
-	}
-	if x.unchanged(x.digest) {
-		return nil, nil
 	}
 	x.w.Header().Set("Accept-Ranges", "bytes")
 	if x.r.Method == "HEAD" {
@@ -124,13 +131,22 @@ func (x *exchange) openBlob() (_ *servedBlob, err error) {
 		x.w.WriteHeader(http.StatusOK)
 		return nil, nil
 	}
+	if err = x.prepare(b); err != nil {
+		b.close()
+		return nil, err
+	}
+	return b, nil
+}
+
+// prepare decides which part of an open blob is sent, and verifies as much as getBlob says.
+func (x *exchange) prepare(b *servedBlob) (err error) {
 	whole := true
 	if s := x.r.Header.Get("Range"); s != "" {
 		// If-Range compares strongly (RFC 9110, 13.1.5), so a weak tag asks for the whole blob.
 		if condition := x.r.Header.Get("If-Range"); condition == "" || condition == etag(x.digest) {
 			if b.part, whole, err = parseByteRange(s, b.size); err != nil {
 				x.w.Header().Set("Content-Range", fmt.Sprintf("bytes */%d", b.size))
-				return nil, err
+				return err
 			}
 		}
 	}
@@ -138,45 +154,51 @@ func (x *exchange) openBlob() (_ *servedBlob, err error) {
 		b.part = byteRange{0, b.size}
 	}
 	store := x.registry.blobs
-	if whole && b.size > smallBlob && !store.wasVerified(b.name) {
-		if b.file, _, err = store.openNamed(b.name, x.digest, b.size); err != nil {
-			return nil, err
-		}
-		b.unverified = store.verifier(ctx, b.file, x.digest, b.size)
-		b.info, err = b.file.Stat()
-	} else {
-		var size int64
-		if b.file, size, err = store.openVerified(ctx, b.name, x.digest); err != nil {
-			return nil, err
-		}
-		if size != b.size { // replaced since
-			err = ErrSizeMismatch
-		} else {
-			_, err = b.file.Seek(b.part.start, io.SeekStart)
-		}
+	if whole && b.size <= tinyBlob {
+		b.content, err = store.readAll(b.file, x.digest, b.size)
+		return err
 	}
-	if err != nil {
-		return nil, errors.Join(err, b.file.Close())
+	ctx := x.r.Context()
+	if whole && b.size > smallBlob {
+		if b.info, err = b.file.Stat(); err == nil && !store.isVerified(b.name, b.info) {
+			b.unverified = store.verifier(ctx, b.file, x.digest, b.size)
+		}
+		return err
 	}
-	return b, nil
+	if err = store.ensureVerified(ctx, b.file, b.name, x.digest); err == nil {
+		_, err = b.file.Seek(b.part.start, io.SeekStart)
+	}
+	return err
 }
 
-// locate finds the file of a blob that the repository shows.
-func (x *exchange) locate(d digest.Digest) (name string, size int64, err error) {
-	name, size, err = x.repo.locate(d)
+// find finds a blob that the repository shows, and opens it unless only its size is asked for.
+func (x *exchange) find(d digest.Digest, sizeOnly bool) (*servedBlob, error) {
+	look := func() (*servedBlob, error) {
+		b, err := foundBlob{}, error(nil)
+		if sizeOnly {
+			b.name, b.size, err = x.repo.locate(d)
+		} else {
+			b, err = x.repo.open(d)
+		}
+		return &servedBlob{foundBlob: b}, err
+	}
+	b, err := look()
 	if errors.Is(err, ErrNotFound) {
 		// The first look reads the index and then the held files. A blob that was published and
 		// released in between was seen by neither, and the second look finds it in the index.
-		name, size, err = x.repo.locate(d)
+		b, err = look()
 	}
-	if err == nil && x.upstream != nil && name == blobPath(d) {
+	if err == nil && x.upstream != nil && b.name == blobPath(d) {
 		// A fetch that failed in its last step has left the file. The next one records it.
 		var absent bool
 		if absent, err = isAbsent(x.registry.index, d); absent && err == nil {
 			err = fmt.Errorf("%s in %s: %w", d, x.repo.name, ErrNotFound)
 		}
+		if err != nil {
+			b.close()
+		}
 	}
-	return name, size, err
+	return b, err
 }
 
 // stream sends the body of an answer whose headers are written. If that fails, it breaks the

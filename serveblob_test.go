@@ -1,6 +1,8 @@
 package ocilocal_test
 
 import (
+	"errors"
+	"os"
 	"strings"
 	"testing"
 )
@@ -85,4 +87,45 @@ func TestServeDamaged(t *testing.T) {
 	again.want(500, "GET", "/v2/org/app/blobs/"+string(digestOfText("small")), "")
 	spoil(t, r, m, strings.Replace(imageOf("small", text), "plain", "PLAIN", 1))
 	again.want(500, "GET", "/v2/org/app/manifests/v1", "")
+}
+
+// TestServeTiny reads blobs around the size up to which they are sent from memory. One that is
+// damaged after it was served is a 500 again, whatever is at its place.
+func TestServeTiny(t *testing.T) {
+	t.Parallel()
+	r := openTemp(t, nil)
+	s := serveAt(t, r, nil)
+	for _, size := range []int{0, 1, 4096, 32<<10 - 1, 32 << 10, 32<<10 + 1} {
+		text := strings.Repeat("x", size)
+		s.pushImage("org/app", "v1", text)
+		path := "/v2/org/app/blobs/" + string(digestOfText(text))
+		for range 2 {
+			a := s.want(200, "GET", path, "")
+			if a.body != text || a.header.Get("Accept-Ranges") != "bytes" || a.header.Get("ETag") != `"`+string(digestOfText(text))+`"` {
+				t.Errorf("%d bytes: got %d, %v", size, len(a.body), a.header)
+			}
+		}
+	}
+	text := strings.Repeat("y", 4096)
+	m := s.pushImage("org/app", "v1", text)
+	for _, d := range []string{"blobs/" + string(digestOfText(text)), "manifests/v1", "manifests/" + string(m)} {
+		s.want(200, "GET", "/v2/org/app/"+d, "")
+	}
+	for name, damage := range map[string]func(file string) error{
+		"changed": func(file string) error { return os.WriteFile(file, []byte(text[1:]+"z"), 0o600) },
+		"short":   func(file string) error { return os.WriteFile(file, []byte(text[1:]), 0o600) },
+		"long":    func(file string) error { return os.WriteFile(file, []byte(text+"y"), 0o600) },
+		"empty":   func(file string) error { return os.WriteFile(file, nil, 0o600) },
+		"link":    func(file string) error { return os.Symlink("../../id", file) },
+		"folder":  func(file string) error { return os.Mkdir(file, 0o700) },
+	} {
+		for path, d := range map[string]string{"blobs/" + string(digestOfText(text)): blobFile(r, digestOfText(text)), "manifests/v1": blobFile(r, m)} {
+			if err := errors.Join(os.Remove(d), damage(d)); err != nil {
+				t.Fatal(err)
+			}
+			if a := s.want(500, "GET", "/v2/org/app/"+path, ""); a.code() != "UNKNOWN" || a.header.Get("ETag") != "" {
+				t.Errorf("%s, %s: %v", name, path, a)
+			}
+		}
+	}
 }

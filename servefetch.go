@@ -253,7 +253,7 @@ func (x *exchange) follow(f *sharedFetch, size int64) *servedBlob {
 		return nil
 	}
 	src := &follower{ctx: x.r.Context(), file: file, fetch: f}
-	return &servedBlob{size: size, part: byteRange{0, size}, follower: src, unverified: store.verifier(src.ctx, src, x.digest, size)}
+	return &servedBlob{foundBlob: foundBlob{size: size}, part: byteRange{0, size}, follower: src, unverified: store.verifier(src.ctx, src, x.digest, size)}
 }
 
 // A follower reads the file of a blob while a fetch writes it.
@@ -349,7 +349,7 @@ func (x *exchange) complete(m *Manifest) error {
 // bring fetches a config or layer that is absent. It does nothing if the repository has it, or if
 // neither a manifest of the repository nor the upstream knows it.
 func (x *exchange) bring(d digest.Digest) error {
-	_, _, err := x.locate(d)
+	_, err := x.find(d, true)
 	if !errors.Is(err, ErrNotFound) {
 		return err
 	}

@@ -2,6 +2,7 @@ package ocilocal
 
 import (
 	"errors"
+	"fmt"
 	"io"
 	"mime"
 	"net/http"
@@ -44,15 +45,29 @@ func (x *exchange) getManifest() error {
 	return nil
 }
 
-// readManifest reads and verifies a manifest of the repository. The limit bounds the memory if a
-// damaged index and a foreign file agree on a huge size.
+// readManifest reads and verifies a manifest that resolve has found. So the repository shows it, and
+// the index need not be asked once more. The limit bounds the memory if a damaged index and a
+// foreign file agree on a huge size.
 func (x *exchange) readManifest(desc ocispec.Descriptor) ([]byte, error) {
-	src, err := x.repo.Fetch(x.r.Context(), desc)
+	if desc.Size > MaxManifestSize {
+		return nil, fmt.Errorf("manifest %s: %w: index says that it has %d bytes", desc.Digest, ErrSizeMismatch, desc.Size)
+	}
+	end, err := x.registry.begin(x.r.Context())
 	if err != nil {
 		return nil, err
 	}
-	raw, err := io.ReadAll(io.LimitReader(src, MaxManifestSize+1))
-	return raw, errors.Join(err, src.Close())
+	defer end()
+	store := x.registry.blobs
+	f, size, err := store.openFile(desc.Digest, desc.Size)
+	if errors.Is(err, ErrNotFound) {
+		var held foundBlob
+		held, err = x.repo.openHeld(desc.Digest)
+		f, size = held.file, held.size
+	}
+	if err != nil {
+		return nil, err
+	}
+	return store.readAll(f, desc.Digest, size)
 }
 
 // putManifest serves PUT of a manifest, by tag or by digest. A tag that points elsewhere is moved,
