@@ -114,6 +114,16 @@ func (m *mirror) RoundTrip(r *http.Request) (*http.Response, error) {
 	return http.DefaultTransport.RoundTrip(r)
 }
 
+// digest returns the digest of the image index.
+func (m *mirror) digest() string {
+	m.t.Helper()
+	d, err := m.index.Digest()
+	if err != nil {
+		m.t.Fatal(err)
+	}
+	return d.String()
+}
+
 // image returns the manifest of a platform.
 func (m *mirror) image(architecture string) *v1.Manifest {
 	m.t.Helper()
@@ -174,65 +184,71 @@ func (m *mirror) wantOne() {
 	}
 }
 
-// TestMirrorClients has each client pull one platform of an image through a mirror, and again into
-// another store when the origin is down.
+// TestMirrorClients has each client pull one platform of an image through a mirror, by its tag and by
+// the digest of its image index, and again into another store when the origin is down.
 func TestMirrorClients(t *testing.T) {
-	for tool, pull := range map[string]func(b *box, m *mirror, architecture string){
-		"skopeo": func(b *box, m *mirror, architecture string) {
+	for tool, pull := range map[string]func(b *box, m *mirror, named, architecture string){
+		"skopeo": func(b *box, m *mirror, named, architecture string) {
 			b.mirrors(m)
-			b.run("skopeo", "--registries-conf", b.path("registries.conf"), "copy", "--override-os", "linux", "--override-arch", architecture, "docker://"+mirroredHost+"/org/app:v1", "oci:"+b.path("copy")+":v1")
+			b.run("skopeo", "--registries-conf", b.path("registries.conf"), "copy", "--override-os", "linux", "--override-arch", architecture, "docker://"+mirroredHost+"/org/app"+named, "oci:"+b.path("copy")+":v1")
 		},
-		"podman": func(b *box, m *mirror, architecture string) {
+		"podman": func(b *box, m *mirror, named, architecture string) {
 			b.mirrors(m)
-			b.run("podman", append(b.store(), "pull", "--os", "linux", "--arch", architecture, mirroredHost+"/org/app:v1")...)
+			b.run("podman", append(b.store(), "pull", "--os", "linux", "--arch", architecture, mirroredHost+"/org/app"+named)...)
 		},
-		"buildah": func(b *box, m *mirror, architecture string) {
+		"buildah": func(b *box, m *mirror, named, architecture string) {
 			b.mirrors(m)
-			b.run("buildah", append(b.store(), "pull", "--os", "linux", "--arch", architecture, mirroredHost+"/org/app:v1")...)
+			b.run("buildah", append(b.store(), "pull", "--os", "linux", "--arch", architecture, mirroredHost+"/org/app"+named)...)
 		},
-		"crane": func(b *box, m *mirror, architecture string) {
-			b.run("crane", "pull", "--platform", "linux/"+architecture, "--format=oci", m.host+"/org/app:v1", b.path("copy"))
+		"crane": func(b *box, m *mirror, named, architecture string) {
+			b.run("crane", "pull", "--platform", "linux/"+architecture, "--format=oci", m.host+"/org/app"+named, b.path("copy"))
 		},
-		"oras": func(b *box, m *mirror, architecture string) {
-			b.run("oras", "copy", "--from-plain-http", "--platform", "linux/"+architecture, m.host+"/org/app:v1", "--to-oci-layout", b.path("copy")+":v1")
+		"oras": func(b *box, m *mirror, named, architecture string) {
+			b.run("oras", "copy", "--from-plain-http", "--platform", "linux/"+architecture, m.host+"/org/app"+named, "--to-oci-layout", b.path("copy")+":v1")
 		},
-		"regctl": func(b *box, m *mirror, architecture string) {
+		"regctl": func(b *box, m *mirror, named, architecture string) {
 			b.run("regctl", "registry", "set", "--skip-check", "--mirror", m.host, mirroredHost)
 			b.run("regctl", "registry", "set", "--skip-check", "--tls", "disabled", m.host)
-			b.run("regctl", "image", "copy", "--platform", "linux/"+architecture, mirroredHost+"/org/app:v1", "ocidir://copy:v1")
+			b.run("regctl", "image", "copy", "--platform", "linux/"+architecture, mirroredHost+"/org/app"+named, "ocidir://copy:v1")
 		},
-		"ocilocal": func(b *box, m *mirror, architecture string) {
+		"ocilocal": func(b *box, m *mirror, named, architecture string) {
 			client := &ocilocal.Remote{
 				Mirrors: map[string][]ocilocal.Mirror{mirroredHost: {{Location: m.host, Tags: true}}},
 			}
-			_, err := newRegistry(b.t).Pull(b.t.Context(), reference(b.t, mirroredHost+"/org/app:v1"),
-				&ocilocal.PullOptions{Remote: client, Platform: &ocispec.Platform{OS: "linux", Architecture: architecture}})
+			_, err := newRegistry(b.t).Pull(b.t.Context(), reference(b.t, mirroredHost+"/org/app"+named),
+				&ocilocal.PullOptions{Remote: client, As: reference(b.t, mirroredHost+"/org/app:v1"), Platform: &ocispec.Platform{OS: "linux", Architecture: architecture}})
 			if err != nil {
 				b.t.Fatal(err)
 			}
 		},
-		"containerd": func(b *box, m *mirror, architecture string) {
-			b.containerd(m).pull(mirroredHost+"/org/app:v1", architecture)
+		"containerd": func(b *box, m *mirror, named, architecture string) {
+			b.containerd(m).pull(mirroredHost+"/org/app"+named, architecture)
 		},
-		"ctr": func(b *box, m *mirror, architecture string) {
-			b.containerd(m).pull(mirroredHost+"/org/app:v1", architecture, "--local")
+		"ctr": func(b *box, m *mirror, named, architecture string) {
+			b.containerd(m).pull(mirroredHost+"/org/app"+named, architecture, "--local")
 		},
-		"docker": func(b *box, m *mirror, architecture string) {
-			b.dockerd(m, "--storage-driver", "vfs").pull("docker.io/org/app", "v1", architecture)
+		"docker": func(b *box, m *mirror, named, architecture string) {
+			b.dockerd(m, "--storage-driver", "vfs").pull("docker.io/org/app", named, architecture)
 		},
-		"docker with containerd": func(b *box, m *mirror, architecture string) {
-			b.dockerd(m, "--feature", "containerd-snapshotter=true", "--storage-driver", "native").pull("docker.io/org/app", "v1", architecture)
+		"docker with containerd": func(b *box, m *mirror, named, architecture string) {
+			b.dockerd(m, "--feature", "containerd-snapshotter=true", "--storage-driver", "native").pull("docker.io/org/app", named, architecture)
 		},
 	} {
-		t.Run(tool, func(t *testing.T) {
-			t.Parallel()
-			m := newMirror(t)
-			pull(newBox(t), m, "amd64")
-			m.wantOne()
-			m.down.Store(true)
-			pull(newBox(t), m, "amd64")
-			m.wantOne()
-		})
+		for _, by := range []string{"tag", "digest"} {
+			t.Run(tool+" by "+by, func(t *testing.T) {
+				t.Parallel()
+				m := newMirror(t)
+				named := ":v1"
+				if by == "digest" {
+					named = "@" + m.digest()
+				}
+				pull(newBox(t), m, named, "amd64")
+				m.wantOne()
+				m.down.Store(true)
+				pull(newBox(t), m, named, "amd64")
+				m.wantOne()
+			})
+		}
 	}
 }
 
@@ -370,11 +386,12 @@ func (b *box) dockerd(m *mirror, flags ...string) *dockerd {
 	return d
 }
 
-// pull pulls an image by the daemon's API, as the docker command does.
-func (d *dockerd) pull(repository, tag, architecture string) {
+// pull pulls an image by the daemon's API, as the docker command does. named is a tag after a colon, or
+// a digest after an @, as the local name of the image has it. The API calls both a tag.
+func (d *dockerd) pull(repository, named, architecture string) {
 	t := d.b.t
 	t.Helper()
-	query := url.Values{"fromImage": {repository}, "tag": {tag}, "platform": {"linux/" + architecture}}
+	query := url.Values{"fromImage": {repository}, "tag": {named[1:]}, "platform": {"linux/" + architecture}}
 	req, err := http.NewRequestWithContext(t.Context(), "POST", "http://docker/images/create?"+query.Encode(), nil)
 	if err != nil {
 		t.Fatal(err)
@@ -388,7 +405,7 @@ func (d *dockerd) pull(repository, tag, architecture string) {
 	if err != nil || res.StatusCode != 200 || strings.Contains(string(body), `"error"`) {
 		t.Fatalf("docker pull: %s, %v\n%s", res.Status, err, body)
 	}
-	res, err = d.client.Get("http://docker/images/" + repository + ":" + tag + "/json")
+	res, err = d.client.Get("http://docker/images/" + repository + named + "/json")
 	if err != nil {
 		t.Fatal(err)
 	}
