@@ -400,6 +400,9 @@ func KeptHashes(h http.Handler) int {
 // MaxUploadHashes is how many it keeps at most.
 const MaxUploadHashes = maxUploadHashes
 
+// UncountedPart is the part of the free uploads that a handler begins before it counts again.
+const UncountedPart = uncountedPart
+
 // SetLogger is [Options.Logger] for an open registry. No call may be under way.
 func SetLogger(r *LocalRegistry, l *slog.Logger) { r.opts.Logger = l }
 

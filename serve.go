@@ -34,7 +34,7 @@ type HandlerOptions struct {
 	MaxBlobSize int64
 	// MaxUploads is how many uploads may be begun and not ended, in all processes. Zero means 1000.
 	// At that number, uploads older than UploadAge are removed. If none is, the next upload is
-	// answered with 429.
+	// answered with 429. Handlers that work side by side may each exceed it by a 64th.
 	MaxUploads int
 	// UploadAge is how long an upload may get no byte before it makes place for another one. Zero
 	// means 24 hours. Collections remove old uploads as well: see [GCOptions.Held].
@@ -113,8 +113,9 @@ type handler struct {
 	// number, because parsing can take twenty times the memory of the bytes.
 	largeManifests chan struct{}
 
-	mu     sync.Mutex            // guards hashes
-	hashes map[string]uploadHash // of uploads, by id: see takeHash
+	mu        sync.Mutex            // guards what follows
+	hashes    map[string]uploadHash // of uploads, by id: see takeHash
+	uncounted int                   // uploads that may begin before they are counted: see admitUpload
 }
 
 // Handler returns a handler that serves the registry by the API of the OCI distribution

@@ -136,12 +136,8 @@ func (x *exchange) beginUpload() error {
 	if err := x.registry.checkBound(); err != nil {
 		return err
 	}
-	n, err := store.countUploads(x.r.Context(), x.opts.MaxUploads, time.Now().Add(-x.opts.UploadAge))
-	if err != nil {
+	if err := x.admitUpload(); err != nil {
 		return err
-	}
-	if n >= x.opts.MaxUploads {
-		return serveErrorf(http.StatusTooManyRequests, codeTooManyRequests, "too many uploads are under way")
 	}
 	id, err := store.newUpload(x.repo.name)
 	if err != nil {
@@ -152,6 +148,39 @@ func (x *exchange) beginUpload() error {
 	}
 	x.uploadHeaders(id, 0)
 	return x.empty(http.StatusAccepted)
+}
+
+// uncountedPart is the part of the uploads below the limit that a handler begins before it counts
+// again.
+const uncountedPart = 64
+
+// admitUpload refuses an upload if there are too many in the root. Counting reads the directory of
+// all uploads, so a handler counts once for several: far from the limit for many, and close to it
+// for each. A handler that nobody else works beside keeps the limit. Each other one may add the
+// uploads that it has left from its last count.
+func (x *exchange) admitUpload() error {
+	h := x.handler
+	h.mu.Lock()
+	counted := h.uncounted > 0
+	if counted {
+		h.uncounted--
+	}
+	h.mu.Unlock()
+	if counted {
+		return nil
+	}
+	limit := h.opts.MaxUploads
+	n, err := h.registry.blobs.countUploads(x.r.Context(), limit, time.Now().Add(-h.opts.UploadAge))
+	if err != nil {
+		return err
+	}
+	if n >= limit {
+		return serveErrorf(http.StatusTooManyRequests, codeTooManyRequests, "too many uploads are under way")
+	}
+	h.mu.Lock()
+	h.uncounted = (limit - n - 1) / uncountedPart
+	h.mu.Unlock()
+	return nil
 }
 
 // mount answers with a blob of another repository, if that is possible. Without from, every blob of

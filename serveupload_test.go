@@ -216,3 +216,31 @@ func TestServeLimits(t *testing.T) {
 	s.want(204, "DELETE", second, "")
 	s.want(202, "POST", uploads, "")
 }
+
+// TestServeMaxUploads: a handler does not count the uploads before each one, and still keeps the
+// limit. Another handler of the root can add what it has left from its last count, and no more.
+func TestServeMaxUploads(t *testing.T) {
+	t.Parallel()
+	const limit = 2*ocilocal.UncountedPart + 1
+	uploads := "/v2/org/app/blobs/uploads/"
+	r := openTemp(t, nil)
+	opts := &ocilocal.HandlerOptions{MaxUploads: limit}
+	other := serveAt(t, mustOpen(t, r.Root()), opts)
+	other.want(202, "POST", uploads, "")
+	s := serveAt(t, r, opts)
+	var begun []string
+	for range limit - 1 {
+		begun = append(begun, s.want(202, "POST", uploads, "").header.Get("Location"))
+	}
+	s.want(429, "POST", uploads, "")
+	for range limit / ocilocal.UncountedPart {
+		other.want(202, "POST", uploads, "")
+	}
+	other.want(429, "POST", uploads, "")
+	for _, at := range begun[:limit/ocilocal.UncountedPart+1] {
+		s.want(429, "POST", uploads, "")
+		s.want(204, "DELETE", at, "")
+	}
+	s.want(202, "POST", uploads, "")
+	s.want(429, "POST", uploads, "")
+}
