@@ -52,7 +52,8 @@ func (x *exchange) describe(d digest.Digest, mediaType string, size int64) {
 // Most requests are for tiny blobs, and for these this takes the fewest system calls. In the last
 // case the verifier holds back the last bytes until the digest is right. If it is
 // wrong, the connection breaks off, and the client has fewer bytes than Content-Length says.
-// A client can't check a range by the digest, so a range never is verified while it is sent.
+// A client can't check a range by the digest, so a range never is verified while it is sent, except
+// one of a blob that a mirror fetches meanwhile: see [sharedFetch].
 func (x *exchange) getBlob() error {
 	b, err := x.openBlob()
 	if b == nil || err != nil {
@@ -138,8 +139,8 @@ func (x *exchange) openBlob() (_ *servedBlob, err error) {
 	return b, nil
 }
 
-// prepare decides which part of an open blob is sent, and verifies as much as getBlob says.
-func (x *exchange) prepare(b *servedBlob) (err error) {
+// choosePart decides which part of the blob the request wants, by its size.
+func (x *exchange) choosePart(b *servedBlob) (err error) {
 	whole := true
 	if s := x.r.Header.Get("Range"); s != "" {
 		// If-Range compares strongly (RFC 9110, 13.1.5), so a weak tag asks for the whole blob.
@@ -153,7 +154,15 @@ func (x *exchange) prepare(b *servedBlob) (err error) {
 	if b.ranged = !whole; whole {
 		b.part = byteRange{0, b.size}
 	}
-	store := x.registry.blobs
+	return nil
+}
+
+// prepare decides which part of an open blob is sent, and verifies as much as getBlob says.
+func (x *exchange) prepare(b *servedBlob) (err error) {
+	if err := x.choosePart(b); err != nil {
+		return err
+	}
+	store, whole := x.registry.blobs, !b.ranged
 	if whole && b.size <= tinyBlob {
 		b.content, err = store.readAll(b.file, x.digest, b.size)
 		return err

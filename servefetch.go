@@ -25,7 +25,9 @@ import (
 // as they have arrived, and each request reads that file with a [follower] while it grows. The bytes
 // may still turn out to be wrong, and a second attempt may overwrite them. So each request hashes
 // what it sends, and keeps the last byte back until its own bytes have the right digest and the
-// fetch has succeeded.
+// fetch has succeeded. A request for a range reads and hashes the whole file as well, and sends its
+// part of it. So its last byte waits for the end of the blob, but its client hears at once that there
+// is an answer, and a client that wants the rest of a blob gets it while it arrives.
 type sharedFetch struct {
 	u        *upstream
 	key      string
@@ -218,18 +220,24 @@ func (x *exchange) openAbsent() (b *servedBlob, answered bool, err error) {
 		x.w.WriteHeader(http.StatusOK)
 		return nil, true, nil
 	}
+	if len(wanted.sizes) == 1 && size >= keepPartial { // a blob that can be followed
+		b = &servedBlob{foundBlob: foundBlob{size: size}}
+		if err := x.choosePart(b); err != nil {
+			return nil, false, err
+		}
+	}
 	f, err := x.upstream.fetchBlob(ctx, x.repo, wanted)
 	if err != nil {
 		return nil, false, err
 	}
-	if x.r.Header.Get("Range") == "" && len(wanted.sizes) == 1 && size >= keepPartial {
+	if b != nil {
 		// The first bytes say that the upstream has the blob. Before them there can be an answer.
 		select {
 		case <-f.began:
 		case <-f.done:
 		case <-ctx.Done():
 		}
-		if b := x.follow(f, size); b != nil {
+		if x.follow(f, b) {
 			return b, false, nil
 		}
 	}
@@ -240,20 +248,23 @@ func (x *exchange) openAbsent() (b *servedBlob, answered bool, err error) {
 	return nil, false, nil
 }
 
-// follow returns a blob that is still being fetched, and nil if it is complete or has failed.
-func (x *exchange) follow(f *sharedFetch, size int64) *servedBlob {
+// follow opens the file of a blob that is still being fetched. It reports false if the blob is complete
+// or the fetch has failed.
+func (x *exchange) follow(f *sharedFetch, b *servedBlob) bool {
 	select {
 	case <-f.done:
-		return nil
+		return false
 	default:
 	}
 	store := x.registry.blobs
 	file, err := store.root.OpenFile(path.Join(partialPath(x.digest), partialData), os.O_RDONLY|openNoFollow, 0)
 	if err != nil {
-		return nil
+		return false
 	}
-	src := &follower{ctx: x.r.Context(), file: file, fetch: f}
-	return &servedBlob{foundBlob: foundBlob{size: size}, part: byteRange{0, size}, follower: src, unverified: store.verifier(src.ctx, src, x.digest, size)}
+	b.follower = &follower{ctx: x.r.Context(), file: file, fetch: f}
+	b.unverified = store.verifier(b.follower.ctx, b.follower, x.digest, b.size)
+	x.w.Header().Set("Accept-Ranges", "bytes")
+	return true
 }
 
 // A follower reads the file of a blob while a fetch writes it.
@@ -308,9 +319,39 @@ func (x *exchange) sendFollowed(w *serveWriter, b *servedBlob) error {
 		wait()
 		w.stall.begin()
 	}
+	dst := &partWriter{w: w, skip: b.part.start, left: b.part.length}
 	buf := make([]byte, 64<<10)
-	_, err := io.CopyBuffer(struct{ io.Writer }{w}, struct{ io.Reader }{b.unverified}, buf)
+	if _, err := io.CopyBuffer(struct{ io.Writer }{dst}, struct{ io.Reader }{b.unverified}, buf); err != nil {
+		return err
+	}
+	_, err := w.Write(dst.last)
 	return err
+}
+
+// A partWriter writes a part of what it gets, except the last byte of the part, which it keeps.
+type partWriter struct {
+	w          *serveWriter
+	skip, left int64 // bytes before the part, and of it
+	last       []byte
+}
+
+func (p *partWriter) Write(b []byte) (int, error) {
+	n := len(b)
+	skipped := min(int64(n), p.skip)
+	p.skip -= skipped
+	b = b[skipped:]
+	b = b[:min(int64(len(b)), p.left)]
+	p.left -= int64(len(b))
+	if end := len(b) - 1; p.left == 0 && end >= 0 {
+		p.last = []byte{b[end]}
+		b = b[:end]
+	}
+	if len(b) == 0 {
+		p.w.stall.progress(n) // of the client, who waits
+		return n, nil
+	}
+	_, err := p.w.Write(b)
+	return n, err
 }
 
 // complete fetches what a pushed manifest needs and what is absent here: HEAD has told the client that

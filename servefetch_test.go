@@ -44,12 +44,15 @@ func (m *servedMirror) breakOff(text string, n int, more func()) {
 	})
 }
 
-// get begins a GET.
-func (s *served) get(ctx context.Context, path string) *http.Response {
+// get begins a GET, with header fields in pairs.
+func (s *served) get(ctx context.Context, path string, fields ...string) *http.Response {
 	s.t.Helper()
 	req, err := http.NewRequestWithContext(ctx, "GET", s.URL+path, nil)
 	if err != nil {
 		s.t.Fatal(err)
+	}
+	for i := 0; i < len(fields); i += 2 {
+		req.Header.Set(fields[i], fields[i+1])
 	}
 	res, err := s.Client().Do(req)
 	if err != nil {
@@ -480,4 +483,70 @@ func TestServePutPartial(t *testing.T) {
 		m.want(200, "GET", blobAt(text), "")
 	}
 	checkSound(t, m.r)
+}
+
+// TestServeFollowRange: a range of a large blob begins while the blob arrives. Its last byte comes when
+// the whole blob is there and right.
+func TestServeFollowRange(t *testing.T) {
+	t.Parallel()
+	layer, lie := aLargeBlob(8), aLargeBlob(9)
+	half, end := len(layer)/2, len(layer)
+	for _, honest := range []bool{true, false} {
+		m := newMirrorOf(t, layer)
+		sent, read := layer, make(chan struct{})
+		if !honest {
+			sent = layer[:half] + lie[half:]
+		}
+		m.intercept(func(w http.ResponseWriter, r *http.Request) bool {
+			if r.Method != "GET" || r.URL.Path != blobAt(layer) {
+				return false
+			}
+			w.Header().Set("Content-Length", fmt.Sprint(end))
+			io.WriteString(w, sent[:half])
+			http.NewResponseController(w).Flush()
+			<-read
+			io.WriteString(w, sent[half:])
+			return true
+		})
+		m.requests("")
+		type client struct {
+			res         *http.Response
+			start, stop int
+			got         int // bytes before the rest of the blob arrives
+		}
+		clients := map[string]*client{
+			"bytes=0-0":      {start: 0, stop: 1},
+			"bytes=10-99":    {start: 10, stop: 100, got: 89},
+			"bytes=0-":       {start: 0, stop: end, got: half},
+			"bytes=1000000-": {start: 1000000, stop: end, got: half - 1000000},
+			"bytes=-1":       {start: end - 1, stop: end},
+			"bytes=-2000000": {start: end - 2000000, stop: end, got: half - (end - 2000000)},
+			fmt.Sprintf("bytes=%d-%d", half+5, half+9): {start: half + 5, stop: half + 10},
+			fmt.Sprintf("bytes=%d-", half-1):           {start: half - 1, stop: end, got: 1},
+		}
+		for part, c := range clients {
+			c.res = m.get(t.Context(), blobAt(layer), "Range", part)
+			want := fmt.Sprintf("bytes %d-%d/%d", c.start, c.stop-1, end)
+			if c.res.StatusCode != 206 || c.res.Header.Get("Content-Range") != want || c.res.ContentLength != int64(c.stop-c.start) {
+				t.Errorf("%s: %s, %v, %d bytes", part, c.res.Status, c.res.Header, c.res.ContentLength)
+			}
+			readSome(t, c.res, c.got, layer[c.start:])
+		}
+		a := m.want(416, "GET", blobAt(layer), "", "Range", fmt.Sprintf("bytes=%d-", end))
+		if a.header.Get("Content-Range") != fmt.Sprintf("bytes */%d", end) {
+			t.Error(a.header)
+		}
+		if a := m.get(t.Context(), blobAt(layer), "Range", "bytes=0-0", "If-Range", `"other"`); a.StatusCode != 200 {
+			t.Error(a.Status)
+		}
+		close(read)
+		for part, c := range clients {
+			rest, err := io.ReadAll(c.res.Body)
+			if honest && (err != nil || string(rest) != layer[c.start+c.got:c.stop]) || !honest && (err == nil || c.got+len(rest) >= c.stop-c.start) {
+				t.Errorf("honest %t, %s: %d bytes more, %v", honest, part, len(rest), err)
+			}
+		}
+		m.wantRequests("GET " + blobAt(layer))
+		checkSound(t, m.r)
+	}
 }

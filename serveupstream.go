@@ -21,8 +21,9 @@ import (
 //   - Manifests: a tag is kept as a ref. A digest that nothing in the repository leads to is kept as
 //     a ref by digest. Refs stay until they are deleted, and collections keep what they lead to.
 //   - Blobs: what a manifest of the repository names is fetched; other blobs are 404. HEAD answers
-//     with the size that the manifest states and fetches nothing. A range is sent after the whole
-//     blob has been fetched and verified. If all clients of a blob leave, its transfer ends. The
+//     with the size that the manifest states and fetches nothing. The last byte of a range is sent
+//     after the whole blob has been fetched and verified. So a client must wait for a few bytes of a
+//     large blob as long as for all of it; below 1 MiB it hears nothing meanwhile. If all clients of a blob leave, its transfer ends. The
 //     bytes of a blob of 1 MiB or more are kept, and the next request resumes it.
 //   - A tag that is here is served for Revalidate, and then asked for again. If the upstream fails,
 //     does not answer within ten seconds, or has the tag no more, the tag is served as it is here.
