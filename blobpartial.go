@@ -113,7 +113,7 @@ func (p *partial) reopen(ctx context.Context) (whole bool, err error) {
 	}
 	got, err := checkRegular(p.file)
 	if err == nil && got == p.size {
-		if err = p.rehash(ctx); err == nil && digest.NewDigest(p.digest.Algorithm(), p.w.hash) == p.digest {
+		if err = p.rehash(ctx); err == nil && hashedDigest(p.digest.Algorithm(), p.w.hash) == p.digest {
 			return true, nil
 		}
 	}
@@ -191,7 +191,7 @@ func (w *reportingWriter) Write(b []byte) (int, error) {
 // finish takes the complete blob into the stage. After an [ErrDigestMismatch] the file is empty: it
 // is not known which of the bytes are wrong.
 func (p *partial) finish(ctx context.Context) error {
-	if got := digest.NewDigest(p.digest.Algorithm(), p.w.hash); got != p.digest {
+	if got := hashedDigest(p.digest.Algorithm(), p.w.hash); got != p.digest {
 		return errors.Join(fmt.Errorf("%w: bytes hash to %s, want %s", ErrDigestMismatch, got, p.digest), p.reset())
 	}
 	if err := p.file.chmod(0o444); err != nil {

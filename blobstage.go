@@ -155,7 +155,7 @@ func (st *stage) putFile(ctx context.Context, src *os.File, want digest.Digest, 
 // stays open for fsync: an error of the disk is reported to the descriptor that wrote.
 func (st *stage) complete(w *hashingWriter, n int64, err error, alg digest.Algorithm, want digest.Digest, size int64) (*stagedFile, error) {
 	f := w.file
-	got := digest.NewDigest(alg, w.hash)
+	got := hashedDigest(alg, w.hash)
 	switch {
 	case err != nil:
 	case size >= 0 && n > size:

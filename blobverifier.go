@@ -148,7 +148,7 @@ func (v *verifier) finish() error {
 	case err != io.EOF:
 		return err
 	}
-	if err := checkContent(v.digest, digest.NewDigest(v.digest.Algorithm(), v.hash)); err != nil {
+	if err := checkContent(v.digest, hashedDigest(v.digest.Algorithm(), v.hash)); err != nil {
 		return err
 	}
 	return io.EOF

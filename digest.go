@@ -3,6 +3,7 @@ package ocilocal
 import (
 	"crypto/sha256"
 	"crypto/sha512"
+	"encoding/hex"
 	"fmt"
 	"hash"
 	"strings"
@@ -36,11 +37,19 @@ func newHash(alg digest.Algorithm) hash.Hash {
 	}
 }
 
+// hashedDigest returns the digest of what h has hashed. It is [digest.NewDigest] without package fmt,
+// which takes as long as the hash of a small manifest.
+func hashedDigest(alg digest.Algorithm, h hash.Hash) digest.Digest {
+	text := make([]byte, 0, len(digest.SHA512)+1+2*sha512.Size)
+	text = append(append(text, alg...), ':')
+	return digest.Digest(hex.AppendEncode(text, h.Sum(nil)))
+}
+
 // digestOf returns the digest of bytes.
 func digestOf(alg digest.Algorithm, b []byte) digest.Digest {
 	h := newHash(alg)
 	h.Write(b)
-	return digest.NewDigest(alg, h)
+	return hashedDigest(alg, h)
 }
 
 // checkDigest returns an [ErrInvalidDigest] unless d is lower-case

@@ -26,6 +26,7 @@ const (
 	// 100,000 refs is one scan, and not 100,000 look-ups. The types are few: see [index.typeText].
 	sqlResolve = `SELECT name, reference, (SELECT text FROM types WHERE id = media_type), digest, size, (SELECT text FROM types WHERE id = artifact_type), moved
 		FROM refs WHERE name = ? AND reference = ?`
+	sqlGetDescriptor = `SELECT name, reference, media_type, digest, size, artifact_type FROM refs WHERE name = ? AND reference = ?`
 	// A page starts after (?1, ?2) and stays below the upper bound ?3 of the names.
 	sqlList = `SELECT name, reference, media_type, digest, size, artifact_type, moved FROM refs
 		WHERE (name, reference) > (?1, ?2) AND name < ?3 ORDER BY name, reference LIMIT ?4`
@@ -130,13 +131,35 @@ func (t *indexTx) deleteRef(name, reference string) error {
 
 // resolved returns the descriptor that a ref points at, and when the ref was last moved.
 func (t *indexTx) resolved(name, reference string) (desc ocispec.Descriptor, updated time.Time, ok bool, err error) {
-	return refRow(t, name, reference)
+	var key refKey
+	var row descriptorRow
+	if ok, err = t.row(sqlResolve, []any{name, reference}, append([]any{&key.name, &key.reference}, row.dest()...)...); ok && err == nil {
+		if err = key.check(name, reference); err == nil {
+			desc, updated, err = row.value()
+		}
+	}
+	return desc, updated, ok && err == nil, err
 }
 
-// resolve returns the descriptor that a ref points at.
+// resolve returns the descriptor that a ref points at. Nothing is asked more often, so it reads only
+// the columns that it needs, and the types as typeText remembers them.
 func (x *index) resolve(name, reference string) (desc ocispec.Descriptor, ok bool, err error) {
-	desc, _, ok, err = refRow(x, name, reference)
-	return desc, ok, err
+	var key refKey
+	row := descriptorRow{micro: int64(0)}
+	ok, err = x.row(sqlGetDescriptor, []any{name, reference}, &key.name, &key.reference, &row.mediaType, &row.digest, &row.size, &row.artifactType)
+	if !ok || err != nil {
+		return desc, false, err
+	}
+	if err = key.check(name, reference); err == nil {
+		row.mediaType, err = x.typeText(row.mediaType)
+	}
+	if err == nil {
+		row.artifactType, err = x.typeText(row.artifactType)
+	}
+	if err == nil {
+		desc, _, err = row.value()
+	}
+	return desc, err == nil, err
 }
 
 // list returns one page of at most n refs, in order: those after (name, reference) whose names are
@@ -185,18 +208,6 @@ func (x *index) list(name, reference, below string, n int) ([]Ref, error) {
 		}
 	}
 	return page, err
-}
-
-// refRow returns a ref's descriptor and when it was last changed.
-func refRow(q queryer, name, reference string) (desc ocispec.Descriptor, updated time.Time, ok bool, err error) {
-	var key refKey
-	var row descriptorRow
-	if ok, err = q.row(sqlResolve, []any{name, reference}, append([]any{&key.name, &key.reference}, row.dest()...)...); ok && err == nil {
-		if err = key.check(name, reference); err == nil {
-			desc, updated, err = row.value()
-		}
-	}
-	return desc, updated, ok && err == nil, err
 }
 
 // names returns one page of at most n names that have refs, in order. Each name is >= from, > after

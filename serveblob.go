@@ -25,17 +25,23 @@ func (x *exchange) unchanged(d digest.Digest) bool {
 	if !matchesETag(x.r.Header.Get("If-None-Match"), d) {
 		return false
 	}
-	x.w.Header().Set("ETag", etag(d))
+	x.w.Header().Set("Etag", etag(d))
 	x.w.WriteHeader(http.StatusNotModified)
 	return true
 }
 
-// describe sets the headers of an answer with content. A digest names its bytes for ever, so it is
-// the entity tag as well.
-func (x *exchange) describe(d digest.Digest, mediaType string, size int64) {
+// identify says in the headers which content the answer has. A digest names its bytes for ever, so it
+// is the entity tag as well.
+func (x *exchange) identify(d digest.Digest) {
 	h := x.w.Header()
 	h.Set("Docker-Content-Digest", string(d))
-	h.Set("ETag", etag(d))
+	h.Set("Etag", etag(d)) // ETag in the form that net/http sends
+}
+
+// describe sets the headers of an answer with content.
+func (x *exchange) describe(d digest.Digest, mediaType string, size int64) {
+	x.identify(d)
+	h := x.w.Header()
 	h.Set("Content-Type", mediaType)
 	h.Set("Content-Length", strconv.FormatInt(size, 10))
 }
@@ -60,7 +66,7 @@ func (x *exchange) getBlob() error {
 		return damaged(err)
 	}
 	if b.content != nil {
-		x.describe(x.digest, mediaTypeBlob, b.size)
+		x.identify(x.digest)
 		x.respond(http.StatusOK, mediaTypeBlob, b.content)
 		return nil
 	}

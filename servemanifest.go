@@ -40,7 +40,7 @@ func (x *exchange) getManifest() error {
 	} else if raw, err = x.readManifest(desc); err != nil {
 		return damaged(err)
 	}
-	x.describe(desc.Digest, desc.MediaType, desc.Size)
+	x.identify(desc.Digest)
 	x.respond(http.StatusOK, desc.MediaType, raw)
 	return nil
 }

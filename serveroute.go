@@ -46,17 +46,19 @@ type serveRoute struct {
 // Longer paths are not looked at.
 const maxRoute = len("/v2//blobs/uploads/") + maxNameLen + 256
 
+// errNoEndpoint answers a path that is not the API's.
+var errNoEndpoint = serveErrorf(http.StatusNotFound, codeNameUnknown, "no such endpoint")
+
 // parseRoute reads a decoded path, in which %2F has become a slash. It reads from the end, because
 // a repository's name may have components like blobs or tags. Its errors are answers: 404 for a
 // path that is not the API's or a tag that can't exist, and 400 for a bad name or digest.
 func parseRoute(path string) (rt serveRoute, err error) {
-	unknown := serveErrorf(http.StatusNotFound, codeNameUnknown, "no such endpoint")
 	rest, ok := strings.CutPrefix(path, "/v2/")
 	switch {
 	case path == "/v2" || path == "/v2/":
 		return serveRoute{kind: routeBase}, nil
 	case !ok || len(path) > maxRoute:
-		return rt, unknown
+		return rt, errNoEndpoint
 	case rest == "_catalog":
 		return serveRoute{kind: routeCatalog}, nil
 	}
@@ -65,7 +67,7 @@ func parseRoute(path string) (rt serveRoute, err error) {
 	switch kind {
 	case "tags":
 		if last != "list" {
-			return rt, unknown
+			return rt, errNoEndpoint
 		}
 		rt = serveRoute{kind: routeTags, name: rest}
 	case "manifests":
@@ -86,14 +88,14 @@ func parseRoute(path string) (rt serveRoute, err error) {
 	case "uploads":
 		name, ok := strings.CutSuffix(rest, "/blobs")
 		if !ok {
-			return rt, unknown
+			return rt, errNoEndpoint
 		}
 		rt = serveRoute{kind: routeUpload, name: name, upload: last}
 		if last == "" {
 			rt.kind = routeUploads
 		}
 	default:
-		return rt, unknown
+		return rt, errNoEndpoint
 	}
 	if len(rt.name) > maxNameLen || repositoryFault(rt.name) >= 0 {
 		return rt, serveErrorf(http.StatusBadRequest, codeNameInvalid, "invalid repository name")

@@ -364,7 +364,7 @@ func (x *exchange) putUpload() error {
 		}
 		verified := h.alg != ""
 		if verified {
-			if got := digest.NewDigest(h.alg, h.hash); got != d {
+			if got := hashedDigest(h.alg, h.hash); got != d {
 				err = fmt.Errorf("%w: bytes hash to %s, want %s", ErrDigestMismatch, got, d)
 			}
 		}
