@@ -115,7 +115,8 @@
 //     annotation io.containerd.image.name, other tools to org.opencontainers.image.ref.name.
 //   - A tag alone, as oras, skopeo and umoci write it, is [ErrBareName]. ImportOptions.Repository
 //     completes all tags, and ImportOptions.Reference names one entry.
-//   - A name with the digest of other content is kept as an annotation. It names nothing.
+//   - A name with the digest of other content is kept as an annotation. It names nothing. The
+//     entry's own digest alone names nothing either, until ImportOptions.Repository completes it.
 //   - Content without a name is stored by digest, and [ImportResult.Unnamed] lists it. A collection
 //     deletes it after its grace period, unless [LocalRegistry.Tag] names it before. LoadPath and
 //     ImportOptions.Anonymous make up a name.

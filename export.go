@@ -284,13 +284,14 @@ func (x *export) sort() {
 	})
 }
 
-// entryName returns the longest name of an entry of an index.json, to compare entries. A name of
-// other content is not a name of the entry, and gives "".
+// entryName returns the name of an entry of an index.json, to compare entries. A name of other
+// content is not a name of the entry, and gives "".
 func entryName(e ocispec.Descriptor) string {
-	if entryClaim(e).from != "" {
+	c := entryClaim(e)
+	if c.isOther(e.Digest) {
 		return ""
 	}
-	return cmp.Or(e.Annotations[annotationImageName], e.Annotations[ocispec.AnnotationRefName])
+	return c.String()
 }
 
 // layoutFile is the content of oci-layout (image-spec image-layout.md, "oci-layout file").

@@ -42,9 +42,10 @@ import (
 // one, or IgnoreNames.
 type ImportOptions struct {
 	// Select, if not empty, chooses one entry of the layout's index by its name, by its
-	// io.containerd.image.name, or by its digest. The digest may also be that of a manifest in an
-	// image index that is an entry. If Select is empty, every entry is imported that is a manifest
-	// or an image index. The others are in ImportResult.Skipped.
+	// io.containerd.image.name, by its digest, or by the text of [InspectedEntry.Reference]. The
+	// digest may also be that of a manifest in an image index that is an entry, or in an index in
+	// that one. If Select is empty, every entry is imported that is a manifest or an image index.
+	// The others are in ImportResult.Skipped.
 	Select string
 	// Platform, if not nil, chooses only entries for this platform, and entries that name no
 	// platform. From an image index, it chooses the one manifest for the platform. The index is not
@@ -60,7 +61,8 @@ type ImportOptions struct {
 	Rename bool
 	// Repository, such as "example.com/team/model", names entries whose own name is only a tag, as
 	// oras, skopeo and umoci write it: v1 becomes example.com/team/model:v1. Without it, such an
-	// entry fails the import with [ErrBareName], unless another option decides its name.
+	// entry fails the import with [ErrBareName], unless another option decides its name. An entry
+	// whose own name is only its digest is named by this digest. Without Repository, it has no name.
 	Repository string
 	// Name, if not nil, decides the reference of each entry. Its argument's Reference is the name
 	// that the content claims, completed by Repository if that is set, and zero if there is none.

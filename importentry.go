@@ -10,7 +10,7 @@ import (
 // its names is kept (ImportOptions.IgnoreNames).
 func factsOf(e ocispec.Descriptor, ref Reference, ignored bool) entryFacts {
 	f := entryFacts{Annotations: maps.Clone(e.Annotations), Platform: e.Platform}
-	if ref.IsZero() && !ignored && entryClaim(e).from != "" {
+	if ref.IsZero() && !ignored && entryClaim(e).isOther(e.Digest) {
 		return f
 	}
 	delete(f.Annotations, ocispec.AnnotationRefName)

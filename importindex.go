@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 
 	"github.com/opencontainers/go-digest"
@@ -70,13 +71,18 @@ func (im *importer) stageIndex(ctx context.Context, index *layoutIndex) (*layout
 // import only if it is chosen: unrelated content must not stop an import.
 //
 // Reference, Select, Expected and calls such as LoadPath need exactly one entry. Then no entry and
-// several entries are errors. A Select by digest finds a manifest once that stands under several
-// names. If no entry has the digest, it is looked for among the members of image indexes.
+// several entries are errors. Several entries of one manifest count as one, if they spell its name
+// in several ways, or if Select is its digest. If no entry has the digest of Select, it is looked
+// for among the members of image indexes.
 func (im *importer) choose(ctx context.Context, entries []ocispec.Descriptor) (chosen, skipped []ocispec.Descriptor, err error) {
 	s := im.opts.Select
+	selected := false
 	for _, e := range entries {
+		if !im.selects(e) {
+			continue
+		}
+		selected = true
 		switch {
-		case s != "" && e.Annotations[ocispec.AnnotationRefName] != s && e.Annotations[annotationImageName] != s && string(e.Digest) != s:
 		case formOf(e.MediaType) == 0 || !knownAlgorithm(e.Digest):
 			skipped = append(skipped, e)
 		default:
@@ -88,21 +94,23 @@ func (im *importer) choose(ctx context.Context, entries []ocispec.Descriptor) (c
 			}
 		}
 	}
-	if len(chosen) == 0 && len(skipped) == 0 && checkDigest(digest.Digest(s)) == nil {
-		if chosen, err = im.chooseMember(ctx, entries); err != nil {
+	if !selected && checkDigest(digest.Digest(s)) == nil {
+		if chosen, err = im.chooseMember(ctx, entries, 0, map[digest.Digest]bool{}); err != nil {
 			return nil, nil, err
 		}
 	}
-	if len(chosen) > 1 && string(chosen[0].Digest) == s {
-		chosen = chosen[:1] // one manifest under several names, asked for by digest
-	}
 	o := &im.opts
 	single := o.one || !o.Reference.IsZero() || s != "" || o.Expected != ""
+	if single && len(chosen) > 1 && isOneManifest(chosen, string(chosen[0].Digest) == s) {
+		chosen = chosen[:1]
+	}
 	switch {
 	case len(chosen) == 0 && len(skipped) > 0:
 		err = unusable(skipped[0])
-	case len(chosen) == 0 && s != "":
+	case len(chosen) == 0 && s != "" && !selected:
 		err = fmt.Errorf("%w: no entry of index.json has the name or digest %s", ErrNotFound, printable(s))
+	case len(chosen) == 0 && s != "":
+		err = fmt.Errorf("%w: entry %s of index.json has nothing for platform %s/%s", ErrNotFound, printable(s), printable(o.Platform.OS), printable(o.Platform.Architecture))
 	case len(chosen) == 0 && o.Platform != nil:
 		err = fmt.Errorf("%w: index.json has no entry for platform %s/%s", ErrNotFound, printable(o.Platform.OS), printable(o.Platform.Architecture))
 	case len(chosen) == 0 && single:
@@ -112,6 +120,25 @@ func (im *importer) choose(ctx context.Context, entries []ocispec.Descriptor) (c
 			ErrInvalidArgument, len(chosen))
 	}
 	return chosen, skipped, err
+}
+
+// isOneManifest reports whether entries describe one manifest and, unless anyName is set, have one
+// name.
+func isOneManifest(entries []ocispec.Descriptor, anyName bool) bool {
+	first := entries[0]
+	return !slices.ContainsFunc(entries, func(e ocispec.Descriptor) bool {
+		return e.Digest != first.Digest || !anyName && entryClaim(e) != entryClaim(first)
+	})
+}
+
+// selects reports whether Select chooses an entry: it is empty, one of the two annotations as they
+// are, the digest, or the reference that [InspectedEntry] shows.
+func (im *importer) selects(e ocispec.Descriptor) bool {
+	switch im.opts.Select {
+	case "", e.Annotations[ocispec.AnnotationRefName], e.Annotations[annotationImageName], string(e.Digest):
+		return true
+	}
+	return im.opts.Select == entryClaim(e).ref.String()
 }
 
 // knownAlgorithm reports whether this package knows the algorithm of a digest. Text without a colon
@@ -155,25 +182,38 @@ func (im *importer) onPlatform(ctx context.Context, chosen []ocispec.Descriptor,
 	return append(chosen, member), nil
 }
 
-// chooseMember looks for the digest of Select among the members of the image indexes that are
-// entries. An index that cannot be read is skipped, because it was not asked for.
-func (im *importer) chooseMember(ctx context.Context, entries []ocispec.Descriptor) ([]ocispec.Descriptor, error) {
-	for _, e := range entries {
-		if formOf(e.MediaType) != formIndex || checkDescriptor(&e) != nil {
+// chooseMember looks for the digest of Select among the members of image indexes: of those in
+// descs, and then of the indexes in each of them. An index that cannot be read is skipped, because
+// it was not asked for. seen has the indexes that were read. depth is the number of indexes above
+// descs.
+//
+// Only the parts of descriptors that peek needs are kept while nested indexes are read: see
+// [importer.read].
+func (im *importer) chooseMember(ctx context.Context, descs []ocispec.Descriptor, depth int, seen map[digest.Digest]bool) ([]ocispec.Descriptor, error) {
+	for _, d := range descs {
+		if formOf(d.MediaType) != formIndex || checkDescriptor(&d) != nil || seen[d.Digest] || depth > MaxIndexNesting {
 			continue
 		}
-		m, err := im.peek(ctx, e)
+		seen[d.Digest] = true
+		m, err := im.peek(ctx, d)
 		if err != nil {
 			if ctx.Err() != nil {
 				return nil, ctx.Err()
 			}
 			continue
 		}
+		var nested []ocispec.Descriptor
 		for _, member := range m.doc.Manifests {
 			if string(member.Digest) == im.opts.Select && formOf(member.MediaType) != 0 {
 				member.Annotations = nil // they describe the member within its index
 				return []ocispec.Descriptor{member}, nil
 			}
+			if formOf(member.MediaType) == formIndex {
+				nested = append(nested, ocispec.Descriptor{MediaType: member.MediaType, Digest: member.Digest, Size: member.Size})
+			}
+		}
+		if found, err := im.chooseMember(ctx, nested, depth+1, seen); found != nil || err != nil {
+			return found, err
 		}
 	}
 	return nil, nil

@@ -51,6 +51,20 @@ func TestImportPlatforms(t *testing.T) {
 	if err != nil || len(got.Unnamed()) != 1 || got.Artifacts[0].Descriptor.Digest != digest.FromString(second) {
 		t.Errorf("the member of a sparse image index: %+v, %v", got, err)
 	}
+	deep := append(all, blobEntry(sparse))
+	for range ocilocal.MaxIndexNesting {
+		index := imageIndexOf(top)
+		deep, top = append(deep, blobEntry(index)), desc(ocispec.MediaTypeImageIndex, index)
+	}
+	_, got, err = importBoth(t, &ocilocal.ImportOptions{Select: digest.FromString(second).String()}, append(deep, indexOf(top))...)
+	if err != nil || len(got.Artifacts) != 1 || got.Artifacts[0].Descriptor.Digest != digest.FromString(second) {
+		t.Errorf("the member of a nested image index: %+v, %v", got, err)
+	}
+	_, _, err = importBoth(t, &ocilocal.ImportOptions{Select: "example.com/a:v1", Platform: &ocispec.Platform{OS: "plan9"}},
+		append(all, indexOf(called(amd64, refName, "example.com/a:v1")))...)
+	if !errors.Is(err, ocilocal.ErrNotFound) || !strings.Contains(err.Error(), "plan9") {
+		t.Errorf("an entry of the name for another platform: %v", err)
+	}
 	flat := indexOf(amd64, arm64)
 	r, got, err := importBoth(t, &ocilocal.ImportOptions{AsIndex: true, Reference: ref("example.com/a:v1")}, append(all, flat)...)
 	if err != nil || got.Artifacts[0].Descriptor.Digest != digest.FromString(flat.body) {

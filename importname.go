@@ -20,9 +20,16 @@ type claim struct {
 	ref Reference
 	// text is a name that is not a full one, such as a tag.
 	text string
+	// digest is a name that is only a digest. It is a name of the entry if it is the entry's own.
+	digest digest.Digest
 	// from is the host and repository of other content, such as the image index from which this
 	// manifest was taken.
 	from string
+}
+
+// isOther reports whether the claim names other content than the entry with this digest.
+func (c claim) isOther(d digest.Digest) bool {
+	return c.from != "" || c.digest != "" && c.digest != d
 }
 
 // From an entry to its reference:
@@ -30,7 +37,7 @@ type claim struct {
 //	entryClaim   the two annotations → a claim
 //	reference    the claim and the options → a Reference
 //	  Reference      the caller's name, if the claim allows it or Rename is set
-//	  Repository     completes a tag
+//	  Repository     completes a tag, or the entry's own digest
 //	  Name           the caller's function decides
 //	  text           is ErrBareName, since no option names the entry
 //	  Anonymous      a new name, if there is still none
@@ -46,7 +53,7 @@ type claim struct {
 //
 //   - a full name in ref.name counts;
 //   - else one in image.name counts, unless ref.name is another tag;
-//   - else ref.name is a text that names nothing here.
+//   - else ref.name is a digest, or a text that names nothing here.
 //
 // A name can end in a digest other than the entry's: podman and skopeo write the digest of the
 // image index to the entry of one platform. Such a name says where the content came from. It is not
@@ -64,6 +71,9 @@ func entryClaim(e ocispec.Descriptor) claim {
 	}
 	if name == "" {
 		name = image
+	}
+	if d := digest.Digest(strings.TrimPrefix(name, "@")); checkDigest(d) == nil {
+		return claim{digest: d}
 	}
 	return claim{text: name}
 }
@@ -187,8 +197,13 @@ func (im *importer) reference(e ocispec.Descriptor) (ref Reference, err error) {
 		return want, nil
 	}
 	ref = c.ref
-	if tag := c.tag(); tag != "" && o.Repository != "" {
-		if ref, err = ParseReference(o.Repository + ":" + tag); err != nil {
+	if o.Repository != "" {
+		if tag := c.tag(); tag != "" {
+			ref, err = ParseReference(o.Repository + ":" + tag)
+		} else if c.digest == e.Digest {
+			ref, err = ParseReference(o.Repository + "@" + string(c.digest))
+		}
+		if err != nil {
 			return Reference{}, err
 		}
 	}
@@ -212,6 +227,8 @@ func (c claim) String() string {
 	switch {
 	case c.text != "":
 		return c.text
+	case c.digest != "":
+		return string(c.digest)
 	case c.from != "":
 		return c.from
 	}

@@ -82,18 +82,48 @@ func TestImportContainerdName(t *testing.T) {
 			pairs = append(pairs, refName, c.name)
 		}
 		index := indexOf(called(desc(imageType, manifest), pairs...))
-		for _, as := range []string{"", c.as} {
-			opts := &ocilocal.ImportOptions{}
-			if as != "" {
-				opts.Reference = ref(as)
-			}
+		for _, opts := range []*ocilocal.ImportOptions{{}, {Reference: ref(c.as)}, {Select: c.as}, {Select: c.full}} {
 			_, got, err := importBoth(t, opts, append(parts, index)...)
 			if err != nil || got.Artifacts[0].Update.Reference != ref(c.as) {
-				t.Errorf("%q, %q as %q: %+v, %v", c.name, c.full, as, got, err)
+				t.Errorf("%q, %q with %+v: %+v, %v", c.name, c.full, opts, got, err)
 			}
 		}
 		if _, _, err := importBoth(t, &ocilocal.ImportOptions{Reference: ref("example.com/other/thing:9")}, append(parts, index)...); !errors.Is(err, ocilocal.ErrInvalidArgument) {
 			t.Errorf("%q, %q as another: %v", c.name, c.full, err)
+		}
+	}
+}
+
+// TestDigestNames imports entries whose names are only a digest. Their own is no name until
+// Repository completes it. Another one is an annotation: it says where the content came from.
+func TestDigestNames(t *testing.T) {
+	t.Parallel()
+	manifest, config := image("layer")
+	second, _ := image("LAYER")
+	own, other := digest.FromString(manifest).String(), "sha256:"+strings.Repeat("0", 64)
+	parts := []entry{blobEntry(manifest), blobEntry(config), blobEntry("layer"), blobEntry(second), blobEntry("LAYER")}
+	for name, completed := range map[string]string{own: "example.com/a@" + own, "@" + own: "example.com/a@" + own, other: "", "@" + other: ""} {
+		index := indexOf(called(desc(imageType, manifest), refName, name), called(desc(imageType, second), refName, "example.com/a:v1"))
+		for _, opts := range []*ocilocal.ImportOptions{{}, {Repository: "example.com/a"}, {Select: own, Reference: ref("example.com/b:v1")}} {
+			want := opts.Reference.String()
+			if opts.Repository != "" {
+				want = completed
+			}
+			r, got, err := importBoth(t, opts, append(parts, index)...)
+			if err != nil || got.Artifacts[0].Update.Reference.String() != want {
+				t.Errorf("%s with %+v: %+v, %v", name, opts, got, err)
+				continue
+			}
+			if opts.Repository == "" && want == "" { // a name of other content is kept by digest
+				dir := t.TempDir()
+				if err := r.ExportLayout(t.Context(), dir, nil, &ocilocal.ExportOptions{Digests: []digest.Digest{digest.Digest(own)}}); err != nil {
+					t.Fatal(err)
+				}
+				in, err := ocilocal.InspectLayout(t.Context(), dir)
+				if kept := name == other || name == "@"+other; err != nil || (in.Entries[0].Name == name) != kept {
+					t.Errorf("%s: exported as %+v, %v", name, in, err)
+				}
+			}
 		}
 	}
 }
