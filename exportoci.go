@@ -2,6 +2,7 @@ package ocilocal
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -26,8 +27,9 @@ const (
 // image layout directory. The directory is created, or content is added to it. Files and entries of
 // other tools are kept. A good blob in the directory is not written again, and a damaged one is
 // replaced. index.json is replaced last, in one step, when everything else is on disk. Exports of
-// this package into one directory wait for each other. Other tools do not wait, so none may write
-// to it meanwhile.
+// this package into one directory wait for each other. Other tools do not wait. Entries that one
+// adds while blobs are copied are kept. A change in the moment of the replacement is lost, so no
+// other tool should write to the directory meanwhile.
 //
 // After an error, index.json is usually as it was. It is new if the error came after the
 // replacement, for example because the directory could not be synced. The next export into the
@@ -55,6 +57,7 @@ func (r *LocalRegistry) ExportLayout(ctx context.Context, dir string, refs []Ref
 //	addTo    the new index.json, in memory: a conflict ends the export before any copy
 //	blobs    staged in layoutTmp, synced, linked into blobs/
 //	version  oci-layout, if it is missing
+//	addTo    again, since another tool may have changed index.json during the copies
 //	index    index.json, by rename
 //
 // A kill at any point leaves a valid layout with the old index.json, some more blobs, and perhaps
@@ -81,12 +84,14 @@ func (r *LocalRegistry) exportLayout(ctx context.Context, dir string, refs []Ref
 	}
 	defer func() { err = errors.Join(err, release()) }()
 	l := &layout{root: root}
-	fresh, err := prepareLayout(ctx, l)
+	if err := prepareLayout(ctx, l); err != nil {
+		return err
+	}
+	added, err := x.index()
 	if err != nil {
 		return err
 	}
-	index, err := x.addTo(l, fresh)
-	if err != nil {
+	if _, err := x.addTo(l, added); err != nil {
 		return err
 	}
 	if err := x.writeBlobs(ctx, root); err != nil {
@@ -97,10 +102,14 @@ func (r *LocalRegistry) exportLayout(ctx context.Context, dir string, refs []Ref
 	if err != nil {
 		return err
 	}
-	if fresh || !version {
+	if !version {
 		if err := writeLayoutFile(root, ocispec.ImageLayoutFile, []byte(layoutFile)); err != nil {
 			return err
 		}
+	}
+	index, err := x.addTo(l, added)
+	if err != nil {
+		return err
 	}
 	return writeLayoutFile(root, ocispec.ImageIndexFile, index)
 }
@@ -153,21 +162,21 @@ func lockLayout(ctx context.Context, root *rootDir) (release func() error, err e
 	}, nil
 }
 
-// prepareLayout checks that l is a layout, or that it may become one: then it is fresh. A fresh
-// directory has no index.json, and no entries except those of an export that was interrupted.
-func prepareLayout(ctx context.Context, l *layout) (fresh bool, err error) {
+// prepareLayout checks that l is a layout, or that it may become one. Then it has no index.json, and
+// no entries except those of an export that was interrupted.
+func prepareLayout(ctx context.Context, l *layout) error {
 	version, err := l.has(ocispec.ImageLayoutFile)
 	if err == nil && version {
 		err = l.check()
 	}
 	if err != nil {
-		return false, err
+		return err
 	}
 	if index, err := l.has(ocispec.ImageIndexFile); err != nil || index {
-		return false, err
+		return err
 	}
 	ours := []string{blobsDir, layoutTmp, layoutTemp, ocispec.ImageLayoutFile}
-	return true, l.root.eachEntry(ctx, ".", func(name string) error {
+	return l.root.eachEntry(ctx, ".", func(name string) error {
 		if !slices.Contains(ours, name) {
 			return fmt.Errorf("%w: the directory holds %s and is not a layout", ErrInvalidLayout, printable(name))
 		}
@@ -175,12 +184,12 @@ func prepareLayout(ctx context.Context, l *layout) (fresh bool, err error) {
 	})
 }
 
-// addTo returns the index.json of l with the entries of x added. Other tools may have written
-// fields and entries that this package does not know. They are kept, because the document is
-// decoded only to raw values. The entries are parsed as well, to compare their names and digests.
-func (x *export) addTo(l *layout, fresh bool) ([]byte, error) {
-	added, err := x.index()
-	if err != nil || fresh {
+// addTo returns the index.json of l with the entries of x added. added is the index.json of x
+// alone, which is the result if l has none. Other tools may have written fields and entries that
+// this package does not know. They are kept, because the document is decoded only to raw values.
+// The entries are parsed as well, to compare their names and digests.
+func (x *export) addTo(l *layout, added []byte) ([]byte, error) {
+	if found, err := l.has(ocispec.ImageIndexFile); err != nil || !found {
 		return added, err
 	}
 	raw, err := l.file(ocispec.ImageIndexFile)
@@ -215,28 +224,45 @@ func (x *export) addTo(l *layout, fresh bool) ([]byte, error) {
 }
 
 // merge returns the old entries and the new ones. was are the old entries parsed, entries the same
-// in raw form. An entry that exists with the same name and digest is not added again. A name with
-// another digest is [ErrExists] or, with Overwrite, all its old entries are removed.
+// in raw form. An entry that exists with the same name and digest is not added again, unless the
+// name has another form there: tools would not find it by the form that the caller chose. A name
+// with another digest is [ErrExists] or, with Overwrite, all its old entries are removed. With
+// [NamesTags], a tag is a name, even if the old entry has a full name besides: tools search for it.
 func (x *export) merge(was []ocispec.Descriptor, entries, ours []json.RawMessage) ([]json.RawMessage, error) {
-	type key struct{ name, digest string }
+	type key struct{ name, form, digest string }
 	name := entryName
+	if x.opts.Names == NamesTags {
+		name = func(e ocispec.Descriptor) string {
+			if full := entryName(e); full != "" {
+				return cmp.Or(e.Annotations[ocispec.AnnotationRefName], full)
+			}
+			return ""
+		}
+	}
+	keyOf := func(e ocispec.Descriptor) key {
+		k := key{name: name(e), digest: string(e.Digest)}
+		if k.name != "" {
+			k.form = e.Annotations[ocispec.AnnotationRefName]
+		}
+		return k
+	}
 	have, digests := map[key]bool{}, map[string]string{}
 	for _, e := range was {
-		have[key{name(e), string(e.Digest)}] = true
+		have[keyOf(e)] = true
 		digests[name(e)] = string(e.Digest)
 	}
 	moved := map[string]bool{}
 	var add []json.RawMessage
 	for i, e := range x.entries {
-		n := name(e.Descriptor)
-		if have[key{n, string(e.Digest)}] {
+		k := keyOf(e.Descriptor)
+		if have[k] {
 			continue
 		}
-		if d := digests[n]; n != "" && d != "" {
+		if d := digests[k.name]; k.name != "" && d != "" && d != k.digest {
 			if !x.opts.Overwrite {
-				return nil, fmt.Errorf("%s is %s in the directory: %w (ExportOptions.Overwrite moves it)", n, printable(d), ErrExists)
+				return nil, fmt.Errorf("%s is %s in the directory: %w (ExportOptions.Overwrite moves it)", k.name, printable(d), ErrExists)
 			}
-			moved[n] = true
+			moved[k.name] = true
 		}
 		add = append(add, ours[i])
 	}

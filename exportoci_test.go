@@ -7,6 +7,7 @@ import (
 	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -166,6 +167,93 @@ func TestExportLayoutConflicts(t *testing.T) {
 	}
 	if b, err := os.ReadFile(victim); err != nil || string(b) != "keep" {
 		t.Errorf("victim: %q %v", b, err)
+	}
+}
+
+// TestExportLayoutMeanwhile lets another tool add an entry while an export copies blobs, to a
+// directory that was a layout before and to one that was empty. Both entries are there afterwards.
+// A name that the other tool took meanwhile is a conflict.
+func TestExportLayoutMeanwhile(t *testing.T) {
+	r := openTemp(t, nil)
+	published(t, r, "example.com/a:v1", "layer", nil)
+	manifest, config := image("theirs")
+	for name, c := range map[string]struct {
+		before []entry
+		theirs string
+		fails  error
+	}{
+		"layout":     {[]entry{layoutVersion, indexOf()}, "v2", nil},
+		"empty":      {nil, "v2", nil},
+		"same name":  {[]entry{layoutVersion, indexOf()}, "example.com/a:v1", ocilocal.ErrExists},
+		"no version": {[]entry{indexOf()}, "v2", nil},
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir := layoutDir(t, c.before...)
+			var once sync.Once
+			err := r.ExportLayout(t.Context(), dir, []ocilocal.Reference{ref("example.com/a:v1")}, &ocilocal.ExportOptions{Progress: func(p ocilocal.Progress) {
+				if p.Phase != ocilocal.PhaseBlobs {
+					return
+				}
+				once.Do(func() {
+					for _, e := range []entry{blobEntry(manifest), blobEntry(config), blobEntry("theirs"), layoutVersion, indexOf(called(desc(imageType, manifest), refName, c.theirs))} {
+						file := filepath.Join(dir, filepath.FromSlash(e.name))
+						if err := errors.Join(os.MkdirAll(filepath.Dir(file), 0o755), os.WriteFile(file+".new", []byte(e.body), 0o644), os.Rename(file+".new", file)); err != nil {
+							t.Error(err)
+						}
+					}
+				})
+			}})
+			if !errors.Is(err, c.fails) {
+				t.Fatal(err)
+			}
+			in, err := ocilocal.InspectLayout(t.Context(), dir)
+			want := []string{c.theirs, "example.com/a:v1"}
+			if c.fails != nil {
+				want = want[:1]
+			}
+			var got []string
+			for _, e := range in.Entries {
+				got = append(got, e.Name)
+			}
+			if err != nil || !slices.Equal(got, want) {
+				t.Errorf("entries %q, %v, want %q", got, err, want)
+			}
+		})
+	}
+}
+
+// TestExportLayoutSpellings exports to a directory in which another tool spells the name in another
+// way. It is the same name, so other content under it is a conflict.
+func TestExportLayoutSpellings(t *testing.T) {
+	r := openTemp(t, nil)
+	published(t, r, "example.com/a:v1", "layer", nil)
+	manifest, _ := image("theirs")
+	theirs := desc(imageType, manifest)
+	d := digest.FromString(manifest).String()
+	for _, c := range []struct {
+		pairs []string
+		names ocilocal.ExportNames
+	}{
+		{[]string{refName, "EXAMPLE.com/a:v1"}, ocilocal.NamesFull},
+		{[]string{refName, "example.com/a:v1@" + d}, ocilocal.NamesFull},
+		{[]string{refName, "v1", imageName, "example.com/a:v1@" + d}, ocilocal.NamesFull},
+		{[]string{refName, "v1@" + d, imageName, "example.com/a:v1"}, ocilocal.NamesContainerd},
+		{[]string{refName, "example.com/a:v1", imageName, "example.com/b:v1"}, ocilocal.NamesFull},
+		{[]string{refName, "v1", imageName, "example.com/b:v1"}, ocilocal.NamesTags},
+	} {
+		dir := layoutDir(t, layoutVersion, indexOf(called(theirs, c.pairs...)))
+		opts := &ocilocal.ExportOptions{Names: c.names}
+		refs := []ocilocal.Reference{ref("example.com/a:v1")}
+		if err := r.ExportLayout(t.Context(), dir, refs, opts); !errors.Is(err, ocilocal.ErrExists) {
+			t.Errorf("%q: %v, want ErrExists", c.pairs, err)
+		}
+		opts.Overwrite = true
+		if err := r.ExportLayout(t.Context(), dir, refs, opts); err != nil {
+			t.Error(err)
+		}
+		if in, err := ocilocal.InspectLayout(t.Context(), dir); err != nil || len(in.Entries) != 1 || in.Entries[0].Descriptor.Digest.String() == d {
+			t.Errorf("%q: %+v, %v", c.pairs, in, err)
+		}
 	}
 }
 
