@@ -140,7 +140,7 @@ func (b *IndexBuilder) Build(ctx context.Context) (_ *LocalArtifact, err error) 
 		return nil, err
 	}
 	p := onlyManifest(b.ref, m, b.opts.PublishOptions)
-	p.also = func(tx *indexTx) error { return r.checkMemberRows(ctx, tx, m, nil) }
+	p.also = func(tx *indexTx, _ digest.Digest) error { return r.checkMemberRows(ctx, tx, m, nil) }
 	if err := b.draft.publish(ctx, r, st, p); err != nil {
 		return nil, err
 	}

@@ -35,12 +35,13 @@ const (
 	sqlHasAnyBlob = `SELECT 1 FROM content WHERE present LIMIT 1`
 
 	sqlPutManifest = `INSERT INTO manifests (id, digest, media_type, artifact_type, subject, annotations, created)
-		VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO NOTHING`
+		SELECT id, ?1, ?2, ?3, ?4, ?5, ?6 FROM content WHERE digest = ?1 ON CONFLICT (id) DO NOTHING RETURNING id`
 	sqlPutMember = `INSERT INTO members (manifest, position, role, content, media_type, size, annotations)
 		VALUES (?, ?, ?, (SELECT id FROM content WHERE digest = ?), ?, ?, ?)`
-	sqlUpdateManifest = `UPDATE manifests SET digest = ?2, media_type = ?3, artifact_type = ?4, subject = ?5, annotations = ?6 WHERE id = ?1`
-	sqlDeleteMembers  = `DELETE FROM members WHERE manifest = (SELECT id FROM content WHERE digest = ?)`
-	sqlUpdateRefs     = `UPDATE refs SET digest = c.digest, media_type = m.media_type, artifact_type = m.artifact_type, size = c.size
+	sqlUpdateManifest = `UPDATE manifests SET digest = ?1, media_type = ?2, artifact_type = ?3, subject = ?4, annotations = ?5
+		WHERE id = (SELECT id FROM content WHERE digest = ?1) RETURNING id`
+	sqlDeleteMembers = `DELETE FROM members WHERE manifest = (SELECT id FROM content WHERE digest = ?)`
+	sqlUpdateRefs    = `UPDATE refs SET digest = c.digest, media_type = m.media_type, artifact_type = m.artifact_type, size = c.size
 		FROM manifests m JOIN content c ON c.id = m.id WHERE m.id = ?1 AND refs.manifest = ?1`
 
 	sqlPutType = `INSERT INTO types (text) VALUES (?) RETURNING id`
@@ -188,19 +189,23 @@ func (t *indexTx) putManifest(m *Manifest, now time.Time) (desc ocispec.Descript
 	if err != nil {
 		return desc, err
 	}
-	n, err := t.exec(sqlPutManifest, append(row, now.UnixMicro())...)
+	var id int64
+	inserted, err := t.row(sqlPutManifest, append(row, now.UnixMicro()), &id)
 	if err != nil {
 		return desc, err
 	}
-	if n == 0 {
-		desc, _, err = manifestRow(t, m.Digest())
-		return desc, err
+	if inserted {
+		return m.Descriptor(), t.putMembers(m, id)
 	}
-	return m.Descriptor(), t.putMembers(m, row[0])
+	desc, ok, err := manifestRow(t, m.Digest())
+	if err == nil && !ok {
+		err = errNoContent(m)
+	}
+	return desc, err
 }
 
 // putMembers records the members of a manifest that has none.
-func (t *indexTx) putMembers(m *Manifest, id any) error {
+func (t *indexTx) putMembers(m *Manifest, id int64) error {
 	for i, c := range m.children() {
 		annotations, err := canonicalAnnotations(c.Annotations)
 		if err != nil {
@@ -217,28 +222,24 @@ func (t *indexTx) putMembers(m *Manifest, id any) error {
 	return nil
 }
 
-// manifestColumns returns the columns of a manifest's row, except its time. The row of its blob
-// must exist. If its subject has no row, it gets one that says it is not here.
+// manifestColumns returns the columns of a manifest's row, except its id and its time. If its subject has no row, it gets one that says it is not here.
 func (t *indexTx) manifestColumns(m *Manifest, now time.Time) (row []any, err error) {
-	row = []any{nil, digestBytes(m.Digest()), nil, nil, nil, nil}
-	id, err := contentID(t, m.Digest())
-	if err == nil && id == 0 {
-		err = fmt.Errorf("%w: manifest %s has no row as a blob", ErrCorruptIndex, m.Digest())
-	}
-	row[0] = id
-	if err == nil {
-		row[2], err = t.internType(m.MediaType())
-	}
-	if err == nil {
-		row[3], err = t.internType(m.ArtifactType())
+	row = []any{digestBytes(m.Digest()), nil, nil, nil, nil}
+	if row[1], err = t.internType(m.MediaType()); err == nil {
+		row[2], err = t.internType(m.ArtifactType())
 	}
 	if subject, ok := m.Subject(); ok && err == nil {
-		row[4], err = t.putSubject(subject.Digest, now)
+		row[3], err = t.putSubject(subject.Digest, now)
 	}
 	if err == nil {
-		row[5], err = canonicalAnnotations(m.doc.Annotations)
+		row[4], err = canonicalAnnotations(m.doc.Annotations)
 	}
 	return row, err
+}
+
+// errNoContent is the error for a manifest that has no row as a blob.
+func errNoContent(m *Manifest) error {
+	return fmt.Errorf("%w: manifest %s has no row as a blob", ErrCorruptIndex, m.Digest())
 }
 
 // putSubject returns the id of a subject's row. It makes the row if there is none: a referrer may
@@ -313,16 +314,19 @@ func (t *indexTx) replaceManifest(m *Manifest, now time.Time) error {
 	if err != nil {
 		return err
 	}
-	if _, err := t.exec(sqlUpdateManifest, row...); err != nil {
+	var id int64
+	if ok, err := t.row(sqlUpdateManifest, row, &id); err != nil {
 		return err
+	} else if !ok {
+		return errNoContent(m)
 	}
 	if err := t.deleteMembers(m.Digest()); err != nil {
 		return err
 	}
-	if err := t.putMembers(m, row[0]); err != nil {
+	if err := t.putMembers(m, id); err != nil {
 		return err
 	}
-	_, err = t.exec(sqlUpdateRefs, row[0])
+	_, err = t.exec(sqlUpdateRefs, id)
 	return err
 }
 

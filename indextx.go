@@ -170,10 +170,9 @@ func noTransaction(err error) bool {
 	return ok && e.Code()&0xff == sqlite3.SQLITE_ERROR
 }
 
-const (
-	sqlChanges = `SELECT total_changes()`
-	sqlStamp   = `INSERT INTO meta (key, value) VALUES (?, '1') ON CONFLICT (key) DO UPDATE SET value = value + 1`
-)
+// The count in the answer is of the changes before this one.
+const sqlStamp = `INSERT INTO meta (key, value) SELECT ?1, '1' WHERE total_changes() <> ?2
+	ON CONFLICT (key) DO UPDATE SET value = value + 1 RETURNING total_changes()`
 
 // stamp counts the transactions that change something. SQLite takes any log that lies beside an
 // index for the log of this index. If it is another registry's, its pages hide ours. The counter is
@@ -184,12 +183,9 @@ const (
 // Limit: nothing tells an old log of the same index from its present one.
 func (t *indexTx) stamp() error {
 	var changes int64
-	if _, err := t.row(sqlChanges, nil, &changes); err != nil || changes == t.changes {
-		return err
+	stamped, err := t.row(sqlStamp, []any{metaCommits, t.changes}, &changes)
+	if stamped {
+		t.changes = changes + 1
 	}
-	if _, err := t.exec(sqlStamp, metaCommits); err != nil {
-		return err
-	}
-	t.changes = changes + 1
-	return nil
+	return err
 }

@@ -1,6 +1,7 @@
 package ocilocal_test
 
 import (
+	"database/sql"
 	"errors"
 	"fmt"
 	"os"
@@ -53,6 +54,38 @@ func TestForeignLog(t *testing.T) {
 				t.Errorf("%s with %d bytes of another registry's log: %v, want ErrForeignIndex", what, n, err)
 			}
 			os.Remove(name + "-shm")
+		}
+	}
+}
+
+// TestStamp: a transaction that changes rows counts itself, however many rows it changes. One that
+// changes none writes nothing.
+func TestStamp(t *testing.T) {
+	r := openTemp(t, nil)
+	db, err := sql.Open("sqlite", filepath.Join(r.Root(), "index.sqlite3"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer db.Close()
+	want := 0
+	for i, rows := range []int{0, 1, 0, 2, 1, 1, 0, 0, 3, 0, 1} {
+		err := ocilocal.IndexWrite(t.Context(), r, func(exec func(string) error) error {
+			for n := range rows {
+				if err := put(fmt.Sprint(i, n))(exec); err != nil {
+					return err
+				}
+			}
+			return nil
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if rows > 0 {
+			want++
+		}
+		var got int
+		if err := db.QueryRow("SELECT coalesce(max(value), 0) FROM meta WHERE key = 'commits'").Scan(&got); err != nil || got != want {
+			t.Fatalf("after transaction %d with %d rows: %d commits counted, want %d (%v)", i, rows, got, want, err)
 		}
 	}
 }

@@ -88,8 +88,9 @@ type publication struct {
 	// Children come before parents.
 	manifests []pendingManifest
 	// also, if not nil, runs in the transaction before the rows are written, unless there is a
-	// conflict. Its error stops all publications.
-	also func(*indexTx) error
+	// conflict. existing is the digest at which the ref points, "" for none. Its error stops all
+	// publications.
+	also func(tx *indexTx, existing digest.Digest) error
 	// hold is the name of a repository that holds the root, "" for none.
 	hold string
 	// absent are child manifests that need not be here. Their rows say so, unless they are here
@@ -192,7 +193,7 @@ func (r *LocalRegistry) publish(ctx context.Context, st *stage, pubs []publicati
 				continue
 			}
 			if p.also != nil {
-				if err := p.also(tx); err != nil {
+				if err := p.also(tx, existing); err != nil {
 					return err
 				}
 			}

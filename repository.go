@@ -289,10 +289,14 @@ func (p *Repository) Tag(ctx context.Context, desc ocispec.Descriptor, reference
 		if _, err := p.manifest(tx, desc.Digest); err != nil {
 			return err
 		}
-		if err := p.holdReplaced(tx, ref, desc.Digest); err != nil {
+		from, err := tx.ref(ref.key())
+		if err == nil {
+			err = p.holdReplaced(tx, from, desc.Digest)
+		}
+		if err != nil {
 			return err
 		}
-		_, err := p.registry.tagIn(ctx, tx, desc.Digest, ref, PublishOptions{Policy: Replace})
+		_, err = p.registry.tagIn(ctx, tx, desc.Digest, ref, PublishOptions{Policy: Replace})
 		return err
 	})
 }

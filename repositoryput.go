@@ -148,8 +148,8 @@ func (p *Repository) PutManifest(ctx context.Context, mediaType string, raw []by
 	}
 	pub := onlyManifest(ref, m, o.PublishOptions)
 	pub.absent = absent
-	pub.also = func(tx *indexTx) error {
-		if err := p.holdReplaced(tx, ref, m.digest); err != nil {
+	pub.also = func(tx *indexTx, existing digest.Digest) error {
+		if err := p.holdReplaced(tx, existing, m.digest); err != nil {
 			return err
 		}
 		return p.registry.checkMemberRows(ctx, tx, m, absent)
@@ -165,14 +165,11 @@ func (p *Repository) PutManifest(ctx context.Context, mediaType string, raw []by
 }
 
 // holdReplaced holds the manifest from which a tag is about to be moved, in the transaction that
-// moves it. A client that has resolved the old tag can still pull its manifest by digest.
-func (p *Repository) holdReplaced(tx *indexTx, ref Reference, to digest.Digest) error {
-	if ref.IsZero() {
+// moves it. A client that has resolved the old tag can still pull its manifest by digest. from is ""
+// for a tag that is new.
+func (p *Repository) holdReplaced(tx *indexTx, from, to digest.Digest) error {
+	if from == "" || from == to {
 		return nil
-	}
-	from, err := tx.ref(ref.key())
-	if err != nil || from == "" || from == to {
-		return err
 	}
 	return tx.setHold(p.name, from, time.Now())
 }

@@ -243,7 +243,7 @@ func (u *upstream) keep(ctx context.Context, p *Repository, local Reference, m *
 		pub.absent[c.Digest] = true
 	}
 	// Clients may be in the middle of the manifest that the tag leads to now.
-	pub.also = func(tx *indexTx) error { return p.holdReplaced(tx, local, m.digest) }
+	pub.also = func(tx *indexTx, existing digest.Digest) error { return p.holdReplaced(tx, existing, m.digest) }
 	_, err := u.registry.publish(ctx, st, []publication{pub})
 	return err
 }
