@@ -161,14 +161,15 @@ func (u *upstream) fetchBlob(ctx context.Context, p *Repository, b *wantedBlob) 
 		from := &fetcher{registry: u.registry, repo: src, ref: src.ref, stage: st, grown: f.grown}
 		for _, size := range b.sizes {
 			desc := ocispec.Descriptor{MediaType: mediaTypeBlob, Digest: b.digest, Size: size}
-			if err = u.stageBlob(ctx, from, desc); err == nil {
+			err = fetchFrom(src, func() error { return u.stageBlob(ctx, from, desc) })
+			if err == nil {
 				return u.registry.fill(ctx, st, desc, b.role)
 			}
 			if !errors.Is(err, ErrSizeMismatch) {
 				break
 			}
 		}
-		return absentThere(src, err)
+		return err
 	})
 }
 

@@ -3,6 +3,7 @@ package ocilocal
 import (
 	"cmp"
 	"encoding/json"
+	"errors"
 	"net/http"
 	"net/url"
 	"strconv"
@@ -57,19 +58,23 @@ func (x *exchange) tags() error {
 	if len(last) > maxTagLen {
 		last = last[:maxTagLen+1] // still after the same tags, since none is longer than maxTagLen
 	}
-	tags, known := []string{}, false
+	tags, lacks := []string{}, ErrNotFound // why there may be no tag
 	if n > 0 {
 		page, err := x.repo.TagList(x.r.Context(), last, n+1)
 		if err != nil {
 			return err
 		}
 		if tags = append(tags, page...); x.upstream != nil {
-			page, known = x.upstreamTags(last, n+1)
+			page, lacks = x.upstreamTags(last, n+1)
 			tags = mergeTags(tags, page, n+1)
 		}
 	}
-	if len(tags) == 0 && !known {
-		if err := x.checkKnown(); err != nil {
+	if len(tags) == 0 && lacks != nil {
+		err := x.checkKnown()
+		if errors.Is(err, ErrNotFound) {
+			err = x.upstreamError(lacks)
+		}
+		if err != nil {
 			return err
 		}
 	}

@@ -23,16 +23,17 @@ import (
 //   - Blobs: what a manifest of the repository names is fetched; other blobs are 404. HEAD answers
 //     with the size that the manifest states and fetches nothing. The last byte of a range is sent
 //     after the whole blob has been fetched and verified. So a client must wait for a few bytes of a
-//     large blob as long as for all of it; below 1 MiB it hears nothing meanwhile. If all clients of a blob leave, its transfer ends. The
-//     bytes of a blob of 1 MiB or more are kept, and the next request resumes it.
+//     large blob as long as for all of it; below 1 MiB it hears nothing meanwhile. If all clients of
+//     a blob leave, its transfer ends. The bytes of a blob of 1 MiB or more are kept, and the next
+//     request resumes it.
 //   - A tag that is here is served for Revalidate, and then asked for again. If the upstream fails,
 //     does not answer within ten seconds, or has the tag no more, the tag is served as it is here.
 //   - Lists of tags and referrers have what the upstream lists and what is here. If the upstream
-//     fails, they have what is here.
-//   - What neither has is 404, if the upstream itself says so. If the upstream fails, refuses access
-//     or sends other bytes than the digest says, the answer is 502: a 404 would say that the content
-//     does not exist. Clients of mirrors then ask the upstream themselves. If a blob is already
-//     being sent, the answer breaks off before its last byte.
+//     fails, they have what is here, and a Warning header says so.
+//   - What neither has is 404, if the upstream itself says so. It is asked twice if a proxy may have
+//     answered. If the upstream fails, refuses access or sends other bytes than the digest says, the
+//     answer is 502: a 404 would say that the content does not exist. Clients of mirrors then ask the
+//     upstream themselves. If a blob is already being sent, the answer breaks off before its last byte.
 //
 // An artifact that clients have fetched only in part is here with absent members: reading one is
 // [ErrAbsent], and [LocalRegistry.Pull] fetches them. If a config or layer is absent, tagging,
@@ -202,13 +203,17 @@ func (u *upstream) fetchManifest(ctx context.Context, p *Repository, local Refer
 	if known != "" {
 		desc, err := src.head(ctx, key)
 		if err != nil || desc.Digest == known {
-			return nil, absentThere(src, err)
+			return nil, err // a tag that is here is served in any case
 		}
 		key = string(desc.Digest) // should the tag move now
 	}
-	m, err := src.manifest(ctx, key, "")
+	var m *Manifest
+	err = fetchFrom(src, func() (err error) {
+		m, err = src.manifest(ctx, key, "")
+		return err
+	})
 	if err != nil {
-		return nil, absentThere(src, err)
+		return nil, err
 	}
 	if err := u.charge(int64(len(m.raw))); err != nil {
 		return nil, err
@@ -256,8 +261,13 @@ func (u *upstream) charge(n int64) error {
 	return nil
 }
 
-// absentThere makes a plain [ErrNotFound] of the answer of a registry that something does not exist.
-func absentThere(src *remoteRepo, err error) error {
+// fetchFrom calls fetch, which asks src for something. The answer that it does not exist becomes a plain
+// [ErrNotFound]. If that answer may come from a proxy, src is asked a second time.
+func fetchFrom(src *remoteRepo, fetch func() error) error {
+	err := fetch()
+	if absent, certain := src.saysAbsent(err); absent && !certain {
+		err = fetch()
+	}
 	if absent, _ := src.saysAbsent(err); absent {
 		return fmt.Errorf("%w: %v", ErrNotFound, err)
 	}

@@ -1,6 +1,7 @@
 package ocilocal_test
 
 import (
+	"encoding/base64"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -368,4 +369,91 @@ func TestServeUpstreamSeparate(t *testing.T) {
 	m.want(200, "GET", blobAt("one"), "")
 	m.want(404, "GET", blobAt("none"), "")
 	checkSound(t, m.r)
+}
+
+// TestServeUpstreamAccess: the upstream asks for a token, and sends blobs from another host. The mirror
+// gives its own credentials to the token server only, and those of its client to nobody.
+func TestServeUpstreamAccess(t *testing.T) {
+	t.Parallel()
+	origin := newServer(t)
+	origin.user, origin.password, origin.token = "me", secretPassword, true
+	large := aLargeBlob(21)
+	manifest := origin.put(t, "org/app", "v1", []byte("small"), []byte(large))
+	store := newServer(t) // for blobs
+	store.origin = origin
+	var mu sync.Mutex
+	var seen []http.Header
+	store.overrideBy(func(_ http.ResponseWriter, r *http.Request) bool {
+		mu.Lock()
+		seen = append(seen, r.Header)
+		mu.Unlock()
+		return false
+	})
+	origin.overrideBy(func(w http.ResponseWriter, r *http.Request) bool {
+		found := r.Method == "GET" && strings.Contains(r.URL.Path, "/blobs/")
+		if found && origin.authorized(w, r) {
+			http.Redirect(w, r, store.URL+r.URL.Path+"?signature=hush", http.StatusTemporaryRedirect)
+		}
+		return found
+	})
+	r := openTemp(t, nil)
+	remote := &ocilocal.Remote{Retry: quick}
+	t.Cleanup(remote.CloseIdleConnections)
+	opts := &ocilocal.HandlerOptions{Upstream: &ocilocal.Upstream{Host: origin.host, Remote: remote}}
+	s := serveAt(t, r, opts)
+	own := []string{"Authorization", "Basic " + base64.StdEncoding.EncodeToString([]byte("client:hush"))}
+	if a := s.want(502, "GET", appManifests+"v1", "", own...); a.header.Get("WWW-Authenticate") != "" || secretIn(a.body) != "" || strings.Contains(a.body, origin.host) {
+		t.Error(a)
+	}
+	remote.Credentials = ocilocal.StaticCredential(origin.host, ocilocal.Credential{Username: origin.user, Password: origin.password})
+	s.want(200, "GET", appManifests+"v1", "", own...)
+	s.want(200, "GET", appManifests+string(manifest), "", own...)
+	for _, text := range []string{"small", large} {
+		if a := s.want(200, "GET", blobAt(text), "", own...); a.body != text {
+			t.Errorf("%d bytes", len(a.body))
+		}
+	}
+	if len(seen) != 2 {
+		t.Errorf("%d requests to the store of blobs", len(seen))
+	}
+	for _, h := range seen {
+		if len(h["Authorization"]) > 0 {
+			t.Errorf("the store of blobs got %v", h)
+		}
+	}
+	for _, h := range origin.headers {
+		if strings.Contains(h.Get("Authorization"), own[1]) {
+			t.Error("the upstream got the credential of the client")
+		}
+	}
+	checkSound(t, r)
+}
+
+// TestServeUpstreamProxy: a 404 that does not have the form of a registry's may come from a proxy. So the
+// upstream is asked a second time before a client gets a 404.
+func TestServeUpstreamProxy(t *testing.T) {
+	t.Parallel()
+	m := newMirror(t, nil, nil)
+	m.origin.pushImage("org/app", "v1", "one", aLargeBlob(22))
+	asked := map[string]int{}
+	m.intercept(func(w http.ResponseWriter, r *http.Request) bool {
+		m.mu.Lock()
+		defer m.mu.Unlock()
+		asked[r.URL.Path]++
+		first := asked[r.URL.Path] == 1
+		if first {
+			http.Error(w, "<html>no backend</html>", http.StatusNotFound)
+		}
+		return first
+	})
+	for _, path := range []string{appManifests + "v1", blobAt("one"), blobAt(aLargeBlob(22)), manifestAt(imageOf("one", aLargeBlob(22)))} {
+		m.want(200, "GET", path, "")
+	}
+	m.intercept(func(w http.ResponseWriter, r *http.Request) bool {
+		http.NotFound(w, r)
+		return true
+	})
+	m.requests("")
+	m.want(404, "GET", appManifests+"v2", "")
+	m.wantRequests("GET "+appManifests+"v2", "GET "+appManifests+"v2")
 }

@@ -3,6 +3,7 @@ package ocilocal
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"iter"
 	"net/url"
@@ -19,27 +20,26 @@ import (
 // maxUpstreamReferrers bounds the referrers of one manifest that a mirror lists.
 const maxUpstreamReferrers = 10_000
 
-// list asks the upstream for a list. It reports false, after a line in the log, if there is none.
-func (x *exchange) list(what string, ask func(context.Context, *remoteRepo) error) bool {
-	if x.upstream == nil {
-		return false
-	}
+// list asks the upstream for a list. If that fails, the answer has a warning that the list may be
+// incomplete, and the error is logged and returned. [ErrNotFound] means that the upstream has none.
+func (x *exchange) list(what string, ask func(context.Context, *remoteRepo) error) error {
 	ctx, cancel := context.WithTimeout(x.r.Context(), maxRevalidation)
 	defer cancel()
 	src, err := x.upstream.source(x.repo, defaultTag)
 	if err == nil {
-		err = absentThere(src, ask(ctx, src))
+		err = fetchFrom(src, func() error { return ask(ctx, src) })
 	}
-	if err != nil && x.r.Context().Err() == nil {
+	if err != nil && !errors.Is(err, ErrNotFound) && x.r.Context().Err() == nil {
+		x.w.Header().Set("Warning", `299 - "the upstream registry failed: this list has only what is here"`)
 		x.registry.opts.Logger.Warn("ocilocal: the upstream registry does not list "+what, "repository", x.repo.name, "error", err)
 	}
-	return err == nil
+	return err
 }
 
-// upstreamTags returns at most n tags of the upstream after last, in order, and whether it has the
-// repository.
-func (x *exchange) upstreamTags(last string, n int) (tags []string, known bool) {
-	known = x.list("tags", func(ctx context.Context, src *remoteRepo) error {
+// upstreamTags returns at most n tags of the upstream after last, in order. Errors are those of list.
+func (x *exchange) upstreamTags(last string, n int) (tags []string, err error) {
+	err = x.list("tags", func(ctx context.Context, src *remoteRepo) error {
+		tags = nil
 		u := src.url("tags", "list")
 		u.RawQuery = url.Values{"n": {strconv.Itoa(n)}, "last": {last}}.Encode()
 		return src.tagPages(ctx, u, func(page []string) bool {
@@ -51,11 +51,11 @@ func (x *exchange) upstreamTags(last string, n int) (tags []string, known bool) 
 			return len(tags) < n
 		})
 	})
-	if !known {
-		return nil, false
+	if err != nil {
+		return nil, err
 	}
 	slices.Sort(tags)
-	return tags[:min(n, len(tags))], true
+	return tags[:min(n, len(tags))], nil
 }
 
 // mergeTags merges two pages of at most n tags.
@@ -72,8 +72,12 @@ func compareDigests(a, b digest.Digest) int { return bytes.Compare(digestBytes(a
 // allReferrers are the referrers of the upstream and those that are here, in order.
 func (x *exchange) allReferrers(opts *ReferrersOptions) iter.Seq2[ocispec.Descriptor, error] {
 	here := x.repo.Referrers(x.r.Context(), x.digest, opts)
+	if x.upstream == nil {
+		return here
+	}
 	var there []ocispec.Descriptor
-	known := x.list("referrers", func(ctx context.Context, src *remoteRepo) error {
+	err := x.list("referrers", func(ctx context.Context, src *remoteRepo) error {
+		there = nil
 		return src.referrers(ctx, x.digest, opts.ArtifactType, func(d ocispec.Descriptor) error {
 			if len(there) == maxUpstreamReferrers {
 				return fmt.Errorf("%w: more than %d referrers", ErrTooLarge, maxUpstreamReferrers)
@@ -84,7 +88,7 @@ func (x *exchange) allReferrers(opts *ReferrersOptions) iter.Seq2[ocispec.Descri
 			return nil
 		})
 	})
-	if !known || len(there) == 0 {
+	if err != nil || len(there) == 0 {
 		return here
 	}
 	slices.SortFunc(there, func(a, b ocispec.Descriptor) int { return compareDigests(a.Digest, b.Digest) })

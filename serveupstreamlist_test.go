@@ -102,6 +102,17 @@ func TestServeUpstreamLists(t *testing.T) {
 	if got := m.allPages(list+"?n=1", digestsOf); !slices.Equal(got, here) {
 		t.Errorf("referrers here: %v", got)
 	}
+	for _, path := range []string{"/v2/org/app/tags/list", list} {
+		if a := m.want(200, "GET", path, ""); !strings.Contains(a.header.Get("Warning"), "only what is here") {
+			t.Errorf("%s: %v", path, a.header)
+		}
+	}
+	// That the upstream has no such repository is not known now.
+	m.want(502, "GET", "/v2/org/other/tags/list", "")
+	m.intercept(nil)
+	if a := m.want(404, "GET", "/v2/org/other/tags/list", ""); a.header.Get("Warning") != "" {
+		t.Error(a.header)
+	}
 }
 
 // TestServeUpstreamReferrers: a referrer that a client fetches is kept with its subject, without a
