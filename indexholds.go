@@ -5,6 +5,7 @@ import (
 	"database/sql"
 
 	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
 // A repository shows the content to which its refs and holds lead. There are two ways to find out
@@ -14,17 +15,20 @@ import (
 // large. So a search goes up for maxShownUp rows, and then down.
 
 const (
-	// The first row, if there is one, says that a ref points at ?1 or at one of the first manifests
-	// that need it. Nearly all questions end there, and the rest is not begun, which is half of the
-	// cost. The other rows, ?4 at most, are those that lead to ?1, and ?1 itself: the manifests that
+	// True if a ref or hold of the name ?2 points at the content c, or a ref at one of the first
+	// manifests that need it.
+	nearby = `(EXISTS (SELECT 1 FROM refs WHERE manifest = c.id AND name = ?2)
+		OR EXISTS (SELECT 1 FROM (SELECT manifest FROM members WHERE content = c.id LIMIT 4) m CROSS JOIN refs r WHERE r.manifest = m.manifest AND r.name = ?2)
+		OR EXISTS (SELECT 1 FROM holds WHERE content = c.id AND name = ?2))`
+
+	// The first row, if there is one, says that the name ?2 is nearby. Nearly all questions end
+	// there, and the rest is not begun, which is half of the cost. The other rows, ?4 at most, are those that lead to ?1, and ?1 itself: the manifests that
 	// need it, and with ?3 the subject of a manifest that nothing names. The column says whether a
 	// ref or hold of the name ?2 points at the row.
 	sqlShownUp = `WITH RECURSIVE up (id) AS (SELECT id FROM content WHERE digest = ?1
 		UNION SELECT m.manifest FROM up CROSS JOIN members m WHERE m.content = up.id
 		UNION SELECT m.subject FROM up CROSS JOIN manifests m WHERE ?3 AND m.id = up.id AND m.subject IS NOT NULL AND ` + nameless + ` LIMIT ?4)
-		SELECT 1 FROM content c WHERE digest = ?1 AND (EXISTS (SELECT 1 FROM refs WHERE manifest = c.id AND name = ?2)
-		OR EXISTS (SELECT 1 FROM (SELECT manifest FROM members WHERE content = c.id LIMIT 4) m CROSS JOIN refs r WHERE r.manifest = m.manifest AND r.name = ?2)
-		OR EXISTS (SELECT 1 FROM holds WHERE content = c.id AND name = ?2))
+		SELECT 1 FROM content c WHERE digest = ?1 AND ` + nearby + `
 		UNION ALL
 		SELECT EXISTS (SELECT 1 FROM refs WHERE manifest = up.id AND name = ?2) OR EXISTS (SELECT 1 FROM holds WHERE content = up.id AND name = ?2) FROM up`
 
@@ -38,6 +42,9 @@ const (
 	// A manifest m that has no ref, that no repository holds, and that no other one needs.
 	nameless = `NOT EXISTS (SELECT 1 FROM refs WHERE manifest = m.id)
 		AND NOT EXISTS (SELECT 1 FROM members WHERE content = m.id) AND NOT EXISTS (SELECT 1 FROM holds WHERE content = m.id)`
+
+	sqlManifestNearby = `SELECT (SELECT text FROM types WHERE id = m.media_type), m.digest, c.size, (SELECT text FROM types WHERE id = m.artifact_type), m.created, ` + nearby + `
+		FROM content c JOIN manifests m ON m.id = c.id WHERE c.digest = ?1`
 
 	sqlNamesOf = `SELECT reference FROM refs WHERE manifest = (SELECT id FROM content WHERE digest = ?1) AND name = ?2`
 )
@@ -62,6 +69,24 @@ func shown(q queryer, name string, d digest.Digest, subjects bool) (bool, error)
 		return found, ignoreStop(err)
 	}
 	return exists(q, sqlShownDown, digestBytes(d), name, subjects)
+}
+
+// shownManifest returns the descriptor of a manifest, if a name shows it: see shown. Mostly it takes
+// one query.
+func shownManifest(q queryer, name string, d digest.Digest) (desc ocispec.Descriptor, ok bool, err error) {
+	var row descriptorRow
+	var near bool
+	ok, err = q.row(sqlManifestNearby, []any{digestBytes(d), name}, append(row.dest(), &near)...)
+	if !ok || err != nil {
+		return desc, false, err
+	}
+	if desc, _, err = row.value(); err == nil {
+		err = checkFound(d, desc.Digest)
+	}
+	if err == nil && !near {
+		ok, err = shown(q, name, d, true)
+	}
+	return desc, ok && err == nil, err
 }
 
 // ignoreStop is err, unless that is [errStop].

@@ -131,10 +131,7 @@ func (p *Repository) manifest(q queryer, d digest.Digest) (ocispec.Descriptor, e
 	if err := checkDigest(d); err != nil {
 		return ocispec.Descriptor{}, err
 	}
-	desc, ok, err := manifestRow(q, d)
-	if err == nil && ok {
-		ok, err = p.shows(q, d)
-	}
+	desc, ok, err := shownManifest(q, p.name, d)
 	if err == nil && !ok {
 		err = fmt.Errorf("manifest %s in %s: %w", d, p.name, ErrNotFound)
 	}
