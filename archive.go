@@ -230,7 +230,10 @@ func readArchive(ctx context.Context, src io.Reader, put func(ctx context.Contex
 			break
 		}
 		if err != nil {
-			return nil, archiveError(err)
+			if err = archiveError(err); n == 0 && errors.Is(err, ErrInvalidLayout) {
+				err = fmt.Errorf("%w (the file may not be a tar)", err)
+			}
+			return nil, err
 		}
 		if n >= MaxArchiveEntries {
 			return nil, fmt.Errorf("%w: archive has more than %d entries", ErrTooLarge, MaxArchiveEntries)

@@ -128,6 +128,10 @@ func TestImportArchiveHostile(t *testing.T) {
 		"xz":                  {[]byte("\xfd7zXZ\x00......"), ocilocal.ErrUnsupportedMediaType},
 		"bzip2":               {[]byte("BZh91AY....."), ocilocal.ErrUnsupportedMediaType},
 		"zip":                 {[]byte("PK\x03\x04....."), ocilocal.ErrUnsupportedMediaType},
+		"lz4":                 {[]byte("\x04\x22\x4d\x18......"), ocilocal.ErrUnsupportedMediaType},
+		"lzma":                {[]byte("\x5d\x00\x00\x80\x00\xff\xff"), ocilocal.ErrUnsupportedMediaType},
+		"compress":            {[]byte("\x1f\x9d\x90......"), ocilocal.ErrUnsupportedMediaType},
+		"JSON":                {[]byte(idx.body), ocilocal.ErrInvalidLayout},
 		"gzip cut":            {z[:len(z)-20], ocilocal.ErrInvalidLayout},
 		"gzip checksum":       {crc, ocilocal.ErrInvalidLayout},
 		"gzip bomb":           {gzipBomb(t), ocilocal.ErrTooLarge},
@@ -142,6 +146,9 @@ func TestImportArchiveHostile(t *testing.T) {
 			}
 			if errors.Is(err, ocilocal.ErrUnsupportedMediaType) && name != "index of an index" && !strings.Contains(err.Error(), name) {
 				t.Errorf("%v: doesn't name the format %s", err, name)
+			}
+			if notTar := name == "JSON" || name == "text"; notTar != strings.Contains(err.Error(), "may not be a tar") {
+				t.Errorf("%v: says that the file may not be a tar, or should", err)
 			}
 			for ref, err := range r.Refs(ctx, nil) {
 				t.Error("visible after a failed import:", ref, err)

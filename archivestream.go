@@ -20,7 +20,8 @@ func openTarStream(ctx context.Context, src io.Reader) (*tarStream, error) {
 		return nil, err
 	}
 	for magic, format := range map[string]string{
-		"\x28\xb5\x2f\xfd": "zstd", "\xfd7zXZ\x00": "xz", "BZh": "bzip2", "PK\x03\x04": "zip",
+		"\x28\xb5\x2f\xfd": "zstd", "\x50\x2a\x4d\x18": "zstd", "\xfd7zXZ\x00": "xz", "BZh": "bzip2", "PK\x03\x04": "zip",
+		"\x04\x22\x4d\x18": "lz4", "\x5d\x00\x00": "lzma", "LZIP": "lzip", "\x1f\x9d": "compress", "7z\xbc\xaf\x27\x1c": "7z",
 	} {
 		if bytes.HasPrefix(head, []byte(magic)) {
 			return nil, fmt.Errorf("%w: archive is compressed as %s; only plain tar and gzip are accepted", ErrUnsupportedMediaType, format)

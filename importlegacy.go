@@ -246,10 +246,11 @@ func legacyEntries(ctx context.Context, root *rootDir, report *LegacyReport) ([]
 			at := path.Join(dir, name)
 			fi, err := root.Lstat(at)
 			if err == nil && !fi.IsDir() {
-				if name == ocispec.ImageLayoutFile {
+				stray, err := marksLayout(root, dir, name)
+				if stray {
 					report.Failed = append(report.Failed, LegacyFailure{dir, fmt.Errorf("%w: path of the layout is not of the form host/repository/__tag", ErrInvalidLayout)})
 				}
-				return nil
+				return err
 			}
 			if err == nil && strings.HasPrefix(name, "__") {
 				entries = append(entries, at)
@@ -273,6 +274,19 @@ func legacyEntries(ctx context.Context, root *rootDir, report *LegacyReport) ([]
 	}
 	slices.Sort(entries)
 	return entries, nil
+}
+
+// marksLayout reports whether a file of this name shows that its directory is a layout. oci-layout
+// does. Where it is missing, as some tools leave it out, index.json beside blobs/ does.
+func marksLayout(root *rootDir, dir, name string) (bool, error) {
+	if name != ocispec.ImageIndexFile {
+		return name == ocispec.ImageLayoutFile, nil
+	}
+	_, err := root.Lstat(path.Join(dir, ocispec.ImageLayoutFile))
+	if !errors.Is(err, fs.ErrNotExist) {
+		return false, err
+	}
+	return hasDir(root, path.Join(dir, blobsDir))
 }
 
 // importLegacyEntry imports one layout directory of the tree. If ref is not zero, the entry must
