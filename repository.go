@@ -135,7 +135,10 @@ func (p *Repository) manifest(q queryer, d digest.Digest) (ocispec.Descriptor, e
 	if err == nil && !ok {
 		err = fmt.Errorf("manifest %s in %s: %w", d, p.name, ErrNotFound)
 	}
-	return desc, err
+	if err != nil { // desc may be of another repository's manifest
+		return ocispec.Descriptor{}, err
+	}
+	return desc, nil
 }
 
 // Stat returns the descriptor of a manifest or blob: for a manifest with its media type and

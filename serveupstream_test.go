@@ -457,3 +457,29 @@ func TestServeUpstreamProxy(t *testing.T) {
 	m.want(404, "GET", appManifests+"v2", "")
 	m.wantRequests("GET "+appManifests+"v2", "GET "+appManifests+"v2")
 }
+
+// TestServeUpstreamElsewhere: another repository has the manifest or has had it. That says nothing about
+// this one, so the upstream is asked.
+func TestServeUpstreamElsewhere(t *testing.T) {
+	t.Parallel()
+	m := newMirror(t, nil, nil)
+	raw := imageOf("one")
+	for _, repository := range []string{"org/app", "org/copy"} {
+		m.origin.pushImage(repository, "v1", "one")
+		m.want(200, "GET", "/v2/"+repository+"/manifests/"+string(digestOfText(raw)), "")
+	}
+	m.want(404, "GET", "/v2/org/other/manifests/"+string(digestOfText(raw)), "")
+	other, err := m.r.Repository("localhost/org/other")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got, err := other.Resolve(t.Context(), string(digestOfText(raw))); got.Digest != "" || got.Size != 0 || !errors.Is(err, ocilocal.ErrNotFound) {
+		t.Errorf("%v, %v", got, err)
+	}
+	m.want(202, "DELETE", manifestAt(raw), "")
+	m.want(200, "GET", manifestAt(raw), "")
+	m.origin.want(202, "DELETE", manifestAt(raw), "")
+	m.want(202, "DELETE", manifestAt(raw), "")
+	m.want(404, "GET", manifestAt(raw), "")
+	checkSound(t, m.r)
+}

@@ -110,6 +110,13 @@ func TestConformance(t *testing.T) {
 	t.Run("one process", func(t *testing.T) {
 		conform(t, startWorker(t, t.TempDir()))
 	})
+	// What neither has is absent, by the word of the upstream.
+	t.Run("mirror", func(t *testing.T) {
+		upstream := startWorker(t, t.TempDir())
+		mirror := httptest.NewServer(newRegistry(t).Handler(&ocilocal.HandlerOptions{Upstream: &ocilocal.Upstream{Host: upstream, Revalidate: -1}}))
+		defer mirror.Close()
+		conform(t, strings.TrimPrefix(mirror.URL, "http://"))
+	})
 	// Two processes serve the root in turns, request by request, and a third one collects.
 	t.Run("processes", func(t *testing.T) {
 		root := t.TempDir()
