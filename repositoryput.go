@@ -101,7 +101,17 @@ type PutManifestOptions struct {
 //   - [ErrArtifactType]: see [Options.ArtifactTypes]
 //   - those of [ParseManifest]
 //   - [ErrReadOnly], [ErrBusy], [ErrNoSpace], and any error from ctx or the file system
-func (p *Repository) PutManifest(ctx context.Context, mediaType string, raw []byte, opts *PutManifestOptions) (u RefUpdate, err error) {
+func (p *Repository) PutManifest(ctx context.Context, mediaType string, raw []byte, opts *PutManifestOptions) (RefUpdate, error) {
+	return p.putManifest(ctx, opts, func() (*Manifest, error) {
+		if len(raw) > MaxManifestSize { // before the copy
+			return nil, tooLargeManifest(len(raw))
+		}
+		return parseManifest(mediaType, bytes.Clone(raw))
+	})
+}
+
+// putManifest is PutManifest of the manifest that parse returns. It may change the digest of that.
+func (p *Repository) putManifest(ctx context.Context, opts *PutManifestOptions, parse func() (*Manifest, error)) (u RefUpdate, err error) {
 	var o PutManifestOptions
 	if opts != nil {
 		o = *opts
@@ -112,10 +122,7 @@ func (p *Repository) PutManifest(ctx context.Context, mediaType string, raw []by
 		return u, err
 	}
 	defer end()
-	if len(raw) > MaxManifestSize { // before the copy
-		return u, tooLargeManifest(len(raw))
-	}
-	m, err := parseManifest(mediaType, bytes.Clone(raw))
+	m, err := parse()
 	if err != nil {
 		return u, err
 	}

@@ -73,7 +73,6 @@ func (x *exchange) readManifest(desc ocispec.Descriptor) ([]byte, error) {
 // putManifest serves PUT of a manifest, by tag or by digest. A tag that points elsewhere is moved,
 // as every registry does it. The answer comes after the commit: see [Repository.PutManifest].
 //
-// The manifest is parsed here for the headers of the answer, and once more by PutManifest.
 // largeManifests bounds how many large ones are in memory as parsed documents at a time. A request
 // takes its turn after its body was read, so a slow client does not block the others.
 func (x *exchange) putManifest() error {
@@ -108,7 +107,7 @@ func (x *exchange) putManifest() error {
 	if x.tag != "" {
 		opts.Policy = Replace
 	}
-	u, err := x.repo.PutManifest(x.r.Context(), mediaType, raw, opts)
+	u, err := x.repo.putManifest(x.r.Context(), opts, func() (*Manifest, error) { return m, nil })
 	if errors.Is(err, ErrNotFound) && !errors.Is(err, ErrIncomplete) {
 		// A member of the manifest is missing. As ErrNotFound it would be a 404 about the manifest.
 		err = errors.Join(ErrIncomplete, err)
