@@ -323,6 +323,9 @@ func (st *stage) takeHeld(ctx context.Context, repository string, d digest.Diges
 	if err == nil && !s.isVerified(held, fi) {
 		_, err = s.verifier(ctx, sf.file, d, sf.size).WriteTo(io.Discard)
 	}
+	if err == nil && fi.Mode()&0o222 != 0 { // see finish
+		err = s.root.Chmod(sf.name, 0o444)
+	}
 	if err != nil {
 		if sf.file != nil {
 			err = errors.Join(err, sf.file.Close())

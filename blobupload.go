@@ -209,14 +209,17 @@ func (u *incoming) finish(ctx context.Context, repository string, d digest.Diges
 			return err
 		}
 	}
-	if err := u.file.chmod(0o444); err != nil {
-		return err
-	}
 	fi, err := u.file.Stat()
+	if err == nil {
+		err = s.hold(repository, u.name, d, fi)
+	}
 	if err != nil {
 		return err
 	}
-	return errors.Join(s.hold(repository, u.name, d, fi), u.close())
+	// Not before: nobody could continue an upload that is read-only. If this fails, or the process
+	// is killed before it, takeHeld does it.
+	_ = u.file.chmod(0o444)
+	return u.close()
 }
 
 // sweepUpload removes an upload that no request has.

@@ -5,7 +5,10 @@ import (
 	"io"
 	"net/http"
 	"net/http/httptest"
+	"os"
+	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 
 	"github.com/opencontainers/go-digest"
@@ -243,4 +246,42 @@ func TestServeMaxUploads(t *testing.T) {
 	}
 	s.want(202, "POST", uploads, "")
 	s.want(429, "POST", uploads, "")
+}
+
+// TestServeUploadNotHeld: the last request of an upload fails when its bytes are complete. The
+// upload stays writable, so that the client can finish it. If a process ends before it has made a
+// held blob read-only, the publish does.
+func TestServeUploadNotHeld(t *testing.T) {
+	t.Parallel()
+	r := openTemp(t, nil)
+	s := serveAt(t, r, nil)
+	failOnce := func(fails, dir string) {
+		failed := false
+		ocilocal.SetFault(r, func(op, name string) error {
+			if op == fails && strings.HasPrefix(name, "tmp/"+dir) && !failed {
+				failed = true
+				return syscall.EIO
+			}
+			return nil
+		})
+	}
+	manifest, config := image("layer")
+	at := s.want(202, "POST", "/v2/org/app/blobs/uploads/", "").header.Get("Location")
+	failOnce("rename", "held")
+	s.want(500, "PUT", at+"?digest="+string(digestOfText("layer")), "layer")
+	uploads, err := filepath.Glob(filepath.Join(r.Root(), "tmp/upload/*"))
+	if err != nil || len(uploads) != 1 {
+		t.Fatal(uploads, err)
+	}
+	if fi, err := os.Stat(uploads[0]); err != nil || fi.Mode()&0o200 == 0 {
+		t.Errorf("%v, %v: want a file that is writable", fi.Mode(), err)
+	}
+	failOnce("chmod", "upload")
+	s.want(201, "PUT", at+"?digest="+string(digestOfText("layer")), "")
+	ocilocal.SetFault(r, nil)
+	s.pushBlob("org/app", config)
+	s.want(201, "PUT", "/v2/org/app/manifests/v1", manifest)
+	if fi, err := os.Stat(blobFile(r, digestOfText("layer"))); err != nil || fi.Mode()&0o222 != 0 {
+		t.Errorf("%v, %v: want a blob that is read-only", fi.Mode(), err)
+	}
 }
