@@ -483,3 +483,79 @@ func TestServeUpstreamElsewhere(t *testing.T) {
 	m.want(404, "GET", manifestAt(raw), "")
 	checkSound(t, m.r)
 }
+
+// TestServeUpstreamLies: whatever an upstream says of a manifest, no client gets other bytes than the
+// digest says, nothing of a bad answer stays, and a tag that is here is served.
+func TestServeUpstreamLies(t *testing.T) {
+	t.Parallel()
+	raw := imageOf("one")
+	write := func(mediaType, body string, fields ...string) func(w http.ResponseWriter) {
+		return func(w http.ResponseWriter) {
+			w.Header().Set("Content-Type", mediaType)
+			for i := 0; i < len(fields); i += 2 {
+				w.Header().Set(fields[i], fields[i+1])
+			}
+			io.WriteString(w, body)
+		}
+	}
+	for name, lie := range map[string]func(w http.ResponseWriter){
+		"another digest":             write(imageType, raw, "Docker-Content-Digest", string(digestOfText("x"))),
+		"a bad digest":               write(imageType, raw, "Docker-Content-Digest", "sha256:../../x"),
+		"another type":               write(indexType, raw),
+		"a page":                     write("text/html", "<html>log in</html>"),
+		"a page as a file":           write("application/json", "<html>log in</html>"),
+		"nothing":                    write(imageType, ""),
+		"null":                       write(imageType, "null"),
+		"too short":                  write(imageType, raw, "Content-Length", "10000"),
+		"too large":                  write(imageType, raw+strings.Repeat(" ", ocilocal.MaxManifestSize)),
+		"cut off":                    write(imageType, raw[:len(raw)/2]),
+		"two documents":              write(imageType, raw+raw),
+		"a key twice":                write(imageType, strings.Replace(raw, `"config"`, `"config":{},"config"`, 1)),
+		"a negative size":            write(imageType, strings.Replace(raw, `"size":3`, `"size":-3`, 1)),
+		"a path as a digest":         write(imageType, strings.ReplaceAll(raw, string(digestOfText("one")), "sha256:../../../etc/passwd")),
+		"both an image and an index": write(imageType, strings.Replace(raw, `"config"`, `"manifests":[],"config"`, 1)),
+		"an old form":                write("application/vnd.docker.distribution.manifest.v1+prettyjws", `{"schemaVersion":1,"name":"org/app","tag":"v1","fsLayers":[]}`),
+		"a coding":                   write(imageType, raw, "Content-Encoding", "br"),
+		"a failure that is not one":  func(w http.ResponseWriter) { w.WriteHeader(206); io.WriteString(w, raw) },
+		"a loop":                     func(w http.ResponseWriter) { w.Header().Set("Location", "?again"); w.WriteHeader(307) },
+		"a file":                     func(w http.ResponseWriter) { w.Header().Set("Location", "file:///etc/passwd"); w.WriteHeader(307) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			m := newMirror(t, nil, &ocilocal.Upstream{Revalidate: -1})
+			m.origin.pushImage("org/app", "v1", "one")
+			m.origin.pushImage("org/app", "old", "old")
+			m.want(200, "GET", appManifests+"old", "")
+			m.origin.pushImage("org/app", "old", "one")
+			lies := func(w http.ResponseWriter, r *http.Request) bool {
+				found := strings.Contains(r.URL.Path, "/manifests/")
+				if found {
+					lie(w)
+				}
+				return found
+			}
+			m.intercept(lies)
+			for _, path := range []string{appManifests + "v1", manifestAt(raw)} {
+				a := m.do("GET", path, "")
+				// A body by digest that has the right bytes is right, whatever else the upstream says.
+				if a.status != 502 && !(a.status == 200 && a.body == raw && a.header.Get("Content-Type") == imageType) {
+					t.Errorf("%s: %v", path, a)
+				}
+				if strings.Contains(a.body, m.origin.host) {
+					t.Error(a.body)
+				}
+			}
+			if a := m.want(200, "GET", appManifests+"old", ""); a.body != imageOf("old") && a.body != raw {
+				t.Error(a.body)
+			}
+			checkSound(t, m.r)
+			m.intercept(nil)
+			for _, path := range []string{appManifests + "v1", manifestAt(raw), appManifests + "old"} {
+				if a := m.want(200, "GET", path, ""); a.body != raw {
+					t.Error(a.body)
+				}
+			}
+			checkSound(t, m.r)
+		})
+	}
+}
