@@ -82,11 +82,22 @@ func (a *LocalArtifact) manifest(ctx context.Context) (*Manifest, error) {
 // readVerified reads, verifies and parses a manifest of the store. A size of −1 is unknown. The
 // media type of desc says how to read a document that does not name its own.
 func (r *LocalRegistry) readVerified(ctx context.Context, desc ocispec.Descriptor) (*Manifest, error) {
-	src, err := r.blobs.open(ctx, desc.Digest, desc.Size)
+	if err := ctx.Err(); err != nil {
+		return nil, err
+	}
+	f, size, err := r.blobs.openFile(desc.Digest, desc.Size)
 	if err != nil {
 		return nil, err
 	}
-	return readManifest(src, desc)
+	if size > MaxManifestSize {
+		f.Close()
+		return nil, tooLargeManifest(int(size))
+	}
+	raw, err := r.blobs.readAll(f, desc.Digest, size)
+	if err != nil {
+		return nil, err
+	}
+	return verifiedManifest(raw, desc)
 }
 
 // looksLikeManifest reports whether a blob's first character is a brace, so that most blobs need
@@ -115,6 +126,11 @@ func readManifest(src *verifier, desc ocispec.Descriptor) (*Manifest, error) {
 	if err != nil {
 		return nil, err
 	}
+	return verifiedManifest(raw, desc)
+}
+
+// verifiedManifest parses the bytes of a manifest that were compared with its digest.
+func verifiedManifest(raw []byte, desc ocispec.Descriptor) (*Manifest, error) {
 	m, err := parseManifest(desc.MediaType, raw)
 	if err != nil {
 		return nil, fmt.Errorf("manifest %s: %w", desc.Digest, err)
