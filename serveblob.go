@@ -11,9 +11,9 @@ import (
 	"github.com/opencontainers/go-digest"
 )
 
-// tinyBlob is the size up to which a blob is sent from memory. It bounds the memory that a slow
-// client can keep.
-const tinyBlob = 32 << 10
+// tinyBlob is the size up to which a blob is sent from memory. Above it, a blob that was verified
+// before costs less if the kernel copies it (sendfile).
+const tinyBlob = 8 << 10
 
 // smallBlob is the size up to which a blob is verified before its answer begins. The client then
 // gets a 500 for a damaged one, and not a broken connection.

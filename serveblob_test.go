@@ -95,7 +95,7 @@ func TestServeTiny(t *testing.T) {
 	t.Parallel()
 	r := openTemp(t, nil)
 	s := serveAt(t, r, nil)
-	for _, size := range []int{0, 1, 4096, 32<<10 - 1, 32 << 10, 32<<10 + 1} {
+	for _, size := range []int{0, 1, 4096, 8<<10 - 1, 8 << 10, 8<<10 + 1} {
 		text := strings.Repeat("x", size)
 		s.pushImage("org/app", "v1", text)
 		path := "/v2/org/app/blobs/" + string(digestOfText(text))
