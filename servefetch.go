@@ -306,6 +306,16 @@ func (r *follower) Read(p []byte) (int, error) {
 	}
 }
 
+// failed returns the error of the fetch, if that has ended.
+func (r *follower) failed() error {
+	select {
+	case <-r.fetch.done:
+		return r.fetch.err
+	default:
+		return nil
+	}
+}
+
 // Close leaves the fetch.
 func (r *follower) Close() error {
 	r.fetch.leave()
@@ -323,6 +333,9 @@ func (x *exchange) sendFollowed(w *serveWriter, b *servedBlob) error {
 	dst := &partWriter{w: w, skip: b.part.start, left: b.part.length}
 	buf := make([]byte, 64<<10)
 	if _, err := io.CopyBuffer(struct{ io.Writer }{dst}, struct{ io.Reader }{b.unverified}, buf); err != nil {
+		if failed := b.follower.failed(); failed != nil && x.r.Context().Err() == nil {
+			x.registry.opts.Logger.Error("ocilocal: a blob that was being sent could not be fetched", "digest", x.digest, "error", failed)
+		}
 		return err
 	}
 	_, err := w.Write(dst.last)

@@ -37,7 +37,10 @@ func (x *exchange) getManifest() error {
 	var raw []byte
 	if m != nil {
 		raw = m.raw
-	} else if raw, err = x.readManifest(desc); err != nil {
+	} else if raw, err = x.readManifest(desc); errors.Is(err, ErrNotFound) {
+		desc, raw, err = x.findManifest()
+	}
+	if err != nil {
 		return damaged(err)
 	}
 	x.identify(desc.Digest)
@@ -68,6 +71,33 @@ func (x *exchange) readManifest(desc ocispec.Descriptor) ([]byte, error) {
 		return nil, err
 	}
 	return store.readAll(f, desc.Digest, size)
+}
+
+// findManifest is for a GET whose manifest was resolved and not found. The tag may have been moved and
+// the manifest collected in between: then a second look answers. If the second look finds the same,
+// the file is lost. That is not a 404, by which the client would take it for deleted. A mirror fetches
+// it again.
+func (x *exchange) findManifest() (ocispec.Descriptor, []byte, error) {
+	desc, m, err := x.resolve()
+	if err != nil {
+		return desc, nil, err
+	}
+	if m != nil {
+		return desc, m.raw, nil
+	}
+	raw, err := x.readManifest(desc)
+	if !errors.Is(err, ErrNotFound) {
+		return desc, raw, err
+	}
+	if x.upstream != nil {
+		if _, err := x.bringManifest(desc.Digest); err != nil {
+			return desc, nil, err
+		}
+		if raw, err = x.readManifest(desc); err == nil {
+			return desc, raw, nil
+		}
+	}
+	return desc, nil, &damagedError{err}
 }
 
 // putManifest serves PUT of a manifest, by tag or by digest. A tag that points elsewhere is moved,

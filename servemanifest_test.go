@@ -2,6 +2,7 @@ package ocilocal_test
 
 import (
 	"fmt"
+	"os"
 	"strings"
 	"testing"
 
@@ -90,4 +91,41 @@ func TestServePutSparse(t *testing.T) {
 			checkSound(t, r)
 		})
 	}
+}
+
+// TestServeLostManifest: the file of a manifest is lost. That is not a 404, by which clients would take
+// it for deleted. A mirror fetches it again.
+func TestServeLostManifest(t *testing.T) {
+	t.Parallel()
+	lose := func(r *ocilocal.LocalRegistry, raw string) {
+		t.Helper()
+		if err := os.Remove(blobFile(r, digestOfText(raw))); err != nil {
+			t.Fatal(err)
+		}
+	}
+	r := openTemp(t, nil)
+	s := serveAt(t, r, nil)
+	s.pushImage("org/app", "v1", "one")
+	raw := imageOf("one")
+	lose(r, raw)
+	for _, path := range []string{appManifests + "v1", manifestAt(raw)} {
+		if a := s.want(500, "GET", path, ""); !strings.Contains(a.body, "damaged") {
+			t.Error(a.body)
+		}
+	}
+	s.pushImage("org/app", "v1", "one")
+	s.want(200, "GET", appManifests+"v1", "")
+	checkSound(t, r)
+
+	m := newMirrorOf(t, "one")
+	for _, path := range []string{appManifests + "v1", manifestAt(raw)} {
+		lose(m.r, raw)
+		if a := m.want(200, "GET", path, ""); a.body != raw {
+			t.Error(a.body)
+		}
+		checkSound(t, m.r)
+	}
+	lose(m.r, raw)
+	m.down()
+	m.want(502, "GET", appManifests+"v1", "")
 }
