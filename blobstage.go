@@ -185,8 +185,7 @@ func (st *stage) putBytesAs(ctx context.Context, b []byte, d digest.Digest) (had
 			return false, err
 		}
 		if sf == nil {
-			_, _, err = st.put(ctx, bytes.NewReader(b), "", d, size)
-			return false, err
+			return false, st.putMissed(ctx, b, d)
 		}
 	}
 	got := digestOf(d.Algorithm(), b)
@@ -208,12 +207,18 @@ func (st *stage) putBytes(ctx context.Context, b []byte, alg digest.Algorithm) (
 	if ok, err := st.reuse(ctx, d, int64(len(b))); ok || ctx.Err() != nil {
 		return d, err
 	}
-	sf, err := st.receive(ctx, bytes.NewReader(b), alg, d, int64(len(b)))
+	return d, st.putMissed(ctx, b, d)
+}
+
+// putMissed is put for bytes that the store did not have a moment ago: nobody looks again before
+// they are synced.
+func (st *stage) putMissed(ctx context.Context, b []byte, d digest.Digest) error {
+	sf, err := st.receive(ctx, bytes.NewReader(b), "", d, int64(len(b)))
 	if err != nil {
-		return d, err
+		return err
 	}
 	sf.missed = true
-	return d, st.add(ctx, sf)
+	return st.add(ctx, sf)
 }
 
 // create makes an empty file in the session's directory. Its name is random and new (O_EXCL).

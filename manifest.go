@@ -144,7 +144,7 @@ func parseManifest(mediaType string, raw []byte) (*Manifest, error) {
 	if err := m.checkDescriptors(); err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrInvalidManifest, err)
 	}
-	m.digest = digest.FromBytes(raw)
+	m.digest = digestOf(digest.SHA256, raw)
 	return m, nil
 }
 
