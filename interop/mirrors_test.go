@@ -329,7 +329,7 @@ func (b *box) daemon(tool, socket string, args ...string) {
 	}
 }
 
-// A containerd is a daemon with a mirror in its hosts.toml.
+// A containerd is a daemon. With a mirror, that is in its hosts.toml.
 type containerd struct {
 	b      *box
 	socket string
@@ -351,10 +351,12 @@ platform = "linux/amd64"
 snapshotter = "native"
 differ = "walking"
 `, b.path("root"), run+"/state", c.socket))
-	if err := os.MkdirAll(b.path("hosts/"+mirroredHost), 0o700); err != nil {
-		b.t.Fatal(err)
+	if m != nil {
+		if err := os.MkdirAll(b.path("hosts/"+mirroredHost), 0o700); err != nil {
+			b.t.Fatal(err)
+		}
+		b.write("hosts/"+mirroredHost+"/hosts.toml", fmt.Sprintf("server = \"https://%s\"\n[host.\"http://%s\"]\ncapabilities = [\"pull\", \"resolve\"]\n", mirroredHost, m.host))
 	}
-	b.write("hosts/"+mirroredHost+"/hosts.toml", fmt.Sprintf("server = \"https://%s\"\n[host.\"http://%s\"]\ncapabilities = [\"pull\", \"resolve\"]\n", mirroredHost, m.host))
 	b.daemon("containerd", c.socket, "--config", b.path("config.toml"))
 	return c
 }
@@ -366,7 +368,7 @@ func (c *containerd) pull(image, architecture string, flags ...string) {
 	c.b.run("ctr", append(args, "--hosts-dir", c.b.path("hosts"), "--snapshotter", "native", "--platform", "linux/"+architecture, image)...)
 }
 
-// A dockerd is a daemon with a registry mirror. Docker knows mirrors of docker.io only.
+// A dockerd is a daemon, with a registry mirror or without. Docker knows mirrors of docker.io only.
 type dockerd struct {
 	b      *box
 	client http.Client
@@ -381,8 +383,11 @@ func (b *box) dockerd(m *mirror, flags ...string) *dockerd {
 		return (&net.Dialer{}).DialContext(ctx, "unix", socket)
 	}}}}
 	b.t.Cleanup(d.client.CloseIdleConnections)
+	if m != nil {
+		flags = append(flags, "--registry-mirror", "http://"+m.host)
+	}
 	b.daemon("dockerd", socket, append(flags, "--host", "unix://"+socket, "--data-root", b.path("docker"), "--exec-root", run, "--pidfile", run+"/pid",
-		"--iptables=false", "--ip6tables=false", "--bridge=none", "--userland-proxy=false", "--registry-mirror", "http://"+m.host)...)
+		"--iptables=false", "--ip6tables=false", "--bridge=none", "--userland-proxy=false")...)
 	return d
 }
 
@@ -392,26 +397,40 @@ func (d *dockerd) pull(repository, named, architecture string) {
 	t := d.b.t
 	t.Helper()
 	query := url.Values{"fromImage": {repository}, "tag": {named[1:]}, "platform": {"linux/" + architecture}}
-	req, err := http.NewRequestWithContext(t.Context(), "POST", "http://docker/images/create?"+query.Encode(), nil)
+	d.call("POST", "/images/create?"+query.Encode())
+	if got := d.inspect(repository + named).Architecture; got != architecture {
+		t.Errorf("docker has an image for %q", got)
+	}
+}
+
+// call makes a request to the daemon, as the docker command does, and returns the body of the answer.
+func (d *dockerd) call(method, path string) string {
+	t := d.b.t
+	t.Helper()
+	req, err := http.NewRequestWithContext(t.Context(), method, "http://docker"+path, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
+	req.Header.Set("X-Registry-Auth", "e30=") // {}
 	res, err := d.client.Do(req)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer res.Body.Close()
 	body, err := io.ReadAll(res.Body)
-	if err != nil || res.StatusCode != 200 || strings.Contains(string(body), `"error"`) {
-		t.Fatalf("docker pull: %s, %v\n%s", res.Status, err, body)
+	if err != nil || res.StatusCode >= 300 || strings.Contains(string(body), `"error"`) {
+		t.Fatalf("docker %s: %s, %v\n%s", path, res.Status, err, body)
 	}
-	res, err = d.client.Get("http://docker/images/" + repository + named + "/json")
-	if err != nil {
-		t.Fatal(err)
+	return string(body)
+}
+
+// A dockerImage is what docker says of an image.
+type dockerImage struct{ ID, Architecture string }
+
+func (d *dockerd) inspect(image string) (got dockerImage) {
+	d.b.t.Helper()
+	if err := json.Unmarshal([]byte(d.call("GET", "/images/"+image+"/json")), &got); err != nil {
+		d.b.t.Error(err)
 	}
-	defer res.Body.Close()
-	var got struct{ Architecture string }
-	if err := json.NewDecoder(res.Body).Decode(&got); err != nil || got.Architecture != architecture {
-		t.Errorf("docker has an image for %q, %v", got.Architecture, err)
-	}
+	return got
 }
