@@ -218,6 +218,10 @@
 //     delete, and everybody who knows the digest of a blob may mount it from any repository.
 //   - [HandlerOptions.MaxBlobSize] and [HandlerOptions.MaxUploads]. A quota of the file system
 //     bounds what pushes can store in all.
+//   - For a mirror, [Upstream].MaxBytes, and a root that has no content which only some of the clients
+//     may read. A manifest of the upstream may name any digest. If this registry has that content,
+//     whoever may pull the manifest gets it. [Options.SeparateRegistries] keeps apart what other
+//     registries have sent, but not the repositories of one registry.
 //   - ReadHeaderTimeout, IdleTimeout and MaxHeaderBytes of the [net/http.Server], and TLS. The
 //     handler ends requests that make no progress: see [HandlerOptions.StallTimeout].
 //
