@@ -50,7 +50,8 @@ const (
 
 	sqlResolveDigest = `SELECT (SELECT text FROM types WHERE id = m.media_type), m.digest, c.size, (SELECT text FROM types WHERE id = m.artifact_type), m.created
 		FROM content c JOIN manifests m ON m.id = c.id WHERE c.digest = ?`
-	sqlMembers = `SELECT m.position, m.role, c.digest, (SELECT text FROM types WHERE id = m.media_type), m.size, c.present
+	sqlGetManifest = `SELECT m.media_type, m.digest, c.size, m.artifact_type FROM content c JOIN manifests m ON m.id = c.id WHERE c.digest = ?`
+	sqlMembers     = `SELECT m.position, m.role, c.digest, (SELECT text FROM types WHERE id = m.media_type), m.size, c.present
 		FROM members m LEFT JOIN content c ON c.id = m.content
 		WHERE m.manifest = (SELECT id FROM content WHERE digest = ?) AND m.position >= ? ORDER BY m.position LIMIT ?`
 	// A page of referrers starts after the digest ?3. manifests_by_subject has this order, so a
@@ -282,8 +283,27 @@ func members(q queryer, d digest.Digest, visit func(member) error) error {
 
 // resolveDigest returns a manifest's descriptor.
 func (x *index) resolveDigest(d digest.Digest) (desc ocispec.Descriptor, ok bool, err error) {
-	desc, ok, err = manifestRow(x, d)
-	return desc, ok, err
+	var row descriptorRow
+	ok, err = x.row(sqlGetManifest, []any{digestBytes(d)}, &row.mediaType, &row.digest, &row.size, &row.artifactType)
+	if !ok || err != nil {
+		return desc, false, err
+	}
+	if desc, err = x.descriptor(&row); err == nil {
+		err = checkFound(d, desc.Digest)
+	}
+	return desc, err == nil, err
+}
+
+// descriptor returns the descriptor in a row that has the numbers of the types, and no time.
+func (x *index) descriptor(row *descriptorRow) (desc ocispec.Descriptor, err error) {
+	row.micro = int64(0)
+	if row.mediaType, err = x.typeText(row.mediaType); err == nil {
+		row.artifactType, err = x.typeText(row.artifactType)
+	}
+	if err == nil {
+		desc, _, err = row.value()
+	}
+	return desc, err
 }
 
 // checkFound returns an [ErrCorruptIndex] unless a manifest's row has the digest that was asked

@@ -145,19 +145,13 @@ func (t *indexTx) resolved(name, reference string) (desc ocispec.Descriptor, upd
 // the columns that it needs, and the types as typeText remembers them.
 func (x *index) resolve(name, reference string) (desc ocispec.Descriptor, ok bool, err error) {
 	var key refKey
-	row := descriptorRow{micro: int64(0)}
+	var row descriptorRow
 	ok, err = x.row(sqlGetDescriptor, []any{name, reference}, &key.name, &key.reference, &row.mediaType, &row.digest, &row.size, &row.artifactType)
 	if !ok || err != nil {
 		return desc, false, err
 	}
 	if err = key.check(name, reference); err == nil {
-		row.mediaType, err = x.typeText(row.mediaType)
-	}
-	if err == nil {
-		row.artifactType, err = x.typeText(row.artifactType)
-	}
-	if err == nil {
-		desc, _, err = row.value()
+		desc, err = x.descriptor(&row)
 	}
 	return desc, err == nil, err
 }
