@@ -92,7 +92,7 @@ func (p *Repository) DeleteManifest(ctx context.Context, d digest.Digest) (err e
 			return err
 		}
 		if needed {
-			return fmt.Errorf("%w: an image index in %s has it", ErrInUse, p.name)
+			return fmt.Errorf("%w: an image index of the repository has it", ErrInUse)
 		}
 		if subject, err = subjectOf(tx, d); err != nil || subject == "" {
 			return err
@@ -131,7 +131,7 @@ func (p *Repository) DeleteBlob(ctx context.Context, d digest.Digest) (err error
 	case err != nil:
 		return err
 	case needed:
-		return fmt.Errorf("%w: a manifest in %s needs it", ErrInUse, p.name)
+		return fmt.Errorf("%w: a manifest of the repository needs it", ErrInUse)
 	}
 	released, err := p.registry.blobs.releaseHeld(p.name, d)
 	if err == nil && !released {

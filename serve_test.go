@@ -127,3 +127,49 @@ func TestServeNames(t *testing.T) {
 	}
 	s.want(201, "PUT", at+"?digest="+string(digestOfText("x")), "x")
 }
+
+// TestServeErrorsHideNames: clients do not know local names, which may say who else uses the server. So no
+// error has them.
+func TestServeErrorsHideNames(t *testing.T) {
+	t.Parallel()
+	r := openTemp(t, nil)
+	s := serveAt(t, r, &ocilocal.HandlerOptions{Name: func(_ *http.Request, repository string) (string, error) {
+		return "tenant.internal/" + repository, nil
+	}})
+	image := imageOf("layer")
+	s.pushImage("org/app", "v1", "layer")
+	index := imageIndexOf(desc(imageType, image))
+	s.want(201, "PUT", appManifests+"v2", index, "Content-Type", indexType)
+	wrongSize := strings.Replace(image, `"size":5`, `"size":6`, 1)
+	tooDeep := index
+	for range 2 * ocilocal.MaxIndexNesting {
+		deeper := imageIndexOf(desc(indexType, tooDeep))
+		if s.do("PUT", appManifests+"deep", deeper, "Content-Type", indexType).status != 201 {
+			tooDeep = deeper
+			break
+		}
+		tooDeep = deeper
+	}
+	for _, request := range []struct {
+		method, path, body string
+		status             int
+	}{
+		{"PUT", appManifests + "v3", imageOf("other"), 400},
+		{"PUT", appManifests + "v3", wrongSize, 400},
+		{"PUT", appManifests + "v3", imageIndexOf(desc(imageType, imageOf("other"))), 400},
+		{"PUT", appManifests + "v3", tooDeep, 413},
+		{"PUT", manifestAt("x"), image, 400},
+		{"POST", "/v2/org/app/blobs/uploads/?digest=" + string(digestOfText("x")), "y", 400},
+		{"DELETE", blobAt("layer"), "", 409},
+		{"DELETE", manifestAt(image), "", 409},
+		{"DELETE", appManifests + "v9", "", 404},
+		{"GET", appManifests + "v9", "", 404},
+		{"GET", blobAt("x"), "", 404},
+		{"GET", "/v2/org/none/tags/list", "", 404},
+	} {
+		a := s.want(request.status, request.method, request.path, request.body)
+		if strings.Contains(a.body, "tenant") || strings.Contains(a.body, r.Root()) {
+			t.Errorf("%s %s: %s", request.method, request.path, a.body)
+		}
+	}
+}
