@@ -203,9 +203,10 @@ func (st *stage) syncReused(name string) error {
 }
 
 // dedup turns sf into a reused blob if the store has a good file with the same bytes. Reading that
-// file costs less than an fsync, and the disk keeps one copy. st.mu must be held.
+// file costs less than an fsync, and the disk keeps one copy. It does not look for a small blob that
+// the store did not have a moment ago. st.mu must be held.
 func (st *stage) dedup(ctx context.Context, sf *stagedFile) error {
-	if sf.missed {
+	if st.missed[sf.digest] && sf.size < cloneChunk {
 		return nil
 	}
 	have, _ := st.borrow(ctx, sf.digest, sf.size, nil) // a failure costs only an fsync

@@ -55,6 +55,8 @@ type stage struct {
 	unsyncedBytes int64
 	syncing       chan error // the outcome of the batch that is being synced; nil for none
 	failed        error      // sticky
+	// missed are blobs of which the store had no good file when it was asked: see dedup.
+	missed map[digest.Digest]bool
 	// loose stages make no link into tmp/ for a blob that the store has. If a collector deletes
 	// such a blob, open and recheck fail with errGone.
 	loose bool
@@ -76,7 +78,6 @@ type stagedFile struct {
 	size   int64
 	file   *rootFile // nil once it is being synced, and for a blob that was there already
 	reused bool      // the bytes were in the store already
-	missed bool      // the store had no good file of the bytes, a moment ago
 	// written is when the file of a reused blob was written; zero if that is not known.
 	written time.Time
 	// partial is the directory that keeps the file until the store has it; "" for none.
@@ -84,7 +85,7 @@ type stagedFile struct {
 }
 
 func (s *blobStore) newStage() *stage {
-	return &stage{store: s, files: map[digest.Digest]*stagedFile{}}
+	return &stage{store: s, files: map[digest.Digest]*stagedFile{}, missed: map[digest.Digest]bool{}}
 }
 
 // put copies src into the stage and returns its digest and size. The bytes must hash to want,
@@ -185,7 +186,9 @@ func (st *stage) putBytesAs(ctx context.Context, b []byte, d digest.Digest) (had
 			return false, err
 		}
 		if sf == nil {
-			return false, st.putMissed(ctx, b, d)
+			st.miss(d)
+			_, _, err = st.put(ctx, bytes.NewReader(b), "", d, size)
+			return false, err
 		}
 	}
 	got := digestOf(d.Algorithm(), b)
@@ -207,18 +210,8 @@ func (st *stage) putBytes(ctx context.Context, b []byte, alg digest.Algorithm) (
 	if ok, err := st.reuse(ctx, d, int64(len(b))); ok || ctx.Err() != nil {
 		return d, err
 	}
-	return d, st.putMissed(ctx, b, d)
-}
-
-// putMissed is put for bytes that the store did not have a moment ago: nobody looks again before
-// they are synced.
-func (st *stage) putMissed(ctx context.Context, b []byte, d digest.Digest) error {
-	sf, err := st.receive(ctx, bytes.NewReader(b), "", d, int64(len(b)))
-	if err != nil {
-		return err
-	}
-	sf.missed = true
-	return st.add(ctx, sf)
+	_, _, err := st.put(ctx, bytes.NewReader(b), "", d, int64(len(b)))
+	return d, err
 }
 
 // create makes an empty file in the session's directory. Its name is random and new (O_EXCL).
@@ -263,10 +256,21 @@ func (st *stage) reuse(ctx context.Context, d digest.Digest, size int64) (bool, 
 		return true, nil
 	}
 	sf, err := st.borrow(ctx, d, size, nil)
-	if sf == nil || err != nil {
+	if err != nil {
 		return false, err
 	}
+	if sf == nil {
+		st.miss(d)
+		return false, nil
+	}
 	return true, st.add(ctx, sf)
+}
+
+// miss notes that the store has no good file of a blob.
+func (st *stage) miss(d digest.Digest) {
+	st.mu.Lock()
+	defer st.mu.Unlock()
+	st.missed[d] = true
 }
 
 // borrow takes a blob of the store. Unless the stage is loose, it links the blob into tmp/, so that a
