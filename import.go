@@ -513,7 +513,7 @@ func (im *importer) referrers(ctx context.Context, entries []ocispec.Descriptor,
 }
 
 // peek reads a manifest that may turn out not to be needed, and so does not stage it. A manifest
-// that the source lacks is read from the stage or the registry.
+// that the source lacks is read from the stage, the registry, or the descriptor's data.
 func (im *importer) peek(ctx context.Context, desc ocispec.Descriptor) (*Manifest, error) {
 	if desc.Size > MaxManifestSize {
 		return nil, fmt.Errorf("manifest %s: %w", desc.Digest, tooLargeManifest(int(desc.Size)))
@@ -528,10 +528,13 @@ func (im *importer) peek(ctx context.Context, desc ocispec.Descriptor) (*Manifes
 	if errors.Is(err, ErrIncomplete) {
 		src, err = im.stage.open(ctx, desc.Digest, desc.Size)
 	}
-	if err != nil {
-		return nil, incomplete(err)
+	if err == nil {
+		return readManifest(src, desc)
 	}
-	return readManifest(src, desc)
+	if err = incomplete(err); errors.Is(err, ErrIncomplete) && desc.Data != nil { // checkDescriptor has verified it
+		return verifiedManifest(desc.Data, desc)
+	}
+	return nil, err
 }
 
 // manifest stages a manifest and all that it needs, and appends the manifests to list, children

@@ -209,7 +209,7 @@ func (im *importer) chooseMember(ctx context.Context, descs []ocispec.Descriptor
 				return []ocispec.Descriptor{member}, nil
 			}
 			if formOf(member.MediaType) == formIndex {
-				nested = append(nested, ocispec.Descriptor{MediaType: member.MediaType, Digest: member.Digest, Size: member.Size})
+				nested = append(nested, ocispec.Descriptor{MediaType: member.MediaType, Digest: member.Digest, Size: member.Size, Data: member.Data})
 			}
 		}
 		if found, err := im.chooseMember(ctx, nested, depth+1, seen); found != nil || err != nil {

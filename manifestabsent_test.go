@@ -2,6 +2,7 @@ package ocilocal_test
 
 import (
 	"bytes"
+	"encoding/base64"
 	"errors"
 	"fmt"
 	"os"
@@ -364,6 +365,25 @@ func TestDescriptorData(t *testing.T) {
 	for _, s := range []string{"{}", "layer"} {
 		if size, err := r.HasBlob(t.Context(), digest.FromString(s)); err != nil || size != int64(len(s)) {
 			t.Errorf("%s: %d, %v", s, size, err)
+		}
+	}
+	// Image indexes carry an image, and a referrer of it. An import that looks into them reads the data.
+	withData := func(mediaType, body string) string {
+		return with(desc(mediaType, body), data+base64.StdEncoding.EncodeToString([]byte(body))+`"`)
+	}
+	member := with(withData(imageType, m), `"platform":{"os":"linux","architecture":"arm64"}`)
+	inner := imageIndexOf(member)
+	outer := imageIndexOf(withData(ocispec.MediaTypeImageIndex, inner))
+	signature := strings.Replace(m, `"config"`, `"subject":`+desc(imageType, m)+`,"config"`, 1)
+	index := indexOf(called(withData(ocispec.MediaTypeImageIndex, inner), refName, lackingName),
+		withData(ocispec.MediaTypeImageIndex, outer), withData(imageType, signature))
+	for _, opts := range []*ocilocal.ImportOptions{
+		{Select: lackingName, Platform: &ocispec.Platform{OS: "linux", Architecture: "arm64"}, Referrers: true},
+		{Select: digest.FromString(m).String(), Referrers: true},
+	} {
+		_, got, err := importBoth(t, opts, index)
+		if err != nil || len(got.Artifacts) != 1 || got.Artifacts[0].Descriptor.Digest != digest.FromString(m) || len(got.Referrers) != 1 {
+			t.Errorf("%+v: %+v, %v", opts, got, err)
 		}
 	}
 	bad := strings.Replace(m, "bGF5ZXI=", "TEFZRVI=", 1)
