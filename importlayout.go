@@ -40,6 +40,23 @@ func (r *LocalRegistry) layoutImporter(l *layout, opts *ImportOptions) *importer
 	return im
 }
 
+// withSource opens the directory of a source and calls read with it. The call on the registry begins
+// before the directory is opened, so an import on a closed or read-only registry fails with that
+// error and reads nothing.
+func (r *LocalRegistry) withSource(ctx context.Context, dir string, read func(*rootDir) error) error {
+	end, err := r.beginWrite(ctx)
+	if err != nil {
+		return err
+	}
+	defer end()
+	root, err := openRoot(dir, r.root.fault)
+	if err != nil {
+		return err
+	}
+	defer root.Close()
+	return read(root)
+}
+
 // A layout is a layout directory. It is not trusted, and another program may change it at any time.
 // All access is relative to root, which does not lead out of the directory, and only regular files
 // are opened: see regular. Bytes are hashed while they are copied, so a change of a file meanwhile

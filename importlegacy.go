@@ -142,8 +142,11 @@ func (l *LegacyReport) add(entry string, u RefUpdate, err error) {
 // from ctx, the index, or the file system for root itself.
 func (r *LocalRegistry) ImportLegacy(ctx context.Context, root string, opts *LegacyOptions) (report *LegacyReport, err error) {
 	defer addOp(&err, "import legacy registry", root, "")
+	if opts == nil {
+		opts = &LegacyOptions{}
+	}
 	report = &LegacyReport{}
-	return report, r.importLegacy(ctx, root, opts, report)
+	return report, r.withSource(ctx, root, func(root *rootDir) error { return r.importLegacy(ctx, root, opts, report) })
 }
 
 // ImportLegacyEntry imports the entry of an OMMX v2 local registry that has the name ref, and sets
@@ -178,20 +181,7 @@ func (r *LocalRegistry) ImportLegacyEntry(ctx context.Context, root string, ref 
 // importLegacy finds all entries first and then imports them one by one, each with a publish of its
 // own transaction. So a bad entry, or a call that is killed, never undoes the entries before it. A
 // call that is repeated finds these as Unchanged, and writes nothing for them.
-func (r *LocalRegistry) importLegacy(ctx context.Context, dir string, opts *LegacyOptions, report *LegacyReport) error {
-	end, err := r.beginWrite(ctx)
-	if err != nil {
-		return err
-	}
-	defer end()
-	if opts == nil {
-		opts = &LegacyOptions{}
-	}
-	root, err := openRoot(dir, r.root.fault)
-	if err != nil {
-		return err
-	}
-	defer root.Close()
+func (r *LocalRegistry) importLegacy(ctx context.Context, root *rootDir, opts *LegacyOptions, report *LegacyReport) error {
 	m := newMeter(opts.Progress, Reference{}) // it is used on this goroutine only
 	m.phase(PhasePlan)
 	entries, err := legacyEntries(ctx, root, report)

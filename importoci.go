@@ -35,29 +35,21 @@ func (r *LocalRegistry) importLayout(ctx context.Context, dir string, opts *Impo
 	})
 }
 
-// importLayoutMetered reads index.json, and runs an importer that fetches from the directory. The
-// call begins before the directory is opened, so an import on a closed or read-only registry fails
-// with that error and reads nothing.
-func (r *LocalRegistry) importLayoutMetered(ctx context.Context, dir string, opts *ImportOptions, m *meter) (*ImportResult, error) {
-	end, err := r.beginWrite(ctx)
-	if err != nil {
-		return nil, err
-	}
-	defer end()
-	root, err := openRoot(dir, r.root.fault)
-	if err != nil {
-		return nil, err
-	}
-	defer root.Close()
-	l := &layout{root: root}
-	index, err := l.index()
-	if err != nil {
-		return nil, err
-	}
-	im := r.layoutImporter(l, opts)
-	im.meter = m
-	defer func() { r.logDiscard(im.stage.discard()) }()
-	return im.run(ctx, index)
+// importLayoutMetered reads index.json, and runs an importer that fetches from the directory.
+func (r *LocalRegistry) importLayoutMetered(ctx context.Context, dir string, opts *ImportOptions, m *meter) (result *ImportResult, err error) {
+	err = r.withSource(ctx, dir, func(root *rootDir) error {
+		l := &layout{root: root}
+		index, err := l.index()
+		if err != nil {
+			return err
+		}
+		im := r.layoutImporter(l, opts)
+		im.meter = m
+		defer func() { r.logDiscard(im.stage.discard()) }()
+		result, err = im.run(ctx, index)
+		return err
+	})
+	return result, err
 }
 
 // InspectLayout lists the entries of a layout directory and counts its blobs, without a registry.

@@ -32,28 +32,18 @@ import (
 //     system for root itself
 func (r *LocalRegistry) ImportOMMX(ctx context.Context, root string, opts *LegacyOptions) (report *LegacyReport, err error) {
 	defer addOp(&err, "import OMMX registry", root, "")
+	if opts == nil {
+		opts = &LegacyOptions{}
+	}
 	report = &LegacyReport{}
-	return report, r.importOMMX(ctx, root, opts, report)
+	return report, r.withSource(ctx, root, func(dir *rootDir) error { return r.importOMMX(ctx, root, dir, opts, report) })
 }
 
 // importOMMX reads the refs of the other index page by page, and imports each like the entry of a
 // layout: the root of an OMMX v3 registry has the blobs/ of one. The refs are read twice with a
 // Progress function, since the totals must be known before the first import. The SDK may add refs
 // in between; the meter accepts more items than were planned.
-func (r *LocalRegistry) importOMMX(ctx context.Context, dir string, opts *LegacyOptions, report *LegacyReport) (err error) {
-	end, err := r.beginWrite(ctx)
-	if err != nil {
-		return err
-	}
-	defer end()
-	if opts == nil {
-		opts = &LegacyOptions{}
-	}
-	root, err := openRoot(dir, r.root.fault)
-	if err != nil {
-		return err
-	}
-	defer root.Close()
+func (r *LocalRegistry) importOMMX(ctx context.Context, dir string, root *rootDir, opts *LegacyOptions, report *LegacyReport) (err error) {
 	theirs, err := openOMMXRoot(ctx, dir, root)
 	if err != nil {
 		return err
