@@ -13,6 +13,7 @@ import (
 	"io"
 	"log/slog"
 	"net/http"
+	"os"
 	"slices"
 	"time"
 
@@ -89,6 +90,33 @@ func TryLockFile(r *LocalRegistry, name string) (release func() error, held bool
 	}
 	return f.Close, true, nil
 }
+
+// RootDir is rootDir.
+type RootDir = rootDir
+
+// OpenRootDir opens a directory. Without shortcuts, each operation is one of [os.Root].
+func OpenRootDir(dir string, shortcuts bool) (*RootDir, error) {
+	r, err := openRoot(dir, nil)
+	if err == nil && !shortcuts {
+		err = r.short.Close()
+		r.short = nil
+	}
+	return r, err
+}
+
+// HasShortcut reports whether the system has the call that shortcuts need.
+func HasShortcut(r *RootDir) bool { return r.short != nil }
+
+// ShortcutOpen opens a file for reading by a shortcut alone.
+func ShortcutOpen(r *RootDir, name string) (f *os.File, done bool, err error) {
+	return r.short.openFile(name, os.O_RDONLY|openNonblock, 0)
+}
+
+// ShortcutLink links a file by a shortcut alone.
+func ShortcutLink(r *RootDir, name, to string) (done bool, err error) { return r.short.link(name, to) }
+
+// ShortcutRemove removes a file by a shortcut alone.
+func ShortcutRemove(r *RootDir, name string) (done bool, err error) { return r.short.remove(name) }
 
 // SharedSync returns a function that calls fn as concurrent fsyncs of a directory are shared.
 func SharedSync(fn func() error) func() error {

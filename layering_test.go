@@ -88,7 +88,7 @@ var owners = map[string][]string{
 	"os/exec":                {"remotecredential"},
 	"os": {"root", "blob", "registry", "publish", "ref", "repair", "backup", "remotecredential",
 		"import", "export", "builder", "archive", "serve"},
-	"unsafe": {},
+	"unsafe": {"rootshortcut"},
 }
 
 // TestLayering resolves every name in the package by its type. Files for other systems are looked at for their imports only.

@@ -62,9 +62,11 @@ import (
 //	rootDir    open create stat mkdir link rename chmod chtimes remove readdir fsyncdir lock
 //	rootFile   write fsync chmod truncate
 //
-// Reading an open file and closing it are not among them.
+// Reading an open file and closing it are not among them. The seam is above the [shortcut], so tests
+// see the same operations with and without it.
 type rootDir struct {
 	dir   *os.Root
+	short *shortcut // to the same directory; asked first where it saves system calls
 	fault faultFunc
 }
 
@@ -100,7 +102,7 @@ func openRoot(dir string, fault faultFunc) (*rootDir, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &rootDir{dir: root, fault: fault}, nil
+	return &rootDir{dir: root, short: newShortcut(root), fault: fault}, nil
 }
 
 // below opens a directory of r.
@@ -112,10 +114,10 @@ func (r *rootDir) below(name string) (*rootDir, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &rootDir{dir: sub, fault: r.fault}, nil
+	return &rootDir{dir: sub, short: newShortcut(sub), fault: r.fault}, nil
 }
 
-func (r *rootDir) Close() error { return r.dir.Close() }
+func (r *rootDir) Close() error { return errors.Join(r.short.Close(), r.dir.Close()) }
 
 func (r *rootDir) OpenFile(name string, flag int, perm fs.FileMode) (*os.File, error) {
 	op := "open"
@@ -124,6 +126,9 @@ func (r *rootDir) OpenFile(name string, flag int, perm fs.FileMode) (*os.File, e
 	}
 	if err := r.fault.before(op, name); err != nil {
 		return nil, err
+	}
+	if f, done, err := r.short.openFile(name, flag, perm); done {
+		return f, err
 	}
 	return r.dir.OpenFile(name, flag, perm)
 }
@@ -136,12 +141,18 @@ func (r *rootDir) Stat(name string) (fs.FileInfo, error) {
 	if err := r.fault.before("stat", name); err != nil {
 		return nil, err
 	}
+	if fi, done, err := r.short.lstat(name); done && (err != nil || fi.Mode().Type() != fs.ModeSymlink) {
+		return fi, err
+	}
 	return r.dir.Stat(name)
 }
 
 func (r *rootDir) Lstat(name string) (fs.FileInfo, error) {
 	if err := r.fault.before("stat", name); err != nil {
 		return nil, err
+	}
+	if fi, done, err := r.short.lstat(name); done {
+		return fi, err
 	}
 	return r.dir.Lstat(name)
 }
@@ -155,6 +166,9 @@ func (r *rootDir) Mkdir(name string, perm fs.FileMode) error {
 
 func (r *rootDir) Link(oldname, newname string) error {
 	if err := r.fault.before("link", newname); err != nil {
+		return err
+	}
+	if done, err := r.short.link(oldname, newname); done {
 		return err
 	}
 	return r.dir.Link(oldname, newname)
@@ -183,6 +197,9 @@ func (r *rootDir) Chtimes(name string, at time.Time) error {
 
 func (r *rootDir) Remove(name string) error {
 	if err := r.fault.before("remove", name); err != nil {
+		return err
+	}
+	if done, err := r.short.remove(name); done {
 		return err
 	}
 	return r.dir.Remove(name)
@@ -252,7 +269,10 @@ func linkUnsupported(err error) bool {
 // may remove entries; whether it sees entries that are added meanwhile is open. The first error
 // ends it, errStop too: the caller tells that one apart.
 func (r *rootDir) eachEntry(ctx context.Context, dir string, visit func(name string) error) error {
-	f, err := r.Open(dir)
+	if err := r.fault.before("open", dir); err != nil {
+		return err
+	}
+	f, err := r.dir.Open(dir) // no shortcut: only this file reads types below the root
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}

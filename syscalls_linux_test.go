@@ -86,7 +86,7 @@ func (p syscallPoint) String() string {
 }
 
 // faultedCalls are the system calls with which this package and SQLite reach files.
-var faultedCalls = strings.Split("openat read write pread64 pwrite64 fsync fdatasync ftruncate mkdirat linkat renameat unlinkat "+
+var faultedCalls = strings.Split("openat openat2 read write pread64 pwrite64 fsync fdatasync ftruncate mkdirat linkat renameat unlinkat "+
 	"fchmod fchmodat fcntl flock mmap newfstatat getdents64", " ")
 
 var tracedCall = regexp.MustCompile(`^(\d+) +([a-z0-9]+)\((.*)`)
