@@ -84,9 +84,10 @@ type LocalRegistry struct {
 
 	pulls sync.Map // transfers that other calls may join, by key: see sharedPull
 
-	mu     sync.Mutex
-	closed bool           // guarded by mu
-	calls  sync.WaitGroup // calls that have begun and not ended; none is added once closed is set
+	mu      sync.Mutex
+	closed  bool           // guarded by mu
+	calls   sync.WaitGroup // calls that have begun and not ended; none is added once closed is set
+	closing chan struct{}  // closed by Close before it waits, for work that no context of a caller ends
 }
 
 // DefaultRoot returns the directory for a user's registry. That is $OCILOCAL_ROOT if it is set, and
@@ -174,7 +175,7 @@ func open(ctx context.Context, dir string, opts *Options, readOnly bool) (_ *Loc
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
-	r := &LocalRegistry{}
+	r := &LocalRegistry{closing: make(chan struct{})}
 	if opts != nil {
 		r.opts = *opts
 	}

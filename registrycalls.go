@@ -5,7 +5,8 @@ import (
 	"errors"
 )
 
-// Close waits for the calls in progress and closes the registry. Calls that begin meanwhile fail
+// Close waits for the calls in progress and closes the registry. It ends what a handler with an
+// [Upstream] is fetching. Calls that begin meanwhile fail
 // with [ErrClosed]. Do not call Close from within a call, for example in a reader that is being
 // added as a layer: it would wait for ever. The bodies of loops over listings may call it. Open
 // readers stay usable. The connections of [Options.Remote] stay open. A second Close returns
@@ -19,6 +20,7 @@ func (r *LocalRegistry) Close() (err error) {
 	if already {
 		return ErrClosed
 	}
+	close(r.closing)
 	r.calls.Wait()
 	if r.opts.Remote == nil {
 		r.remote.CloseIdleConnections()

@@ -18,8 +18,9 @@ import (
 
 // A sharedFetch brings one manifest or blob from the upstream, for all requests that want it.
 //
-// Like a [sharedPull] it belongs to no request: it runs until it is done, or until the last request
-// that waits for it has left. So a client that goes away ends nothing for the others.
+// Like a [sharedPull] it belongs to no request: it runs until it is done, until the last request that
+// waits for it has left, or until the registry is closed. So a client that goes away ends nothing for
+// the others.
 //
 // The requests for a large blob do not wait for its end. The bytes are in a file below tmp/ as soon
 // as they have arrived, and each request reads that file with a [follower] while it grows. The bytes
@@ -54,13 +55,26 @@ func (u *upstream) join(ctx context.Context, key string, work func(context.Conte
 	if err != nil {
 		return nil, err
 	}
-	own, cancel := context.WithCancel(context.WithoutCancel(ctx))
-	f := &sharedFetch{u: u, key: key, cancel: cancel, waiting: 1, done: make(chan struct{}), began: make(chan struct{})}
+	own, cancel := context.WithCancelCause(context.WithoutCancel(ctx))
+	f := &sharedFetch{u: u, key: key, cancel: func() { cancel(nil) }, waiting: 1, done: make(chan struct{}), began: make(chan struct{})}
 	f.more = f.began
 	u.fetches[key] = f
 	go func() {
+		select {
+		case <-u.registry.closing:
+			cancel(ErrClosed)
+		case <-own.Done():
+		}
+	}()
+	go func() {
 		defer end()
-		settle(func() error { return work(own, f) }, f.end)
+		settle(func() error {
+			err := work(own, f)
+			if err != nil && context.Cause(own) == ErrClosed {
+				err = ErrClosed
+			}
+			return err
+		}, f.end)
 	}()
 	return f, nil
 }

@@ -550,3 +550,47 @@ func TestServeFollowRange(t *testing.T) {
 		checkSound(t, m.r)
 	}
 }
+
+// TestServeFetchClose: Close ends the fetches of a mirror, however slow the upstream is. Their clients get
+// a 503, or an answer that breaks off. What has come is kept for the next handle.
+func TestServeFetchClose(t *testing.T) {
+	t.Parallel()
+	layer := aLargeBlob(11)
+	m := newMirrorOf(t, layer, "small")
+	asked, closed := make(chan struct{}, 2), make(chan struct{})
+	m.intercept(func(w http.ResponseWriter, r *http.Request) bool {
+		if r.URL.Path == blobAt(layer) {
+			w.Header().Set("Content-Length", fmt.Sprint(len(layer)))
+			io.WriteString(w, layer[:2<<20])
+		}
+		http.NewResponseController(w).Flush()
+		asked <- struct{}{}
+		<-closed
+		return true
+	})
+	res := m.get(t.Context(), blobAt(layer))
+	readSome(t, res, 2<<20, layer)
+	var waiting sync.WaitGroup
+	waiting.Go(func() {
+		if a, err := m.try("GET", blobAt("small"), nil); err != nil || a.status != 503 {
+			t.Errorf("a client that waits: %d %s, %v", a.status, a.body, err)
+		}
+	})
+	<-asked
+	<-asked
+	if err := m.r.Close(); err != nil {
+		t.Error(err)
+	}
+	waiting.Wait()
+	if rest, err := io.ReadAll(res.Body); err == nil {
+		t.Errorf("%d bytes more", len(rest))
+	}
+	close(closed)
+	m.want(503, "GET", blobAt(layer), "")
+	m.intercept(nil)
+	again := mustOpen(t, m.r.Root())
+	defer mustClose(t, again)
+	if a := serveAt(t, again, m.opts).want(200, "GET", blobAt(layer), ""); a.body != layer {
+		t.Errorf("%d bytes", len(a.body))
+	}
+}
