@@ -136,7 +136,8 @@ func (l *LegacyReport) add(entry string, u RefUpdate, err error) {
 // paths of the form host/repository/__tag. If the index.json of an entry has a name, it must fit
 // the path. Otherwise the path is the name. Only artifacts of type [ArtifactTypeOMMX] are imported.
 // A bad entry does not stop the others: the report lists it. ImportLegacy can be repeated, and run
-// several times at once. The tree is never written to, and no symbolic link in it is followed.
+// several times at once. The tree is never written to. A symbolic link in it is not followed: it is
+// reported as failed.
 //
 // Errors, together with the report so far: [ErrReadOnly], [ErrBusy], [ErrNoSpace], and any error
 // from ctx, the index, or the file system for root itself.
@@ -225,9 +226,9 @@ func fatal(err error) bool {
 }
 
 // legacyEntries finds the directories whose name begins with "__", in order. It does not look into
-// them. Links are not followed: Lstat says that they are not directories. A directory that cannot
-// be read is reported and skipped. So is a layout at a path that names nothing, since its owner
-// would otherwise believe that it was imported.
+// them. A directory that cannot be read is reported and skipped. So are a symbolic link and a
+// layout at a path that names nothing, since the owner would otherwise believe that the artifacts
+// there were imported.
 func legacyEntries(ctx context.Context, root *rootDir, report *LegacyReport) ([]string, error) {
 	var entries []string
 	var visit func(dir string, depth int) error
@@ -235,21 +236,20 @@ func legacyEntries(ctx context.Context, root *rootDir, report *LegacyReport) ([]
 		return root.eachEntry(ctx, dir, func(name string) error {
 			at := path.Join(dir, name)
 			fi, err := root.Lstat(at)
-			if err == nil && !fi.IsDir() {
-				stray, err := marksLayout(root, dir, name)
-				if stray {
-					report.Failed = append(report.Failed, LegacyFailure{dir, fmt.Errorf("%w: path of the layout is not of the form host/repository/__tag", ErrInvalidLayout)})
+			switch {
+			case err != nil:
+			case fi.Mode()&fs.ModeSymlink != 0:
+				err = fmt.Errorf("%w: a symbolic link, which is not followed", ErrInvalidLayout)
+			case !fi.IsDir():
+				var stray bool
+				if stray, err = marksLayout(root, dir, name); stray {
+					at, err = dir, fmt.Errorf("%w: path of the layout is not of the form host/repository/__tag", ErrInvalidLayout)
 				}
-				return err
-			}
-			if err == nil && strings.HasPrefix(name, "__") {
+			case strings.HasPrefix(name, "__"):
 				entries = append(entries, at)
-				return nil
-			}
-			if err == nil && depth >= maxLegacyDepth {
+			case depth >= maxLegacyDepth:
 				err = fmt.Errorf("%w: more than %d directories deep", ErrTooLarge, maxLegacyDepth)
-			}
-			if err == nil {
+			default:
 				err = visit(at, depth+1)
 			}
 			if err != nil && !fatal(err) {

@@ -200,13 +200,14 @@ func TestImportLegacyFailures(t *testing.T) {
 				"example.com/moved/__v1": ocilocal.ErrInvalidLayout, "example.com/damaged/__v1": ocilocal.ErrSizeMismatch,
 				"example.com/noindex/__v1": ocilocal.ErrInvalidLayout, "example.com/BAD/__v1": ocilocal.ErrInvalidReference,
 				"example.com/other/__v1": ocilocal.ErrArtifactType, "__lost": ocilocal.ErrInvalidLayout, "host/__lost": ocilocal.ErrInvalidLayout,
+				"example.com/loop": ocilocal.ErrInvalidLayout, "example.com/__link": ocilocal.ErrInvalidLayout,
 			} {
 				if f.Entry == entry && !errors.Is(f.Err, want) {
 					t.Errorf("%s: %v, want %v", entry, f.Err, want)
 				}
 			}
 		}
-		if len(failed) != 8 || report.Imported != 1 || report.Scanned != 9 {
+		if len(failed) != 10 || report.Imported != 1 || report.Scanned != 9 {
 			t.Errorf("failed %q, %+v", failed, report)
 		}
 		desc, err := r.Resolve(ctx, mine.Reference())
