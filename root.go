@@ -119,6 +119,7 @@ func (r *rootDir) below(name string) (*rootDir, error) {
 
 func (r *rootDir) Close() error { return errors.Join(r.short.Close(), r.dir.Close()) }
 
+// OpenFile is [os.Root.OpenFile]. With [openNoFollow] it fails if the last element of name is a link.
 func (r *rootDir) OpenFile(name string, flag int, perm fs.FileMode) (*os.File, error) {
 	op := "open"
 	if flag&os.O_CREATE != 0 {
@@ -129,6 +130,12 @@ func (r *rootDir) OpenFile(name string, flag int, perm fs.FileMode) (*os.File, e
 	}
 	if f, done, err := r.short.openFile(name, flag, perm); done {
 		return f, err
+	}
+	if openNoFollow != 0 && flag&openNoFollow == openNoFollow && flag&os.O_EXCL == 0 {
+		// os.Root follows a link that stays inside the root, whatever the flags.
+		if fi, err := r.dir.Lstat(name); err == nil && fi.Mode().Type() == fs.ModeSymlink {
+			return nil, &fs.PathError{Op: "openat", Path: name, Err: syscall.ELOOP}
+		}
 	}
 	return r.dir.OpenFile(name, flag, perm)
 }

@@ -1,12 +1,15 @@
 package ocilocal_test
 
 import (
+	"errors"
 	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"runtime"
 	"testing"
+
+	"github.com/ocilocal/ocilocal"
 )
 
 // TestModesUmask opens and publishes under two umasks, each in another process. The permissions of
@@ -37,5 +40,39 @@ func TestModesUmask(t *testing.T) {
 				}
 			}
 		}
+	}
+}
+
+// TestBlobLinkedInside replaces a blob by a link to a copy of its bytes below the root. The link is
+// damage, though the bytes are right: whoever made the copy may delete it. A publish replaces it.
+func TestBlobLinkedInside(t *testing.T) {
+	if runtime.GOOS == "windows" {
+		t.Skip("Windows has no open without links")
+	}
+	r := openTemp(t, nil)
+	a, err := build(t, r, "x:v1", nil, "layer")
+	if err != nil {
+		t.Fatal(err)
+	}
+	m, err := a.Manifest(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	layer := m.Layers()[0]
+	blob := blobFile(r, layer.Digest)
+	if err := errors.Join(os.Rename(blob, filepath.Join(r.Root(), "copy")), os.Symlink("../../copy", blob)); err != nil {
+		t.Fatal(err)
+	}
+	if f, err := r.OpenBlob(t.Context(), layer); !errors.Is(err, ocilocal.ErrDigestMismatch) {
+		t.Errorf("the link is opened: %v, %v", f, err)
+	}
+	if f, err := r.OpenBlobFile(t.Context(), layer); !errors.Is(err, ocilocal.ErrDigestMismatch) {
+		t.Errorf("the link is opened as a file: %v, %v", f, err)
+	}
+	if _, err := build(t, r, "x:v2", nil, "layer"); err != nil {
+		t.Fatal(err)
+	}
+	if fi, err := os.Lstat(blob); err != nil || !fi.Mode().IsRegular() {
+		t.Errorf("after a publish the blob is %v, %v", fi.Mode(), err)
 	}
 }

@@ -190,6 +190,22 @@ func TestShortcutsSame(t *testing.T) {
 	}
 }
 
+// TestOpenNoFollow refuses a link at the end of a name, wherever it leads. It follows one on the way.
+func TestOpenNoFollow(t *testing.T) {
+	for _, short := range []bool{true, false} {
+		r := openRootDir(t, oddTree(t), short)
+		for _, name := range []string{"link", "d/link", "d/toDir", "d/up", "d/upNew", "d/dangling", "d/loop", "d/toDir/f"} {
+			f, err := r.OpenFile(name, os.O_RDONLY|os.O_CREATE|syscall.O_NOFOLLOW|syscall.O_NONBLOCK, 0o600)
+			if err == nil {
+				f.Close()
+			}
+			if want := name != "d/toDir/f"; errors.Is(err, syscall.ELOOP) != want || !want && err != nil {
+				t.Errorf("shortcut %v: %s: %v", short, name, err)
+			}
+		}
+	}
+}
+
 // TestShortcutsTaken: the paths of blobs have a shortcut, and a name that needs the care of os.Root
 // has none.
 func TestShortcutsTaken(t *testing.T) {
