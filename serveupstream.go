@@ -181,14 +181,27 @@ func (x *exchange) pullManifest(ctx context.Context, local Reference, known dige
 	return f.manifest, nil
 }
 
-// pullWhole brings a manifest with all that it needs.
+// pullWhole brings a manifest with all that it needs. It asks for the manifest alone first: that this is
+// absent is a 404, and that a blob of it is absent is not.
 func (x *exchange) pullWhole(ctx context.Context, local Reference) error {
+	u := x.upstream
 	_, key := local.key()
-	from, err := x.upstream.reference(x.repo, key)
+	from, err := u.reference(x.repo, key)
 	if err != nil {
 		return err
 	}
-	opts := &PullOptions{Remote: x.upstream.Remote, As: local, MaxBytes: x.upstream.MaxBytes, PublishOptions: PublishOptions{Policy: Replace}}
+	src, err := u.Remote.source(from)
+	if err != nil {
+		return err
+	}
+	err = fetchFrom(src, func() error {
+		_, err := src.head(ctx, key)
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	opts := &PullOptions{Remote: u.Remote, As: local, MaxBytes: u.MaxBytes, PublishOptions: PublishOptions{Policy: Replace}}
 	_, err = x.registry.Pull(ctx, from, opts)
 	return err
 }

@@ -364,6 +364,19 @@ func TestServeUpstreamSeparate(t *testing.T) {
 	t.Parallel()
 	m := newMirror(t, &ocilocal.Options{SeparateRegistries: true}, nil)
 	m.origin.pushImage("org/app", "v1", "one")
+	m.want(404, "GET", appManifests+"none", "")
+	m.want(404, "GET", manifestAt("none"), "")
+	m.want(404, "GET", "/v2/org/other/manifests/v1", "")
+	m.intercept(func(w http.ResponseWriter, r *http.Request) bool { // the manifest is there, and not all of it
+		lost := r.URL.Path == blobAt("one")
+		if lost {
+			w.WriteHeader(404)
+			io.WriteString(w, `{"errors":[{"code":"BLOB_UNKNOWN"}]}`)
+		}
+		return lost
+	})
+	m.want(502, "GET", appManifests+"v1", "")
+	m.intercept(nil)
 	m.want(200, "GET", appManifests+"v1", "")
 	m.down()
 	m.want(200, "GET", blobAt("one"), "")
