@@ -168,6 +168,11 @@ func LeadTo(ctx context.Context, r *LocalRegistry, d digest.Digest, o ClimbOptio
 	return all, err
 }
 
+// OwnedBy reports whether a ref of a registry host leads to d.
+func OwnedBy(ctx context.Context, r *LocalRegistry, host string, d digest.Digest) (bool, error) {
+	return r.ownedBy(ctx, host, d)
+}
+
 // --- collection ---
 
 // StepByOne lets each step of a collection delete one blob or manifest, however fast the machine is.
@@ -189,6 +194,17 @@ func IndexWrite(ctx context.Context, r *LocalRegistry, fn func(exec func(text st
 // IndexQuery runs a query outside any transaction.
 func IndexQuery(ctx context.Context, r *LocalRegistry, text string) error {
 	return eachRow(ctx, r.index, text, nil, func(*sql.Rows) error { return nil })
+}
+
+// OtherName returns the name of a ref below a prefix whose manifest needs d.
+func OtherName(r *LocalRegistry, d digest.Digest, prefix, not string) (string, error) {
+	return r.index.otherName(d, prefix, not)
+}
+
+// StatedSizes returns the sizes that manifests state for a blob.
+func StatedSizes(r *LocalRegistry, d digest.Digest) ([]int64, error) {
+	_, sizes, err := statedSizes(r.index, d)
+	return sizes, err
 }
 
 // IndexReaders bounds the connections that read r's index.

@@ -38,6 +38,20 @@ func (c *climb) led(d digest.Digest) (bool, error) {
 	if led, ok := c.known[d]; ok {
 		return led, nil
 	}
+	if err := c.ctx.Err(); err != nil {
+		return false, err
+	}
+	// A query for all that leads to d costs as much as there is, and very many artifacts may need the
+	// same blob. Members of a manifest are needed whether it has a file or not, so this answer needs
+	// no look at files.
+	led, err := ledNear(c.q, d, &c.ways)
+	if err != nil {
+		return false, err
+	}
+	if led {
+		c.remember(true, d)
+		return true, nil
+	}
 	for {
 		led, seen, err := c.up(d)
 		if err != nil {
@@ -54,16 +68,21 @@ func (c *climb) led(d digest.Digest) (bool, error) {
 				continue
 			}
 		}
-		if c.known == nil {
-			c.known = map[digest.Digest]bool{}
-		}
 		if led {
 			seen = []digest.Digest{d}
 		}
-		for _, d := range seen {
-			c.known[d] = led
-		}
+		c.remember(led, seen...)
 		return led, nil
+	}
+}
+
+// remember notes the answer of led for some digests.
+func (c *climb) remember(led bool, all ...digest.Digest) {
+	if c.known == nil {
+		c.known = map[digest.Digest]bool{}
+	}
+	for _, d := range all {
+		c.known[d] = led
 	}
 }
 
@@ -72,7 +91,7 @@ func (c *climb) up(d digest.Digest) (led bool, seen []digest.Digest, err error) 
 	if err := c.ctx.Err(); err != nil {
 		return false, nil, err
 	}
-	err = above(c.ctx, c.q, d, &c.ways, func(d digest.Digest, ref bool) error {
+	err = above(c.ctx, c.q, d, &c.ways, -1, func(d digest.Digest, ref bool) error {
 		seen = append(seen, d)
 		if led = ref || slices.Contains(c.protected, d) && !slices.Contains(c.missing, d); led {
 			return errStop
@@ -104,7 +123,7 @@ func (c *climb) all(d digest.Digest, limit int) (all, named []digest.Digest, err
 	if err := c.ctx.Err(); err != nil {
 		return nil, nil, err
 	}
-	err = above(c.ctx, c.q, d, &c.ways, func(d digest.Digest, ref bool) error {
+	err = above(c.ctx, c.q, d, &c.ways, limit, func(d digest.Digest, ref bool) error {
 		if len(all) == limit {
 			return errStop
 		}

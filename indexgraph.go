@@ -15,15 +15,23 @@ const (
 	// it as their subject; and with ?3 the subjects of these. ?4 is a JSON array of digests, in
 	// hexadecimal digits of the bytes that the index stores. To a manifest in it, only manifests
 	// that need it lead. A ref counts unless it is (?5, ?6), or of the name ?5 if ?6 is ''. A hold
-	// counts if it is younger than ?7. CROSS JOIN keeps SQLite's planner from another order: each
-	// row is found from up.
+	// counts if it is younger than ?7. At most ?8 needers of a row are followed, and all if ?8 is
+	// negative. CROSS JOIN keeps SQLite's planner from another order: each row is found from up.
 	sqlAbove = `WITH RECURSIVE missing (id) AS MATERIALIZED (SELECT c.id FROM json_each(?4) j CROSS JOIN content c WHERE c.digest = unhex(j.value)),
 		up (id) AS (SELECT id FROM content WHERE digest = ?1
-		UNION SELECT m.manifest FROM up CROSS JOIN members m WHERE m.content = up.id
+		UNION SELECT m.manifest FROM up CROSS JOIN members m WHERE m.content = up.id AND m.manifest <= CASE WHEN ?8 < 0 THEN 9223372036854775807
+			ELSE coalesce((SELECT DISTINCT manifest FROM members WHERE content = up.id ORDER BY manifest LIMIT 1 OFFSET ?8), 9223372036854775807) END
 		UNION SELECT m.id FROM up CROSS JOIN manifests m WHERE ?2 AND m.subject = up.id AND up.id NOT IN (SELECT id FROM missing)
 		UNION SELECT m.subject FROM up CROSS JOIN manifests m WHERE ?3 AND m.id = up.id AND m.subject IS NOT NULL AND up.id NOT IN (SELECT id FROM missing))
 		SELECT c.digest, EXISTS (SELECT 1 FROM refs WHERE manifest = up.id AND NOT (name = ?5 AND ?6 IN ('', reference)))
 			OR EXISTS (SELECT 1 FROM holds WHERE content = up.id AND since > ?7) FROM up CROSS JOIN content c WHERE c.id = up.id`
+
+	// True if a ref or hold that counts, as in sqlAbove, points at ?1, or a ref at one of the first
+	// manifests that need it.
+	sqlLedNear = `SELECT 1 FROM content c WHERE digest = ?1 AND (EXISTS (SELECT 1 FROM refs WHERE manifest = c.id AND NOT (name = ?2 AND ?3 IN ('', reference)))
+		OR EXISTS (SELECT 1 FROM holds WHERE content = c.id AND since > ?4)
+		OR EXISTS (SELECT 1 FROM (SELECT manifest FROM members WHERE content = c.id LIMIT 100) m CROSS JOIN refs r
+			WHERE r.manifest = m.manifest AND NOT (r.name = ?2 AND ?3 IN ('', r.reference))))`
 
 	// The manifests after ?2 that need ?1, and those that have it as their subject. Each query is
 	// in the order of an index, so a page costs as much as its rows.
@@ -50,9 +58,12 @@ type ways struct {
 }
 
 // above visits d and all that leads to it. ref says that a ref or hold that counts points at it.
-// visit must not query, because rows are open meanwhile. [errStop] ends it. The query is recursive
-// and has no limit: climb decides when another way is cheaper.
-func above(ctx context.Context, q queryer, d digest.Digest, w *ways, visit func(d digest.Digest, ref bool) error) error {
+// visit must not query, because rows are open meanwhile. [errStop] ends it.
+//
+// A caller that wants at most limit rows says so, and otherwise gives -1. The query puts all needers
+// of a row in its queue before it returns the next row, so it costs as much as there are, even if
+// visit ends it soon. With a limit it follows that many needers of each row.
+func above(ctx context.Context, q queryer, d digest.Digest, w *ways, limit int, visit func(d digest.Digest, ref bool) error) error {
 	missing := make([]string, 0, len(w.missing))
 	for _, d := range w.missing {
 		missing = append(missing, hex.EncodeToString(digestBytes(d)))
@@ -62,11 +73,7 @@ func above(ctx context.Context, q queryer, d digest.Digest, w *ways, visit func(
 		return err
 	}
 	found := false
-	since := int64(-1)
-	if !w.heldSince.IsZero() {
-		since = w.heldSince.UnixMicro()
-	}
-	args := []any{digestBytes(d), w.subjects, w.referrers, string(list), w.name, w.reference, since}
+	args := []any{digestBytes(d), w.subjects, w.referrers, string(list), w.name, w.reference, w.since(), limit}
 	err = eachRow(ctx, q, sqlAbove, args, func(rows *sql.Rows) error {
 		found = true
 		var b sql.RawBytes
@@ -87,6 +94,21 @@ func above(ctx context.Context, q queryer, d digest.Digest, w *ways, visit func(
 		err = nil
 	}
 	return err
+}
+
+// since is heldSince as the index has times.
+func (w *ways) since() int64 {
+	if w.heldSince.IsZero() {
+		return -1
+	}
+	return w.heldSince.UnixMicro()
+}
+
+// ledNear reports whether a ref or hold that counts points at d, or a ref at one of the first
+// manifests that need it. That is cheap, and true for nearly all content that is in use. If it is
+// false, above has the answer.
+func ledNear(q queryer, d digest.Digest, w *ways) (bool, error) {
+	return exists(q, sqlLedNear, digestBytes(d), w.name, w.reference, w.since())
 }
 
 // pointers visits the manifests that need d, and with subjects those that have it as their subject.

@@ -13,6 +13,11 @@ import (
 // much as there are such manifests: usually one or two, but every artifact without a config needs
 // the blob "{}". Going down, from all that the repository has, costs as much as the repository is
 // large. So a search goes up for maxShownUp rows, and then down.
+//
+// A recursive query puts all rows that one row leads to in its queue before it returns the next
+// one, so a LIMIT of its rows does not bound its cost. So the way up takes only the first needers of
+// each row. If it leaves one out, it has more rows than its limit, and the search goes down. The
+// way down looks for a manifest with a ref first, and ends there if it finds one.
 
 const (
 	// True if a ref or hold of the name ?2 points at the content c, or a ref at one of the first
@@ -22,21 +27,26 @@ const (
 		OR EXISTS (SELECT 1 FROM holds WHERE content = c.id AND name = ?2))`
 
 	// The first row, if there is one, says that the name ?2 is nearby. Nearly all questions end
-	// there, and the rest is not begun, which is half of the cost. The other rows, ?4 at most, are those that lead to ?1, and ?1 itself: the manifests that
-	// need it, and with ?3 the subject of a manifest that nothing names. The column says whether a
-	// ref or hold of the name ?2 points at the row.
+	// there, and the rest is not begun, which is half of the cost. The other rows, ?4 at most, are
+	// those that lead to ?1, and ?1 itself: the first manifests that need it, and with ?3 the subject
+	// of a manifest that nothing names. The column says whether a ref or hold of the name ?2 points at
+	// the row.
 	sqlShownUp = `WITH RECURSIVE up (id) AS (SELECT id FROM content WHERE digest = ?1
-		UNION SELECT m.manifest FROM up CROSS JOIN members m WHERE m.content = up.id
+		UNION SELECT m.manifest FROM up CROSS JOIN members m WHERE m.content = up.id AND m.manifest <=
+			coalesce((SELECT DISTINCT manifest FROM members WHERE content = up.id ORDER BY manifest LIMIT 1 OFFSET ?4), 9223372036854775807)
 		UNION SELECT m.subject FROM up CROSS JOIN manifests m WHERE ?3 AND m.id = up.id AND m.subject IS NOT NULL AND ` + nameless + ` LIMIT ?4)
 		SELECT 1 FROM content c WHERE digest = ?1 AND ` + nearby + `
 		UNION ALL
 		SELECT EXISTS (SELECT 1 FROM refs WHERE manifest = up.id AND name = ?2) OR EXISTS (SELECT 1 FROM holds WHERE content = up.id AND name = ?2) FROM up`
 
-	// A row if one of the manifests to which the name ?2 leads needs ?1.
+	// A row if one of the manifests to which the name ?2 leads needs ?1. The first query finds those
+	// with a ref, and the second one the others.
 	sqlShownDown = `WITH RECURSIVE down (id) AS (SELECT manifest FROM refs WHERE name = ?2
 		UNION SELECT content FROM holds WHERE name = ?2
 		UNION SELECT m.content FROM down CROSS JOIN members m WHERE m.manifest = down.id AND m.role = 3
 		UNION SELECT m.id FROM down CROSS JOIN manifests m WHERE ?3 AND m.subject = down.id AND ` + nameless + `)
+		SELECT 1 FROM content c CROSS JOIN refs r CROSS JOIN members m WHERE c.digest = ?1 AND r.name = ?2 AND m.content = c.id AND m.manifest = r.manifest
+		UNION ALL
 		SELECT 1 FROM content c CROSS JOIN down CROSS JOIN members m WHERE c.digest = ?1 AND m.content = c.id AND m.manifest = down.id LIMIT 1`
 
 	// A manifest m that has no ref, that no repository holds, and that no other one needs.

@@ -22,8 +22,10 @@ const (
 		ON CONFLICT (digest) DO UPDATE SET size = excluded.size, kind = excluded.kind WHERE size = -1`
 	sqlBecomeAbsent = `UPDATE content SET present = 0, size = ?2 WHERE digest = ?1`
 	sqlIsAbsent     = `SELECT 1 FROM content c WHERE digest = ? AND NOT present AND EXISTS (SELECT 1 FROM members WHERE content = c.id)`
-	// What manifests say of a blob that they name, one row for each combination.
-	sqlStated = `SELECT DISTINCT role, size FROM members WHERE content = (SELECT id FROM content WHERE digest = ?) AND role <> ? ORDER BY role, size LIMIT 8`
+	// What manifests say of a blob that they name, one row for each combination. At most 1,000
+	// manifests are asked: very many may need the same blob.
+	sqlStated = `SELECT DISTINCT role, size FROM (SELECT role, size FROM members WHERE content = (SELECT id FROM content WHERE digest = ?) AND role <> ? LIMIT 1000)
+		ORDER BY role, size LIMIT 8`
 
 	sqlPutSubject = `INSERT INTO content (digest, size, kind, created, present) VALUES (?, -1, ?, ?, 0) ON CONFLICT (digest) DO NOTHING`
 	// The new kind is the role in which a manifest needs the blob, or ?3 if none does.

@@ -30,15 +30,22 @@ const (
 	// A page starts after (?1, ?2) and stays below the upper bound ?3 of the names.
 	sqlList = `SELECT name, reference, media_type, digest, size, artifact_type, moved FROM refs
 		WHERE (name, reference) > (?1, ?2) AND name < ?3 ORDER BY name, reference LIMIT ?4`
-	sqlNames = `SELECT DISTINCT name FROM refs WHERE name >= ?1 AND name > ?2 AND name < ?3 ORDER BY name LIMIT ?4`
+	// Each name is found from the one before, so the refs that a name has are not read.
+	sqlNames = `WITH RECURSIVE n (name) AS (SELECT * FROM (SELECT name FROM refs WHERE name >= ?1 AND name < ?2 ORDER BY name LIMIT 1)
+		UNION ALL SELECT (SELECT name FROM refs WHERE name > n.name AND name < ?2 ORDER BY name LIMIT 1) FROM n WHERE n.name IS NOT NULL)
+		SELECT name FROM n WHERE name IS NOT NULL LIMIT ?3`
 
 	sqlRefDetail   = `SELECT name, reference, created, moved, used, entry, digest FROM refs WHERE name = ? AND reference = ?`
 	sqlEntryOf     = `SELECT entry FROM refs WHERE manifest = (SELECT id FROM content WHERE digest = ?) AND entry <> '' ORDER BY name, reference LIMIT 1`
 	sqlSetRefEntry = `UPDATE refs SET entry = ?3 WHERE name = ?1 AND reference = ?2`
 
-	// At most 1,000 manifests are read: very many may need the same blob.
-	sqlOtherName = `SELECT r.name FROM (SELECT manifest FROM members WHERE content = (SELECT id FROM content WHERE digest = ?1) LIMIT 1000) m
-		JOIN refs r ON r.manifest = m.manifest WHERE r.name >= ?2 AND r.name < ?3 AND r.name <> ?4 LIMIT 1`
+	sqlRefBetween = `SELECT 1 FROM refs WHERE manifest = (SELECT id FROM content WHERE digest = ?1) AND name >= ?2 AND name < ?3 LIMIT 1`
+
+	// At most 1,000 manifests are read: very many may need the same blob. Very many refs of the name
+	// ?4 may point at one of them, so the names before and after it are two ranges.
+	sqlOtherName = `SELECT * FROM (SELECT coalesce((SELECT name FROM refs WHERE manifest = m.manifest AND name >= ?2 AND name < ?4 LIMIT 1),
+			(SELECT name FROM refs WHERE manifest = m.manifest AND name > max(?2, ?4) AND name < ?3 LIMIT 1)) AS name
+		FROM (SELECT manifest FROM members WHERE content = (SELECT id FROM content WHERE digest = ?1) LIMIT 1000) m) WHERE name IS NOT NULL LIMIT 1`
 )
 
 // ref returns the digest that a ref points at, and "" if the ref does not exist. A publish compares
@@ -207,7 +214,10 @@ func (x *index) list(name, reference, below string, n int) ([]Ref, error) {
 // names returns one page of at most n names that have refs, in order. Each name is >= from, > after
 // and < below.
 func (x *index) names(from, after, below string, n int) ([]string, error) {
-	return readRows(context.Background(), x, sqlNames, n, []any{from, after, below, n}, func(rows *sql.Rows) (name string, err error) {
+	if after >= from {
+		from = after + "\x00" // the next possible name
+	}
+	return readRows(context.Background(), x, sqlNames, n, []any{from, below, n}, func(rows *sql.Rows) (name string, err error) {
 		if err = rows.Scan(&name); err == nil {
 			_, err = referenceFromKey(name, "latest")
 		}
@@ -223,10 +233,18 @@ func (x *index) names(from, after, below string, n int) ([]string, error) {
 }
 
 // otherName returns the name of a ref whose manifest needs d, and "" if it finds none. The name
-// begins with prefix, which ends with a '/', and differs from not. A push asks for it, to mount d
-// from that repository: a wrong answer costs a request and nothing else.
+// begins with prefix, which ends with a '/'. It differs from not, which begins with prefix or is "".
+// It looks at the first 1,000 manifests that need d. A push asks for it, to mount d from that
+// repository: a wrong answer costs a request and nothing else.
 func (x *index) otherName(d digest.Digest, prefix, not string) (name string, err error) {
-	above := prefix[:len(prefix)-1] + "0" // the character after '/'
-	_, err = x.row(sqlOtherName, []any{digestBytes(d), prefix, above, not}, &name)
+	_, err = x.row(sqlOtherName, []any{digestBytes(d), prefix, prefixEnd(prefix), not}, &name)
 	return name, err
 }
+
+// hasRefUnder reports whether a ref points at d whose name begins with prefix, which ends with a '/'.
+func (x *index) hasRefUnder(d digest.Digest, prefix string) (bool, error) {
+	return exists(x, sqlRefBetween, digestBytes(d), prefix, prefixEnd(prefix))
+}
+
+// prefixEnd returns the upper bound of the names that begin with a prefix that ends with a '/'.
+func prefixEnd(prefix string) string { return prefix[:len(prefix)-1] + "0" } // the character after '/'

@@ -2,7 +2,6 @@ package ocilocal
 
 import (
 	"context"
-	"slices"
 
 	"github.com/opencontainers/go-digest"
 )
@@ -26,12 +25,8 @@ func (r *LocalRegistry) ownedBy(ctx context.Context, host string, d digest.Diges
 		return false, err
 	}
 	for _, d := range named {
-		refs, err := refsTo(r.index, d)
-		if err != nil {
-			return false, err
-		}
-		if slices.ContainsFunc(refs, func(ref Reference) bool { return ref.Registry() == host }) {
-			return true, nil
+		if owned, err := r.index.hasRefUnder(d, host+"/"); owned || err != nil {
+			return owned, err
 		}
 	}
 	return false, nil
