@@ -84,13 +84,16 @@ func (p *repair) mayLack(d digest.Digest) (bool, error) {
 
 // tolerate returns nil for an error that concerns one artifact only, so that the repair goes on
 // with the others. The verification at the end finds the artifact again and reports it. An error of
-// the process or of ctx is returned, even if it is wrapped in one of these.
+// the process is returned, even if it is wrapped in one of these. After the end of ctx, its error is.
 func (p *repair) tolerate(ctx context.Context, err error) error {
+	if err != nil && ctx.Err() != nil {
+		return ctx.Err()
+	}
 	for _, e := range []error{
 		ErrIncomplete, ErrNotFound, ErrInvalidDigest, ErrInvalidManifest, ErrUnsupportedMediaType,
 		ErrTooLarge, ErrDigestMismatch, ErrSizeMismatch, ErrArtifactType,
 	} {
-		if errors.Is(err, e) && !processCondition(err) && ctx.Err() == nil {
+		if errors.Is(err, e) && !processCondition(err) {
 			return nil
 		}
 	}
