@@ -49,7 +49,7 @@ type ImportOptions struct {
 	Select string
 	// Platform, if not nil, chooses only entries for this platform, and entries that name no
 	// platform. From an image index, it chooses the one manifest for the platform. The index is not
-	// imported, and the manifest gets its name.
+	// imported, and the manifest gets its name. As in a pull, indexes in that index are not searched.
 	Platform *ocispec.Platform
 	// AsIndex imports index.json itself, as one image index of all its entries. Some tools write
 	// multi-platform images in this form. The index gets Reference, or no name.
