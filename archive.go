@@ -190,6 +190,7 @@ func inspectArchive(ctx context.Context, src io.Reader) (*Inspection, error) {
 type archiveContents struct {
 	files    map[string][]byte // index.json and oci-layout
 	isDocker bool              // it has the file manifest.json, which `docker save` writes
+	deeper   string            // the name of an index.json in a directory; "" if there is none
 }
 
 // index returns the entries of index.json. It is called after the whole archive was read, since
@@ -205,6 +206,8 @@ func (c *archiveContents) index() (*layoutIndex, error) {
 	switch {
 	case !ok && c.isDocker:
 		return nil, fmt.Errorf("%w: this is a `docker save` archive without an OCI index.json (save it as oci-archive)", ErrUnsupportedMediaType)
+	case !ok && c.deeper != "":
+		return nil, fmt.Errorf("%w: archive has %s, but no index.json at its top (make the archive in the directory of the layout)", ErrInvalidLayout, printable(c.deeper))
 	case !ok:
 		return nil, fmt.Errorf("%w: archive has no index.json", ErrInvalidLayout)
 	}
@@ -252,6 +255,8 @@ func readArchive(ctx context.Context, src io.Reader, put func(ctx context.Contex
 			}
 		case name == "manifest.json":
 			c.isDocker = true
+		case c.deeper == "" && path.Base(e.name) == ocispec.ImageIndexFile:
+			c.deeper = e.name
 		}
 		if err != nil {
 			return nil, archiveError(err)

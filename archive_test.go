@@ -99,6 +99,7 @@ func TestImportArchiveHostile(t *testing.T) {
 		"text":                {[]byte(strings.Repeat("not a tar ", 200)), ocilocal.ErrInvalidLayout},
 		"cut":                 {whole[:len(whole)/2-100], ocilocal.ErrInvalidLayout},
 		"no index":            {tarOf(t, c, l, m), ocilocal.ErrInvalidLayout},
+		"one level deeper":    {tarOf(t, entry{name: "layout/index.json", body: idx.body}, c, l, m), ocilocal.ErrInvalidLayout},
 		"index twice":         {tarOf(t, idx, idx, m, c, l), ocilocal.ErrInvalidLayout},
 		"index is a link":     {tarOf(t, link("index.json", tar.TypeSymlink), m, c, l), ocilocal.ErrInvalidLayout},
 		"missing layer":       {tarOf(t, c, m, idx), ocilocal.ErrIncomplete},
@@ -146,6 +147,9 @@ func TestImportArchiveHostile(t *testing.T) {
 			}
 			if errors.Is(err, ocilocal.ErrUnsupportedMediaType) && name != "index of an index" && !strings.Contains(err.Error(), name) {
 				t.Errorf("%v: doesn't name the format %s", err, name)
+			}
+			if deeper := name == "one level deeper"; deeper != strings.Contains(err.Error(), "layout/index.json") {
+				t.Errorf("%v: names layout/index.json, or should", err)
 			}
 			if notTar := name == "JSON" || name == "text"; notTar != strings.Contains(err.Error(), "may not be a tar") {
 				t.Errorf("%v: says that the file may not be a tar, or should", err)
