@@ -19,7 +19,8 @@ import (
 // or more while it arrives.
 //
 //   - Manifests: a tag is kept as a ref. A digest that nothing in the repository leads to is kept as
-//     a ref by digest. Refs stay until they are deleted, and collections keep what they lead to.
+//     a ref by digest. Refs stay until they are deleted, and collections keep what they lead to. What
+//     was deleted here is fetched again when a client asks for it.
 //   - Blobs: what a manifest of the repository names is fetched; other blobs are 404. HEAD answers
 //     with the size that the manifest states and fetches nothing. The last byte of a range is sent
 //     after the whole blob has been fetched and verified. So a client must wait for a few bytes of a
