@@ -62,33 +62,57 @@ func (p *Repository) begin(ctx context.Context) (end func(), err error) {
 }
 
 // shows reports whether the repository shows a published manifest or blob. Held blobs are not in
-// the index: see locate.
+// the index: see find.
 func (p *Repository) shows(q queryer, d digest.Digest) (bool, error) {
 	return shown(q, p.name, d, true)
 }
 
-// locate returns the file and size of content that the repository shows: below blobs/ or, if it was
-// not published, below tmp/held/. The published file comes first, because it is synced: a held file
-// may be damaged by a power cut.
+// find looks for content that the repository shows: below blobs/ by published or, if it was not
+// published, below tmp/held/ by held. The published file comes first, because it is synced: a held
+// file may be damaged by a power cut. Content that is published and released between the two looks
+// is seen by neither. So the last look is at the index again.
 //
-// Errors: [ErrNotFound], [ErrInvalidDigest], and any error of the index or the file system.
-func (p *Repository) locate(d digest.Digest) (name string, size int64, err error) {
+// Errors: [ErrNotFound], [ErrInvalidDigest], those of published and held, and any error of the index.
+func (p *Repository) find(d digest.Digest, published, held func() error) error {
 	if err := checkDigest(d); err != nil {
-		return "", 0, err
+		return err
 	}
-	store := p.registry.blobs
-	ok, err := p.shows(p.registry.index, d)
-	if err != nil {
-		return "", 0, err
-	}
-	if ok {
-		if size, err = store.size(d); !errors.Is(err, ErrNotFound) {
-			return blobPath(d), size, err
+	ifShown := func() error {
+		ok, err := p.shows(p.registry.index, d)
+		switch {
+		case err != nil:
+			return err
+		case !ok:
+			return ErrNotFound
 		}
+		return published()
 	}
-	if name, size, err = store.heldFile(p.name, d); errors.Is(err, ErrNotFound) {
+	err := ifShown()
+	if errors.Is(err, ErrNotFound) {
+		err = held()
+	}
+	if errors.Is(err, ErrNotFound) {
+		err = ifShown()
+	}
+	if errors.Is(err, ErrNotFound) {
 		err = fmt.Errorf("%s in %s: %w", d, p.name, ErrNotFound)
 	}
+	return err
+}
+
+// locate returns the file and size of content that the repository shows.
+//
+// Errors: those of find, and any error of the file system.
+func (p *Repository) locate(d digest.Digest) (name string, size int64, err error) {
+	store := p.registry.blobs
+	err = p.find(d, func() (err error) {
+		name = blobPath(d)
+		size, err = store.size(d)
+		return err
+	}, func() (err error) {
+		name, size, err = store.heldFile(p.name, d)
+		return err
+	})
 	return name, size, err
 }
 
@@ -97,30 +121,22 @@ func (p *Repository) locate(d digest.Digest) (name string, size int64, err error
 //
 // Errors: those of locate.
 func (p *Repository) open(d digest.Digest) (b foundBlob, err error) {
-	if err := checkDigest(d); err != nil {
-		return b, err
-	}
-	ok, err := p.shows(p.registry.index, d)
-	if err != nil {
-		return b, err
-	}
-	if ok {
+	err = p.find(d, func() (err error) {
 		b.name = blobPath(d)
-		if b.file, b.size, err = p.registry.blobs.openFile(d, -1); !errors.Is(err, ErrNotFound) {
-			return b, err
-		}
-	}
-	return p.openHeld(d)
+		b.file, b.size, err = p.registry.blobs.openFile(d, -1)
+		return err
+	}, func() (err error) {
+		b, err = p.openHeld(d)
+		return err
+	})
+	return b, err
 }
 
-// openHeld opens the file of content that was not published: see locate.
+// openHeld opens the file of content that was not published: see find.
 func (p *Repository) openHeld(d digest.Digest) (b foundBlob, err error) {
 	store := p.registry.blobs
 	if b.name, _, err = store.heldFile(p.name, d); err == nil {
 		b.file, b.size, err = store.openNamed(b.name, d, -1)
-	}
-	if errors.Is(err, ErrNotFound) {
-		err = fmt.Errorf("%s in %s: %w", d, p.name, ErrNotFound)
 	}
 	return b, err
 }

@@ -191,3 +191,37 @@ func jsonOf(d ocispec.Descriptor) string {
 func referring(manifest string, subject ocispec.Descriptor) string {
 	return strings.TrimSuffix(manifest, "}") + `,"subject":` + jsonOf(subject) + "}"
 }
+
+// TestRepositoryPublishedMeanwhile: a blob is published, and is no longer held, after a reader has seen
+// that it is not published and before it looks at what is held.
+func TestRepositoryPublishedMeanwhile(t *testing.T) {
+	t.Parallel()
+	root := t.TempDir()
+	writer, reader := mustOpen(t, root), mustOpen(t, root)
+	p, q := repository(t, writer, "localhost/app"), repository(t, reader, "localhost/app")
+	for layer, look := range map[string]func(ocispec.Descriptor) error{
+		"one": func(d ocispec.Descriptor) error { _, err := q.StatBlob(t.Context(), d.Digest); return err },
+		"two": func(d ocispec.Descriptor) error {
+			f, err := q.OpenFile(t.Context(), d.Digest)
+			if err != nil {
+				return err
+			}
+			return f.Close()
+		},
+	} {
+		manifest, config := image(layer)
+		for _, text := range []string{config, layer} {
+			if err := p.Push(t.Context(), blobOf(text), strings.NewReader(text)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		s := stopAt(reader, "stat tmp/held/")
+		done := s.start(t, func() error { return look(blobOf(layer)) })
+		push(t, p, manifest)
+		collect(t, writer, &ocilocal.GCOptions{Held: -1, Grace: 0})
+		close(s.let)
+		if err := outcome(t, done); err != nil {
+			t.Error(err)
+		}
+	}
+}

@@ -187,21 +187,12 @@ func (x *exchange) prepare(b *servedBlob) (err error) {
 }
 
 // find finds a blob that the repository shows, and opens it unless only its size is asked for.
-func (x *exchange) find(d digest.Digest, sizeOnly bool) (*servedBlob, error) {
-	look := func() (*servedBlob, error) {
-		b, err := foundBlob{}, error(nil)
-		if sizeOnly {
-			b.name, b.size, err = x.repo.locate(d)
-		} else {
-			b, err = x.repo.open(d)
-		}
-		return &servedBlob{foundBlob: b}, err
-	}
-	b, err := look()
-	if errors.Is(err, ErrNotFound) {
-		// The first look reads the index and then the held files. A blob that was published and
-		// released in between was seen by neither, and the second look finds it in the index.
-		b, err = look()
+func (x *exchange) find(d digest.Digest, sizeOnly bool) (_ *servedBlob, err error) {
+	b := &servedBlob{}
+	if sizeOnly {
+		b.name, b.size, err = x.repo.locate(d)
+	} else {
+		b.foundBlob, err = x.repo.open(d)
 	}
 	if err == nil && x.upstream != nil && b.name == blobPath(d) {
 		// A fetch that failed in its last step has left the file. The next one records it.
