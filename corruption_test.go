@@ -405,7 +405,7 @@ func TestIndexOutOfOrderPages(t *testing.T) {
 		"names": {
 			func(i int) []byte { return fmt.Appendf(nil, "example.com/in/order/n%04d", i) },
 			func(i int) []byte { return fmt.Appendf(nil, "example.com/in/order/a%04d", i) }, 2, // and the index of refs
-			[]string{"Refs", "Names"},
+			[]string{"Refs"}, // Names seeks each name from the one before, and so may pass a row by
 		},
 		"digests": {
 			func(i int) []byte { return digestOf('f', i) },

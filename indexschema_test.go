@@ -35,7 +35,7 @@ func TestReadAfterMigration(t *testing.T) {
 	r := openTemp(t, nil)
 	dontWatch(r.Root())
 	published(t, r, "example.com/a:v1", "layer", nil)
-	alterIndex(t, filepath.Join(r.Root(), "index.sqlite3"), "ALTER TABLE refs RENAME COLUMN moved TO changed", "ALTER TABLE content RENAME TO blobs", "PRAGMA user_version = 3")
+	alterIndex(t, filepath.Join(r.Root(), "index.sqlite3"), "ALTER TABLE refs RENAME COLUMN size TO bytes", "ALTER TABLE content RENAME TO blobs", "PRAGMA user_version = 3")
 	_, err := r.Resolve(t.Context(), ref("example.com/a:v1"))
 	_, statsErr := r.Stats(t.Context())
 	for _, err := range []error{err, statsErr, last(r.Refs(t.Context(), nil)), last(r.Verify(t.Context(), nil))} {
