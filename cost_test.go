@@ -16,8 +16,8 @@ import (
 )
 
 // TestUnreadPages: no call reads all rows of a kind to answer a question about one of them. 6,000
-// manifests need the blob "{}", 5,700 of them have a tag in one repository, and one manifest has
-// 6,000 tags in another. The pages of the index with most of these rows are destroyed, so a call
+// manifests need the blob "{}", 5,700 of them have a tag in one repository, all refer to one manifest, and
+// that manifest has 6,000 tags in another repository. The pages of the index with most of these rows are destroyed, so a call
 // that reads one of them fails.
 func TestUnreadPages(t *testing.T) {
 	const n, first = 6000, 300
@@ -28,8 +28,8 @@ func TestUnreadPages(t *testing.T) {
 	}
 	for _, text := range []string{
 		`INSERT INTO content (digest, size, kind, created) SELECT unhex('01' || printf('%064x', i)), 300, 3, 1 FROM n`,
-		`INSERT INTO manifests (id, digest, media_type, artifact_type, annotations, created)
-			SELECT c.id, c.digest, m.media_type, m.artifact_type, m.annotations, 1 FROM n, content c, manifests m WHERE c.digest = unhex('01' || printf('%064x', i)) AND m.digest = ?1`,
+		`INSERT INTO manifests (id, digest, media_type, artifact_type, subject, annotations, created)
+			SELECT c.id, c.digest, m.media_type, m.artifact_type, m.id, m.annotations, 1 FROM n, content c, manifests m WHERE c.digest = unhex('01' || printf('%064x', i)) AND m.digest = ?1`,
 		`INSERT INTO members SELECT c.id, 0, m.role, m.content, m.media_type, m.size, m.annotations FROM n, content c, members m
 			WHERE c.digest = unhex('01' || printf('%064x', i)) AND m.manifest = (SELECT id FROM content WHERE digest = ?1) AND m.position = 0`,
 		`INSERT INTO refs (name, reference, manifest, digest, size, media_type, artifact_type, created, moved)
@@ -42,6 +42,14 @@ func TestUnreadPages(t *testing.T) {
 	}
 	r = openAgain(t, r)
 	last := pushImage(t, repository(t, r, "localhost/zlast"), "v1", "another layer")
+	b, err := r.NewReferrerBuilder(one, &ocilocal.BuilderOptions{ArtifactType: "application/vnd.example.rare"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	referrer, err := b.Build(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
 	if err := r.Close(); err != nil {
 		t.Fatal(err)
 	}
@@ -50,6 +58,8 @@ func TestUnreadPages(t *testing.T) {
 	destroyPages(t, r.Root(), "refs_by_manifest", "localhost/many")
 	destroyPages(t, r.Root(), "refs_by_manifest", "localhost/tags")
 	destroyPages(t, r.Root(), "members_by_content", "")
+	destroyPages(t, r.Root(), "manifests_by_subject", "")
+	destroyPages(t, r.Root(), "manifests_by_type", "")
 
 	r = openAgain(t, r)
 	defer r.Close()
@@ -68,6 +78,18 @@ func TestUnreadPages(t *testing.T) {
 	}
 	if !slices.Equal(names, []string{"localhost/first", "localhost/many", "localhost/tags", "localhost/zlast"}) {
 		t.Errorf("repositories are %s", names)
+	}
+	for artifactType, want := range map[string][]digest.Digest{"application/vnd.example.rare": {referrer.Digest()}, "application/vnd.example.none": nil} {
+		var found []digest.Digest
+		for d, err := range r.Referrers(t.Context(), one.Digest, &ocilocal.ReferrersOptions{ArtifactType: artifactType}) {
+			if err != nil {
+				t.Fatal(err)
+			}
+			found = append(found, d.Digest)
+		}
+		if !slices.Equal(found, want) {
+			t.Errorf("referrers of type %s are %s", artifactType, found)
+		}
 	}
 	usage, err := r.RefUsage(t.Context(), ref("localhost/zlast:v1"))
 	if err != nil || usage.Own.Blobs+usage.Shared.Blobs != 2 {

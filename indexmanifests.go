@@ -56,12 +56,13 @@ const (
 	sqlMembers     = `SELECT m.position, m.role, c.digest, (SELECT text FROM types WHERE id = m.media_type), m.size, c.present
 		FROM members m LEFT JOIN content c ON c.id = m.content
 		WHERE m.manifest = (SELECT id FROM content WHERE digest = ?) AND m.position >= ? ORDER BY m.position LIMIT ?`
-	// A page of referrers starts after the digest ?3. manifests_by_subject has this order, so a
-	// page reads only its own rows.
-	sqlReferrers = `SELECT (SELECT text FROM types WHERE id = m.media_type), m.digest, c.size, (SELECT text FROM types WHERE id = m.artifact_type), m.annotations
-		FROM manifests m LEFT JOIN content c ON c.id = m.id
-		WHERE m.subject = (SELECT id FROM content WHERE digest = ?1) AND (?2 = '' OR m.artifact_type = (SELECT id FROM types WHERE text = ?2))
-		AND m.digest > ?3 ORDER BY m.digest LIMIT ?4`
+	// A page of referrers starts after the digest ?2. The index manifests_by_subject has this order,
+	// and manifests_by_type has it for each artifact type. So a page reads only its own rows.
+	sqlReferrers       = selectReferrers + `WHERE m.subject = (SELECT id FROM content WHERE digest = ?1) AND m.digest > ?2 ORDER BY m.digest LIMIT ?3`
+	sqlReferrersOfType = selectReferrers + `WHERE m.subject = (SELECT id FROM content WHERE digest = ?1) AND m.digest > ?2
+		AND m.artifact_type = (SELECT id FROM types WHERE text = ?4) ORDER BY m.digest LIMIT ?3`
+	selectReferrers = `SELECT (SELECT text FROM types WHERE id = m.media_type), m.digest, c.size, (SELECT text FROM types WHERE id = m.artifact_type), m.annotations
+		FROM manifests m LEFT JOIN content c ON c.id = m.id `
 )
 
 // manifest returns the descriptor of a manifest row.
@@ -365,8 +366,11 @@ func (x *index) referrers(subject digest.Digest, artifactType string, after dige
 	var annotations []byte
 	dest[4] = &annotations
 	row.micro = int64(0)
-	args := []any{digestBytes(subject), artifactType, digestBytes(after), n}
-	return readRows(context.Background(), x, sqlReferrers, n, args, func(rows *sql.Rows) (d ocispec.Descriptor, err error) {
+	text, args := sqlReferrers, []any{digestBytes(subject), digestBytes(after), n}
+	if artifactType != "" {
+		text, args = sqlReferrersOfType, append(args, artifactType)
+	}
+	return readRows(context.Background(), x, text, n, args, func(rows *sql.Rows) (d ocispec.Descriptor, err error) {
 		if err := rows.Scan(dest...); err != nil {
 			return d, err
 		}
