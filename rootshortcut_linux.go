@@ -59,7 +59,7 @@ func (s *shortcut) Close() error {
 
 // openFile is [os.Root.OpenFile].
 func (s *shortcut) openFile(name string, flag int, perm fs.FileMode) (f *os.File, done bool, err error) {
-	if !s.isFor(name) || flag&os.O_APPEND != 0 || perm&^fs.ModePerm != 0 {
+	if !s.isFor(name) || perm&^fs.ModePerm != 0 {
 		return nil, false, nil
 	}
 	const newFile = os.O_CREATE | os.O_EXCL
