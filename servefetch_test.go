@@ -594,3 +594,42 @@ func TestServeFetchClose(t *testing.T) {
 		t.Errorf("%d bytes", len(a.body))
 	}
 }
+
+// TestServePutSlowUpstream: pushes of large manifests that wait for a slow upstream do not keep others
+// waiting.
+func TestServePutSlowUpstream(t *testing.T) {
+	t.Parallel()
+	m := newMirrorOf(t, "one")
+	note := `,"annotations":{"note":"` + strings.Repeat("x", 100_000)
+	large := func(n int, layer string) string {
+		return strings.TrimSuffix(imageOf(layer), "}") + fmt.Sprintf(`%s %d"}}`, note, n)
+	}
+	const waiting = 8
+	asked, answer := make(chan struct{}, 1), make(chan struct{})
+	m.intercept(func(_ http.ResponseWriter, r *http.Request) bool {
+		if strings.Contains(r.URL.Path, "/blobs/") {
+			asked <- struct{}{}
+			<-answer
+		}
+		return false
+	})
+	var clients sync.WaitGroup
+	for n := range waiting {
+		clients.Go(func() {
+			a, err := m.try("PUT", fmt.Sprintf("%sslow%d", appManifests, n), strings.NewReader(large(n, "one")))
+			if err != nil || a.status != 201 {
+				t.Errorf("%d: %d %s, %v", n, a.status, a.body, err)
+			}
+		})
+	}
+	<-asked
+	for _, blob := range []string{"here", "{}"} {
+		m.pushBlob("org/other", blob)
+	}
+	for n := range waiting {
+		m.want(201, "PUT", fmt.Sprintf("/v2/org/other/manifests/v%d", n), large(n, "here"))
+	}
+	close(answer)
+	clients.Wait()
+	checkSound(t, m.r)
+}

@@ -120,18 +120,19 @@ func (x *exchange) putManifest() error {
 	if err != nil {
 		return err
 	}
-	if len(raw) > largeManifest {
-		x.largeManifests <- struct{}{}
-		defer func() { <-x.largeManifests }()
-	}
+	end := x.takeTurn(len(raw))
+	defer func() { end() }()
 	m, err := parseManifest(mediaType, raw)
 	if err != nil {
 		return err
 	}
 	if x.upstream != nil {
+		end() // a slow upstream does not block the others either
+		end = func() {}
 		if err := x.complete(m); err != nil {
 			return err
 		}
+		end = x.takeTurn(len(raw))
 	}
 	opts := &PutManifestOptions{Tag: x.tag, Digest: x.digest}
 	if x.tag != "" {
@@ -155,6 +156,15 @@ func (x *exchange) putManifest() error {
 		h.Set("Warning", `299 - "OCI artifact manifests are not part of image-spec 1.1: many clients can't read them"`)
 	}
 	return x.empty(http.StatusCreated)
+}
+
+// takeTurn waits until a manifest of size bytes may be parsed. end ends the turn.
+func (x *exchange) takeTurn(size int) (end func()) {
+	if size <= largeManifest {
+		return func() {}
+	}
+	x.largeManifests <- struct{}{}
+	return func() { <-x.largeManifests }
 }
 
 // deleteManifest serves DELETE of a tag, or of a manifest with all tags of the repository that
