@@ -21,10 +21,11 @@ import (
 
 const (
 	// True if a ref or hold of the name ?2 points at the content c, or a ref at one of the first
-	// manifests that need it.
+	// manifests that need it, or if one of the first refs of the name points at such a manifest.
 	nearby = `(EXISTS (SELECT 1 FROM refs WHERE manifest = c.id AND name = ?2)
 		OR EXISTS (SELECT 1 FROM (SELECT manifest FROM members WHERE content = c.id LIMIT 4) m CROSS JOIN refs r WHERE r.manifest = m.manifest AND r.name = ?2)
-		OR EXISTS (SELECT 1 FROM holds WHERE content = c.id AND name = ?2))`
+		OR EXISTS (SELECT 1 FROM holds WHERE content = c.id AND name = ?2)
+		OR EXISTS (SELECT 1 FROM (SELECT manifest FROM refs WHERE name = ?2 LIMIT 4) r CROSS JOIN members m WHERE m.content = c.id AND m.manifest = r.manifest))`
 
 	// The first row, if there is one, says that the name ?2 is nearby. Nearly all questions end
 	// there, and the rest is not begun, which is half of the cost. The other rows, ?4 at most, are
