@@ -226,7 +226,8 @@ func (t *indexTx) putMembers(m *Manifest, id int64) error {
 	return nil
 }
 
-// manifestColumns returns the columns of a manifest's row, except its id and its time. If its subject has no row, it gets one that says it is not here.
+// manifestColumns returns the columns of a manifest's row, except its id and its time. If its subject
+// has no row, it gets one that says it is not here.
 func (t *indexTx) manifestColumns(m *Manifest, now time.Time) (row []any, err error) {
 	row = []any{digestBytes(m.Digest()), nil, nil, nil, nil}
 	if row[1], err = t.internType(m.MediaType()); err == nil {

@@ -6,11 +6,10 @@ import (
 )
 
 // Close waits for the calls in progress and closes the registry. It ends what a handler with an
-// [Upstream] is fetching. Calls that begin meanwhile fail
-// with [ErrClosed]. Do not call Close from within a call, for example in a reader that is being
-// added as a layer: it would wait for ever. The bodies of loops over listings may call it. Open
-// readers stay usable. The connections of [Options.Remote] stay open. A second Close returns
-// [ErrClosed].
+// [Upstream] is fetching. Calls that begin meanwhile fail with [ErrClosed]. Do not call Close from
+// within a call, for example in a reader that is being added as a layer: it would wait for ever. The
+// bodies of loops over listings may call it. Open readers stay usable. The connections of
+// [Options.Remote] stay open. A second Close returns [ErrClosed].
 func (r *LocalRegistry) Close() (err error) {
 	defer addOp(&err, "close", r.dir, "")
 	r.mu.Lock()

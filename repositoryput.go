@@ -83,9 +83,9 @@ type PutManifestOptions struct {
 
 // PutManifest publishes the bytes of a manifest or image index. Everything that it needs must be in
 // the repository: see [Repository.PutBlob]. Two things may be absent: layers that need not be
-// distributed, and absent members of an image index that the repository has already. When PutManifest returns nil, the manifest and all its
-// content are durable. mediaType is that of [ParseManifest], which says which documents are
-// accepted.
+// distributed, and absent members of an image index that the repository has already. When
+// PutManifest returns nil, the manifest and all its content are durable. mediaType is that of
+// [ParseManifest], which says which documents are accepted.
 //
 // The repository holds a manifest that has no tag, because it was put by digest, or because its tag
 // was moved or deleted. It is kept for [GCOptions.Held], as long as its subject is kept, and as
