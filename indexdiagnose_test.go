@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strconv"
 	"strings"
 	"testing"
@@ -21,6 +22,7 @@ func init() { workers["readindex"] = readIndexWorker }
 // readIndexWorker opens a registry and verifies all of it. It reports the kind of the error, and
 // how many problems with the index were found.
 func readIndexWorker(_ *bufio.Scanner, args []string) error {
+	runtime.LockOSThread() // strace counts the reads of each thread
 	ctx := context.Background()
 	problems := 0
 	r, err := ocilocal.Open(ctx, args[0], nil)
@@ -48,6 +50,9 @@ func readIndexWorker(_ *bufio.Scanner, args []string) error {
 
 // TestIndexReadErrors makes the kernel fail reads of the index with EIO: the n-th alone, or all
 // from the n-th on. Each is reported as a failed read, and never as damage of the index.
+//
+// strace counts for each thread. If the n-th read of two threads fails, both may be of one page, and
+// that looks like damage. So a run in which more than one read failed does not count as "alone".
 func TestIndexReadErrors(t *testing.T) {
 	t.Parallel()
 	strace, err := exec.LookPath("strace")
@@ -70,6 +75,7 @@ func TestIndexReadErrors(t *testing.T) {
 	name := filepath.Join(root, "index.sqlite3")
 	for _, only := range []string{"", "+"} {
 		step := scaled(9, 2, 1)
+		judged := 0
 		for n := 1; ; n += step {
 			trace := filepath.Join(t.TempDir(), "trace")
 			w := startCommand(t, "readindex", exec.Command(strace, "-f", "-P", name, "-e", "trace=pread64",
@@ -80,13 +86,20 @@ func TestIndexReadErrors(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			hit := strings.Contains(string(b), "(INJECTED)")
+			hits := strings.Count(string(b), "(INJECTED)")
+			if only == "" && hits > 1 {
+				continue
+			}
+			judged++
 			if len(line) < 2 || line[1] != "0" || line[0] != "sound" && line[0] != "io" {
 				t.Errorf("reads fail from the %d. on%s: %q", n, only, line)
 			}
-			if !hit {
+			if hits == 0 {
 				break
 			}
+		}
+		if judged < 2 { // the last one has no failed read
+			t.Errorf("no read failed alone%s", only)
 		}
 	}
 }
