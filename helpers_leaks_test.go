@@ -20,25 +20,30 @@ import (
 )
 
 // A census counts the resources of this process that a test must not leave behind.
-type census struct{ goroutines, descriptors int }
+type census struct {
+	goroutines, descriptors int
+	kind                    string // of the descriptors that are counted, such as "socket:"; "" for all
+}
 
-func takeCensus() census {
+func takeCensus() census { return takeCensusOf("") }
+
+func takeCensusOf(kind string) census {
 	const dir = "/proc/self/fd" // where there is none, only goroutines are counted
 	fds, _ := os.ReadDir(dir)
 	files := 0
 	for _, fd := range fds {
 		// The runtime opens its poller (an anon_inode) on first use, for good.
-		if to, err := os.Readlink(filepath.Join(dir, fd.Name())); err == nil && !strings.HasPrefix(to, "anon_inode:") {
+		if to, err := os.Readlink(filepath.Join(dir, fd.Name())); err == nil && !strings.HasPrefix(to, "anon_inode:") && strings.HasPrefix(to, kind) {
 			files++
 		}
 	}
-	return census{runtime.NumGoroutine(), files}
+	return census{runtime.NumGoroutine(), files, kind}
 }
 
 // leftBehind describes what exists beyond before, after a time for everything to end.
 func (before census) leftBehind() string {
-	now := takeCensus()
-	for deadline := time.Now().Add(5 * time.Second); ; now = takeCensus() {
+	now := takeCensusOf(before.kind)
+	for deadline := time.Now().Add(5 * time.Second); ; now = takeCensusOf(before.kind) {
 		if now.goroutines <= before.goroutines && now.descriptors <= before.descriptors {
 			return ""
 		}
