@@ -52,14 +52,14 @@ func TestServeSlowReader(t *testing.T) {
 func TestServeTrickle(t *testing.T) {
 	t.Parallel()
 	r := openTemp(t, nil)
-	s := serveAt(t, r, &ocilocal.HandlerOptions{StallTimeout: 50 * time.Millisecond})
+	s := serveAt(t, r, &ocilocal.HandlerOptions{StallTimeout: 200 * time.Millisecond})
 	at := s.want(202, "POST", "/v2/org/app/blobs/uploads/", "").header.Get("Location")
 	conn, err := net.Dial("tcp", s.host)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer conn.Close()
-	if _, err := fmt.Fprintf(conn, "PATCH %s HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n", at); err != nil {
+	if _, err := fmt.Fprintf(conn, "PATCH %s HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\nsome bytes", at); err != nil {
 		t.Fatal(err)
 	}
 	go func() {
