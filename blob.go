@@ -106,7 +106,7 @@ func (s *blobStore) checkSize(d digest.Digest, size int64) error {
 	return err
 }
 
-// wrongSize is the error for a file that has not the size that it must have.
+// wrongSize is the error for a file whose size is not that of its blob.
 func wrongSize(d digest.Digest, got, want int64) error {
 	return fmt.Errorf("blob %s: %w: file has %d bytes, want %d", d, ErrSizeMismatch, got, want)
 }

@@ -94,8 +94,9 @@ func TestImportContainerdName(t *testing.T) {
 	}
 }
 
-// TestDigestNames imports entries whose names are only a digest. Their own is no name until
-// Repository completes it. Another one is an annotation: it says where the content came from.
+// TestDigestNames imports entries whose names are only a digest. If it is the entry's own digest, it
+// becomes a reference when Repository is set, and otherwise the entry has no name. Any other digest is
+// kept as an annotation: it says where the content came from.
 func TestDigestNames(t *testing.T) {
 	t.Parallel()
 	manifest, config := image("layer")

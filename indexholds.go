@@ -54,7 +54,7 @@ const (
 	nameless = `NOT EXISTS (SELECT 1 FROM refs WHERE manifest = m.id)
 		AND NOT EXISTS (SELECT 1 FROM members WHERE content = m.id) AND NOT EXISTS (SELECT 1 FROM holds WHERE content = m.id)`
 
-	sqlManifestNearby = `SELECT (SELECT text FROM types WHERE id = m.media_type), m.digest, c.size, (SELECT text FROM types WHERE id = m.artifact_type), m.created, ` + nearby + `
+	sqlManifestNearby = `SELECT ` + descriptorColumns + `, m.created, ` + nearby + `
 		FROM content c JOIN manifests m ON m.id = c.id WHERE c.digest = ?1`
 
 	sqlNamesOf = `SELECT reference FROM refs WHERE manifest = (SELECT id FROM content WHERE digest = ?1) AND name = ?2`

@@ -50,10 +50,12 @@ const (
 	sqlTypeID  = `SELECT id FROM types WHERE text = ?`
 	sqlType    = `SELECT text FROM types WHERE id = ?`
 
-	sqlResolveDigest = `SELECT (SELECT text FROM types WHERE id = m.media_type), m.digest, c.size, (SELECT text FROM types WHERE id = m.artifact_type), m.created
-		FROM content c JOIN manifests m ON m.id = c.id WHERE c.digest = ?`
-	sqlGetManifest = `SELECT m.media_type, m.digest, c.size, m.artifact_type FROM content c JOIN manifests m ON m.id = c.id WHERE c.digest = ?`
-	sqlMembers     = `SELECT m.position, m.role, c.digest, (SELECT text FROM types WHERE id = m.media_type), m.size, c.present
+	// The descriptor of a manifest m whose content is c.
+	descriptorColumns = `(SELECT text FROM types WHERE id = m.media_type), m.digest, c.size, (SELECT text FROM types WHERE id = m.artifact_type)`
+
+	sqlResolveDigest = `SELECT ` + descriptorColumns + `, m.created FROM content c JOIN manifests m ON m.id = c.id WHERE c.digest = ?`
+	sqlGetManifest   = `SELECT m.media_type, m.digest, c.size, m.artifact_type FROM content c JOIN manifests m ON m.id = c.id WHERE c.digest = ?`
+	sqlMembers       = `SELECT m.position, m.role, c.digest, (SELECT text FROM types WHERE id = m.media_type), m.size, c.present
 		FROM members m LEFT JOIN content c ON c.id = m.content
 		WHERE m.manifest = (SELECT id FROM content WHERE digest = ?) AND m.position >= ? ORDER BY m.position LIMIT ?`
 	// A page of referrers starts after the digest ?2. The index manifests_by_subject has this order,
@@ -61,7 +63,7 @@ const (
 	sqlReferrers       = selectReferrers + `WHERE m.subject = (SELECT id FROM content WHERE digest = ?1) AND m.digest > ?2 ORDER BY m.digest LIMIT ?3`
 	sqlReferrersOfType = selectReferrers + `WHERE m.subject = (SELECT id FROM content WHERE digest = ?1) AND m.digest > ?2
 		AND m.artifact_type = (SELECT id FROM types WHERE text = ?4) ORDER BY m.digest LIMIT ?3`
-	selectReferrers = `SELECT (SELECT text FROM types WHERE id = m.media_type), m.digest, c.size, (SELECT text FROM types WHERE id = m.artifact_type), m.annotations
+	selectReferrers = `SELECT ` + descriptorColumns + `, m.annotations
 		FROM manifests m LEFT JOIN content c ON c.id = m.id `
 )
 

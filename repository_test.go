@@ -192,8 +192,8 @@ func referring(manifest string, subject ocispec.Descriptor) string {
 	return strings.TrimSuffix(manifest, "}") + `,"subject":` + jsonOf(subject) + "}"
 }
 
-// TestRepositoryPublishedMeanwhile: a blob is published, and is no longer held, after a reader has seen
-// that it is not published and before it looks at what is held.
+// TestRepositoryPublishedMeanwhile publishes and releases a held blob between two looks of a reader:
+// the first, at the index, does not find it, and the second, at the held files, would not either.
 func TestRepositoryPublishedMeanwhile(t *testing.T) {
 	t.Parallel()
 	root := t.TempDir()

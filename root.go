@@ -279,7 +279,9 @@ func (r *rootDir) eachEntry(ctx context.Context, dir string, visit func(name str
 	if err := r.fault.before("open", dir); err != nil {
 		return err
 	}
-	f, err := r.dir.Open(dir) // no shortcut: only this file reads types below the root
+	// Not by the shortcut. ReadDir may have to ask for the type of an entry, and only a file that
+	// os.Root has opened asks below the root.
+	f, err := r.dir.Open(dir)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}

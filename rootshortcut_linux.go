@@ -29,7 +29,7 @@ type shortcut struct {
 	conn syscall.RawConn // of dir: during a call, it keeps the descriptor from being closed and used again
 }
 
-// newShortcut returns nil if there is no openat2 here.
+// newShortcut returns nil if the system does not offer openat2.
 func newShortcut(root *os.Root) *shortcut {
 	if runtime.GOOS == "android" { // its sandbox kills a process for a system call that it does not know
 		return nil

@@ -55,9 +55,9 @@ func (x *exchange) describe(d digest.Digest, mediaType string, size int64) {
 //	whole, small       sent as it is          the whole file is read first, then it is sent
 //	whole, large       sent as it is          verified while it is sent
 //
-// Most requests are for tiny blobs, and for these this takes the fewest system calls. In the last
-// case the verifier holds back the last bytes until the digest is right. If it is
-// wrong, the connection breaks off, and the client has fewer bytes than Content-Length says.
+// Most requests are for tiny blobs, and sending these from memory takes the fewest system calls. In
+// the last case the verifier holds back the last bytes until the digest is right. If it is wrong, the
+// connection breaks off, and the client has fewer bytes than Content-Length says.
 // A client can't check a range by the digest, so a range never is verified while it is sent, except
 // one of a blob that a mirror fetches meanwhile: see [sharedFetch].
 func (x *exchange) getBlob() error {

@@ -384,8 +384,8 @@ func (p *partWriter) Write(b []byte) (int, error) {
 
 // complete fetches what a pushed manifest needs and what is absent here: HEAD has told the client that
 // it is here. The members of an image index are completed, too. If the repository has that index
-// already, its absent members stay absent. What the upstream does not have is left to the publish,
-// which knows whether it may be absent.
+// already, its absent members stay absent. If the upstream does not have something, that is no error
+// here: the publish knows whether it may be absent.
 func (x *exchange) complete(m *Manifest) error {
 	ctx, q := x.r.Context(), x.registry.index
 	_, err := x.repo.manifest(q, cmp.Or(x.digest, m.digest))

@@ -552,7 +552,7 @@ func TestServeFollowRange(t *testing.T) {
 }
 
 // TestServeFetchClose: Close ends the fetches of a mirror, however slow the upstream is. Their clients get
-// a 503, or an answer that breaks off. What has come is kept for the next handle.
+// a 503, or an answer that breaks off. The bytes that have arrived are kept for the next handle.
 func TestServeFetchClose(t *testing.T) {
 	t.Parallel()
 	layer := aLargeBlob(11)

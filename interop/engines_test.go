@@ -18,8 +18,8 @@ import (
 	"github.com/ocilocal/ocilocal"
 )
 
-// An engine runs containers and has a store of its own. Most engines unpack an image and pack it again
-// for a push, so its manifest may become another one. Its config stays.
+// An engine runs containers and keeps images in its own store. Most engines unpack an image that they
+// pull, and pack it again when they push it. So the manifest may change, but the config does not.
 type engine struct {
 	pull func(image string)
 	tag  func(from, to string)
@@ -89,7 +89,7 @@ func TestEngines(t *testing.T) {
 // ociImage returns an image with two layers for linux/amd64.
 func ociImage(t *testing.T) v1.Image {
 	t.Helper()
-	image := mutate.ConfigMediaType(mutate.MediaType(empty.Image, types.OCIManifestSchema1), types.OCIConfigJSON)
+	image := empty.Image
 	for range 2 {
 		layer, err := random.Layer(100_000, types.OCILayer)
 		if err == nil {
@@ -99,16 +99,7 @@ func ociImage(t *testing.T) v1.Image {
 			t.Fatal(err)
 		}
 	}
-	config, err := image.ConfigFile()
-	if err != nil {
-		t.Fatal(err)
-	}
-	config = config.DeepCopy()
-	config.OS, config.Architecture = "linux", "amd64"
-	if image, err = mutate.ConfigFile(image, config); err != nil {
-		t.Fatal(err)
-	}
-	return image
+	return asOCI(t, image, "amd64")
 }
 
 // podman is for podman and buildah, which have the same flags.

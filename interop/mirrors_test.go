@@ -48,6 +48,21 @@ type mirror struct {
 	asked  []string // the origin, for content
 }
 
+// asOCI returns an image for linux in the form of OCI.
+func asOCI(t *testing.T, image v1.Image, architecture string) v1.Image {
+	t.Helper()
+	config, err := image.ConfigFile()
+	if err != nil {
+		t.Fatal(err)
+	}
+	config = config.DeepCopy()
+	config.OS, config.Architecture = "linux", architecture
+	if image, err = mutate.ConfigFile(image, config); err != nil {
+		t.Fatal(err)
+	}
+	return mutate.ConfigMediaType(mutate.MediaType(image, types.OCIManifestSchema1), types.OCIConfigJSON)
+}
+
 func newMirror(t *testing.T) *mirror {
 	need(t, "registry3")
 	m := &mirror{t: t, r: newRegistry(t), origin: servers["distribution 3"](t).host}
@@ -57,17 +72,7 @@ func newMirror(t *testing.T) *mirror {
 		if err != nil {
 			t.Fatal(err)
 		}
-		config, err := image.ConfigFile()
-		if err != nil {
-			t.Fatal(err)
-		}
-		config = config.DeepCopy()
-		config.OS, config.Architecture = "linux", architecture
-		if image, err = mutate.ConfigFile(image, config); err != nil {
-			t.Fatal(err)
-		}
-		image = mutate.ConfigMediaType(mutate.MediaType(image, types.OCIManifestSchema1), types.OCIConfigJSON)
-		m.index = mutate.AppendManifests(m.index, mutate.IndexAddendum{Add: image, Descriptor: v1.Descriptor{
+		m.index = mutate.AppendManifests(m.index, mutate.IndexAddendum{Add: asOCI(t, image, architecture), Descriptor: v1.Descriptor{
 			Platform: &v1.Platform{OS: "linux", Architecture: architecture}}})
 	}
 	ref, err := name.ParseReference(m.origin+"/org/app:v1", name.Insecure)
