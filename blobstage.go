@@ -109,7 +109,7 @@ func (st *stage) receive(ctx context.Context, src io.Reader, alg digest.Algorith
 		}
 		alg = want.Algorithm()
 	}
-	f, err := st.create()
+	f, err := st.store.create()
 	if err != nil {
 		return nil, err
 	}
@@ -133,7 +133,7 @@ func (st *stage) putFile(ctx context.Context, src *os.File, want digest.Digest, 
 		_, _, err := st.put(ctx, src, "", want, size) // too quick for count to matter
 		return err
 	}
-	f, err := st.create()
+	f, err := st.store.create()
 	if err != nil {
 		return err
 	}
@@ -212,15 +212,6 @@ func (st *stage) putBytes(ctx context.Context, b []byte, alg digest.Algorithm) (
 	}
 	_, _, err := st.put(ctx, bytes.NewReader(b), "", d, int64(len(b)))
 	return d, err
-}
-
-// create makes an empty file in the session's directory. Its name is random and new (O_EXCL).
-func (st *stage) create() (*rootFile, error) {
-	dir, err := st.store.enter()
-	if err != nil {
-		return nil, err
-	}
-	return st.store.root.openFile(path.Join(dir, rand.Text()), os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
 }
 
 // add takes a complete file into the stage, and starts a sync when enough files are unsynced. If it

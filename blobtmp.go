@@ -6,8 +6,10 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"os"
 	"path"
 	"strings"
+	"time"
 
 	"github.com/opencontainers/go-digest"
 )
@@ -112,6 +114,31 @@ func (s *blobStore) enter() (string, error) {
 		_ = s.sweepSessions(s.perm)
 	}
 	return s.session, nil
+}
+
+// create makes an empty file in the session's directory. Its name is random and new (O_EXCL).
+func (s *blobStore) create() (*rootFile, error) {
+	dir, err := s.enter()
+	if err != nil {
+		return nil, err
+	}
+	return s.root.openFile(path.Join(dir, rand.Text()), os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
+}
+
+// now is the time by the clock that stamps the store's files. The process's clock may be far from
+// it, on a network share or once somebody has set it. It has to do where no file can be made.
+func (s *blobStore) now() time.Time {
+	f, err := s.create()
+	if err != nil {
+		return time.Now()
+	}
+	defer s.root.Remove(f.name)
+	defer f.Close()
+	fi, err := f.Stat()
+	if err != nil {
+		return time.Now()
+	}
+	return fi.ModTime()
 }
 
 // close removes the session's directory and gives up its lock.

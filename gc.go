@@ -218,8 +218,8 @@ func (g *gcGraph) unsafe() error {
 //
 //   - The index was made new beside blobs. It has a mark then, which Repair removes.
 //   - The index has no blob at all, for example because an old copy of it was put back, and blobs/
-//     has a whole artifact. The artifact must be an hour old: a first publish that was killed
-//     leaves one too, and a collection may delete that.
+//     has a whole artifact. The artifact must be an hour old, by the clock that stamps the files:
+//     a first publish that was killed leaves one too, and a collection may delete that.
 //
 // An index that knows any blob costs two queries. Only with an empty one is blobs/ searched, until
 // the first artifact is found.
@@ -232,7 +232,7 @@ func (r *LocalRegistry) unreconciled(ctx context.Context) (bool, error) {
 		return false, err
 	}
 	found := false
-	old := time.Now().Add(-time.Hour)
+	old := r.blobs.now().Add(-time.Hour)
 	err = r.blobs.walk(ctx, func(e blobEntry) error {
 		if e.digest == "" || e.info.Size() > MaxManifestSize || e.info.ModTime().After(old) {
 			return nil

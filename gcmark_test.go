@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/opencontainers/go-digest"
@@ -162,15 +163,7 @@ func TestGCUnsafe(t *testing.T) {
 			execIndex(t, r.Root(), "UPDATE refs SET manifest = 1000, digest = "+sqlDigest(digest.FromString("bits flipped"))+" WHERE reference = '1'")
 		},
 		"index empty beside blobs": func(t *testing.T, r *ocilocal.LocalRegistry, _ *ocilocal.LocalArtifact) {
-			for _, table := range []string{"refs", "members", "manifests", "content"} {
-				execIndex(t, r.Root(), "DELETE FROM "+table)
-			}
-			for _, d := range blobNames(t, r) {
-				old := time.Now().Add(-2 * time.Hour)
-				if err := os.Chtimes(blobFile(r, d), old, old); err != nil {
-					t.Fatal(err)
-				}
-			}
+			forgetAll(t, r, time.Now().Add(-2*time.Hour))
 			if got := problems(t, r, nil, nil); !slices.Contains(got, "index is not reconciled") {
 				t.Errorf("found %q", got)
 			}
@@ -374,5 +367,42 @@ func TestGCUnsafeBeyondLists(t *testing.T) {
 	report, err := r.GC(t.Context(), atOnce)
 	if !errors.Is(err, ocilocal.ErrUnsafe) || len(report.Missing) != 1000 || report.Deleted != (ocilocal.Count{}) {
 		t.Errorf("%v, %d missing, %+v deleted", err, len(report.Missing), report.Deleted)
+	}
+}
+
+// forgetAll empties the index, and gives the blobs a time.
+func forgetAll(t *testing.T, r *ocilocal.LocalRegistry, at time.Time) {
+	t.Helper()
+	for _, table := range []string{"refs", "members", "manifests", "content"} {
+		execIndex(t, r.Root(), "DELETE FROM "+table)
+	}
+	for _, d := range blobNames(t, r) {
+		if err := os.Chtimes(blobFile(r, d), at, at); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// TestGCOtherClock collects by clocks that are decades behind and ahead of the one that stamps the
+// files. The bubble's clock begins in the year 2000.
+func TestGCOtherClock(t *testing.T) {
+	now := time.Now()
+	for _, years := range []int{0, 50} {
+		for _, old := range []bool{false, true} {
+			root := filepath.Join(t.TempDir(), "root")
+			synctest.Test(t, func(t *testing.T) {
+				time.Sleep(time.Duration(years) * 365 * 24 * time.Hour)
+				r := mustOpen(t, root)
+				published(t, r, "example.com/a:1", "one", nil)
+				at := now
+				if old {
+					at = now.Add(-2 * time.Hour)
+				}
+				forgetAll(t, r, at)
+				if _, err := r.GC(t.Context(), atOnce); errors.Is(err, ocilocal.ErrUnsafe) != old || !old && err != nil {
+					t.Errorf("in %s, old %v: %v", time.Now().Format("2006"), old, err)
+				}
+			})
+		}
 	}
 }
