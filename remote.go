@@ -277,6 +277,8 @@ type remoteRepo struct {
 	mirrorOf string        // of a mirror: the host of the registry
 	tags     bool          // of a mirror: whether it may answer for tags
 
+	turn *manifestTurn // for all that is parsed, also by its mirrors; nil for none
+
 	mu      sync.Mutex  // guards the fields below
 	failure string      // of a mirror: why it was passed over
 	asked   bool        // the source of credentials was asked

@@ -105,8 +105,8 @@ const maxListed = 1_000_000
 
 // pages asks for a list page by page, and calls visit with the body and the answer of each page.
 // It ends when visit returns false or there is no next page. [errStop] of visit is returned as it
-// is. A registry that leads in a circle, or on and on, is an [ErrProtocol]: no address is asked
-// twice.
+// is. The turn ends with each visit, because the next page may take long. A registry that leads in a
+// circle, or on and on, is an [ErrProtocol]: no address is asked twice.
 func (p *remoteRepo) pages(ctx context.Context, first *url.URL, header http.Header, visit func(body []byte, res *http.Response) (more bool, err error)) error {
 	seen := map[string]bool{}
 	for u := first; u != nil; {
@@ -119,7 +119,11 @@ func (p *remoteRepo) pages(ctx context.Context, first *url.URL, header http.Head
 		if err != nil {
 			return err
 		}
+		if err := p.turn.begin(ctx, len(body)); err != nil {
+			return err
+		}
 		more, err := visit(body, res)
+		p.turn.end()
 		if errors.Is(err, errStop) {
 			return err
 		}

@@ -62,6 +62,14 @@ func (r *Remote) source(ref Reference) (*remoteRepo, error) {
 	return p, nil
 }
 
+// limit has p and its mirrors parse large manifests and lists only in this turn.
+func (p *remoteRepo) limit(turn *manifestTurn) {
+	p.turn = turn
+	for _, m := range p.mirrors {
+		m.turn = turn
+	}
+}
+
 // of returns the name that ref's repository has in the mirror, with the default tag, which is not
 // used.
 func (m Mirror) of(ref Reference) (Reference, error) {

@@ -32,7 +32,8 @@ func (p *remoteRepo) manifestCall(method, reference string) *remoteCall {
 }
 
 // manifest fetches and verifies a manifest by tag or digest. mediaType is the type that it must
-// have, or "" for any type. A manifest by digest has the bytes of that digest, whoever sent them.
+// have, or "" for any type. A manifest by digest has the bytes of that digest, whoever sent them. If
+// p has a turn, the caller ends it when it has dropped the manifest.
 func (p *remoteRepo) manifest(ctx context.Context, reference, mediaType string) (m *Manifest, err error) {
 	answered, err := p.viaMirrors(ctx, isTag(reference), func(mirror *remoteRepo) error {
 		m, err = mirror.ownManifest(ctx, reference, mediaType)
@@ -60,8 +61,12 @@ func (p *remoteRepo) ownManifest(ctx context.Context, reference, mediaType strin
 	if err != nil {
 		return nil, answerProblem(c, res, err)
 	}
+	if err := p.turn.begin(ctx, len(raw)); err != nil {
+		return nil, err
+	}
 	m, err := parseManifest(given, raw)
 	if err != nil {
+		p.turn.end()
 		return nil, answerProblem(c, res, err)
 	}
 	m.digest = d

@@ -188,14 +188,19 @@ func referrersTagName(subject digest.Digest) string {
 }
 
 // referrersTag fetches the list under the referrers tag, and its ETag. It returns nil if the
-// registry says that there is none, in the specification's form or twice.
+// registry says that there is none, in the specification's form or twice. If p has a turn, the
+// caller ends it when it has dropped the list.
 func (p *remoteRepo) referrersTag(ctx context.Context, subject digest.Digest) (*Manifest, string, error) {
 	c := p.manifestCall(http.MethodGet, referrersTagName(subject))
 	for look := 1; ; look++ {
 		body, res, err := p.doSmall(ctx, c, MaxManifestSize)
 		if err == nil {
+			err = p.turn.begin(ctx, len(body))
+		}
+		if err == nil {
 			m, err := parseReferrers(body, res.Header)
 			if err != nil {
+				p.turn.end()
 				return nil, "", answerProblem(c, res, fmt.Errorf("tag %s: %w", referrersTagName(subject), err))
 			}
 			return m, res.Header.Get("ETag"), nil

@@ -96,9 +96,6 @@ const (
 	defaultHost         = "localhost"
 	defaultMaxUploads   = 1000
 	defaultStallTimeout = time.Minute
-
-	largeManifest     = 64 << 10 // bytes
-	maxLargeManifests = 4
 )
 
 // handler is the distribution API on one registry. All that a later request needs is in the
@@ -108,10 +105,7 @@ type handler struct {
 	registry *LocalRegistry
 	opts     HandlerOptions
 	upstream *upstream // nil without one
-
-	// largeManifests has one element for each large manifest that is being parsed. It bounds their
-	// number, because parsing can take twenty times the memory of the bytes.
-	largeManifests chan struct{}
+	turns    manifestTurns
 
 	mu        sync.Mutex            // guards what follows
 	hashes    map[string]uploadHash // of uploads, by id: see takeHash
@@ -129,7 +123,7 @@ type handler struct {
 // The handler answers 503 after [LocalRegistry.Close]. A registry that is open read-only is served
 // read-only.
 func (r *LocalRegistry) Handler(opts *HandlerOptions) http.Handler {
-	h := &handler{registry: r, hashes: map[string]uploadHash{}, largeManifests: make(chan struct{}, maxLargeManifests)}
+	h := &handler{registry: r, hashes: map[string]uploadHash{}, turns: newManifestTurns()}
 	if opts != nil {
 		h.opts = *opts
 	}
@@ -148,7 +142,7 @@ func (r *LocalRegistry) Handler(opts *HandlerOptions) http.Handler {
 	if r.blobs.readOnly {
 		h.opts.ReadOnly = true
 	}
-	h.upstream = newUpstream(r, h.opts.Upstream)
+	h.upstream = newUpstream(r, h.opts.Upstream, h.turns)
 	return h
 }
 

@@ -35,8 +35,9 @@ type sharedFetch struct {
 	cancel   context.CancelFunc
 	waiting  int // requests; guarded by upstream.mu
 	done     chan struct{}
-	err      error     // set before done is closed
-	manifest *Manifest // likewise: what was fetched, unless it is a blob or nothing is new
+	err      error              // set before done is closed
+	manifest ocispec.Descriptor // likewise: what was fetched, unless it is a blob or nothing is new
+	content  []byte             // of the manifest
 
 	began chan struct{} // closed when the first bytes have been written
 	mu    sync.Mutex
@@ -382,28 +383,43 @@ func (p *partWriter) Write(b []byte) (int, error) {
 	return n, err
 }
 
+// A need is a config, layer or member of a manifest.
+type need struct {
+	digest digest.Digest
+	role   role
+}
+
+// needs returns what the manifest needs. Unlike the manifest, it takes no more memory than the bytes.
+func (m *Manifest) needs() []need {
+	var all []need
+	for i, c := range m.children() {
+		all = append(all, need{c.Digest, m.childRole(i)})
+	}
+	return all
+}
+
 // complete fetches what a pushed manifest needs and what is absent here: HEAD has told the client that
 // it is here. The members of an image index are completed, too. If the repository has that index
 // already, its absent members stay absent. If the upstream does not have something, that is no error
 // here: the publish knows whether it may be absent.
-func (x *exchange) complete(m *Manifest) error {
+func (x *exchange) complete(d digest.Digest, needs []need) error {
 	ctx, q := x.r.Context(), x.registry.index
-	_, err := x.repo.manifest(q, cmp.Or(x.digest, m.digest))
+	_, err := x.repo.manifest(q, d)
 	if err != nil && !errors.Is(err, ErrNotFound) {
 		return err
 	}
 	known := err == nil
 	down := descent{q: q, lacked: func(c member) bool { return c.role != roleManifest }}
-	for i, c := range m.children() {
-		if m.childRole(i) != roleManifest {
-			if err := x.bring(c.Digest); err != nil {
+	for _, c := range needs {
+		if c.role != roleManifest {
+			if err := x.bring(c.digest); err != nil {
 				return err
 			}
 			continue
 		}
-		member, err := x.repo.manifest(q, c.Digest)
+		member, err := x.repo.manifest(q, c.digest)
 		if errors.Is(err, ErrNotFound) && !known {
-			member, err = x.bringManifest(c.Digest)
+			member, err = x.bringManifest(c.digest)
 		}
 		if err == nil {
 			err = down.each(ctx, member, func(d ocispec.Descriptor) error { return x.bring(d.Digest) })
@@ -445,7 +461,7 @@ func (x *exchange) bringManifest(d digest.Digest) (ocispec.Descriptor, error) {
 	if err != nil {
 		return ocispec.Descriptor{}, err
 	}
-	if _, err := x.pullManifest(x.r.Context(), ref, ""); err != nil {
+	if _, _, err := x.pullManifest(x.r.Context(), ref, ""); err != nil {
 		return ocispec.Descriptor{}, x.upstreamError(err)
 	}
 	return x.repo.manifest(x.registry.index, d)

@@ -1,6 +1,7 @@
 package ocilocal
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"io"
@@ -22,7 +23,7 @@ func (x *exchange) reference() string {
 // read only the index. A GET has the whole manifest in memory, verified, before it answers, so
 // damage is a 500. Accept is ignored: manifests are never converted, so there is nothing to choose.
 func (x *exchange) getManifest() error {
-	desc, m, err := x.resolve()
+	desc, raw, err := x.resolve()
 	if err != nil {
 		return err
 	}
@@ -34,11 +35,10 @@ func (x *exchange) getManifest() error {
 		x.w.WriteHeader(http.StatusOK)
 		return nil
 	}
-	var raw []byte
-	if m != nil {
-		raw = m.raw
-	} else if raw, err = x.readManifest(desc); errors.Is(err, ErrNotFound) {
-		desc, raw, err = x.findManifest()
+	if raw == nil {
+		if raw, err = x.readManifest(desc); errors.Is(err, ErrNotFound) {
+			desc, raw, err = x.findManifest()
+		}
 	}
 	if err != nil {
 		return damaged(err)
@@ -78,14 +78,11 @@ func (x *exchange) readManifest(desc ocispec.Descriptor) ([]byte, error) {
 // the file is lost. That is not a 404, by which the client would take it for deleted. A mirror fetches
 // it again.
 func (x *exchange) findManifest() (ocispec.Descriptor, []byte, error) {
-	desc, m, err := x.resolve()
-	if err != nil {
-		return desc, nil, err
+	desc, raw, err := x.resolve()
+	if raw != nil || err != nil {
+		return desc, raw, err
 	}
-	if m != nil {
-		return desc, m.raw, nil
-	}
-	raw, err := x.readManifest(desc)
+	raw, err = x.readManifest(desc)
 	if !errors.Is(err, ErrNotFound) {
 		return desc, raw, err
 	}
@@ -103,8 +100,8 @@ func (x *exchange) findManifest() (ocispec.Descriptor, []byte, error) {
 // putManifest serves PUT of a manifest, by tag or by digest. A tag that points elsewhere is moved,
 // as every registry does it. The answer comes after the commit: see [Repository.PutManifest].
 //
-// largeManifests bounds how many large ones are in memory as parsed documents at a time. A request
-// takes its turn after its body was read, so a slow client does not block the others.
+// A request takes its turn after its body was read, so a slow client does not block the others: see
+// [manifestTurns]. It has no parsed document while it waits for an upstream.
 func (x *exchange) putManifest() error {
 	mediaType := x.r.Header.Get("Content-Type")
 	if mediaType != "" {
@@ -120,19 +117,28 @@ func (x *exchange) putManifest() error {
 	if err != nil {
 		return err
 	}
-	end := x.takeTurn(len(raw))
-	defer func() { end() }()
-	m, err := parseManifest(mediaType, raw)
+	turn := x.turns.newTurn()
+	defer turn.end()
+	parse := func() (*Manifest, error) {
+		if err := turn.begin(x.r.Context(), len(raw)); err != nil {
+			return nil, err
+		}
+		return parseManifest(mediaType, raw)
+	}
+	m, err := parse()
 	if err != nil {
 		return err
 	}
 	if x.upstream != nil {
-		end() // a slow upstream does not block the others either
-		end = func() {}
-		if err := x.complete(m); err != nil {
+		d, needs := cmp.Or(x.digest, m.digest), m.needs()
+		m = nil
+		turn.end()
+		if err := x.complete(d, needs); err != nil {
 			return err
 		}
-		end = x.takeTurn(len(raw))
+		if m, err = parse(); err != nil {
+			return err
+		}
 	}
 	opts := &PutManifestOptions{Tag: x.tag, Digest: x.digest}
 	if x.tag != "" {
@@ -156,15 +162,6 @@ func (x *exchange) putManifest() error {
 		h.Set("Warning", `299 - "OCI artifact manifests are not part of image-spec 1.1: many clients can't read them"`)
 	}
 	return x.empty(http.StatusCreated)
-}
-
-// takeTurn waits until a manifest of size bytes may be parsed. end ends the turn.
-func (x *exchange) takeTurn(size int) (end func()) {
-	if size <= largeManifest {
-		return func() {}
-	}
-	x.largeManifests <- struct{}{}
-	return func() { <-x.largeManifests }
 }
 
 // deleteManifest serves DELETE of a tag, or of a manifest with all tags of the repository that

@@ -77,6 +77,7 @@ const (
 type upstream struct {
 	Upstream
 	registry *LocalRegistry
+	turns    manifestTurns // those of the handler
 
 	mu      sync.Mutex              // guards what follows
 	asked   map[Reference]time.Time // when the upstream was last asked for a tag
@@ -84,17 +85,18 @@ type upstream struct {
 }
 
 // newUpstream returns nil without an upstream, and for a registry that can keep nothing.
-func newUpstream(r *LocalRegistry, opts *Upstream) *upstream {
+func newUpstream(r *LocalRegistry, opts *Upstream, turns manifestTurns) *upstream {
 	if opts == nil || r.blobs.readOnly {
 		return nil
 	}
-	u := &upstream{Upstream: *opts, registry: r, asked: map[Reference]time.Time{}, fetches: map[string]*sharedFetch{}}
+	u := &upstream{Upstream: *opts, registry: r, turns: turns, asked: map[Reference]time.Time{}, fetches: map[string]*sharedFetch{}}
 	u.Remote = cmp.Or(u.Remote, r.remote)
 	u.Revalidate = cmp.Or(u.Revalidate, defaultRevalidate)
 	return u
 }
 
-// source returns the repository of the upstream for a tag or digest of a repository here.
+// source returns the repository of the upstream for a tag or digest of a repository here. It takes a
+// turn for each large manifest or list that it parses. The caller must end the turn of the last one.
 //
 // Errors: [ErrNotFound] for a repository that is not mirrored, [ErrInvalidReference].
 func (u *upstream) source(p *Repository, reference string) (*remoteRepo, error) {
@@ -102,7 +104,11 @@ func (u *upstream) source(p *Repository, reference string) (*remoteRepo, error) 
 	if err != nil {
 		return nil, err
 	}
-	return u.Remote.source(from)
+	src, err := u.Remote.source(from)
+	if err == nil {
+		src.limit(u.turns.newTurn())
+	}
+	return src, err
 }
 
 func (u *upstream) reference(p *Repository, reference string) (from Reference, err error) {
@@ -126,8 +132,8 @@ func (u *upstream) reference(p *Repository, reference string) (from Reference, e
 }
 
 // resolve returns the descriptor of the manifest of the path. It asks the upstream if there is one,
-// and returns the manifest too if that has just come from there.
-func (x *exchange) resolve() (ocispec.Descriptor, *Manifest, error) {
+// and returns the bytes too if they have just come from there.
+func (x *exchange) resolve() (ocispec.Descriptor, []byte, error) {
 	desc, err := x.repo.Resolve(x.r.Context(), x.reference())
 	u := x.upstream
 	if u == nil || err != nil && !errors.Is(err, ErrNotFound) {
@@ -143,7 +149,7 @@ func (x *exchange) resolve() (ocispec.Descriptor, *Manifest, error) {
 		defer cancel()
 		ctx = limited
 	}
-	m, failed := x.pullManifest(ctx, local, desc.Digest)
+	fetched, raw, failed := x.pullManifest(ctx, local, desc.Digest)
 	if err == nil && failed != nil {
 		x.registry.opts.Logger.Warn("ocilocal: a tag could not be asked for again", "reference", local.String(), "error", failed)
 		failed = x.r.Context().Err()
@@ -152,34 +158,34 @@ func (x *exchange) resolve() (ocispec.Descriptor, *Manifest, error) {
 		return desc, nil, x.upstreamError(failed)
 	}
 	u.noteAsked(local) // after a failure, too: not every request waits for a registry that is down
-	if m != nil {
-		desc = m.Descriptor()
+	if raw != nil {
+		desc = fetched
 	} else if err != nil { // pulled with all that it needs
 		desc, err = x.repo.Resolve(x.r.Context(), x.reference())
 		return desc, nil, err
 	}
-	return desc, m, nil
+	return desc, raw, nil
 }
 
 // pullManifest brings a manifest from the upstream, under its name here. known is the digest that
-// the name has here, "" for none. The result is nil if the upstream has the same.
-func (x *exchange) pullManifest(ctx context.Context, local Reference, known digest.Digest) (*Manifest, error) {
+// the name has here, "" for none. The bytes are nil if the upstream has the same.
+func (x *exchange) pullManifest(ctx context.Context, local Reference, known digest.Digest) (desc ocispec.Descriptor, raw []byte, err error) {
 	u := x.upstream
 	if u.registry.opts.SeparateRegistries {
-		return nil, x.pullWhole(ctx, local)
+		return desc, nil, x.pullWhole(ctx, local)
 	}
 	f, err := u.join(ctx, "manifest "+local.String(), func(ctx context.Context, f *sharedFetch) (err error) {
-		f.manifest, err = u.fetchManifest(ctx, x.repo, local, known)
+		f.manifest, f.content, err = u.fetchManifest(ctx, x.repo, local, known)
 		return err
 	})
 	if err != nil {
-		return nil, err
+		return desc, nil, err
 	}
 	defer f.leave()
 	if err := f.wait(ctx); err != nil {
-		return nil, err
+		return desc, nil, err
 	}
-	return f.manifest, nil
+	return f.manifest, f.content, nil
 }
 
 // pullWhole brings a manifest with all that it needs. It asks for the manifest alone first: that this is
@@ -191,7 +197,7 @@ func (x *exchange) pullWhole(ctx context.Context, local Reference) error {
 	if err != nil {
 		return err
 	}
-	src, err := u.Remote.source(from)
+	src, err := u.source(x.repo, key)
 	if err != nil {
 		return err
 	}
@@ -199,6 +205,7 @@ func (x *exchange) pullWhole(ctx context.Context, local Reference) error {
 		_, err := src.head(ctx, key)
 		return err
 	})
+	src.turn.end()
 	if err != nil {
 		return err
 	}
@@ -207,17 +214,20 @@ func (x *exchange) pullWhole(ctx context.Context, local Reference) error {
 	return err
 }
 
-// fetchManifest fetches a manifest and publishes it without what it needs.
-func (u *upstream) fetchManifest(ctx context.Context, p *Repository, local Reference, known digest.Digest) (*Manifest, error) {
+// fetchManifest fetches a manifest and publishes it without what it needs. It returns the bytes and
+// not the parsed document, which requests would keep in memory without a turn.
+func (u *upstream) fetchManifest(ctx context.Context, p *Repository, local Reference, known digest.Digest) (desc ocispec.Descriptor, raw []byte, err error) {
 	_, key := local.key()
 	src, err := u.source(p, key)
 	if err != nil {
-		return nil, err
+		return desc, nil, err
 	}
+	defer src.turn.end()
 	if known != "" {
 		desc, err := src.head(ctx, key)
+		src.turn.end()
 		if err != nil || desc.Digest == known {
-			return nil, err // a tag that is here is served in any case
+			return desc, nil, err // a tag that is here is served in any case
 		}
 		key = string(desc.Digest) // should the tag move now
 	}
@@ -227,12 +237,12 @@ func (u *upstream) fetchManifest(ctx context.Context, p *Repository, local Refer
 		return err
 	})
 	if err != nil {
-		return nil, err
+		return desc, nil, err
 	}
 	if err := u.charge(int64(len(m.raw))); err != nil {
-		return nil, err
+		return desc, nil, err
 	}
-	return m, u.keep(ctx, p, local, m)
+	return m.Descriptor(), m.raw, u.keep(ctx, p, local, m)
 }
 
 // keep publishes a manifest of the upstream under its name here. Whatever it names may be absent. A

@@ -17,8 +17,22 @@ import (
 // A mirror lists what its upstream lists together with what is here: a tag that was pushed here, or
 // that the upstream has deleted, can still be pulled here. Lists of the upstream are not kept.
 
-// maxUpstreamReferrers bounds the referrers of one manifest that a mirror lists.
-const maxUpstreamReferrers = 10_000
+// These bound the referrers of one manifest that a mirror lists, and the memory that they take, in
+// bytes. It has all of them in memory, because the upstream may list them in any order.
+const (
+	maxUpstreamReferrers     = 10_000
+	maxUpstreamReferrersSize = 16 << 20
+)
+
+// listedSize returns about how much memory a descriptor takes that was read from a list.
+func listedSize(d ocispec.Descriptor) int {
+	const fixed, each = 256, 64 // the structs and maps beside the texts
+	size := fixed + len(d.MediaType) + len(d.Digest) + len(d.ArtifactType)
+	for k, v := range d.Annotations {
+		size += each + len(k) + len(v)
+	}
+	return size
+}
 
 // list asks the upstream for a list. If that fails, the answer has a warning that the list may be
 // incomplete, and the error is logged and returned. [ErrNotFound] means that the upstream has none.
@@ -28,6 +42,7 @@ func (x *exchange) list(what string, ask func(context.Context, *remoteRepo) erro
 	src, err := x.upstream.source(x.repo, defaultTag)
 	if err == nil {
 		err = fetchFrom(src, func() error { return ask(ctx, src) })
+		src.turn.end()
 	}
 	if err != nil && !errors.Is(err, ErrNotFound) && x.r.Context().Err() == nil {
 		x.w.Header().Set("Warning", `299 - "the upstream registry failed: this list has only what is here"`)
@@ -78,11 +93,12 @@ func (x *exchange) allReferrers(opts *ReferrersOptions) iter.Seq2[ocispec.Descri
 	var there []ocispec.Descriptor
 	err := x.list("referrers", func(ctx context.Context, src *remoteRepo) error {
 		there = nil
+		size := 0
 		return src.referrers(ctx, x.digest, opts.ArtifactType, func(d ocispec.Descriptor) error {
-			if len(there) == maxUpstreamReferrers {
-				return fmt.Errorf("%w: more than %d referrers", ErrTooLarge, maxUpstreamReferrers)
-			}
 			if opts.After == "" || compareDigests(d.Digest, opts.After) > 0 {
+				if size += listedSize(d); len(there) == maxUpstreamReferrers || size > maxUpstreamReferrersSize {
+					return fmt.Errorf("%w: more than %d referrers, or more than %d bytes", ErrTooLarge, maxUpstreamReferrers, maxUpstreamReferrersSize)
+				}
 				there = append(there, ocispec.Descriptor{MediaType: d.MediaType, Digest: d.Digest, Size: d.Size, ArtifactType: d.ArtifactType, Annotations: d.Annotations})
 			}
 			return nil

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net/http"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -112,6 +113,47 @@ func TestServeUpstreamLists(t *testing.T) {
 	m.intercept(nil)
 	if a := m.want(404, "GET", "/v2/org/other/tags/list", ""); a.header.Get("Warning") != "" {
 		t.Error(a.header)
+	}
+}
+
+// TestServeUpstreamHugeReferrers: an upstream can't fill the memory with a list. If its referrers take
+// more than 16 MiB, the list has what is here, with a warning.
+func TestServeUpstreamHugeReferrers(t *testing.T) {
+	t.Parallel()
+	m := newMirror(t, nil, nil)
+	subject := imageOf("one")
+	m.pushBlob("org/app", "signature")
+	m.pushBlob("org/app", "{}")
+	raw := referrerOf(subject, "signature")
+	m.want(201, "PUT", manifestAt(raw), raw)
+	list := "/v2/org/app/referrers/" + string(digestOfText(subject))
+	const size = 1 << 20
+	pages := 0
+	m.intercept(func(w http.ResponseWriter, r *http.Request) bool {
+		if r.URL.Path != list {
+			return false
+		}
+		page, _ := strconv.Atoi(r.URL.Query().Get("page"))
+		if page < pages-1 {
+			w.Header().Set("Link", fmt.Sprintf(`<%s?page=%d>; rel="next"`, list, page+1))
+		}
+		w.Header().Set("Content-Type", indexType)
+		d := strings.TrimSuffix(desc(imageType, fmt.Sprint(page)), "}")
+		fmt.Fprintf(w, `{"schemaVersion":2,"mediaType":%q,"manifests":[%s,"annotations":{"note":%q}}]}`, indexType, d, strings.Repeat("x", size))
+		return true
+	})
+	for _, pages = range []int{15, 2} {
+		if a := m.want(200, "GET", list+"?n=1", ""); a.header.Get("Warning") != "" {
+			t.Errorf("%d pages: %v", pages, a.header)
+		}
+	}
+	if got := m.allPages(list, digestsOf); len(got) != pages+1 {
+		t.Errorf("%d referrers, want %d and the one here", len(got), pages)
+	}
+	pages = 16
+	a := m.want(200, "GET", list, "")
+	if got := digestsOf(a.body); len(got) != 1 || !strings.Contains(a.header.Get("Warning"), "only what is here") {
+		t.Errorf("%d referrers, %v", len(got), a.header)
 	}
 }
 
