@@ -109,7 +109,8 @@ func (s *blobStore) hold(repository, file string, d digest.Digest, fi fs.FileInf
 
 // holdLink holds a blob that is here under another name: below blobs/, or held for another
 // repository. It links the file into the session first, because hold renames, and the blob must
-// keep its old name. A file system without hard links gets a verified copy.
+// keep its old name. A file system without hard links gets a copy. Both are verified, unless this
+// handle has verified the file: a client that gets a damaged blob would not put a good one.
 func (s *blobStore) holdLink(ctx context.Context, repository, name string, d digest.Digest) error {
 	dir, err := s.enter()
 	if err != nil {
@@ -129,10 +130,10 @@ func (s *blobStore) holdLink(ctx context.Context, repository, name string, d dig
 		return err
 	}
 	fi, err := s.root.Lstat(link)
+	if err == nil && !s.isVerified(name, fi) {
+		err = s.verifyNamed(ctx, link, d)
+	}
 	if err == nil {
-		if !s.isVerified(name, fi) {
-			fi = nil
-		}
 		err = s.hold(repository, link, d, fi)
 	}
 	// If the new name was a link to the same file already, rename(2) did nothing and left the old
@@ -366,6 +367,18 @@ func (s *blobStore) isVerified(name string, fi fs.FileInfo) bool {
 	defer s.mu.Unlock()
 	was := s.verified[name]
 	return was != nil && os.SameFile(was, fi) && was.Size() == fi.Size() && was.ModTime().Equal(fi.ModTime())
+}
+
+// verifyNamed reads all of a file of any name below the root, and compares it with d.
+//
+// Errors: those of [blobStore.verify].
+func (s *blobStore) verifyNamed(ctx context.Context, name string, d digest.Digest) error {
+	f, size, err := s.openNamed(name, d, -1)
+	if err != nil {
+		return err
+	}
+	_, err = s.verifier(ctx, f, d, size).WriteTo(io.Discard)
+	return errors.Join(err, f.Close())
 }
 
 // ensureVerified reads all of an open file that holds d, unless this handle has verified the same

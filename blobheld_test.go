@@ -38,7 +38,8 @@ func TestHeldBlobs(t *testing.T) {
 }
 
 // TestHeldBlobDamaged: a power cut can damage a held blob, because it is not synced. A manifest
-// that needs it is refused as if it were missing. Putting the blob again heals it.
+// that needs it is refused as if it were missing. No client is told that the blob is there, since
+// it would not put it again then, and no repository can mount it. Putting the blob again heals it.
 func TestHeldBlobDamaged(t *testing.T) {
 	for what, damage := range map[string]func(name string) error{
 		"bytes": func(name string) error { return os.WriteFile(name, []byte("lAyer"), 0o644) },
@@ -61,7 +62,13 @@ func TestHeldBlobDamaged(t *testing.T) {
 		}
 		for _, r := range []*ocilocal.LocalRegistry{a, b} {
 			p := repository(t, r, "localhost/app")
-			_, err := p.PutManifest(t.Context(), "", []byte(manifest), nil)
+			if ok, err := p.Exists(t.Context(), blobOf("layer")); ok || err != nil {
+				t.Errorf("%s: %v, %v", what, ok, err)
+			}
+			serveAt(t, r, nil).want(404, "HEAD", "/v2/app/blobs/"+blobOf("layer").Digest.String(), "")
+			_, err := repository(t, r, "localhost/other").Mount(t.Context(), blobOf("layer").Digest, p)
+			mustFail(t, err, ocilocal.ErrNotFound)
+			_, err = p.PutManifest(t.Context(), "", []byte(manifest), nil)
 			if !errors.Is(err, ocilocal.ErrIncomplete) {
 				t.Errorf("%s: %v", what, err)
 			}

@@ -100,26 +100,33 @@ func (p *Repository) find(d digest.Digest, published, held func() error) error {
 	return err
 }
 
-// locate returns the file and size of content that the repository shows.
+// locate returns the file and size of content that the repository shows. It reads a held file that
+// this handle has not verified, and does not find it if it is damaged. A client that hears that the
+// blob is here does not put it again, so the damage would stay, and each manifest that needs the
+// blob would be refused.
 //
-// Errors: those of find, and any error of the file system.
-func (p *Repository) locate(d digest.Digest) (name string, size int64, err error) {
+// Errors: those of find, and any error from ctx or the file system.
+func (p *Repository) locate(ctx context.Context, d digest.Digest) (name string, size int64, err error) {
 	store := p.registry.blobs
 	err = p.find(d, func() (err error) {
 		name = blobPath(d)
 		size, err = store.size(d)
 		return err
-	}, func() (err error) {
-		name, size, err = store.heldFile(p.name, d)
-		return err
+	}, func() error {
+		b, err := p.openHeld(d)
+		if err != nil {
+			return err
+		}
+		name, size = b.name, b.size
+		return notHeld(d, errors.Join(store.ensureVerified(ctx, b.file, b.name, d), b.file.Close()))
 	})
 	return name, size, err
 }
 
-// open opens the file that locate finds. It takes one look at the directory where locate and an open
-// would take two.
+// open opens the file of content that the repository shows. It reads no byte of it, so a held file
+// may be damaged.
 //
-// Errors: those of locate.
+// Errors: those of find, and any error of the file system.
 func (p *Repository) open(d digest.Digest) (b foundBlob, err error) {
 	err = p.find(d, func() (err error) {
 		b.name = blobPath(d)
@@ -158,7 +165,8 @@ func (p *Repository) manifest(q queryer, d digest.Digest) (ocispec.Descriptor, e
 }
 
 // Stat returns the descriptor of a manifest or blob: for a manifest with its media type and
-// artifact type, for a blob with the media type application/octet-stream. It reads no content.
+// artifact type, for a blob with the media type application/octet-stream. It reads no content,
+// except once of a held blob that another handle has put: a power cut may have damaged that.
 //
 // Errors: [ErrNotFound], [ErrInvalidDigest], [ErrCorruptIndex], [ErrIndexIO], and any error from
 // ctx or the file system.
@@ -190,7 +198,7 @@ func (p *Repository) StatBlob(ctx context.Context, d digest.Digest) (_ ocispec.D
 		return ocispec.Descriptor{}, err
 	}
 	defer end()
-	_, size, err := p.locate(d)
+	_, size, err := p.locate(ctx, d)
 	if err != nil {
 		return ocispec.Descriptor{}, err
 	}

@@ -39,11 +39,12 @@ func (p *Repository) PutBlob(ctx context.Context, src io.Reader, want digest.Dig
 }
 
 // Mount puts a blob into the repository that another one shows. If the file system has hard links,
-// the blob is not copied. If from is nil, any blob of the registry can be mounted. Everybody who
+// the blob is not copied. It is read once, unless this handle has verified it. If from is nil, any blob of the registry can be mounted. Everybody who
 // may call Mount so, and knows a digest, then gets the content.
 //
-// Errors: [ErrNotFound], [ErrInvalidDigest], [ErrReadOnly], and any error from ctx or the file
-// system.
+// Errors:
+//   - [ErrNotFound]: there is no such blob, or it is damaged
+//   - [ErrInvalidDigest], [ErrReadOnly], and any error from ctx or the file system
 func (p *Repository) Mount(ctx context.Context, d digest.Digest, from *Repository) (_ ocispec.Descriptor, err error) {
 	defer addOp(&err, "mount blob in", p.name, d)
 	end, err := p.registry.beginWrite(ctx)
@@ -55,7 +56,7 @@ func (p *Repository) Mount(ctx context.Context, d digest.Digest, from *Repositor
 	var name string
 	var size int64
 	if from != nil {
-		name, size, err = from.locate(d)
+		name, size, err = from.locate(ctx, d)
 	} else if size, err = store.size(d); err == nil {
 		name = blobPath(d)
 	} else if errors.Is(err, ErrNotFound) {

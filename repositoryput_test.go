@@ -168,6 +168,24 @@ func TestMount(t *testing.T) {
 	push(t, b, manifest)
 }
 
+// TestMountDamaged: a damaged blob cannot be mounted, published or held. A client that mounts it would
+// not send the bytes, and its manifest would be refused.
+func TestMountDamaged(t *testing.T) {
+	r := openTemp(t, nil)
+	a, b := repository(t, r, "localhost/a"), repository(t, r, "localhost/b")
+	pushImage(t, a, "v1", "layer") // the published file and the held one are the same
+	spoil(t, r, blobOf("layer").Digest, "lAyer")
+	for _, from := range []*ocilocal.Repository{a, nil} {
+		_, err := b.Mount(t.Context(), blobOf("layer").Digest, from)
+		mustFail(t, err, ocilocal.ErrNotFound)
+	}
+	manifest, _ := image("layer")
+	push(t, b, manifest, "{}", "layer")
+	if _, err := repository(t, r, "localhost/c").Mount(t.Context(), blobOf("layer").Digest, a); err != nil {
+		t.Error(err)
+	}
+}
+
 // expire makes all content too old that repositories hold.
 func expire(t *testing.T, r *ocilocal.LocalRegistry) {
 	t.Helper()

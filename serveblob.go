@@ -190,7 +190,7 @@ func (x *exchange) prepare(b *servedBlob) (err error) {
 func (x *exchange) find(d digest.Digest, sizeOnly bool) (_ *servedBlob, err error) {
 	b := &servedBlob{}
 	if sizeOnly {
-		b.name, b.size, err = x.repo.locate(d)
+		b.name, b.size, err = x.repo.locate(x.r.Context(), d)
 	} else {
 		b.foundBlob, err = x.repo.open(d)
 	}
