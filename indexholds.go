@@ -40,15 +40,16 @@ const (
 		UNION ALL
 		SELECT EXISTS (SELECT 1 FROM refs WHERE manifest = up.id AND name = ?2) OR EXISTS (SELECT 1 FROM holds WHERE content = up.id AND name = ?2) FROM up`
 
-	// A row if one of the manifests to which the name ?2 leads needs ?1. The first query finds those
-	// with a ref, and the second one the others.
+	// A row if ?1 is one of the manifests to which the name ?2 leads, or if one of them needs it. The
+	// first query finds what those with a ref need, and the second one what all are, and what the others need.
 	sqlShownDown = `WITH RECURSIVE down (id) AS (SELECT manifest FROM refs WHERE name = ?2
 		UNION SELECT content FROM holds WHERE name = ?2
 		UNION SELECT m.content FROM down CROSS JOIN members m WHERE m.manifest = down.id AND m.role = 3
 		UNION SELECT m.id FROM down CROSS JOIN manifests m WHERE ?3 AND m.subject = down.id AND ` + nameless + `)
 		SELECT 1 FROM content c CROSS JOIN refs r CROSS JOIN members m WHERE c.digest = ?1 AND r.name = ?2 AND m.content = c.id AND m.manifest = r.manifest
 		UNION ALL
-		SELECT 1 FROM content c CROSS JOIN down CROSS JOIN members m WHERE c.digest = ?1 AND m.content = c.id AND m.manifest = down.id LIMIT 1`
+		SELECT 1 FROM content c CROSS JOIN down WHERE c.digest = ?1
+			AND (down.id = c.id OR EXISTS (SELECT 1 FROM members m WHERE m.content = c.id AND m.manifest = down.id)) LIMIT 1`
 
 	// A manifest m that has no ref, that no repository holds, and that no other one needs.
 	nameless = `NOT EXISTS (SELECT 1 FROM refs WHERE manifest = m.id)

@@ -4,6 +4,8 @@ import (
 	"fmt"
 	"testing"
 
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
 	"github.com/ocilocal/ocilocal"
 )
 
@@ -50,5 +52,32 @@ func TestRepositorySharedBlob(t *testing.T) {
 	}
 	if ok, err := p.Exists(t.Context(), blobOf("{}")); !ok || err != nil {
 		t.Errorf("%v, %v", ok, err)
+	}
+}
+
+// TestRepositoryLongLineage: a chain of referrers without a name is longer than a search goes up. The
+// repository shows the last one by its subject, like the first one. Another repository does not.
+func TestRepositoryLongLineage(t *testing.T) {
+	r := openTemp(t, nil)
+	p, none := repository(t, r, "localhost/app"), repository(t, r, "localhost/none")
+	last := pushImage(t, p, "v1", "image")
+	manifest, config := image("layer")
+	push(t, p, manifest, config, "layer")
+	var chain []ocispec.Descriptor
+	for range 210 {
+		last = push(t, p, referring(manifest, last))
+		chain = append(chain, last)
+	}
+	execIndex(t, r.Root(), "DELETE FROM holds")
+	showsManifests(t, p, true, chain...)
+	showsManifests(t, none, false, chain...)
+	n := 0
+	for _, err := range p.Referrers(t.Context(), chain[208].Digest, nil) {
+		if n++; err != nil {
+			t.Error(err)
+		}
+	}
+	if n != 1 {
+		t.Errorf("the last but one has %d referrers", n)
 	}
 }
