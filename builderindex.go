@@ -178,8 +178,9 @@ func (r *LocalRegistry) checkMembers(ctx context.Context, m *Manifest, absent ma
 // checkMemberRows checks, in the transaction that publishes an image index, that the manifests
 // below it are still recorded and whole. A collection may have begun to delete them since
 // checkMembers. publish checks only the manifests that it writes itself, and not those that are
-// published already. Those in absent need not be.
+// published already. Those in absent need not be, whether m names them or a manifest below it does.
 func (r *LocalRegistry) checkMemberRows(ctx context.Context, tx *indexTx, m *Manifest, absent map[digest.Digest]bool) error {
+	var members []ocispec.Descriptor
 	for i, d := range m.children() {
 		if m.childRole(i) != roleManifest || absent[d.Digest] {
 			continue
@@ -188,12 +189,10 @@ func (r *LocalRegistry) checkMemberRows(ctx context.Context, tx *indexTx, m *Man
 		if err == nil && !ok {
 			err = fmt.Errorf("%w: manifest %s: %w", ErrIncomplete, d.Digest, ErrNotFound)
 		}
-		if err == nil {
-			err = r.checkClosure(ctx, tx, desc)
-		}
 		if err != nil {
 			return err
 		}
+		members = append(members, desc)
 	}
-	return nil
+	return r.checkClosure(ctx, tx, absent, members...)
 }

@@ -591,13 +591,13 @@ func (im *importer) lacks(ctx context.Context, desc ocispec.Descriptor) (bool, e
 	if im.absent.manifests[desc.Digest] {
 		return true, nil
 	}
-	err := im.blob(ctx, desc, roleManifest)
-	if !errors.Is(err, ErrIncomplete) {
+	// A mirror may fetch the member at any time. Asked after the look, mayLack could find it here.
+	may, err := im.mayLack(desc.Digest)
+	if err != nil {
 		return false, err
 	}
-	may, failed := im.mayLack(desc.Digest)
-	if failed != nil || !may {
-		return false, errors.Join(err, failed)
+	if err := im.blob(ctx, desc, roleManifest); !may || !errors.Is(err, ErrIncomplete) {
+		return false, err
 	}
 	im.absent.add(desc, roleManifest)
 	return true, nil

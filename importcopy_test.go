@@ -2,7 +2,12 @@ package ocilocal_test
 
 import (
 	"fmt"
+	"io"
+	"io/fs"
+	"net/http"
 	"path/filepath"
+	"strings"
+	"sync/atomic"
 	"testing"
 
 	"github.com/opencontainers/go-digest"
@@ -83,4 +88,67 @@ func TestImportRegistrySkipsReferrers(t *testing.T) {
 	if found := problems(t, dst, nil, nil); len(found) > 0 {
 		t.Errorf("%q", found)
 	}
+}
+
+// TestImportAbsentMeanwhile imports an image index with an absent member. When the import has
+// looked for the member in vain, a client brings it. It still may be absent.
+func TestImportAbsentMeanwhile(t *testing.T) {
+	t.Parallel()
+	amd, arm := imageOf("amd"), imageOf("arm")
+	index := imageIndexOf(desc(imageType, amd), desc(imageType, arm))
+	mirror := func(t *testing.T) *servedMirror {
+		m := newMirror(t, nil, nil)
+		for _, layer := range []string{"amd", "arm"} {
+			m.origin.pushImage("org/app", "", layer)
+		}
+		m.origin.want(201, "PUT", appManifests+"v1", index, "Content-Type", indexType)
+		for _, path := range []string{appManifests + "v1", manifestAt(amd), blobAt("amd"), blobAt("{}")} {
+			m.want(200, "GET", path, "")
+		}
+		return m
+	}
+	local := ocilocal.MustParseReference("localhost/org/app:v1")
+	t.Run("from a registry", func(t *testing.T) {
+		m, r := mirror(t), openTemp(t, nil)
+		var looked atomic.Bool
+		ocilocal.SetFault(m.r, func(op, name string) error {
+			if op != "open" || !strings.HasSuffix(name, digestOfText(arm).Encoded()) || looked.Swap(true) {
+				return nil
+			}
+			if a, err := m.try("GET", manifestAt(arm), nil); err != nil || a.status != 200 {
+				t.Errorf("%d %s, %v", a.status, a.body, err)
+			}
+			return fs.ErrNotExist
+		})
+		if got, err := r.ImportRegistry(t.Context(), m.r, local, nil); err != nil || len(got.Absent) != 1 {
+			t.Errorf("%+v, %v", got, err)
+		}
+		checkSound(t, r)
+	})
+	t.Run("by a pull", func(t *testing.T) {
+		m := mirror(t)
+		m.intercept(func(w http.ResponseWriter, r *http.Request) bool {
+			if r.URL.Path != manifestAt(arm) {
+				return false
+			}
+			for _, text := range []string{"arm", "{}"} {
+				to := "/v2/org/other/blobs/uploads/?digest=" + string(digestOfText(text))
+				if a, err := m.try("POST", to, strings.NewReader(text)); err != nil || a.status != 201 {
+					t.Errorf("%d %s, %v", a.status, a.body, err)
+				}
+			}
+			if a, err := m.try("PUT", "/v2/org/other/manifests/v1", strings.NewReader(arm)); err != nil || a.status != 201 {
+				t.Errorf("%d %s, %v", a.status, a.body, err)
+			}
+			w.WriteHeader(404)
+			io.WriteString(w, `{"errors":[{"code":"MANIFEST_UNKNOWN"}]}`)
+			return true
+		})
+		from := ocilocal.MustParseReference(m.origin.host + "/org/app:v1")
+		got, err := m.r.Pull(t.Context(), from, &ocilocal.PullOptions{As: local, Remote: m.opts.Upstream.Remote})
+		if err != nil || len(got.Absent) != 1 {
+			t.Errorf("%+v, %v", got, err)
+		}
+		checkSound(t, m.r)
+	})
 }

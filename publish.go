@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"slices"
 	"time"
@@ -399,13 +400,19 @@ func (r *LocalRegistry) guarded(fn func(*indexTx) error) func(*indexTx) error {
 	}
 }
 
-// checkClosure returns [ErrIncomplete] unless all content that a manifest needs, by the index's
-// rows, has files of the right size. It does not read them. Members of image indexes and foreign
-// layers may be absent. Other blobs are absent where a mirror has not fetched them yet, and are
-// missing here.
-func (r *LocalRegistry) checkClosure(ctx context.Context, q queryer, desc ocispec.Descriptor) error {
-	down := descent{q: q, lacked: func(c member) bool { return c.role != roleManifest && !foreignLayer(c.desc.MediaType) }}
-	return down.each(ctx, desc, func(d ocispec.Descriptor) error {
-		return incomplete(r.blobs.checkSize(d.Digest, d.Size))
-	})
+// checkClosure returns [ErrIncomplete] unless all content that manifests need, by the index's rows,
+// has files of the right size. It does not read them. Members of image indexes and foreign layers
+// may be absent. Other blobs are absent where a mirror has not fetched them yet, and are missing
+// here. Manifests in skip are not looked at, and neither is what only they need.
+func (r *LocalRegistry) checkClosure(ctx context.Context, q queryer, skip map[digest.Digest]bool, roots ...ocispec.Descriptor) error {
+	down := descent{q: q, seen: maps.Clone(skip), lacked: func(c member) bool { return c.role != roleManifest && !foreignLayer(c.desc.MediaType) }}
+	for _, root := range roots {
+		err := down.each(ctx, root, func(d ocispec.Descriptor) error {
+			return incomplete(r.blobs.checkSize(d.Digest, d.Size))
+		})
+		if err != nil {
+			return err
+		}
+	}
+	return nil
 }

@@ -360,7 +360,7 @@ func (p *puller) configFits(ctx context.Context, m *Manifest) bool {
 
 // whole reports whether everything that a manifest needs is here, judged by sizes.
 func (p *puller) whole(ctx context.Context, desc ocispec.Descriptor) bool {
-	return p.registry.checkClosure(ctx, p.registry.index, desc) == nil
+	return p.registry.checkClosure(ctx, p.registry.index, nil, desc) == nil
 }
 
 // full reports whether everything is here that a pull would bring: what whole looks for, and the

@@ -74,7 +74,7 @@ func (r *LocalRegistry) tagIn(ctx context.Context, tx *indexTx, d digest.Digest,
 	if u.Outcome == Conflicted {
 		return u, u.conflict(o.Expected)
 	}
-	if err := r.checkClosure(ctx, tx, desc); err != nil || u.Outcome == Unchanged {
+	if err := r.checkClosure(ctx, tx, nil, desc); err != nil || u.Outcome == Unchanged {
 		return u, err
 	}
 	// The platform and the annotations of another ref describe the same manifest.

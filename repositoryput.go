@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"time"
 
 	"github.com/opencontainers/go-digest"
@@ -103,7 +104,7 @@ type PutManifestOptions struct {
 //   - those of [ParseManifest]
 //   - [ErrReadOnly], [ErrBusy], [ErrNoSpace], and any error from ctx or the file system
 func (p *Repository) PutManifest(ctx context.Context, mediaType string, raw []byte, opts *PutManifestOptions) (RefUpdate, error) {
-	return p.putManifest(ctx, opts, func() (*Manifest, error) {
+	return p.putManifest(ctx, opts, nil, func() (*Manifest, error) {
 		if len(raw) > MaxManifestSize { // before the copy
 			return nil, tooLargeManifest(len(raw))
 		}
@@ -112,7 +113,8 @@ func (p *Repository) PutManifest(ctx context.Context, mediaType string, raw []by
 }
 
 // putManifest is PutManifest of the manifest that parse returns. It may change the digest of that.
-func (p *Repository) putManifest(ctx context.Context, opts *PutManifestOptions, parse func() (*Manifest, error)) (u RefUpdate, err error) {
+// lacked are members, of it or below it, that may be absent: see [exchange.complete].
+func (p *Repository) putManifest(ctx context.Context, opts *PutManifestOptions, lacked map[digest.Digest]bool, parse func() (*Manifest, error)) (u RefUpdate, err error) {
 	var o PutManifestOptions
 	if opts != nil {
 		o = *opts
@@ -147,7 +149,7 @@ func (p *Repository) putManifest(ctx context.Context, opts *PutManifestOptions, 
 	}
 	st := p.registry.blobs.newStage()
 	defer func() { p.registry.logDiscard(st.discard()) }()
-	absent, err := p.takeChildren(ctx, st, m)
+	absent, err := p.takeChildren(ctx, st, m, lacked)
 	if err != nil {
 		return u, err
 	}
@@ -189,23 +191,38 @@ func (p *Repository) holdReplaced(tx *indexTx, from, to digest.Digest) error {
 // A manifest may only name content of this repository. Otherwise a client that knows a digest could
 // put a manifest with it, and read the content of another repository.
 //
-// The result is the members of an image index that may be absent: those that are recorded as absent,
-// if the repository has this index already. Then a put adds no claim, and is what Tag would be. A new
-// index may not name them: a client that has not put a member may have forgotten it.
-func (p *Repository) takeChildren(ctx context.Context, st *stage, m *Manifest) (absent map[digest.Digest]bool, err error) {
+// The result is the members of an image index that may be absent: those in lacked, and those that
+// are recorded as absent, if the repository has this index already. Then a put adds no claim, and
+// is what Tag would be. A new index may not name them: a client that has not put a member may have
+// forgotten it. A mirror may fetch a member at any time. So the first question is whether it is
+// absent, and the second one whether it is here: in the other order, both answers could be no.
+func (p *Repository) takeChildren(ctx context.Context, st *stage, m *Manifest, lacked map[digest.Digest]bool) (absent map[digest.Digest]bool, err error) {
 	seen := map[digest.Digest]bool{}
 	absent = map[digest.Digest]bool{}
+	maps.Copy(absent, lacked)
+	known := false
+	if m.IsIndex() {
+		if known, err = p.has(m.digest); err != nil {
+			return nil, err
+		}
+	}
 	for i, c := range m.children() {
 		if seen[c.Digest] {
 			continue
 		}
 		seen[c.Digest] = true
 		if m.childRole(i) == roleManifest {
-			_, err := p.manifest(p.registry.index, c.Digest)
-			if errors.Is(err, ErrNotFound) {
-				if absent[c.Digest], err = p.mayLack(m, c.Digest); err == nil && !absent[c.Digest] {
-					err = missing(c.Digest)
+			if known && !absent[c.Digest] {
+				if absent[c.Digest], err = isAbsent(p.registry.index, c.Digest); err != nil {
+					return nil, err
 				}
+			}
+			if absent[c.Digest] {
+				continue
+			}
+			here, err := p.has(c.Digest)
+			if err == nil && !here {
+				err = missing(c.Digest)
 			}
 			if err != nil {
 				return nil, err
@@ -248,16 +265,13 @@ func (p *Repository) takeChildren(ctx context.Context, st *stage, m *Manifest) (
 	return absent, p.registry.checkMembers(ctx, m, absent)
 }
 
-// mayLack reports whether the repository has the image index m, with the member d recorded as absent.
-func (p *Repository) mayLack(m *Manifest, d digest.Digest) (bool, error) {
-	_, err := p.manifest(p.registry.index, m.digest)
+// has reports whether the repository shows a manifest.
+func (p *Repository) has(d digest.Digest) (bool, error) {
+	_, err := p.manifest(p.registry.index, d)
 	if errors.Is(err, ErrNotFound) {
 		return false, nil
 	}
-	if err != nil {
-		return false, err
-	}
-	return isAbsent(p.registry.index, d)
+	return err == nil, err
 }
 
 // missing is the error for content that a manifest needs and that the repository does not have. The

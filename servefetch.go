@@ -398,24 +398,47 @@ func (m *Manifest) needs() []need {
 	return all
 }
 
-// complete fetches what a pushed manifest needs and what is absent here: HEAD has told the client that
-// it is here. The members of an image index are completed, too. If the repository has that index
-// already, its absent members stay absent. If the upstream does not have something, that is no error
-// here: the publish knows whether it may be absent.
-func (x *exchange) complete(d digest.Digest, needs []need) error {
+// complete fetches what a pushed manifest needs and what is absent here: HEAD has told the client
+// that it is here. The members of an image index are completed, too. If the repository has that
+// index already, its absent members stay absent, and so do those of an index below it. If the
+// upstream does not have something, that is no error here: the publish knows whether it may be
+// absent.
+//
+// The result is the members that stay absent. The publish must not ask again which they are: while
+// complete waits for the upstream, another client may fetch the manifest of one of them, and not
+// its layers. So a push is judged by one look at each member. A member that was absent then may be
+// absent, whatever has come of it since, as if the push had been before that fetch. A member that
+// was here is complete in the end, or the publish refuses it. Collections keep it meanwhile, because
+// something in the repository leads to it.
+func (x *exchange) complete(d digest.Digest, needs []need) (lacked map[digest.Digest]bool, err error) {
 	ctx, q := x.r.Context(), x.registry.index
-	_, err := x.repo.manifest(q, d)
-	if err != nil && !errors.Is(err, ErrNotFound) {
-		return err
+	known, err := x.repo.has(d)
+	if err != nil {
+		return nil, err
 	}
-	known := err == nil
-	down := descent{q: q, lacked: func(c member) bool { return c.role != roleManifest }}
+	lacked = map[digest.Digest]bool{}
+	down := descent{q: q, lacked: func(c member) bool {
+		if c.role == roleManifest {
+			lacked[c.desc.Digest] = true
+		}
+		return c.role != roleManifest
+	}}
 	for _, c := range needs {
 		if c.role != roleManifest {
 			if err := x.bring(c.digest); err != nil {
-				return err
+				return nil, err
 			}
 			continue
+		}
+		if known {
+			absent, err := isAbsent(q, c.digest)
+			if err != nil {
+				return nil, err
+			}
+			if absent {
+				lacked[c.digest] = true
+				continue
+			}
 		}
 		member, err := x.repo.manifest(q, c.digest)
 		if errors.Is(err, ErrNotFound) && !known {
@@ -425,10 +448,15 @@ func (x *exchange) complete(d digest.Digest, needs []need) error {
 			err = down.each(ctx, member, func(d ocispec.Descriptor) error { return x.bring(d.Digest) })
 		}
 		if err != nil && !errors.Is(err, ErrNotFound) {
-			return err
+			return nil, err
 		}
 	}
-	return nil
+	if !known { // what a new index names must be here, even if an index below it lacks it
+		for _, c := range needs {
+			delete(lacked, c.digest)
+		}
+	}
+	return lacked, nil
 }
 
 // bring fetches a config or layer that is absent. It does nothing if the repository has it, or if

@@ -485,6 +485,87 @@ func TestServePutPartial(t *testing.T) {
 	checkSound(t, m.r)
 }
 
+// TestServePutMeanwhile pushes image indexes to a mirror. While that fetches a layer of one member
+// for the push, another client fetches the manifest of a member that was absent, and none of its
+// layers. The push does not depend on that member.
+func TestServePutMeanwhile(t *testing.T) {
+	t.Parallel()
+	amd, arm, gone := imageOf("amd"), imageOf("arm"), imageOf("gone")
+	flat := imageIndexOf(desc(imageType, arm), desc(imageType, amd))
+	nested := imageIndexOf(desc(indexType, flat))
+	mirror := func(t *testing.T, indexes ...string) (m *servedMirror, meanwhile func() (done func())) {
+		m = newMirror(t, nil, nil)
+		for _, layer := range []string{"amd", "arm"} {
+			m.origin.pushImage("org/app", "", layer)
+		}
+		for _, index := range indexes {
+			m.origin.want(201, "PUT", manifestAt(index), index, "Content-Type", indexType)
+			m.want(200, "GET", manifestAt(index), "")
+		}
+		m.want(200, "GET", manifestAt(amd), "")
+		return m, func() func() {
+			var asked atomic.Bool
+			m.intercept(func(_ http.ResponseWriter, r *http.Request) bool {
+				if r.Method == "GET" && r.URL.Path == blobAt("amd") {
+					asked.Store(true)
+					if a, err := m.try("GET", manifestAt(arm), nil); err != nil || a.status != 200 {
+						t.Errorf("another client: %d %s, %v", a.status, a.body, err)
+					}
+				}
+				return false
+			})
+			m.requests("")
+			return func() {
+				t.Helper()
+				m.intercept(nil)
+				if got := m.requests(blobAt("arm")); len(got) > 0 || !asked.Load() {
+					t.Errorf("the origin was asked for amd: %t, and %v", asked.Load(), got)
+				}
+				m.want(200, "GET", blobAt("amd"), "")
+				checkSound(t, m.r)
+			}
+		}
+	}
+	t.Run("an index that is here", func(t *testing.T) {
+		m, meanwhile := mirror(t, flat)
+		done := meanwhile()
+		m.want(201, "PUT", appManifests+"v2", flat, "Content-Type", indexType)
+		done()
+		// The next push finds the member, and completes it.
+		m.want(201, "PUT", appManifests+"v3", flat, "Content-Type", indexType)
+		m.wantRequests("GET " + blobAt("arm"))
+	})
+	t.Run("below an index that is here", func(t *testing.T) {
+		m, meanwhile := mirror(t, flat, nested)
+		done := meanwhile()
+		m.want(201, "PUT", appManifests+"v2", nested, "Content-Type", indexType)
+		done()
+	})
+	t.Run("below a new index", func(t *testing.T) {
+		m, meanwhile := mirror(t, flat)
+		done := meanwhile()
+		m.want(201, "PUT", appManifests+"v2", nested, "Content-Type", indexType)
+		done()
+	})
+	t.Run("what a new index itself names must come", func(t *testing.T) {
+		sparse := imageIndexOf(desc(imageType, amd), desc(imageType, gone), desc(imageType, arm))
+		m, _ := mirror(t)
+		m.origin.pushImage("org/app", "", "gone")
+		m.origin.want(201, "PUT", manifestAt(sparse), sparse, "Content-Type", indexType)
+		m.want(200, "GET", manifestAt(sparse), "")
+		m.origin.want(202, "DELETE", manifestAt(sparse), "")
+		m.origin.want(202, "DELETE", manifestAt(gone), "")
+		a := m.want(400, "PUT", appManifests+"v2", imageIndexOf(desc(indexType, sparse), desc(imageType, gone)), "Content-Type", indexType)
+		if a.code() != "MANIFEST_BLOB_UNKNOWN" {
+			t.Error(a.body)
+		}
+		m.requests("")
+		m.want(201, "PUT", appManifests+"v2", imageIndexOf(desc(indexType, sparse), desc(imageType, arm)), "Content-Type", indexType)
+		m.wantRequests("GET "+manifestAt(arm), "GET "+blobAt("arm"))
+		checkSound(t, m.r)
+	})
+}
+
 // TestServeFollowRange: a range of a large blob begins while the blob arrives. Its last byte comes when
 // the whole blob is there and right.
 func TestServeFollowRange(t *testing.T) {

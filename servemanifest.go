@@ -8,6 +8,7 @@ import (
 	"mime"
 	"net/http"
 
+	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
@@ -129,11 +130,12 @@ func (x *exchange) putManifest() error {
 	if err != nil {
 		return err
 	}
+	var lacked map[digest.Digest]bool
 	if x.upstream != nil {
 		d, needs := cmp.Or(x.digest, m.digest), m.needs()
 		m = nil
 		turn.end()
-		if err := x.complete(d, needs); err != nil {
+		if lacked, err = x.complete(d, needs); err != nil {
 			return err
 		}
 		if m, err = parse(); err != nil {
@@ -144,7 +146,7 @@ func (x *exchange) putManifest() error {
 	if x.tag != "" {
 		opts.Policy = Replace
 	}
-	u, err := x.repo.putManifest(x.r.Context(), opts, func() (*Manifest, error) { return m, nil })
+	u, err := x.repo.putManifest(x.r.Context(), opts, lacked, func() (*Manifest, error) { return m, nil })
 	if errors.Is(err, ErrNotFound) && !errors.Is(err, ErrIncomplete) {
 		// A member of the manifest is missing. As ErrNotFound it would be a 404 about the manifest.
 		err = errors.Join(ErrIncomplete, err)

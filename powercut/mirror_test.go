@@ -265,13 +265,6 @@ func (c *puller) step(reg *ocilocal.LocalRegistry, dir, tag string, p *push) err
 	}
 	p.digest = digest.FromString(p.raw)
 	_, err := send("PUT", c.base+"/v2/org/app/manifests/"+tag, p.raw, 201, "")
-	if err != nil && strings.Contains(err.Error(), "MANIFEST_BLOB_UNKNOWN") {
-		// A known fault, which is not about power cuts: beside a collection with no grace, a mirror
-		// now and then refuses a push that names a layer which another client is fetching. Nothing
-		// was acknowledged.
-		c.t.Logf("refused: %v", err)
-		p.digest, err = "", nil
-	}
 	return err
 }
 
