@@ -222,20 +222,25 @@ func (u *incoming) finish(ctx context.Context, repository string, d digest.Diges
 	return u.close()
 }
 
-// sweepUpload removes an upload that no request has.
-func (s *blobStore) sweepUpload(name string) error {
+// sweepUpload removes an upload that no request has, and that has had no byte since a moment. The
+// caller has asked uploadIdleSince. A request may have continued the upload and ended since, so the
+// time is compared again when the upload is locked. swept is false if the upload stays.
+func (s *blobStore) sweepUpload(name string, moment time.Time) (swept bool, err error) {
 	fi, err := s.root.Lstat(name)
 	if err != nil || !fi.Mode().IsRegular() || !isUploadName(path.Base(name)) {
-		return ignoreNotExist(err)
+		return err != nil, ignoreNotExist(err)
 	}
 	f, err := s.root.openLocked(name)
 	if f == nil {
 		if errors.Is(err, fs.ErrPermission) {
 			err = nil // another user's: theirs to sweep
 		}
-		return err
+		return false, err
 	}
-	return errors.Join(ignoreNotExist(s.root.Remove(name)), f.Close())
+	if fi, err = f.Stat(); err == nil && !fi.ModTime().After(moment) {
+		swept, err = true, ignoreNotExist(s.root.Remove(name))
+	}
+	return swept, errors.Join(err, f.Close())
 }
 
 // countUploads returns how many uploads there are, counting up to limit. If there are that many, it
@@ -249,7 +254,9 @@ func (s *blobStore) countUploads(ctx context.Context, limit int, before time.Tim
 		err := s.root.eachEntry(ctx, dir, func(name string) error {
 			name = path.Join(dir, name)
 			if sweep && s.uploadIdleSince(name, before) {
-				return s.sweepUpload(name)
+				if swept, err := s.sweepUpload(name, before); swept || err != nil {
+					return err
+				}
 			}
 			if n++; n >= limit && !sweep {
 				return errStop

@@ -319,7 +319,8 @@ func (r *LocalRegistry) sweepUploads(ctx context.Context, before time.Time) erro
 	}
 	err := r.root.eachEntry(ctx, dir, func(name string) error {
 		if name = path.Join(dir, name); r.blobs.uploadIdleSince(name, before) {
-			return r.blobs.sweepUpload(name)
+			_, err := r.blobs.sweepUpload(name, before)
+			return err
 		}
 		return nil
 	})

@@ -41,7 +41,7 @@ const (
 		SELECT EXISTS (SELECT 1 FROM refs WHERE manifest = up.id AND name = ?2) OR EXISTS (SELECT 1 FROM holds WHERE content = up.id AND name = ?2) FROM up`
 
 	// A row if ?1 is one of the manifests to which the name ?2 leads, or if one of them needs it. The
-	// first query finds what those with a ref need, and the second one what all are, and what the others need.
+	// first query finds what those with a ref need, because most questions end there.
 	sqlShownDown = `WITH RECURSIVE down (id) AS (SELECT manifest FROM refs WHERE name = ?2
 		UNION SELECT content FROM holds WHERE name = ?2
 		UNION SELECT m.content FROM down CROSS JOIN members m WHERE m.manifest = down.id AND m.role = 3
