@@ -130,6 +130,10 @@ func (r *LocalRegistry) Handler(opts *HandlerOptions) http.Handler {
 	if h.opts.Host == "" {
 		h.opts.Host = defaultHost
 	}
+	// The catalog looks for this prefix in the index, where names are canonical.
+	if name, err := canonicalName(h.opts.Host + "/a/b"); err == nil {
+		h.opts.Host = strings.TrimSuffix(name, "/a/b")
+	}
 	if h.opts.MaxUploads == 0 {
 		h.opts.MaxUploads = defaultMaxUploads
 	}

@@ -97,6 +97,16 @@ func TestServeNames(t *testing.T) {
 	if a := host.want(200, "GET", "/v2/_catalog", ""); !strings.Contains(a.body, `["library/alpine"]`) {
 		t.Error(a.body)
 	}
+	// Another spelling of the host is the same host.
+	for _, spelled := range []string{"index.docker.io", "DOCKER.io"} {
+		host := serveAt(t, r, &ocilocal.HandlerOptions{Host: spelled})
+		host.want(200, "GET", "/v2/library/alpine/manifests/3", "")
+		for last, want := range map[string]string{"": `["library/alpine"]`, "alpine": `["library/alpine"]`, "library/alpine": `[]`} {
+			if a := host.want(200, "GET", "/v2/_catalog?last="+last, ""); !strings.Contains(a.body, want) {
+				t.Errorf("%s after %q: %s", spelled, last, a.body)
+			}
+		}
+	}
 	ns := serveAt(t, r, &ocilocal.HandlerOptions{Name: func(r *http.Request, repository string) (string, error) {
 		switch host := r.URL.Query().Get("ns"); host {
 		case "":

@@ -120,23 +120,24 @@ func (x *exchange) catalog() error {
 	if err != nil {
 		return err
 	}
-	prefix := x.opts.Host + "/"
-	list := &ListOptions{Prefix: prefix, Limit: n + 1}
+	prefix, after := x.opts.Host+"/", ""
 	if last := q.Get("last"); last != "" {
-		if len(last) > maxNameLen {
+		if len(last) > maxNameLen || repositoryFault(last) >= 0 {
 			return serveErrorf(http.StatusBadRequest, codeNameInvalid, "last is not a repository")
 		}
-		if list.After, err = referenceFromKey(prefix+last, defaultTag); err != nil {
-			return serveErrorf(http.StatusBadRequest, codeNameInvalid, "last is not a repository")
-		}
+		after = prefix + last // it need not exist, or be a canonical name
 	}
 	names := []string{}
 	if n > 0 {
-		for name, err := range x.registry.Repositories(x.r.Context(), list) {
-			if err != nil {
-				return err
+		err := x.registry.within(x.r.Context(), func() error {
+			page, err := x.registry.index.names(prefix, after, prefixEnd(prefix), n+1)
+			for _, name := range page {
+				names = append(names, name[len(prefix):])
 			}
-			names = append(names, name[len(prefix):])
+			return err
+		})
+		if err != nil {
+			return err
 		}
 	}
 	if len(names) > n {
