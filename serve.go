@@ -42,8 +42,9 @@ type HandlerOptions struct {
 	// MinChunk, if positive, is the size of chunks in bytes that clients are asked for, except for
 	// the last one. Smaller chunks are taken as well.
 	MinChunk int64
-	// StallTimeout ends a request without progress: within that time a client must send or take
-	// 4 KiB. Zero means one minute, and a negative value is no limit.
+	// StallTimeout ends a request without progress: within that time a client must send 4 KiB. Zero
+	// means one minute, and a negative value is no limit. A client may take an answer as slowly as
+	// 2 MiB in ten times that time: the kernel does not tell in smaller steps how much it takes.
 	StallTimeout time.Duration
 }
 

@@ -3,6 +3,7 @@ package ocilocal
 import (
 	"errors"
 	"io"
+	"math"
 	"net/http"
 	"time"
 )
@@ -19,6 +20,12 @@ import (
 // well. So both are removed when they have done their work.
 const minProgress = 4 << 10
 
+// takeTimes is how many times StallTimeout a client has to make room for a part of the answer. A
+// write waits for room in the socket's buffer, and not for the client. Linux lets it go on when a
+// third of the buffer is free, and the buffer of a fast network grows to 4 MiB. A client that copies
+// to a slow network may need minutes for that much, although it never pauses.
+const takeTimes = 10
+
 // A stall moves one deadline of a connection. A connection without deadlines, as in a test, has no
 // limit: the error of set is dropped. One goroutine uses a stall at a time.
 type stall struct {
@@ -28,11 +35,9 @@ type stall struct {
 }
 
 // begin sets the deadline for the next bytes.
-func (s *stall) begin() { s.extend(s.timeout) }
-
-func (s *stall) extend(d time.Duration) {
+func (s *stall) begin() {
 	if s.timeout > 0 {
-		_ = s.set(time.Now().Add(d))
+		_ = s.set(time.Now().Add(s.timeout))
 	}
 }
 
@@ -105,10 +110,11 @@ type serveWriter struct {
 // net/http would do that after the handler, without a deadline.
 func (x *exchange) send(write func(*serveWriter) error) error {
 	control := http.NewResponseController(x.w)
-	w := &serveWriter{w: x.w, stall: stall{set: control.SetWriteDeadline, timeout: x.opts.StallTimeout}}
-	// Before it writes the server may read the rest of the request, until the read deadline. The
-	// first bytes of the answer have the time for both.
-	w.stall.extend(2 * w.stall.timeout)
+	// Before it writes the server may read the rest of the request, until the read deadline. That
+	// is a small part of this time.
+	timeout := takeTimes * min(x.opts.StallTimeout, math.MaxInt64/takeTimes)
+	w := &serveWriter{w: x.w, stall: stall{set: control.SetWriteDeadline, timeout: timeout}}
+	w.stall.begin()
 	defer w.stall.end()
 	err := write(w)
 	if err == nil {

@@ -3,6 +3,7 @@ package ocilocal_test
 import (
 	"bufio"
 	"fmt"
+	"math"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -44,6 +45,49 @@ func TestServeSlowReader(t *testing.T) {
 		}
 		conn.Close()
 		quick.want(200, "GET", "/v2/org/app/blobs/"+string(d), "")
+	}
+}
+
+// A deadlineRecorder records the write deadlines that it gets.
+type deadlineRecorder struct {
+	*httptest.ResponseRecorder
+	deadlines []time.Time
+}
+
+func (d *deadlineRecorder) SetWriteDeadline(t time.Time) error {
+	d.deadlines = append(d.deadlines, t)
+	return nil
+}
+
+// TestServeSteadyReader: a client that takes an answer slowly and steadily gets all of it. The
+// kernel tells only from time to time that it has taken something, so each part of the answer has
+// many times StallTimeout. At the end no deadline is left for the next request.
+func TestServeSteadyReader(t *testing.T) {
+	r := openTemp(t, nil)
+	d := serveAt(t, r, nil).pushBlob("org/app", string(noise(78, 1<<20)))
+	const timeout = time.Hour
+	for range 2 { // by the verifier, and by sendfile
+		began := time.Now()
+		w := &deadlineRecorder{ResponseRecorder: httptest.NewRecorder()}
+		r.Handler(&ocilocal.HandlerOptions{StallTimeout: timeout}).ServeHTTP(w, httptest.NewRequest("GET", "/v2/org/app/blobs/"+string(d), nil))
+		if w.Code != 200 || w.Body.Len() != 1<<20 {
+			t.Errorf("%d, %d bytes", w.Code, w.Body.Len())
+		}
+		last := len(w.deadlines) - 1
+		if last < 4 || !w.deadlines[last].IsZero() {
+			t.Fatalf("deadlines %v", w.deadlines)
+		}
+		for _, deadline := range w.deadlines[:last] {
+			if deadline.Sub(began) < 10*timeout {
+				t.Errorf("a part of the answer has %v", deadline.Sub(began))
+			}
+		}
+	}
+	// The largest timeout is one.
+	w := &deadlineRecorder{ResponseRecorder: httptest.NewRecorder()}
+	r.Handler(&ocilocal.HandlerOptions{StallTimeout: math.MaxInt64}).ServeHTTP(w, httptest.NewRequest("GET", "/v2/", nil))
+	if len(w.deadlines) < 2 || w.deadlines[0].Before(time.Now()) {
+		t.Errorf("deadlines %v", w.deadlines)
 	}
 }
 
