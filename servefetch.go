@@ -441,7 +441,7 @@ func (x *exchange) complete(d digest.Digest, needs []need) (lacked map[digest.Di
 			}
 		}
 		member, err := x.repo.manifest(q, c.digest)
-		if errors.Is(err, ErrNotFound) && !known {
+		if errors.Is(err, ErrNotFound) { // the index is new, or a layer elsewhere has the bytes
 			member, err = x.bringManifest(c.digest)
 		}
 		if err == nil {

@@ -566,6 +566,24 @@ func TestServePutMeanwhile(t *testing.T) {
 	})
 }
 
+// TestServePutMemberAsLayer: the bytes of an absent member are here as the layer of another image. So
+// the member is not absent, and the push of its index fetches it.
+func TestServePutMemberAsLayer(t *testing.T) {
+	t.Parallel()
+	m := newMirror(t, nil, nil)
+	member := imageOf("one")
+	index := imageIndexOf(desc(imageType, member))
+	m.origin.pushImage("org/app", "", "one")
+	m.origin.want(201, "PUT", appManifests+"v1", index, "Content-Type", indexType)
+	m.pushImage("org/other", "v1", member)
+	m.want(200, "GET", appManifests+"v1", "")
+	m.requests("")
+	m.want(201, "PUT", appManifests+"v2", index, "Content-Type", indexType)
+	m.wantRequests("GET "+manifestAt(member), "GET "+blobAt("one"))
+	checkSound(t, m.r)
+	collect(t, m.r, atOnce)
+}
+
 // TestServeFollowRange: a range of a large blob begins while the blob arrives. Its last byte comes when
 // the whole blob is there and right.
 func TestServeFollowRange(t *testing.T) {
