@@ -1,7 +1,7 @@
 package ocilocal
 
 import (
-	"errors"
+	"cmp"
 	"fmt"
 	"io"
 	"io/fs"
@@ -16,7 +16,7 @@ import (
 const tinyBlob = 8 << 10
 
 // smallBlob is the size up to which a blob is verified before its answer begins. The client then
-// gets a 500 for a damaged one, and not a broken connection.
+// gets a 500 for a damaged one, and not a broken connection. A mirror fetches it again instead.
 const smallBlob = 256 << 10
 
 // unchanged answers 304 if the client says by If-None-Match that it has the content, and reports
@@ -53,7 +53,7 @@ func (x *exchange) describe(d digest.Digest, mediaType string, size int64) {
 //	a range            sent as it is          the whole file is read first, then the range is sent
 //	whole, tiny        read into memory, verified, then sent
 //	whole, small       sent as it is          the whole file is read first, then it is sent
-//	whole, large       sent as it is          verified while it is sent
+//	whole, large       sent as it is          verified while it is sent, unless it is being healed
 //
 // Most requests are for tiny blobs, and sending these from memory takes the fewest system calls. In
 // the last case the verifier holds back the last bytes until the digest is right. If it is wrong, the
@@ -86,6 +86,8 @@ func (x *exchange) getBlob() error {
 		_, err := b.unverified.WriteTo(w)
 		if err == nil {
 			x.registry.blobs.noteVerified(b.name, b.info)
+		} else if damaged(err) != err {
+			x.healSent(err)
 		}
 		return err
 	})
@@ -113,22 +115,32 @@ func (b *servedBlob) close() {
 // openBlob opens the blob of the path, or answers the request and returns nil. The registry must be
 // open for that. It may be closed while the blob is being sent, since only the open file is needed
 // then: a slow client must not delay Close.
-func (x *exchange) openBlob() (_ *servedBlob, err error) {
-	ctx := x.r.Context()
-	end, err := x.registry.begin(ctx)
+func (x *exchange) openBlob() (*servedBlob, error) {
+	end, err := x.registry.begin(x.r.Context())
 	if err != nil {
 		return nil, err
 	}
 	defer end()
+	b, err := x.openHere()
+	if !x.heals(err) {
+		return b, err
+	}
+	x.noteDamage(x.digest, err)
+	followed, answered, failed := x.openAbsent()
+	if failed != nil {
+		return nil, notHealed(err, failed)
+	}
+	if followed != nil || answered {
+		return followed, nil
+	}
+	return x.openHere()
+}
+
+// openHere is openBlob without an upstream.
+func (x *exchange) openHere() (*servedBlob, error) {
 	// The answer to HEAD, and to a client that has the content, needs no file.
 	sizeOnly := x.r.Method == "HEAD" || matchesETag(x.r.Header.Get("If-None-Match"), x.digest)
 	b, err := x.find(x.digest, sizeOnly)
-	if x.upstream != nil && errors.Is(err, ErrNotFound) {
-		if followed, answered, err := x.openAbsent(); followed != nil || answered || err != nil {
-			return followed, err
-		}
-		b, err = x.find(x.digest, sizeOnly)
-	}
 	if err != nil || x.unchanged(x.digest) {
 		return nil, err
 	}
@@ -165,16 +177,16 @@ func (x *exchange) choosePart(b *servedBlob) (err error) {
 
 // prepare decides which part of an open blob is sent, and verifies as much as getBlob says.
 func (x *exchange) prepare(b *servedBlob) (err error) {
-	if err := x.choosePart(b); err != nil {
-		return err
+	ctx, store := x.r.Context(), x.registry.blobs
+	if err := x.choosePart(b); err != nil { // unless the size is wrong
+		return cmp.Or(store.ensureVerified(ctx, b.file, b.name, x.digest), err)
 	}
-	store, whole := x.registry.blobs, !b.ranged
+	whole := !b.ranged
 	if whole && b.size <= tinyBlob {
 		b.content, err = store.readAll(b.file, x.digest, b.size)
 		return err
 	}
-	ctx := x.r.Context()
-	if whole && b.size > smallBlob {
+	if whole && b.size > smallBlob && !x.healing() {
 		if b.info, err = b.file.Stat(); err == nil && !store.isVerified(b.name, b.info) {
 			b.unverified = store.verifier(ctx, b.file, x.digest, b.size)
 		}

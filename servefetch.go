@@ -164,9 +164,12 @@ func (p *Repository) wanted(d digest.Digest) (*wantedBlob, error) {
 	return b, err
 }
 
+// blobKey is the key of a blob's fetch.
+func blobKey(p *Repository, d digest.Digest) string { return "blob " + p.name + "@" + string(d) }
+
 // fetchBlob joins the fetch of a blob.
 func (u *upstream) fetchBlob(ctx context.Context, p *Repository, b *wantedBlob) (*sharedFetch, error) {
-	return u.join(ctx, "blob "+p.name+"@"+string(b.digest), func(ctx context.Context, f *sharedFetch) (err error) {
+	return u.join(ctx, blobKey(p, b.digest), func(ctx context.Context, f *sharedFetch) (err error) {
 		src, err := u.source(p, string(b.digest))
 		if err != nil {
 			return err
@@ -218,8 +221,8 @@ func (r *LocalRegistry) fill(ctx context.Context, st *stage, desc ocispec.Descri
 	})
 }
 
-// openAbsent is openBlob for a blob that is not here. It answers HEAD, returns a blob to be followed
-// if that is what the request wants, and otherwise nil when the blob is here.
+// openAbsent is openBlob for a blob that is not here, or is damaged here. It answers HEAD, returns a
+// blob to be followed if that is what the request wants, and otherwise nil when the blob is here.
 func (x *exchange) openAbsent() (b *servedBlob, answered bool, err error) {
 	ctx := x.r.Context()
 	wanted, err := x.repo.wanted(x.digest)
@@ -466,19 +469,25 @@ func (x *exchange) bring(d digest.Digest) error {
 	if !errors.Is(err, ErrNotFound) {
 		return err
 	}
-	wanted, err := x.repo.wanted(d)
-	if err == nil {
-		var f *sharedFetch
-		if f, err = x.upstream.fetchBlob(x.r.Context(), x.repo, wanted); err == nil {
-			err = f.wait(x.r.Context())
-			f.leave()
-		}
-		if err != nil {
-			err = x.upstreamError(err)
-		}
-	}
-	if errors.Is(err, ErrNotFound) {
+	if err = x.fetch(d); errors.Is(err, ErrNotFound) {
 		return nil
+	}
+	return err
+}
+
+// fetch fetches a config or layer that manifests of the repository name, and waits for it.
+func (x *exchange) fetch(d digest.Digest) error {
+	wanted, err := x.repo.wanted(d)
+	if err != nil {
+		return err
+	}
+	f, err := x.upstream.fetchBlob(x.r.Context(), x.repo, wanted)
+	if err == nil {
+		err = f.wait(x.r.Context())
+		f.leave()
+	}
+	if err != nil {
+		err = x.upstreamError(err)
 	}
 	return err
 }

@@ -22,7 +22,7 @@ func (x *exchange) reference() string {
 
 // getManifest serves GET and HEAD of a manifest. HEAD and a request with a matching If-None-Match
 // read only the index. A GET has the whole manifest in memory, verified, before it answers, so
-// damage is a 500. Accept is ignored: manifests are never converted, so there is nothing to choose.
+// damage is a 500, or is healed: see [exchange.heals]. Accept is ignored: manifests are never converted, so there is nothing to choose.
 func (x *exchange) getManifest() error {
 	desc, raw, err := x.resolve()
 	if err != nil {
@@ -37,7 +37,7 @@ func (x *exchange) getManifest() error {
 		return nil
 	}
 	if raw == nil {
-		if raw, err = x.readManifest(desc); errors.Is(err, ErrNotFound) {
+		if raw, err = x.readManifest(desc); errors.Is(err, ErrNotFound) || x.heals(err) {
 			desc, raw, err = x.findManifest()
 		}
 	}
@@ -74,28 +74,27 @@ func (x *exchange) readManifest(desc ocispec.Descriptor) ([]byte, error) {
 	return store.readAll(f, desc.Digest, size)
 }
 
-// findManifest is for a GET whose manifest was resolved and not found. The tag may have been moved and
-// the manifest collected in between: then a second look answers. If the second look finds the same,
-// the file is lost. That is not a 404, by which the client would take it for deleted. A mirror fetches
-// it again.
+// findManifest is for a GET whose manifest was resolved and not found, or found damaged. The tag may
+// have been moved and the manifest collected in between: then a second look answers. If the second
+// look finds the same, the file is lost. That is not a 404, by which the client would take it for
+// deleted. A mirror fetches a lost or damaged manifest again.
 func (x *exchange) findManifest() (ocispec.Descriptor, []byte, error) {
 	desc, raw, err := x.resolve()
 	if raw != nil || err != nil {
 		return desc, raw, err
 	}
 	raw, err = x.readManifest(desc)
-	if !errors.Is(err, ErrNotFound) {
-		return desc, raw, err
-	}
-	if x.upstream != nil {
-		if _, err := x.bringManifest(desc.Digest); err != nil {
-			return desc, nil, err
+	if x.heals(err) {
+		x.noteDamage(desc.Digest, err)
+		if _, failed := x.bringManifest(desc.Digest); failed != nil {
+			return desc, nil, notHealed(err, failed)
 		}
-		if raw, err = x.readManifest(desc); err == nil {
-			return desc, raw, nil
-		}
+		raw, err = x.readManifest(desc)
 	}
-	return desc, nil, &damagedError{err}
+	if errors.Is(err, ErrNotFound) {
+		err = &damagedError{err}
+	}
+	return desc, raw, err
 }
 
 // putManifest serves PUT of a manifest, by tag or by digest. A tag that points elsewhere is moved,

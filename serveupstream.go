@@ -27,6 +27,10 @@ import (
 //     large blob as long as for all of it; below 1 MiB it hears nothing meanwhile. If all clients of
 //     a blob leave, its transfer ends. The bytes of a blob of 1 MiB or more are kept, and the next
 //     request resumes it.
+//   - A file that is damaged or lost here is fetched again when a client asks for it. The damaged file
+//     stays until good bytes replace it. If a blob of more than 256 KiB turns out to be damaged while
+//     it is sent, the answer breaks off when the blob has been fetched again. What the upstream does
+//     not have stays damaged until [LocalRegistry.Repair]. An answer to HEAD reads no content.
 //   - A tag that is here is served for Revalidate, and then asked for again. If the upstream fails,
 //     does not answer within ten seconds, or has the tag no more, the tag is served as it is here.
 //   - Lists of tags and referrers have what the upstream lists and what is here. If the upstream
