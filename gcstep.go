@@ -69,6 +69,8 @@ type gcSweep struct {
 	full    bool                   // a step has failed for lack of space
 	gone    map[digest.Digest]bool // files that this collection has deleted
 	revived map[digest.Digest]bool // nodes that were in use again at their turn
+	// referred nodes are deleted although something refers to them: see collectOne.
+	referred bool
 }
 
 // sweep deletes the orphans, step by step. After a step that failed on a full disk, its nodes are
@@ -248,15 +250,15 @@ func (s *gcSweep) step(ctx context.Context, todo []int32, rows bool) (n int, err
 	return n, err
 }
 
-// collectOne deletes a manifest if nothing needs it and nothing refers to it, even if its subject
-// is kept. It does not delete the blobs that the manifest needs: the next collection does.
+// collectOne deletes a manifest if nothing needs it, even if its subject is kept or something refers
+// to it. It does not delete the blobs that the manifest needs: the next collection does.
 // [Repository.DeleteManifest] calls it for referrers. The graph has this one node, so one step is
 // enough, and no mark is needed: the step itself checks that the manifest is dead.
 func (r *LocalRegistry) collectOne(ctx context.Context, desc ocispec.Descriptor) error {
 	g := &gcGraph{registry: r, opts: GCOptions{Grace: NoGrace, DropReferrers: true}, began: time.Now()}
 	g.heldSince = g.opts.heldBefore(g.began)
 	g.nodes = []gcNode{{digest: desc.Digest, size: desc.Size, manifest: true, row: true, file: true, subject: -1}}
-	s := &gcSweep{gcGraph: g, gone: map[digest.Digest]bool{}, revived: map[digest.Digest]bool{}}
+	s := &gcSweep{gcGraph: g, gone: map[digest.Digest]bool{}, revived: map[digest.Digest]bool{}, referred: true}
 	_, err := s.step(ctx, []int32{0}, true)
 	return err
 }
@@ -316,7 +318,7 @@ func (s *gcSweep) stillDead(tx *indexTx, n *gcNode, up *climb, rows bool) (bool,
 		return false, err
 	}
 	used := false
-	err = pointers(up.ctx, tx, n.digest, there, func(manifest digest.Digest) error {
+	err = pointers(up.ctx, tx, n.digest, there && !s.referred, func(manifest digest.Digest) error {
 		if s.gone[manifest] && !rows {
 			if there, err := s.registry.blobs.present(manifest); !there || err != nil {
 				return err

@@ -55,12 +55,13 @@ func (p *Repository) Delete(ctx context.Context, desc ocispec.Descriptor) error 
 //
 // A referrer would still be shown and kept because of its subject. So a referrer is collected at
 // once: after the transaction that deletes its refs, in a second one. If the process is killed in
-// between, the referrer stays, and can be deleted again.
+// between, the referrer stays, and can be deleted again. Referrers of it in other repositories do
+// not stop that: whoever knows the digest can push them.
 //
 // Errors:
 //   - [ErrNotFound]: the repository does not show the manifest
 //   - [ErrInUse]: an image index in the repository needs the manifest, or it is a referrer that has
-//     referrers. Nothing was deleted
+//     referrers there. Nothing was deleted
 //   - [ErrInvalidDigest], [ErrReadOnly], [ErrBusy], and any error from ctx or the file system
 func (p *Repository) DeleteManifest(ctx context.Context, d digest.Digest) (err error) {
 	defer addOp(&err, "delete manifest from", p.name, d)
@@ -101,6 +102,9 @@ func (p *Repository) DeleteManifest(ctx context.Context, d digest.Digest) (err e
 			return err
 		}
 		return pointers(ctx, tx, d, true, func(other digest.Digest) error {
+			if own, err := p.shows(tx, other); !own || err != nil {
+				return err
+			}
 			return fmt.Errorf("%w: %s refers to it", ErrInUse, other)
 		})
 	})

@@ -1,7 +1,10 @@
 package ocilocal_test
 
 import (
+	"strings"
 	"testing"
+
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/ocilocal/ocilocal"
 )
@@ -43,4 +46,39 @@ func TestRepositoryDelete(t *testing.T) {
 	if names := blobNames(t, r); len(names) > 0 {
 		t.Errorf("%q are left", names)
 	}
+}
+
+// TestRepositoryDeleteReferrer: a repository can delete a referrer that a manifest of another
+// repository refers to. It does not learn of that one, which stays. A referrer of its own stops it.
+func TestRepositoryDeleteReferrer(t *testing.T) {
+	r := openTemp(t, nil)
+	p, other := repository(t, r, "localhost/org/app"), repository(t, r, "localhost/org/other")
+	subject := pushImage(t, p, "v1", "image")
+	manifest, config := image("signature")
+	signature := referring(manifest, subject)
+	desc := push(t, p, signature, config, "signature")
+	foreign := push(t, other, referring(manifest, desc), config, "signature")
+
+	stamp, config := image("stamp")
+	own := push(t, p, referring(stamp, desc), config, "stamp")
+	err := p.Delete(t.Context(), desc)
+	mustFail(t, err, ocilocal.ErrInUse)
+	if !strings.Contains(err.Error(), own.Digest.String()) {
+		t.Error(err)
+	}
+	for _, d := range []ocispec.Descriptor{own, desc} {
+		if err := p.Delete(t.Context(), d); err != nil {
+			t.Error(err)
+		}
+	}
+	showsManifests(t, p, false, desc, own, foreign)
+	collect(t, r, atOnce)
+	showsManifests(t, p, true, subject)
+	showsManifests(t, other, true, foreign)
+	for problem, err := range r.Verify(t.Context(), nil) {
+		t.Error(problem, err)
+	}
+	push(t, p, signature, config, "signature") // again
+	showsManifests(t, p, true, desc)
+	mustClose(t, r)
 }
