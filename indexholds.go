@@ -18,24 +18,34 @@ import (
 // one, so a LIMIT of its rows does not bound its cost. So the way up takes only the first needers of
 // each row. If it leaves one out, it has more rows than its limit, and the search goes down. The
 // way down looks for a manifest with a ref first, and ends there if it finds one.
+//
+// The bytes of a manifest can be a blob too, which another manifest has as a layer. That shows the
+// bytes, and not what the manifest needs: otherwise a client that knows the manifest of another
+// repository could put it as a blob and read the rest. So a search asks for d as a blob, which any
+// member leads to, or as a manifest, and then goes along image indexes (role 3) only.
 
 const (
 	// True if a ref or hold of the name ?2 points at the content c, or a ref at one of the first
 	// manifests that need it, or if one of the first refs of the name points at such a manifest.
 	nearby = `(EXISTS (SELECT 1 FROM refs WHERE manifest = c.id AND name = ?2)
-		OR EXISTS (SELECT 1 FROM (SELECT manifest FROM members WHERE content = c.id LIMIT 4) m CROSS JOIN refs r WHERE r.manifest = m.manifest AND r.name = ?2)
+		OR EXISTS (SELECT 1 FROM (SELECT manifest, role FROM members WHERE content = c.id LIMIT 4) m CROSS JOIN refs r
+			WHERE r.manifest = m.manifest AND r.name = ?2 AND (?3 OR m.role = 3))
 		OR EXISTS (SELECT 1 FROM holds WHERE content = c.id AND name = ?2)
-		OR EXISTS (SELECT 1 FROM (SELECT manifest FROM refs WHERE name = ?2 LIMIT 4) r CROSS JOIN members m WHERE m.content = c.id AND m.manifest = r.manifest))`
+		OR EXISTS (SELECT 1 FROM (SELECT manifest FROM refs WHERE name = ?2 LIMIT 4) r CROSS JOIN members m
+			WHERE m.content = c.id AND m.manifest = r.manifest AND (?3 OR m.role = 3)))`
+
+	// True for a row of members that leads from the content up.id to a manifest that shows it.
+	leads = `content = up.id AND (role = 3 OR ?3 AND content = (SELECT id FROM content WHERE digest = ?1))`
 
 	// The first row, if there is one, says that the name ?2 is nearby. Nearly all questions end
 	// there, and the rest is not begun, which is half of the cost. The other rows, ?4 at most, are
-	// those that lead to ?1, and ?1 itself: the first manifests that need it, and with ?3 the subject
+	// those that lead to ?1, and ?1 itself: the first manifests that need it, and with ?5 the subject
 	// of a manifest that nothing names. The column says whether a ref or hold of the name ?2 points at
 	// the row.
 	sqlShownUp = `WITH RECURSIVE up (id) AS (SELECT id FROM content WHERE digest = ?1
-		UNION SELECT m.manifest FROM up CROSS JOIN members m WHERE m.content = up.id AND m.manifest <=
-			coalesce((SELECT DISTINCT manifest FROM members WHERE content = up.id ORDER BY manifest LIMIT 1 OFFSET ?4), 9223372036854775807)
-		UNION SELECT m.subject FROM up CROSS JOIN manifests m WHERE ?3 AND m.id = up.id AND m.subject IS NOT NULL AND ` + nameless + ` LIMIT ?4)
+		UNION SELECT m.manifest FROM up CROSS JOIN members m WHERE ` + leads + ` AND m.manifest <=
+			coalesce((SELECT DISTINCT manifest FROM members WHERE ` + leads + ` ORDER BY manifest LIMIT 1 OFFSET ?4), 9223372036854775807)
+		UNION SELECT m.subject FROM up CROSS JOIN manifests m WHERE ?5 AND m.id = up.id AND m.subject IS NOT NULL AND ` + nameless + ` LIMIT ?4)
 		SELECT 1 FROM content c WHERE digest = ?1 AND ` + nearby + `
 		UNION ALL
 		SELECT EXISTS (SELECT 1 FROM refs WHERE manifest = up.id AND name = ?2) OR EXISTS (SELECT 1 FROM holds WHERE content = up.id AND name = ?2) FROM up`
@@ -45,11 +55,12 @@ const (
 	sqlShownDown = `WITH RECURSIVE down (id) AS (SELECT manifest FROM refs WHERE name = ?2
 		UNION SELECT content FROM holds WHERE name = ?2
 		UNION SELECT m.content FROM down CROSS JOIN members m WHERE m.manifest = down.id AND m.role = 3
-		UNION SELECT m.id FROM down CROSS JOIN manifests m WHERE ?3 AND m.subject = down.id AND ` + nameless + `)
-		SELECT 1 FROM content c CROSS JOIN refs r CROSS JOIN members m WHERE c.digest = ?1 AND r.name = ?2 AND m.content = c.id AND m.manifest = r.manifest
+		UNION SELECT m.id FROM down CROSS JOIN manifests m WHERE ?4 AND m.subject = down.id AND ` + nameless + `)
+		SELECT 1 FROM content c CROSS JOIN refs r CROSS JOIN members m
+			WHERE c.digest = ?1 AND r.name = ?2 AND m.content = c.id AND m.manifest = r.manifest AND (?3 OR m.role = 3)
 		UNION ALL
-		SELECT 1 FROM content c CROSS JOIN down WHERE c.digest = ?1
-			AND (down.id = c.id OR EXISTS (SELECT 1 FROM members m WHERE m.content = c.id AND m.manifest = down.id)) LIMIT 1`
+		SELECT 1 FROM content c CROSS JOIN down WHERE c.digest = ?1 AND (down.id = c.id
+			OR EXISTS (SELECT 1 FROM members m WHERE m.content = c.id AND m.manifest = down.id AND (?3 OR m.role = 3))) LIMIT 1`
 
 	// A manifest m that has no ref, that no repository holds, and that no other one needs.
 	nameless = `NOT EXISTS (SELECT 1 FROM refs WHERE manifest = m.id)
@@ -64,12 +75,12 @@ const (
 // maxShownUp is how many rows a search goes up before it goes down.
 const maxShownUp = 200
 
-// shown reports whether a ref or hold of a name leads to d. With subjects, a subject leads to its
-// referrers that nothing names. Other repositories' refs do not count, so nobody learns from one
-// repository what another one has.
-func shown(q queryer, name string, d digest.Digest, subjects bool) (bool, error) {
+// shown reports whether a ref or hold of a name leads to d, as a manifest or also as a blob. With
+// subjects, a subject leads to its referrers that nothing names. Other repositories' refs do not
+// count, so nobody learns from one repository what another one has.
+func shown(q queryer, name string, d digest.Digest, blob, subjects bool) (bool, error) {
 	n, found := 0, false
-	err := eachRow(context.Background(), q, sqlShownUp, []any{digestBytes(d), name, subjects, maxShownUp}, func(rows *sql.Rows) error {
+	err := eachRow(context.Background(), q, sqlShownUp, []any{digestBytes(d), name, blob, maxShownUp, subjects}, func(rows *sql.Rows) error {
 		n++
 		err := rows.Scan(&found)
 		if found {
@@ -80,15 +91,15 @@ func shown(q queryer, name string, d digest.Digest, subjects bool) (bool, error)
 	if err != nil && err != errStop || found || n < maxShownUp {
 		return found, ignoreStop(err)
 	}
-	return exists(q, sqlShownDown, digestBytes(d), name, subjects)
+	return exists(q, sqlShownDown, digestBytes(d), name, blob, subjects)
 }
 
-// shownManifest returns the descriptor of a manifest, if a name shows it: see shown. Mostly it takes
-// one query.
+// shownManifest returns the descriptor of a manifest, if a name shows it as one: see shown. Mostly it
+// takes one query.
 func shownManifest(q queryer, name string, d digest.Digest) (desc ocispec.Descriptor, ok bool, err error) {
 	var row descriptorRow
 	var near bool
-	ok, err = q.row(sqlManifestNearby, []any{digestBytes(d), name}, append(row.dest(), &near)...)
+	ok, err = q.row(sqlManifestNearby, []any{digestBytes(d), name, false}, append(row.dest(), &near)...)
 	if !ok || err != nil {
 		return desc, false, err
 	}
@@ -96,7 +107,7 @@ func shownManifest(q queryer, name string, d digest.Digest) (desc ocispec.Descri
 		err = checkFound(d, desc.Digest)
 	}
 	if err == nil && !near {
-		ok, err = shown(q, name, d, true)
+		ok, err = shown(q, name, d, false, true)
 	}
 	return desc, ok && err == nil, err
 }

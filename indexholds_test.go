@@ -1,6 +1,7 @@
 package ocilocal_test
 
 import (
+	"errors"
 	"fmt"
 	"testing"
 
@@ -80,4 +81,57 @@ func TestRepositoryLongLineage(t *testing.T) {
 	if n != 1 {
 		t.Errorf("the last but one has %d referrers", n)
 	}
+}
+
+// TestRepositoryManifestAsBlob: the bytes of another repository's manifest are a blob like any other.
+// A client that puts them as one, and names them as a layer, gets nothing that the manifest needs, and
+// cannot use it as a manifest.
+func TestRepositoryManifestAsBlob(t *testing.T) {
+	r := openTemp(t, nil)
+	private, p := repository(t, r, "localhost/private"), repository(t, r, "localhost/app")
+	inner, config := image("secret")
+	push(t, private, inner, config, "secret")
+	for i := range 250 { // for a search that goes down
+		manifest, config := image(fmt.Sprint("layer ", i))
+		if i == 1 {
+			checkNotShared(t, p, inner)
+		}
+		push(t, private, manifest, config, fmt.Sprint("layer ", i), "secret")
+	}
+	checkNotShared(t, p, inner)
+	// Put as a manifest, with all that it needs, it is one.
+	push(t, p, inner, config, "secret")
+	checkShown(t, p, true, inner, config, "secret")
+	showsManifests(t, p, true, manifestOf(inner))
+	// It can be deleted then, and is a blob again, which is still needed.
+	if err := p.DeleteManifest(t.Context(), manifestOf(inner).Digest); err != nil {
+		t.Error(err)
+	}
+	showsManifests(t, p, false, manifestOf(inner))
+	mustFail(t, p.DeleteBlob(t.Context(), manifestOf(inner).Digest), ocilocal.ErrInUse)
+	collect(t, r, atOnce)
+	outer, _ := image(inner)
+	checkShown(t, p, true, outer, config, inner)
+}
+
+// checkNotShared puts the bytes of a manifest into p as a blob. They must be a blob there and nothing
+// else, and "secret", which the manifest needs, must not be there.
+func checkNotShared(t *testing.T, p *ocilocal.Repository, inner string) {
+	t.Helper()
+	outer, config := image(inner)
+	push(t, p, outer, config, inner)
+	if text, err := fetched(p, blobOf(inner)); text != inner || err != nil {
+		t.Errorf("%q, %v", text, err)
+	}
+	if ok, err := p.Exists(t.Context(), blobOf("secret")); ok || err != nil {
+		t.Errorf("%v, %v", ok, err)
+	}
+	showsManifests(t, p, false, manifestOf(inner))
+	mustFail(t, p.Tag(t.Context(), manifestOf(inner), "v1"), ocilocal.ErrNotFound)
+	_, err := p.PutManifest(t.Context(), "", []byte(imageIndexOf(jsonOf(manifestOf(inner)))), nil)
+	mustFail(t, err, ocilocal.ErrIncomplete)
+	if _, err := p.Resolve(t.Context(), manifestOf(inner).Digest.String()); !errors.Is(err, ocilocal.ErrNotFound) {
+		t.Error(err)
+	}
+	mustFail(t, p.DeleteManifest(t.Context(), manifestOf(inner).Digest), ocilocal.ErrNotFound)
 }

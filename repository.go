@@ -61,10 +61,15 @@ func (p *Repository) begin(ctx context.Context) (end func(), err error) {
 	return p.registry.begin(ctx)
 }
 
-// shows reports whether the repository shows a published manifest or blob. Held blobs are not in
+// shows reports whether the repository shows the bytes of a published manifest or blob. Held blobs are not in
 // the index: see find.
 func (p *Repository) shows(q queryer, d digest.Digest) (bool, error) {
-	return shown(q, p.name, d, true)
+	return shown(q, p.name, d, true, true)
+}
+
+// showsManifest reports whether the repository shows d as a manifest, which need not be here.
+func (p *Repository) showsManifest(q queryer, d digest.Digest) (bool, error) {
+	return shown(q, p.name, d, false, true)
 }
 
 // find looks for content that the repository shows: below blobs/ by published or, if it was not
@@ -424,7 +429,7 @@ func (p *Repository) Referrers(ctx context.Context, subject digest.Digest, opts 
 			shown := false
 			if err == nil {
 				err = p.registry.within(ctx, func() (err error) {
-					shown, err = p.shows(p.registry.index, d.Digest)
+					shown, err = p.showsManifest(p.registry.index, d.Digest)
 					return opError("list referrers in", p.name, subject, err)
 				})
 			}

@@ -88,7 +88,7 @@ func (p *Repository) DeleteManifest(ctx context.Context, d digest.Digest) (err e
 		if _, err := tx.dropHold(p.name, d); err != nil {
 			return err
 		}
-		needed, err := shown(tx, p.name, d, false)
+		needed, err := shown(tx, p.name, d, false, false)
 		if err != nil {
 			return err
 		}
@@ -98,11 +98,11 @@ func (p *Repository) DeleteManifest(ctx context.Context, d digest.Digest) (err e
 		if subject, err = subjectOf(tx, d); err != nil || subject == "" {
 			return err
 		}
-		if still, err := p.shows(tx, d); !still || err != nil {
+		if still, err := p.showsManifest(tx, d); !still || err != nil {
 			return err
 		}
 		return pointers(ctx, tx, d, true, func(other digest.Digest) error {
-			if own, err := p.shows(tx, other); !own || err != nil {
+			if own, err := p.showsManifest(tx, other); !own || err != nil {
 				return err
 			}
 			return fmt.Errorf("%w: %s refers to it", ErrInUse, other)

@@ -254,9 +254,9 @@ func (u *upstream) fetchManifest(ctx context.Context, p *Repository, local Refer
 // or its subject.
 func (u *upstream) keep(ctx context.Context, p *Repository, local Reference, m *Manifest) error {
 	if local.Digest() != "" {
-		led, err := p.shows(u.registry.index, m.digest)
+		led, err := p.showsManifest(u.registry.index, m.digest)
 		if subject, ok := m.Subject(); ok && !led && err == nil {
-			led, err = p.shows(u.registry.index, subject.Digest)
+			led, err = p.showsManifest(u.registry.index, subject.Digest)
 		}
 		if err != nil {
 			return err
