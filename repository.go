@@ -61,8 +61,8 @@ func (p *Repository) begin(ctx context.Context) (end func(), err error) {
 	return p.registry.begin(ctx)
 }
 
-// shows reports whether the repository shows the bytes of a published manifest or blob. Held blobs are not in
-// the index: see find.
+// shows reports whether the repository shows the bytes of a published manifest or blob. Held blobs
+// are not in the index: see find.
 func (p *Repository) shows(q queryer, d digest.Digest) (bool, error) {
 	return shown(q, p.name, d, true, true)
 }

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -194,6 +195,9 @@ type endpoint struct {
 	serve  func(x *exchange) error
 }
 
+// writes reports whether a registry that is served read-only lacks the endpoint.
+func (e endpoint) writes() bool { return e.action == ActionPush || e.action == ActionDelete }
+
 // endpoints are all that the handler can do. HEAD is served by the GET of the same path, which
 // sends no body then.
 var endpoints = map[routeKind]map[string]endpoint{
@@ -228,20 +232,13 @@ func (x *exchange) serve() error {
 	}
 	e, ok := endpoints[x.kind][method]
 	if !ok {
-		allowed := make([]string, 0, 4)
-		for m := range endpoints[x.kind] {
-			if allowed = append(allowed, m); m == "GET" {
-				allowed = append(allowed, "HEAD")
-			}
-		}
-		x.w.Header().Set("Allow", strings.Join(allowed, ", "))
-		return serveErrorf(http.StatusMethodNotAllowed, codeUnsupported, "this method is not supported here")
+		return x.notAllowed("this method is not supported here")
 	}
 	if err := x.authorize(x.name, e.action); err != nil {
 		return err
 	}
-	if x.opts.ReadOnly && (e.action == ActionPush || e.action == ActionDelete) {
-		return serveErrorf(http.StatusMethodNotAllowed, codeUnsupported, "the registry is read-only")
+	if x.opts.ReadOnly && e.writes() {
+		return x.notAllowed("the registry is read-only")
 	}
 	if x.name != "" {
 		var err error
@@ -250,6 +247,22 @@ func (x *exchange) serve() error {
 		}
 	}
 	return e.serve(x)
+}
+
+// notAllowed returns a 405, and lists the methods that the path has (RFC 9110, 15.5.6).
+func (x *exchange) notAllowed(message string) error {
+	allowed := make([]string, 0, 4)
+	for method, e := range endpoints[x.kind] {
+		if x.opts.ReadOnly && e.writes() {
+			continue
+		}
+		if allowed = append(allowed, method); method == "GET" {
+			allowed = append(allowed, "HEAD")
+		}
+	}
+	slices.Sort(allowed)
+	x.w.Header().Set("Allow", strings.Join(allowed, ", "))
+	return serveErrorf(http.StatusMethodNotAllowed, codeUnsupported, "%s", message)
 }
 
 // authorize asks HandlerOptions.Authorize. Its error becomes an answer without the error's text,

@@ -82,6 +82,22 @@ func TestServeAccess(t *testing.T) {
 			t.Error(a)
 		}
 	}
+	// A 405 lists the methods that would do.
+	for path, want := range map[string][2]string{
+		"manifests/v1":   {"GET, HEAD", "DELETE, GET, HEAD, PUT"},
+		"blobs/" + d:     {"GET, HEAD", "DELETE, GET, HEAD"},
+		"blobs/uploads/": {"", "POST"},
+		"tags/list":      {"GET, HEAD", "GET, HEAD"},
+	} {
+		for i, s := range []*served{readOnly, open} {
+			if got := s.want(405, "PATCH", "/v2/org/app/"+path, "").header["Allow"]; len(got) != 1 || got[0] != want[i] {
+				t.Errorf("%s: Allow: %q, want %q", path, got, want[i])
+			}
+		}
+	}
+	if got := readOnly.want(405, "PUT", "/v2/org/app/manifests/v1", "{}").header.Get("Allow"); got != "GET, HEAD" {
+		t.Error(got)
+	}
 }
 
 // TestServeNames maps repositories to local names, by Host and by Name. Links in answers keep ?ns=
