@@ -199,3 +199,42 @@ func TestServeErrorsHideNames(t *testing.T) {
 		}
 	}
 }
+
+// TestServeHTTP2 pushes and pulls over HTTP/2, where the server can neither use sendfile nor close
+// one connection for each answer. A damaged blob breaks off there as well.
+func TestServeHTTP2(t *testing.T) {
+	t.Parallel()
+	root := t.TempDir()
+	at := func() *served {
+		server := httptest.NewUnstartedServer(mustOpen(t, root).Handler(nil))
+		server.EnableHTTP2 = true
+		server.StartTLS()
+		t.Cleanup(server.Close)
+		return &served{server, strings.TrimPrefix(server.URL, "https://"), t}
+	}
+	s := at()
+	text := string(noise(7, 3<<20))
+	m := s.pushImage("org/app", "v1", text)
+	path := "/v2/org/app/blobs/" + string(digestOfText(text))
+	for range 2 { // verified while it is sent, and sent as it is
+		if a := s.want(200, "GET", path, ""); a.body != text {
+			t.Errorf("%d bytes", len(a.body))
+		}
+	}
+	if a := s.want(206, "GET", path, "", "Range", "bytes=1-2000000"); a.body != text[1:2000001] {
+		t.Errorf("range: %d bytes", len(a.body))
+	}
+	if a := s.want(200, "GET", "/v2/org/app/manifests/v1", ""); a.header.Get("Docker-Content-Digest") != string(m) {
+		t.Error(a.header)
+	}
+	if res, err := s.Client().Get(s.URL + "/v2/"); err != nil || res.ProtoMajor != 2 || res.Body.Close() != nil {
+		t.Errorf("%v, %v", res, err)
+	}
+	r := mustOpen(t, root)
+	spoil(t, r, digestOfText(text), text[:len(text)-1]+"~")
+	fresh := at() // has verified nothing
+	if a, err := fresh.try("GET", path, nil); err == nil || len(a.body) >= len(text) {
+		t.Errorf("%d bytes of a damaged blob, %v", len(a.body), err)
+	}
+	fresh.want(200, "GET", "/v2/org/app/manifests/v1", "")
+}

@@ -6,6 +6,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/ocilocal/ocilocal"
@@ -52,6 +53,47 @@ func TestServeManifests(t *testing.T) {
 	s.want(202, "DELETE", "/v2/org/app/manifests/"+d, "")
 	s.want(202, "DELETE", layer, "")
 	s.want(404, "GET", layer, "")
+}
+
+// TestServeManifestTypes puts and gets each form of manifest, by a tag and by digests of each
+// algorithm. Bytes and media type stay, whatever the client accepts. A form that few clients read
+// gets a warning.
+func TestServeManifestTypes(t *testing.T) {
+	t.Parallel()
+	s := serveAt(t, openTemp(t, nil), nil)
+	image := imageOf("layer")
+	s.pushImage("org/app", "v1", "layer")
+	docker := strings.Replace(image, imageType, ocilocal.MediaTypeDockerManifest, 1)
+	s.want(201, "PUT", "/v2/org/app/manifests/docker", docker, "Content-Type", ocilocal.MediaTypeDockerManifest)
+	artifact := `{"mediaType":"` + ocilocal.MediaTypeArtifactManifest + `","artifactType":"application/vnd.example","blobs":[` + desc("text/plain", "layer") + `]}`
+	list := strings.Replace(imageIndexOf(desc(ocilocal.MediaTypeDockerManifest, docker)), indexType, ocilocal.MediaTypeDockerManifestList, 1)
+	for mediaType, raw := range map[string]string{
+		imageType:                            image,
+		indexType:                            imageIndexOf(desc(imageType, image)),
+		ocilocal.MediaTypeDockerManifest:     docker,
+		ocilocal.MediaTypeDockerManifestList: list,
+		ocilocal.MediaTypeArtifactManifest:   artifact,
+	} {
+		references := []string{"v2"}
+		for _, alg := range []digest.Algorithm{digest.SHA256, digest.SHA384, digest.SHA512} {
+			references = append(references, string(alg.FromString(raw)))
+		}
+		for _, reference := range references {
+			path := "/v2/org/app/manifests/" + reference
+			a := s.want(201, "PUT", path, raw, "Content-Type", mediaType)
+			if warned := a.header.Get("Warning") != ""; warned != (mediaType == ocilocal.MediaTypeArtifactManifest) {
+				t.Errorf("%s: %v", mediaType, a.header)
+			}
+			want := reference
+			if reference == "v2" {
+				want = string(digestOfText(raw))
+			}
+			a = s.want(200, "GET", path, "", "Accept", "text/plain")
+			if a.body != raw || a.header.Get("Content-Type") != mediaType || a.header.Get("Docker-Content-Digest") != want {
+				t.Errorf("%s %s: %v", mediaType, reference, a)
+			}
+		}
+	}
 }
 
 const indexType = ocispec.MediaTypeImageIndex
