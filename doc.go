@@ -206,24 +206,41 @@
 // damaged, the answer breaks off before its last byte. A small one, and one of which a range is
 // asked for, is verified before. A handle does not verify a file again that has not changed.
 //
+// Apart from old uploads, the handler deletes only what clients delete. Content that no tag needs
+// any more takes space until a collection: call [LocalRegistry.GC] now and then, in any process.
+// To stop a server, call Shutdown of the [net/http.Server] first, and [LocalRegistry.Close] then.
+// After Close, requests are answered with 503.
+//
 // With an [Upstream] the handler is a mirror. It fetches each manifest and blob when a client first
-// asks for it, once for all clients, and sends a large blob while it arrives. It serves its own
-// content while the other registry is down. Docker uses it by registry-mirrors, containerd by
-// hosts.toml, and podman, buildah and skopeo by registries.conf. containerd names the registry in
-// the query: a [HandlerOptions.Name] that reads ns lets one handler mirror several registries.
+// asks for it, once for all clients, and sends a large blob while it arrives. While the other
+// registry is down, it serves what it has, and answers 502 for the rest. It fetches content again
+// that was damaged or lost here. Docker uses it by registry-mirrors, for Docker Hub alone,
+// containerd by hosts.toml, and podman, buildah and skopeo by registries.conf. containerd names the
+// registry in the query: a [HandlerOptions.Name] that reads ns lets one handler mirror several
+// registries.
 //
 // The zero HandlerOptions are for tests and for programs of one user. Before other machines can
 // reach the handler, set:
 //   - [HandlerOptions.Authorize] or [HandlerOptions.ReadOnly]. Without them everybody may push and
 //     delete, and everybody who knows the digest of a blob may mount it from any repository.
-//   - [HandlerOptions.MaxBlobSize] and [HandlerOptions.MaxUploads]. A quota of the file system
-//     bounds what pushes can store in all.
-//   - For a mirror, [Upstream].MaxBytes, and a root that has no content which only some of the clients
-//     may read. A manifest of the upstream may name any digest. If this registry has that content,
-//     whoever may pull the manifest gets it. [Options.SeparateRegistries] keeps apart what other
-//     registries have sent, but not the repositories of one registry.
-//   - ReadHeaderTimeout, IdleTimeout and MaxHeaderBytes of the [net/http.Server], and TLS. The
-//     handler ends requests that make no progress: see [HandlerOptions.StallTimeout].
+//   - [HandlerOptions.MaxBlobSize] and [HandlerOptions.MaxUploads]. Only a quota of the file system
+//     bounds what clients can make the registry store in all, by pushes or through a mirror.
+//   - For a mirror, [Upstream].MaxBytes, and a root that has no content which only some of the
+//     clients may read. A manifest of the upstream may name any digest. If this registry has that
+//     content, whoever may pull the manifest gets it. [Options.SeparateRegistries] keeps apart what
+//     other registries have sent, but not the repositories of one registry. The credentials of
+//     [Upstream].Remote serve every client that may pull here. A [HandlerOptions.Name] that reads
+//     ns must refuse registries that it does not know, since a client may name any.
+//   - ReadHeaderTimeout, IdleTimeout and MaxHeaderBytes of the [net/http.Server], and TLS. Leave
+//     its ReadTimeout and WriteTimeout zero: the handler sets the same deadlines, by progress
+//     instead of in all. See [HandlerOptions.StallTimeout].
+//   - A limit of connections, in a proxy or listener. A request needs a few MiB of memory, however
+//     large the blob is. The handler parses at most four large manifests at a time, and does not
+//     limit the number of requests.
+//   - [Options.Logger]. Clients are not told why the server failed; the log is.
+//
+// A handler around this one must let [net/http.ErrAbortHandler] pass, and must not change bodies.
+// Its [net/http.ResponseWriter] needs an Unwrap method: see [net/http.ResponseController].
 //
 // # Upkeep
 //

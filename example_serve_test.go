@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"strings"
+	"time"
 
 	"github.com/ocilocal/ocilocal"
 )
@@ -105,6 +106,66 @@ func ExampleHandlerOptions_authorize() {
 	// Output:
 	// true
 	// 2 blobs sent
+}
+
+// A mirror of several registries for containerd, which names the registry in the query. A client
+// must not choose another one.
+func ExampleHandlerOptions_name() {
+	registry, done := scratch()
+	defer done()
+	note(registry, "ghcr.io/team/note:v1", "one") // as if it had been pulled
+	mirrored := map[string]bool{"ghcr.io": true, "docker.io": true}
+	server := httptest.NewServer(registry.Handler(&ocilocal.HandlerOptions{
+		Name: func(r *http.Request, repository string) (string, error) {
+			host := r.URL.Query().Get("ns")
+			if !mirrored[host] {
+				return "", fmt.Errorf("%q is not mirrored", host)
+			}
+			return host + "/" + repository, nil
+		},
+		ReadOnly: true, // and Upstream: &ocilocal.Upstream{}
+	}))
+	defer server.Close()
+
+	for _, ns := range []string{"ghcr.io", "10.0.0.1:5000"} {
+		answer, err := http.Head(server.URL + "/v2/team/note/manifests/v1?ns=" + ns)
+		if err != nil {
+			log.Fatal(err)
+		}
+		answer.Body.Close()
+		fmt.Println(ns, answer.StatusCode)
+	}
+	// Output:
+	// ghcr.io 200
+	// 10.0.0.1:5000 404
+}
+
+// A server for other machines. It stops when ctx ends: first the server, then the registry.
+func ExampleLocalRegistry_Handler_server() {
+	serve := func(ctx context.Context, registry *ocilocal.LocalRegistry, authorize func(*http.Request, string, ocilocal.Action) error) error {
+		server := &http.Server{
+			Addr: ":5000",
+			Handler: registry.Handler(&ocilocal.HandlerOptions{
+				Authorize:   authorize,
+				MaxBlobSize: 10 << 30,
+			}),
+			ReadHeaderTimeout: 10 * time.Second,
+			IdleTimeout:       2 * time.Minute,
+			MaxHeaderBytes:    64 << 10,
+		}
+		stopped := make(chan error, 1)
+		context.AfterFunc(ctx, func() {
+			limited, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+			defer cancel()
+			stopped <- server.Shutdown(limited)
+		})
+		err := server.ListenAndServeTLS("server.crt", "server.key")
+		if errors.Is(err, http.ErrServerClosed) {
+			err = <-stopped
+		}
+		return errors.Join(err, registry.Close())
+	}
+	_ = serve
 }
 
 // A mirror of a registry: it pulls what it does not have, and serves it also while the registry is

@@ -7,8 +7,8 @@ const (
 	maxLargeManifests = 4
 )
 
-// manifestTurns bounds how many large documents of a server are in memory in parsed form. It has one
-// element for each that is.
+// manifestTurns bounds how many large documents of a server are in memory in parsed form. It has
+// one element for each that is.
 //
 // The problem: clients and upstreams choose which documents a server parses, and when. Parsed, a
 // document can take ten times the memory of its bytes, and more while it is parsed.

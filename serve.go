@@ -19,17 +19,19 @@ type HandlerOptions struct {
 	// Name, if not nil, returns the local name of a repository, in place of Host. It can use the
 	// request's Host header and its query, such as containerd's ?ns=docker.io. The repository has
 	// the form that the distribution specification demands. An error answers the request with 404.
-	// Name must not read the body. With a Name there is no catalog.
+	// With an Upstream, Name must refuse registries that are not to be mirrored. Name must not read
+	// the body. With a Name there is no catalog.
 	Name func(r *http.Request, repository string) (string, error)
 	// Authorize, if not nil, decides about each request before anything is done. repository is as
-	// the client names it, and empty for ActionPing and ActionCatalog. Nil allows the action. A
-	// [*ChallengeError] answers 401 with its challenge, and any other error answers 403. The text
-	// of the error is not sent. A mount also asks for ActionPull of the other repository.
+	// the client names it, and empty for ActionPing and ActionCatalog. If Authorize returns nil, the
+	// request goes on. A [*ChallengeError] answers 401 with its challenge, and any other error
+	// answers 403. The text of the error is not sent. A mount also asks for ActionPull of the other
+	// repository, which the client must name then. Authorize must not read the body.
 	Authorize func(r *http.Request, repository string, action Action) error
 	// Upstream, if not nil, is a registry from which misses are fetched. A client that may pull can
-	// make this registry fetch.
+	// make this registry fetch and keep what it asks for. ReadOnly does not change that.
 	Upstream *Upstream
-	// ReadOnly refuses pushes and deletions with 405.
+	// ReadOnly refuses pushes and deletions with 405. Other users of the registry may still write.
 	ReadOnly bool
 	// MaxBlobSize, if positive, is the largest size of a pushed blob, in bytes.
 	MaxBlobSize int64

@@ -30,8 +30,8 @@ func (x *exchange) unchanged(d digest.Digest) bool {
 	return true
 }
 
-// identify says in the headers which content the answer has. A digest names its bytes for ever, so it
-// is the entity tag as well.
+// identify says in the headers which content the answer has. A digest names its bytes for ever, so
+// it is the entity tag as well.
 func (x *exchange) identify(d digest.Digest) {
 	h := x.w.Header()
 	h.Set("Docker-Content-Digest", string(d))
@@ -56,10 +56,10 @@ func (x *exchange) describe(d digest.Digest, mediaType string, size int64) {
 //	whole, large       sent as it is          verified while it is sent, unless it is being healed
 //
 // Most requests are for tiny blobs, and sending these from memory takes the fewest system calls. In
-// the last case the verifier holds back the last bytes until the digest is right. If it is wrong, the
-// connection breaks off, and the client has fewer bytes than Content-Length says.
-// A client can't check a range by the digest, so a range never is verified while it is sent, except
-// one of a blob that a mirror fetches meanwhile: see [sharedFetch].
+// the last case the verifier holds back the last bytes until the digest is right. If it is wrong,
+// the connection breaks off, and the client has fewer bytes than Content-Length says. A client
+// can't check a range by the digest, so a range never is verified while it is sent, except one of a
+// blob that a mirror fetches meanwhile: see [sharedFetch].
 func (x *exchange) getBlob() error {
 	b, err := x.openBlob()
 	if b == nil || err != nil {

@@ -11,14 +11,14 @@ import (
 // The problem: a file of the registry can become damaged. Clients then get errors until somebody
 // calls Repair, although the upstream has the content.
 //
-// The rule: whoever finds that content has the wrong bytes or the wrong size fetches it again, as if
-// it were absent. The damaged file stays until good bytes are here. They then replace it in one
+// The rule: whoever finds that content has the wrong bytes or the wrong size fetches it again, as
+// if it were absent. The damaged file stays until good bytes are here. They then replace it in one
 // step: see [stage.link]. A file that cannot be read is not damaged: the next read may succeed.
 //
 // It is safe because a fetch looks at the file again and fetches nothing if it is good by now, and
 // because only bytes with the right digest replace a file that was just found damaged. So clients,
-// other processes and Repair may heal the same file at the same time. If the upstream fails, nothing
-// has changed.
+// other processes and Repair may heal the same file at the same time. If the upstream fails,
+// nothing has changed.
 
 // heals reports whether an error means that a mirror should fetch the content, again or for the
 // first time.
@@ -26,16 +26,16 @@ func (x *exchange) heals(err error) bool {
 	return x.upstream != nil && (errors.Is(err, ErrNotFound) || damaged(err) != err)
 }
 
-// noteDamage logs an error if it says that content is damaged: whoever runs the server should look at
-// the disk.
+// noteDamage logs an error if it says that content is damaged: whoever runs the server should look
+// at the disk.
 func (x *exchange) noteDamage(d digest.Digest, err error) {
 	if damaged(err) != err {
 		x.registry.opts.Logger.Warn("ocilocal: damaged content is fetched again", "digest", d, "error", err)
 	}
 }
 
-// notHealed chooses the answer if damaged content could not be fetched again. What the upstream does
-// not have is damaged, and not unknown.
+// notHealed chooses the answer if damaged content could not be fetched again. What the upstream
+// does not have is damaged, and not unknown.
 func notHealed(damage, failed error) error {
 	if errors.Is(failed, ErrNotFound) && damaged(damage) != damage {
 		return damage
@@ -43,8 +43,8 @@ func notHealed(damage, failed error) error {
 	return failed
 }
 
-// healing reports whether the blob of the path is being fetched. If it is here nevertheless, its file
-// may be damaged.
+// healing reports whether the blob of the path is being fetched. If it is here nevertheless, its
+// file may be damaged.
 func (x *exchange) healing() bool {
 	u := x.upstream
 	if u == nil {
@@ -55,8 +55,8 @@ func (x *exchange) healing() bool {
 	return u.fetches[blobKey(x.repo, x.digest)] != nil
 }
 
-// healSent fetches a blob again that turned out to be damaged while it was being sent. The answer is
-// lost. It breaks off afterwards, so that the client's next request finds good bytes.
+// healSent fetches a blob again that turned out to be damaged while it was being sent. The answer
+// is lost. It breaks off afterwards, so that the client's next request finds good bytes.
 func (x *exchange) healSent(damage error) {
 	if !x.heals(damage) {
 		return

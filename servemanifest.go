@@ -22,7 +22,8 @@ func (x *exchange) reference() string {
 
 // getManifest serves GET and HEAD of a manifest. HEAD and a request with a matching If-None-Match
 // read only the index. A GET has the whole manifest in memory, verified, before it answers, so
-// damage is a 500, or is healed: see [exchange.heals]. Accept is ignored: manifests are never converted, so there is nothing to choose.
+// damage is a 500, or is healed: see [exchange.heals]. Accept is ignored: manifests are never
+// converted, so there is nothing to choose.
 func (x *exchange) getManifest() error {
 	desc, raw, err := x.resolve()
 	if err != nil {
@@ -49,8 +50,8 @@ func (x *exchange) getManifest() error {
 	return nil
 }
 
-// readManifest reads and verifies a manifest that resolve has found. So the repository shows it, and
-// the index need not be asked once more. The limit bounds the memory if a damaged index and a
+// readManifest reads and verifies a manifest that resolve has found. So the repository shows it,
+// and the index need not be asked once more. The limit bounds the memory if a damaged index and a
 // foreign file agree on a huge size.
 func (x *exchange) readManifest(desc ocispec.Descriptor) ([]byte, error) {
 	if desc.Size > MaxManifestSize {
@@ -74,10 +75,10 @@ func (x *exchange) readManifest(desc ocispec.Descriptor) ([]byte, error) {
 	return store.readAll(f, desc.Digest, size)
 }
 
-// findManifest is for a GET whose manifest was resolved and not found, or found damaged. The tag may
-// have been moved and the manifest collected in between: then a second look answers. If the second
-// look finds the same, the file is lost. That is not a 404, by which the client would take it for
-// deleted. A mirror fetches a lost or damaged manifest again.
+// findManifest is for a GET whose manifest was resolved and not found, or found damaged. The tag
+// may have been moved and the manifest collected in between: then a second look answers. If the
+// second look finds the same, the file is lost. That is not a 404, by which the client would take
+// it for deleted. A mirror fetches a lost or damaged manifest again.
 func (x *exchange) findManifest() (ocispec.Descriptor, []byte, error) {
 	desc, raw, err := x.resolve()
 	if raw != nil || err != nil {

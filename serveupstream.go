@@ -18,39 +18,48 @@ import (
 // kept. So an image index costs only the platforms that clients want. A client gets a blob of 1 MiB
 // or more while it arrives.
 //
-//   - Manifests: a tag is kept as a ref. A digest that nothing in the repository leads to is kept as
-//     a ref by digest. Refs stay until they are deleted, and collections keep what they lead to. What
-//     was deleted here is fetched again when a client asks for it.
+//   - Manifests: a tag is kept as a ref. A digest that nothing in the repository leads to is kept
+//     as a ref by digest. Refs stay until they are deleted, and collections keep what they lead to.
+//     What was deleted here is fetched again when a client asks for it.
 //   - Blobs: what a manifest of the repository names is fetched; other blobs are 404. HEAD answers
 //     with the size that the manifest states and fetches nothing. The last byte of a range is sent
-//     after the whole blob has been fetched and verified. So a client must wait for a few bytes of a
-//     large blob as long as for all of it; below 1 MiB it hears nothing meanwhile. If all clients of
-//     a blob leave, its transfer ends. The bytes of a blob of 1 MiB or more are kept, and the next
-//     request resumes it.
-//   - A file that is damaged or lost here is fetched again when a client asks for it. The damaged file
-//     stays until good bytes replace it. If a blob of more than 256 KiB turns out to be damaged while
-//     it is sent, the answer breaks off when the blob has been fetched again. What the upstream does
-//     not have stays damaged until [LocalRegistry.Repair]. An answer to HEAD reads no content.
+//     after the whole blob has been fetched and verified. So a client must wait for a few bytes of
+//     a large blob as long as for all of it; below 1 MiB it hears nothing meanwhile. If all clients
+//     of a blob leave, its transfer ends. The bytes of a blob of 1 MiB or more are kept, and the
+//     next request resumes it.
+//   - A file that is damaged or lost here is fetched again when a client asks for it. The damaged
+//     file stays until good bytes replace it. If a blob of more than 256 KiB turns out to be
+//     damaged while it is sent, the answer breaks off when the blob has been fetched again. What
+//     the upstream does not have stays damaged until [LocalRegistry.Repair]. An answer to HEAD
+//     reads no content.
 //   - A tag that is here is served for Revalidate, and then asked for again. If the upstream fails,
 //     does not answer within ten seconds, or has the tag no more, the tag is served as it is here.
 //   - Lists of tags and referrers have what the upstream lists and what is here. If the upstream
 //     fails, they have what is here, and a Warning header says so.
-//   - What neither has is 404, if the upstream itself says so. It is asked twice if a proxy may have
-//     answered. If the upstream fails, refuses access or sends other bytes than the digest says, the
-//     answer is 502: a 404 would say that the content does not exist. Clients of mirrors then ask the
-//     upstream themselves. If a blob is already being sent, the answer breaks off before its last byte.
+//   - Manifests have at most [MaxManifestSize] bytes. The referrers of one manifest that the
+//     upstream lists are at most 10,000, of at most 16 MiB; beyond that it counts as failing.
+//   - What neither has is 404, if the upstream itself says so. It is asked twice if a proxy may
+//     have answered. If the upstream fails, refuses access or sends other bytes than the digest
+//     says, the answer is 502: a 404 would say that the content does not exist. Clients of mirrors
+//     then ask the upstream themselves. If a blob is already being sent, the answer breaks off
+//     before its last byte.
 //
 // An artifact that clients have fetched only in part is here with absent members: reading one is
 // [ErrAbsent], and [LocalRegistry.Pull] fetches them. If a config or layer is absent, tagging,
 // exporting, copying or pushing the artifact is an error that matches [ErrNotFound].
 //
 // Pushes to the handler stay here: see HandlerOptions.ReadOnly. Before a pushed manifest is
-// acknowledged, what it needs and what is absent here is fetched, so that PUT may take as long as the
-// transfer. The next revalidation of a tag replaces what was pushed under it, if the upstream has the
-// tag.
+// acknowledged, what it needs and what is absent here is fetched, so that PUT may take as long as
+// the transfer. The next revalidation of a tag replaces what was pushed under it, if the upstream
+// has the tag.
 //
-// With [Options.SeparateRegistries] a manifest is pulled with all that it needs before it is served.
-// A registry that is open read-only fetches nothing.
+// With [Options.SeparateRegistries] a manifest is pulled with all that it needs before it is
+// served. Meanwhile all its manifests are in memory, of which [MaxImportManifests] bounds the
+// bytes.
+//
+// A mirror removes nothing by itself. To make room, remove its refs with [LocalRegistry.Remove], or
+// let clients delete them, and call [LocalRegistry.GC]. A registry that is open read-only fetches
+// nothing.
 type Upstream struct {
 	// Remote is the client to pull with. Nil means [Options.Remote].
 	Remote *Remote
@@ -99,8 +108,9 @@ func newUpstream(r *LocalRegistry, opts *Upstream, turns manifestTurns) *upstrea
 	return u
 }
 
-// source returns the repository of the upstream for a tag or digest of a repository here. It takes a
-// turn for each large manifest or list that it parses. The caller must end the turn of the last one.
+// source returns the repository of the upstream for a tag or digest of a repository here. It takes
+// a turn for each large manifest or list that it parses. The caller must end the turn of the last
+// one.
 //
 // Errors: [ErrNotFound] for a repository that is not mirrored, [ErrInvalidReference].
 func (u *upstream) source(p *Repository, reference string) (*remoteRepo, error) {
@@ -192,8 +202,8 @@ func (x *exchange) pullManifest(ctx context.Context, local Reference, known dige
 	return f.manifest, f.content, nil
 }
 
-// pullWhole brings a manifest with all that it needs. It asks for the manifest alone first: that this is
-// absent is a 404, and that a blob of it is absent is not.
+// pullWhole brings a manifest with all that it needs. It asks for the manifest alone first: that
+// this is absent is a 404, and that a blob of it is absent is not.
 func (x *exchange) pullWhole(ctx context.Context, local Reference) error {
 	u := x.upstream
 	_, key := local.key()
@@ -250,8 +260,8 @@ func (u *upstream) fetchManifest(ctx context.Context, p *Repository, local Refer
 }
 
 // keep publishes a manifest of the upstream under its name here. Whatever it names may be absent. A
-// manifest by digest gets no ref if something in the repository leads to it already: an image index,
-// or its subject.
+// manifest by digest gets no ref if something in the repository leads to it already: an image
+// index, or its subject.
 func (u *upstream) keep(ctx context.Context, p *Repository, local Reference, m *Manifest) error {
 	if local.Digest() != "" {
 		led, err := p.showsManifest(u.registry.index, m.digest)
@@ -289,8 +299,8 @@ func (u *upstream) charge(n int64) error {
 	return nil
 }
 
-// fetchFrom calls fetch, which asks src for something. The answer that it does not exist becomes a plain
-// [ErrNotFound]. If that answer may come from a proxy, src is asked a second time.
+// fetchFrom calls fetch, which asks src for something. The answer that it does not exist becomes a
+// plain [ErrNotFound]. If that answer may come from a proxy, src is asked a second time.
 func fetchFrom(src *remoteRepo, fetch func() error) error {
 	err := fetch()
 	if absent, certain := src.saysAbsent(err); absent && !certain {

@@ -51,7 +51,8 @@ func (x *exchange) list(what string, ask func(context.Context, *remoteRepo) erro
 	return err
 }
 
-// upstreamTags returns at most n tags of the upstream after last, in order. Errors are those of list.
+// upstreamTags returns at most n tags of the upstream after last, in order. Errors are those of
+// list.
 func (x *exchange) upstreamTags(last string, n int) (tags []string, err error) {
 	err = x.list("tags", func(ctx context.Context, src *remoteRepo) error {
 		tags = nil
