@@ -14,7 +14,12 @@ import (
 // undoes [Repository.Tag] with that digest.
 //
 // Errors: [ErrNotFound], [ErrInvalidReference], [ErrReadOnly], [ErrBusy], and any error from ctx.
-func (p *Repository) Untag(ctx context.Context, reference string) (err error) {
+func (p *Repository) Untag(ctx context.Context, reference string) error {
+	return p.untag(ctx, reference, nil)
+}
+
+// untag is Untag with a precondition.
+func (p *Repository) untag(ctx context.Context, reference string, may precondition) (err error) {
 	defer addOp(&err, "untag in "+p.name, reference, "")
 	if _, err := p.reference(reference); err != nil {
 		return err
@@ -28,6 +33,9 @@ func (p *Repository) Untag(ctx context.Context, reference string) (err error) {
 		desc, _, ok, err := tx.resolved(p.name, reference)
 		if err == nil && !ok {
 			err = ErrNotFound
+		}
+		if err == nil && may != nil {
+			err = may(desc.Digest)
 		}
 		if err != nil {
 			return err
@@ -63,7 +71,12 @@ func (p *Repository) Delete(ctx context.Context, desc ocispec.Descriptor) error 
 //   - [ErrInUse]: an image index in the repository needs the manifest, or it is a referrer that has
 //     referrers there. Nothing was deleted
 //   - [ErrInvalidDigest], [ErrReadOnly], [ErrBusy], and any error from ctx or the file system
-func (p *Repository) DeleteManifest(ctx context.Context, d digest.Digest) (err error) {
+func (p *Repository) DeleteManifest(ctx context.Context, d digest.Digest) error {
+	return p.deleteManifest(ctx, d, nil)
+}
+
+// deleteManifest is DeleteManifest with a precondition.
+func (p *Repository) deleteManifest(ctx context.Context, d digest.Digest, may precondition) (err error) {
 	defer addOp(&err, "delete manifest from", p.name, d)
 	end, err := p.registry.beginWrite(ctx)
 	if err != nil {
@@ -73,7 +86,10 @@ func (p *Repository) DeleteManifest(ctx context.Context, d digest.Digest) (err e
 	var desc ocispec.Descriptor
 	var subject digest.Digest
 	err = p.registry.write(ctx, func(tx *indexTx) (err error) {
-		if desc, err = p.manifest(tx, d); err != nil {
+		if desc, err = p.manifest(tx, d); err == nil && may != nil {
+			err = may(d)
+		}
+		if err != nil {
 			return err
 		}
 		references, err := referencesTo(tx, p.name, d)

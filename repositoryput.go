@@ -104,7 +104,7 @@ type PutManifestOptions struct {
 //   - those of [ParseManifest]
 //   - [ErrReadOnly], [ErrBusy], [ErrNoSpace], and any error from ctx or the file system
 func (p *Repository) PutManifest(ctx context.Context, mediaType string, raw []byte, opts *PutManifestOptions) (RefUpdate, error) {
-	return p.putManifest(ctx, opts, nil, func() (*Manifest, error) {
+	return p.putManifest(ctx, opts, nil, nil, func() (*Manifest, error) {
 		if len(raw) > MaxManifestSize { // before the copy
 			return nil, tooLargeManifest(len(raw))
 		}
@@ -114,7 +114,7 @@ func (p *Repository) PutManifest(ctx context.Context, mediaType string, raw []by
 
 // putManifest is PutManifest of the manifest that parse returns. It may change the digest of that.
 // lacked are members, of it or below it, that may be absent: see [exchange.complete].
-func (p *Repository) putManifest(ctx context.Context, opts *PutManifestOptions, lacked map[digest.Digest]bool, parse func() (*Manifest, error)) (u RefUpdate, err error) {
+func (p *Repository) putManifest(ctx context.Context, opts *PutManifestOptions, may precondition, lacked map[digest.Digest]bool, parse func() (*Manifest, error)) (u RefUpdate, err error) {
 	var o PutManifestOptions
 	if opts != nil {
 		o = *opts
@@ -159,7 +159,11 @@ func (p *Repository) putManifest(ctx context.Context, opts *PutManifestOptions, 
 	pub := onlyManifest(ref, m, o.PublishOptions)
 	pub.absent = absent
 	pub.also = func(tx *indexTx, existing digest.Digest) error {
-		if err := p.holdReplaced(tx, existing, m.digest); err != nil {
+		err := p.ask(tx, may, o.Tag, m.digest)
+		if err == nil {
+			err = p.holdReplaced(tx, existing, m.digest)
+		}
+		if err != nil {
 			return err
 		}
 		return p.registry.checkMemberRows(ctx, tx, m, absent)
@@ -172,6 +176,27 @@ func (p *Repository) putManifest(ctx context.Context, opts *PutManifestOptions, 
 		return u, err
 	}
 	return updates[0], updates[0].conflict(o.Expected)
+}
+
+// A precondition decides, in the transaction of a change, whether the change may be made. present
+// is the digest at which the tag points, or the digest that is put or deleted. It is "" if the
+// repository has no such tag or manifest. Nil allows every change.
+type precondition func(present digest.Digest) error
+
+// ask asks a precondition about a tag, or about the manifest d if tag is empty.
+func (p *Repository) ask(tx *indexTx, may precondition, tag string, d digest.Digest) (err error) {
+	if may == nil {
+		return nil
+	}
+	if tag != "" {
+		d, err = tx.ref(p.name, tag)
+	} else if _, err = p.manifest(tx, d); errors.Is(err, ErrNotFound) {
+		d, err = "", nil
+	}
+	if err != nil {
+		return err
+	}
+	return may(d)
 }
 
 // holdReplaced holds the manifest from which a tag is about to be moved, in the transaction that

@@ -124,6 +124,10 @@ type handler struct {
 // are durable. No client receives all bytes of damaged content, or a part of a blob that was not
 // verified. [Repository] says how long content without a tag stays.
 //
+// A client that puts or deletes a tag can send If-Match with the ETag that it has seen, or
+// If-None-Match: * for a new tag. If another client was faster, the answer is 412, and nothing
+// changes.
+//
 // The handler answers 503 after [LocalRegistry.Close]. A registry that is open read-only is served
 // read-only.
 func (r *LocalRegistry) Handler(opts *HandlerOptions) http.Handler {

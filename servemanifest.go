@@ -7,6 +7,7 @@ import (
 	"io"
 	"mime"
 	"net/http"
+	"strings"
 
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -146,7 +147,7 @@ func (x *exchange) putManifest() error {
 	if x.tag != "" {
 		opts.Policy = Replace
 	}
-	u, err := x.repo.putManifest(x.r.Context(), opts, lacked, func() (*Manifest, error) { return m, nil })
+	u, err := x.repo.putManifest(x.r.Context(), opts, x.precondition(), lacked, func() (*Manifest, error) { return m, nil })
 	if errors.Is(err, ErrNotFound) && !errors.Is(err, ErrIncomplete) {
 		// A member of the manifest is missing. As ErrNotFound it would be a 404 about the manifest.
 		err = errors.Join(ErrIncomplete, err)
@@ -170,12 +171,31 @@ func (x *exchange) putManifest() error {
 // point at it. Deleting a tag leaves the manifest, held for a while: see [Repository.Untag].
 func (x *exchange) deleteManifest() (err error) {
 	if x.tag != "" {
-		err = x.repo.Untag(x.r.Context(), x.tag)
+		err = x.repo.untag(x.r.Context(), x.tag, x.precondition())
 	} else {
-		err = x.repo.DeleteManifest(x.r.Context(), x.digest)
+		err = x.repo.deleteManifest(x.r.Context(), x.digest, x.precondition())
 	}
 	if err != nil {
 		return err
 	}
 	return x.empty(http.StatusAccepted)
+}
+
+// precondition returns what If-Match and If-None-Match demand of a change (RFC 9110, 13.1). With
+// them, a client moves or deletes a tag only if nobody else has moved it since, and creates a tag
+// only if there is none. It returns nil without them.
+func (x *exchange) precondition() precondition {
+	match, none := strings.Join(x.r.Header["If-Match"], ","), strings.Join(x.r.Header["If-None-Match"], ",")
+	if match == "" && none == "" {
+		return nil
+	}
+	return func(present digest.Digest) error {
+		switch {
+		case match != "" && (present == "" || !matchesStrongly(match, present)):
+		case none != "" && present != "" && matchesETag(none, present):
+		default:
+			return nil
+		}
+		return serveErrorf(http.StatusPreconditionFailed, codeDenied, "the tag or manifest is not what the request expects")
+	}
 }

@@ -96,6 +96,55 @@ func TestServeManifestTypes(t *testing.T) {
 	}
 }
 
+// TestServePreconditions: If-Match and If-None-Match make a put or deletion of a tag a
+// compare-and-swap. A change that fails leaves everything as it was.
+func TestServePreconditions(t *testing.T) {
+	t.Parallel()
+	r := openTemp(t, nil)
+	s := serveAt(t, r, nil)
+	one, two := string(s.pushImage("org/app", "", "one")), string(s.pushImage("org/app", "", "two"))
+	const tag = "/v2/org/app/manifests/v1"
+	for i, step := range []struct {
+		status       int
+		method, body string
+		field, value string
+		tag          string // the digest at which the tag points then, "" for none
+	}{
+		{412, "PUT", "one", "If-Match", "*", ""},
+		{412, "PUT", "one", "If-Match", `"` + one + `"`, ""},
+		{404, "DELETE", "", "If-Match", "*", ""}, // as without it
+		{201, "PUT", "one", "If-None-Match", "*", one},
+		{412, "PUT", "one", "If-None-Match", "*", one},
+		{412, "PUT", "two", "If-None-Match", "*", one},
+		{412, "PUT", "two", "If-None-Match", `"x", W/"` + one + `"`, one},
+		{412, "PUT", "two", "If-Match", `"` + two + `"`, one},
+		{412, "PUT", "two", "If-Match", `W/"` + one + `"`, one},
+		{201, "PUT", "two", "If-Match", `"x", "` + one + `"`, two},
+		{201, "PUT", "one", "If-Match", "*", one},
+		{201, "PUT", "two", "If-None-Match", `"` + two + `"`, two},
+		{412, "DELETE", "", "If-Match", `"` + one + `"`, two},
+		{412, "DELETE", "", "If-None-Match", "*", two},
+		{202, "DELETE", "", "If-Match", `"` + two + `"`, ""},
+	} {
+		body := step.body
+		if body != "" {
+			body = imageOf(body)
+		}
+		if a := s.do(step.method, tag, body, step.field, step.value); a.status != step.status || step.status == 412 && a.code() != "DENIED" {
+			t.Errorf("%d: %s with %s: %s: %d %s", i, step.method, step.field, step.value, a.status, a.body)
+		}
+		if got := s.do("HEAD", tag, "").header.Get("Docker-Content-Digest"); got != step.tag {
+			t.Errorf("%d: the tag points at %q, want %q", i, got, step.tag)
+		}
+	}
+	// By digest.
+	s.want(412, "PUT", "/v2/org/app/manifests/"+one, imageOf("one"), "If-None-Match", "*")
+	s.want(412, "DELETE", "/v2/org/app/manifests/"+one, "", "If-Match", `"`+two+`"`)
+	s.want(202, "DELETE", "/v2/org/app/manifests/"+one, "", "If-Match", `"`+one+`"`)
+	s.want(412, "PUT", "/v2/org/app/manifests/"+one, imageOf("one"), "If-Match", "*")
+	s.want(201, "PUT", "/v2/org/app/manifests/"+one, imageOf("one"), "If-None-Match", "*")
+}
+
 const indexType = ocispec.MediaTypeImageIndex
 
 // TestServePutSparse puts manifests of which a part is recorded as absent. Bytes that the repository

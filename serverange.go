@@ -94,3 +94,14 @@ func matchesETag(header string, d digest.Digest) bool {
 	}
 	return false
 }
+
+// matchesStrongly reports whether an If-Match header has the tag of d, which a weak tag never is
+// (RFC 9110, 13.1.1).
+func matchesStrongly(header string, d digest.Digest) bool {
+	for one := range strings.SplitSeq(header, ",") {
+		if one = strings.TrimSpace(one); one == "*" || one == etag(d) {
+			return true
+		}
+	}
+	return false
+}
