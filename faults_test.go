@@ -143,6 +143,8 @@ var flows = []flow{
 	{name: "serve without links", seeded: true, always: noLinks, run: serveFlow, effect: map[string]string{newRef: "imported"}},
 	{name: "mirror", seeded: true, mirrored: true, keeps: true, run: mirrorFlow},
 	{name: "mirror without links", seeded: true, mirrored: true, keeps: true, always: noLinks, run: mirrorFlow},
+	{name: "mirror heals", seeded: true, mirrored: true, damage: true, keeps: true, run: mirrorFlow},
+	{name: "mirror heals without links", seeded: true, mirrored: true, damage: true, keeps: true, always: noLinks, run: mirrorFlow},
 	{name: "export layout new", seeded: true, exports: true, run: exportLayoutFlow},
 	{name: "export layout add", seeded: true, exports: true, beside: othersLayout, run: exportLayoutFlow},
 	{name: "export layout add without links", seeded: true, exports: true, always: noLinks, beside: othersLayout, run: exportLayoutFlow},
@@ -425,7 +427,7 @@ func (f *flow) labels(t *testing.T, r *ocilocal.LocalRegistry) map[string]string
 	for _, ref := range []string{keptRef, movedRef, newRef} {
 		label, err := readLabelled(r, ref)
 		if f.damage && errors.Is(err, ocilocal.ErrDigestMismatch) {
-			label, err = "before", nil
+			label, err = f.before()[ref], nil
 		}
 		if f.mirrored && ref == newRef && errors.Is(err, ocilocal.ErrAbsent) {
 			label, err = "imported", nil
