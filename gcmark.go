@@ -36,7 +36,7 @@ type gcNode struct {
 	size      int64     // of the file; of the row until a file is seen
 	age       time.Time // the younger of row and file
 	manifest  bool      // the index has it as a manifest
-	named     bool      // a ref, or a row of something else, says that it is a manifest
+	named     bool      // a ref, or its row in content, says that it is a manifest
 	row       bool      // the index has it
 	file      bool      // blobs/ has it
 	absent    bool      // blobs/ does not have it, and no row says that it is a blob here
@@ -167,10 +167,9 @@ func (r *LocalRegistry) graph(ctx context.Context, opts GCOptions) (*gcGraph, er
 	}); err != nil {
 		return nil, err
 	}
-	if err := x.memberRows(ctx, func(manifest digest.Digest, kind role, d digest.Digest, _ bool) {
+	if err := x.memberRows(ctx, func(manifest, d digest.Digest) {
 		parent, child := g.id(manifest), g.id(d)
 		g.nodes[parent].needs = append(g.nodes[parent].needs, child)
-		g.nodes[child].named = g.nodes[child].named || kind == roleManifest
 	}); err != nil {
 		return nil, err
 	}

@@ -65,7 +65,7 @@ func (c *closure) down(ctx context.Context, desc ocispec.Descriptor, depth, most
 			return nil, fmt.Errorf("%w: an artifact of more than %d blobs", ErrTooLarge, MaxClosure)
 		}
 		if m.childRole(i) == roleManifest || foreignLayer(child.MediaType) {
-			absent, err := isAbsent(c.registry.index, child.Digest)
+			absent, err := isAbsent(c.registry.index, child.Digest, m.childRole(i))
 			if err != nil {
 				return nil, err
 			}

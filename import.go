@@ -200,7 +200,9 @@ type importer struct {
 	// mayLack reports whether a member of an image index may be absent if neither the source nor
 	// the registry has it. If mayLack is nil, none may. Foreign layers always may.
 	mayLack func(digest.Digest) (bool, error)
-	absent  absentees
+	// refetched are members that only the source may give: see lacks.
+	refetched map[digest.Digest]bool
+	absent    absentees
 
 	// most is the limit of len(sizes) while one entry is read. It is MaxClosure above the length
 	// at which the entry began, because MaxClosure holds for each artifact and not for the sum.
@@ -256,8 +258,8 @@ const keepParsed = 1 << 20
 // newImporter returns an importer without a source. The caller sets the functions of the source,
 // and discards the stage in the end, whether or not run succeeds.
 func (r *LocalRegistry) newImporter(opts *ImportOptions) *importer {
-	im := &importer{registry: r, stage: r.blobs.newStage(), sizes: map[digest.Digest]int64{}, damaged: map[digest.Digest]bool{}, most: MaxClosure,
-		absent: absentees{manifests: map[digest.Digest]bool{}, needed: map[digest.Digest]bool{}}}
+	im := &importer{registry: r, stage: r.blobs.newStage(), sizes: map[digest.Digest]int64{}, damaged: map[digest.Digest]bool{}, refetched: map[digest.Digest]bool{},
+		most: MaxClosure, absent: absentees{manifests: map[digest.Digest]bool{}, needed: map[digest.Digest]bool{}}}
 	if opts != nil {
 		im.opts, im.maxBytes = *opts, opts.MaxBytes
 	}
@@ -582,8 +584,9 @@ func (im *importer) manifest(ctx context.Context, desc ocispec.Descriptor, depth
 }
 
 // lacks reports whether a member of an image index is absent: neither the source nor the registry
-// has it, and mayLack allows that. If one of them has it, lacks stages it. A member that is too
-// large is not absent: manifest refuses it.
+// has it, and mayLack allows that. If one of them has it, lacks stages it. A member whose bytes the
+// registry has only as a blob is not taken from there, because what it needs may be nowhere. A
+// member that is too large is not absent: manifest refuses it.
 func (im *importer) lacks(ctx context.Context, desc ocispec.Descriptor) (bool, error) {
 	if im.mayLack == nil || desc.Size > MaxManifestSize {
 		return false, nil
@@ -595,6 +598,13 @@ func (im *importer) lacks(ctx context.Context, desc ocispec.Descriptor) (bool, e
 	may, err := im.mayLack(desc.Digest)
 	if err != nil {
 		return false, err
+	}
+	if may {
+		only, err := isOnlyBlob(im.registry.index, desc.Digest)
+		if err != nil {
+			return false, err
+		}
+		im.refetched[desc.Digest] = only || im.refetched[desc.Digest]
 	}
 	if err := im.blob(ctx, desc, roleManifest); !may || !errors.Is(err, ErrIncomplete) {
 		return false, err
@@ -687,7 +697,7 @@ func (im *importer) blob(ctx context.Context, desc ocispec.Descriptor, as role) 
 // tasks call bring at once, for different digests.
 func (im *importer) bring(ctx context.Context, desc ocispec.Descriptor, as role) error {
 	item := im.meter.item(desc)
-	ok, err := im.reuse(ctx, desc)
+	ok, err := im.reuse(ctx, desc, as)
 	if err != nil {
 		return err
 	}
@@ -713,12 +723,17 @@ func (im *importer) bring(ctx context.Context, desc ocispec.Descriptor, as role)
 	return err
 }
 
-// reuse takes a blob of the registry into the stage, if it is whole and reusable allows it. What
-// the stage has already was allowed, or came from the source in this call.
-func (im *importer) reuse(ctx context.Context, desc ocispec.Descriptor) (bool, error) {
-	if im.reusable != nil && !im.stage.has(desc.Digest) {
-		if ok, err := im.reusable(ctx, desc); !ok || err != nil {
-			return false, err
+// reuse takes a blob of the registry into the stage, if it is whole and reusable and refetched
+// allow it. What the stage has already was allowed, or came from the source in this call.
+func (im *importer) reuse(ctx context.Context, desc ocispec.Descriptor, as role) (bool, error) {
+	if !im.stage.has(desc.Digest) {
+		if as == roleManifest && im.refetched[desc.Digest] {
+			return false, nil
+		}
+		if im.reusable != nil {
+			if ok, err := im.reusable(ctx, desc); !ok || err != nil {
+				return false, err
+			}
 		}
 	}
 	return im.stage.reuse(ctx, desc.Digest, desc.Size)

@@ -1,6 +1,7 @@
 package ocilocal
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 
@@ -72,8 +73,13 @@ func (r *LocalRegistry) importRegistry(ctx context.Context, src *LocalRegistry, 
 	defer func() { r.logDiscard(im.stage.discard()) }()
 	im.workers = diskWorkers
 	im.look = src.blobs.openDescriptor
-	im.mayLack = func(d digest.Digest) (bool, error) { return isAbsent(src.index, d) }
-	im.fetch = func(ctx context.Context, desc ocispec.Descriptor, _ role, item *meteredItem) error {
+	im.mayLack = func(d digest.Digest) (bool, error) { return isAbsent(src.index, d, roleManifest) }
+	im.fetch = func(ctx context.Context, desc ocispec.Descriptor, as role, item *meteredItem) error {
+		if as == roleManifest { // a blob with its bytes is not the member
+			if only, err := isOnlyBlob(src.index, desc.Digest); only || err != nil {
+				return cmp.Or(err, fmt.Errorf("%w: manifest %s", ErrIncomplete, desc.Digest))
+			}
+		}
 		f, _, err := src.blobs.openFile(desc.Digest, desc.Size)
 		if err != nil {
 			return incomplete(err)

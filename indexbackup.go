@@ -22,8 +22,8 @@ const (
 	sqlOtherBlobs = `SELECT id, digest, size FROM other.content WHERE id > ? AND present ORDER BY id LIMIT ?`
 
 	// The ids of the two databases have nothing to do with each other. So each id is replaced by
-	// that of the same digest, or text, in main. If either database says that a blob is here, the
-	// row in main says so afterwards.
+	// that of the same digest, or text, in main. If either database says that a blob is here, or
+	// that it is a manifest (role 3), the row in main says so afterwards.
 	//
 	// A row of a damaged snapshot that points at nothing must break a constraint. Otherwise the
 	// backup would silently lack the content that the row pointed at. So OR IGNORE, which ignores
@@ -31,8 +31,8 @@ const (
 	// row has.
 	sqlMergeTypes   = `INSERT OR IGNORE INTO main.types (text) SELECT text FROM other.types ORDER BY id`
 	sqlMergeContent = `INSERT INTO main.content (digest, size, kind, created, present, unneeded) SELECT digest, size, kind, created, present, unneeded FROM other.content WHERE true ORDER BY id
-		ON CONFLICT (digest) DO UPDATE SET size = excluded.size, kind = excluded.kind, created = excluded.created, present = excluded.present
-		WHERE NOT main.content.present AND (excluded.present OR main.content.size = -1 AND excluded.size <> -1)`
+		ON CONFLICT (digest) DO UPDATE SET size = excluded.size, kind = excluded.kind, created = iif(present, created, excluded.created), present = excluded.present
+		WHERE iif(present, excluded.present AND excluded.kind = 3 AND kind <> 3, excluded.present OR size = -1 AND excluded.size <> -1)`
 	sqlMergeManifests = `INSERT INTO main.manifests (id, digest, media_type, artifact_type, subject, annotations, created)
 		SELECT coalesce((SELECT id FROM main.content WHERE digest = m.digest), -1), m.digest,
 		(SELECT id FROM main.types WHERE text = (SELECT text FROM other.types WHERE id = m.media_type)),

@@ -16,14 +16,13 @@ const (
 	sqlRefTargets   = `SELECT name, reference, digest FROM refs WHERE (name, reference) > (?, ?) ORDER BY name, reference LIMIT ?`
 	sqlManifestRows = `SELECT m.id, m.digest, s.digest, coalesce(c.digest = m.digest, 0) FROM manifests m
 		LEFT JOIN content c ON c.id = m.id LEFT JOIN content s ON s.id = m.subject WHERE m.id > ? ORDER BY m.id LIMIT ?`
-	sqlMemberRows = `SELECT m.manifest, m.position, p.digest, m.role, c.digest, c.present FROM members m LEFT JOIN content p ON p.id = m.manifest LEFT JOIN content c ON c.id = m.content
+	sqlMemberRows = `SELECT m.manifest, m.position, p.digest, c.digest FROM members m LEFT JOIN content p ON p.id = m.manifest LEFT JOIN content c ON c.id = m.content
 		WHERE (m.manifest, m.position) > (?, ?) ORDER BY m.manifest, m.position LIMIT ?`
 	sqlBlobRows = `SELECT id, digest, size, kind, created FROM content WHERE id > ? AND present ORDER BY id LIMIT ?`
 
 	// Each of these reads all that it compares in one statement, so no commit comes in between.
 	sqlDangling     = `SELECT digest FROM refs r NOT INDEXED WHERE NOT EXISTS (SELECT 1 FROM manifests m WHERE m.id = r.manifest AND m.digest = r.digest)`
-	sqlLostManifest = `SELECT 1 FROM content c WHERE digest = ?1 AND present AND NOT EXISTS (SELECT 1 FROM manifests WHERE id = c.id)
-		AND (kind = ?2 OR EXISTS (SELECT 1 FROM members WHERE content = c.id AND role = ?2))`
+	sqlLostManifest = `SELECT 1 FROM content c WHERE digest = ?1 AND present AND kind = ?2 AND NOT EXISTS (SELECT 1 FROM manifests WHERE id = c.id)`
 
 	// The rows of absent content that only the manifest ?1 names. They are deleted with it.
 	sqlOnlyNames = `SELECT c.id FROM (SELECT content FROM members WHERE manifest = ?1 UNION SELECT subject FROM manifests WHERE id = ?1) n
@@ -65,8 +64,8 @@ func (x *index) refTargets(ctx context.Context, visit func(digest.Digest)) error
 // gcPage is how many rows the scans of whole tables read at once.
 const gcPage = 1000
 
-// lostManifest reports whether d has no row among the manifests although its own
-// blob's row, or that of an index above it, says that it is one.
+// lostManifest reports whether d has no row among the manifests although its row in content says
+// that it is one.
 func lostManifest(q queryer, d digest.Digest) (bool, error) {
 	return exists(q, sqlLostManifest, digestBytes(d), roleNumber(roleManifest))
 }
@@ -105,25 +104,20 @@ func (x *index) manifestRows(ctx context.Context, visit func(d, subject digest.D
 }
 
 // memberRows visits every pair of a manifest and a member, with all members of one manifest in a
-// row. absent says that the member is recorded as absent. If the manifest or the member has lost
-// its row in content, that is an [ErrCorruptIndex]: nothing says which digest it had.
-func (x *index) memberRows(ctx context.Context, visit func(manifest digest.Digest, kind role, d digest.Digest, absent bool)) error {
+// row. If the manifest or the member has lost its row in content, that is an [ErrCorruptIndex]:
+// nothing says which digest it had.
+func (x *index) memberRows(ctx context.Context, visit func(manifest, d digest.Digest)) error {
 	type row struct {
 		id          int64 // of manifest
 		position    int
-		kind        role
 		manifest, d digest.Digest
-		absent      bool
 	}
 	var last row
 	p := paging[row]{text: sqlMemberRows, size: gcPage, scan: func(rows *sql.Rows) (r row, err error) {
 		var b, manifest sql.RawBytes
-		var kind int
-		var present sql.NullBool
-		if err = rows.Scan(&r.id, &r.position, &manifest, &kind, &b, &present); err != nil {
+		if err = rows.Scan(&r.id, &r.position, &manifest, &b); err != nil {
 			return r, err
 		}
-		r.kind, r.absent = numberedRole(kind), !present.Bool
 		if r.manifest = last.manifest; r.id != last.id {
 			r.manifest, err = digestFromBytes(manifest)
 		}
@@ -134,7 +128,7 @@ func (x *index) memberRows(ctx context.Context, visit func(manifest digest.Diges
 		return r, err
 	}, after: func(r row) []any { return []any{r.id, r.position} }}
 	return p.each(ctx, x, []any{int64(0), -1}, func(r row) error {
-		visit(r.manifest, r.kind, r.d, r.absent)
+		visit(r.manifest, r.d)
 		return nil
 	})
 }

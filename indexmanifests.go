@@ -13,15 +13,22 @@ import (
 )
 
 const (
-	// A blob that is put is here from then on. A row that it had before is that of an absent member
-	// or of a subject.
+	// A blob that is put is here from then on. A row that it had before is that of an absent member,
+	// of a subject, or of a blob that becomes a manifest (role 3).
 	sqlPutBlob = `INSERT INTO content (digest, size, kind, created, present) VALUES (?, ?, ?, ?, 1)
-		ON CONFLICT (digest) DO UPDATE SET size = excluded.size, kind = iif(present, kind, excluded.kind),
-		created = iif(present, created, excluded.created), present = 1 WHERE size <> excluded.size OR NOT present`
+		ON CONFLICT (digest) DO UPDATE SET size = excluded.size, kind = iif(present AND excluded.kind <> 3, kind, excluded.kind),
+		created = iif(present, created, excluded.created), present = 1 WHERE size <> excluded.size OR NOT present OR kind <> 3 AND excluded.kind = 3`
 	sqlPutAbsent = `INSERT INTO content (digest, size, kind, created, present) VALUES (?, ?, ?, ?, 0)
 		ON CONFLICT (digest) DO UPDATE SET size = excluded.size, kind = excluded.kind WHERE size = -1`
 	sqlBecomeAbsent = `UPDATE content SET present = 0, size = ?2 WHERE digest = ?1`
-	sqlIsAbsent     = `SELECT 1 FROM content c WHERE digest = ? AND NOT present AND EXISTS (SELECT 1 FROM members WHERE content = c.id)`
+	sqlIsAbsent     = `SELECT 1 FROM content c WHERE digest = ?1 AND NOT present AND EXISTS (SELECT 1 FROM members WHERE content = c.id)`
+	// A member of an image index (role 3) is absent, too, if its bytes are only a blob here.
+	sqlIsAbsentManifest = `SELECT 1 FROM content c WHERE digest = ?1 AND NOT ` + manifestHere + ` AND EXISTS (SELECT 1 FROM members WHERE content = c.id AND (role = 3 OR NOT present))`
+	sqlIsOnlyBlob       = `SELECT 1 FROM content c WHERE digest = ?1 AND present AND NOT ` + manifestHere
+	// True if the content c is here, and has been recorded as a manifest.
+	manifestHere = `(c.present AND (c.kind = 3 OR EXISTS (SELECT 1 FROM manifests WHERE id = c.id)))`
+	// True if the member c is here in the role in which the row m of members names it.
+	memberHere = `iif(m.role = 3, ` + manifestHere + `, c.present)`
 	// What manifests say of a blob that they name, one row for each combination. At most 1,000
 	// manifests are asked: very many may need the same blob.
 	sqlStated = `SELECT DISTINCT role, size FROM (SELECT role, size FROM members WHERE content = (SELECT id FROM content WHERE digest = ?) AND role <> ? LIMIT 1000)
@@ -55,7 +62,7 @@ const (
 
 	sqlResolveDigest = `SELECT ` + descriptorColumns + `, m.created FROM content c JOIN manifests m ON m.id = c.id WHERE c.digest = ?`
 	sqlGetManifest   = `SELECT m.media_type, m.digest, c.size, m.artifact_type FROM content c JOIN manifests m ON m.id = c.id WHERE c.digest = ?`
-	sqlMembers       = `SELECT m.position, m.role, c.digest, (SELECT text FROM types WHERE id = m.media_type), m.size, c.present
+	sqlMembers       = `SELECT m.position, m.role, c.digest, (SELECT text FROM types WHERE id = m.media_type), m.size, ` + memberHere + `
 		FROM members m LEFT JOIN content c ON c.id = m.content
 		WHERE m.manifest = (SELECT id FROM content WHERE digest = ?) AND m.position >= ? ORDER BY m.position LIMIT ?`
 	// A page of referrers starts after the digest ?2. The index manifests_by_subject has this order,
@@ -74,8 +81,8 @@ func (t *indexTx) manifest(d digest.Digest) (desc ocispec.Descriptor, ok bool, e
 }
 
 // putBlob records a blob that is here. The caller has found its file in this transaction, which
-// keeps every collector out. kind is the role in which it was first seen. A row that says already
-// that the blob is here keeps its kind and its time.
+// keeps every collector out. kind is its role. A row that says already that the blob is here keeps
+// its time, and its kind unless the blob is a manifest now.
 func (t *indexTx) putBlob(d digest.Digest, size int64, kind role, now time.Time) error {
 	_, err := t.exec(sqlPutBlob, digestBytes(d), size, roleNumber(kind), now.UnixMicro())
 	return err
@@ -105,9 +112,19 @@ func (t *indexTx) becomeAbsent(d digest.Digest, size int64) error {
 	return err
 }
 
-// isAbsent reports whether a manifest names d and its rows record d as absent.
-func isAbsent(q queryer, d digest.Digest) (bool, error) {
+// isAbsent reports whether a manifest names d and the rows record d as absent in the role as. The
+// bytes of an absent member of an image index can be here as a layer: the member is absent then, and
+// the layer is not.
+func isAbsent(q queryer, d digest.Digest, as role) (bool, error) {
+	if as == roleManifest {
+		return exists(q, sqlIsAbsentManifest, digestBytes(d))
+	}
 	return exists(q, sqlIsAbsent, digestBytes(d))
+}
+
+// isOnlyBlob reports whether d is here and is not recorded as a manifest.
+func isOnlyBlob(q queryer, d digest.Digest) (bool, error) {
+	return exists(q, sqlIsOnlyBlob, digestBytes(d))
 }
 
 // statedSizes returns the sizes that manifests state for a config or layer that they name, a few at

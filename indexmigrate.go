@@ -53,6 +53,8 @@ var upgradeTo2 = slices.Concat(
 		`INSERT INTO manifests (id, digest, media_type, artifact_type, subject, annotations, created)
 			SELECT coalesce(` + idOf("o.digest") + `, -1) AS id, ` + bytesOf("o.digest") + `, ` + typeOf("o.media_type") + `, ` + typeOf("o.artifact_type") + `,
 			iif(subject = '', NULL, coalesce(` + idOf("o.subject") + `, -1)), annotations, created FROM old_manifests o ORDER BY 1`,
+		// In version 1, a manifest whose bytes had been a blob before stayed one.
+		`UPDATE content SET kind = 3 WHERE kind <> 3 AND EXISTS (SELECT 1 FROM manifests WHERE id = content.id)`,
 		`INSERT INTO members (manifest, position, role, content, media_type, size, annotations)
 			SELECT ` + idOf("o.manifest") + `, position, ` + numberOf("o.role") + `, ` + idOf("o.digest") + `, ` + typeOf("o.media_type") + `, size, annotations FROM old_members o ORDER BY 1, 2`,
 		`INSERT INTO refs (name, reference, manifest, digest, size, media_type, artifact_type, created, moved)

@@ -25,6 +25,9 @@ const (
 	sqlSalvageUnnamed = `SELECT u.manifest, c.digest, u.since, u.entry FROM unnamed u CROSS JOIN content c WHERE u.manifest > ? AND c.id = u.manifest ORDER BY u.manifest LIMIT ?`
 
 	sqlSalvageAbsent = `SELECT id, digest FROM content WHERE id > ? AND NOT present AND size >= 0 ORDER BY id LIMIT ?`
+	// Absent members of image indexes (role 3) whose bytes are a blob here.
+	sqlSalvageOnlyBlobs = `SELECT id, digest FROM content c WHERE id > ? AND present AND NOT ` + manifestHere + `
+		AND EXISTS (SELECT 1 FROM members WHERE content = c.id AND role = 3) ORDER BY id LIMIT ?`
 
 	// A virtual table and a view have no root page.
 	sqlTableText   = `SELECT count(*), coalesce(min(type = 'table' AND rootpage > 0 AND substr(sql, 1, 13) = 'CREATE TABLE '), 0) FROM sqlite_schema WHERE name = ? COLLATE NOCASE`
@@ -142,14 +145,20 @@ func (x *index) salvageAbsent(ctx context.Context, visit func(digest.Digest)) er
 		id int64
 		d  digest.Digest
 	}
-	p := paging[row]{text: sqlSalvageAbsent, size: 100, scan: func(rows *sql.Rows) (r row, err error) {
-		r.id, r.d, err = scanIDDigest(rows)
-		return r, err
-	}, after: func(r row) []any { return []any{r.id} }}
-	return p.each(ctx, x, []any{int64(0)}, func(r row) error {
-		visit(r.d)
-		return nil
-	})
+	for _, text := range []string{sqlSalvageAbsent, sqlSalvageOnlyBlobs} {
+		p := paging[row]{text: text, size: 100, scan: func(rows *sql.Rows) (r row, err error) {
+			r.id, r.d, err = scanIDDigest(rows)
+			return r, err
+		}, after: func(r row) []any { return []any{r.id} }}
+		err := p.each(ctx, x, []any{int64(0)}, func(r row) error {
+			visit(r.d)
+			return nil
+		})
+		if err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // salvageHolds visits the holds, until the damage.

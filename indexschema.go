@@ -47,9 +47,10 @@ var schema1 = [...]string{
 //	types      media types and artifact types. A row never changes and is never deleted, so a
 //	           handle may remember it
 //	content    a row for each blob and each manifest that is here, or that a manifest which is here
-//	           names. kind is the role in which it was first seen, created when, and unneeded since
-//	           when nothing needs it. present is 0 for an absent member, and for a subject that is
-//	           not here. The size of such a subject is -1, because nothing vouches for it
+//	           names. kind is the role in which it was first seen, or manifest since it was recorded as
+//	           one. created is when it was first seen, and unneeded since when nothing needs it.
+//	           present is 0 for an absent member, and for a subject that is not here. The size of
+//	           such a subject is -1, because nothing vouches for it
 //	manifests  a row for each manifest that is here. It repeats the parts of the document that
 //	           queries need, and the digest, which is the order of a subject's referrers
 //	members    the descriptors that a manifest needs, in its order: config, layers, or manifests

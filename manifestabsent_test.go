@@ -391,3 +391,91 @@ func TestDescriptorData(t *testing.T) {
 		t.Errorf("data of other content: %v", err)
 	}
 }
+
+// TestAbsentMemberAsLayer: the bytes of an absent member of an image index are here as a layer of
+// another artifact. They are a blob, which says nothing about what the member needs.
+func TestAbsentMemberAsLayer(t *testing.T) {
+	t.Parallel()
+	for name, l := range lackingLayouts() {
+		if l.mediaType() != ocispec.MediaTypeImageIndex {
+			continue
+		}
+		for _, before := range []bool{false, true} {
+			t.Run(fmt.Sprint(name, before), func(t *testing.T) {
+				t.Parallel()
+				ctx := t.Context()
+				root := filepath.Join(t.TempDir(), "root")
+				r := mustOpen(t, root)
+				bytes, _ := image("layer")
+				if before {
+					pushImage(t, repository(t, r, "localhost/app"), "v1", bytes)
+				}
+				for range 2 {
+					if got, err := r.ImportLayout(ctx, layoutDir(t, l.entries()...), nil); err != nil || len(got.Absent) != 1 {
+						t.Fatalf("%+v, %v", got, err)
+					}
+					if !before {
+						pushImage(t, repository(t, r, "localhost/app"), "v1", bytes)
+					}
+				}
+				check := func(t *testing.T, r *ocilocal.LocalRegistry) {
+					t.Helper()
+					collect(t, r, atOnce)
+					checkSound(t, r)
+					if _, err := r.HasBlob(ctx, l.absent); err != nil {
+						t.Error(err)
+					}
+					if _, err := r.LoadDigest(ctx, l.absent); !errors.Is(err, ocilocal.ErrAbsent) {
+						t.Error(err)
+					}
+				}
+				check(t, r)
+				if report, err := r.Repair(ctx, nil); err != nil || len(report.Left)+len(report.Rewritten)+len(report.Recorded) != 0 {
+					t.Errorf("repair: %+v, %v", report, err)
+				}
+				if err := r.ExportLayout(ctx, t.TempDir(), []ocilocal.Reference{ref(lackingName)}, nil); err != nil {
+					t.Error(err)
+				}
+				copied := openTemp(t, nil)
+				if got, err := copied.ImportRegistry(ctx, r, ref(lackingName), nil); err != nil || len(got.Absent) != 1 {
+					t.Errorf("%+v, %v", got, err)
+				}
+				checkAbsent(t, copied, l.absent)
+				backup := filepath.Join(t.TempDir(), "backup")
+				if report, err := r.Backup(ctx, backup, nil); err != nil || len(report.Failed) != 0 {
+					t.Fatalf("backup: %+v, %v", report, err)
+				}
+				check(t, mustOpen(t, backup))
+
+				mustClose(t, r)
+				dontWatch(root)
+				execIndex(t, root, "CREATE TRIGGER x AFTER INSERT ON refs BEGIN DELETE FROM refs; END")
+				if report, err := ocilocal.Rebuild(ctx, root, nil); err != nil || len(report.Left) != 0 || len(report.Recovered) != 2 {
+					t.Fatalf("%+v, %v", report, err)
+				}
+				r = mustOpen(t, root)
+				check(t, r)
+
+				// The member comes as a manifest, and then is one, here and in a backup.
+				if got, err := r.ImportLayout(ctx, layoutDir(t, l.entries(l.missing...)...), nil); err != nil || len(got.Absent) != 0 {
+					t.Fatalf("%+v, %v", got, err)
+				}
+				if report, err := r.Backup(ctx, backup, nil); err != nil || len(report.Failed) != 0 {
+					t.Fatalf("backup: %+v, %v", report, err)
+				}
+				for _, r := range []*ocilocal.LocalRegistry{r, mustOpen(t, backup)} {
+					collect(t, r, atOnce)
+					checkSound(t, r)
+					if _, err := r.LoadDigest(ctx, l.absent); err != nil {
+						t.Error(err)
+					}
+				}
+				// If its row is lost now, that is damage.
+				execIndex(t, root, "DELETE FROM members WHERE manifest = "+sqlID(l.absent)+"; DELETE FROM manifests WHERE id = "+sqlID(l.absent))
+				if _, err := r.GC(ctx, atOnce); !errors.Is(err, ocilocal.ErrUnsafe) {
+					t.Error(err)
+				}
+			})
+		}
+	}
+}

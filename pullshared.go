@@ -262,7 +262,7 @@ func (p *puller) stageClosure(ctx context.Context, im *importer, m *Manifest) (p
 	r := p.registry
 	from := &fetcher{registry: r, repo: p.repo, ref: p.ref, stage: im.stage}
 	// Members that are absent here already may be absent there too.
-	im.mayLack = func(d digest.Digest) (bool, error) { return isAbsent(r.index, d) }
+	im.mayLack = func(d digest.Digest) (bool, error) { return isAbsent(r.index, d, roleManifest) }
 	im.fetch, im.workers = from.fetch, cmp.Or(max(p.opts.Workers, 0), 4)
 	if r.opts.SeparateRegistries {
 		im.reusable = func(ctx context.Context, desc ocispec.Descriptor) (bool, error) {

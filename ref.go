@@ -68,7 +68,7 @@ func (r *LocalRegistry) resolveDigest(d digest.Digest) (ocispec.Descriptor, erro
 		return ocispec.Descriptor{}, err
 	}
 	desc, err := found(r.index.resolveDigest(d))
-	return desc, r.absence(err, d)
+	return desc, r.absence(err, d, roleManifest)
 }
 
 // found turns the index's answer "no such row" into [ErrNotFound].

@@ -24,7 +24,7 @@ func (r *LocalRegistry) HasBlob(ctx context.Context, d digest.Digest) (size int6
 	}
 	defer end()
 	size, err = r.blobs.size(d)
-	return size, r.absence(err, d)
+	return size, r.absence(err, d, roleLayer)
 }
 
 // Blobs walks blobs/ and yields the digest and size of every file there, in no particular order,
@@ -81,19 +81,19 @@ func (r *LocalRegistry) OpenBlob(ctx context.Context, desc ocispec.Descriptor) (
 	defer end()
 	v, err := r.blobs.open(ctx, desc.Digest, desc.Size)
 	if err != nil {
-		return nil, r.absence(err, desc.Digest) // v would be a reader that is not nil
+		return nil, r.absence(err, desc.Digest, roleLayer) // v would be a reader that is not nil
 	}
 	return v, nil
 }
 
-// absence adds [ErrAbsent] to an [ErrNotFound] of content that is recorded as absent. Other errors
-// stay as they are. The index is asked only after a file was not found, so reads of present blobs
-// cost no query.
-func (r *LocalRegistry) absence(err error, d digest.Digest) error {
+// absence adds [ErrAbsent] to an [ErrNotFound] of content that is recorded as absent in the role
+// as. Other errors stay as they are. The index is asked only after a file was not found, so reads
+// of present blobs cost no query.
+func (r *LocalRegistry) absence(err error, d digest.Digest, as role) error {
 	if !errors.Is(err, ErrNotFound) {
 		return err
 	}
-	absent, failed := isAbsent(r.index, d)
+	absent, failed := isAbsent(r.index, d, as)
 	if absent {
 		err = fmt.Errorf("%w: a manifest in this registry names it, but the content is not here: %w", ErrAbsent, err)
 	}
@@ -119,7 +119,7 @@ func (r *LocalRegistry) OpenBlobFile(ctx context.Context, desc ocispec.Descripto
 	defer end()
 	f, size, err := r.blobs.openFile(desc.Digest, desc.Size)
 	if err != nil {
-		return nil, r.absence(err, desc.Digest)
+		return nil, r.absence(err, desc.Digest, roleLayer)
 	}
 	// The open file is verified and returned. A file that gets its name meanwhile has no effect.
 	if _, err = r.blobs.verifier(ctx, f, desc.Digest, size).WriteTo(io.Discard); err == nil {

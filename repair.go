@@ -311,6 +311,6 @@ func (p *repair) resize(ctx context.Context, d digest.Digest) error {
 		return nil // it is damaged, and sort has another problem for that
 	}
 	return p.registry.write(ctx, func(tx *indexTx) error {
-		return tx.putBlob(d, size, roleManifest, time.Now()) // the row is there, so only its size changes
+		return tx.putBlob(d, size, roleLayer, time.Now()) // the row is there, so only its size changes
 	})
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"time"
 
@@ -62,6 +63,7 @@ func (p *repair) load(ctx context.Context, d digest.Digest) (m *Manifest, pub pu
 	pub.root = m.Descriptor()
 	im := p.registry.newImporter(nil)
 	im.mayLack = p.mayLack
+	maps.Copy(im.refetched, p.absent)
 	im.fetch = func(_ context.Context, desc ocispec.Descriptor, _ role, _ *meteredItem) error {
 		return fmt.Errorf("%w: blob %s", ErrIncomplete, desc.Digest)
 	}
@@ -79,7 +81,7 @@ func (p *repair) mayLack(d digest.Digest) (bool, error) {
 	if p.absent[d] {
 		return true, nil
 	}
-	return isAbsent(p.registry.index, d)
+	return isAbsent(p.registry.index, d, roleManifest)
 }
 
 // tolerate returns nil for an error that concerns one artifact only, so that the repair goes on
@@ -122,6 +124,9 @@ func (p *repair) unrecorded(ctx context.Context) (unknown []digest.Digest, err e
 	err = p.registry.blobs.walk(ctx, func(e blobEntry) error {
 		if e.digest == "" || e.info.Size() > MaxManifestSize {
 			return nil
+		}
+		if p.absent[e.digest] {
+			return nil // the bytes were a blob for the damaged index, and are no manifest by themselves
 		}
 		if _, ok, err := p.registry.index.resolveDigest(e.digest); ok || err != nil {
 			return err

@@ -238,7 +238,7 @@ func (p *Repository) takeChildren(ctx context.Context, st *stage, m *Manifest, l
 		seen[c.Digest] = true
 		if m.childRole(i) == roleManifest {
 			if known && !absent[c.Digest] {
-				if absent[c.Digest], err = isAbsent(p.registry.index, c.Digest); err != nil {
+				if absent[c.Digest], err = isAbsent(p.registry.index, c.Digest, roleManifest); err != nil {
 					return nil, err
 				}
 			}
@@ -268,7 +268,7 @@ func (p *Repository) takeChildren(ctx context.Context, st *stage, m *Manifest, l
 		if err == nil && ok {
 			// Its file may be here although its row says that it is absent, and need not be durable.
 			var absent bool
-			if absent, err = isAbsent(p.registry.index, c.Digest); absent && err == nil {
+			if absent, err = isAbsent(p.registry.index, c.Digest, m.childRole(i)); absent && err == nil {
 				_, err = st.reuse(ctx, c.Digest, c.Size)
 			}
 		}

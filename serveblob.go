@@ -209,7 +209,7 @@ func (x *exchange) find(d digest.Digest, sizeOnly bool) (_ *servedBlob, err erro
 	if err == nil && x.upstream != nil && b.name == blobPath(d) {
 		// A fetch that failed in its last step has left the file. The next one records it.
 		var absent bool
-		if absent, err = isAbsent(x.registry.index, d); absent && err == nil {
+		if absent, err = isAbsent(x.registry.index, d, roleLayer); absent && err == nil {
 			err = fmt.Errorf("%s in %s: %w", d, x.repo.name, ErrNotFound)
 		}
 		if err != nil {

@@ -434,7 +434,7 @@ func (x *exchange) complete(d digest.Digest, needs []need) (lacked map[digest.Di
 			continue
 		}
 		if known {
-			absent, err := isAbsent(q, c.digest)
+			absent, err := isAbsent(q, c.digest, roleManifest)
 			if err != nil {
 				return nil, err
 			}

@@ -566,8 +566,8 @@ func TestServePutMeanwhile(t *testing.T) {
 	})
 }
 
-// TestServePutMemberAsLayer: the bytes of an absent member are here as the layer of another image. So
-// the member is not absent, and the push of its index fetches it.
+// TestServePutMemberAsLayer: the bytes of an absent member are here as the layer of another image. The
+// member is as absent as any other: it stays so if its index is here, and a new index fetches it.
 func TestServePutMemberAsLayer(t *testing.T) {
 	t.Parallel()
 	m := newMirror(t, nil, nil)
@@ -579,6 +579,10 @@ func TestServePutMemberAsLayer(t *testing.T) {
 	m.want(200, "GET", appManifests+"v1", "")
 	m.requests("")
 	m.want(201, "PUT", appManifests+"v2", index, "Content-Type", indexType)
+	m.wantRequests()
+	checkSound(t, m.r)
+	collect(t, m.r, atOnce)
+	m.want(201, "PUT", appManifests+"v3", imageIndexOf(desc(imageType, member), desc(imageType, member)), "Content-Type", indexType)
 	m.wantRequests("GET "+manifestAt(member), "GET "+blobAt("one"))
 	checkSound(t, m.r)
 	collect(t, m.r, atOnce)
