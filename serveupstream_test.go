@@ -384,6 +384,45 @@ func TestServeUpstreamSeparate(t *testing.T) {
 	checkSound(t, m.r)
 }
 
+// TestServeUpstreamSeparateBound: with registries kept apart, MaxBytes bounds all that one miss adds.
+func TestServeUpstreamSeparateBound(t *testing.T) {
+	t.Parallel()
+	m := newMirror(t, &ocilocal.Options{SeparateRegistries: true}, &ocilocal.Upstream{MaxBytes: 1500})
+	m.origin.pushImage("org/app", "two", strings.Repeat("x", 700), strings.Repeat("y", 700))
+	m.origin.pushImage("org/app", "one", strings.Repeat("x", 700))
+	m.want(502, "GET", appManifests+"two", "")
+	if files := filesBelow(t, m.r, "blobs"); len(files) > 0 {
+		t.Errorf("%q", files)
+	}
+	m.want(200, "GET", appManifests+"one", "")
+	checkSound(t, m.r)
+}
+
+// TestServeUpstreamPushed: what is pushed to a mirror stays there. Under a tag that the upstream has, it
+// is served until the tag is asked for again.
+func TestServeUpstreamPushed(t *testing.T) {
+	t.Parallel()
+	m := newMirrorOf(t, "one")
+	m.pushImage("org/app", "v1", "pushed")
+	m.pushImage("org/app", "own", "pushed")
+	again := serveAt(t, m.r, m.opts) // has not asked for a tag yet
+	for _, test := range []struct {
+		s         *served
+		tag, want string
+	}{
+		{m.served, "v1", imageOf("pushed")},
+		{again, "v1", imageOf("one")},
+		{again, "own", imageOf("pushed")},
+	} {
+		if a := test.s.want(200, "GET", appManifests+test.tag, ""); a.body != test.want {
+			t.Errorf("%s: %s, want %s", test.tag, a.body, test.want)
+		}
+	}
+	m.origin.want(404, "GET", appManifests+"own", "")
+	again.want(200, "GET", manifestAt(imageOf("pushed")), "")
+	checkSound(t, m.r)
+}
+
 // TestServeUpstreamAccess: the upstream asks for a token, and sends blobs from another host. The mirror
 // gives its own credentials to the token server only, and those of its client to nobody.
 func TestServeUpstreamAccess(t *testing.T) {

@@ -3,6 +3,7 @@ package ocilocal_test
 import (
 	"encoding/json"
 	"fmt"
+	"io"
 	"net/http"
 	"slices"
 	"strconv"
@@ -154,6 +155,34 @@ func TestServeUpstreamHugeReferrers(t *testing.T) {
 	a := m.want(200, "GET", list, "")
 	if got := digestsOf(a.body); len(got) != 1 || !strings.Contains(a.header.Get("Warning"), "only what is here") {
 		t.Errorf("%d referrers, %v", len(got), a.header)
+	}
+}
+
+// TestServeUpstreamManyReferrers: a mirror lists up to 10,000 referrers of its upstream. If there are
+// more, the list has what is here, with a warning.
+func TestServeUpstreamManyReferrers(t *testing.T) {
+	t.Parallel()
+	m := newMirror(t, nil, nil)
+	m.origin.pushImage("org/app", "v1", "one")
+	m.want(200, "GET", appManifests+"v1", "")
+	list := "/v2/org/app/referrers/" + string(digestOfText(imageOf("one")))
+	for _, n := range []int{10_000, 10_001} {
+		all := make([]string, n)
+		for i := range all {
+			all[i] = desc(imageType, strconv.Itoa(i))
+		}
+		m.intercept(func(w http.ResponseWriter, r *http.Request) bool {
+			if r.URL.Path != list {
+				return false
+			}
+			w.Header().Set("Content-Type", indexType)
+			io.WriteString(w, imageIndexOf(all...))
+			return true
+		})
+		a := m.want(200, "GET", list, "")
+		if listed, warned := len(digestsOf(a.body)), a.header.Get("Warning") != ""; warned != (n > 10_000) || warned == (listed > 0) {
+			t.Errorf("%d: %d on the first page, %v", n, listed, a.header)
+		}
 	}
 }
 
