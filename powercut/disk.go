@@ -1,6 +1,6 @@
 // Package powercut tests ocilocal on a disk whose power is cut.
 //
-// The disk is a file of a FUSE file system that lives in this process. ext4
+// The disk is a file of a FUSE file system, which another process serves. ext4
 // lies on a loop device over it, and the registry on that. Every write and
 // every flush that reaches the disk is logged, between marks that the test
 // sets. For any moment of the log, a disk as the cut may have left it is then

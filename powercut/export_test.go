@@ -20,7 +20,7 @@ import (
 // what the layout's index.json or a file's name shows must be whole in any case.
 func TestExports(t *testing.T) {
 	m := boot(t)
-	first := m.disk.mark()
+	first := m.mark()
 	ctx := t.Context()
 	reg, err := ocilocal.Open(ctx, t.TempDir(), nil)
 	if err != nil {
@@ -39,16 +39,16 @@ func TestExports(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		begun := m.disk.mark()
+		begun := m.mark()
 		if err := reg.ExportLayout(ctx, filepath.Join(m.dir, "layout"), []ocilocal.Reference{ref}, nil); err != nil {
 			t.Fatal(err)
 		}
-		between := m.disk.mark()
+		between := m.mark()
 		if err := reg.ExportArchiveFile(ctx, filepath.Join(m.dir, archiveName(i)), []ocilocal.Reference{ref}, nil); err != nil {
 			t.Fatal(err)
 		}
 		layouts[name] = change{begun, between, a.Digest()}
-		archives[archiveName(i)] = change{between, m.disk.mark(), a.Digest()}
+		archives[archiveName(i)] = change{between, m.mark(), a.Digest()}
 	}
 	m.eachCut(t, first, func(t *testing.T, dir string, moment int) {
 		examineLayout(t, filepath.Join(dir, "layout"), layouts, moment)

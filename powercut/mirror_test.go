@@ -29,7 +29,7 @@ import (
 func TestMirror(t *testing.T) {
 	m := boot(t)
 	origin := newOrigin(t)
-	first := m.disk.mark()
+	first := m.mark()
 	reg, err := ocilocal.Open(t.Context(), filepath.Join(m.dir, "registry"), nil)
 	if err != nil {
 		t.Fatal(err)
@@ -45,13 +45,13 @@ func TestMirror(t *testing.T) {
 			for i := range 30 {
 				tag := fmt.Sprintf("pushed%d-%d", g, i)
 				var p push
-				p.begun = m.disk.mark()
+				p.begun = m.mark()
 				err := c.step(reg, m.dir, tag, &p)
 				if err != nil {
 					t.Error(err)
 					return
 				}
-				p.done = m.disk.mark()
+				p.done = m.mark()
 				if p.digest != "" {
 					mu.Lock()
 					pushed[tag] = p

@@ -18,7 +18,6 @@ import (
 	"sync"
 	"testing"
 
-	fusefs "github.com/hanwen/go-fuse/v2/fs"
 	"github.com/opencontainers/go-digest"
 
 	"github.com/ocilocal/ocilocal"
@@ -34,11 +33,32 @@ var (
 
 const diskSize = 96 << 20
 
+// diskEnv is set in the process that serves a disk.
+const diskEnv = "OCILOCAL_POWERCUT_DISK"
+
+func TestMain(m *testing.M) {
+	if os.Getenv(diskEnv) != "" {
+		serveDisk()
+		return
+	}
+	m.Run()
+}
+
 // machine is a disk, and the directory where ext4 on it is mounted.
 type machine struct {
-	disk *disk
+	t    *testing.T
+	disk *diskProcess
 	dir  string
-	off  func() // unmounts all; idempotent
+	off  func() // unmounts the ext4; idempotent
+}
+
+// mark returns the present moment. It may be called on any goroutine.
+func (m *machine) mark() int {
+	n, err := m.disk.mark()
+	if err != nil {
+		m.t.Error(err)
+	}
+	return n
 }
 
 // boot makes a new disk with an empty ext4 on it and mounts it.
@@ -64,32 +84,34 @@ func boot(t *testing.T) *machine {
 	if err := run("mkfs.ext4", "-q", "-F", image); err != nil {
 		unavailable("mkfs.ext4", err)
 	}
-	raw, err := os.ReadFile(image)
+	exe, err := os.Executable()
 	if err != nil {
 		t.Fatal(err)
 	}
-	d := newDisk(raw)
 	outer := t.TempDir()
-	opts := &fusefs.Options{}
-	opts.DirectMount = true
-	opts.MaxWrite = 1 << 20
-	server, err := fusefs.Mount(outer, &directory{disk: d}, opts)
+	cmd := exec.Command(exe)
+	cmd.Env = append(os.Environ(), diskEnv+"=1")
+	d, err := startDisk(cmd, image, outer)
 	if err != nil {
 		unavailable("FUSE", err)
 	}
+	t.Cleanup(func() {
+		if err := d.stop(); err != nil {
+			t.Error(err)
+		}
+	})
 	dir := t.TempDir()
 	umount, err := mount(filepath.Join(outer, "disk"), dir)
 	if err != nil {
-		server.Unmount()
 		unavailable("loop device", err)
 	}
 	off := sync.OnceFunc(func() {
-		if err := errors.Join(umount(), server.Unmount()); err != nil {
+		if err := umount(); err != nil {
 			t.Error(err)
 		}
 	})
 	t.Cleanup(off)
-	return &machine{disk: d, dir: dir, off: off}
+	return &machine{t, d, dir, off}
 }
 
 // mount mounts the ext4 in the file image at dir.
@@ -117,12 +139,12 @@ func run(name string, args ...string) error {
 func (m *machine) eachCut(t *testing.T, first int, check func(t *testing.T, dir string, moment int)) {
 	m.off()
 	rng := rand.New(rand.NewPCG(*seed, 0))
-	last := m.disk.mark()
+	last := m.mark()
 	t.Logf("%d writes and flushes, %d cuts", last-first, *cuts)
 	image := filepath.Join(t.TempDir(), "image")
 	for i := range *cuts {
 		moment := first + rng.IntN(last-first+1)
-		if err := os.WriteFile(image, m.disk.cut(moment, rng), 0o600); err != nil {
+		if err := m.disk.cut(moment, rng.Uint64(), image); err != nil {
 			t.Fatal(err)
 		}
 		dir := filepath.Join(t.TempDir(), "m")
@@ -173,7 +195,7 @@ func TestPowerCuts(t *testing.T) {
 	m := boot(t)
 	ctx := t.Context()
 	// The registry's directory is there before anything is cut; what Open makes is not.
-	first := m.disk.mark()
+	first := m.mark()
 	root := filepath.Join(m.dir, "registry")
 	reg, err := ocilocal.Open(ctx, root, nil)
 	if err != nil {
@@ -185,7 +207,7 @@ func TestPowerCuts(t *testing.T) {
 	var wg sync.WaitGroup
 	for g := range *writers {
 		wg.Go(func() {
-			w := &worker{ctx: ctx, reg: reg, disk: m.disk, rng: rand.New(rand.NewPCG(*seed, uint64(g+1))), histories: map[string]history{}}
+			w := &worker{ctx: ctx, reg: reg, mark: m.mark, rng: rand.New(rand.NewPCG(*seed, uint64(g+1))), histories: map[string]history{}}
 			for i := range *changes {
 				if err := w.step(g, i, archive); err != nil {
 					t.Error(err)
@@ -214,19 +236,19 @@ func TestPowerCuts(t *testing.T) {
 type worker struct {
 	ctx       context.Context
 	reg       *ocilocal.LocalRegistry
-	disk      *disk
+	mark      func() int
 	rng       *rand.Rand
 	histories map[string]history
 }
 
 // change makes one change and notes when.
 func (w *worker) change(ref string, fn func() (digest.Digest, error)) error {
-	begun := w.disk.mark()
+	begun := w.mark()
 	d, err := fn()
 	if err != nil {
 		return err
 	}
-	w.histories[ref] = append(w.histories[ref], change{begun, w.disk.mark(), d})
+	w.histories[ref] = append(w.histories[ref], change{begun, w.mark(), d})
 	return nil
 }
 
@@ -416,7 +438,7 @@ func hashBlobs(t *testing.T, root string) map[digest.Digest]bool {
 // are written and renamed as most programs do it, without fsync.
 func TestCarelessWriter(t *testing.T) {
 	m := boot(t)
-	first := m.disk.mark()
+	first := m.mark()
 	done := map[string]int{} // name → moment when it was "there"
 	for i := range 50 {
 		name := fmt.Sprint("file", i)
@@ -427,7 +449,7 @@ func TestCarelessWriter(t *testing.T) {
 		if err := os.Rename(tmp, filepath.Join(m.dir, name)); err != nil {
 			t.Fatal(err)
 		}
-		done[name] = m.disk.mark()
+		done[name] = m.mark()
 		if i%10 == 9 { // something else on the machine syncs now and then
 			if err := run("sync", "-f", m.dir); err != nil {
 				t.Fatal(err)
