@@ -38,7 +38,8 @@ func liveHeap() int64 {
 // TestServeTurns: of the large manifests that come from clients and from the upstream, four at a
 // time are in memory as parsed documents. The others wait for their turn.
 func TestServeTurns(t *testing.T) {
-	const pulls, pushes, size, turns = 8, 4, 512 << 10, 4
+	const pulls, pushes, turns = 8, 4, 4
+	size := scaled(128<<10, 512<<10, 512<<10)
 	m := newMirror(t, nil, nil)
 	for _, blob := range []string{"one", "{}"} {
 		m.pushBlob("org/app", blob)
@@ -81,6 +82,9 @@ func TestServeTurns(t *testing.T) {
 				t.Errorf("%s %d: %d, %d bytes, %v", method, n, a.status, len(a.body), err)
 			}
 		})
+	}
+	for parsed.Load() < turns {
+		runtime.Gosched()
 	}
 	for stacks, waiting := make([]byte, 4<<20), 0; int(parsed.Load())+waiting < len(manifests); runtime.Gosched() {
 		waiting = bytes.Count(stacks[:runtime.Stack(stacks, true)], []byte("manifestTurn).begin("))
