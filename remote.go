@@ -89,7 +89,9 @@ type Remote struct {
 	// MaxPerHost is how many requests to one registry run at a time. Zero means 16.
 	MaxPerHost int
 	// StallTimeout ends a request in which fewer than 4,096 bytes move for this long. Zero means 60
-	// seconds. Registries get five times as long to answer an upload.
+	// seconds. Registries get five times as long to answer an upload. While a blob is sent, the kernel
+	// takes bytes only when a part of its buffer is free, which can be 1 MiB or more. A push over a line
+	// that needs longer than StallTimeout for that much wants a longer one.
 	StallTimeout time.Duration
 	// Warn is called once with each distinct warning of a registry (distribution-spec, "Warnings"),
 	// by one goroutine at a time. It must not block. Nil discards the warnings.
