@@ -38,8 +38,9 @@ func TestHeldBlobs(t *testing.T) {
 }
 
 // TestHeldBlobDamaged: a power cut can damage a held blob, because it is not synced. A manifest
-// that needs it is refused as if it were missing. No client is told that the blob is there, since
-// it would not put it again then, and no repository can mount it. Putting the blob again heals it.
+// that needs it is refused, as if the blob were missing. Clients do not hear that the blob is
+// there, because they would not put it again. No repository can mount it. Putting the blob again
+// heals it.
 func TestHeldBlobDamaged(t *testing.T) {
 	for what, damage := range map[string]func(name string) error{
 		"bytes": func(name string) error { return os.WriteFile(name, []byte("lAyer"), 0o644) },

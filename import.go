@@ -724,7 +724,8 @@ func (im *importer) bring(ctx context.Context, desc ocispec.Descriptor, as role)
 }
 
 // reuse takes a blob of the registry into the stage, if it is whole and reusable and refetched
-// allow it. What the stage has already was allowed, or came from the source in this call.
+// allow it. They are not asked about a blob that the stage has: they have allowed it before, or it
+// came from the source in this call.
 func (im *importer) reuse(ctx context.Context, desc ocispec.Descriptor, as role) (bool, error) {
 	if !im.stage.has(desc.Digest) {
 		if as == roleManifest && im.refetched[desc.Digest] {

@@ -49,7 +49,8 @@ func TestRepositoryDelete(t *testing.T) {
 }
 
 // TestRepositoryDeleteReferrer: a repository can delete a referrer that a manifest of another
-// repository refers to. It does not learn of that one, which stays. A referrer of its own stops it.
+// repository refers to. The answer does not name that manifest, which stays. A referrer in the same
+// repository stops the deletion.
 func TestRepositoryDeleteReferrer(t *testing.T) {
 	r := openTemp(t, nil)
 	p, other := repository(t, r, "localhost/org/app"), repository(t, r, "localhost/org/other")

@@ -40,11 +40,12 @@ func (p *Repository) PutBlob(ctx context.Context, src io.Reader, want digest.Dig
 }
 
 // Mount puts a blob into the repository that another one shows. If the file system has hard links,
-// the blob is not copied. It is read once, unless this handle has verified it. If from is nil, any blob of the registry can be mounted. Everybody who
-// may call Mount so, and knows a digest, then gets the content.
+// the blob is not copied. It is read once, unless this handle has verified it. If from is nil, any
+// blob of the registry can be mounted. Everybody who may call Mount so, and knows a digest, then
+// gets the content.
 //
 // Errors:
-//   - [ErrNotFound]: there is no such blob, or it is damaged
+//   - [ErrNotFound]: the blob does not exist, or it is damaged
 //   - [ErrInvalidDigest], [ErrReadOnly], and any error from ctx or the file system
 func (p *Repository) Mount(ctx context.Context, d digest.Digest, from *Repository) (_ ocispec.Descriptor, err error) {
 	defer addOp(&err, "mount blob in", p.name, d)

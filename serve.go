@@ -20,7 +20,7 @@ type HandlerOptions struct {
 	// request's Host header and its query, such as containerd's ?ns=docker.io. The repository has
 	// the form that the distribution specification demands. An error answers the request with 404.
 	// With an Upstream, Name must refuse registries that are not to be mirrored. Name must not read
-	// the body. With a Name there is no catalog.
+	// the body. If Name is set, the handler has no catalog.
 	Name func(r *http.Request, repository string) (string, error)
 	// Authorize, if not nil, decides about each request before anything is done. repository is as
 	// the client names it, and empty for ActionPing and ActionCatalog. If Authorize returns nil, the
@@ -46,8 +46,8 @@ type HandlerOptions struct {
 	// the last one. Smaller chunks are taken as well.
 	MinChunk int64
 	// StallTimeout ends a request without progress: within that time a client must send 4 KiB. Zero
-	// means one minute, and a negative value is no limit. A client may take an answer as slowly as
-	// 2 MiB in ten times that time: the kernel does not tell in smaller steps how much it takes.
+	// means one minute, and a negative value is no limit. To take an answer,
+	// a client has ten times that time for each 2 MiB: the kernel does not report smaller steps.
 	StallTimeout time.Duration
 }
 

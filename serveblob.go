@@ -86,7 +86,7 @@ func (x *exchange) getBlob() error {
 		_, err := b.unverified.WriteTo(w)
 		if err == nil {
 			x.registry.blobs.noteVerified(b.name, b.info)
-		} else if damaged(err) != err {
+		} else if saysDamaged(err) {
 			x.healSent(err)
 		}
 		return err
@@ -227,7 +227,7 @@ func (x *exchange) stream(write func(*serveWriter) error) error {
 	if err == nil {
 		return nil
 	}
-	if damage := damaged(err); damage != err {
+	if saysDamaged(err) {
 		x.registry.opts.Logger.Error("ocilocal: a damaged blob was asked for", "digest", x.digest, "error", err)
 	}
 	panic(http.ErrAbortHandler) // net/http's way to break off: it recovers, and logs nothing

@@ -54,10 +54,15 @@ func (e *damagedError) Unwrap() error { return e.err }
 // damaged makes a [damagedError] of an error that says that content is damaged. Other errors and
 // nil stay as they are. Endpoints that read content call it.
 func damaged(err error) error {
-	if errors.Is(err, ErrDigestMismatch) || errors.Is(err, ErrSizeMismatch) {
+	if saysDamaged(err) {
 		return &damagedError{err}
 	}
 	return err
+}
+
+// saysDamaged reports whether the error of a read says that the content is damaged.
+func saysDamaged(err error) bool {
+	return errors.Is(err, ErrDigestMismatch) || errors.Is(err, ErrSizeMismatch)
 }
 
 // serverErrors are the errors for which the client is not to blame, and their answers. They are

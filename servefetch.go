@@ -404,8 +404,7 @@ func (m *Manifest) needs() []need {
 // complete fetches what a pushed manifest needs and what is absent here: HEAD has told the client
 // that it is here. The members of an image index are completed, too. If the repository has that
 // index already, its absent members stay absent, and so do those of an index below it. If the
-// upstream does not have something, that is no error here: the publish knows whether it may be
-// absent.
+// upstream does not have something, complete goes on: the publish decides whether it may be absent.
 //
 // The result is the members that stay absent. The publish must not ask again which they are: while
 // complete waits for the upstream, another client may fetch the manifest of one of them, and not

@@ -23,13 +23,13 @@ import (
 // heals reports whether an error means that a mirror should fetch the content, again or for the
 // first time.
 func (x *exchange) heals(err error) bool {
-	return x.upstream != nil && (errors.Is(err, ErrNotFound) || damaged(err) != err)
+	return x.upstream != nil && (errors.Is(err, ErrNotFound) || saysDamaged(err))
 }
 
 // noteDamage logs an error if it says that content is damaged: whoever runs the server should look
 // at the disk.
 func (x *exchange) noteDamage(d digest.Digest, err error) {
-	if damaged(err) != err {
+	if saysDamaged(err) {
 		x.registry.opts.Logger.Warn("ocilocal: damaged content is fetched again", "digest", d, "error", err)
 	}
 }
@@ -37,7 +37,7 @@ func (x *exchange) noteDamage(d digest.Digest, err error) {
 // notHealed chooses the answer if damaged content could not be fetched again. What the upstream
 // does not have is damaged, and not unknown.
 func notHealed(damage, failed error) error {
-	if errors.Is(failed, ErrNotFound) && damaged(damage) != damage {
+	if errors.Is(failed, ErrNotFound) && saysDamaged(damage) {
 		return damage
 	}
 	return failed

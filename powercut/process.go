@@ -12,7 +12,7 @@ import (
 	fusefs "github.com/hanwen/go-fuse/v2/fs"
 )
 
-// The disk has a process of its own. In the process that uses the registry, a thread can wait for
+// Another process serves the disk. In the process that uses the registry, a thread can wait for
 // the disk in a page fault, in memory that SQLite maps. The Go runtime cannot stop that thread, so
 // a garbage collection that begins would stop all others and wait for it. Among them would be the
 // ones that serve the disk, and nothing would ever go on.
