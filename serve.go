@@ -46,8 +46,8 @@ type HandlerOptions struct {
 	// the last one. Smaller chunks are taken as well.
 	MinChunk int64
 	// StallTimeout ends a request without progress: within that time a client must send 4 KiB. Zero
-	// means one minute, and a negative value is no limit. To take an answer,
-	// a client has ten times that time for each 2 MiB: the kernel does not report smaller steps.
+	// means one minute, and a negative value is no limit. To take an answer, a client has ten times
+	// that time for each 2 MiB: the kernel does not report smaller steps.
 	StallTimeout time.Duration
 }
 
